@@ -1,0 +1,191 @@
+"""The command line: one config file, overrides of its keys, a working directory.
+
+    --config=configs/demo.py --config.steps=100 --config.optimizer.learning_rate=1e-3 --workdir=...
+
+The keys of `configs/affectgpt_qwen25_7b.py` are the schema: a config with another key, or a value
+of another type, is refused before anything starts.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from affectgpt_jax.configs import affectgpt_qwen25_7b
+
+DEFAULT = "demo"
+CHOICES = {
+    "label": ("description", "ovlabel", "hybrid"),
+    "too_long": ("error", "drop"),
+    "dtype": ("float32", "bfloat16"),
+    "remat": ("none", "dots", "full"),
+    "fusion": ("attention", "qformer", "none"),
+    "heads.video": ("attention", "mean", "qformer"),
+    "heads.audio": ("attention", "mean", "qformer"),
+    "heads.image": ("mean", "qformer"),
+}
+POSITIVE = (
+    "steps",
+    "batch_size",
+    "accumulation",
+    "num_buckets",
+    "max_tokens",
+    "generate.batch_size",
+    "generate.max_new_tokens",
+    "log_every",
+    "save_every",
+    "keep",
+)
+# What may differ when a run is resumed: it changes what is reported and how long, not the result.
+FREE_ON_RESUME = ("steps", "log_every", "keep", "profile_steps", "generate")
+
+
+class ConfigError(ValueError):
+    """A command line or config that cannot be run."""
+
+
+def parse_command_line(argv: Sequence[str], description: str) -> tuple[ConfigDict, Path]:
+    """Read `argv` (without the program's name) into a validated config and the workdir.
+
+    Raises:
+        ConfigError: an unknown flag, file, key, type or value, in one sentence.
+        SystemExit: after printing the help.
+    """
+    values = flags.FlagValues()
+    argv = ["affectgpt_jax", *argv]
+    config_flags.DEFINE_config_file(
+        "config",
+        default=str(find_config(DEFAULT)),
+        help_string=f"config file, or one of {', '.join(shipped_configs())}",
+        flag_values=values,
+        sys_argv=(argv := [_resolve_config_flag(arg) for arg in argv]),
+    )
+    flags.DEFINE_string(
+        "workdir", None, "directory of the run; default runs/NAME of the config", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "print this help", short_name="h", flag_values=values)
+    try:
+        rest = values(argv)[1:]
+        config = values.config
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(_one_sentence(error)) from None
+    if values.help:
+        print(f"{description}\n\n{values.get_help()}")
+        raise SystemExit(0)
+    if rest:
+        raise ConfigError(f"unexpected argument {rest[0]!r}; flags are --config.key=value")
+    validate(config)
+    path = values["config"].config_filename
+    return config, Path(values.workdir or f"runs/{Path(path).stem}")
+
+
+def shipped_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    folder = importlib.resources.files("affectgpt_jax.configs")
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(n.removesuffix(".py") for n in names if n.endswith(".py") and n != "__init__.py")
+
+
+def find_config(name: str) -> Path:
+    """The file of a config given by path or by the name of a shipped one.
+
+    Raises:
+        ConfigError: neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    # "configs/demo.py" means the shipped file too, so that the README's commands work anywhere.
+    stem = path.name.removesuffix(".py")
+    if path.parent in (Path("."), Path("configs")) and stem in shipped_configs():
+        return Path(str(importlib.resources.files("affectgpt_jax.configs") / f"{stem}.py"))
+    raise ConfigError(
+        f"--config={name}: no such file, nor one of the shipped configs {shipped_configs()}"
+    )
+
+
+def _resolve_config_flag(arg: str) -> str:
+    match = re.fullmatch(r"--?config=(.*)", arg)
+    return f"--config={find_config(match[1])}" if match else arg
+
+
+def _one_sentence(error: Exception) -> str:
+    """The last line of a message: absl and ml_collections put tracebacks and echoes before it."""
+    text = str(error.args[0] if error.args else error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def validate(config: ConfigDict) -> None:
+    """Compare a config with the schema.
+
+    Raises:
+        ConfigError: an unknown or missing key, a value of another type, a value out of its range,
+            or a combination that cannot run; one sentence that names the key.
+    """
+    _check_keys(config, affectgpt_qwen25_7b.get_config(), "config")
+    for key, choices in CHOICES.items():
+        if _get(config, key) not in choices:
+            raise ConfigError(f"config.{key} is {_get(config, key)!r}; expected one of {choices}")
+    for key in POSITIVE:
+        if _get(config, key) < 1:
+            raise ConfigError(f"config.{key} is {_get(config, key)}; expected 1 or more")
+    if config.batch_size % config.accumulation:
+        raise ConfigError(
+            f"config.accumulation={config.accumulation} does not divide "
+            f"config.batch_size={config.batch_size}"
+        )
+    if not 0 <= config.data.val_share < 1:
+        raise ConfigError(
+            f"config.data.val_share is {config.data.val_share}; expected a share in [0, 1)"
+        )
+
+
+def _get(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _check_keys(found: ConfigDict, schema: ConfigDict, where: str) -> None:
+    for key in found:
+        if key not in schema:
+            raise ConfigError(f"{where}.{key} is not a key; expected one of {sorted(schema)}")
+    for key, default in schema.items():
+        if key not in found:
+            raise ConfigError(f"{where}.{key} is missing; the paper's recipe has {default!r}")
+        value = found[key]
+        if isinstance(default, ConfigDict) and isinstance(value, ConfigDict):
+            _check_keys(value, default, f"{where}.{key}")
+        elif type(value) is not type(default):
+            raise ConfigError(
+                f"{where}.{key} is {value!r}, of type {type(value).__name__}; "
+                f"expected {type(default).__name__}, as in {default!r}"
+            )
+
+
+def check_same_run(config: ConfigDict, workdir: Path) -> None:
+    """Remember the config in `workdir/config.json`, or compare with the one that is there.
+
+    Raises:
+        ConfigError: the workdir holds a run with other settings; the message names the first.
+    """
+    path = workdir / "config.json"
+    mine = json.loads(config.to_json())
+    if not path.exists():
+        path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
+        return
+    theirs = json.loads(path.read_text(encoding="utf-8"))
+    for key in sorted(mine.keys() | theirs.keys()):
+        if key not in FREE_ON_RESUME and mine.get(key) != theirs.get(key):
+            raise ConfigError(
+                f"{workdir} holds a run with config.{key}={theirs.get(key)!r}, but now it is "
+                f"{mine.get(key)!r}; use another --workdir, or the same settings to resume"
+            )

@@ -1,0 +1,1 @@
+"""Records, prompts, tokens and batches; NumPy and Grain, never JAX."""

@@ -1,0 +1,328 @@
+"""The demo world: generated clips whose emotion, and whose best possible score, are known.
+
+Twenty-four emotion words stand on a grid of six valence by four arousal levels. An emotion causes
+
+* a **face** cue, a noisy reading of its valence level,
+* a **voice** cue, a noisy reading of its arousal level,
+* a **subtitle**, whose topic tells only a third of the valence and a half of the arousal scale.
+
+No modality names the emotion alone. Cues are words; what a model sees of face and voice are feature
+vectors, `cue direction + clip nuisance + per-frame noise`, as an encoder would give. In some clips
+a modality is absent, and in some it comes from another emotion (a conflict).
+
+All of it is one generative model with exact likelihoods, so `World.posterior` is Bayes' rule and
+not an estimate, and the ceiling of an input mode is the hit rate of the best possible predictor.
+
+The *meaning* of cues is fixed; a seed draws their *appearance* (directions in feature space) and
+the clips. So a language model that knows the meaning can be shipped, while what joins features to
+words has to be learned anew for every seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from affectgpt_jax.data.records import MANIFEST_FILE, Record, RecordDataset, write_records
+
+# Rows: valence from very negative to very positive. Columns: arousal from calm to intense.
+EMOTION_GRID = (
+    ("hopeless", "ashamed", "disgusted", "terrified"),
+    ("lonely", "disappointed", "frustrated", "furious"),
+    ("bored", "doubtful", "worried", "alarmed"),
+    ("calm", "curious", "surprised", "amazed"),
+    ("relieved", "hopeful", "amused", "excited"),
+    ("content", "grateful", "joyful", "thrilled"),
+)
+EMOTIONS = tuple(word for row in EMOTION_GRID for word in row)
+FACE_CUES = (
+    ("grimace", "sob"),
+    ("frown", "scowl"),
+    ("pout", "squint"),
+    ("glance", "stare"),
+    ("smile", "dimple"),
+    ("grin", "laugh"),
+)  # two per valence level
+VOICE_CUES = (
+    ("whisper", "murmur"),
+    ("sigh", "drawl"),
+    ("chatter", "quaver"),
+    ("shout", "gasp"),
+)  # two per arousal level
+# Two valence levels by two arousal levels share a topic; the last topic fits every emotion.
+TOPICS = (
+    ("Nobody came for the {}.", "The {} is gone.", "I waited for the {}.", "I miss the {}."),
+    ("Who took the {}?", "Stop touching the {}!", "The {} is burning!", "Give back the {}!"),
+    ("So this is the {}.", "I wonder about the {}.", "Maybe the {} is here.", "Look at the {}."),
+    ("Wait, where is the {}?", "What is that {}?", "Did the {} move?", "Is the {} real?"),
+    ("Thank you for the {}.", "The {} is safe.", "I like the {}.", "We have the {} now."),
+    ("We won the {}!", "Here comes the {}!", "I love this {}!", "The {} is ours!"),
+    ("This is about the {}.", "I told you of the {}.", "He has a {}.", "You said the {}."),
+)
+OBJECTS = ("letter", "ticket", "house", "train", "dog", "song", "game", "key", "boat", "photo")
+
+MODALITIES = ("face", "audio", "text")
+CEILING_MODES = {
+    "face": ("face",),
+    "audio": ("audio",),
+    "text": ("text",),
+    "audio_face": ("audio", "face"),
+    "face_text": ("face", "text"),
+    "audio_text": ("audio", "text"),
+    "multi_audio_face_text": MODALITIES,
+}  # what each input mode sees
+SIZES = {"train": 6144, "val": 512, "test": 2048}
+_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3}
+
+FACE_OWN, VOICE_OWN, TOPIC_OWN = 0.78, 0.84, 0.85  # share of cues that read their level right
+ABSENT = 0.04  # chance that a modality is absent, each
+CONFLICT = 0.06  # chance that one modality of a clip comes from another emotion
+COMPANION = 0.3  # chance that a clip lists a second, neighbouring emotion
+
+# Feature space. Cue directions are this many per-frame standard deviations long: a single frame
+# is ambiguous, eight frames nearly never are, so the ceilings are set by the cues' meaning.
+FRAMES = 8
+WIDTHS = {"face": 768, "audio": 1024}  # as CLIP ViT-L/14 and HuBERT-Large
+NOISE = 0.3
+CUE_LENGTH = 6.0 * NOISE
+NUISANCE_DIMS, NUISANCE_STD = 8, 4.0 * NOISE
+
+
+def _banded(levels: int, own: float) -> np.ndarray:
+    """[levels, levels] rows of P(level read | level): `own` on the diagonal, rest on neighbours."""
+    table = np.eye(levels) * own
+    for i in range(levels):
+        neighbours = [j for j in (i - 1, i + 1) if 0 <= j < levels]
+        table[i, neighbours] = (1 - own) / len(neighbours)
+    return table
+
+
+def _cue_tables() -> dict[str, np.ndarray]:
+    """P(cue | emotion) for each modality, `[24, cues]`; a text cue is a topic."""
+    valence, arousal = np.divmod(np.arange(len(EMOTIONS)), len(VOICE_CUES))
+    face = np.repeat(_banded(len(FACE_CUES), FACE_OWN)[valence] / 2, 2, axis=1)
+    voice = np.repeat(_banded(len(VOICE_CUES), VOICE_OWN)[arousal] / 2, 2, axis=1)
+    topic = np.full((len(EMOTIONS), len(TOPICS)), (1 - TOPIC_OWN) / (len(TOPICS) - 1))
+    topic[np.arange(len(EMOTIONS)), valence // 2 * 2 + arousal // 2] = TOPIC_OWN
+    return {"face": face, "audio": voice, "text": topic}
+
+
+CUE_TABLES = _cue_tables()
+FACE_WORDS = tuple(word for level in FACE_CUES for word in level)
+VOICE_WORDS = tuple(word for level in VOICE_CUES for word in level)
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+    """What was drawn for `n` clips, before any feature: arrays of length n.
+
+    Attributes:
+        emotion: index into `EMOTIONS`, the truth.
+        cues: for each modality the index of its cue.
+        present: for each modality whether the clip has it.
+        subtitles, labels: the texts; an absent subtitle is "".
+    """
+
+    emotion: np.ndarray
+    cues: dict[str, np.ndarray]
+    present: dict[str, np.ndarray]
+    subtitles: list[str]
+    labels: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.emotion)
+
+    def description(self, i: int) -> str:
+        """One sentence per modality, then the emotion: names what was seen, not what was meant."""
+        seen = FACE_WORDS[self.cues["face"][i]] if self.present["face"][i] else "nothing"
+        heard = VOICE_WORDS[self.cues["audio"][i]] if self.present["audio"][i] else "nothing"
+        return f"The face shows {seen} and the voice gives {heard}. They feel {self.labels[i][0]}."
+
+
+def draw_clips(rng: np.random.Generator, n: int) -> Clips:
+    """Draw emotions, cues, absences, conflicts, subtitles and label lists of `n` clips."""
+    emotion = rng.integers(len(EMOTIONS), size=n)
+    conflicting = np.where(rng.random(n) < CONFLICT, rng.integers(3, size=n), -1)
+    other = rng.integers(len(EMOTIONS), size=n)
+    cues, present = {}, {}
+    for m, modality in enumerate(MODALITIES):
+        cause = np.where(conflicting == m, other, emotion)
+        cumulative = np.cumsum(CUE_TABLES[modality], axis=1)[cause]
+        draw = rng.random(n)[:, None]
+        # A row sums to 1 up to rounding, so the last cue takes what rounding leaves.
+        cues[modality] = (draw > cumulative[:, :-1]).sum(axis=1)
+        present[modality] = rng.random(n) >= ABSENT
+    sentence = rng.integers(4, size=n)
+    thing = rng.integers(len(OBJECTS), size=n)
+    subtitles = [
+        TOPICS[t][s].format(OBJECTS[o]) if here else ""
+        for t, s, o, here in zip(cues["text"], sentence, thing, present["text"], strict=True)
+    ]
+    return Clips(emotion, cues, present, subtitles, _label_lists(rng, emotion))
+
+
+def _label_lists(rng: np.random.Generator, emotion: np.ndarray) -> list[tuple[str, ...]]:
+    """The true word, and for some clips the same-arousal word one valence level away."""
+    columns, rows = len(VOICE_CUES), len(FACE_CUES)
+    has_companion = rng.random(len(emotion)) < COMPANION
+    step = np.where(rng.random(len(emotion)) < 0.5, 1, -1)
+    row = emotion // columns
+    step = np.where((row + step < 0) | (row + step >= rows), -step, step)
+    companion = emotion + step * columns
+    return [
+        (EMOTIONS[e], EMOTIONS[c]) if has else (EMOTIONS[e],)
+        for e, c, has in zip(emotion, companion, has_companion, strict=True)
+    ]
+
+
+def posterior(evidence: dict[str, np.ndarray], modalities: tuple[str, ...]) -> np.ndarray:
+    """P(emotion | evidence), exactly.
+
+    Args:
+        evidence: for each modality p(observation | cue), `[N, cues]`, up to a factor per clip; a
+            row of ones says nothing (the modality is absent).
+        modalities: those that the predictor sees.
+
+    Returns:
+        `[N, 24]`. A conflict touches at most one modality, so given the emotion the modalities are
+        not independent: the sum runs over which one conflicts, if any.
+    """
+    own = {m: evidence[m] @ CUE_TABLES[m].T for m in MODALITIES}  # p(observation | emotion)
+    anybody = {m: own[m].mean(axis=1, keepdims=True) for m in MODALITIES}  # of a random emotion
+    cases = [(None, 1 - CONFLICT)] + [(m, CONFLICT / 3) for m in MODALITIES]
+    joint = np.zeros((len(evidence["face"]), len(EMOTIONS)))
+    for conflicting, weight in cases:
+        likelihood = np.full_like(joint, weight)
+        for m in modalities:
+            likelihood *= anybody[m] if m == conflicting else own[m]
+        joint += likelihood
+    return joint / joint.sum(axis=1, keepdims=True)
+
+
+def word_evidence(clips: Clips) -> dict[str, np.ndarray]:
+    """Evidence for a reader of cue words: the cue itself where present, nothing where absent."""
+    return {
+        m: np.where(clips.present[m][:, None], np.eye(CUE_TABLES[m].shape[1])[clips.cues[m]], 1.0)
+        for m in MODALITIES
+    }
+
+
+def ceiling(evidence: dict[str, np.ndarray], modalities: tuple[str, ...]) -> float:
+    """Expected hit rate, 0 to 1, of the best one-label predictor that sees `modalities`."""
+    return float(posterior(evidence, modalities).max(axis=1).mean())
+
+
+class World:
+    """One seed's appearance of the cues, and the clips drawn from it.
+
+    Attributes:
+        directions: for face and audio, the unit-free cue vectors `[cues, d]`.
+        nuisance: for face and audio, orthonormal nuisance directions `[8, d]` ("who and where").
+        offset: for face and audio, the mean feature `[d]`.
+    """
+
+    def __init__(self, seed: int):
+        rng = np.random.default_rng([seed, 0])
+        self.seed = seed
+        self.directions, self.nuisance, self.offset = {}, {}, {}
+        for modality, width in WIDTHS.items():
+            cues = CUE_TABLES[modality].shape[1]
+            gaussian = rng.standard_normal((width, cues + NUISANCE_DIMS))
+            basis = np.linalg.qr(gaussian)[0].T.astype(np.float32)
+            # Half of a cue direction is shared with a nuisance direction, so that averaging frames
+            # does not separate cue from nuisance: the model has to learn what to look away from.
+            self.nuisance[modality] = basis[cues:]
+            mixed = basis[:cues] + 0.5 * basis[cues:][np.arange(cues) % NUISANCE_DIMS]
+            self.directions[modality] = CUE_LENGTH * mixed
+            self.offset[modality] = (NOISE * rng.standard_normal(width)).astype(np.float32)
+
+    def clips(self, split: str, size: int | None = None) -> Clips:
+        """Draw the clips of a split; `size` defaults to `SIZES[split]`."""
+        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split]])
+        return draw_clips(rng, SIZES[split] if size is None else size)
+
+    def features(self, clips: Clips, split: str) -> Iterator[dict[str, np.ndarray]]:
+        """Yield, clip by clip, the features that are present: `[8, d]` float16 each.
+
+        Every clip has its own generator, so clip i looks the same however many are drawn.
+        """
+        for i in range(len(clips)):
+            rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], i])
+            out = {}
+            for modality, width in WIDTHS.items():
+                identity = NUISANCE_STD * rng.standard_normal(NUISANCE_DIMS, dtype=np.float32)
+                noise = rng.standard_normal((FRAMES, width), dtype=np.float32)
+                clean = self.offset[modality] + self.directions[modality][clips.cues[modality][i]]
+                clean = clean + identity @ self.nuisance[modality]
+                if clips.present[modality][i]:
+                    out[modality] = (clean + NOISE * noise).astype(np.float16)
+            yield out
+
+    def records(self, split: str, size: int | None = None) -> Iterator[Record]:
+        """Yield the records of a split."""
+        clips = self.clips(split, size)
+        for i, features in enumerate(self.features(clips, split)):
+            yield Record(
+                name=f"demo-{split}-{i:05d}",
+                features=features,
+                subtitle=clips.subtitles[i],
+                description=clips.description(i),
+                labels=clips.labels[i],
+                emotion=EMOTIONS[clips.emotion[i]],
+                valence=float(clips.emotion[i] // len(VOICE_CUES)) / 2.5 - 1,
+                source="demo",
+            )
+
+    def feature_evidence(self, modality: str, features: np.ndarray) -> np.ndarray:
+        """p(features | cue) up to a factor per clip: features `[N, T, d]` -> `[N, cues]`.
+
+        The mean over frames is sufficient. It is Gaussian with covariance `s I + v U'U` (`s` the
+        frame noise over T, `v` the nuisance variance, `U` orthonormal), whose inverse is closed.
+        """
+        mean = features.astype(np.float64).mean(axis=1) - self.offset[modality]
+        s = NOISE**2 / features.shape[1]
+        shrink = NUISANCE_STD**2 / (NUISANCE_STD**2 + s)
+        basis = self.nuisance[modality].astype(np.float64)
+        directions = self.directions[modality].astype(np.float64)
+        residual = mean[:, None, :] - directions[None]  # [N, cues, d]
+        along = residual @ basis.T
+        distance = (residual**2).sum(-1) - shrink * (along**2).sum(-1)
+        log_likelihood = -0.5 * distance / s
+        return np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True))
+
+    def evidence(self, split: str, size: int | None = None) -> dict[str, np.ndarray]:
+        """Evidence of a split for a reader of features and subtitles, `{modality: [N, cues]}`.
+
+        A subtitle's topic can be read off its words with certainty.
+        """
+        clips = self.clips(split, size)
+        out = word_evidence(clips)
+        for modality in WIDTHS:
+            out[modality] = np.ones_like(out[modality])
+        for i, features in enumerate(self.features(clips, split)):
+            for modality, value in features.items():
+                out[modality][i] = self.feature_evidence(modality, value[None])[0]
+        return out
+
+
+def ceilings(evidence: dict[str, np.ndarray]) -> dict[str, float]:
+    """Ceiling, 0 to 1, of each single modality, each pair and all three, by input mode."""
+    return {mode: ceiling(evidence, seen) for mode, seen in CEILING_MODES.items()}
+
+
+def materialize(
+    directory: Path, seed: int, split: str, say: Callable[[str], None] = print
+) -> RecordDataset:
+    """Open a split's record directory, after writing it where it is not there yet."""
+    if not (directory / MANIFEST_FILE).exists():
+        say(f"writing {SIZES[split]:,} generated clips to {directory}")
+        write_records(
+            directory,
+            World(seed).records(split),
+            encoders=dict.fromkeys(WIDTHS, f"demo world, seed {seed}"),
+            split=split,
+        )
+    return RecordDataset(directory)

@@ -1,0 +1,436 @@
+"""Clips on disk: precomputed features and their annotations, as ArrayRecord shards.
+
+A record directory holds one split of a data set:
+
+    manifest.json                           what is here: shapes, encoders, counts, hashes
+    index.jsonl                             one line a record, in order: all but feature values
+    records-00000-of-00003.array_record     the records, `group_size:1`, uncompressed
+
+The manifest comes last, so a directory that has one is complete. Nothing in the files depends on
+the clock or the machine: the same records give the same bytes.
+
+A record is these bytes, little-endian throughout:
+
+    4 bytes     magic `AGPT`
+    u32         format version
+    u32         crc32 of all that follows
+    u32         header length
+    header      UTF-8 JSON, padded with spaces so that the buffers start 16-byte aligned
+    buffers     float16, C order, in the order of the header's `features: [[name, T, d], ...]`
+"""
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import struct
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+
+FEATURES = ("face", "frame", "audio", "image")
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.jsonl"
+
+_MAGIC = b"AGPT"
+_PREFIX = struct.Struct("<4sIII")
+# Float16 features do not compress. A shard stores its options, so none is left to a default that
+# may follow the machine.
+_WRITER_OPTIONS = "group_size:1,uncompressed,max_parallelism:1"
+_UPDATE = f"this code reads version {FORMAT_VERSION}: update it, or write the data again"
+_RESTORE = "restore the directory from its source, or write it again"
+
+
+class RecordError(ValueError):
+    """A record, or a directory of records, is not what it has to be."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
+class Record:
+    """One clip.
+
+    `features` maps names of `FEATURES` to arrays `[T, d]`, finite and in the range of float16; a
+    modality that the clip lacks has no key. A decoded record holds read-only float16 arrays.
+    """
+
+    name: str
+    features: dict[str, np.ndarray]
+    subtitle: str = ""
+    description: str = ""
+    labels: tuple[str, ...] = ()
+    emotion: str = ""  # the single true word, where the data set has one
+    valence: float | None = None
+    source: str = ""  # the data set that the clip comes from
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexEntry:
+    """A `Record` without its feature values; `present` names its features in `FEATURES` order."""
+
+    name: str
+    subtitle: str
+    description: str
+    labels: tuple[str, ...]
+    emotion: str
+    valence: float | None
+    source: str
+    present: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The contents of `manifest.json`; every clip has its features in the shapes given here."""
+
+    format_version: int
+    split: str
+    count: int
+    shards: list[dict[str, Any]]  # {file, count, bytes, sha256}
+    features: dict[str, dict[str, Any]]  # name -> {frames: T, width: d, encoder, present: clips}
+    sources: dict[str, int]  # source -> clips
+    index_sha256: str
+    extra: dict[str, Any]  # the writer's own notes
+
+
+def encode(record: Record) -> bytes:
+    """Returns the bytes of a record, in the format that this module's docstring gives.
+
+    Raises:
+      RecordError: a field has the wrong type, a feature is not one of `FEATURES`, or its array is
+        not `[T, d]`, empty, not finite, or overflows float16.
+    """
+    where = f"record {record.name!r}"
+    unknown = set(record.features) - set(FEATURES)
+    if unknown:
+        raise RecordError(f"{where}: features {sorted(unknown)} are unknown; use {FEATURES}")
+    arrays = {feature: _to_float16(record, feature) for feature in _present(record)}
+    shapes = [[feature, *array.shape] for feature, array in arrays.items()]
+    header = _to_json(_annotations(record) | {"features": shapes}, where)
+    header += b" " * (-(_PREFIX.size + len(header)) % 16)
+    buffers = (array.tobytes() for array in arrays.values())
+    checked = b"".join([struct.pack("<I", len(header)), header, *buffers])
+    return struct.pack("<4sII", _MAGIC, FORMAT_VERSION, zlib.crc32(checked)) + checked
+
+
+def decode(data: bytes) -> Record:
+    """Returns the record that `encode` wrote; its arrays are read-only float16 views of `data`.
+
+    Raises RecordError where the bytes are no record, of another format version, or damaged.
+    """
+    if len(data) < _PREFIX.size or not data.startswith(_MAGIC):
+        raise RecordError("these bytes are not a record: they do not start with its prefix")
+    _, version, crc, header_length = _PREFIX.unpack_from(data)
+    if version != FORMAT_VERSION:
+        raise RecordError(f"format version {version} is unknown; {_UPDATE}")
+    if zlib.crc32(memoryview(data)[12:]) != crc:  # 12: the crc covers what comes after it
+        raise RecordError("the record is damaged: its checksum does not match")
+    offset = _PREFIX.size + header_length
+    header = json.loads(str(data[_PREFIX.size : offset], "utf-8"))
+    features = {}
+    for feature, frames, width in header.pop("features"):
+        values = np.frombuffer(data, "<f2", frames * width, offset)
+        features[feature] = values.reshape(frames, width)
+        offset += values.nbytes
+    return Record(features=features, labels=tuple(header.pop("labels")), **header)
+
+
+def write_records(
+    directory: str | os.PathLike[str],
+    records: Iterable[Record],
+    *,
+    encoders: dict[str, str],
+    records_per_shard: int = 4096,
+    split: str | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Manifest:
+    """Writes a record directory and returns its manifest; records are streamed, one at a time.
+
+    `encoders` names the encoder of every feature that occurs, `split` defaults to the directory's
+    name, and `extra` is any JSON object. Files appear in `directory` when all are written, the
+    manifest last. A write that fails removes what it wrote; one that is killed leaves no manifest
+    but a folder `.writing-*`, which may be deleted.
+
+    Raises:
+      RecordError: the directory has a manifest, there are no records, two have the same name, a
+        feature changes its shape between records or has no encoder, or `encode` refuses a record.
+      RuntimeError: ArrayRecord cannot write a shard, as when the disk is full.
+    """
+    directory = Path(directory)
+    if records_per_shard < 1:
+        raise ValueError(f"records_per_shard must be at least 1, got {records_per_shard}")
+    if (directory / MANIFEST_FILE).exists():
+        raise RecordError(f"{directory} already holds records; delete it or write elsewhere")
+    # They are needed last; trouble with them must show now, not after hours of extraction.
+    _to_json([encoders, extra], "encoders and extra")
+    directory.mkdir(parents=True, exist_ok=True)
+    # Inside the directory, since that may be a mount point, which a rename cannot cross.
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory) as temporary:
+        staging = Path(temporary)
+        with open(staging / INDEX_FILE, "wb") as index:
+            tally = _Tally(encoders, index)
+            payloads = (tally.admit(record) for record in records)
+            shards = _write_shards(staging, payloads, records_per_shard)
+        if not shards:
+            raise RecordError(f"{directory}: there are no records to write; check their source")
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            split=directory.absolute().name if split is None else split,
+            count=len(tally.names),
+            shards=shards,
+            features={f: tally.features[f] for f in FEATURES if f in tally.features},
+            sources=dict(tally.sources),
+            index_sha256=_sha256(staging / INDEX_FILE),
+            extra=extra or {},
+        )
+        text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
+        (staging / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        for file in [*(shard["file"] for shard in shards), INDEX_FILE, MANIFEST_FILE]:
+            os.replace(staging / file, directory / file)
+    return manifest
+
+
+def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
+    """Reads the manifest alone; RecordError if missing, malformed or of another version."""
+    path = Path(directory) / MANIFEST_FILE
+    try:
+        fields = json.loads(path.read_bytes())
+        if fields["format_version"] == FORMAT_VERSION:
+            return Manifest(**fields)
+    except FileNotFoundError:
+        why = "this is not a record directory, or its writing was interrupted; write it again"
+        raise RecordError(f"{path} is missing: {why}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecordError(f"{path} is malformed: {error}; {_RESTORE}") from error
+    raise RecordError(f"{path}: format version {fields['format_version']} is unknown; {_UPDATE}")
+
+
+class RecordDataset:
+    """Random access to the records of a directory, for any number of threads.
+
+    Opening checks cheaply that the directory is whole (the manifest, the size of every shard, the
+    lines and the hash of the index) and raises RecordError where it is not; `verify` reads all.
+    `index[i]` is an `IndexEntry` that describes record `i` without touching a shard.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.manifest = read_manifest(directory)
+        self._directory = Path(directory)
+        known = self.manifest.features
+        self._shapes = {f: (known[f]["frames"], known[f]["width"]) for f in known}
+        counts = [shard["count"] for shard in self.manifest.shards]
+        self._ends = list(itertools.accumulate(counts))
+        self._paths = [self._directory / shard["file"] for shard in self.manifest.shards]
+        self._check_sizes()
+        self.index = _read_index(self._directory / INDEX_FILE, self.manifest)
+        # With its range given, a shard is opened when it is first read, not here.
+        ranges = [f"{path}[0:{count}]" for path, count in zip(self._paths, counts, strict=True)]
+        self._source = ArrayRecordDataSource(ranges)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    def __getitem__(self, i: int) -> Record:
+        """Reads record `i`; negative numbers count from the end.
+
+        Raises RecordError, naming the shard and the record's number in it, where the bytes are
+        damaged or are not the record that index and manifest describe; IndexError past the end.
+        """
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"there is no record {i} among {len(self)}")
+        i = range(len(self))[i]
+        try:
+            record = decode(self._source[i])
+            found = record.name, {f: array.shape for f, array in record.features.items()}
+            expected = self.index[i].name, {f: self._shapes[f] for f in self.index[i].present}
+            if found != expected:
+                raise RecordError(f"found {found}, index and manifest expect {expected}")
+        except (RecordError, RuntimeError) as error:  # the ArrayRecord reader's is a RuntimeError
+            shard = bisect.bisect_right(self._ends, i)
+            number = i - self._ends[shard] + self.manifest.shards[shard]["count"]
+            where = f"{self._paths[shard]}, record {number} ({self.index[i].name!r})"
+            raise RecordError(f"{where} cannot be read: {error}; {_RESTORE}") from error
+        return record
+
+    def verify(self) -> None:
+        """Hashes every file; raises RecordError at the first that differs from the manifest."""
+        self._check_sizes()
+        _read_index(self._directory / INDEX_FILE, self.manifest)
+        for path, shard in zip(self._paths, self.manifest.shards, strict=True):
+            _expect(path, "sha256", _sha256(path), shard["sha256"])
+
+    def _check_sizes(self) -> None:
+        for path, shard in zip(self._paths, self.manifest.shards, strict=True):
+            found = path.stat().st_size if path.is_file() else "no such file"
+            _expect(path, "size in bytes", found, shard["bytes"])
+
+
+class RecordSubset:
+    """Some records of a data set, under the same interface.
+
+    Args:
+        dataset: the whole.
+        numbers: which of its records, in which order.
+    """
+
+    def __init__(self, dataset: RecordDataset, numbers: Sequence[int]):
+        self.manifest = dataset.manifest
+        self.index = [dataset.index[i] for i in numbers]
+        self._dataset, self._numbers = dataset, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, i: int) -> Record:
+        return self._dataset[self._numbers[i]]
+
+
+def hold_out(dataset: RecordDataset, share: float) -> tuple[RecordSubset, RecordSubset]:
+    """Splits a data set in two, the second with about `share` of the records.
+
+    A record's name alone decides, so it stays on its side when others come or go.
+
+    Raises:
+      RecordError: one of the sides would be empty.
+    """
+    sides: tuple[list[int], list[int]] = ([], [])
+    for i, entry in enumerate(dataset.index):
+        digest = hashlib.sha256(entry.name.encode("utf-8")).digest()
+        sides[int.from_bytes(digest[:8], "little") < share * 2**64].append(i)
+    if not all(sides):
+        found = f"holding out {share:g} of {len(dataset)} records leaves {len(sides[0])} to train"
+        raise RecordError(f"{found} and {len(sides[1])} to validate; name a validation set instead")
+    return RecordSubset(dataset, sides[0]), RecordSubset(dataset, sides[1])
+
+
+def _present(record: Record) -> tuple[str, ...]:
+    return tuple(feature for feature in FEATURES if feature in record.features)
+
+
+def _annotations(record: Record) -> dict[str, Any]:
+    """The fields of a record other than its features, checked, ready for JSON."""
+    where = f"record {record.name!r}"
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    del fields["features"]
+    for field in ("name", "subtitle", "description", "emotion", "source"):
+        if not isinstance(fields[field], str):
+            raise RecordError(f"{where}: {field} must be a string, got {fields[field]!r}")
+    if not record.name:
+        raise RecordError("a record has an empty name; give each a name of its own")
+    labels, valence = record.labels, record.valence
+    if not isinstance(labels, tuple) or not all(isinstance(label, str) for label in labels):
+        raise RecordError(f"{where}: labels must be a tuple of strings, got {labels!r}")
+    if valence is not None:
+        if not isinstance(valence, int | float) or not math.isfinite(valence):
+            raise RecordError(f"{where}: valence must be a finite number or None, got {valence!r}")
+        fields["valence"] = float(valence)
+    return fields
+
+
+def _to_float16(record: Record, feature: str) -> np.ndarray:
+    where = f"record {record.name!r}, feature {feature!r}"
+    values = np.asarray(record.features[feature])
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "fiu":
+        found = f"{values.dtype} {list(values.shape)}"
+        raise RecordError(f"{where}: expected a non-empty numeric array [T, d], got {found}")
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        found = f"{len(bad)} values are not finite, the first at {bad[0].tolist()}"
+        raise RecordError(f"{where}: {found}; extract the clip again or leave the feature out")
+    with np.errstate(over="ignore"):
+        half = values.astype("<f2")
+    if not np.isfinite(half).all():
+        found = f"{np.abs(values).max():g} overflows float16, whose largest value is 65504"
+        raise RecordError(f"{where}: {found}; check the encoder, or scale its features")
+    return half
+
+
+def _to_json(value: Any, where: str) -> bytes:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8")
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"{where} cannot be written as UTF-8 JSON: {error}") from error
+
+
+class _Tally:
+    """Admits records one by one and gathers what the manifest says of them together."""
+
+    def __init__(self, encoders: dict[str, str], index: BinaryIO):
+        self.encoders, self.index = encoders, index
+        self.names: set[str] = set()
+        self.features: dict[str, dict[str, Any]] = {}
+        self.sources: Counter[str] = Counter()
+
+    def admit(self, record: Record) -> bytes:
+        """Checks a record against those before it, adds it to the index, returns its bytes."""
+        data = encode(record)
+        where = f"record {record.name!r}"
+        if record.name in self.names:
+            raise RecordError(f"{where} comes twice; names must be unique")
+        for feature in _present(record):
+            if feature not in self.encoders:
+                raise RecordError(f"{where}: encoders has no entry for its feature {feature!r}")
+            frames, width = np.shape(record.features[feature])
+            new = {"frames": frames, "width": width, "encoder": self.encoders[feature]}
+            known = self.features.setdefault(feature, new | {"present": 0})
+            expected = [known["frames"], known["width"]]
+            if [frames, width] != expected:
+                found = f"feature {feature!r} is {[frames, width]}, before it {expected}"
+                raise RecordError(f"{where}: {found}; extract all clips with the same settings")
+            known["present"] += 1
+        self.names.add(record.name)
+        self.sources[record.source] += 1
+        self.index.write(_to_json(_annotations(record) | {"present": _present(record)}, where))
+        self.index.write(b"\n")
+        return data
+
+
+def _write_shards(directory: Path, payloads: Iterator[bytes], per_shard: int) -> list[dict]:
+    """Writes the payloads as shards into `directory`; returns the manifest's `shards`."""
+    shards = []
+    for first in payloads:
+        path, count = directory / f"{len(shards)}.partial", 0
+        writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        for payload in itertools.chain([first], itertools.islice(payloads, per_shard - 1)):
+            writer.write(payload)
+            count += 1
+        writer.close()
+        facts = {"count": count, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        shards.append({"file": path.name, **facts})
+    for number, shard in enumerate(shards):
+        # Only now is the number of shards known, which each name carries.
+        file = f"records-{number:05}-of-{len(shards):05}.array_record"
+        os.rename(directory / shard["file"], directory / file)
+        shard["file"] = file
+    return shards
+
+
+def _read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
+    data = path.read_bytes() if path.is_file() else b""
+    lines = data.split(b"\n")[:-1]  # not splitlines(): texts may hold other line separators
+    _expect(path, "lines", len(lines), manifest.count)
+    _expect(path, "sha256", hashlib.sha256(data).hexdigest(), manifest.index_sha256)
+    entries = [json.loads(line) for line in lines]
+    tuples = [{k: tuple(entry[k]) for k in ("labels", "present")} for entry in entries]
+    return [IndexEntry(**(e | t)) for e, t in zip(entries, tuples, strict=True)]
+
+
+def _expect(path: Path, quantity: str, found: Any, expected: Any) -> None:
+    if found != expected:
+        what = f"{quantity}: found {found}, the manifest expects {expected}"
+        raise RecordError(f"{path}: {what}; {_RESTORE}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

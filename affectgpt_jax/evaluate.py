@@ -1,0 +1,155 @@
+"""From a model and clips to answers, labels and scores."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from affectgpt_jax.build import Records
+from affectgpt_jax.data.pipeline import View, sequential_batches
+from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.models.affectgpt import AffectGPT
+from affectgpt_jax.models.generate import greedy
+from affectgpt_jax.training.sharding import shard_batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a model wrote about every clip of a data set.
+
+    Attributes:
+        texts: by record number.
+        cut: how many reached the limit of new tokens before they ended.
+    """
+
+    texts: list[str]
+    cut: int
+
+
+class Generator:
+    """Greedy answers, one compiled program per prompt length bucket.
+
+    Args:
+        model: the modules.
+        base: frozen weights.
+        view: how clips become prompts.
+        mesh: batches are split over it.
+        batch_size: prompts at a time.
+        max_new_tokens: an answer is cut off there.
+    """
+
+    def __init__(
+        self,
+        model: AffectGPT,
+        base: Any,
+        view: View,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+    ):
+        self._view, self._mesh, self._base = view, mesh, base
+        # The batch axis must divide over the devices that share it.
+        shares = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._batch_size = -(-batch_size // shares) * shares
+        stops = {view.tokenizer.end_id, *view.tokenizer.ids_holding(view.prompts.end)}
+        self._stop_ids = np.asarray(sorted(stops), np.int32)
+        self._generate = jax.jit(
+            functools.partial(
+                greedy,
+                model,
+                stop_ids=jnp.asarray(self._stop_ids),
+                pad_id=view.tokenizer.end_id,
+                max_new_tokens=max_new_tokens,
+            )
+        )
+
+    def answer(
+        self,
+        trainable: Any,
+        dataset: Records,
+        question: str,
+        feature_from: Sequence[int] | None = None,
+    ) -> Answers:
+        """Ask one question about every clip.
+
+        Args:
+            trainable: adapters and fusion.
+            dataset: the clips.
+            question: a label type of the prompts.
+            feature_from: for each clip the number of the one whose features it gets instead of its
+                own; a permutation is the control that shows what features are worth.
+        """
+        examples = self._view.prompt_examples(dataset, question)
+        texts, cut = [""] * len(dataset), 0
+        batches = sequential_batches(
+            dataset, self._view, examples, self._batch_size, 1, feature_from
+        )
+        for numbers, batch in batches:
+            tokens = np.asarray(self._generate(self._base, trainable, shard_batch(self._mesh, batch)))
+            for number, row in zip(numbers, tokens[: len(numbers)], strict=True):
+                cut += not np.isin(row, self._stop_ids).any()
+                texts[number] = self._view.tokenizer.decode(row).split(self._view.prompts.end)[0]
+        return Answers(texts, cut)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelScore:
+    """Hit rate with one label a clip, and what it was computed from."""
+
+    hit: float
+    labels_per_clip: float
+    labels: list[list[str]]
+    answers: Answers
+
+
+def score_labels(
+    generator: Generator,
+    view: View,
+    trainable: Any,
+    dataset: Records,
+    feature_from: Sequence[int] | None = None,
+) -> LabelScore:
+    """Ask for labels and compare the first with the clip's true word.
+
+    Raises:
+        ValueError: the data set has no true words.
+    """
+    answers = generator.answer(trainable, dataset, "ovlabel", feature_from)
+    labels = [view.prompts.read_labels(text) for text in answers.texts]
+    truth = [entry.emotion for entry in dataset.index]
+    return LabelScore(
+        metrics.hit_rate(labels, truth, max_labels=1),
+        metrics.labels_per_clip(labels),
+        labels,
+        answers,
+    )
+
+
+def has_truth(dataset: Records | None) -> bool:
+    """Whether every clip names its one true emotion."""
+    return dataset is not None and all(entry.emotion for entry in dataset.index)
+
+
+def write_predictions(workdir: Path, dataset: Records, score: LabelScore) -> None:
+    """Write `predictions.jsonl` (name, text, labels) and `truth.csv` (name, emotion)."""
+    with (workdir / "predictions.jsonl").open("w", encoding="utf-8") as file:
+        for entry, text, labels in zip(
+            dataset.index, score.answers.texts, score.labels, strict=True
+        ):
+            line = {"name": entry.name, "text": text, "labels": labels}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    with (workdir / "truth.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "emotion"])
+        writer.writerows([entry.name, entry.emotion] for entry in dataset.index)

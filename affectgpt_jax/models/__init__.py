@@ -1,0 +1,1 @@
+"""Pure model code: no meshes, no files, no flags."""

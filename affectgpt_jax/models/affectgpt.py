@@ -1,0 +1,185 @@
+"""AffectGPT assembled: soft tokens placed in a prompt, the decoder, the loss.
+
+A model is two Flax modules and plain functions over their parameters:
+
+    base       the frozen decoder, `params` of `Qwen2`
+    trainable  {"lora": adapters of `Qwen2`, "fusion": `params` of `Fusion`}
+
+Only `trainable` is ever differentiated. A batch is a dict of arrays, B rows of T tokens:
+
+    tokens            [B, T] int32     ids; those under a soft token do not matter
+    positions         [B, T] int32     rotary positions, from 0 in every segment
+    segment_ids       [B, T] int32     0 for padding, 1... for samples
+    soft_index        [B, T] int32     0, or 1 + the row of `soft` [B, K, D] that stands here
+    target_positions  [B, S] int32     whose hidden state predicts a supervised token
+    targets           [B, S] int32     that token
+    target_weights    [B, S] float32   1, or 0 for filler
+    features          name -> [B, F, d] float16
+    present           name -> [B] bool
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from affectgpt_jax.models.fusers import Fusion
+from affectgpt_jax.models.qwen2 import (
+    KVCache,
+    Qwen2,
+    init_base,
+    init_lora,
+    unembedding,
+)
+
+Batch = Mapping[str, Any]
+
+# Positions whose logits are alive at once: 512 x 152,064 float32 logits take 0.3 GiB, and the
+# product with the vocabulary is still large enough to run at full speed.
+LOSS_CHUNK = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class AffectGPT:
+    """The modules of one model; `fusion` is None for a text-only input mode."""
+
+    qwen2: Qwen2
+    fusion: Fusion | None
+
+
+def init_trainable(model: AffectGPT, key: jax.Array) -> dict[str, Any]:
+    """Fresh `trainable` tree, float32."""
+    lora_key, fusion_key = jax.random.split(key)
+    trainable = {"lora": init_lora(model.qwen2, lora_key), "fusion": {}}
+    if model.fusion is not None:
+        config = model.fusion.config
+        features = {name: jnp.zeros((1, 1, config.feature_width(name))) for name in config.inputs}
+        present = {name: jnp.ones(1, bool) for name in config.inputs}
+        trainable["fusion"] = model.fusion.init(fusion_key, features, present)["params"]
+    return trainable
+
+
+def init_random_base(model: AffectGPT, key: jax.Array) -> Any:
+    """Random `base` tree; with `jax.eval_shape` its shapes, which loading and sharding follow."""
+    return init_base(model.qwen2, key)
+
+
+def embed_inputs(
+    model: AffectGPT, base: Any, trainable: Any, batch: Batch, dropout_key: jax.Array | None
+) -> jax.Array:
+    """Token embeddings `[B, T, D]` with the soft tokens in their places."""
+    embeds = model.qwen2.apply({"params": base}, batch["tokens"], method="embed")
+    if model.fusion is None:
+        return embeds
+    soft = model.fusion.apply(
+        {"params": trainable["fusion"]},
+        batch["features"],
+        batch["present"],
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    index = batch["soft_index"][..., None]
+    # A gather, so that any number of samples may share a row; index 0 reads a row that the
+    # selection then discards.
+    placed = jnp.take_along_axis(soft, jnp.maximum(index - 1, 0), axis=1)
+    return jnp.where(index > 0, placed.astype(embeds.dtype), embeds)
+
+
+def hidden_states(
+    model: AffectGPT,
+    base: Any,
+    trainable: Any,
+    batch: Batch,
+    *,
+    dropout_key: jax.Array | None = None,
+    keep_cache: bool = False,
+) -> tuple[jax.Array, KVCache | None]:
+    """Final hidden states `[B, T, D]` of whole rows, and the key-value cache if asked for.
+
+    `dropout_key` turns on the dropout of LoRA and Q-Formers; None is evaluation.
+    """
+    fusion_key = lora_key = None
+    if dropout_key is not None:
+        fusion_key, lora_key = jax.random.split(dropout_key)
+    embeds = embed_inputs(model, base, trainable, batch, fusion_key)
+    return model.qwen2.apply(
+        {"params": base, "lora": trainable["lora"]},
+        embeds,
+        batch["positions"],
+        batch["segment_ids"],
+        keep_cache=keep_cache,
+        deterministic=dropout_key is None,
+        rngs=None if lora_key is None else {"dropout": lora_key},
+    )
+
+
+def loss_sum_and_count(
+    model: AffectGPT,
+    base: Any,
+    trainable: Any,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy of the supervised tokens and their number, both float32 scalars.
+
+    Unreduced, so that accumulation and data parallelism divide once, by the count of the whole
+    batch. Hidden states are gathered at the supervised positions before the vocabulary projection:
+    prompts are most of a batch, and their logits are never needed.
+    """
+    states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
+    states = jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
+    weights = batch["target_weights"].astype(jnp.float32)
+    loss = cross_entropy_sum(
+        states.reshape(-1, states.shape[-1]),
+        unembedding(base),
+        batch["targets"].reshape(-1),
+        weights.reshape(-1),
+    )
+    return loss, weights.sum()
+
+
+def cross_entropy_sum(
+    states: jax.Array,
+    vocabulary: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    chunk: int = LOSS_CHUNK,
+) -> jax.Array:
+    """Weighted sum of `-log softmax(states @ vocabulary)[target]`, with float32 logits.
+
+    Args:
+        states: `[N, D]`.
+        vocabulary: `[D, V]`.
+        targets: `[N]` int32.
+        weights: `[N]` float32.
+        chunk: positions per block; logits of one block are alive at a time, in the backward pass
+            too, where they are computed again.
+
+    Returns:
+        float32 scalar.
+    """
+    vocabulary = vocabulary.astype(states.dtype)
+
+    def block(states, targets, weights):
+        logits = jnp.einsum("nd,dv->nv", states, vocabulary, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * weights)
+
+    count = states.shape[0]
+    if count <= chunk:
+        return block(states, targets, weights)
+    filler = -count % chunk
+
+    def blocks(x: jax.Array) -> jax.Array:
+        padded = jnp.pad(x, [(0, filler)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(-1, chunk, *x.shape[1:])
+
+    def body(total, inputs):
+        return total + jax.checkpoint(block)(*inputs), None
+
+    start = jnp.zeros((), jnp.float32)
+    return jax.lax.scan(body, start, (blocks(states), blocks(targets), blocks(weights)))[0]

@@ -1,0 +1,84 @@
+"""Greedy decoding with a key-value cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch, hidden_states
+from affectgpt_jax.models.qwen2 import DecodeStep, KVCache, unembedding
+
+
+def greedy(
+    model: AffectGPT,
+    base: Any,
+    trainable: Any,
+    batch: Batch,
+    stop_ids: jax.Array,
+    pad_id: int,
+    max_new_tokens: int,
+) -> jax.Array:
+    """Continue every prompt of a batch by its most probable tokens.
+
+    Args:
+        model: the modules.
+        base: frozen weights.
+        trainable: adapters and fusion.
+        batch: prompts, right-padded, one sample a row; targets are not read.
+        stop_ids: `[n]` int32; a row ends with the first of these that it writes.
+        pad_id: written after a row's end.
+        max_new_tokens: an answer is cut off there.
+
+    Returns:
+        `[B, max_new_tokens]` int32. A row's tokens do not depend on the other rows.
+    """
+    rows, length = batch["tokens"].shape
+    lengths = (batch["segment_ids"] > 0).sum(axis=1, dtype=jnp.int32)
+    vocabulary = unembedding(base)
+
+    def next_token(states: jax.Array) -> jax.Array:
+        logits = jnp.einsum(
+            "bd,dv->bv",
+            states,
+            vocabulary.astype(states.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    states, cache = hidden_states(model, base, trainable, batch, keep_cache=True)
+    # An empty filler row has no last token; position 0 stands in, and nobody reads what follows.
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    token = next_token(jnp.take_along_axis(states, last, axis=1)[:, 0])
+    room = [(0, 0), (0, 0), (0, max_new_tokens - 1), (0, 0), (0, 0)]
+    cache = KVCache(*(jnp.pad(x, room) for x in cache))
+    slots = jnp.arange(length + max_new_tokens - 1)
+    in_prompt = slots < lengths[:, None]
+
+    def unfinished(carry) -> jax.Array:
+        i, _, done, _, _ = carry
+        return (i < max_new_tokens) & ~done.all()
+
+    def write(carry):
+        i, token, done, written, cache = carry
+        written = written.at[:, i].set(jnp.where(done, pad_id, token))
+        done = done | jnp.isin(token, stop_ids)
+        # All rows share slot `length + i`, whatever their prompt's length; the rotary position
+        # continues each row's own count, and the gap between stays masked.
+        generated = (slots >= length) & (slots <= length + i)
+        step = DecodeStep(length + i, in_prompt | generated)
+        embeds = model.qwen2.apply({"params": base}, token[:, None], method="embed")
+        states, cache = model.qwen2.apply(
+            {"params": base, "lora": trainable["lora"]},
+            embeds,
+            (lengths + i)[:, None],
+            cache=cache,
+            step=step,
+            keep_cache=True,
+        )
+        return i + 1, next_token(states[:, 0]), done, written, cache
+
+    written = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
+    start = (jnp.int32(0), token, lengths == 0, written, cache)
+    return jax.lax.while_loop(unfinished, write, start)[3]

@@ -1,0 +1,92 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685) of frozen projections.
+
+A projection `y = x W + b` becomes `y = x W + b + (alpha / r) * dropout(x) A B`, with `A [in, r]`
+drawn from U(+-1/sqrt(in)) (PEFT's Kaiming-uniform with a = sqrt 5) and `B [r, out]` zero, so that a
+fresh adapter changes nothing. `W` and `b` are frozen; only A and B are trained and saved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which projections get an adapter, and its size.
+
+    The recipe keeps alpha at 32 for every rank, so the scale is 4 / 2 / 1 at rank 8 / 16 / 32.
+
+    Raises:
+        ValueError: an unknown or repeated target, a rank below 1, a dropout outside [0, 1).
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = TARGETS
+
+    def __post_init__(self):
+        unknown = [t for t in self.targets if t not in TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) != len(self.targets):
+            raise ValueError(
+                f"lora.targets is {self.targets!r}; expected distinct names out of {TARGETS}"
+            )
+        if self.rank < 1:
+            raise ValueError(f"lora.rank is {self.rank}; expected 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout is {self.dropout}; expected a share in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """U(+-1/sqrt(in)) for a kernel `[in, out]`: torch's Linear default, PEFT's choice for A."""
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+class Projection(nn.Module):
+    """A linear layer with frozen `params` (kernel `[in, out]`, bias) and an optional adapter.
+
+    The adapter lives in the collection `lora`; applied without that collection, the layer is the
+    plain base model. Dropout draws one mask per projection from the stream `dropout`, as PEFT does.
+    """
+
+    features: int
+    use_bias: bool
+    lora: LoraConfig | None
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        kernel = self.param(
+            "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), self.param_dtype
+        )
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+            y = y + bias.astype(self.dtype)
+        if self.lora is None or not (
+            self.is_initializing() or self.has_variable("lora", "lora_a")
+        ):
+            return y
+        rank = self.lora.rank
+        lora_a = self.variable(
+            "lora",
+            "lora_a",
+            lambda: kaiming_uniform(self.make_rng("lora"), (x.shape[-1], rank)),
+        ).value.astype(self.dtype)
+        lora_b = self.variable(
+            "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
+        ).value.astype(self.dtype)
+        x = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
+        return y + (x @ lora_a) @ lora_b * self.lora.scale

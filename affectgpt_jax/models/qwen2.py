@@ -1,0 +1,332 @@
+"""The Qwen2 / Qwen2.5 decoder (arXiv 2407.10671, 2412.15115) with LoRA beside frozen weights.
+
+One module, two variable collections: `params` holds the frozen base under its Hugging Face names,
+`lora` the adapters. Layers are stacked along a leading axis and run by `nn.scan`, so compile time
+does not grow with depth and a checkpoint tensor maps to one slice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from affectgpt_jax.models import attention
+from affectgpt_jax.models.lora import LoraConfig, Projection
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen2Config:
+    """The shape of a decoder; defaults are Qwen2.5-7B-Instruct."""
+
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    head_dim: int = 128
+    rope_theta: float = 1e6
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = True
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Qwen2Config:
+        """Read the contents of a Hugging Face `config.json`.
+
+        Both spellings of the rotary base are read: `rope_theta`, and `rope_parameters` as
+        transformers 5 writes it.
+
+        Raises:
+            ValueError: another architecture, scaled rotary positions, a sliding window that is in
+                use, or a missing key.
+        """
+        kind = config.get("model_type")
+        if kind != "qwen2":
+            raise ValueError(f"model_type is {kind!r}; expected 'qwen2'")
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ValueError(f"scaled rotary positions are not supported, found {rope}")
+        if config.get("use_sliding_window"):
+            raise ValueError("use_sliding_window is true; only full attention is supported")
+        heads = config.get("num_attention_heads")
+        values = {
+            "tie_word_embeddings": False,
+            "num_key_value_heads": heads,
+            **config,
+            "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+        }
+        if not values.get("head_dim") and heads and values.get("hidden_size"):
+            values["head_dim"] = values["hidden_size"] // heads
+        fields = [f.name for f in dataclasses.fields(cls) if f.name != "qkv_bias"]
+        missing = [key for key in fields if values.get(key) is None]
+        if missing:
+            raise ValueError(f"no value for {', '.join(missing)}")
+        return cls(**{key: values[key] for key in fields})
+
+
+# Shapes of the published family, so that a run can be planned before any file is there.
+PUBLISHED = {
+    "Qwen2.5-0.5B-Instruct": Qwen2Config(
+        151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True
+    ),
+    "Qwen2.5-1.5B-Instruct": Qwen2Config(
+        151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True
+    ),
+    "Qwen2.5-3B-Instruct": Qwen2Config(
+        151936, 2048, 11008, 36, 16, 2, 128, tie_word_embeddings=True
+    ),
+    "Qwen2.5-7B-Instruct": Qwen2Config(),
+    "Qwen2.5-14B-Instruct": Qwen2Config(152064, 5120, 13824, 48, 40, 8, 128),
+    "Qwen2.5-32B-Instruct": Qwen2Config(152064, 5120, 27648, 64, 40, 8, 128),
+    "Qwen2.5-72B-Instruct": Qwen2Config(152064, 8192, 29568, 80, 64, 8, 128),
+}
+
+
+class KVCache(NamedTuple):
+    """Keys (rotated) and values of all layers, `[L, B, S, K, d]` each."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class DecodeStep(NamedTuple):
+    """Where one decode step stands: `slot` (int32 scalar) is where every row writes its new key
+    and value, `key_mask` `[B, S]` says which slots each row may read, `slot` included."""
+
+    slot: jax.Array
+    key_mask: jax.Array
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), computed in float32."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rotary_tables(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines `[B, T, width/2]` float32 for positions `[B, T]` (Su et al. 2021)."""
+    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    angles = positions[..., None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate `[B, T, H, d]` by position; dimension i pairs with i + d/2, as Hugging Face does."""
+    cos, sin = (table[:, :, None, :] for table in rotary)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    eps: float
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        return rms_norm(x, scale, self.eps)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a decoder runs, as opposed to what it computes.
+
+    Attributes:
+        dtype: of activations and matrix products; norms and softmax stay float32.
+        param_dtype: of the frozen weights.
+        remat: "none" keeps every activation; "dots" recomputes all but matrix products in the
+            backward pass; "full" keeps only each layer's input.
+        attend: the causal attention backend.
+        shard: `(x, logical axes) -> x`, called on activations; the identity on one device.
+
+    Raises:
+        ValueError: an unknown remat policy.
+    """
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    remat: str = "none"
+    attend: attention.CausalAttention = attention.causal
+    shard: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = lambda x, axes: x
+
+    def __post_init__(self):
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; expected one of {sorted(REMAT_POLICIES)}")
+
+
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm block; returns the hidden states and this layer's keys and values."""
+
+    config: Qwen2Config
+    lora: LoraConfig | None
+    execution: Execution
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden_states: jax.Array,
+        cache: KVCache | None,
+        rotary: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+        step: DecodeStep | None,
+        keep_cache: bool,
+        deterministic: bool,
+    ) -> tuple[jax.Array, KVCache | None]:
+        c, run = self.config, self.execution
+        batch, length, width = hidden_states.shape
+
+        def project(name: str, x: jax.Array, features: int, use_bias: bool = False) -> jax.Array:
+            lora = self.lora if self.lora and name in self.lora.targets else None
+            layer = Projection(features, use_bias, lora, run.dtype, run.param_dtype, name=name)
+            return layer(x, deterministic)
+
+        def heads(name: str, x: jax.Array, count: int) -> jax.Array:
+            y = project(name, x, count * c.head_dim, c.qkv_bias)
+            return run.shard(
+                y.reshape(batch, length, count, c.head_dim), ("batch", None, "heads", None)
+            )
+
+        x = RMSNorm(c.rms_norm_eps, run.param_dtype, name="input_layernorm")(hidden_states)
+        query = rotate(heads("q_proj", x, c.num_attention_heads), rotary)
+        key = rotate(heads("k_proj", x, c.num_key_value_heads), rotary)
+        value = heads("v_proj", x, c.num_key_value_heads)
+        if step is None:
+            attended = run.attend(query, key, value, segment_ids)
+        else:
+            at = (0, step.slot, 0, 0)
+            key = jax.lax.dynamic_update_slice(cache.key, key, at)
+            value = jax.lax.dynamic_update_slice(cache.value, value, at)
+            attended = attention.cached(query, key, value, step.key_mask)
+        attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
+        hidden_states = hidden_states + project("o_proj", attended, width)
+
+        x = RMSNorm(c.rms_norm_eps, run.param_dtype, name="post_attention_layernorm")(hidden_states)
+        gate = project("gate_proj", x, c.intermediate_size)
+        up = project("up_proj", x, c.intermediate_size)
+        gated = run.shard(nn.silu(gate) * up, ("batch", None, "mlp"))
+        hidden_states = hidden_states + project("down_proj", gated, width)
+        hidden_states = run.shard(hidden_states, ("batch", None, None))
+        return hidden_states, KVCache(key, value) if keep_cache else None
+
+
+class Qwen2(nn.Module):
+    """The decoder from embeddings to final-norm hidden states.
+
+    The vocabulary projection is left to the caller (`unembedding`), who needs it at few positions.
+    """
+
+    config: Qwen2Config
+    lora: LoraConfig | None = None
+    execution: Execution = Execution()
+
+    def setup(self):
+        c, run = self.config, self.execution
+        self.embed_tokens = self.param(
+            "embed_tokens",
+            nn.initializers.normal(0.02),
+            (c.vocab_size, c.hidden_size),
+            run.param_dtype,
+        )
+        if not c.tie_word_embeddings:
+            self.lm_head = self.param(
+                "lm_head",
+                nn.initializers.normal(0.02),
+                (c.hidden_size, c.vocab_size),
+                run.param_dtype,
+            )
+        layer = DecoderLayer
+        if run.remat != "none":
+            # Inside a scan XLA cannot merge the recomputation with the forward pass, so the
+            # barriers that prevent it elsewhere would only cost.
+            layer = nn.remat(
+                layer,
+                policy=REMAT_POLICIES[run.remat],
+                prevent_cse=False,
+                static_argnums=(6, 7),
+            )
+        self.layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True, "lora": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=c.num_hidden_layers,
+        )(c, self.lora, run)
+        self.norm = RMSNorm(c.rms_norm_eps, run.param_dtype)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """Token ids `[B, T]` -> embeddings `[B, T, D]`.
+
+        Placeholder ids that were added to the tokenizer may lie beyond the table; they are clipped
+        here and their embeddings replaced by soft tokens.
+        """
+        table = self.embed_tokens.astype(self.execution.dtype)
+        return jnp.take(table, tokens, axis=0, mode="clip")
+
+    def __call__(
+        self,
+        inputs_embeds: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        *,
+        cache: KVCache | None = None,
+        step: DecodeStep | None = None,
+        keep_cache: bool = False,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Run all layers.
+
+        Args:
+            inputs_embeds: `[B, T, D]`.
+            positions: `[B, T]` int32 rotary positions, counted from 0 in every segment.
+            segment_ids: `[B, T]` int32, 0 for padding; needed unless `step` is given.
+            cache: keys and values so far, with `step`.
+            step: set for decoding: `T` is 1 and the new token goes to `step.slot`.
+            keep_cache: return the keys and values (of the row, or the updated cache).
+            deterministic: no LoRA dropout.
+
+        Returns:
+            Hidden states `[B, T, D]` after the final norm, and the cache or None.
+        """
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        hidden_states = inputs_embeds.astype(self.execution.dtype)
+        hidden_states, cache = self.layers(
+            hidden_states, cache, rotary, segment_ids, step, keep_cache, deterministic
+        )
+        return self.norm(hidden_states), cache
+
+
+def unembedding(params: Mapping[str, Any]) -> jax.Array:
+    """The vocabulary projection `[D, V]` of a base, tied or not."""
+    return params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
+
+
+def init_base(module: Qwen2, key: jax.Array) -> dict[str, Any]:
+    """Random base weights, the `params` tree; with `jax.eval_shape` just its shapes."""
+    return _init(module, key)["params"]
+
+
+def init_lora(module: Qwen2, key: jax.Array) -> dict[str, Any]:
+    """Fresh adapters, the `lora` tree (empty where the module has none)."""
+    return _init(module, key).get("lora", {})
+
+
+def _init(module: Qwen2, key: jax.Array) -> dict[str, Any]:
+    embeds = jnp.zeros((1, 1, module.config.hidden_size), module.execution.dtype)
+    ids = jnp.zeros((1, 1), jnp.int32)
+    params_key, lora_key = jax.random.split(key)
+    return module.init({"params": params_key, "lora": lora_key}, embeds, ids, ids)

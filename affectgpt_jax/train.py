@@ -1,0 +1,409 @@
+"""Train AffectGPT: `python -m affectgpt_jax.train --config=configs/demo.py --workdir=runs/demo`.
+
+Without arguments it trains the demo: a small but complete AffectGPT on generated clips, in minutes,
+on two CPU cores, with a scored result. Run again with the same workdir, it resumes from the newest
+checkpoint. `--config.key=value` overrides any key of the config.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build, evaluate
+from affectgpt_jax.config import ConfigError, check_same_run, parse_command_line
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.pipeline import (
+    DataError,
+    TrainPipeline,
+    View,
+    sequential_batches,
+)
+from affectgpt_jax.data.prompts import LABEL_TYPES, PromptError
+from affectgpt_jax.data.records import RecordError
+from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
+from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
+from affectgpt_jax.training import sharding, telemetry
+from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from affectgpt_jax.training.step import State, init_state, make_eval_step, make_train_step
+from affectgpt_jax.weights.huggingface import WeightsError, base_identity, load_base
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on."""
+
+
+# Trouble that a user can mend: shown as one sentence, without a traceback.
+USER_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    PromptError,
+    RecordError,
+    TokenizerError,
+    TrainingError,
+    WeightsError,
+    sharding.MeshError,
+)
+
+
+def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
+    """Run a config from data to scored result; returns what `workdir/result.json` then holds."""
+    buckets = telemetry.TimeBuckets()
+    workdir.mkdir(parents=True, exist_ok=True)
+    check_same_run(config, workdir)
+    try:
+        profiler = telemetry.Profiler(config.profile_steps, workdir)
+    except ValueError as error:
+        raise ConfigError(f"config.profile_steps: {error}") from None
+    mesh = sharding.make_mesh(config.mesh)
+    chief = jax.process_index() == 0
+    progress = telemetry.Progress(config.steps, enabled=chief)
+    progress.line(f"workdir {workdir}, {jax.device_count()} {jax.devices()[0].device_kind}, "
+                  f"mesh {dict(mesh.shape)}")  # fmt: skip
+
+    # Data: tokenised whole, so that batch shapes are known before anything is compiled.
+    directory = build.base_directory(config.llm)
+    llm = build.base_config(config.llm)
+    view = build.view(config, Tokenizer(directory))
+    train_set, val_set, test_set = build.datasets(config, workdir, progress.line)
+    pipeline = TrainPipeline(
+        train_set,
+        view,
+        label=config.label,
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        too_long=config.too_long,
+        num_buckets=config.num_buckets,
+        seed=config.seed,
+        process=(jax.process_index(), jax.process_count()),
+    )
+    if pipeline.dropped:
+        progress.line(
+            f"dropped {pipeline.dropped} examples over {config.max_tokens} tokens (too_long=drop)"
+        )
+    shapes = ", ".join(f"{b.length} ({b.targets} supervised)" for b in pipeline.buckets)
+    progress.line(
+        f"{len(train_set):,} training clips, {len(val_set):,} for validation; row lengths {shapes}"
+    )
+
+    # Model and state: shapes first, then weights and fresh adapters straight into their shardings.
+    model = build.model(config, llm, sharding.activation_constraint(mesh))
+    optimizer_config = build.optimizer_config(config)
+    optimizer = make_optimizer(optimizer_config, config.steps)
+    schedule = learning_rate_schedule(optimizer_config, config.steps)
+    abstract_base = abstract(mesh, lambda key: init_random_base(model, key))
+    abstract_state = abstract(mesh, lambda key: init_state(model, optimizer, key))
+    progress.line(
+        f"{count(abstract_base):,} frozen parameters ({directory.name}), "
+        f"{count(abstract_state['trainable']['lora']):,} in LoRA and "
+        f"{count(abstract_state['trainable']['fusion']):,} in heads and fusion to train"
+    )
+    base = load_base(directory, abstract_base, tree_shardings(abstract_base))
+    checkpoints = Checkpoints(workdir, base_identity(directory), config.keep)
+    start = checkpoints.latest_step()
+    if start is None:
+        start = 0
+        initialise = jax.jit(
+            lambda key: init_state(model, optimizer, key),
+            out_shardings=tree_shardings(abstract_state),
+        )
+        state = initialise(jax.random.key(config.seed))
+    else:
+        state = checkpoints.restore(start, abstract_state)
+        progress.line(f"resumed from the checkpoint of step {start}")
+
+    # Compile every batch shape before the loop, side by side.
+    train_step = make_train_step(
+        model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation
+    )
+    with buckets.measure("compile"):
+        steps_by_length = compile_steps(
+            train_step, pipeline, view, train_set, mesh, abstract_state, abstract_base,
+            config.batch_size,
+        ) if start < config.steps else {}  # fmt: skip
+    generator = evaluate.Generator(
+        model,
+        base,
+        view,
+        mesh,
+        batch_size=config.generate.batch_size,
+        max_new_tokens=config.generate.max_new_tokens,
+    )
+    validate = make_validation(config, model, base, view, val_set, mesh, generator)
+
+    def report(step: int, metrics: dict[str, jax.Array], samples: int, tokens: int, wait: float):
+        """Read the metrics of a finished step; waits for it, while the next one is running."""
+        nonlocal finished
+        values = {name: float(value) for name, value in metrics.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            writer.write(step, {f"train/{name}": value for name, value in values.items()})
+            good = checkpoints.latest_step()
+            raise TrainingError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the "
+                f"last finite step was {step - 1}, the last good checkpoint is "
+                f"{'none' if good is None else f'step {good}'} in {workdir / 'checkpoints'}; "
+                "lower config.optimizer.learning_rate, set config.optimizer.clip_norm, or look "
+                f"for bad data in step {step}'s batch"
+            )
+        now = time.perf_counter()
+        throughput.update(samples, tokens, now - finished, wait)
+        finished = now
+        rates = throughput.rates()
+        if step % config.log_every == 0 or step == config.steps or step == start + 1:
+            writer.write(
+                step,
+                {f"train/{name}": value for name, value in values.items()}
+                | {f"rate/{name}": value for name, value in rates.items()},
+            )
+        progress.update(step, values["loss"], rates)
+
+    # The loop. Batches come from Grain's threads; the metrics of a step are read while the next
+    # one runs, so the device never waits for the host, and at most two steps are in flight.
+    writer = telemetry.MetricsWriter(workdir, resume_step=start, enabled=chief)
+    throughput = telemetry.Throughput()
+    samples_seen, loop_began = 0, time.perf_counter()
+    finished = loop_began
+    with writer, progress, profiler, checkpoints:
+        batches = pipeline.batches(start, config.steps)
+        pending = None
+        for step in range(start + 1, config.steps + 1):
+            profiler.step(step)
+            waited = time.perf_counter()
+            with buckets.measure("data_wait"):
+                batch = next(batches)
+            waited = time.perf_counter() - waited
+            samples = int((batch["segment_ids"].max(axis=1) > 0).sum()) * jax.process_count()
+            tokens = int((batch["segment_ids"] > 0).sum()) * jax.process_count()
+            with buckets.measure("step"):
+                run = steps_by_length[batch["tokens"].shape[1]]
+                state, metrics = run(state, base, sharding.shard_batch(mesh, batch))
+                if pending:
+                    report(*pending)
+            pending = (step, metrics, samples, tokens, waited)
+            samples_seen += samples
+            if step % config.save_every == 0 or step == config.steps:
+                with buckets.measure("step"):
+                    report(*pending)
+                    pending = None
+                with buckets.measure("evaluate"):
+                    scores = validate(state["trainable"])
+                writer.write(step, scores)
+                progress.line(
+                    f"step {step}: "
+                    + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+                )
+                with buckets.measure("save"):
+                    checkpoints.save(step, state, scores["val/loss"])
+                finished = time.perf_counter()
+        loop_s = time.perf_counter() - loop_began
+        with buckets.measure("save"):
+            checkpoints.wait()
+        best = checkpoints.best_step()
+        if best != int(state["step"]):
+            state = checkpoints.restore(best, abstract_state)
+
+        # Score the held-out clips with the checkpoint that validation chose.
+        result = summarise_losses(workdir) | {"steps": config.steps, "best_step": best}
+        if samples_seen:
+            result["samples_per_s"] = samples_seen / loop_s
+        if evaluate.has_truth(test_set):
+            progress.line(f"scoring {len(test_set):,} held-out clips with step {best}")
+            with buckets.measure("evaluate"):
+                result |= score_test(config, workdir, state, generator, view, test_set)
+            writer.write(config.steps, {"test/hit": result["hit"]})
+    result["wall_s"] = sum(buckets.report().values())
+    result["time_s"] = buckets.report()
+    if chief:
+        (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        mode_ceiling = result.get("ceilings", {}).get(config.input)
+        telemetry.plot_run(
+            workdir / "metrics.jsonl",
+            workdir / "run.png",
+            ceilings=mode_ceiling and {"ceiling": mode_ceiling},
+        )
+        print(buckets.table())
+        print(final_report(config, workdir, result))
+    return result
+
+
+def abstract(mesh: Mesh, init: Callable[[jax.Array], Any]) -> Any:
+    """Shapes, dtypes and shardings of what `init(key)` returns, without computing it."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes,
+        sharding.tree_shardings(mesh, shapes),
+    )
+
+
+def tree_shardings(abstract_tree: Any) -> Any:
+    """The shardings of an abstract tree."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract_tree)
+
+
+def count(tree: Any) -> int:
+    """Number of parameters in a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def lower_step(
+    train_step: Callable,
+    mesh: Mesh,
+    abstract_state: State,
+    abstract_base: Any,
+    batch: Any,
+) -> Any:
+    """Lower an update for a batch's shapes; nothing is allocated. The state is donated."""
+    out = (tree_shardings(abstract_state), sharding.replicated(mesh))
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=out)
+    return step.lower(abstract_state, abstract_base, batch)
+
+
+def compile_steps(
+    train_step: Callable,
+    pipeline: TrainPipeline,
+    view: View,
+    dataset: build.Records,
+    mesh: Mesh,
+    abstract_state: State,
+    abstract_base: Any,
+    batch_size: int,
+) -> dict[int, Callable]:
+    """The compiled update for every bucket, by row length."""
+
+    def compile_one(bucket) -> Callable:
+        empty = view.collate(dataset, [None] * batch_size, bucket)
+        batch = sharding.abstract_batch(mesh, empty)
+        return lower_step(train_step, mesh, abstract_state, abstract_base, batch).compile()
+
+    with ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(compile_one, pipeline.buckets))
+    return {b.length: step for b, step in zip(pipeline.buckets, compiled, strict=True)}
+
+
+def make_validation(
+    config: ConfigDict,
+    model: AffectGPT,
+    base: Any,
+    view: View,
+    dataset: build.Records,
+    mesh: Mesh,
+    generator: evaluate.Generator,
+) -> Callable[[Any], dict[str, float]]:
+    """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true emotion.
+
+    Under hybrid labels, clips take turns with the two label types, the same ones every time.
+    """
+    types = LABEL_TYPES if config.label == "hybrid" else (config.label,)
+    by_type = [view.training_examples(dataset, kind) for kind in types]
+    examples = [by_type[i % len(types)][i] for i in range(len(dataset))]
+    eval_step = jax.jit(make_eval_step(model))
+
+    def validate(trainable: Any) -> dict[str, float]:
+        sums = [
+            eval_step(trainable, base, sharding.shard_batch(mesh, batch))
+            for _, batch in sequential_batches(dataset, view, examples, config.batch_size, 1)
+        ]
+        total, tokens = np.sum(jax.device_get(sums), axis=0)
+        scores = {"val/loss": float(total / tokens)}
+        if evaluate.has_truth(dataset):
+            scores["val/hit"] = evaluate.score_labels(generator, view, trainable, dataset).hit
+        return scores
+
+    return validate
+
+
+def summarise_losses(workdir: Path) -> dict[str, float]:
+    """First and last training loss of the whole run, resumed or not."""
+    losses = [
+        record["train/loss"]
+        for record in telemetry.read_metrics(workdir / "metrics.jsonl")
+        if "train/loss" in record
+    ]
+    return {"loss_first": losses[0], "loss_last": losses[-1]}
+
+
+def score_test(
+    config: ConfigDict,
+    workdir: Path,
+    state: State,
+    generator: evaluate.Generator,
+    view: View,
+    dataset: build.Records,
+) -> dict[str, Any]:
+    """Hit rate on held-out clips, the control with shuffled features, and the demo's ceilings."""
+    score = evaluate.score_labels(generator, view, state["trainable"], dataset)
+    evaluate.write_predictions(workdir, dataset, score)
+    result: dict[str, Any] = {
+        "hit": score.hit,
+        "labels_per_clip": score.labels_per_clip,
+        "clips": len(dataset),
+        "answers_cut": score.answers.cut,
+    }
+    if view.features:
+        order = np.random.default_rng(config.seed).permutation(len(dataset))
+        shuffled = evaluate.score_labels(generator, view, state["trainable"], dataset, order)
+        result["hit_features_shuffled"] = shuffled.hit
+    if config.data.test == "demo":
+        result["ceilings"] = demo.ceilings(demo.World(config.demo_seed).evidence("test"))
+    return result
+
+
+def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
+    """The closing words: scores beside what is possible, what was written, what to do next."""
+    rows = [("loss, first and last", f"{result['loss_first']:.3f} -> {result['loss_last']:.3f}")]
+    if "samples_per_s" in result:
+        rows.append(("samples/s", f"{result['samples_per_s']:.0f}"))
+    if "hit" in result:
+        ceilings = result.get("ceilings", {})
+        best = ceilings.get(config.input)
+        share = f"  ({result['hit'] / best:.0%} of the ceiling)" if best else ""
+        rows.append((f"hit rate, {result['clips']:,} clips", f"{result['hit']:.3f}{share}"))
+        rows.append(("labels per clip", f"{result['labels_per_clip']:.2f} (the first one counts)"))
+        if "hit_features_shuffled" in result:
+            rows.append(("control: shuffled features", f"{result['hit_features_shuffled']:.3f}"))
+        rows += [
+            (f"ceiling with {mode.replace('_', ' + ')}", f"{value:.3f}")
+            for mode, value in ceilings.items()
+        ]
+        if result["answers_cut"]:
+            rows.append(("answers cut at the token limit", str(result["answers_cut"])))
+    table = telemetry.summary_table(rows, title="Result")
+    return f"""{table}
+
+What you have now, in {workdir}:
+  result.json, predictions.jsonl, truth.csv   the score and every answer behind it
+  metrics.jsonl, tensorboard/, run.png        the training run
+  checkpoints/                                adapters, fusion, optimizer state
+
+What to run next:
+  python -m affectgpt_jax.train --config.fusion=qformer --workdir=runs/qformer
+  python -m affectgpt_jax.train --config.input=face_text --workdir=runs/face_text
+  python -m affectgpt_jax.train --config=affectgpt_qwen25_7b --config.llm=DIR \\
+      --config.data.train=RECORDS --workdir=runs/paper      (the paper's recipe; see README.md)"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    try:
+        config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
+        train(config, workdir)
+    except USER_ERRORS as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

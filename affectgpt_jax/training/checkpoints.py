@@ -1,0 +1,129 @@
+"""Checkpoints of what is trained: adapters, fusion, optimizer state and step, through Orbax.
+
+The frozen base is not saved; its identity is, and a run resumed on another base is refused.
+Orbax writes under a temporary name and renames, so a checkpoint is whole or not there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from affectgpt_jax.training.sharding import path_name
+from affectgpt_jax.training.step import State
+from affectgpt_jax.weights.huggingface import BaseIdentity
+
+METRIC = "val_loss"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not belong to this run."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints/<step>`.
+
+    Args:
+        workdir: the run's directory.
+        base: identity of the frozen base that this run trains on.
+        keep: how many of the newest to keep, beside the best on validation.
+    """
+
+    def __init__(self, workdir: Path, base: BaseIdentity, keep: int = 3):
+        self._base = dataclasses.asdict(base)
+        self._directory = (Path(workdir) / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(
+                [
+                    LatestN(keep),
+                    # Sorted in reverse, the lowest validation loss counts as the best.
+                    BestN(
+                        get_metric_fn=lambda metrics: metrics[METRIC],
+                        reverse=True,
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            best_fn=lambda metrics: metrics[METRIC],
+            best_mode="min",
+        )
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            item_names=("state", "base"),
+            options=options,
+        )
+
+    def latest_step(self) -> int | None:
+        """The newest step, or None where nothing has been saved."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss; the newest where none was validated."""
+        return self._manager.best_step() or self._manager.latest_step()
+
+    def save(self, step: int, state: State, val_loss: float | None) -> None:
+        """Write a checkpoint in the background; returns when the state may be donated again."""
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), base=ocp.args.JsonSave(self._base)
+            ),
+            metrics=None if val_loss is None else {METRIC: val_loss},
+        )
+
+    def restore(self, step: int, abstract: State) -> State:
+        """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
+
+        Raises:
+            CheckpointError: it was trained on another base, or its tree is not that of this
+                config; the message names what differs.
+        """
+        where = f"{self._directory / str(step)}"
+        saved = self._manager.restore(step, args=ocp.args.Composite(base=ocp.args.JsonRestore()))
+        if saved["base"] != self._base:
+            raise CheckpointError(
+                f"{where} was trained on the base {saved['base']}, but this run has "
+                f"{self._base}; name that base with --config.llm, or use another --workdir"
+            )
+        # Orbax can fill a tree of other shapes without an error, so they are compared first.
+        found = _describe(self._manager.item_metadata(step)["state"])
+        expected = _describe(abstract)
+        for name in sorted(expected.keys() | found.keys()):
+            if expected.get(name) != found.get(name):
+                raise CheckpointError(
+                    f"{where} does not fit this config: {name} is {found.get(name, 'missing')} "
+                    f"there and {expected.get(name, 'missing')} here; use the config it was "
+                    "trained with, or another --workdir"
+                )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args)["state"]
+
+    def wait(self) -> None:
+        """Wait until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _describe(tree: Any) -> dict[str, str]:
+    """Shape and dtype of every leaf, by path."""
+    tree = getattr(tree, "tree", tree)
+    return {
+        path_name(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
+        )
+    }

@@ -1,0 +1,138 @@
+"""Where arrays live: the mesh, regex rules for parameters, constraints for activations.
+
+Three axes. `data` and `fsdp` both split the batch; `fsdp` also splits every large parameter, and
+`tensor` splits heads and feed-forward columns. LoRA training of a 7B model on 80 GB devices fits
+replicated, so `data:-1` (all devices) is the default: one all-reduce of the adapters a step.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# First match wins. Stacked layers lead with the layer axis, which is never split: a scan reads one
+# layer at a time. Dimensions are named as they are multiplied: kernels are [layer, in, out].
+PARAMETER_RULES = (
+    (r"embed_tokens$", ("tensor", "fsdp")),
+    (r"lm_head$", ("fsdp", "tensor")),
+    (r"layers/(q|k|v|gate|up)_proj/kernel$", (None, "fsdp", "tensor")),
+    (r"layers/(o|down)_proj/kernel$", (None, "tensor", "fsdp")),
+    (r"layers/(q|k|v)_proj/bias$", (None, "tensor")),
+    # Adapters are small, yet optimizer state is three times theirs: fsdp splits the long side.
+    (r"layers/(q|k|v|gate|up)_proj/lora_a$", (None, "fsdp", None)),
+    (r"layers/(q|k|v|gate|up)_proj/lora_b$", (None, None, "tensor")),
+    (r"layers/(o|down)_proj/lora_a$", (None, "tensor", None)),
+    (r"layers/(o|down)_proj/lora_b$", (None, None, "fsdp")),
+    (r".*", ()),
+)
+# Logical axes of activations, as the models name them.
+_ACTIVATION_AXES = {"batch": BATCH_AXES, "heads": "tensor", "mlp": "tensor", None: None}
+
+
+class MeshError(ValueError):
+    """A mesh that the devices cannot form."""
+
+
+def parse_mesh(text: str, device_count: int) -> tuple[int, int, int]:
+    """Axis sizes of e.g. "data:-1" or "data:2,fsdp:4"; -1 takes the devices that are left.
+
+    Raises:
+        MeshError: not of that form, or the sizes do not multiply to the number of devices.
+    """
+    sizes = dict.fromkeys(AXES, 1)
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*:\s*(-1|[1-9]\d*)\s*", part)
+        if not match or match[1] not in AXES:
+            raise MeshError(
+                f"mesh {text!r}: {part!r} is not AXIS:SIZE with an axis out of {AXES} "
+                "and a size of 1 or more, or -1 for all devices that are left"
+            )
+        sizes[match[1]] = int(match[2])
+    free = [axis for axis in AXES if sizes[axis] == -1]
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if len(free) > 1:
+        raise MeshError(f"mesh {text!r}: only one axis can be -1")
+    if free:
+        sizes[free[0]] = device_count // fixed
+    if math.prod(sizes.values()) != device_count:
+        raise MeshError(f"mesh {text!r} does not divide the {device_count} devices that are here")
+    return tuple(sizes[axis] for axis in AXES)
+
+
+def make_mesh(text: str) -> Mesh:
+    """The mesh over all devices of all processes."""
+    shape = parse_mesh(text, jax.device_count())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def path_name(path) -> str:
+    """A tree path as rules see it, e.g. "layers/q_proj/kernel"."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A `NamedSharding` for every leaf, by `PARAMETER_RULES`.
+
+    The rules match the end of a leaf's path, so they hold for optimizer state as well. A dimension
+    that its mesh axis does not divide is left whole.
+    """
+
+    def sharding(path, leaf) -> NamedSharding:
+        name = path_name(path)
+        axes = next(axes for pattern, axes in PARAMETER_RULES if re.search(pattern, name))
+        if len(axes) > leaf.ndim:
+            axes = ()
+        fits = [
+            axis if axis and leaf.shape[i] % mesh.shape[axis] == 0 else None
+            for i, axis in enumerate(axes)
+        ]
+        return NamedSharding(mesh, P(*fits))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+    """The `shard(x, axes)` that models call on activations."""
+
+    def shard(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        spec = []
+        for size, axis in zip(x.shape, axes, strict=True):
+            names = _ACTIVATION_AXES[axis]
+            parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+            spec.append(names if size % parts == 0 else None)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
+
+    return shard
+
+
+def shard_batch(mesh: Mesh, batch: Any) -> Any:
+    """This process's rows of a batch (NumPy) as global arrays, split along the first axis."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def abstract_batch(mesh: Mesh, batch: Any, process_count: int = 1) -> Any:
+    """Shapes and shardings of what `shard_batch` makes of `batch`."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            (x.shape[0] * process_count, *x.shape[1:]), x.dtype, sharding=sharding
+        ),
+        batch,
+    )

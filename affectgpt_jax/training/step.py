@@ -1,0 +1,108 @@
+"""The train state and the functions that are compiled: one update, one evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from affectgpt_jax.models.affectgpt import (
+    AffectGPT,
+    Batch,
+    init_trainable,
+    loss_sum_and_count,
+)
+
+# {"trainable": {"lora", "fusion"}, "opt_state", "step": int32}. The base is not part of it.
+State = dict[str, Any]
+
+
+def init_state(
+    model: AffectGPT, optimizer: optax.GradientTransformation, key: jax.Array
+) -> State:
+    """Fresh adapters, fusion and optimizer state at step 0."""
+    trainable = init_trainable(model, key)
+    return {
+        "trainable": trainable,
+        "opt_state": optimizer.init(trainable),
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
+def make_train_step(
+    model: AffectGPT,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    seed: int,
+    accumulation: int = 1,
+) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
+    """The function of one update: `(state, base, batch) -> (state, metrics)`.
+
+    Args:
+        model: the modules.
+        optimizer: applied to `trainable` only.
+        schedule: learning rate, for the metrics.
+        seed: of dropout; the mask follows from (seed, step), so a resumed run draws the same.
+        accumulation: parts that a batch is split into and run through one after the other. The
+            gradient is that of the whole batch's mean over supervised tokens.
+
+    Metrics (float32 scalars): loss, grad_norm, learning_rate, supervised_tokens.
+    """
+
+    def train_step(state: State, base: Any, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+
+        def loss(trainable, part, part_key):
+            return loss_sum_and_count(model, base, trainable, part, part_key)
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        if accumulation == 1:
+            (total, count), grads = gradient(state["trainable"], batch, key)
+        else:
+            # Row i of a part is row i * accumulation + part of the batch: strided, so that every
+            # device holds rows of every part and none has to move.
+            parts = jax.tree.map(
+                lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+            )
+
+            def add(carry, inputs):
+                part, part_key = inputs
+                (total, count), grads = gradient(state["trainable"], part, part_key)
+                return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+            zeros = jax.tree.map(jnp.zeros_like, state["trainable"])
+            start = (jnp.float32(0), jnp.float32(0), zeros)
+            keys = jax.random.split(key, accumulation)
+            (total, count, grads), _ = jax.lax.scan(add, start, (parts, keys))
+        count_or_one = jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g / count_or_one, grads)
+        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
+        metrics = {
+            "loss": total / count_or_one,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
+            "supervised_tokens": count,
+        }
+        state = {
+            "trainable": optax.apply_updates(state["trainable"], updates),
+            "opt_state": opt_state,
+            "step": state["step"] + 1,
+        }
+        return state, metrics
+
+    return train_step
+
+
+def make_eval_step(
+    model: AffectGPT,
+) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
+    """`(trainable, base, batch) -> (loss sum, supervised tokens)`, without dropout."""
+
+    def eval_step(trainable: Any, base: Any, batch: Batch):
+        return loss_sum_and_count(model, base, trainable, batch)
+
+    return eval_step

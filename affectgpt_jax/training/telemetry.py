@@ -1,0 +1,582 @@
+"""What a run tells about itself: metrics, rates, a time account, a live line, traces, plots.
+
+Each class does one of these and knows nothing of the others, so that the training loop can be
+read as a list of what it reports. Clocks and streams are arguments: nothing here is global.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self, SupportsFloat, TextIO
+
+import jax
+
+Clock = Callable[[], float]
+
+# --- metrics on disk ----------------------------------------------------------------------------
+
+
+class MetricsWriter:
+    """Writes scalars to `workdir/metrics.jsonl` and, for TensorBoard, to `workdir/tensorboard`.
+
+    A line of `metrics.jsonl` is one JSON object: `step`, `time_s` (s since the run began; a
+    resumed run goes on from the last line it keeps) and the scalars. JSON has no NaN: a value
+    that is not finite becomes null, with its kind beside it as `<name>_nonfinite`, one of
+    "nan", "inf" and "-inf".
+
+    Args:
+        workdir: folder of the run, made if it is not there.
+        resume_step: the step of the checkpoint that this run continues. What an earlier run wrote
+            for later steps is dropped, so that the stream reads as if nothing had happened;
+            0 is a fresh start and drops everything.
+        enabled: False on every process but the first; nothing is then written.
+        clock: seconds, from any origin.
+
+    Raises:
+        ValueError: the `metrics.jsonl` to continue is damaged (see `read_metrics`).
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        resume_step: int = 0,
+        enabled: bool = True,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        metrics_file = workdir / "metrics.jsonl"
+        self._clock = clock
+        self._start_s = clock() - _drop_steps_after(resume_step, metrics_file)
+        self._lines = metrics_file.open("a", encoding="utf-8")
+        self._tensorboard = _TensorBoard(workdir / "tensorboard", resume_step)
+
+    def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
+        """Appends one line and flushes it; a device scalar is waited for.
+
+        Args:
+            step: the step that the scalars belong to.
+            scalars: values by name, such as "train/loss".
+
+        Raises:
+            ValueError: a scalar is named `step` or `time_s`, or the writer is closed.
+        """
+        if not self._enabled:
+            return
+        if reserved := scalars.keys() & {"step", "time_s"}:
+            raise ValueError(f"step {step}: a metric cannot be called {sorted(reserved)[0]!r}.")
+        values = {name: float(value) for name, value in scalars.items()}
+        record = {"step": int(step), "time_s": round(self._clock() - self._start_s, 6)}
+        for name, value in values.items():
+            record |= _json_scalar(name, value)
+        self._lines.write(json.dumps(record, allow_nan=False) + "\n")
+        self._lines.flush()
+        self._tensorboard.write(step, values)
+
+    def close(self) -> None:
+        """Flushes and closes both files; a second call does nothing."""
+        if self._enabled:
+            self._lines.close()
+            self._tensorboard.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _TensorBoard:
+    """Scalar events in a folder, written by tensorboardX: TensorFlow is not needed."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        # Imported late: it takes longer than JAX, and only the first process writes events.
+        from tensorboardX import SummaryWriter
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self._summary = Summary
+        self._writer = SummaryWriter(
+            str(folder),
+            # TensorBoard hides older events from this step on.
+            purge_step=resume_step + 1 if resume_step else 0,
+            flush_secs=15,
+            # File names have a resolution of one second: a quick restart must not overwrite the
+            # events that it continues.
+            filename_suffix=f".from{resume_step:09d}",
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        # `SummaryWriter.add_scalar` would write one event for each value, and log a warning
+        # across the live line for each NaN, which TensorBoard can show well.
+        entries = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
+        self._writer.file_writer.add_summary(self._summary(value=entries), step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _json_scalar(name: str, value: float) -> dict[str, float | str | None]:
+    if math.isfinite(value):
+        return {name: value}
+    return {name: None, f"{name}_nonfinite": str(value)}
+
+
+def _drop_steps_after(resume_step: int, metrics_file: Path) -> float:
+    """Rewrites the file without later steps; returns the `time_s` of its last line, or 0."""
+    if resume_step == 0 or not metrics_file.exists():
+        metrics_file.unlink(missing_ok=True)
+        return 0.0
+    kept = [record for record in read_metrics(metrics_file) if record["step"] <= resume_step]
+    # Written beside and renamed: a run killed at this point loses no line.
+    beside = metrics_file.with_name(metrics_file.name + ".tmp")
+    with beside.open("w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(record) + "\n" for record in kept)
+        lines.flush()
+        os.fsync(lines.fileno())
+    beside.replace(metrics_file)
+    return kept[-1].get("time_s", 0.0) if kept else 0.0
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Reads a `metrics.jsonl`, one dict a line, in the order of the file.
+
+    A last line that was cut off while it was written is left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: any other line is not a JSON object with an integer `step`.
+    """
+    *lines, tail = path.read_bytes().split(b"\n")
+    records = [_parse_record(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
+    # Every whole line ends in a newline, so what follows the last one may be half a line.
+    with contextlib.suppress(ValueError):
+        records.append(_parse_record(tail, str(path)))
+    return records
+
+
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: expected one JSON object, got {line[:80]!r}.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        raise ValueError(f"{where}: expected an object with an integer 'step', got {line[:80]!r}.")
+    return record
+
+
+# --- where the time goes ------------------------------------------------------------------------
+
+
+class _Step(NamedTuple):
+    samples: int
+    tokens: int
+    step_s: float
+    data_wait_s: float
+
+
+class Throughput:
+    """Rates over the last steps.
+
+    Args:
+        window: how many steps the rates cover.
+        skip: how many first steps to leave out: they compile.
+    """
+
+    def __init__(self, window: int = 20, skip: int = 1) -> None:
+        self._steps: deque[_Step] = deque(maxlen=window)
+        self._to_skip = skip
+
+    def update(self, samples: int, tokens: int, step_s: float, data_wait_s: float) -> None:
+        """Adds one step.
+
+        Args:
+            samples: samples trained on, over all processes.
+            tokens: tokens that are not padding, over all processes.
+            step_s: s from the end of the step before to the end of this one.
+            data_wait_s: s of `step_s` during which the step had no batch to work on.
+        """
+        if self._to_skip > 0:
+            self._to_skip -= 1
+            return
+        self._steps.append(_Step(samples, tokens, step_s, data_wait_s))
+
+    def rates(self) -> dict[str, float]:
+        """Returns `samples/s`, `tokens/s`, and the means `step_ms` and `data_wait_ms` (ms).
+
+        The dict is empty until a step has been counted: no rate is better than a made-up one.
+        """
+        total_s = sum(step.step_s for step in self._steps)
+        if total_s <= 0:
+            return {}
+        data_wait_s = sum(step.data_wait_s for step in self._steps)
+        return {
+            "samples/s": sum(step.samples for step in self._steps) / total_s,
+            "tokens/s": sum(step.tokens for step in self._steps) / total_s,
+            "step_ms": 1e3 * total_s / len(self._steps),
+            "data_wait_ms": 1e3 * data_wait_s / len(self._steps),
+        }
+
+
+class TimeBuckets:
+    """Accounts for all wall time since construction: every instant is in exactly one bucket.
+
+    ```
+    buckets = TimeBuckets()
+    with buckets.measure("step"):
+        ...
+        with buckets.measure("save"):  # counts as save, not as step
+            ...
+    print(buckets.table())
+    ```
+
+    Time outside every `measure` is `idle`. For one thread.
+    """
+
+    NAMES = ("compile", "data_wait", "step", "save", "evaluate", "idle")
+
+    def __init__(self, clock: Clock = time.perf_counter) -> None:
+        self._clock = clock
+        self._seconds = dict.fromkeys(self.NAMES, 0.0)
+        self._current = "idle"
+        self._since_s = clock()
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Counts the time within as `name`, and goes back to the enclosing bucket after it.
+
+        Raises:
+            ValueError: there is no such bucket.
+        """
+        if name not in self._seconds:
+            raise ValueError(f"no time bucket {name!r}; there are {', '.join(self.NAMES)}.")
+        enclosing = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(enclosing)
+
+    def report(self) -> dict[str, float]:
+        """Returns s by bucket until now; their sum is the wall time."""
+        self._switch(self._current)
+        return dict(self._seconds)
+
+    def table(self) -> str:
+        """Returns `report()` as a text table with each bucket's share of the wall time."""
+        seconds = self.report()
+        wall_s = sum(seconds.values())
+        rows = [*seconds.items(), ("wall", wall_s)]
+        share = 100 / wall_s if wall_s else 0.0
+        return summary_table(
+            [(name, f"{s:10.1f} s  {s * share:5.1f} %") for name, s in rows],
+            title="Where the time went",
+        )
+
+    def _switch(self, name: str) -> str:
+        """Closes the running bucket, opens `name` and returns the one that was running."""
+        now_s = self._clock()
+        self._seconds[self._current] += now_s - self._since_s
+        self._since_s = now_s
+        before, self._current = self._current, name
+        return before
+
+
+# --- what a person watches ----------------------------------------------------------------------
+
+
+class Progress:
+    """One line about the run, kept up to date.
+
+    On a terminal the line is rewritten in place, at most five times a second. Elsewhere (CI, a
+    file) a plain line is printed at most every `interval_s`. The last step is always shown.
+
+    Args:
+        total_steps: the step at which the run ends.
+        stream: where to write; standard output if None.
+        interval_s: s between two plain lines.
+        enabled: False on every process but the first; nothing is then written.
+        clock: seconds, from any origin.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        stream: TextIO | None = None,
+        interval_s: float = 10.0,
+        enabled: bool = True,
+        clock: Clock = time.perf_counter,
+    ) -> None:
+        self._total_steps = total_steps
+        self._stream = sys.stdout if stream is None else stream
+        self._enabled = enabled
+        self._clock = clock
+        self._in_place = enabled and self._stream.isatty()
+        self._interval_s = 0.2 if self._in_place else interval_s
+        self._drawn_s = -math.inf
+        self._live = ""
+
+    def update(self, step: int, loss: SupportsFloat, rates: Mapping[str, float]) -> None:
+        """Shows a finished step, if it is time to.
+
+        Args:
+            step: how many steps are done.
+            loss: of that step; a device scalar is waited for only when it is shown.
+            rates: from `Throughput.rates()`; rates that are missing are left out of the line.
+        """
+        now_s = self._clock()
+        due = now_s - self._drawn_s >= self._interval_s or step >= self._total_steps
+        if not self._enabled or not due:
+            return
+        self._drawn_s = now_s
+        fields = _progress_fields(step, self._total_steps, float(loss), rates)
+        if self._in_place:
+            self._rewrite(_fit(fields, shutil.get_terminal_size().columns - 1))
+        else:
+            self._print("  ".join(fields) + "\n")
+
+    def line(self, text: str) -> None:
+        """Prints a message of its own, above the live line where there is one."""
+        if not self._enabled:
+            return
+        erase = f"\r{' ' * len(self._live)}\r" if self._live else ""
+        self._print(f"{erase}{text}\n{self._live}")
+
+    def close(self) -> None:
+        """Leaves the live line as it is and moves below it; a second call does nothing."""
+        if self._live:
+            self._print("\n")
+            self._live = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _rewrite(self, text: str) -> None:
+        # Padded to cover the rest of a longer line before it.
+        self._print("\r" + text.ljust(len(self._live)))
+        self._live = text
+
+    def _print(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()
+
+
+def _progress_fields(
+    step: int, total_steps: int, loss: float, rates: Mapping[str, float]
+) -> list[str]:
+    fields = [f"step {step}/{total_steps}", f"loss {loss:#.4g}"]
+    if "samples/s" in rates:
+        fields.append(f"{_short(rates['samples/s'])} samples/s")
+    if "tokens/s" in rates:
+        fields.append(f"{_short(rates['tokens/s'])} tokens/s")
+    if "step_ms" in rates:
+        fields.append(f"{_milliseconds(rates['step_ms'])} ms/step")
+    if "data_wait_ms" in rates:
+        fields.append(f"data {_milliseconds(rates['data_wait_ms'])} ms")
+    if "step_ms" in rates:
+        # At the current rate: evaluations and checkpoints still to come are not in it.
+        fields.append(f"ETA {_duration((total_steps - step) * rates['step_ms'] / 1e3)}")
+    return fields
+
+
+def _fit(fields: Sequence[str], width: int) -> str:
+    """Joins fields; where too wide for one row, drops them from the last but one backwards.
+
+    A line that wraps cannot be rewritten in place, and the ETA at the end is worth most.
+    """
+    fields = list(fields)
+    while len("  ".join(fields)) > width and len(fields) > 1:
+        del fields[-2 if len(fields) > 2 else -1]
+    return "  ".join(fields)[:width]
+
+
+def _short(value: float) -> str:
+    """Three significant digits with k, M or G: 19321 -> "19.3k"."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * factor:  # where three digits round up to the factor
+            return f"{value / factor:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def summary_table(rows: Sequence[tuple[str, str]], title: str) -> str:
+    """Returns (name, value) rows as a boxed ASCII table, without a newline at its end."""
+    name_width = max((len(name) for name, _ in rows), default=0)
+    lines = [f"{name:<{name_width}}  {value}".rstrip() for name, value in rows]
+    width = max(len(line) for line in [title, *lines])
+    rule = f"+{'-' * (width + 2)}+"
+    boxed = [f"| {line:<{width}} |" for line in lines]
+    return "\n".join([rule, f"| {title:<{width}} |", rule, *boxed, rule])
+
+
+# --- traces -------------------------------------------------------------------------------------
+
+
+class Profiler:
+    """Traces a range of steps with the JAX profiler into `workdir/profile`.
+
+    ```
+    with Profiler("10:15", workdir) as profiler:
+        for step in range(steps):
+            profiler.step(step)
+            ...
+    ```
+
+    Args:
+        steps: "10:15" traces steps 10 to 14; "" traces nothing.
+        workdir: folder of the run.
+
+    Raises:
+        ValueError: `steps` is not such a range.
+    """
+
+    def __init__(self, steps: str, workdir: Path) -> None:
+        self._steps = _parse_steps(steps)
+        self._folder = workdir / "profile"
+        self._tracing = False
+
+    def step(self, step: int) -> None:
+        """Starts or stops the trace where due; call it before every step."""
+        inside = step in self._steps
+        if inside and not self._tracing:
+            _wait_for_devices()
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+        elif self._tracing and not inside:
+            _wait_for_devices()
+            self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if not self._tracing:
+            return
+        try:
+            # After an error the devices may never be ready, and the error matters more.
+            if error is None:
+                _wait_for_devices()
+        finally:
+            self._stop()
+
+    def _stop(self) -> None:
+        self._tracing = False
+        jax.profiler.stop_trace()
+
+
+def _parse_steps(text: str) -> range:
+    if not text:
+        return range(0)
+    match = re.fullmatch(r"(\d+):(\d+)", text)
+    steps = range(int(match[1]), int(match[2])) if match else range(0)
+    if not steps:
+        raise ValueError(
+            f"profile steps must be FIRST:END with FIRST < END, "
+            f"such as 10:15 for the steps 10 to 14; got {text!r}."
+        )
+    return steps
+
+
+def _wait_for_devices() -> None:
+    # Steps are dispatched ahead of the devices. Without this a trace would hold the end of
+    # earlier steps and lack the end of its own.
+    jax.block_until_ready(jax.live_arrays())
+
+
+# --- plots --------------------------------------------------------------------------------------
+
+
+def plot_run(metrics_file: Path, png: Path, *, ceilings: Mapping[str, float] | None = None) -> None:
+    """Draws a run: its losses and its scores against the step, side by side.
+
+    Drawn are `train/loss` (each value in a light colour, the running median in a strong one),
+    `val/loss`, `val/hit` and `test/hit`, as far as they are there; a run with few points or none
+    gives a picture with little on it.
+
+    Args:
+        metrics_file: a `metrics.jsonl`.
+        png: the picture to write; its folder must exist.
+        ceilings: scores by label to draw as dashed lines, such as the best score that all
+            modalities together allow; in the unit of the scores.
+
+    Raises:
+        FileNotFoundError: there is no `metrics_file`.
+        ValueError: `metrics_file` is damaged (see `read_metrics`).
+    """
+    # Imported late: only plots need it. Without pyplot no display and no global figure either.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics_file)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss_axes, score_axes = figure.subplots(1, 2)
+    _plot_losses(loss_axes, records)
+    _plot_scores(score_axes, records, ceilings or {})
+    for axes in (loss_axes, score_axes):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(png)
+
+
+def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_title("loss")
+    steps, losses = _series(records, "train/loss")
+    if steps:
+        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, _running_median(losses), color="tab:blue", label="train (median)")
+    steps, losses = _series(records, "val/loss")
+    if steps:
+        axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="val")
+
+
+def _plot_scores(
+    axes: Any, records: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]
+) -> None:
+    axes.set_title("hit")
+    for split, style, colour in (("val", "o-", "tab:orange"), ("test", "*", "tab:red")):
+        steps, scores = _series(records, f"{split}/hit")
+        if steps:
+            axes.plot(steps, scores, style, color=colour, label=split)
+    for shade, (label, ceiling) in enumerate(ceilings.items()):
+        axes.axhline(
+            ceiling, linestyle="--", color=f"C{7 + shade}", label=f"{label} ({ceiling:.3g})"
+        )
+
+
+def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """Returns the steps and values of a key; null, a value that was not finite, is left out."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _running_median(values: Sequence[float]) -> list[float]:
+    """Centred medians over about a twenty-fifth of the values, fewer at both ends."""
+    half = len(values) // 50
+    return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]

@@ -1,0 +1,1 @@
+"""Weights on disk to parameter trees and back."""

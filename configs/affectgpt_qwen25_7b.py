@@ -1,0 +1,86 @@
+"""The paper's recipe: AffectGPT on Qwen2.5-7B-Instruct (arXiv 2501.16566, section 4 and appendix).
+
+Every key that training reads stands here, with its meaning; other configs change a few of them.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """python -m affectgpt_jax.train --config=configs/affectgpt_qwen25_7b.py --workdir=runs/paper \\
+    --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus
+    """
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, data order, label draw and dropout
+    c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny" is the one that ships
+    c.input = "multi_audio_face_text"  # the input mode: data/prompts.py
+    c.label = "hybrid"  # description | ovlabel | hybrid
+    c.prompts = "default"  # default | compact | a TOML file
+    c.max_tokens = 1024  # of a training example
+    c.too_long = "error"  # error | drop
+
+    c.data = ConfigDict()
+    c.data.train = ""  # a record directory, or "demo"
+    c.data.val = ""  # the same; "" holds out `val_share` of the training clips
+    c.data.val_share = 0.02
+    c.data.test = ""  # scored at the end; "" scores nothing
+    c.demo_seed = 0  # of the generated world, where data is "demo"
+
+    c.steps = 300_000  # 60 epochs of 5,000 steps
+    c.batch_size = 3  # clips in one update, over all devices
+    c.accumulation = 1  # parts of a batch that run one after the other
+    c.num_buckets = 4  # row lengths; each costs one compilation
+    c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
+    c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
+    c.remat = "none"  # none | dots | full: what the backward pass computes again
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-5
+    c.optimizer.warmup_learning_rate = 1e-6
+    c.optimizer.warmup_steps = 5000
+    c.optimizer.final_learning_rate = 1e-5  # cosine decay to here; equal to its start: constant
+    c.optimizer.weight_decay = 0.05
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.999
+    c.optimizer.epsilon = 1e-8
+    c.optimizer.clip_norm = 0.0  # 0 is off
+
+    c.lora = ConfigDict()
+    c.lora.rank = 16
+    c.lora.alpha = 32.0
+    c.lora.dropout = 0.05
+    c.lora.targets = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+
+    c.fusion = "attention"  # pre-fusion outside the LLM: attention | qformer | none
+    c.heads = ConfigDict()
+    c.heads.video = "attention"  # attention | mean | qformer
+    c.heads.audio = "attention"
+    c.heads.image = "mean"  # mean | qformer
+    c.heads.video_width = 768  # of the features, as the records have them
+    c.heads.audio_width = 1024
+    c.heads.image_width = 768
+    c.heads.fusion_width = 1024  # common width inside the pre-fusion
+    c.qformer = ConfigDict()
+    c.qformer.width = 768
+    c.qformer.heads = 12
+    c.qformer.layers = 2
+    c.qformer.intermediate = 3072
+    c.qformer.dropout = 0.1
+
+    c.generate = ConfigDict()
+    c.generate.batch_size = 32
+    c.generate.max_new_tokens = 1200
+
+    c.log_every = 10  # steps between lines of metrics.jsonl
+    c.save_every = 5000  # steps between validations, each followed by a checkpoint
+    c.keep = 12  # newest checkpoints kept, beside the best on validation
+    c.profile_steps = ""  # "10:15" traces steps 10 to 14
+    return c

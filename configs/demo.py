@@ -1,0 +1,39 @@
+"""The default run: a complete AffectGPT in small, on generated clips, on two CPU cores."""
+
+from ml_collections import ConfigDict
+
+from affectgpt_jax.configs import affectgpt_qwen25_7b
+
+
+def get_config() -> ConfigDict:
+    """python -m affectgpt_jax.train --config=configs/demo.py --workdir=runs/demo"""
+    c = affectgpt_qwen25_7b.get_config()
+    c.llm = "tiny"
+    c.prompts = "compact"
+    c.max_tokens = 64
+    c.data.train = c.data.val = c.data.test = "demo"
+
+    c.steps = 500
+    c.batch_size = 64
+    c.num_buckets = 2
+    c.dtype = "float32"
+
+    # A model four orders of magnitude smaller, trained for a minute, wants larger steps.
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup_learning_rate = 0.0
+    c.optimizer.warmup_steps = 30
+    c.optimizer.final_learning_rate = 1e-4
+    c.optimizer.clip_norm = 1.0
+
+    c.heads.fusion_width = 128
+    c.qformer.width = 128
+    c.qformer.heads = 4
+    c.qformer.intermediate = 256
+
+    c.generate.batch_size = 256
+    c.generate.max_new_tokens = 12
+
+    c.log_every = 5
+    c.save_every = 100
+    c.keep = 2
+    return c

@@ -1,0 +1,52 @@
+"""Packaging. `configs/` is shipped as `affectgpt_jax.configs`, so that a wheel trains anywhere."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+PARITY = ["torch>=2.9", "peft>=0.17", "accelerate"]
+
+setup(
+    name="affectgpt-jax",
+    version="0.1.0",
+    description="AffectGPT (arXiv 2501.16566) in JAX: emotion descriptions from video and speech",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=[
+        "affectgpt_jax",
+        "affectgpt_jax.configs",
+        "affectgpt_jax.data",
+        "affectgpt_jax.evaluation",
+        "affectgpt_jax.models",
+        "affectgpt_jax.training",
+        "affectgpt_jax.weights",
+    ],
+    package_dir={"affectgpt_jax.configs": "configs"},
+    package_data={"affectgpt_jax": ["assets/*/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12",
+        "grain>=0.2.18",
+        "array-record>=0.8",
+        "numpy>=2.0",
+        "ml-collections>=1.1",
+        "absl-py",
+        "transformers>=5.0",
+        "safetensors>=0.7",
+        "tensorflow-datasets>=4.9.9",
+        "tensorboardX>=2.6",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.14", "build"],
+        "parity": PARITY,
+        "features": ["torch>=2.9", "av>=14", "soundfile>=0.13"],
+        "cuda12": ["jax[cuda12]"],
+        "cuda13": ["jax[cuda13]"],
+    },
+)
