@@ -96,7 +96,9 @@ class Generator:
             dataset, self._view, examples, self._batch_size, 1, feature_from
         )
         for numbers, batch in batches:
-            tokens = np.asarray(self._generate(self._base, trainable, shard_batch(self._mesh, batch)))
+            tokens = np.asarray(
+                self._generate(self._base, trainable, shard_batch(self._mesh, batch))
+            )
             for number, row in zip(numbers, tokens[: len(numbers)], strict=True):
                 cut += not np.isin(row, self._stop_ids).any()
                 texts[number] = self._view.tokenizer.decode(row).split(self._view.prompts.end)[0]

@@ -61,7 +61,7 @@ USER_ERRORS = (
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Run a config from data to scored result; returns what `workdir/result.json` then holds."""
-    buckets = telemetry.TimeBuckets()
+    clock = telemetry.TimeBuckets()
     workdir.mkdir(parents=True, exist_ok=True)
     check_same_run(config, workdir)
     try:
@@ -71,8 +71,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     mesh = sharding.make_mesh(config.mesh)
     chief = jax.process_index() == 0
     progress = telemetry.Progress(config.steps, enabled=chief)
-    progress.line(f"workdir {workdir}, {jax.device_count()} {jax.devices()[0].device_kind}, "
-                  f"mesh {dict(mesh.shape)}")  # fmt: skip
+    kind, shape = jax.devices()[0].device_kind, dict(mesh.shape)
+    progress.line(f"workdir {workdir}; {jax.device_count()} x {kind}, mesh {shape}")
 
     # Data: tokenised whole, so that batch shapes are known before anything is compiled.
     directory = build.base_directory(config.llm)
@@ -94,9 +94,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         progress.line(
             f"dropped {pipeline.dropped} examples over {config.max_tokens} tokens (too_long=drop)"
         )
-    shapes = ", ".join(f"{b.length} ({b.targets} supervised)" for b in pipeline.buckets)
+    lengths = ", ".join(f"{b.length} ({b.targets} supervised)" for b in pipeline.buckets)
     progress.line(
-        f"{len(train_set):,} training clips, {len(val_set):,} for validation; row lengths {shapes}"
+        f"{len(train_set):,} training clips, {len(val_set):,} for validation; row lengths {lengths}"
     )
 
     # Model and state: shapes first, then weights and fresh adapters straight into their shardings.
@@ -129,11 +129,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     train_step = make_train_step(
         model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation
     )
-    with buckets.measure("compile"):
-        steps_by_length = compile_steps(
-            train_step, pipeline, view, train_set, mesh, abstract_state, abstract_base,
-            config.batch_size,
-        ) if start < config.steps else {}  # fmt: skip
+    steps_by_length = {}
+    if start < config.steps:
+        with clock.measure("compile"):
+            shapes = {
+                bucket.length: sharding.abstract_batch(
+                    mesh, view.collate(train_set, [None] * config.batch_size, bucket)
+                )
+                for bucket in pipeline.buckets
+            }
+            steps_by_length = compile_steps(train_step, mesh, abstract_state, abstract_base, shapes)
     generator = evaluate.Generator(
         model,
         base,
@@ -144,72 +149,33 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     )
     validate = make_validation(config, model, base, view, val_set, mesh, generator)
 
-    def report(step: int, metrics: dict[str, jax.Array], samples: int, tokens: int, wait: float):
-        """Read the metrics of a finished step; waits for it, while the next one is running."""
-        nonlocal finished
-        values = {name: float(value) for name, value in metrics.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            writer.write(step, {f"train/{name}": value for name, value in values.items()})
-            good = checkpoints.latest_step()
-            raise TrainingError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; the "
-                f"last finite step was {step - 1}, the last good checkpoint is "
-                f"{'none' if good is None else f'step {good}'} in {workdir / 'checkpoints'}; "
-                "lower config.optimizer.learning_rate, set config.optimizer.clip_norm, or look "
-                f"for bad data in step {step}'s batch"
-            )
-        now = time.perf_counter()
-        throughput.update(samples, tokens, now - finished, wait)
-        finished = now
-        rates = throughput.rates()
-        if step % config.log_every == 0 or step == config.steps or step == start + 1:
-            writer.write(
-                step,
-                {f"train/{name}": value for name, value in values.items()}
-                | {f"rate/{name}": value for name, value in rates.items()},
-            )
-        progress.update(step, values["loss"], rates)
-
     # The loop. Batches come from Grain's threads; the metrics of a step are read while the next
     # one runs, so the device never waits for the host, and at most two steps are in flight.
     writer = telemetry.MetricsWriter(workdir, resume_step=start, enabled=chief)
-    throughput = telemetry.Throughput()
-    samples_seen, loop_began = 0, time.perf_counter()
-    finished = loop_began
+    reporter = StepReporter(config, workdir, writer, progress, checkpoints)
     with writer, progress, profiler, checkpoints:
         batches = pipeline.batches(start, config.steps)
-        pending = None
         for step in range(start + 1, config.steps + 1):
             profiler.step(step)
-            waited = time.perf_counter()
-            with buckets.measure("data_wait"):
+            with clock.measure("data_wait"):
+                asked = time.perf_counter()
                 batch = next(batches)
-            waited = time.perf_counter() - waited
-            samples = int((batch["segment_ids"].max(axis=1) > 0).sum()) * jax.process_count()
-            tokens = int((batch["segment_ids"] > 0).sum()) * jax.process_count()
-            with buckets.measure("step"):
+                wait_s = time.perf_counter() - asked
+            with clock.measure("step"):
                 run = steps_by_length[batch["tokens"].shape[1]]
                 state, metrics = run(state, base, sharding.shard_batch(mesh, batch))
-                if pending:
-                    report(*pending)
-            pending = (step, metrics, samples, tokens, waited)
-            samples_seen += samples
+                reporter.submit(step, metrics, batch, wait_s)
             if step % config.save_every == 0 or step == config.steps:
-                with buckets.measure("step"):
-                    report(*pending)
-                    pending = None
-                with buckets.measure("evaluate"):
+                with clock.measure("step"):
+                    reporter.flush()
+                with clock.measure("evaluate"):
                     scores = validate(state["trainable"])
                 writer.write(step, scores)
-                progress.line(
-                    f"step {step}: "
-                    + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-                )
-                with buckets.measure("save"):
+                progress.line(f"step {step}: {' '.join(f'{k} {v:.4f}' for k, v in scores.items())}")
+                with clock.measure("save"):
                     checkpoints.save(step, state, scores["val/loss"])
-                finished = time.perf_counter()
-        loop_s = time.perf_counter() - loop_began
-        with buckets.measure("save"):
+                reporter.skip_pause()
+        with clock.measure("save"):
             checkpoints.wait()
         best = checkpoints.best_step()
         if best != int(state["step"]):
@@ -217,15 +183,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
         # Score the held-out clips with the checkpoint that validation chose.
         result = summarise_losses(workdir) | {"steps": config.steps, "best_step": best}
-        if samples_seen:
-            result["samples_per_s"] = samples_seen / loop_s
+        result |= reporter.totals()
         if evaluate.has_truth(test_set):
             progress.line(f"scoring {len(test_set):,} held-out clips with step {best}")
-            with buckets.measure("evaluate"):
+            with clock.measure("evaluate"):
                 result |= score_test(config, workdir, state, generator, view, test_set)
             writer.write(config.steps, {"test/hit": result["hit"]})
-    result["wall_s"] = sum(buckets.report().values())
-    result["time_s"] = buckets.report()
+    result["wall_s"] = sum(clock.report().values())
+    result["time_s"] = clock.report()
     if chief:
         (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         mode_ceiling = result.get("ceilings", {}).get(config.input)
@@ -234,9 +199,95 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             workdir / "run.png",
             ceilings=mode_ceiling and {"ceiling": mode_ceiling},
         )
-        print(buckets.table())
+        print(clock.table())
         print(final_report(config, workdir, result))
     return result
+
+
+class StepReporter:
+    """Logs finished steps, one step late, and stops a run that has left the finite numbers.
+
+    Args:
+        config: the run's config.
+        workdir: named in errors.
+        writer, progress: where metrics go.
+        checkpoints: asked for the last good one when a run fails.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        writer: telemetry.MetricsWriter,
+        progress: telemetry.Progress,
+        checkpoints: Checkpoints,
+    ):
+        self._config, self._workdir = config, workdir
+        self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
+        self._throughput = telemetry.Throughput()
+        self._pending: tuple | None = None
+        self._samples, self._seconds = 0, 0.0
+        self._finished = time.perf_counter()
+
+    def submit(self, step: int, metrics: dict[str, jax.Array], batch: Any, wait_s: float) -> None:
+        """Hand in a step that was just dispatched; reports the one before it.
+
+        Args:
+            step: its number, from 1.
+            metrics: device scalars of the train step, read when the next step is handed in.
+            batch: this process's rows, as NumPy arrays.
+            wait_s: s that the batch was waited for.
+
+        Raises:
+            TrainingError: the step before had a loss or gradient that is not finite.
+        """
+        processes = jax.process_count()
+        tokens = batch["segment_ids"] > 0
+        samples = int(tokens.any(axis=1).sum()) * processes
+        self.flush()
+        self._pending = (step, metrics, samples, int(tokens.sum()) * processes, wait_s)
+
+    def flush(self) -> None:
+        """Report the step that was handed in last; waits for the device to finish it.
+
+        Raises:
+            TrainingError: as for `submit`.
+        """
+        if self._pending is None:
+            return
+        step, metrics, samples, tokens, wait_s = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in metrics.items()}
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
+            self._writer.write(step, scalars)
+            raise TrainingError(self._why_stopped(step, values))
+        now = time.perf_counter()
+        step_s, self._finished = now - self._finished, now
+        self._samples, self._seconds = self._samples + samples, self._seconds + step_s
+        self._throughput.update(samples, tokens, step_s, wait_s)
+        rates = self._throughput.rates()
+        if step % self._config.log_every == 0 or step in (1, self._config.steps):
+            self._writer.write(step, scalars | {f"rate/{k}": v for k, v in rates.items()})
+        self._progress.update(step, values["loss"], rates)
+
+    def skip_pause(self) -> None:
+        """Leave the time since the last step, spent on something else, out of the rates."""
+        self._finished = time.perf_counter()
+
+    def totals(self) -> dict[str, float]:
+        """Mean samples/s over all steps of this process's life; empty without any."""
+        return {"samples_per_s": self._samples / self._seconds} if self._samples else {}
+
+    def _why_stopped(self, step: int, values: dict[str, float]) -> str:
+        good = self._checkpoints.latest_step()
+        where = f"step {good} in {self._workdir / 'checkpoints'}" if good else "none yet"
+        return (
+            f"step {step} of {self._config.steps} gave loss {values['loss']} and gradient norm "
+            f"{values['grad_norm']} after a finite step {step - 1} (last good checkpoint: {where});"
+            " lower config.optimizer.learning_rate, set config.optimizer.clip_norm, or look for "
+            "bad features in that batch"
+        )
 
 
 def abstract(mesh: Mesh, init: Callable[[jax.Array], Any]) -> Any:
@@ -274,24 +325,18 @@ def lower_step(
 
 def compile_steps(
     train_step: Callable,
-    pipeline: TrainPipeline,
-    view: View,
-    dataset: build.Records,
     mesh: Mesh,
     abstract_state: State,
     abstract_base: Any,
-    batch_size: int,
+    batches: dict[int, Any],
 ) -> dict[int, Callable]:
-    """The compiled update for every bucket, by row length."""
+    """The compiled update for every abstract batch, by the same keys."""
 
-    def compile_one(bucket) -> Callable:
-        empty = view.collate(dataset, [None] * batch_size, bucket)
-        batch = sharding.abstract_batch(mesh, empty)
+    def compile_one(batch: Any) -> Callable:
         return lower_step(train_step, mesh, abstract_state, abstract_base, batch).compile()
 
     with ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(compile_one, pipeline.buckets))
-    return {b.length: step for b, step in zip(pipeline.buckets, compiled, strict=True)}
+        return dict(zip(batches, pool.map(compile_one, batches.values()), strict=True))
 
 
 def make_validation(

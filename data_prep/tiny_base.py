@@ -71,9 +71,7 @@ def draw_texts(rng: np.random.Generator, n: int):
         mode = INPUT_MODES[modes[i]]
         texts.append(prompts.prompt(mode, ONE_EACH, clips.subtitles[i], questions[i]))
         answers.append(
-            prompts.answer(
-                questions[i], description=clips.description(i), labels=clips.labels[i]
-            )
+            prompts.answer(questions[i], description=clips.description(i), labels=clips.labels[i])
         )
         words.append(_slot_words(rng, clips, i, mode))
     return texts, answers, words

@@ -141,7 +141,9 @@ def load_prompts(name: str) -> PromptSet:
             lacks its slot or names an unknown one; the message names file and key.
     """
     if name in _SETS:
-        resource = importlib.resources.files("affectgpt_jax") / "assets" / "prompts" / f"{name}.toml"
+        resource = (
+            importlib.resources.files("affectgpt_jax") / "assets" / "prompts" / f"{name}.toml"
+        )
         text, source = resource.read_text(encoding="utf-8"), f"{name}.toml"
     else:
         path = Path(name).expanduser()

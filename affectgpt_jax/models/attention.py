@@ -35,9 +35,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
 
 
-def causal(
-    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
-) -> jax.Array:
+def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Causal self-attention within segments, in plain XLA; runs on every device.
 
     Args:

@@ -75,9 +75,7 @@ class Projection(nn.Module):
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)
-        if self.lora is None or not (
-            self.is_initializing() or self.has_variable("lora", "lora_a")
-        ):
+        if self.lora is None or not (self.is_initializing() or self.has_variable("lora", "lora_a")):
             return y
         rank = self.lora.rank
         lora_a = self.variable(

@@ -112,7 +112,9 @@ def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, 
         spec = []
         for size, axis in zip(x.shape, axes, strict=True):
             names = _ACTIVATION_AXES[axis]
-            parts = math.prod(mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ()))
+            parts = math.prod(
+                mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
+            )
             spec.append(names if size % parts == 0 else None)
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
 
@@ -127,12 +129,7 @@ def shard_batch(mesh: Mesh, batch: Any) -> Any:
     )
 
 
-def abstract_batch(mesh: Mesh, batch: Any, process_count: int = 1) -> Any:
-    """Shapes and shardings of what `shard_batch` makes of `batch`."""
+def abstract_batch(mesh: Mesh, batch: Any) -> Any:
+    """Shapes and shardings of a global batch that is given as arrays of all its rows."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-            (x.shape[0] * process_count, *x.shape[1:]), x.dtype, sharding=sharding
-        ),
-        batch,
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)

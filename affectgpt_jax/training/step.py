@@ -20,9 +20,7 @@ from affectgpt_jax.models.affectgpt import (
 State = dict[str, Any]
 
 
-def init_state(
-    model: AffectGPT, optimizer: optax.GradientTransformation, key: jax.Array
-) -> State:
+def init_state(model: AffectGPT, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """Fresh adapters, fusion and optimizer state at step 0."""
     trainable = init_trainable(model, key)
     return {

@@ -1,0 +1,237 @@
+import dataclasses
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import affectgpt_jax
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.demo import CONFLICT, CUE_TABLES, EMOTIONS, MODALITIES, Clips, World
+from affectgpt_jax.data.records import decode, encode
+from affectgpt_jax.data.tokenizer import Tokenizer
+
+SEEDS = (0, 1, 2)
+TINY_BASE = Path(affectgpt_jax.__file__).parent / "assets" / "tiny_base"
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def test_split(request) -> tuple[Clips, dict[str, np.ndarray]]:
+    world = World(request.param)
+    return world.clips("test"), world.evidence("test")
+
+
+def first(clips: Clips, n: int) -> Clips:
+    return Clips(
+        clips.emotion[:n],
+        {m: values[:n] for m, values in clips.cues.items()},
+        {m: values[:n] for m, values in clips.present.items()},
+        clips.subtitles[:n],
+        clips.labels[:n],
+    )
+
+
+def assert_share(found: np.ndarray, expected: float) -> None:
+    """Within 4 standard errors of a share: one false alarm in 16,000."""
+    error = math.sqrt(expected * (1 - expected) / found.size)
+    assert abs(found.mean() - expected) < 4 * error, (found.mean(), expected, error)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_cue_tables_are_distributions(modality):
+    table = CUE_TABLES[modality]
+    assert len(table) == len(EMOTIONS) == len(set(EMOTIONS)) >= 24
+    assert (table >= 0).all()
+    np.testing.assert_allclose(table.sum(axis=1), 1, rtol=1e-12)
+
+
+def test_posterior_is_a_sum_over_every_emotion_and_conflict():
+    rng = np.random.default_rng(0)
+    evidence = {m: rng.random((2, CUE_TABLES[m].shape[1])) for m in MODALITIES}
+    for size in (1, 2, 3):
+        for seen in itertools.combinations(MODALITIES, size):
+            found = demo.posterior(evidence, seen)
+            for n in range(2):
+                expected = slow_posterior({m: evidence[m][n] for m in seen})
+                np.testing.assert_allclose(found[n], expected, rtol=1e-12)
+
+
+def slow_posterior(evidence: dict[str, np.ndarray]) -> np.ndarray:
+    """Bayes' rule term by term: one conflicting modality or none, caused by any emotion."""
+    emotions = range(len(EMOTIONS))
+    likelihood = {
+        m: [sum(p * e for p, e in zip(CUE_TABLES[m][cause], evidence[m])) for cause in emotions]  # noqa: B905
+        for m in evidence
+    }
+    joint = np.zeros(len(EMOTIONS))
+    for emotion in emotions:
+        joint[emotion] += (1 - CONFLICT) * math.prod(likelihood[m][emotion] for m in evidence)
+        for conflicting, other in itertools.product(MODALITIES, emotions):
+            joint[emotion] += (CONFLICT / 3 / len(EMOTIONS)) * math.prod(
+                likelihood[m][other if m == conflicting else emotion] for m in evidence
+            )
+    return joint / joint.sum()
+
+
+@pytest.mark.parametrize("modality", demo.WIDTHS)
+def test_feature_evidence_is_the_gaussian_density_of_all_frames(modality):
+    """Against the dense covariance of two whole frames, which knows nothing of means."""
+    world, frames = World(3), 2
+    clips = world.clips("val", 6)
+    features = [f[modality][:frames] for f in world.features(clips, "val") if modality in f]
+    values = np.stack(features).astype(np.float64)
+    basis = world.nuisance[modality].astype(np.float64)
+    nuisance = demo.NUISANCE_STD**2 * basis.T @ basis
+    covariance = np.kron(np.ones((frames, frames)), nuisance)
+    covariance += demo.NOISE**2 * np.eye(len(covariance))
+    centres = np.tile(world.offset[modality] + world.directions[modality], (1, frames))
+    residual = values.reshape(len(values), 1, -1) - centres  # [N, cues, T d]
+    solved = np.linalg.solve(covariance, residual.reshape(-1, len(covariance)).T).T
+    expected = -0.5 * (residual * solved.reshape(residual.shape)).sum(axis=-1)
+    found = np.log(world.feature_evidence(modality, values))
+    # Both up to a term per clip. The nuisance basis is orthonormal to float32 rounding, which the
+    # closed form takes as exact: 1e-7 of squared distances of up to 1e3.
+    np.testing.assert_allclose(
+        found - found.max(axis=1, keepdims=True),
+        expected - expected.max(axis=1, keepdims=True),
+        atol=1e-3,
+    )
+
+
+def test_every_modality_is_needed_for_the_best_score(test_split):
+    found = demo.ceilings(test_split[1])
+    best = found["multi_audio_face_text"]
+    for mode in ("face", "audio", "text"):
+        assert found[mode] <= 0.5 * best
+    assert found["audio_face"] <= 0.95 * best
+    assert found["face_text"] <= 0.8 * best
+    assert found["audio_text"] <= 0.8 * best
+
+
+@pytest.mark.parametrize("mode", demo.CEILING_MODES)
+def test_the_bayes_predictor_reaches_its_ceiling_on_drawn_clips(test_split, mode):
+    clips, evidence = test_split
+    belief = demo.posterior(evidence, demo.CEILING_MODES[mode])
+    best = belief.max(axis=1)
+    hit = belief.argmax(axis=1) == clips.emotion
+    error = math.sqrt((best * (1 - best)).sum()) / len(clips)
+    assert abs(hit.mean() - demo.ceilings(evidence)[mode]) < 3 * error
+
+
+def test_absence_and_conflict_are_as_frequent_as_stated():
+    clips = demo.draw_clips(np.random.default_rng(0), 60_000)
+    for modality in MODALITIES:
+        assert_share(~clips.present[modality], demo.ABSENT)
+    # A face is never read two levels off, so where it stands there, another emotion caused it.
+    levels, columns = len(demo.FACE_CUES), len(demo.VOICE_CUES)
+    valence = np.arange(len(EMOTIONS)) // columns
+    shown = np.repeat(np.arange(levels), 2)
+    far = abs(shown[None] - valence[:, None]) >= 2  # [emotion, cue]
+    assert not CUE_TABLES["face"][far].any()
+    given_conflict = (far @ CUE_TABLES["face"].T).mean()
+    assert_share(far[clips.emotion, clips.cues["face"]], CONFLICT / 3 * given_conflict)
+
+
+def test_a_second_label_is_the_neighbour_in_valence_at_the_same_arousal():
+    clips = demo.draw_clips(np.random.default_rng(1), 5000)
+    place = {word: divmod(i, len(demo.VOICE_CUES)) for i, word in enumerate(EMOTIONS)}
+    for emotion, labels in zip(clips.emotion, clips.labels, strict=True):
+        assert labels[0] == EMOTIONS[emotion]
+        for other in labels[1:]:
+            (row, column), (near, same) = place[labels[0]], place[other]
+            assert (abs(row - near), column - same) == (1, 0)
+    assert_share(np.array([len(labels) == 2 for labels in clips.labels]), demo.COMPANION)
+
+
+def test_a_seed_draws_the_same_records_again():
+    once, again = (list(World(7).records("val", 12)) for _ in range(2))
+    assert [encode(record) for record in once] == [encode(record) for record in again]
+
+
+def test_the_features_of_a_clip_do_not_depend_on_how_many_are_drawn():
+    world = World(7)
+    clips = world.clips("val", 12)
+    few = list(world.features(first(clips, 5), "val"))
+    many = list(world.features(clips, "val"))
+    assert len(few) == 5
+    for a, b in zip(few, many, strict=False):
+        assert a.keys() == b.keys()
+        for modality, values in a.items():
+            assert values.tobytes() == b[modality].tobytes()
+
+
+def test_splits_hold_different_clips():
+    world = World(0)
+    subtitles = {split: world.clips(split, 100).subtitles for split in demo.SIZES}
+    for a, b in itertools.combinations(subtitles, 2):
+        assert subtitles[a] != subtitles[b]
+
+
+def test_seeds_change_the_appearance_of_cues_but_not_their_meaning():
+    worlds = [World(0), World(1)]
+    clips = worlds[0].clips("val", 200)
+    here = clips.present["face"]
+    cues = clips.cues["face"][here]
+    drawn = [f["face"] for f in worlds[0].features(clips, "val") if "face" in f]
+    own, foreign = (w.feature_evidence("face", np.stack(drawn)).argmax(axis=1) for w in worlds)
+    assert (own == cues).mean() > 0.99
+    assert (foreign == cues).mean() < 0.3  # one in twelve by chance
+
+    columns, levels = len(demo.VOICE_CUES), len(demo.FACE_CUES)
+    share = demo.FACE_OWN * (1 - CONFLICT / 3) + CONFLICT / 3 / levels
+    for world in worlds:
+        clips = world.clips("train")
+        assert_share(clips.cues["face"] // 2 == clips.emotion // columns, share)
+
+
+def test_records_tell_what_was_drawn():
+    world = World(0)
+    clips = world.clips("train", 60)
+    records = list(world.records("train", 60))
+    assert len({record.name for record in records}) == 60
+    for i, record in enumerate(records):
+        assert decode(encode(record)).name == record.name
+        assert record.emotion == record.labels[0] == EMOTIONS[clips.emotion[i]]
+        assert record.features.keys() == {m for m in ("face", "audio") if clips.present[m][i]}
+        assert bool(record.subtitle) == clips.present["text"][i]
+        words = {"face": demo.FACE_WORDS, "audio": demo.VOICE_WORDS}
+        for modality, table in words.items():
+            named = f" {table[clips.cues[modality][i]]} " in record.description
+            assert named == clips.present[modality][i]
+        for modality, values in record.features.items():
+            assert values.shape == (demo.FRAMES, demo.WIDTHS[modality])
+    row = {EMOTIONS[0]: -1.0, EMOTIONS[-1]: 1.0}
+    for record in records:
+        assert -1 <= record.valence <= 1
+        assert record.valence == row.get(record.emotion, record.valence)
+
+
+def test_materialize_writes_once_and_then_reuses(tmp_path, monkeypatch):
+    monkeypatch.setitem(demo.SIZES, "val", 6)
+    said = []
+    dataset = demo.materialize(tmp_path / "val", 5, "val", said.append)
+    dataset.verify()
+    assert [encode(r) for r in dataset] == [encode(r) for r in World(5).records("val")]
+    assert len(said) == 1
+    assert "6 generated clips" in said[0]
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "val").iterdir()}
+    demo.materialize(tmp_path / "val", 5, "val", said.append)
+    assert len(said) == 1
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "val").iterdir()}
+
+
+def test_cue_and_emotion_words_are_single_tokens_of_the_tiny_base():
+    tokenizer = Tokenizer(TINY_BASE)
+    words = [*demo.FACE_WORDS, *demo.VOICE_WORDS, *EMOTIONS]
+    pieces = dict(zip(words, tokenizer.encode([f" {word}" for word in words]), strict=True))
+    assert {word: len(ids) for word, ids in pieces.items()} == dict.fromkeys(words, 1)
+    assert len({int(ids[0]) for ids in pieces.values()}) == len(words)
+
+
+def test_an_absent_modality_says_nothing():
+    clips = World(0).clips("val", 200)
+    nothing = {m: np.zeros(200, bool) for m in MODALITIES}
+    evidence = demo.word_evidence(dataclasses.replace(clips, present=nothing))
+    np.testing.assert_allclose(demo.posterior(evidence, MODALITIES), 1 / len(EMOTIONS))
+    assert demo.ceiling(evidence, MODALITIES) == pytest.approx(1 / len(EMOTIONS))

@@ -1,0 +1,324 @@
+"""The decoder against Hugging Face's, and what packing, caching and rematerialisation promise."""
+
+import dataclasses
+import math
+import tempfile
+from pathlib import Path
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from tiny_model import LLM, relative_error, random_tree
+
+from affectgpt_jax.models import attention
+from affectgpt_jax.models.qwen2 import (
+    PUBLISHED,
+    DecodeStep,
+    Execution,
+    KVCache,
+    Qwen2,
+    Qwen2Config,
+    init_base,
+    rms_norm,
+    unembedding,
+)
+from affectgpt_jax.weights.huggingface import load_base, read_config
+
+# Float32 sums of some tens of terms, a few layers deep, added in another order.
+FLOAT32 = 1e-5
+MODULE = Qwen2(LLM)
+
+
+def abstract_base(module):
+    return jax.eval_shape(lambda key: init_base(module, key), jax.random.key(0))
+
+
+BASE = random_tree(abstract_base(MODULE))
+
+
+def forward(embeds, positions, segment_ids, module=MODULE, base=BASE):
+    return module.apply({"params": base}, embeds, positions, segment_ids)[0]
+
+
+def random_embeds(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=(*shape, LLM.hidden_size)).astype(np.float32)
+
+
+def rows_of(length, rows=1):
+    """Positions and segment ids of rows without padding."""
+    positions = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+    return positions, np.ones_like(positions)
+
+
+# --- Against Hugging Face -------------------------------------------------------------------------
+
+
+@st.composite
+def shapes(draw):
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    return dict(
+        vocab_size=draw(st.integers(11, 70)),
+        hidden_size=draw(st.sampled_from([8, 20, 36])),
+        intermediate_size=draw(st.integers(5, 40)),
+        num_hidden_layers=draw(st.integers(1, 3)),
+        num_attention_heads=kv_heads * draw(st.integers(1, 3)),
+        num_key_value_heads=kv_heads,
+        head_dim=draw(st.sampled_from([2, 6, 16])),
+        tie_word_embeddings=draw(st.booleans()),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-2])),
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": draw(st.sampled_from([100.0, 1e4, 1e6])),
+        },
+    )
+
+
+@settings(max_examples=8)
+@given(shapes(), st.integers(1, 12), st.integers(0, 2**31))
+def test_logits_equal_hugging_face_for_any_shape(shape, length, seed):
+    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.Qwen2Config(**shape)
+    reference = transformers.Qwen2ForCausalLM(config).eval()
+    for parameter in reference.parameters():  # its own start has zero biases and unit norms
+        torch.nn.init.normal_(parameter, mean=0.1, std=0.3)
+    tokens = np.random.default_rng(seed).integers(config.vocab_size, size=(2, length))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+
+    with tempfile.TemporaryDirectory() as directory:
+        reference.save_pretrained(directory)
+        module = Qwen2(read_config(Path(directory)))
+        abstract = abstract_base(module)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        base = load_base(Path(directory), abstract, jax.tree.map(lambda _: device, abstract))
+
+    def logits(base):
+        embeds = module.apply({"params": base}, jnp.asarray(tokens), method="embed")
+        return forward(embeds, *rows_of(length, 2), module, base) @ unembedding(base)
+
+    assert relative_error(jax.jit(logits)(base), expected) < FLOAT32
+
+
+CONFIG = {
+    "model_type": "qwen2",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e4,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"rope_scaling": {"type": "default"}, "head_dim": None, "use_sliding_window": False},
+    ],
+    ids=["rope_theta", "rope_parameters", "rope_scaling"],
+)
+def test_every_spelling_of_a_config_is_read(changes):
+    expected = Qwen2Config(100, 32, 48, 2, 4, 2, head_dim=8, rope_theta=1e4)
+    assert Qwen2Config.from_hf(CONFIG | changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "'llama'; expected 'qwen2'"),
+        ({"model_type": None}, "model_type is None"),
+        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"rope_theta": None}, "no value for rope_theta"),
+        ({"hidden_size": None}, "no value for hidden_size, head_dim"),
+    ],
+)
+def test_a_config_this_code_cannot_run_is_refused_by_name(changes, message):
+    config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
+    values = {f.name: None for f in dataclasses.fields(Qwen2Config)}  # nothing falls back
+    with pytest.raises(ValueError, match=message):
+        Qwen2Config.from_hf({**{k: None for k in values if k not in CONFIG}, **config})
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("Qwen2.5-0.5B-Instruct", 494_032_768),
+        ("Qwen2.5-1.5B-Instruct", 1_543_714_304),
+        ("Qwen2.5-3B-Instruct", 3_085_938_688),
+        ("Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("Qwen2.5-14B-Instruct", 14_770_033_664),
+        ("Qwen2.5-32B-Instruct", 32_763_876_352),
+        ("Qwen2.5-72B-Instruct", 72_706_203_648),
+    ],
+)
+def test_published_shapes_have_the_published_parameter_counts(name, count):
+    leaves = jax.tree.leaves(abstract_base(Qwen2(PUBLISHED[name])))
+    assert sum(math.prod(leaf.shape) for leaf in leaves) == count
+
+
+# --- Rows: padding, packing, single tokens --------------------------------------------------------
+
+
+def test_right_padding_does_not_change_real_positions():
+    embeds = random_embeds(2, 9)
+    positions, segment_ids = rows_of(9, 2)
+    padded = np.where(np.arange(9) < 6, segment_ids, 0)
+    alone = forward(embeds[:, :6], positions[:, :6], segment_ids[:, :6])
+    assert relative_error(forward(embeds, positions, padded)[:, :6], alone) < FLOAT32
+
+
+def test_packed_samples_equal_separate_rows_in_values_and_gradients():
+    lengths = (5, 7)
+    embeds, cotangent = random_embeds(2, 7), random_embeds(2, 7, seed=1)
+    real = np.arange(7) < np.array(lengths)[:, None]
+    positions, segment_ids = rows_of(7, 2)
+
+    def pack(x):  # [2, 7, ...] -> [1, 14, ...]: both samples, then padding
+        return np.concatenate([x[real], np.zeros_like(x[~real])])[None]
+
+    def value_and_gradient(embeds, positions, segment_ids, cotangent):
+        out, pullback = jax.vjp(lambda e: forward(e, positions, segment_ids), embeds)
+        return out, pullback(cotangent)[0]
+
+    # The cotangent of padding is zero: no loss reads it.
+    apart = value_and_gradient(embeds, positions, real.astype(int), cotangent * real[..., None])
+    packed_ids = pack(segment_ids * [[1], [2]])
+    packed = value_and_gradient(pack(embeds), pack(positions), packed_ids, pack(cotangent))
+    for one_row, rows in zip(packed, apart, strict=True):
+        assert relative_error(one_row[0, : sum(lengths)], np.asarray(rows)[real]) < FLOAT32
+    assert not np.asarray(packed[1])[0, sum(lengths) :].any()
+
+
+def test_a_row_of_padding_stays_finite_in_values_and_gradients():
+    positions, segment_ids = rows_of(4)
+    out, pullback = jax.vjp(lambda e: forward(e, positions, segment_ids * 0), random_embeds(1, 4))
+    assert np.isfinite(out).all() and np.isfinite(pullback(out)[0]).all()
+
+
+def test_a_single_token_equals_the_first_of_a_longer_row():
+    embeds = random_embeds(1, 5)
+    first = forward(embeds[:, :1], *rows_of(1))
+    assert relative_error(first, forward(embeds, *rows_of(5))[:, :1]) < FLOAT32
+
+
+def test_a_token_id_beyond_the_table_is_clipped_to_its_last_row():
+    tokens = jnp.array([[LLM.vocab_size + 3, -1]])
+    embeds = MODULE.apply({"params": BASE}, tokens, method="embed")
+    np.testing.assert_array_equal(embeds[0, 0], BASE["embed_tokens"][-1])
+    assert np.isfinite(embeds).all()
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+def test_decoding_token_by_token_equals_one_full_pass():
+    length, prompt = 7, 3
+    embeds = random_embeds(2, length)
+    positions, segment_ids = rows_of(length, 2)
+    expected = forward(embeds, positions, segment_ids)
+    _, cache = MODULE.apply(
+        {"params": BASE},
+        embeds[:, :prompt],
+        positions[:, :prompt],
+        segment_ids[:, :prompt],
+        keep_cache=True,
+    )
+    room = [(0, 0), (0, 0), (0, length - prompt), (0, 0), (0, 0)]
+    cache = KVCache(*(jnp.pad(x, room) for x in cache))
+
+    @jax.jit
+    def decode(cache, slot, embed, position):
+        step = DecodeStep(slot, jnp.broadcast_to(jnp.arange(length) <= slot, (2, length)))
+        return MODULE.apply(
+            {"params": BASE}, embed, position, cache=cache, step=step, keep_cache=True
+        )
+
+    for t in range(prompt, length):
+        at = slice(t, t + 1)
+        states, cache = decode(cache, t, embeds[:, at], positions[:, at])
+        assert relative_error(states, expected[:, at]) < FLOAT32
+
+
+# --- Execution ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled_gradients():
+    """By remat policy: the compiled gradient of a sum of squares with respect to the inputs."""
+    llm = dataclasses.replace(LLM, num_hidden_layers=6)
+    base = random_tree(abstract_base(Qwen2(llm)))
+    embeds = random_embeds(4, 32)
+    rows = rows_of(32, 4)
+
+    def compile_one(remat):
+        module = Qwen2(llm, execution=Execution(remat=remat))
+        gradient = jax.grad(lambda e: (forward(e, *rows, module, base) ** 2).sum())
+        return jax.jit(gradient).lower(embeds).compile()
+
+    return embeds, {remat: compile_one(remat) for remat in ("none", "dots", "full")}
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_rematerialisation_does_not_change_gradients(compiled_gradients, remat):
+    embeds, gradients = compiled_gradients
+    assert relative_error(gradients[remat](embeds), gradients["none"](embeds)) < FLOAT32
+
+
+def test_rematerialisation_saves_memory(compiled_gradients):
+    temporaries = {
+        remat: gradient.memory_analysis().temp_size_in_bytes
+        for remat, gradient in compiled_gradients[1].items()
+    }
+    assert temporaries["full"] < 0.7 * temporaries["dots"] < 0.7 * 0.7 * temporaries["none"]
+
+
+def test_an_unknown_remat_policy_is_refused():
+    with pytest.raises(ValueError, match="remat is 'some'"):
+        Execution(remat="some")
+
+
+def test_bfloat16_norm_is_computed_in_float32():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(3 + rng.normal(size=(16, 4096)), jnp.bfloat16)
+    scale = jnp.asarray(1 + rng.normal(size=4096), jnp.bfloat16)
+    wide, wide_scale = np.asarray(x, np.float64), np.asarray(scale, np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * wide_scale
+    # One rounding to bfloat16 is 2^-9 at most, of each value; two in a row would exceed it.
+    found = np.asarray(rms_norm(x, scale, 1e-6), np.float64)
+    assert (np.abs(found - expected) <= 2.0**-8.9 * np.abs(expected)).all()
+
+
+def test_bfloat16_attention_has_a_float32_softmax():
+    rng = np.random.default_rng(0)
+    query, key, value = jnp.asarray(3 * rng.normal(size=(3, 1, 64, 2, 16)), jnp.bfloat16)
+    found = attention.causal(query, key, value, jnp.ones((1, 64), jnp.int32))
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    scores = np.einsum("bthd,bshd->bhts", q, k) / 4
+    weights = np.exp(np.where(np.tri(64, dtype=bool), scores, -np.inf))
+    weights /= weights.sum(-1, keepdims=True)
+    # Scores reach 100, where bfloat16 steps by 0.5: such scores would be off by tens of percent.
+    # The weights are rounded to bfloat16 (2^-9) and so is the result.
+    assert relative_error(found, np.einsum("bhts,bshd->bthd", weights, v)) < 0.01
+
+
+def test_bfloat16_run_stays_near_float32():
+    half = Qwen2(LLM, execution=Execution(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    base = random_tree(abstract_base(half))
+    embeds = np.asarray(jnp.asarray(random_embeds(2, 12), jnp.bfloat16), np.float32)
+    expected = forward(embeds, *rows_of(12, 2), MODULE, base)
+    found = forward(embeds, *rows_of(12, 2), half, base)
+    assert found.dtype == jnp.bfloat16
+    # About twenty roundings of 2^-9 in a row.
+    assert relative_error(found, expected) < 0.04

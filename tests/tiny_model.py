@@ -1,0 +1,98 @@
+"""An AffectGPT of a few thousand parameters with random weights, and random batches for it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
+from affectgpt_jax.models.fusers import Fusion, FusionConfig
+from affectgpt_jax.models.lora import LoraConfig
+from affectgpt_jax.models.qwen2 import Execution, Qwen2, Qwen2Config
+
+LLM = Qwen2Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rope_theta=1e4,
+)
+FUSION = FusionConfig(("multi", "audio", "face"), LLM.hidden_size, 6, 10, width=8)
+FRAMES = 3
+
+
+def make_model(
+    llm: Qwen2Config = LLM, dropout: float = 0.0, fusion: FusionConfig | None = FUSION, **execution
+) -> AffectGPT:
+    qwen2 = Qwen2(llm, LoraConfig(rank=4, dropout=dropout), Execution(**execution))
+    return AffectGPT(qwen2, fusion and Fusion(fusion, qwen2.execution.dtype))
+
+
+def random_tree(abstract, seed: int = 0):
+    """Normal values at a scale at which every parameter matters.
+
+    A model's own start has zero biases, unit norms and zero `lora_b`, behind which errors hide.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value = rng.normal(size=leaf.shape)
+        name = path[-1].key
+        if name == "scale":
+            value = 1 + 0.2 * value
+        elif name == "bias":
+            value = 0.3 * value
+        elif name != "embed_tokens":
+            value *= leaf.shape[-2] ** -0.5
+        return jnp.asarray(value, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def random_base(model: AffectGPT, seed: int = 0):
+    return random_tree(jax.eval_shape(lambda k: init_random_base(model, k), jax.random.key(0)), seed)
+
+
+def random_trainable(model: AffectGPT, seed: int = 1):
+    return random_tree(jax.eval_shape(lambda k: init_trainable(model, k), jax.random.key(0)), seed)
+
+
+def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LLM, seed: int = 2):
+    """A batch of right-padded rows of these lengths; 0 is a filler row.
+
+    The soft tokens stand at positions 1 to 3 in a random order, and the last tokens of a row, as
+    many as fit but at most `targets`, are supervised: rows differ in their share of the loss.
+    """
+    rng = np.random.default_rng(seed)
+    rows, lengths = len(lengths), np.asarray(lengths)
+    at = np.arange(width)
+    batch = {
+        "tokens": rng.integers(llm.vocab_size, size=(rows, width), dtype=np.int32),
+        "positions": np.broadcast_to(at, (rows, width)).astype(np.int32),
+        "segment_ids": (at < lengths[:, None]).astype(np.int32),
+        "soft_index": np.zeros((rows, width), np.int32),
+        "target_positions": np.zeros((rows, targets), np.int32),
+        "targets": np.zeros((rows, targets), np.int32),
+        "target_weights": np.zeros((rows, targets), np.float32),
+        "features": {
+            "audio": rng.normal(size=(rows, FRAMES, FUSION.audio_width)).astype(np.float16),
+            "face": rng.normal(size=(rows, FRAMES, FUSION.video_width)).astype(np.float16),
+        },
+        "present": {"audio": lengths > 0, "face": lengths > 0},
+    }
+    for row, length in enumerate(lengths):
+        count = max(0, min(targets, length - 4))
+        if count:
+            batch["soft_index"][row, 1:4] = 1 + rng.permutation(3)
+        batch["target_positions"][row, :count] = np.arange(length - 1 - count, length - 1)
+        batch["targets"][row, :count] = batch["tokens"][row, length - count : length]
+        batch["target_weights"][row, :count] = 1
+    return batch
+
+
+def relative_error(found, expected) -> float:
+    """Largest deviation, in units of the largest expected value."""
+    found, expected = (np.asarray(x, np.float64) for x in (found, expected))
+    return np.abs(found - expected).max() / np.abs(expected).max()
