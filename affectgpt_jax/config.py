@@ -8,10 +8,11 @@ of another type, is refused before anything starts.
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ POSITIVE = (
     "save_every",
     "keep",
 )
-# What may differ when a run is resumed: it changes what is reported and how long, not the result.
-FREE_ON_RESUME = ("steps", "log_every", "keep", "profile_steps", "generate")
+# What may differ when a run is resumed: where it runs, for how long, and what it reports.
+FREE_ON_RESUME = ("steps", "mesh", "remat", "log_every", "keep", "profile_steps", "generate")
 
 
 class ConfigError(ValueError):
@@ -59,19 +60,22 @@ def parse_command_line(argv: Sequence[str], description: str) -> tuple[ConfigDic
         SystemExit: after printing the help.
     """
     values = flags.FlagValues()
-    argv = ["affectgpt_jax", *argv]
-    config_flags.DEFINE_config_file(
-        "config",
-        default=str(find_config(DEFAULT)),
-        help_string=f"config file, or one of {', '.join(shipped_configs())}",
-        flag_values=values,
-        sys_argv=(argv := [_resolve_config_flag(arg) for arg in argv]),
-    )
+    argv = ["affectgpt_jax", *_resolve_config_flag(argv)]
+    for arg in argv:
+        _check_override(arg)
     flags.DEFINE_string(
         "workdir", None, "directory of the run; default runs/NAME of the config", flag_values=values
     )
     flags.DEFINE_bool("help", False, "print this help", short_name="h", flag_values=values)
     try:
+        # This reads the overrides already, and refuses some.
+        config_flags.DEFINE_config_file(
+            "config",
+            default=str(find_config(DEFAULT)),
+            help_string=f"config file, or one of {', '.join(shipped_configs())}",
+            flag_values=values,
+            sys_argv=argv,
+        )
         rest = values(argv)[1:]
         config = values.config
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
@@ -111,9 +115,33 @@ def find_config(name: str) -> Path:
     )
 
 
-def _resolve_config_flag(arg: str) -> str:
-    match = re.fullmatch(r"--?config=(.*)", arg)
-    return f"--config={find_config(match[1])}" if match else arg
+def _resolve_config_flag(argv: Sequence[str]) -> list[str]:
+    """`--config=NAME` and `--config NAME` with the file that NAME stands for."""
+    resolved, rest = [], iter(argv)
+    for arg in rest:
+        if match := re.fullmatch(r"--?config(=.*)?", arg):
+            name = next(rest, "") if match[1] is None else match[1][1:]
+            arg = f"--config={find_config(name)}"
+        resolved.append(arg)
+    return resolved
+
+
+def _check_override(arg: str) -> None:
+    """Refuse `--config.KEY` with an unknown KEY: ml_collections does so without naming it."""
+    if match := re.match(r"--?config\.([^=]*)", arg):
+        schema, where = affectgpt_qwen25_7b.get_config(), "config"
+        for key in match[1].split("."):
+            if not isinstance(schema, ConfigDict):
+                raise ConfigError(f"{where} is a single value; {where}.{key} does not exist")
+            if key not in schema:
+                raise _unknown_key(where, key, schema)
+            schema, where = schema[key], f"{where}.{key}"
+
+
+def _unknown_key(where: str, key: str, schema: ConfigDict) -> ConfigError:
+    close = difflib.get_close_matches(key, schema, 1)
+    known = f"did you mean {where}.{close[0]}?" if close else f"expected one of {sorted(schema)}"
+    return ConfigError(f"{where}.{key} is not a key; {known}")
 
 
 def _one_sentence(error: Exception) -> str:
@@ -130,6 +158,8 @@ def validate(config: ConfigDict) -> None:
         ConfigError: an unknown or missing key, a value of another type, a value out of its range,
             or a combination that cannot run; one sentence that names the key.
     """
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"get_config() of the config file returned {config!r}, not a ConfigDict")
     _check_keys(config, affectgpt_qwen25_7b.get_config(), "config")
     for key, choices in CHOICES.items():
         if _get(config, key) not in choices:
@@ -137,6 +167,9 @@ def validate(config: ConfigDict) -> None:
     for key in POSITIVE:
         if _get(config, key) < 1:
             raise ConfigError(f"config.{key} is {_get(config, key)}; expected 1 or more")
+    for key in ("seed", "demo_seed"):
+        if config[key] < 0:
+            raise ConfigError(f"config.{key} is {config[key]}; expected 0 or more")
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"config.accumulation={config.accumulation} does not divide "
@@ -157,35 +190,52 @@ def _get(config: ConfigDict, key: str) -> Any:
 def _check_keys(found: ConfigDict, schema: ConfigDict, where: str) -> None:
     for key in found:
         if key not in schema:
-            raise ConfigError(f"{where}.{key} is not a key; expected one of {sorted(schema)}")
+            raise _unknown_key(where, key, schema)
     for key, default in schema.items():
         if key not in found:
-            raise ConfigError(f"{where}.{key} is missing; the paper's recipe has {default!r}")
+            raise ConfigError(f"{where}.{key} is missing; the paper's recipe has {_plain(default)}")
         value = found[key]
         if isinstance(default, ConfigDict) and isinstance(value, ConfigDict):
             _check_keys(value, default, f"{where}.{key}")
         elif type(value) is not type(default):
             raise ConfigError(
-                f"{where}.{key} is {value!r}, of type {type(value).__name__}; "
-                f"expected {type(default).__name__}, as in {default!r}"
+                f"{where}.{key} is {_plain(value)}, of type {type(value).__name__}; "
+                f"expected {type(default).__name__}, as in {_plain(default)}"
             )
 
 
+def _plain(value: Any) -> str:
+    """In one line; a ConfigDict shows itself in many."""
+    return repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+
+
 def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """Remember the config in `workdir/config.json`, or compare with the one that is there.
+    """Remember the config in `workdir/config.json`, or compare with that of the run to resume.
+
+    A run that saved no checkpoint, as one that a bad setting stopped, leaves nothing to resume.
 
     Raises:
         ConfigError: the workdir holds a run with other settings; the message names the first.
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
-    if not path.exists():
+    saved = any(entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*"))
+    if not (saved and path.exists()):
         path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
         return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
+    mine, theirs = dict(_leaves(mine)), dict(_leaves(json.loads(path.read_text("utf-8"))))
     for key in sorted(mine.keys() | theirs.keys()):
-        if key not in FREE_ON_RESUME and mine.get(key) != theirs.get(key):
+        if key.split(".")[0] not in FREE_ON_RESUME and mine.get(key) != theirs.get(key):
             raise ConfigError(
                 f"{workdir} holds a run with config.{key}={theirs.get(key)!r}, but now it is "
                 f"{mine.get(key)!r}; use another --workdir, or the same settings to resume"
             )
+
+
+def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

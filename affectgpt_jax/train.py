@@ -74,9 +74,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     kind, shape = jax.devices()[0].device_kind, dict(mesh.shape)
     progress.line(f"workdir {workdir}; {jax.device_count()} x {kind}, mesh {shape}")
 
-    # Data: tokenised whole, so that batch shapes are known before anything is compiled.
+    # Everything that can be refused is looked at before data is read or written.
     directory = build.base_directory(config.llm)
     llm = build.base_config(config.llm)
+    model = build.model(config, llm, sharding.activation_constraint(mesh))
+    optimizer_config = build.optimizer_config(config)
+    optimizer = make_optimizer(optimizer_config, config.steps)
+    schedule = learning_rate_schedule(optimizer_config, config.steps)
+
+    # Data: tokenised whole, so that batch shapes are known before anything is compiled.
     view = build.view(config, Tokenizer(directory))
     train_set, val_set, test_set = build.datasets(config, workdir, progress.line)
     pipeline = TrainPipeline(
@@ -99,11 +105,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         f"{len(train_set):,} training clips, {len(val_set):,} for validation; row lengths {lengths}"
     )
 
-    # Model and state: shapes first, then weights and fresh adapters straight into their shardings.
-    model = build.model(config, llm, sharding.activation_constraint(mesh))
-    optimizer_config = build.optimizer_config(config)
-    optimizer = make_optimizer(optimizer_config, config.steps)
-    schedule = learning_rate_schedule(optimizer_config, config.steps)
+    # State: shapes first, then weights and fresh adapters straight into their shardings.
     abstract_base = abstract(mesh, lambda key: init_random_base(model, key))
     abstract_state = abstract(mesh, lambda key: init_state(model, optimizer, key))
     progress.line(

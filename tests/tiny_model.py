@@ -9,6 +9,7 @@ from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.qwen2 import Execution, Qwen2, Qwen2Config
 
+# No value is one that some library would fall back to.
 LLM = Qwen2Config(
     vocab_size=64,
     hidden_size=32,
@@ -16,8 +17,9 @@ LLM = Qwen2Config(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
-    head_dim=8,
-    rope_theta=1e4,
+    head_dim=16,
+    rope_theta=500.0,
+    rms_norm_eps=1e-3,
 )
 FUSION = FusionConfig(("multi", "audio", "face"), LLM.hidden_size, 6, 10, width=8)
 FRAMES = 3
@@ -26,7 +28,7 @@ FRAMES = 3
 def make_model(
     llm: Qwen2Config = LLM, dropout: float = 0.0, fusion: FusionConfig | None = FUSION, **execution
 ) -> AffectGPT:
-    qwen2 = Qwen2(llm, LoraConfig(rank=4, dropout=dropout), Execution(**execution))
+    qwen2 = Qwen2(llm, LoraConfig(rank=4, alpha=2.0, dropout=dropout), Execution(**execution))
     return AffectGPT(qwen2, fusion and Fusion(fusion, qwen2.execution.dtype))
 
 
@@ -52,7 +54,9 @@ def random_tree(abstract, seed: int = 0):
 
 
 def random_base(model: AffectGPT, seed: int = 0):
-    return random_tree(jax.eval_shape(lambda k: init_random_base(model, k), jax.random.key(0)), seed)
+    return random_tree(
+        jax.eval_shape(lambda k: init_random_base(model, k), jax.random.key(0)), seed
+    )
 
 
 def random_trainable(model: AffectGPT, seed: int = 1):

@@ -82,13 +82,14 @@ ABSENT = 0.04  # chance that a modality is absent, each
 CONFLICT = 0.06  # chance that one modality of a clip comes from another emotion
 COMPANION = 0.3  # chance that a clip lists a second, neighbouring emotion
 
-# Feature space. Cue directions are this many per-frame standard deviations long: a single frame
-# is ambiguous, eight frames nearly never are, so the ceilings are set by the cues' meaning.
+# Feature space. Cue directions are long against the noise, so features hide next to nothing of the
+# cues and the ceilings are set by what cues mean; what has to be learned is where to look.
 FRAMES = 8
 WIDTHS = {"face": 768, "audio": 1024}  # as CLIP ViT-L/14 and HuBERT-Large
-NOISE = 0.3
-CUE_LENGTH = 6.0 * NOISE
-NUISANCE_DIMS, NUISANCE_STD = 8, 4.0 * NOISE
+NOISE = 0.1  # per frame and dimension
+CUE_LENGTH = 20 * NOISE
+NUISANCE_DIMS, NUISANCE_STD = 8, 4 * NOISE
+OFFSET_STD = 0.25 * NOISE
 
 
 def _banded(levels: int, own: float) -> np.ndarray:
@@ -221,7 +222,7 @@ class World:
     Attributes:
         directions: for face and audio, the unit-free cue vectors `[cues, d]`.
         nuisance: for face and audio, orthonormal nuisance directions `[8, d]` ("who and where").
-        offset: for face and audio, the mean feature `[d]`.
+        offset: for face and audio, a constant part of all features `[d]`.
     """
 
     def __init__(self, seed: int):
@@ -237,7 +238,7 @@ class World:
             self.nuisance[modality] = basis[cues:]
             mixed = basis[:cues] + 0.5 * basis[cues:][np.arange(cues) % NUISANCE_DIMS]
             self.directions[modality] = CUE_LENGTH * mixed
-            self.offset[modality] = (NOISE * rng.standard_normal(width)).astype(np.float32)
+            self.offset[modality] = (OFFSET_STD * rng.standard_normal(width)).astype(np.float32)
 
     def clips(self, split: str, size: int | None = None) -> Clips:
         """Draw the clips of a split; `size` defaults to `SIZES[split]`."""

@@ -155,7 +155,7 @@ def choose_buckets(lengths: np.ndarray, targets: np.ndarray, count: int) -> tupl
 
     Returns:
         Buckets by ascending length; the last holds the longest example, and each as many targets
-        as any example in it has.
+        as any example has that is not longer.
     """
     rounded = -(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     sizes, tally = np.unique(rounded, return_counts=True)
@@ -175,7 +175,7 @@ def choose_buckets(lengths: np.ndarray, targets: np.ndarray, count: int) -> tupl
     ends = sorted(ends)
     which = np.searchsorted(ends, rounded)
     return tuple(
-        Bucket(length, _round_up(int(targets[which == i].max()))) for i, length in enumerate(ends)
+        Bucket(length, _round_up(int(targets[which <= i].max()))) for i, length in enumerate(ends)
     )
 
 

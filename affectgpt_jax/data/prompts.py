@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import re
-import string
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,8 @@ PLACEHOLDERS = {
 # The order in which the release adds them to the tokenizer, which fixes their ids.
 PLACEHOLDER_ORDER = ("<ImageHere>", "<AudioHere>", "<FrameHere>", "<FaceHere>", "<MultiHere>")
 
+# In a clip's own texts these would be taken for soft tokens, or for the start or end of a turn.
+_RESERVED = (*PLACEHOLDER_ORDER, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _SETS = ("default", "compact")
 _INPUTS = (*PLACEHOLDERS, "text")
 
@@ -62,6 +63,7 @@ INPUT_MODES = {
     "text": InputMode((), True),
 }
 LABEL_TYPES = ("description", "ovlabel")
+_ANSWER_SLOTS = {"description": "description", "ovlabel": "labels"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +90,9 @@ class PromptSet:
             question: a label type of `questions`, or the text of any question.
 
         Raises:
-            PromptError: the subtitle holds a placeholder, which would be taken for a soft token.
+            PromptError: the subtitle holds a placeholder or chat token.
         """
-        for placeholder in PLACEHOLDER_ORDER:
-            if placeholder in subtitle:
-                raise PromptError(
-                    f"the subtitle {subtitle!r} holds the reserved text {placeholder}; remove it"
-                )
+        _refuse_reserved("subtitle", subtitle, _RESERVED)
         parts = [self.human]
         for slot in mode.slots:
             soft = PLACEHOLDERS[slot] * token_counts[slot]
@@ -111,12 +109,15 @@ class PromptSet:
         An empty label list reads "neutral", as in the published recipe.
 
         Raises:
-            PromptError: an empty description, for which there is nothing to learn.
+            PromptError: an empty description, for which there is nothing to learn, or a text that
+                holds a placeholder, a chat token or `end`, where generation would stop.
         """
         if label_type == "description" and not description:
             raise PromptError("the clip has no description; train it with --config.label=ovlabel")
-        text = self.answers[label_type].replace("{labels}", ", ".join(labels) or "neutral")
-        return text.replace("{description}", description) + self.end
+        slot = _ANSWER_SLOTS[label_type]
+        text = description if slot == "description" else ", ".join(labels) or "neutral"
+        _refuse_reserved(slot, text, (*_RESERVED, self.end))
+        return self.answers[label_type].replace("{" + slot + "}", text) + self.end
 
     def read_labels(self, text: str) -> list[str]:
         """The labels of a generated label answer, lower-case, in order, without repeats.
@@ -144,23 +145,23 @@ def load_prompts(name: str) -> PromptSet:
         resource = (
             importlib.resources.files("affectgpt_jax") / "assets" / "prompts" / f"{name}.toml"
         )
-        text, source = resource.read_text(encoding="utf-8"), f"{name}.toml"
+        text, source = resource.read_bytes(), f"{name}.toml"
     else:
         path = Path(name).expanduser()
         if not path.is_file():
             raise PromptError(
                 f"prompts: {name!r} is neither a file nor one of the built-in sets {_SETS}"
             )
-        text, source = path.read_text(encoding="utf-8"), str(path)
+        text, source = path.read_bytes(), str(path)
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        data = tomllib.loads(text.decode("utf-8"))
+    except ValueError as error:  # of either; it says which
         raise PromptError(f"{source}: not valid TOML: {error}") from None
     expected = {
         "roles": {"human": (), "assistant": (), "end": ()},
         "inputs": {key: ("subtitle" if key == "text" else key,) for key in _INPUTS},
         "questions": dict.fromkeys(LABEL_TYPES, ()),
-        "answers": {"description": ("description",), "ovlabel": ("labels",)},
+        "answers": {key: (slot,) for key, slot in _ANSWER_SLOTS.items()},
     }
     _check_keys(source, "the file", data, expected)
     for section, keys in expected.items():
@@ -192,10 +193,7 @@ def _check_keys(source: str, where: str, found: object, expected: Mapping[str, o
 def _check_template(source: str, where: str, template: object, slots: tuple[str, ...]) -> None:
     if not isinstance(template, str):
         raise PromptError(f"{source}: {where} must be a string, found {template!r}")
-    try:
-        named = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise PromptError(f"{source}: {where}: {error}") from None
+    named = re.findall(r"{([^{}]*)}", template)
     for name in named:
         if name not in slots:
             raise PromptError(
@@ -203,3 +201,9 @@ def _check_template(source: str, where: str, template: object, slots: tuple[str,
             )
     if tuple(named) != slots:
         raise PromptError(f"{source}: {where} must hold the slot {{{slots[0]}}} exactly once")
+
+
+def _refuse_reserved(what: str, text: str, reserved: tuple[str, ...]) -> None:
+    for part in reserved:
+        if part in text:
+            raise PromptError(f"the {what} holds the reserved text {part}; remove it")

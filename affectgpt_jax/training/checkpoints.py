@@ -55,7 +55,11 @@ class Checkpoints:
         )
         self._manager = ocp.CheckpointManager(
             self._directory,
-            item_names=("state", "base"),
+            # Named here so that a fresh process can read a checkpoint's shapes before its values.
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "base": ocp.JsonCheckpointHandler(),
+            },
             options=options,
         )
 

@@ -77,7 +77,7 @@ def make_mesh(text: str) -> Mesh:
 
 def path_name(path) -> str:
     """A tree path as rules see it, e.g. "layers/q_proj/kernel"."""
-    return "/".join(str(getattr(entry, "key", getattr(entry, "idx", entry))) for entry in path)
+    return "/".join(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:

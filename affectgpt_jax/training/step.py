@@ -81,7 +81,7 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
         metrics = {
             "loss": total / count_or_one,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
             "supervised_tokens": count,
         }

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from tiny_model import LLM, relative_error, random_tree
+from tiny_model import LLM, random_tree, relative_error
 
 from affectgpt_jax.models import attention
 from affectgpt_jax.models.qwen2 import (
@@ -41,6 +41,13 @@ BASE = random_tree(abstract_base(MODULE))
 
 def forward(embeds, positions, segment_ids, module=MODULE, base=BASE):
     return module.apply({"params": base}, embeds, positions, segment_ids)[0]
+
+
+@jax.jit
+def forward_and_back(embeds, positions, segment_ids, cotangent):
+    """Hidden states, and the gradient of their product with `cotangent` in the embeddings."""
+    out, pullback = jax.vjp(lambda e: forward(e, positions, segment_ids), embeds)
+    return out, pullback(cotangent)[0]
 
 
 def random_embeds(*shape, seed=0):
@@ -118,18 +125,23 @@ CONFIG = {
 }
 
 
+def config_with(changes):
+    """`CONFIG` with these values; None takes a key away."""
+    return {key: value for key, value in (CONFIG | changes).items() if value is not None}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {},
         {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-        {"rope_scaling": {"type": "default"}, "head_dim": None, "use_sliding_window": False},
+        {"rope_scaling": {"type": "default"}, "head_dim": 8, "use_sliding_window": False},
     ],
     ids=["rope_theta", "rope_parameters", "rope_scaling"],
 )
 def test_every_spelling_of_a_config_is_read(changes):
     expected = Qwen2Config(100, 32, 48, 2, 4, 2, head_dim=8, rope_theta=1e4)
-    assert Qwen2Config.from_hf(CONFIG | changes) == expected
+    assert Qwen2Config.from_hf(config_with(changes)) == expected
 
 
 @pytest.mark.parametrize(
@@ -145,10 +157,8 @@ def test_every_spelling_of_a_config_is_read(changes):
     ],
 )
 def test_a_config_this_code_cannot_run_is_refused_by_name(changes, message):
-    config = {key: value for key, value in (CONFIG | changes).items() if value is not None}
-    values = {f.name: None for f in dataclasses.fields(Qwen2Config)}  # nothing falls back
     with pytest.raises(ValueError, match=message):
-        Qwen2Config.from_hf({**{k: None for k in values if k not in CONFIG}, **config})
+        Qwen2Config.from_hf(config_with(changes))
 
 
 @pytest.mark.parametrize(
@@ -172,45 +182,47 @@ def test_published_shapes_have_the_published_parameter_counts(name, count):
 
 
 def test_right_padding_does_not_change_real_positions():
-    embeds = random_embeds(2, 9)
-    positions, segment_ids = rows_of(9, 2)
-    padded = np.where(np.arange(9) < 6, segment_ids, 0)
-    alone = forward(embeds[:, :6], positions[:, :6], segment_ids[:, :6])
-    assert relative_error(forward(embeds, positions, padded)[:, :6], alone) < FLOAT32
+    embeds, cotangent = random_embeds(2, 14), random_embeds(2, 14, seed=1)
+    positions, segment_ids = rows_of(14, 2)
+    real = np.arange(14) < 9
+    padded = forward_and_back(embeds, positions, segment_ids * real, cotangent * real[:, None])
+    alone = forward_and_back(*(x[:, real] for x in (embeds, positions, segment_ids, cotangent)))
+    for found, expected in zip(padded, alone, strict=True):
+        assert relative_error(found[:, real], expected) < FLOAT32
 
 
 def test_packed_samples_equal_separate_rows_in_values_and_gradients():
-    lengths = (5, 7)
-    embeds, cotangent = random_embeds(2, 7), random_embeds(2, 7, seed=1)
-    real = np.arange(7) < np.array(lengths)[:, None]
-    positions, segment_ids = rows_of(7, 2)
+    real = np.arange(14) < np.array([[5], [7]])
+    embeds, cotangent = random_embeds(2, 14), random_embeds(2, 14, seed=1) * real[..., None]
+    positions, segment_ids = rows_of(14, 2)
 
-    def pack(x):  # [2, 7, ...] -> [1, 14, ...]: both samples, then padding
-        return np.concatenate([x[real], np.zeros_like(x[~real])])[None]
+    def pack(x):
+        """Both samples in the first row; the rest of it and the second row are padding."""
+        packed = np.zeros_like(x)
+        packed[0, : real.sum()] = x[real]
+        return packed
 
-    def value_and_gradient(embeds, positions, segment_ids, cotangent):
-        out, pullback = jax.vjp(lambda e: forward(e, positions, segment_ids), embeds)
-        return out, pullback(cotangent)[0]
-
-    # The cotangent of padding is zero: no loss reads it.
-    apart = value_and_gradient(embeds, positions, real.astype(int), cotangent * real[..., None])
-    packed_ids = pack(segment_ids * [[1], [2]])
-    packed = value_and_gradient(pack(embeds), pack(positions), packed_ids, pack(cotangent))
-    for one_row, rows in zip(packed, apart, strict=True):
-        assert relative_error(one_row[0, : sum(lengths)], np.asarray(rows)[real]) < FLOAT32
-    assert not np.asarray(packed[1])[0, sum(lengths) :].any()
+    apart = forward_and_back(embeds, positions, segment_ids * real, cotangent)
+    packed = forward_and_back(
+        pack(embeds), pack(positions), pack(segment_ids * [[1], [2]]), pack(cotangent)
+    )
+    for found, expected in zip(packed, apart, strict=True):
+        assert relative_error(found[0, : real.sum()], np.asarray(expected)[real]) < FLOAT32
+    assert not np.asarray(packed[1])[0, real.sum() :].any(), "padding received a gradient"
 
 
 def test_a_row_of_padding_stays_finite_in_values_and_gradients():
-    positions, segment_ids = rows_of(4)
-    out, pullback = jax.vjp(lambda e: forward(e, positions, segment_ids * 0), random_embeds(1, 4))
-    assert np.isfinite(out).all() and np.isfinite(pullback(out)[0]).all()
+    embeds = random_embeds(2, 14)
+    positions, segment_ids = rows_of(14, 2)
+    for x in forward_and_back(embeds, positions, segment_ids * 0, embeds):
+        assert np.isfinite(x).all()
 
 
 def test_a_single_token_equals_the_first_of_a_longer_row():
-    embeds = random_embeds(1, 5)
-    first = forward(embeds[:, :1], *rows_of(1))
-    assert relative_error(first, forward(embeds, *rows_of(5))[:, :1]) < FLOAT32
+    embeds = random_embeds(2, 14)
+    longer = forward_and_back(embeds, *rows_of(14, 2), embeds)[0]
+    single = forward_and_back(embeds[:, :1], *rows_of(1, 2), embeds[:, :1])[0]
+    assert relative_error(single, longer[:, :1]) < FLOAT32
 
 
 def test_a_token_id_beyond_the_table_is_clipped_to_its_last_row():
@@ -227,16 +239,11 @@ def test_decoding_token_by_token_equals_one_full_pass():
     length, prompt = 7, 3
     embeds = random_embeds(2, length)
     positions, segment_ids = rows_of(length, 2)
-    expected = forward(embeds, positions, segment_ids)
-    _, cache = MODULE.apply(
-        {"params": BASE},
-        embeds[:, :prompt],
-        positions[:, :prompt],
-        segment_ids[:, :prompt],
-        keep_cache=True,
-    )
-    room = [(0, 0), (0, 0), (0, length - prompt), (0, 0), (0, 0)]
-    cache = KVCache(*(jnp.pad(x, room) for x in cache))
+    expected, cache = jax.jit(
+        lambda e: MODULE.apply({"params": BASE}, e, positions, segment_ids, keep_cache=True)
+    )(embeds)
+    # What the full pass left beyond the prompt must be overwritten before it is read.
+    cache = KVCache(*(x.at[:, :, prompt:].set(99.0) for x in cache))
 
     @jax.jit
     def decode(cache, slot, embed, position):
@@ -295,9 +302,9 @@ def test_bfloat16_norm_is_computed_in_float32():
     scale = jnp.asarray(1 + rng.normal(size=4096), jnp.bfloat16)
     wide, wide_scale = np.asarray(x, np.float64), np.asarray(scale, np.float64)
     expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6) * wide_scale
-    # One rounding to bfloat16 is 2^-9 at most, of each value; two in a row would exceed it.
-    found = np.asarray(rms_norm(x, scale, 1e-6), np.float64)
-    assert (np.abs(found - expected) <= 2.0**-8.9 * np.abs(expected)).all()
+    # Rounded once, at the end. Where float64 is next to a tie, float32 may round the other way.
+    agree = rms_norm(x, scale, 1e-6) == expected.astype(jnp.bfloat16)
+    assert agree.mean() > 0.999
 
 
 def test_bfloat16_attention_has_a_float32_softmax():
@@ -309,7 +316,7 @@ def test_bfloat16_attention_has_a_float32_softmax():
     weights = np.exp(np.where(np.tri(64, dtype=bool), scores, -np.inf))
     weights /= weights.sum(-1, keepdims=True)
     # Scores reach 100, where bfloat16 steps by 0.5: such scores would be off by tens of percent.
-    # The weights are rounded to bfloat16 (2^-9) and so is the result.
+    # The weights are rounded to bfloat16 (2^-8) and so is the result.
     assert relative_error(found, np.einsum("bhts,bshd->bthd", weights, v)) < 0.01
 
 
@@ -317,8 +324,8 @@ def test_bfloat16_run_stays_near_float32():
     half = Qwen2(LLM, execution=Execution(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
     base = random_tree(abstract_base(half))
     embeds = np.asarray(jnp.asarray(random_embeds(2, 12), jnp.bfloat16), np.float32)
-    expected = forward(embeds, *rows_of(12, 2), MODULE, base)
-    found = forward(embeds, *rows_of(12, 2), half, base)
+    expected = jax.jit(lambda: forward(embeds, *rows_of(12, 2), MODULE, base))()
+    found = jax.jit(lambda: forward(embeds, *rows_of(12, 2), half, base))()
     assert found.dtype == jnp.bfloat16
-    # About twenty roundings of 2^-9 in a row.
+    # About twenty roundings of 2^-8 in a row, of random sign.
     assert relative_error(found, expected) < 0.04

@@ -1,0 +1,41 @@
+"""What a measurement was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from typing import Any
+
+import jax
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+def describe() -> dict[str, Any]:
+    """Command, machine and versions, as every result file carries them."""
+    device = jax.devices()[0]
+    return {
+        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "platform": device.platform,
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+    }
+
+
+def _module_name() -> str:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return spec.name if spec else sys.argv[0]
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            lines = [line for line in file if line.startswith("model name")]
+        return lines[0].split(":", 1)[1].strip()
+    except (OSError, IndexError):
+        return platform.processor() or "unknown"

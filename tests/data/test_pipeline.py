@@ -1,0 +1,458 @@
+import dataclasses
+import itertools
+import math
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import affectgpt_jax
+from affectgpt_jax.data.pipeline import (
+    LENGTH_MULTIPLE,
+    DataError,
+    TrainPipeline,
+    View,
+    choose_buckets,
+    sequential_batches,
+)
+from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES, load_prompts
+from affectgpt_jax.data.records import (
+    Record,
+    RecordDataset,
+    RecordError,
+    RecordSubset,
+    hold_out,
+    write_records,
+)
+from affectgpt_jax.data.tokenizer import Tokenizer
+
+TINY_BASE = Path(affectgpt_jax.__file__).parent / "assets" / "tiny_base"
+COUNT, BATCH, FRAMES = 41, 4, 2
+WIDTHS = {"face": 3, "audio": 5}
+TOKEN_COUNTS = {"multi": 2, "audio": 3, "face": 1}
+
+
+def clip(i: int, **changes) -> Record:
+    """A clip whose texts and feature values all tell its number; lengths differ a lot."""
+    features = {name: np.full((FRAMES, width), i + 1) for name, width in WIDTHS.items()}
+    if i % 5 == 3:
+        del features["audio"]
+    record = Record(
+        name=f"clip{i:02}",
+        features=features,
+        subtitle="" if i % 4 == 0 else "The dog is gone. " * (i % 3),
+        description=f"Number {i} is {'very ' * (i % 9)}calm.",
+        labels=(f"number {i}", "calm")[: 1 + i % 2],
+    )
+    return dataclasses.replace(record, **changes)
+
+
+def make_dataset(path: Path, records) -> RecordDataset:
+    write_records(path, records, encoders=dict.fromkeys(WIDTHS, "none"))
+    return RecordDataset(path)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> RecordDataset:
+    return make_dataset(tmp_path_factory.mktemp("records") / "train", map(clip, range(COUNT)))
+
+
+@pytest.fixture(scope="module")
+def view() -> View:
+    mode = INPUT_MODES["multi_audio_face_text"]
+    prompts = load_prompts("compact")
+    return View(Tokenizer(TINY_BASE), prompts, mode, TOKEN_COUNTS, features=("face", "audio"))
+
+
+def make(dataset, view, **changes) -> TrainPipeline:
+    settings = {"label": "hybrid", "batch_size": BATCH, "max_tokens": 128, "num_buckets": 3}
+    return TrainPipeline(dataset, view, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def pipeline(dataset, view) -> TrainPipeline:
+    return make(dataset, view)
+
+
+def epoch_steps(pipeline: TrainPipeline, epoch: int) -> list[int]:
+    """The steps of one of the first 20 epochs, of 11 or 12 steps each."""
+    return [step for step in range(250) if pipeline.locate(step)[0] == epoch]
+
+
+def answers(view: View, batch) -> list[str | None]:
+    """The supervised text of every row, without its end token; None for a filler row."""
+    texts = []
+    for targets, weights in zip(batch["targets"], batch["target_weights"], strict=True):
+        tokens = targets[weights > 0]
+        assert tokens.size == 0 or tokens[-1] == view.tokenizer.end_id
+        texts.append(view.tokenizer.decode(tokens[:-1]) if tokens.size else None)
+    return texts
+
+
+def clips_and_types(view: View, batch) -> list[tuple[int, str]]:
+    """Number and label type of every clip in a batch, read from its answers."""
+    return [
+        (int(re.search(r"\d+", text)[0]), "ovlabel" if "feel" in text else "description")
+        for text in answers(view, batch)
+        if text is not None
+    ]
+
+
+def epoch_of(pipeline: TrainPipeline, view: View, epoch: int) -> list[tuple[int, str]]:
+    batches = map(pipeline.batch, epoch_steps(pipeline, epoch))
+    return [found for batch in batches for found in clips_and_types(view, batch)]
+
+
+def assert_same(a, b) -> None:
+    assert a.keys() == b.keys()
+    for key, value in a.items():
+        if isinstance(value, dict):
+            assert_same(value, b[key])
+        else:
+            assert (value.dtype, value.shape) == (b[key].dtype, b[key].shape)
+            assert value.tobytes() == b[key].tobytes(), key
+
+
+# --- order --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", ["hybrid", "description", "ovlabel"])
+def test_every_epoch_holds_every_clip_once(dataset, view, label):
+    pipeline = make(dataset, view, label=label)
+    for epoch in range(3):
+        found = epoch_of(pipeline, view, epoch)
+        assert sorted(number for number, _ in found) == list(range(COUNT))
+        if label != "hybrid":
+            assert {kind for _, kind in found} == {label}
+
+
+def test_a_batch_is_a_pure_function_of_its_step(dataset, view, pipeline):
+    steps = range(30)
+    expected = [pipeline.batch(step) for step in steps]
+    fresh = make(dataset, view)
+    for step in reversed(steps):
+        assert_same(fresh.batch(step), expected[step])
+    with ThreadPoolExecutor(4) as pool:
+        for found, batch in zip(pool.map(pipeline.batch, steps), expected, strict=True):
+            assert_same(found, batch)
+
+
+def test_training_goes_on_in_the_middle_as_if_it_had_not_stopped(dataset, view, pipeline):
+    whole = list(pipeline.batches(0, 30))
+    assert len(whole) == 30
+    for start in (1, 17, 29):
+        resumed = list(make(dataset, view).batches(start, 30, threads=1))
+        assert len(resumed) == 30 - start
+        for found, expected in zip(resumed, whole[start:], strict=True):
+            assert_same(found, expected)
+    for step, batch in enumerate(whole):
+        assert_same(batch, pipeline.batch(step))
+
+
+def test_epochs_differ_in_order_and_in_label_types(pipeline, view):
+    first, second = (epoch_of(pipeline, view, epoch) for epoch in range(2))
+    assert [number for number, _ in first] != [number for number, _ in second]
+    assert dict(first) != dict(second)
+
+
+def test_seeds_differ_in_order_and_in_label_types(dataset, view, pipeline):
+    first = epoch_of(pipeline, view, 0)
+    second = epoch_of(make(dataset, view, seed=1), view, 0)
+    assert [number for number, _ in first] != [number for number, _ in second]
+    assert dict(first) != dict(second)
+
+
+def test_hybrid_draws_each_label_type_half_of_the_time(pipeline, view):
+    epochs = 20
+    drawn = [dict(epoch_of(pipeline, view, epoch)) for epoch in range(epochs)]
+    labels = sum(kind == "ovlabel" for epoch in drawn for kind in epoch.values())
+    n = epochs * COUNT
+    assert abs(labels - n / 2) < 4 * math.sqrt(n) / 2  # standard errors of fair coins
+    for number in range(COUNT):
+        assert {epoch[number] for epoch in drawn} == set(LABEL_TYPES)
+
+
+def test_processes_share_every_batch(dataset, view, pipeline):
+    shares = [make(dataset, view, process=(i, 2)) for i in range(2)]
+    for step in range(25):
+        rows = [share.batch(step) for share in shares]
+        together = {
+            key: {name: np.concatenate([r[key][name] for r in rows]) for name in rows[0][key]}
+            if isinstance(value, dict)
+            else np.concatenate([r[key] for r in rows])
+            for key, value in rows[0].items()
+        }
+        assert_same(together, pipeline.batch(step))
+
+
+def test_processes_must_divide_the_batch(dataset, view):
+    with pytest.raises(DataError, match="batch_size 4 is not a multiple of 3 processes"):
+        make(dataset, view, process=(0, 3))
+
+
+# --- rows ---------------------------------------------------------------------------------------
+
+
+def test_exactly_the_answer_its_end_and_the_end_token_are_supervised(dataset, view, pipeline):
+    for step in epoch_steps(pipeline, 0):
+        batch = pipeline.batch(step)
+        texts = [text for text in answers(view, batch) if text is not None]
+        for (number, kind), text in zip(clips_and_types(view, batch), texts, strict=True):
+            entry = dataset.index[number]
+            assert (
+                text
+                == {
+                    "description": f"{entry.description}###",
+                    "ovlabel": f"They feel {', '.join(entry.labels)}.###",
+                }[kind]
+            )
+        assert set(np.unique(batch["target_weights"])) <= {0, 1}
+
+
+def test_a_row_is_the_start_token_the_prompt_and_the_answer(dataset, view, pipeline):
+    batch = pipeline.batch(0)
+    for row, (number, kind) in enumerate(clips_and_types(view, batch)):
+        used = batch["segment_ids"][row] > 0
+        tokens = batch["tokens"][row][used]
+        assert tokens[0] == view.tokenizer.start_id
+        entry, prompts = dataset.index[number], view.prompts
+        prompt = prompts.prompt(view.mode, TOKEN_COUNTS, entry.subtitle, kind)
+        answer = prompts.answer(kind, description=entry.description, labels=entry.labels)
+        parts = [ids.tolist() for ids in view.tokenizer.encode([prompt, answer])]
+        assert tokens[1:-1].tolist() == [*parts[0], *parts[1]]
+        assert used.tolist() == sorted(used, reverse=True)  # padding stands on the right alone
+        assert batch["positions"][row].tolist() == list(range(len(used)))
+        assert (batch["tokens"][row][~used] == view.tokenizer.end_id).all()
+
+
+def test_target_positions_are_one_before_their_targets(pipeline):
+    for step in epoch_steps(pipeline, 0):
+        batch = pipeline.batch(step)
+        for row, weights in enumerate(batch["target_weights"]):
+            at = batch["target_positions"][row][weights > 0]
+            targets = batch["targets"][row][weights > 0]
+            assert batch["tokens"][row][at + 1].tolist() == targets.tolist()
+            used = (batch["segment_ids"][row] > 0).sum()
+            assert at.tolist() == list(range(used - len(at) - 1, used - 1)) or not used
+
+
+def test_soft_tokens_stand_at_the_placeholders_in_their_order(view, pipeline):
+    placeholders = list(view.tokenizer.placeholder_ids.values())
+    names = {id: text for text, id in view.tokenizer.placeholder_ids.items()}
+    order = ["<MultiHere>"] * 2 + ["<AudioHere>"] * 3 + ["<FaceHere>"]
+    batch = pipeline.batch(0)
+    for tokens, index in zip(batch["tokens"], batch["soft_index"], strict=True):
+        np.testing.assert_array_equal(index > 0, np.isin(tokens, placeholders))
+        found = {int(j): names[int(token)] for j, token in zip(index, tokens, strict=True) if j}
+        assert found == {j + 1: name for j, name in enumerate(order)}
+
+
+def test_features_are_the_clips_own_and_an_absent_modality_is_zero(dataset, view, pipeline):
+    absent = 0
+    for step in epoch_steps(pipeline, 0):
+        batch = pipeline.batch(step)
+        for row, (number, _) in enumerate(clips_and_types(view, batch)):
+            for name in WIDTHS:
+                has = name in dataset.index[number].present
+                absent += not has
+                assert batch["present"][name][row] == has
+                assert (batch["features"][name][row] == (number + 1 if has else 0)).all()
+    assert absent == 8
+
+
+def test_filler_rows_weigh_nothing(view, pipeline):
+    rows = 0
+    for step in epoch_steps(pipeline, 0):
+        batch = pipeline.batch(step)
+        for row, text in enumerate(answers(view, batch)):
+            if text is None:
+                rows += 1
+                assert not batch["target_weights"][row].any()
+                assert not batch["segment_ids"][row].any()
+                assert not batch["soft_index"][row].any()
+                assert not any(present[row] for present in batch["present"].values())
+    assert rows == -COUNT % BATCH  # an epoch has filler in its last batch only
+
+
+def test_a_mode_without_features_reads_no_record(dataset, view, monkeypatch):
+    text = dataclasses.replace(view, mode=INPUT_MODES["text"], token_counts={}, features=())
+    pipeline = make(dataset, text)
+    monkeypatch.setattr(RecordDataset, "__getitem__", lambda *_: pytest.fail("a record was read"))
+    batch = pipeline.batch(0)
+    assert batch["features"] == batch["present"] == {}
+    assert not batch["soft_index"].any()
+
+
+# --- buckets ------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=30),
+    st.integers(1, 4),
+)
+def test_buckets_waste_the_least_padding_that_is_possible(examples, count):
+    lengths, targets = np.array(examples).T
+    rounded = [math.ceil(n / LENGTH_MULTIPLE) * LENGTH_MULTIPLE for n in lengths]
+    sizes = sorted(set(rounded))
+
+    def padded(ends):
+        return sum(min(end for end in ends if end >= n) for n in rounded)
+
+    best = min(
+        padded((*shorter, sizes[-1]))
+        for k in range(count)
+        for shorter in itertools.combinations(sizes[:-1], k)
+    )
+    buckets = choose_buckets(lengths, targets, count)
+    ends = [bucket.length for bucket in buckets]
+    assert padded(ends) == best
+    assert len(ends) <= count
+    assert ends == sorted(set(ends))
+    assert ends[-1] == sizes[-1]
+    for n, answer in examples:
+        # A row that finds no full batch moves on to any longer bucket.
+        assert all(bucket.targets >= answer for bucket in buckets if bucket.length >= n)
+
+
+def test_every_row_fits_its_bucket_wherever_it_ends_up(tmp_path, view):
+    """Short prompts with long answers beside long prompts with short ones."""
+    records = [
+        clip(i, subtitle="", description=f"Number {i} is {'so ' * 12}calm.")
+        if i % 2
+        else clip(i, subtitle="Stop! " * 20, description=f"Number {i}.")
+        for i in range(10)
+    ]
+    pipeline = make(make_dataset(tmp_path, records), view, label="description", num_buckets=2)
+    assert len(pipeline.buckets) == 2
+    assert sorted(number for number, _ in epoch_of(pipeline, view, 0)) == list(range(10))
+
+
+def test_more_buckets_pad_less(dataset, view, pipeline):
+    def padding(pipeline):
+        batches = map(pipeline.batch, epoch_steps(pipeline, 0))
+        return sum((batch["segment_ids"] == 0).sum() for batch in batches)
+
+    one = make(dataset, view, num_buckets=1)
+    assert len(one.buckets) == 1
+    assert len(pipeline.buckets) == 3
+    assert padding(pipeline) < 0.7 * padding(one)
+    shapes = {pipeline.batch(step)["tokens"].shape[1] for step in epoch_steps(pipeline, 0)}
+    assert shapes == {bucket.length for bucket in pipeline.buckets}
+
+
+# --- trouble ------------------------------------------------------------------------------------
+
+
+def longest(dataset, view) -> tuple[str, int]:
+    examples = view.training_examples(dataset, "description")
+    lengths = [len(example) for example in examples]
+    return dataset.index[int(np.argmax(lengths))].name, max(lengths)
+
+
+def test_an_example_over_the_limit_is_named(dataset, view):
+    name, length = longest(dataset, view)
+    assert not make(dataset, view, max_tokens=length).dropped
+    expected = (
+        f"record '{name}' has {length} tokens as description, over --config.max_tokens="
+        f"{length - 1}, as have .* more; raise the limit or pass --config.too_long=drop"
+    )
+    with pytest.raises(DataError, match=expected):
+        make(dataset, view, max_tokens=length - 1)
+
+
+def test_dropping_leaves_out_what_is_too_long_and_counts_it(dataset, view):
+    lengths = [len(example) for example in view.training_examples(dataset, "description")]
+    # One that is over the limit, yet no longer than the limit rounded up to a row length.
+    limit = next(n for n in sorted(lengths) if {n + 1, n + 2} & set(lengths) and n % 4 in (1, 2))
+    pipeline = make(dataset, view, label="description", max_tokens=limit, too_long="drop")
+    kept = [number for number, length in enumerate(lengths) if length <= limit]
+    assert pipeline.dropped == COUNT - len(kept) > 0
+    assert sorted(number for number, _ in epoch_of(pipeline, view, 0)) == kept
+    assert max(bucket.length for bucket in pipeline.buckets) < limit + LENGTH_MULTIPLE
+
+
+def test_dropping_everything_is_an_error(dataset, view):
+    with pytest.raises(DataError, match="no example has at most 3 tokens; raise config.max_tokens"):
+        make(dataset, view, max_tokens=3, too_long="drop")
+
+
+def test_a_clip_without_description_is_named(tmp_path, view):
+    dataset = make_dataset(tmp_path, [clip(0), clip(1, description=""), clip(2)])
+    with pytest.raises(DataError, match="record 'clip01': the clip has no description"):
+        make(dataset, view)
+    make(dataset, view, label="ovlabel").batch(0)
+
+
+def test_a_clip_with_a_placeholder_in_its_texts_is_named(tmp_path, view):
+    for field in ("subtitle", "description"):
+        text = {field: "Number 1. <FaceHere>"}
+        dataset = make_dataset(tmp_path / field, [clip(0), clip(1, **text)])
+        with pytest.raises(DataError, match="record 'clip01': the .* holds the reserved text"):
+            make(dataset, view)
+
+
+def test_a_data_set_without_a_feature_is_refused(dataset, view):
+    view = dataclasses.replace(view, features=("face", "frame"))
+    expected = r"reads the feature 'frame', but the records hold only \['audio', 'face'\]"
+    with pytest.raises(DataError, match=expected):
+        make(dataset, view).batch(0)
+
+
+# --- evaluation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_buckets", [1, 3])
+def test_sequential_batches_visit_every_clip_once(dataset, view, num_buckets):
+    examples = view.training_examples(dataset, "ovlabel")
+    visited = []
+    for numbers, batch in sequential_batches(dataset, view, examples, BATCH, num_buckets):
+        assert len(batch["tokens"]) == BATCH
+        assert [number for number, _ in clips_and_types(view, batch)] == numbers.tolist()
+        visited += numbers.tolist()
+    assert sorted(visited) == list(range(COUNT))
+
+
+def test_prompts_alone_have_nothing_to_supervise(dataset, view):
+    examples = view.prompt_examples(dataset, "ovlabel")
+    for numbers, batch in sequential_batches(dataset, view, examples, BATCH):
+        assert batch["target_weights"].shape == (BATCH, 0)
+        for row, number in enumerate(numbers):
+            used = (batch["segment_ids"][row] > 0).sum()
+            np.testing.assert_array_equal(batch["tokens"][row, :used], examples[number].tokens)
+
+
+def test_features_can_be_taken_from_other_clips(dataset, view):
+    source = np.random.default_rng(0).permutation(COUNT)
+    examples = view.training_examples(dataset, "ovlabel")
+    batches = sequential_batches(dataset, view, examples, BATCH, feature_from=source)
+    for numbers, batch in batches:
+        assert [number for number, _ in clips_and_types(view, batch)] == numbers.tolist()
+        for row, number in enumerate(numbers):
+            assert (batch["features"]["face"][row] == source[number] + 1).all()
+            expected = "audio" in dataset.index[source[number]].present
+            assert batch["present"]["audio"][row] == expected
+
+
+def test_holding_out_goes_by_name_alone(dataset):
+    train, val = hold_out(dataset, 0.3)
+    sides = {entry.name: side for side in (train, val) for entry in side.index}
+    assert len(train) + len(val) == len(sides) == COUNT
+    assert abs(len(val) - 0.3 * COUNT) < 4 * math.sqrt(0.21 * COUNT)  # standard errors
+    for side in (train, val):
+        assert [side[i].name for i in range(len(side))] == [entry.name for entry in side.index]
+
+    some = RecordSubset(dataset, [i for i in reversed(range(COUNT)) if i % 3])
+    for part, side in zip(hold_out(some, 0.3), (train, val), strict=True):
+        assert all(sides[entry.name] is side for entry in part.index)
+    more = {entry.name for entry in hold_out(dataset, 0.5)[1].index}
+    assert {entry.name for entry in val.index} < more
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_holding_out_nothing_or_everything_is_an_error(dataset, share):
+    with pytest.raises(RecordError, match="of 41 records leaves .* name a validation set"):
+        hold_out(dataset, share)

@@ -1,0 +1,140 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+import affectgpt_jax
+from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER
+from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
+
+TINY_BASE = Path(affectgpt_jax.__file__).parent / "assets" / "tiny_base"
+TEXTS = ("Hello", " a  b\t\n\n", "They feel happy, 12 x.###", "别走! é 🙂", "###Human: ", "")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Tokenizer:
+    return Tokenizer(TINY_BASE)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> Tokenizer:
+    directory = os.environ.get("AFFECTGPT_QWEN_TOKENIZER")
+    if not directory:
+        pytest.skip("AFFECTGPT_QWEN_TOKENIZER names no directory with Qwen2.5's tokenizer.json")
+    return Tokenizer(Path(directory))
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode([text])[0].tolist()
+
+
+def test_ids_are_those_of_the_release(qwen):
+    assert (qwen.start_id, qwen.end_id) == (151644, 151645)
+    assert ids(qwen, "Hello") == [9707]
+    added = ["<ImageHere>", "<AudioHere>", "<FrameHere>", "<FaceHere>", "<MultiHere>"]
+    assert qwen.placeholder_ids == {text: 151665 + i for i, text in enumerate(added)}
+    assert len(qwen) == 151670
+
+
+def test_the_space_before_an_answer_is_a_token_of_its_own(qwen):
+    """The reason why prompt and answer are tokenised apart: together they would give other ids."""
+    prompt, answer = ids(qwen, "###Assistant: "), ids(qwen, "The person feels: happy.###")
+    assert prompt[-1:] == ids(qwen, " ")
+    assert ids(qwen, "###Assistant: The person feels: happy.###") != prompt + answer
+
+
+def test_qwen_stops_at_every_token_that_holds_the_end_mark(qwen):
+    found = set(qwen.ids_holding("###").tolist())
+    assert {ids(qwen, text)[0] for text in ("###", " ###", "####")} <= found
+    assert all("###" in qwen.decode([i]) for i in found)
+
+
+def test_qwen_gives_back_texts(qwen):
+    for text, found in zip(TEXTS, qwen.encode(TEXTS), strict=True):
+        assert qwen.decode(found) == text
+
+
+@given(text=st.text())
+def test_the_tiny_base_gives_back_any_text(tiny, text):
+    (found,) = tiny.encode([text])
+    assert found.dtype == np.int32
+    assert tiny.decode(found) == text
+
+
+def test_texts_are_encoded_one_by_one(tiny):
+    together = tiny.encode(TEXTS)
+    assert [found.tolist() for found in together] == [ids(tiny, text) for text in TEXTS]
+    assert tiny.encode([]) == []
+
+
+def test_nothing_is_added_around_a_text_and_special_tokens_are_not_decoded(tiny):
+    special = "<|im_start|>", "<FaceHere>", "<MultiHere>", "<|im_end|>"
+    found = ids(tiny, "".join(special) + "so")
+    expected = [tiny.start_id, *(tiny.placeholder_ids[p] for p in special[1:3]), tiny.end_id]
+    assert found == [*expected, *ids(tiny, "so")]
+    assert tiny.decode(found) == "so"
+
+
+def test_a_tokenizer_that_wraps_texts_does_not_get_to_do_so(tiny, tmp_path):
+    raw = tokenizers.Tokenizer.from_file(str(TINY_BASE / "tokenizer.json"))
+    start = [("<|im_start|>", tiny.start_id)]
+    raw.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=start)
+    raw.save(str(tmp_path / "tokenizer.json"))
+    assert ids(Tokenizer(tmp_path), "Hello") == ids(tiny, "Hello")
+
+
+def test_placeholders_are_added_in_the_order_of_the_release(tiny):
+    first = len(tiny) - len(PLACEHOLDER_ORDER)
+    assert [tiny.placeholder_ids[text] for text in PLACEHOLDER_ORDER] == [*range(first, len(tiny))]
+
+
+def test_ids_holding_a_text_are_those_whose_piece_has_it(tiny):
+    found = tiny.ids_holding("###")
+    assert found.dtype == np.int32
+    assert found.tolist() == [i for i in range(len(tiny)) if "###" in tiny.decode([i])]
+    assert set(found) & set(ids(tiny, "They feel happy.###"))  # generation can stop there
+    assert tiny.ids_holding("no token holds this").size == 0
+
+
+def test_a_directory_without_a_tokenizer_is_an_error(tmp_path):
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(TokenizerError, match="tokenizer.json: not found"):
+            Tokenizer(directory)
+
+
+@pytest.mark.parametrize("data", [b"", b"not json", b"[]", b'{"model": 3}', b"\xff\xfe\x00"])
+def test_garbage_is_an_error(tmp_path, data):
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    with pytest.raises(TokenizerError, match="tokenizer.json: not a tokenizer"):
+        Tokenizer(tmp_path)
+
+
+def test_a_tokenizer_without_the_chat_tokens_is_an_error(tmp_path):
+    text = (TINY_BASE / "tokenizer.json").read_text(encoding="utf-8")
+    (tmp_path / "tokenizer.json").write_text(text.replace("<|im_end|>", "<|stop|>"), "utf-8")
+    with pytest.raises(TokenizerError, match=r"no token <\|im_end\|>; expected a Qwen2-style"):
+        Tokenizer(tmp_path)
+
+
+def test_using_it_imports_no_torch():
+    code = f"""
+import json, sys
+from affectgpt_jax.data.tokenizer import Tokenizer
+light = "transformers" not in sys.modules
+tokenizer = Tokenizer({str(TINY_BASE)!r})
+assert tokenizer.decode(tokenizer.encode(["Hello"])[0]) == "Hello"
+tokenizer.ids_holding("###")
+print(json.dumps([light, "torch" in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    light, torch = json.loads(done.stdout)
+    assert light, "importing the module alone must not import transformers, which takes seconds"
+    assert not torch

@@ -1,0 +1,176 @@
+"""Soft tokens in their places, the loss, and what a gradient step pays for."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+from tiny_model import (
+    LLM,
+    make_batch,
+    make_model,
+    random_base,
+    random_trainable,
+    relative_error,
+)
+
+from affectgpt_jax.models.affectgpt import (
+    cross_entropy_sum,
+    embed_inputs,
+    hidden_states,
+    init_trainable,
+    loss_sum_and_count,
+)
+
+MODEL = make_model()
+BASE = random_base(MODEL)
+TRAINABLE = random_trainable(MODEL)
+BATCH = make_batch([16, 11, 7, 0])
+
+
+# --- Soft tokens ----------------------------------------------------------------------------------
+
+
+def test_soft_tokens_stand_exactly_where_soft_index_says():
+    index = np.random.default_rng(0).integers(0, 4, size=BATCH["tokens"].shape, dtype=np.int32)
+    batch = BATCH | {"soft_index": index}
+    soft = MODEL.fusion.apply({"params": TRAINABLE["fusion"]}, batch["features"], batch["present"])
+    expected = np.array(BASE["embed_tokens"])[batch["tokens"]]
+    for row, column in np.argwhere(index > 0):
+        expected[row, column] = soft[row, index[row, column] - 1]
+    found = embed_inputs(MODEL, BASE, TRAINABLE, batch, None)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_tokens_under_soft_tokens_do_not_matter():
+    beyond = np.where(BATCH["soft_index"] > 0, LLM.vocab_size + 5, BATCH["tokens"])
+    found = embed_inputs(MODEL, BASE, TRAINABLE, BATCH | {"tokens": beyond}, None)
+    np.testing.assert_array_equal(found, embed_inputs(MODEL, BASE, TRAINABLE, BATCH, None))
+
+
+def test_a_text_only_model_has_no_soft_tokens_and_no_fusion():
+    model = make_model(fusion=None)
+    trainable = jax.eval_shape(lambda key: init_trainable(model, key), jax.random.key(0))
+    assert trainable["fusion"] == {}
+    found = embed_inputs(model, BASE, trainable, BATCH, None)
+    np.testing.assert_array_equal(found, np.asarray(BASE["embed_tokens"])[BATCH["tokens"]])
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+def test_loss_is_the_cross_entropy_of_the_supervised_tokens():
+    @jax.jit
+    def run(batch):
+        states, _ = hidden_states(MODEL, BASE, TRAINABLE, batch)
+        return states, loss_sum_and_count(MODEL, BASE, TRAINABLE, batch)
+
+    states, (loss, count) = run(BATCH)
+    logits = np.asarray(states, np.float64) @ np.asarray(BASE["lm_head"], np.float64)
+    log_softmax = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected, supervised = 0.0, 0
+    for row in range(len(BATCH["tokens"])):
+        for slot in np.flatnonzero(BATCH["target_weights"][row]):
+            at, target = BATCH["target_positions"][row, slot], BATCH["targets"][row, slot]
+            expected -= log_softmax[row, at, target]
+            supervised += 1
+    assert supervised == count == 6 + 6 + 3
+    # The states are the same: this is the error of one float32 product and one logsumexp.
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+
+
+def cross_entropy_inputs(count, width=12, vocabulary=50):
+    rng = np.random.default_rng(count)
+    states = rng.normal(size=(count, width)).astype(np.float32)
+    table = rng.normal(size=(width, vocabulary)).astype(np.float32)
+    weights = rng.integers(0, 2, size=count).astype(np.float32)
+    return states, table, rng.integers(vocabulary, size=count, dtype=np.int32), weights
+
+
+@pytest.mark.parametrize("count", [32, 37], ids=["whole chunks", "a rest"])
+def test_chunked_cross_entropy_equals_the_whole_in_values_and_gradients(count):
+    states, table, targets, weights = cross_entropy_inputs(count)
+
+    def value_and_gradients(chunk):
+        def loss(states, table):
+            return cross_entropy_sum(states, table, targets, weights, chunk)
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(states, table)
+
+    whole, chunked = value_and_gradients(count), value_and_gradients(8)
+    for found, expected in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+        assert relative_error(found, expected) < 1e-6  # float32 sums, split at other places
+
+
+def test_chunked_cross_entropy_never_holds_all_logits():
+    count, vocabulary = 1024, 2048
+    states, table, targets, weights = cross_entropy_inputs(count, vocabulary=vocabulary)
+
+    def gradient(states):
+        return jax.grad(cross_entropy_sum)(states, table, targets, weights, 64)
+
+    compiled = jax.jit(gradient).lower(states).compile()
+    # Logits, their softmax and its gradient: a few blocks of a sixteenth of all logits.
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * count * vocabulary * 4
+
+
+def test_bfloat16_states_give_float32_logits():
+    states, table, targets, weights = cross_entropy_inputs(40)
+    states, table = (jnp.asarray(x, jnp.bfloat16) for x in (16 * states, table))
+    found = cross_entropy_sum(states, table, targets, weights)
+    wide = (np.asarray(x, np.float64) for x in (states, table))
+    expected = cross_entropy_sum(*(jnp.asarray(x, jnp.float32) for x in wide), targets, weights)
+    # Logits reach 200, where bfloat16 steps by 1; products of bfloat16 are exact in float32.
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+# --- The cost of a gradient -----------------------------------------------------------------------
+
+
+def matmul_flops(function, *args) -> int:
+    """FLOPs of the matrix products of a function, a scan's body times its length."""
+
+    def walk(jaxpr) -> int:
+        total = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                shared = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+                total += 2 * shared * math.prod(eqn.outvars[0].aval.shape)
+            assert eqn.primitive.name != "while", "the number of iterations is not known"
+            inner = sum(walk(sub) for sub in jaxprs_in_params(eqn.params))
+            total += inner * eqn.params.get("length", 1)
+        return total
+
+    return walk(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def test_no_gradient_of_a_frozen_weight_is_computed():
+    model = make_model(fusion=None)
+    base, trainable = random_base(model), random_trainable(model)
+    rows, length, targets = 2, 16, 6
+    batch = make_batch([length] * rows, length, targets)
+
+    def loss(trainable, base):
+        return loss_sum_and_count(model, base, trainable, batch)[0]
+
+    c = LLM
+    heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    shapes = [(c.hidden_size, heads), (heads, c.hidden_size)]  # q and o
+    shapes += 2 * [(c.hidden_size, kv_heads)]  # k, v
+    shapes += 2 * [(c.hidden_size, c.intermediate_size)]  # gate, up
+    shapes += [(c.intermediate_size, c.hidden_size)]  # down
+    tokens, supervised = rows * length, rows * targets
+    frozen = c.num_hidden_layers * sum(i * o for i, o in shapes)
+    lora = c.num_hidden_layers * sum(model.qwen2.lora.rank * (i + o) for i, o in shapes)
+    # A product costs 2 FLOPs a weight and token forward, 2 more for the gradient of its input and
+    # 2 for that of its weight. Scores and weighted values: two products of T x T x d a head.
+    attention = 3 * 2 * 2 * rows * c.num_hidden_layers * length**2 * heads
+    vocabulary = supervised * c.hidden_size * c.vocab_size
+    expected = tokens * (4 * frozen + 6 * lora) + attention + 4 * vocabulary
+    assert matmul_flops(jax.grad(loss), trainable, base) == expected
+    full = matmul_flops(jax.grad(loss, argnums=(0, 1)), trainable, base)
+    assert full == expected + 2 * tokens * frozen + 2 * vocabulary

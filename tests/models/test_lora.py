@@ -1,0 +1,244 @@
+"""LoRA against PEFT, and what its start, its dropout and its size promise."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_model import LLM, random_tree, relative_error
+
+from affectgpt_jax.models.lora import TARGETS, LoraConfig
+from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2, init_base, init_lora, unembedding
+from affectgpt_jax.weights.huggingface import save_base, tensor_name
+
+ROWS, LENGTH = 2, 6
+POSITIONS = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (ROWS, LENGTH))
+SEGMENT_IDS = np.ones_like(POSITIONS)
+
+
+def module_with(rank=4, llm=LLM, **changes):
+    return Qwen2(llm, LoraConfig(rank, **changes))
+
+
+def abstract(init, module):
+    return jax.eval_shape(lambda key: init(module, key), jax.random.key(0))
+
+
+def count(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("rank", "parameters"), [(8, 20_185_088), (16, 40_370_176), (32, 80_740_352)]
+)
+def test_the_7b_model_gets_as_many_parameters_as_table_8_says(rank, parameters):
+    module = module_with(rank, PUBLISHED["Qwen2.5-7B-Instruct"])
+    assert count(abstract(init_lora, module)) == parameters
+    assert count(abstract(init_base, module)) == 7_615_616_512, "adapters leaked into the base"
+
+
+@pytest.mark.parametrize(("rank", "scale"), [(8, 4), (16, 2), (32, 1)])
+def test_the_scale_follows_from_an_alpha_of_32_at_every_rank(rank, scale):
+    assert LoraConfig(rank).scale == scale
+
+
+# --- The start ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Adapters wide enough for their distribution to show: 2 layers of [128, 16] and such."""
+    llm = dataclasses.replace(LLM, hidden_size=128, intermediate_size=96)
+    module = module_with(16, llm)
+    return jax.jit(lambda key: init_lora(module, key))(jax.random.key(0))["layers"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_starts_uniform_and_b_starts_at_zero(fresh, target):
+    lora_a = np.asarray(fresh[target]["lora_a"], np.float64)
+    bound = lora_a.shape[1] ** -0.5
+    assert lora_a.min() >= -bound and lora_a.max() <= bound
+    # The empirical distribution function of n draws is within 1.95 / sqrt(n) of the true one, but
+    # for a chance of 0.1 % (Kolmogorov).
+    sorted_a = np.sort(lora_a, axis=None)
+    uniform = np.linspace(-bound, bound, lora_a.size)
+    assert np.abs(sorted_a - uniform).max() < 2 * bound * 1.95 / math.sqrt(lora_a.size)
+    assert not np.asarray(fresh[target]["lora_b"]).any()
+
+
+def test_a_differs_between_layers_and_between_projections(fresh):
+    draws = [layer for target in TARGETS for layer in np.asarray(fresh[target]["lora_a"])]
+    first_values = {float(draw[0, 0] * draw.shape[0] ** 0.5) for draw in draws}
+    assert len(first_values) == len(TARGETS) * LLM.num_hidden_layers
+
+
+def test_fresh_adapters_change_nothing():
+    module = module_with()
+    base = random_tree(abstract(init_base, module))
+    lora = jax.jit(lambda key: init_lora(module, key))(jax.random.key(0))
+    embeds = random_embeds()
+    run = jax.jit(lambda variables: module.apply(variables, embeds, POSITIONS, SEGMENT_IDS)[0])
+    np.testing.assert_array_equal(run({"params": base, "lora": lora}), run({"params": base}))
+
+
+def test_projections_that_are_not_targets_have_no_adapter():
+    tree = abstract(init_lora, module_with(targets=("q_proj", "down_proj")))
+    assert set(tree["layers"]) == {"q_proj", "down_proj"}
+    assert not abstract(init_lora, Qwen2(LLM))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": ("q_proj", "lm_head")}, "lm_head"),
+        ({"targets": ("q_proj", "q_proj")}, "distinct"),
+        ({"targets": ()}, "lora.targets"),
+        ({"rank": 0}, "lora.rank is 0"),
+        ({"dropout": 1.0}, r"lora.dropout is 1.0; expected a share in \[0, 1\)"),
+        ({"dropout": -0.1}, "lora.dropout is -0.1"),
+    ],
+)
+def test_an_impossible_adapter_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**changes)
+
+
+# --- Against PEFT ---------------------------------------------------------------------------------
+
+
+def random_embeds():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(ROWS, LENGTH, LLM.hidden_size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ("v_proj", "gate_proj")], ids=["all", "two"])
+def test_logits_and_gradients_equal_peft(targets, tmp_path: Path):
+    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    peft = pytest.importorskip("peft", reason="the reference is PEFT")
+    import transformers
+
+    module = module_with(targets=targets, alpha=3.0)  # a scale of 3/4
+    base = random_tree(abstract(init_base, module))
+    lora = random_tree(abstract(init_lora, module), seed=1)
+    tokens = np.random.default_rng(2).integers(LLM.vocab_size, size=(ROWS, LENGTH))
+    cotangent = np.random.default_rng(3).normal(size=(ROWS, LENGTH, LLM.vocab_size))
+    cotangent = cotangent.astype(np.float32)
+
+    def logits(lora):
+        embeds = module.apply({"params": base}, tokens, method="embed")
+        variables = {"params": base, "lora": lora}
+        return module.apply(variables, embeds, POSITIONS, SEGMENT_IDS)[0] @ unembedding(base)
+
+    def value_and_gradient(lora):
+        value, pullback = jax.vjp(logits, lora)
+        return value, pullback(cotangent)[0]
+
+    value, gradient = jax.jit(value_and_gradient)(lora)
+
+    save_base(tmp_path, LLM, base)
+    config = peft.LoraConfig(
+        r=4, lora_alpha=3.0, lora_dropout=0.0, target_modules=list(targets), task_type="CAUSAL_LM"
+    )
+    reference = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path)
+    reference = peft.get_peft_model(reference, config)
+    parameters = dict(reference.named_parameters())
+    ours = {}  # PEFT's name -> our factor and its gradient, in PyTorch's layout [out, in]
+    for target in targets:
+        name = tensor_name(("layers", target, "kernel"))[0].removesuffix(".weight")
+        for ab in "ab":
+            leaf = f"lora_{ab}"
+            for i in range(LLM.num_hidden_layers):
+                path = f"base_model.model.{name.format(i)}.lora_{ab.upper()}.default.weight"
+                pair = (tree["layers"][target][leaf][i].T for tree in (lora, gradient))
+                ours[path] = tuple(np.asarray(x) for x in pair)
+    assert set(ours) == {name for name in parameters if "lora" in name}
+    with torch.no_grad():
+        for name, (factor, _) in ours.items():
+            parameters[name].copy_(torch.tensor(factor))
+    expected = reference(torch.tensor(tokens)).logits
+    expected.backward(torch.tensor(cotangent))
+
+    # Float32 sums of some tens of terms, two layers deep, added in another order.
+    assert relative_error(value, expected.detach().numpy()) < 1e-5
+    for name, (_, found) in ours.items():
+        assert relative_error(found, parameters[name].grad.numpy()) < 1e-5, name
+
+
+# --- Dropout --------------------------------------------------------------------------------------
+
+RATE = 0.25
+
+
+@pytest.fixture(scope="module")
+def dropped():
+    """`(key or None) -> {projection: dropout(x) / x, [layers, B, T, D]}`, read off the KV cache.
+
+    With the frozen kernels of k and v at zero, `A` the identity and `B` the identity over the
+    scale, keys at rotary position 0 and values are `dropout(x)` itself.
+    """
+    width = LLM.num_key_value_heads * LLM.head_dim
+    llm = dataclasses.replace(LLM, hidden_size=width)
+    module = module_with(width, llm, dropout=RATE, targets=("k_proj", "v_proj"))
+    base = random_tree(abstract(init_base, module))
+    lora = abstract(init_lora, module)
+    identity = jnp.broadcast_to(jnp.eye(width), (llm.num_hidden_layers, width, width))
+    for name in ("k_proj", "v_proj"):
+        base["layers"][name] = jax.tree.map(jnp.zeros_like, base["layers"][name])
+        lora["layers"][name] = {"lora_a": identity, "lora_b": identity / module.lora.scale}
+    ids = np.ones((8, 64), np.int32)
+    embeds = np.random.default_rng(0).normal(size=(*ids.shape, width)).astype(np.float32)
+
+    @jax.jit
+    def keys_and_values(key):
+        return module.apply(
+            {"params": base, "lora": lora},
+            embeds,
+            0 * ids,
+            ids,
+            keep_cache=True,
+            deterministic=key is None,
+            rngs=None if key is None else {"dropout": key},
+        )[1]
+
+    def run(key):
+        cache = keys_and_values(key)
+        # Layer 0 reads the same input in every call, deeper layers what dropout left of it.
+        return {"k_proj": np.asarray(cache.key), "v_proj": np.asarray(cache.value)}
+
+    return run
+
+
+def test_dropout_zeroes_its_share_and_scales_the_rest(dropped):
+    plain, noisy = dropped(None), dropped(jax.random.key(0))
+    for name in plain:
+        x, y = plain[name][0], noisy[name][0]
+        kept = y != 0
+        np.testing.assert_allclose(y[kept], x[kept] / (1 - RATE), rtol=1e-5)
+        # Four standard deviations of a share of n independent draws.
+        assert abs(kept.mean() - (1 - RATE)) < 4 * math.sqrt(RATE * (1 - RATE) / kept.size)
+
+
+def test_every_projection_and_layer_draws_its_own_mask(dropped):
+    masks = {
+        (name, layer): values == 0
+        for name, layers in dropped(jax.random.key(0)).items()
+        for layer, values in enumerate(layers)
+    }
+    both = RATE**2  # two independent masks drop the same place this often
+    pairs = [(a, b) for a in masks for b in masks if a < b]
+    assert len(pairs) == 6
+    for a, b in pairs:
+        share = (masks[a] & masks[b]).mean()
+        assert abs(share - both) < 4 * math.sqrt(both / masks[a].size), (a, b)
+
+
+def test_dropout_is_a_function_of_its_key_and_off_without_one(dropped):
+    first, again, other = (dropped(jax.random.key(seed)) for seed in (0, 0, 1))
+    plain = dropped(None)
+    for name in first:
+        np.testing.assert_array_equal(first[name], again[name])
+        assert (first[name] != other[name]).any()
+        assert plain[name].all(), "a value was dropped without a key"

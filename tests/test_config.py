@@ -1,0 +1,318 @@
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+import affectgpt_jax
+from affectgpt_jax import build
+from affectgpt_jax.config import (
+    CHOICES,
+    FREE_ON_RESUME,
+    POSITIVE,
+    ConfigError,
+    check_same_run,
+    find_config,
+    parse_command_line,
+    shipped_configs,
+    validate,
+)
+from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
+
+PACKAGE = Path(affectgpt_jax.__file__).parent
+
+
+def parse(*argv: str) -> tuple[ConfigDict, Path]:
+    return parse_command_line(argv, "Train.")
+
+
+def refusal(*argv: str) -> str:
+    """The message of a refused command line: one sentence that a user can read."""
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "Traceback" not in message
+    return message
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    found = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        found |= leaves(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
+
+
+def config_file(path: Path, *changes: str) -> str:
+    """A config file that changes the demo's."""
+    lines = ["from affectgpt_jax.configs import demo", "def get_config():"]
+    lines += ["    c = demo.get_config()", *(f"    {change}" for change in changes), "    return c"]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return f"--config={path}"
+
+
+# --- what is accepted ---------------------------------------------------------------------------
+
+
+def test_without_arguments_it_is_the_demo():
+    config, workdir = parse()
+    assert leaves(config) == leaves(demo.get_config())
+    assert workdir == Path("runs/demo")
+
+
+@pytest.mark.parametrize("name", ["demo", "affectgpt_qwen25_7b"])
+@pytest.mark.parametrize("form", ["{}", "{}.py", "configs/{}.py"])
+@pytest.mark.parametrize("flag", ["--config={}", "-config={}", "--config {}"])
+def test_shipped_configs_are_found_from_any_directory(name, form, flag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, workdir = parse(*flag.format(form.format(name)).split())
+    expected = {"demo": demo, "affectgpt_qwen25_7b": affectgpt_qwen25_7b}[name].get_config()
+    assert leaves(config) == leaves(expected)
+    assert workdir == Path("runs") / name
+
+
+def test_every_shipped_config_is_valid_and_says_its_command():
+    assert {"demo", "affectgpt_qwen25_7b"} <= set(shipped_configs())
+    for name in shipped_configs():
+        validate(parse(f"--config={name}")[0])
+        assert f"--config=configs/{name}.py" in find_config(name).read_text(encoding="utf-8")
+
+
+def test_overrides_have_the_type_of_their_key():
+    config, workdir = parse(
+        "--config=demo",
+        "--config.steps=7",
+        "--config.optimizer.learning_rate=1e-3",
+        "--config.lora.alpha=8",
+        "--config.prompts=mine.toml",
+        "--config.lora.targets=('q_proj', 'v_proj')",
+        "--workdir=here",
+    )
+    expected = leaves(demo.get_config()) | {
+        "steps": 7,
+        "optimizer.learning_rate": 1e-3,
+        "lora.alpha": 8.0,
+        "prompts": "mine.toml",
+        "lora.targets": ("q_proj", "v_proj"),
+    }
+    assert leaves(config) == expected
+    assert {k: type(v) for k, v in leaves(config).items()} == {
+        k: type(v) for k, v in expected.items()
+    }
+    assert workdir == Path("here")
+
+
+def test_a_config_file_of_ones_own_names_its_workdir(tmp_path):
+    config, workdir = parse(config_file(tmp_path / "mine.py", "c.steps = 3"), "--config.seed=5")
+    assert leaves(config) == leaves(demo.get_config()) | {"steps": 3, "seed": 5}
+    assert workdir == Path("runs/mine")
+
+
+def test_help_is_printed(capsys):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as caught:
+            parse(flag)
+        assert caught.value.code == 0
+        text = capsys.readouterr().out
+        assert text.startswith("Train.")
+        assert "--workdir" in text
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        # an unknown key
+        ("--config.stepz=3", "config.stepz is not a key; did you mean config.steps?"),
+        ("--config.optimizer.learning_rat=1", "did you mean config.optimizer.learning_rate?"),
+        ("--config.zzz=1", r"config.zzz is not a key; expected one of \['accumulation', .*"),
+        ("--config.data.zzz=1", r"config.data.zzz is not a key; expected one of \['test', .*"),
+        ("--config.steps.x=1", "config.steps is a single value"),
+        ("--config.=1", "config. is not a key"),
+        # a value of another type
+        ("--config.steps=many", "config.steps=many: .*int"),
+        ("--config.steps=1.5", "config.steps=1.5: .*int"),
+        ("--config.batch_size=1e2", "config.batch_size=1e2: .*int"),
+        ("--config.optimizer.learning_rate=fast", "config.optimizer.learning_rate=fast: .*float"),
+        ("--config.data=demo", "config.data=demo"),
+        ("--config.generate=3", "config.generate=3"),
+        ("--config.seed", "[Mm]issing value for flag --config.seed"),
+        # a value out of its range
+        ("--config.seed=-1", "config.seed is -1; expected 0 or more"),
+        ("--config.demo_seed=-1", "config.demo_seed is -1; expected 0 or more"),
+        ("--config.data.val_share=1", r"config.data.val_share is 1.0; expected .* \[0, 1\)"),
+        ("--config.data.val_share=-0.1", r"config.data.val_share is -0.1; expected"),
+        (
+            "--config.batch_size=64 --config.accumulation=3",
+            "config.accumulation=3 does not divide config.batch_size=64",
+        ),
+        # an unknown config, flag or argument
+        ("--config=nosuch", r"--config=nosuch: no such file, nor .*'affectgpt_qwen25_7b', 'demo'"),
+        ("--config nosuch", "--config=nosuch: no such file"),
+        ("--config=configs/nosuch.py", "--config=configs/nosuch.py: no such file"),
+        ("--config=elsewhere/demo.py", "--config=elsewhere/demo.py: no such file"),
+        ("--config", "--config=: no such file"),
+        ("--stepz=3", "[Uu]nknown command line flag 'stepz'"),
+        ("demo", "unexpected argument 'demo'; flags are --config.key=value"),
+        ("--workdir", "[Mm]issing value for flag --workdir"),
+    ],
+)
+def test_a_bad_command_line_is_refused_in_one_sentence(argv, message):
+    assert re.search(message, refusal(*argv.split()))
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_an_unknown_choice_is_refused(key):
+    message = refusal(f"--config.{key}=magic")
+    assert message == f"config.{key} is 'magic'; expected one of {CHOICES[key]}"
+
+
+@pytest.mark.parametrize("key", POSITIVE)
+@pytest.mark.parametrize("value", [0, -1])
+def test_a_size_that_is_not_positive_is_refused(key, value):
+    assert refusal(f"--config.{key}={value}") == f"config.{key} is {value}; expected 1 or more"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("c.novelty = 1", "config.novelty is not a key"),
+        ("c.optimizer.momentum = 0.9", "config.optimizer.momentum is not a key"),
+        ("del c.mesh", "config.mesh is missing; the paper's recipe has 'data:-1'"),
+        ("del c.generate", "config.generate is missing"),
+        (
+            "c = type(c)(c.to_dict() | {'steps': 1.5})",
+            "config.steps is 1.5, of type float; expected int, as in 300000",
+        ),
+        ("c = type(c)(c.to_dict() | {'seed': True})", "config.seed is True, of type bool"),
+        ("c = type(c)(c.to_dict() | {'data': 'demo'})", "config.data is 'demo', of type str"),
+        (
+            "c = type(c)(c.to_dict() | {'llm': {'name': 'tiny', 'size': 1}})",
+            "config.llm is .*, of type ConfigDict; expected str",
+        ),
+        ("c.steps = 0", "config.steps is 0; expected 1 or more"),
+        ("c = None", "returned None, not a ConfigDict"),
+    ],
+)
+def test_a_config_file_that_leaves_the_schema_is_refused(change, message, tmp_path):
+    assert re.search(message, refusal(config_file(tmp_path / "mine.py", change)))
+
+
+@pytest.mark.parametrize(
+    ("use", "argv", "message"),
+    [
+        (build.input_mode, "--config.input=smell", "config.input is 'smell'; expected one of"),
+        (build.optimizer_config, "--config.optimizer.beta1=1", "config.optimizer.beta1 is 1.0"),
+        (
+            lambda config: build.base_directory(config.llm),
+            "--config.llm=nowhere",
+            "config.llm='nowhere' is not a directory",
+        ),
+    ],
+)
+def test_what_only_the_modules_know_is_a_config_error_too(use, argv, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        use(parse(argv)[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_training_says_bad_meshes_and_traces_in_one_line_and_may_be_tried_again(tmp_path):
+    from affectgpt_jax import train
+
+    workdir = f"--workdir={tmp_path}"
+    for key, value in {"mesh": "rows:2", "profile_steps": "later", "input": "smell"}.items():
+        with pytest.raises(SystemExit) as caught:
+            train.main([f"--config.{key}={value}", workdir])
+        assert re.fullmatch(rf"error: .*\b{key}\b.*{value}.*", caught.value.code)
+    check_same_run(parse(workdir)[0], tmp_path)
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(tmp_path) -> Path:
+    """The workdir of a run that has saved a checkpoint."""
+    check_same_run(parse()[0], tmp_path)
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    return tmp_path
+
+
+def test_the_config_is_remembered_as_json(begun):
+    stored = json.loads((begun / "config.json").read_text(encoding="utf-8"))
+    assert stored == json.loads(demo.get_config().to_json())
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("seed=1", "seed"),
+        ("batch_size=32", "batch_size"),
+        ("optimizer.learning_rate=1.0", "optimizer.learning_rate"),
+        ("lora.targets=('q_proj',)", "lora.targets"),
+    ],
+)
+def test_a_workdir_of_another_run_is_refused(begun, override, key):
+    before = (begun / "config.json").read_bytes()
+    with pytest.raises(ConfigError, match=rf"holds a run with config\.{key}=.* another --workdir"):
+        check_same_run(parse(f"--config.{override}")[0], begun)
+    assert (begun / "config.json").read_bytes() == before
+
+
+def test_a_run_may_be_resumed_with_other_steps_and_reports(begun):
+    assert {"steps", "log_every"} <= set(FREE_ON_RESUME)
+    check_same_run(parse()[0], begun)
+    changes = ("steps=900", "log_every=1", "keep=5", "profile_steps=1:2", "generate.batch_size=8")
+    check_same_run(parse(*(f"--config.{change}" for change in changes))[0], begun)
+
+
+def test_a_run_that_saved_nothing_does_not_bind_its_workdir(tmp_path):
+    check_same_run(parse("--config.mesh=rows:2")[0], tmp_path)
+    config = parse("--config.seed=1")[0]
+    check_same_run(config, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert (stored["mesh"], stored["seed"]) == (config.mesh, 1)
+
+
+# --- the schema ---------------------------------------------------------------------------------
+
+
+def reads() -> tuple[set[str], set[str]]:
+    """Dotted names in the commands' code, and those whose keys are all passed on (`**name`)."""
+    dotted, whole = set(), set()
+    for path in PACKAGE.glob("*.py"):
+        if path.name == "config.py":  # it checks every key and uses none
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                dotted.add(ast.unparse(node).removeprefix("self._"))
+            elif isinstance(node, ast.keyword) and node.arg is None:
+                whole.add(ast.unparse(node.value))
+            elif isinstance(node, ast.Dict):
+                values = zip(node.keys, node.values, strict=True)
+                whole |= {ast.unparse(value) for key, value in values if key is None}
+    return dotted, whole
+
+
+def test_every_key_of_the_schema_is_read():
+    dotted, whole = reads()
+
+    def is_read(key: str) -> bool:
+        # "heads.video" is how it reads after `heads = config.heads`.
+        names = {f"config.{key}"} | ({key} if "." in key else set())
+        return bool(names & dotted) or f"config.{key.rpartition('.')[0]}" in whole
+
+    dead = [key for key in leaves(affectgpt_qwen25_7b.get_config()) if not is_read(key)]
+    assert not dead
+
+
+def test_every_key_that_is_read_is_in_the_schema():
+    schema = affectgpt_qwen25_7b.get_config()
+    keys = leaves(schema).keys() | schema.keys()
+    found = {name.removeprefix("config.") for name in reads()[0] if name.startswith("config.")}
+    assert found <= keys

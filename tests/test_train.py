@@ -1,0 +1,188 @@
+"""The training command as a user runs it, on small records."""
+
+import json
+
+import numpy as np
+import pytest
+
+from affectgpt_jax import train
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import RecordDataset, write_records
+from affectgpt_jax.training.telemetry import read_metrics
+
+SMALL = (
+    "--config.steps=6",
+    "--config.save_every=3",
+    "--config.log_every=1",
+    "--config.batch_size=8",
+    "--config.generate.batch_size=16",
+    "--config.generate.max_new_tokens=4",
+    "--config.num_buckets=1",
+)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Flags that name small record directories."""
+    folder = tmp_path_factory.mktemp("records")
+    for split, size in (("train", 64), ("val", 16), ("test", 16)):
+        encoders = dict.fromkeys(demo.WIDTHS, "demo")
+        write_records(folder / split, demo.World(0).records(split, size), encoders=encoders)
+    return tuple(f"--config.data.{split}={folder / split}" for split in ("train", "val", "test"))
+
+
+def run(workdir, *flags):
+    train.main([f"--workdir={workdir}", "--config.mesh=data:-1", *SMALL, *flags])
+    return json.loads((workdir / "result.json").read_text())
+
+
+def losses(workdir):
+    return {
+        record["step"]: record["train/loss"]
+        for record in read_metrics(workdir / "metrics.jsonl")
+        if "train/loss" in record
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(records, tmp_path_factory):
+    """An undisturbed run, with dropout so that random masks are part of what must repeat."""
+    workdir = tmp_path_factory.mktemp("finished")
+    result = run(workdir, *records, "--config.lora.dropout=0.1")
+    return workdir, result
+
+
+def test_a_run_leaves_everything_that_the_readme_promises(finished):
+    workdir, result = finished
+    assert set(result) >= {
+        "wall_s", "steps", "loss_first", "loss_last", "hit", "labels_per_clip", "samples_per_s",
+    }  # fmt: skip
+    predictions = [json.loads(line) for line in (workdir / "predictions.jsonl").open()]
+    truth = (workdir / "truth.csv").read_text().splitlines()
+    assert truth[0] == "name,emotion"
+    assert [p["name"] for p in predictions] == [line.split(",")[0] for line in truth[1:]]
+    assert set(predictions[0]) == {"name", "text", "labels"}
+    hits = [p["labels"][:1] == [t.split(",")[1]] for p, t in zip(predictions, truth[1:])]
+    assert result["hit"] == np.mean(hits)
+    for file in ("run.png", "config.json", "tensorboard", "checkpoints/6"):
+        assert (workdir / file).exists(), file
+    assert result["loss_first"] == losses(workdir)[1]
+    assert sum(result["time_s"].values()) == pytest.approx(result["wall_s"], rel=1e-2)
+
+
+def test_an_interrupted_run_resumes_to_the_same_losses_bit_by_bit(
+    finished, records, tmp_path, monkeypatch
+):
+    submit = train.StepReporter.submit
+
+    def interrupt(self, step, *args):
+        if step == 5:
+            raise KeyboardInterrupt
+        submit(self, step, *args)
+
+    monkeypatch.setattr(train.StepReporter, "submit", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, *records, "--config.lora.dropout=0.1")
+    monkeypatch.undo()
+    result = run(tmp_path, *records, "--config.lora.dropout=0.1")
+    undisturbed, expected = finished
+    assert losses(tmp_path) == losses(undisturbed)
+    assert result["hit"] == expected["hit"]
+    assert result["best_step"] == expected["best_step"]
+
+
+def test_a_finished_run_started_again_only_scores(finished, records, capsys):
+    workdir, before = finished
+    trace = losses(workdir)
+    again = run(workdir, *records, "--config.lora.dropout=0.1")
+    assert "resumed from the checkpoint of step 6" in capsys.readouterr().out
+    assert again["hit"] == before["hit"]
+    assert losses(workdir) == trace
+
+
+@pytest.mark.parametrize("fusion", ["none", "attention", "qformer"])
+def test_every_pre_fusion_trains(fusion, records, tmp_path):
+    flags = ("--config.steps=12", "--config.save_every=12", "--config.lora.dropout=0.0")
+    result = run(tmp_path, *records, *flags, f"--config.fusion={fusion}")
+    trace = losses(tmp_path)
+    assert np.mean([trace[i] for i in (10, 11, 12)]) < np.mean([trace[i] for i in (1, 2, 3)])
+    assert result["steps"] == 12
+
+
+@pytest.mark.parametrize("mode", ["audio_face", "audio_text", "face_text", "audio", "face", "text"])
+def test_every_input_mode_with_demo_features_trains(mode, records, tmp_path):
+    result = run(tmp_path, *records, "--config.steps=1", f"--config.input={mode}")
+    assert np.isfinite(result["loss_last"])
+    # Without features there is nothing to shuffle.
+    assert ("hit_features_shuffled" in result) == (mode != "text")
+
+
+def test_validation_clips_are_held_out_where_no_set_is_named(records, tmp_path, capsys):
+    flags = [f for f in records if "data.val=" not in f]
+    run(tmp_path, *flags, "--config.data.val=", "--config.data.val_share=0.25", "--config.steps=1")
+    dataset = RecordDataset(records[0].split("=")[1])
+    said = capsys.readouterr().out
+    train_size, val_size = (
+        int(word.replace(",", "")) for word in said.split(" training clips, ")[0].split()[-1:]
+        + said.split(" training clips, ")[1].split()[:1]
+    )  # fmt: skip
+    assert train_size + val_size == len(dataset)
+    assert 0 < val_size < train_size
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(records, tmp_path):
+    flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0")
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *records, *flags, "--config.save_every=1")
+    message = str(stopped.value)
+    assert message.startswith("error: step ")
+    assert "last good checkpoint" in message
+    assert "\n" not in message
+    bad = int(message.split("error: step ")[1].split()[0])
+    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
+    assert max(kept) == bad - 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.llm=/nowhere"], "config.llm='/nowhere' is not a directory"),
+        (["--config.data.train=/nowhere"], "/nowhere/manifest.json is missing"),
+        (["--config.data.train="], "config.data.train names no records"),
+        (["--config.heads.video_width=512"], "set it to 768"),
+        (["--config.input=frame"], "feature 'frame'"),
+        (["--config.input=everything"], "config.input is 'everything'"),
+        (["--config.max_tokens=10"], "over --config.max_tokens=10"),
+        (["--config.mesh=data:3"], "mesh 'data:3'"),
+        (["--config.lora.rank=0"], "lora.rank is 0"),
+        (["--config.profile_steps=9"], "profile_steps"),
+        (["--config.prompts=/nowhere.toml"], "/nowhere.toml"),
+        (["--config.optimizer.beta1=1.5"], "optimizer.beta1"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(flags, said, records, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, *records, *flags)
+    message = str(stopped.value)
+    assert message.startswith("error: ")
+    assert said in message
+    assert "\n" not in message
+
+
+def test_a_workdir_of_another_run_is_refused(finished, records):
+    workdir, _ = finished
+    with pytest.raises(SystemExit, match="config.seed=0, but now it is 1"):
+        run(workdir, *records, "--config.lora.dropout=0.1", "--config.seed=1")
+
+
+def test_a_checkpoint_of_another_base_is_refused(finished, records, tmp_path):
+    from affectgpt_jax.build import base_directory
+    from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+    from affectgpt_jax.weights.huggingface import BaseIdentity, base_identity
+
+    workdir, _ = finished
+    mine = base_identity(base_directory("tiny"))
+    other = BaseIdentity(mine.name, "0" * 64)
+    with Checkpoints(workdir, other) as checkpoints:
+        with pytest.raises(CheckpointError, match="was trained on the base"):
+            checkpoints.restore(6, {})

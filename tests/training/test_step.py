@@ -1,0 +1,149 @@
+"""One update: what it may not depend on (accumulation, layout, filler) and what it must (seed)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_model import make_batch, make_model, random_base, random_trainable, relative_error
+
+from affectgpt_jax import train
+from affectgpt_jax.models.affectgpt import init_random_base
+from affectgpt_jax.training import sharding
+from affectgpt_jax.training.step import init_state, make_eval_step, make_train_step
+
+# Rows with 6, 6, 3, 0 ... supervised tokens: a mean of the parts' means would show.
+LENGTHS = [16, 11, 7, 0, 14, 16, 6, 5]
+BATCH = make_batch(LENGTHS)
+BASE, TRAINABLE = random_base(make_model()), random_trainable(make_model())
+# An update that is linear in the gradient. Adam's is near the gradient's sign at first, which turns
+# a rounding error near zero into a full step.
+SGD = optax.sgd(1.0)
+SCHEDULE = optax.linear_schedule(0.0, 1.0, 8)
+# Sums of gradients over 8 rows of 16 tokens in float32, in another order.
+FLOAT32 = 1e-5
+
+
+def new_state(step=0):
+    # Copies, since a step may consume its state.
+    trainable = jax.tree.map(jnp.copy, TRAINABLE)
+    return {"trainable": trainable, "opt_state": SGD.init(trainable), "step": jnp.int32(step)}
+
+
+def jitted_step(accumulation=1, dropout=0.0):
+    model = make_model(dropout=dropout)
+
+    @jax.jit
+    def step(state, base, batch, seed):
+        # The seed is traced, so that another one costs no compilation.
+        update = make_train_step(model, SGD, SCHEDULE, seed=seed, accumulation=accumulation)
+        return update(state, base, batch)
+
+    return lambda state, batch=BATCH, seed=0: step(state, BASE, batch, seed)
+
+
+one_device_step = functools.cache(jitted_step)
+
+
+def assert_same_update(found, expected):
+    """Compare states and metrics; the gradient is what the update subtracted."""
+    (state, metrics), (expected_state, expected_metrics) = found, expected
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=FLOAT32, err_msg=name)
+    assert state["step"] == expected_state["step"] == 1
+    before, after, wanted = (
+        jax.tree_util.tree_leaves_with_path(tree)
+        for tree in (TRAINABLE, state["trainable"], expected_state["trainable"])
+    )
+    for (path, start), (_, x), (_, y) in zip(before, after, wanted, strict=True):
+        start, x, y = (np.asarray(leaf, np.float64) for leaf in (start, x, y))
+        assert np.abs(y - start).max() > 0, path
+        assert relative_error(x - start, y - start) < FLOAT32, path
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_accumulation_does_not_change_the_update(accumulation):
+    expected = one_device_step()(new_state())
+    assert_same_update(one_device_step(accumulation)(new_state()), expected)
+
+
+def test_the_metrics_describe_the_update():
+    state, metrics = one_device_step()(new_state(3))
+    gradient = jax.tree.map(lambda x, y: np.asarray(x - y), TRAINABLE, state["trainable"])
+    norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(gradient)))
+    # The gradient is what a subtraction left of values of order 1.
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    assert metrics["learning_rate"] == 3 / 8
+    assert metrics["supervised_tokens"] == BATCH["target_weights"].sum() == 30
+    total, count = jax.jit(make_eval_step(make_model()))(TRAINABLE, BASE, BATCH)
+    np.testing.assert_allclose(metrics["loss"], total / count, rtol=FLOAT32)
+
+
+# --- Filler rows ----------------------------------------------------------------------------------
+
+
+def test_filler_rows_change_nothing():
+    real = np.flatnonzero(LENGTHS)
+    without = jax.tree.map(lambda x: x[real], BATCH)
+    expected = one_device_step()(new_state(), without)
+    assert_same_update(one_device_step()(new_state()), expected)
+
+
+def test_a_batch_of_filler_is_no_update():
+    state, metrics = one_device_step()(new_state(), make_batch([0] * len(LENGTHS)))
+    assert metrics["loss"] == metrics["grad_norm"] == metrics["supervised_tokens"] == 0
+    jax.tree.map(np.testing.assert_array_equal, state["trainable"], TRAINABLE)
+
+
+# --- Layout ---------------------------------------------------------------------------------------
+
+DROPOUT = 0.25
+
+
+@pytest.mark.parametrize(
+    ("layout", "dropout"), [("data:8", 0.0), ("fsdp:8", 0.0), ("data:2,fsdp:2,tensor:2", DROPOUT)]
+)
+def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout):
+    mesh = sharding.make_mesh(layout)
+    model = make_model(dropout=dropout, shard=sharding.activation_constraint(mesh))
+    abstract_base = train.abstract(mesh, lambda key: init_random_base(model, key))
+    abstract_state = train.abstract(mesh, lambda key: init_state(model, SGD, key))
+    step = train.lower_step(
+        make_train_step(model, SGD, SCHEDULE, seed=0),
+        mesh,
+        abstract_state,
+        abstract_base,
+        sharding.abstract_batch(mesh, BATCH),
+    ).compile()
+    base = jax.device_put(BASE, train.tree_shardings(abstract_base))
+    state = jax.device_put(new_state(), train.tree_shardings(abstract_state))
+    found = step(state, base, sharding.shard_batch(mesh, BATCH))
+    # The masks of dropout do not depend on the layout either.
+    assert_same_update(found, one_device_step(dropout=dropout)(new_state()))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)), "the state was not donated"
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base))
+
+
+# --- Seed -----------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_losses_bit_for_bit():
+    def losses(step):
+        state, values = new_state(), []
+        for _ in range(3):
+            state, metrics = step(state)
+            values.append(float(metrics["loss"]))
+        return values
+
+    # Compiled once more, as in a run that is resumed.
+    assert losses(jitted_step(dropout=DROPOUT)) == losses(one_device_step(dropout=DROPOUT))
+
+
+def test_dropout_follows_from_seed_and_step():
+    def loss(seed, step):
+        return float(one_device_step(dropout=DROPOUT)(new_state(step), seed=seed)[1]["loss"])
+
+    assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
+    assert loss(0, 1) == loss(0, 1)
