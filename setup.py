@@ -43,7 +43,13 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.14", "build"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.14",
+            "setuptools>=77",  # a test builds the wheel
+        ],
         "parity": PARITY,
         "features": ["torch>=2.9", "av>=14", "soundfile>=0.13"],
         "cuda12": ["jax[cuda12]"],

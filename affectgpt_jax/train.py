@@ -418,7 +418,10 @@ def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> s
         ceilings = result.get("ceilings", {})
         best = ceilings.get(config.input)
         share = f"  ({result['hit'] / best:.0%} of the ceiling)" if best else ""
-        rows.append((f"hit rate, {result['clips']:,} clips", f"{result['hit']:.3f}{share}"))
+        error = math.sqrt(result["hit"] * (1 - result["hit"]) / result["clips"])
+        rows.append(
+            (f"hit rate, {result['clips']:,} clips", f"{result['hit']:.3f} +- {error:.3f}{share}")
+        )
         rows.append(("labels per clip", f"{result['labels_per_clip']:.2f} (the first one counts)"))
         if "hit_features_shuffled" in result:
             rows.append(("control: shuffled features", f"{result['hit_features_shuffled']:.3f}"))

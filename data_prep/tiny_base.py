@@ -196,7 +196,7 @@ def word_score(module: Qwen2, params, tokenizer: Tokenizer, n: int = 4096) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
     args = parser.parse_args()
@@ -211,7 +211,9 @@ def main() -> None:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{count:,} parameters, {len(tokenizer)} tokens", flush=True)
 
-    schedule = optax.warmup_cosine_decay_schedule(0, args.learning_rate, 200, args.steps)
+    schedule = optax.warmup_cosine_decay_schedule(
+        0, args.learning_rate, min(200, args.steps // 3), args.steps
+    )
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01)
     )

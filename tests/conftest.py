@@ -1,6 +1,7 @@
 """What every test shares, set before JAX is imported: 8 emulated CPU devices, fixed examples."""
 
 import os
+import tempfile
 
 # jax 0.10 deadlocks with several emulated devices on a machine of few cores: its thread pool must
 # be at least twice as large as the number of devices.
@@ -9,6 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Not through the environment: commands that a test starts see an ordinary machine of one device.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -16,6 +18,33 @@ jax.config.update("jax_num_cpu_devices", 8)
 # optimisations a third of those. (What computes for long, a test starts as a command.)
 jax.config.update("jax_disable_most_optimizations", True)
 
+# Several tests train the same model: within one session each program is compiled once.
+_CACHE = tempfile.TemporaryDirectory(prefix="affectgpt-test-cache-")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
 # Deterministic, and patient with the compilation inside an example.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci")
+
+# Why a test may be skipped where AFFECTGPT_STRICT_SKIPS is set, as in .ci/run. There, PyTorch and
+# PEFT are installed, so their absence is no excuse.
+EXPECTED_SKIPS = (
+    # Qwen2.5's tokenizer is 7 MB of somebody else's data; the tests that need it are run by hand.
+    "AFFECTGPT_QWEN_TOKENIZER names no directory with Qwen2.5's tokenizer.json",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Fail a strict run that skipped a test for a reason that is not listed."""
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    unexpected = [
+        f"{report.nodeid}: {report.longrepr[-1]}"
+        for report in terminal.getreports("skipped")
+        if not any(reason in str(report.longrepr) for reason in EXPECTED_SKIPS)
+    ]
+    if unexpected and os.environ.get("AFFECTGPT_STRICT_SKIPS"):
+        terminal.section("skips that tests/conftest.py does not list", red=True)
+        terminal.write("\n".join([*unexpected, ""]))
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

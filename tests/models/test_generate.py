@@ -13,7 +13,7 @@ from affectgpt_jax.models.generate import greedy
 from affectgpt_jax.weights.huggingface import save_base
 
 MODEL = make_model()
-BASE = random_base(MODEL, seed=9)  # of its answers, few repeat themselves
+BASE = random_base(MODEL)
 TRAINABLE = random_trainable(MODEL)
 LENGTHS = [5, 12, 8]
 BATCH = make_batch(LENGTHS, width=12)

@@ -1,0 +1,149 @@
+"""Checkpoints: what comes back is what was saved, and only where it belongs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from affectgpt_jax import train
+from affectgpt_jax.training import sharding
+from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+from affectgpt_jax.training.optimizer import OptimizerConfig, make_optimizer
+from affectgpt_jax.weights.huggingface import BaseIdentity
+
+BASE = BaseIdentity("Tiny", "0" * 64)
+SHAPES = {
+    "lora": {"layers": {"q_proj": {"lora_a": (2, 8, 4), "lora_b": (2, 4, 8)}}},
+    "fusion": {"audio": {"projection": {"kernel": (6, 8), "bias": (8,)}}},
+}
+OPTIMIZER = make_optimizer(OptimizerConfig(clip_norm=1.0), 100)
+
+
+def make_state(seed=0, shapes=SHAPES):
+    rng = np.random.default_rng(seed)
+
+    def draw(leaf):
+        if leaf.dtype == jnp.int32:
+            return jnp.int32(rng.integers(1000))
+        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+
+    trainable = jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    state = {
+        "trainable": trainable,
+        "opt_state": OPTIMIZER.init(trainable),
+        "step": jnp.int32(0),
+    }
+    return jax.tree.map(draw, state)
+
+
+def abstract(mesh="data:8", shapes=SHAPES):
+    return train.abstract(sharding.make_mesh(mesh), lambda key: make_state(shapes=shapes))
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's directory with a checkpoint of step 7."""
+    with Checkpoints(tmp_path, BASE) as checkpoints:
+        checkpoints.save(7, make_state(), val_loss=None)
+        checkpoints.wait()
+    return tmp_path
+
+
+def steps(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
+def test_a_sharded_state_is_restored_bit_for_bit_onto_any_layout(tmp_path, mesh):
+    state = make_state()
+    written_on = train.tree_shardings(abstract("fsdp:2,tensor:4"))
+    with Checkpoints(tmp_path, BASE) as checkpoints:
+        checkpoints.save(7, jax.device_put(state, written_on), val_loss=0.5)
+        checkpoints.wait()
+    with Checkpoints(tmp_path, BASE) as checkpoints:  # as another process would
+        assert checkpoints.latest_step() == checkpoints.best_step() == 7
+        restored = checkpoints.restore(7, abstract(mesh))
+    assert_same(restored, state)
+    for leaf, wanted in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(abstract(mesh)), strict=True
+    ):
+        assert leaf.sharding == wanted.sharding
+
+
+def test_a_state_may_be_changed_as_soon_as_save_returns(tmp_path):
+    expected = make_state()
+    state = jax.device_put(make_state(), jax.devices()[0])
+    with Checkpoints(tmp_path, BASE) as checkpoints:
+        checkpoints.save(1, state, val_loss=None)
+        consume = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
+        jax.block_until_ready(consume(state))
+        checkpoints.wait()
+        assert_same(checkpoints.restore(1, abstract()), expected)
+
+
+def test_a_run_without_checkpoints_has_no_step(tmp_path):
+    with Checkpoints(tmp_path, BASE) as checkpoints:
+        assert checkpoints.latest_step() is None
+        assert checkpoints.best_step() is None
+
+
+def test_the_newest_and_the_best_on_validation_are_kept(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path, BASE, keep=2) as checkpoints:
+        for step, val_loss in enumerate([0.9, 0.3, 0.5, 0.4, 0.6], start=1):
+            checkpoints.save(step, state, val_loss)
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 5
+        assert checkpoints.best_step() == 2
+    assert steps(tmp_path) == [2, 4, 5]
+
+
+def test_without_validation_the_newest_is_the_best(tmp_path):
+    with Checkpoints(tmp_path, BASE, keep=1) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, make_state(), val_loss=None)
+        checkpoints.wait()
+        assert checkpoints.best_step() == 2
+    assert steps(tmp_path) == [2]
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def assert_refused(workdir, words, base=BASE, shapes=SHAPES):
+    with Checkpoints(workdir, base) as checkpoints:
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(7, abstract(shapes=shapes))
+    for word in ("checkpoints/7", *words):
+        assert word in str(error.value)
+
+
+def test_a_checkpoint_of_another_base_is_refused_by_both_identities(saved):
+    other = BaseIdentity("Other", "1" * 64)
+    words = [BASE.name, BASE.sha256, other.name, other.sha256, "--config.llm"]
+    assert_refused(saved, words, base=other)
+
+
+def test_another_shape_is_refused_by_the_name_of_the_leaf(saved):
+    wider = {
+        "layers": {"q_proj": {"lora_a": (2, 8, 16), "lora_b": (2, 16, 8)}},
+    }
+    words = ["q_proj/lora_a is float32[2, 8, 4] there and float32[2, 8, 16] here"]
+    assert_refused(saved, words, shapes=SHAPES | {"lora": wider})
+
+
+def test_a_leaf_that_the_checkpoint_lacks_is_refused_by_its_name(saved):
+    more = {"audio": SHAPES["fusion"]["audio"], "video": {"score": {"bias": (1,)}}}
+    assert_refused(saved, ["video/score/bias is missing there"], shapes=SHAPES | {"fusion": more})
+
+
+def test_a_leaf_that_only_the_checkpoint_has_is_refused_by_its_name(saved):
+    words = ["fusion/audio/projection/bias is float32[8] there and missing here"]
+    assert_refused(saved, words, shapes=SHAPES | {"fusion": {}})
