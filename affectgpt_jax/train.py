@@ -173,6 +173,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 with clock.measure("evaluate"):
                     scores = validate(state["trainable"])
                 writer.write(step, scores)
+                reporter.require_finite(step, scores)
                 progress.line(f"step {step}: {' '.join(f'{k} {v:.4f}' for k, v in scores.items())}")
                 with clock.measure("save"):
                     checkpoints.save(step, state, scores["val/loss"])
@@ -261,17 +262,15 @@ class StepReporter:
         self._pending = None
         values = {name: float(value) for name, value in metrics.items()}
         scalars = {f"train/{name}": value for name, value in values.items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            self._writer.write(step, scalars)
-            raise TrainingError(self._why_stopped(step, values))
+        if step % self._config.log_every == 0 or step in (1, self._config.steps):
+            rates = self._throughput.rates()
+            self._writer.write(step, scalars | {f"rate/{k}": v for k, v in rates.items()})
+        self.require_finite(step, scalars)
         now = time.perf_counter()
         step_s, self._finished = now - self._finished, now
         self._samples, self._seconds = self._samples + samples, self._seconds + step_s
         self._throughput.update(samples, tokens, step_s, wait_s)
-        rates = self._throughput.rates()
-        if step % self._config.log_every == 0 or step in (1, self._config.steps):
-            self._writer.write(step, scalars | {f"rate/{k}": v for k, v in rates.items()})
-        self._progress.update(step, values["loss"], rates)
+        self._progress.update(step, values["loss"], self._throughput.rates())
 
     def skip_pause(self) -> None:
         """Leave the time since the last step, spent on something else, out of the rates."""
@@ -281,14 +280,23 @@ class StepReporter:
         """Mean samples/s over all steps of this process's life; empty without any."""
         return {"samples_per_s": self._samples / self._seconds} if self._samples else {}
 
-    def _why_stopped(self, step: int, values: dict[str, float]) -> str:
+    def require_finite(self, step: int, scalars: dict[str, float]) -> None:
+        """Stop the run if one of a step's scalars is NaN or infinite.
+
+        Raises:
+            TrainingError: naming the scalars, the step and the last good checkpoint.
+        """
+        bad = {name: value for name, value in scalars.items() if not math.isfinite(value)}
+        if not bad:
+            return
         good = self._checkpoints.latest_step()
-        where = f"step {good} in {self._workdir / 'checkpoints'}" if good else "none yet"
-        return (
-            f"step {step} of {self._config.steps} gave loss {values['loss']} and gradient norm "
-            f"{values['grad_norm']} after a finite step {step - 1} (last good checkpoint: {where});"
-            " lower config.optimizer.learning_rate, set config.optimizer.clip_norm, or look for "
-            "bad features in that batch"
+        where = self._workdir / "checkpoints" / str(good) if good else "none yet"
+        raise TrainingError(
+            f"step {step} of {self._config.steps} gave "
+            + ", ".join(f"{name} {value}" for name, value in bad.items())
+            + f", and every step before it was finite (last good checkpoint: {where}); lower "
+            "config.optimizer.learning_rate, set config.optimizer.clip_norm, or look for bad "
+            "features in that step's batch"
         )
 
 
@@ -412,6 +420,7 @@ def score_test(
 def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
     """The closing words: scores beside what is possible, what was written, what to do next."""
     rows = [("loss, first and last", f"{result['loss_first']:.3f} -> {result['loss_last']:.3f}")]
+    rows.append(("best on validation", f"the checkpoint of step {result['best_step']}"))
     if "samples_per_s" in result:
         rows.append(("samples/s", f"{result['samples_per_s']:.0f}"))
     if "hit" in result:
@@ -453,6 +462,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config, workdir)
     except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit(
+            "interrupted; the same command resumes from the newest checkpoint"
+        ) from None
 
 
 if __name__ == "__main__":

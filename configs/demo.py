@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     c.generate.batch_size = 256
     c.generate.max_new_tokens = 12
 
-    c.log_every = 5
+    c.log_every = 1
     c.save_every = 50
     c.keep = 2
     return c

@@ -130,17 +130,36 @@ def test_validation_clips_are_held_out_where_no_set_is_named(records, tmp_path, 
     assert 0 < val_size < train_size
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(records, tmp_path):
-    flags = ("--config.optimizer.learning_rate=1e30", "--config.optimizer.clip_norm=0.0")
+def test_a_nan_in_a_batch_stops_the_run_and_names_the_last_good_checkpoint(
+    records, tmp_path, monkeypatch
+):
+    batch = train.TrainPipeline.batch
+
+    def poisoned(self, step):
+        out = batch(self, step)
+        if step == 4:  # counted from 0: the fifth batch
+            out["features"]["face"][:, 0, 0] = np.nan
+        return out
+
+    monkeypatch.setattr(train.TrainPipeline, "batch", poisoned)
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *records, *flags, "--config.save_every=1")
+        run(tmp_path, *records)
     message = str(stopped.value)
-    assert message.startswith("error: step ")
-    assert "last good checkpoint" in message
+    assert message.startswith("error: step 5 of 6 gave ")
+    assert "train/loss nan" in message
+    assert f"last good checkpoint: {tmp_path / 'checkpoints' / '3'}" in message
     assert "\n" not in message
-    bad = int(message.split("error: step ")[1].split()[0])
-    kept = [int(p.name) for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
-    assert max(kept) == bad - 1
+    monkeypatch.undo()
+    run(tmp_path, *records)
+    assert [step for step, loss in losses(tmp_path).items() if np.isfinite(loss)] == [*range(1, 7)]
+
+
+def test_weights_that_leave_the_finite_numbers_are_never_saved(records, tmp_path):
+    flags = ("--config.optimizer.learning_rate=1e38", "--config.optimizer.clip_norm=0.0")
+    warm = ("--config.optimizer.warmup_steps=0", "--config.save_every=1")
+    with pytest.raises(SystemExit, match="last good checkpoint: none yet"):
+        run(tmp_path, *records, *flags, *warm)
+    assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
 
 
 @pytest.mark.parametrize(

@@ -57,28 +57,29 @@ def greedy(
     in_prompt = slots < lengths[:, None]
 
     def unfinished(carry) -> jax.Array:
-        i, _, done, _, _ = carry
+        i, _, done, _ = carry
         return (i < max_new_tokens) & ~done.all()
 
     def write(carry):
-        i, token, done, written, cache = carry
-        written = written.at[:, i].set(jnp.where(done, pad_id, token))
-        done = done | jnp.isin(token, stop_ids)
-        # All rows share slot `length + i`, whatever their prompt's length; the rotary position
-        # continues each row's own count, and the gap between stays masked.
-        generated = (slots >= length) & (slots <= length + i)
-        step = DecodeStep(length + i, in_prompt | generated)
-        embeds = model.qwen2.apply({"params": base}, token[:, None], method="embed")
+        """Feed token i - 1 and write token i."""
+        i, written, done, cache = carry
+        # All rows share a slot, whatever their prompt's length; the rotary position continues each
+        # row's own count, and the gap between stays masked.
+        slot = length + i - 1
+        step = DecodeStep(slot, in_prompt | ((slots >= length) & (slots <= slot)))
+        token = jax.lax.dynamic_slice_in_dim(written, i - 1, 1, axis=1)
         states, cache = model.qwen2.apply(
             {"params": base, "lora": trainable["lora"]},
-            embeds,
-            (lengths + i)[:, None],
+            model.qwen2.apply({"params": base}, token, method="embed"),
+            (lengths + i - 1)[:, None],
             cache=cache,
             step=step,
             keep_cache=True,
         )
-        return i + 1, next_token(states[:, 0]), done, written, cache
+        token = jnp.where(done, pad_id, next_token(states[:, 0]))
+        return i + 1, written.at[:, i].set(token), done | jnp.isin(token, stop_ids), cache
 
+    done = (lengths == 0) | jnp.isin(token, stop_ids)
     written = jnp.full((rows, max_new_tokens), pad_id, jnp.int32)
-    start = (jnp.int32(0), token, lengths == 0, written, cache)
-    return jax.lax.while_loop(unfinished, write, start)[3]
+    written = written.at[:, 0].set(jnp.where(lengths == 0, pad_id, token))
+    return jax.lax.while_loop(unfinished, write, (jnp.int32(1), written, done, cache))[1]

@@ -59,7 +59,7 @@ class Qwen2Config:
             "tie_word_embeddings": False,
             "num_key_value_heads": heads,
             **config,
-            "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+            "rope_theta": config.get("rope_theta") or rope.get("rope_theta"),
         }
         if not values.get("head_dim") and heads and values.get("hidden_size"):
             values["head_dim"] = values["hidden_size"] // heads
@@ -275,7 +275,8 @@ class Qwen2(nn.Module):
         here and their embeddings replaced by soft tokens.
         """
         table = self.embed_tokens.astype(self.execution.dtype)
-        return jnp.take(table, tokens, axis=0, mode="clip")
+        embeds = jnp.take(table, tokens, axis=0, mode="clip")
+        return self.execution.shard(embeds, ("batch", None, None))
 
     def __call__(
         self,

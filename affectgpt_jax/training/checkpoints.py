@@ -90,7 +90,7 @@ class Checkpoints:
         """
         where = f"{self._directory / str(step)}"
         saved = self._manager.restore(step, args=ocp.args.Composite(base=ocp.args.JsonRestore()))
-        if saved["base"] != self._base:
+        if saved["base"]["sha256"] != self._base["sha256"]:
             raise CheckpointError(
                 f"{where} was trained on the base {saved['base']}, but this run has "
                 f"{self._base}; name that base with --config.llm, or use another --workdir"

@@ -49,7 +49,7 @@ def parse_mesh(text: str, device_count: int) -> tuple[int, int, int]:
     Raises:
         MeshError: not of that form, or the sizes do not multiply to the number of devices.
     """
-    sizes = dict.fromkeys(AXES, 1)
+    named: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\w+)\s*:\s*(-1|[1-9]\d*)\s*", part)
         if not match or match[1] not in AXES:
@@ -57,7 +57,10 @@ def parse_mesh(text: str, device_count: int) -> tuple[int, int, int]:
                 f"mesh {text!r}: {part!r} is not AXIS:SIZE with an axis out of {AXES} "
                 "and a size of 1 or more, or -1 for all devices that are left"
             )
-        sizes[match[1]] = int(match[2])
+        if match[1] in named:
+            raise MeshError(f"mesh {text!r} names the axis {match[1]} twice")
+        named[match[1]] = int(match[2])
+    sizes = dict.fromkeys(AXES, 1) | named
     free = [axis for axis in AXES if sizes[axis] == -1]
     fixed = math.prod(size for size in sizes.values() if size > 0)
     if len(free) > 1:
@@ -65,7 +68,9 @@ def parse_mesh(text: str, device_count: int) -> tuple[int, int, int]:
     if free:
         sizes[free[0]] = device_count // fixed
     if math.prod(sizes.values()) != device_count:
-        raise MeshError(f"mesh {text!r} does not divide the {device_count} devices that are here")
+        raise MeshError(
+            f"mesh {text!r}: its sizes must multiply to the {device_count} devices that are here"
+        )
     return tuple(sizes[axis] for axis in AXES)
 
 

@@ -61,7 +61,10 @@ def read_config(directory: Path) -> Qwen2Config:
     """
     path = Path(directory) / "config.json"
     try:
-        return Qwen2Config.from_hf(json.loads(path.read_text(encoding="utf-8")))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("not a JSON object")
+        return Qwen2Config.from_hf(config)
     except FileNotFoundError:
         raise WeightsError(
             f"{path}: not found; expected the directory of a Qwen2.5 model as Hugging Face lays "
@@ -75,12 +78,18 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, in order.
 
     Raises:
-        WeightsError: none is there, or the index names one that is not.
+        WeightsError: none is there, the index names one that is not, or cannot be read.
     """
     directory = Path(directory)
     index = directory / _INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(weight_map.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise WeightsError(
+                f"{index}: not an index of weights; expected JSON with the key 'weight_map'"
+            ) from None
     else:
         names = [_SINGLE]
     for name in names:
@@ -123,11 +132,12 @@ def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
             message names tensor and file.
     """
     files = {}
-    try:
-        handles = [safe_open(path, framework="flax") for path in weight_files(directory)]
-    except SafetensorError as error:
-        raise WeightsError(f"{directory}: not a safetensors file: {error}") from None
-    for handle in handles:
+    for path in weight_files(directory):
+        try:
+            # NumPy, not "flax": that would send every slice through the first device.
+            handle = safe_open(path, framework="numpy")
+        except SafetensorError as error:
+            raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None
         files.update(dict.fromkeys(handle.keys(), handle))
     _check_tensors(directory, files, abstract)
 

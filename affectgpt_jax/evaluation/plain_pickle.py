@@ -1,0 +1,182 @@
+"""Pickled plain values, read without running anything.
+
+A pickle is a program for a stack machine, and Python's own machine imports and calls whatever the
+program names. This one knows containers, text, numbers and the few names that NumPy writes for
+its arrays, types and scalars; these stand for data here and are never looked up. Any other name
+is an error. Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+VALUES = frozenset(
+    """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
+    STRING BINSTRING SHORT_BINSTRING UNICODE SHORT_BINUNICODE BINUNICODE BINUNICODE8
+    SHORT_BINBYTES BINBYTES BINBYTES8""".split()
+)
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+FROM_MARK = {"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+IGNORED = ("PROTO", "FRAME")
+
+
+class PickleError(ValueError):
+    """A pickle that is damaged, or holds more than plain values."""
+
+
+class Array(list):
+    """A NumPy array's values, flat; filled by the instruction after the one that makes it."""
+
+
+@dataclasses.dataclass
+class DType:
+    """A NumPy type, whose byte order comes with the instruction after the one that makes it."""
+
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Name:
+    """A module's attribute, as text."""
+
+    text: str
+
+
+def loads(data: bytes) -> Any:
+    """The value of a pickle; arrays become flat lists, OrderedDicts dicts.
+
+    Raises:
+        PickleError: damage, an object of a class, a function, or an instruction for either.
+    """
+    try:
+        return _run(data)
+    except PickleError:
+        raise
+    # Damage surfaces as any error of the stack, the memo or the values.
+    except Exception as error:
+        raise PickleError(f"a damaged pickle ({type(error).__name__})") from None
+
+
+def _run(data: bytes) -> Any:
+    import pickletools  # here, because few files need it
+
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for opcode, argument, _ in pickletools.genops(data):
+        match opcode.name:
+            case name if name in VALUES:
+                stack.append(argument)
+            case name if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case name if name in CONTAINERS:
+                stack.append(CONTAINERS[name]())
+            case name if name in FROM_MARK:
+                stack.append(FROM_MARK[name](since_mark()))
+            case name if name in TUPLES:
+                stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
+            case name if name in IGNORED:
+                pass
+            case "MARK":
+                marks.append(len(stack))
+            case "MEMOIZE":
+                memo[len(memo)] = stack[-1]
+            case "PUT" | "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "GET" | "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "DICT":
+                stack.append(_pairs(since_mark()))
+            case "APPEND":
+                item = stack.pop()
+                list.append(stack[-1], item)
+            case "APPENDS":
+                items = since_mark()
+                list.extend(stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                dict.__setitem__(stack[-1], key, value)
+            case "SETITEMS":
+                items = since_mark()
+                dict.update(stack[-1], _pairs(items))
+            case "ADDITEMS":
+                items = since_mark()
+                set.update(stack[-1], items)
+            case "GLOBAL":
+                stack.append(Name(argument.replace(" ", ".")))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(Name(f"{module}.{attribute}"))
+            case "REDUCE":
+                arguments, function = stack.pop(), stack.pop()
+                stack.append(_construct(function, arguments))
+            case "BUILD":
+                state = stack.pop()
+                _fill(stack[-1], state)
+            case "STOP":
+                return stack.pop()
+            case other:
+                raise PickleError(f"a pickle with instruction {other}, which plain values lack")
+    raise PickleError("a pickle without an end")
+
+
+def _pairs(items: list[Any]) -> dict[Any, Any]:
+    return dict(zip(items[::2], items[1::2], strict=True))
+
+
+def _construct(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """What a call of one of the known names stands for."""
+    if not isinstance(function, Name):
+        raise PickleError("a pickle that calls one of its values")
+    # NumPy 2 renamed numpy.core.
+    match function.text.replace("numpy._core.", "numpy.core."), arguments:
+        case "numpy.core.multiarray._reconstruct", (Name("numpy.ndarray"), *_):
+            return Array()
+        case "numpy.dtype", (str(code), *_) if re.fullmatch(r"[<>|=]?[biufSUO]\d{0,6}", code):
+            return DType(np.dtype(code))
+        case "numpy.core.multiarray.scalar", (DType(dtype=dtype), bytes(raw)):
+            return np.frombuffer(raw, dtype)[0].item()
+        # How bytes are written for Python 2.
+        case "_codecs.encode", (str(text), "latin1"):
+            return text.encode("latin1")
+        case "collections.OrderedDict", ():
+            return {}
+    raise PickleError(
+        f"a pickle that would call {function.text!r}; only plain containers and NumPy arrays "
+        "are read"
+    )
+
+
+def _fill(target: Any, state: tuple[Any, ...]) -> None:
+    """The state that NumPy writes after an array or a type."""
+    match target, state:
+        case DType(), (_, ("<" | ">") as order, *_):
+            target.dtype = target.dtype.newbyteorder(order)
+        case DType(), (_, "|" | "=", *_):
+            pass
+        case Array(), (_, tuple(shape), DType(dtype=dtype), _, list(values)) if dtype.hasobject:
+            _fill_array(target, shape, values)
+        case Array(), (_, tuple(shape), DType(dtype=dtype), _, bytes(raw)) if not dtype.hasobject:
+            _fill_array(target, shape, np.frombuffer(raw, dtype).tolist())
+        case _:
+            raise PickleError("a pickle that sets the state of an object")
+
+
+def _fill_array(array: Array, shape: tuple[int, ...], values: list[Any]) -> None:
+    if len(shape) > 1 or len(values) != math.prod(shape):
+        raise PickleError(f"a pickled array of shape {shape} with {len(values)} values")
+    array[:] = values
