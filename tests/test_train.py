@@ -81,7 +81,7 @@ def test_an_interrupted_run_resumes_to_the_same_losses_bit_by_bit(
         submit(self, step, *args)
 
     monkeypatch.setattr(train.StepReporter, "submit", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="the same command resumes"):
         run(tmp_path, *records, "--config.lora.dropout=0.1")
     monkeypatch.undo()
     result = run(tmp_path, *records, "--config.lora.dropout=0.1")

@@ -1,1 +1,1 @@
-"""Metrics in pure NumPy; imports nothing else of this package."""
+"""Scores of label lists, in pure NumPy; imports nothing else of this package."""

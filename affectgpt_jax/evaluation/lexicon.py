@@ -263,9 +263,8 @@ def compile_lexicon(identity: Identity, source: Source) -> Lexicon:
     stands_for: defaultdict[str, set[str]] = defaultdict(set)  # base word -> wheel words
     for word, base in source.synonyms:
         stands_for[base].add(word)
-    for word in {word for rows in source.wheels for row in rows for word in row if word} | {
-        word for word, _ in source.synonyms
-    }:
+        stands_for[word].add(word)
+    for word in {word for rows in source.wheels for row in rows for word in row if word}:
         stands_for[word].add(word)
     belongs_to: defaultdict[str, set[str]] = defaultdict(set)  # surface form -> base words
     for base, form in source.forms:

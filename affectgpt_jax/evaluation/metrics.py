@@ -1,10 +1,76 @@
-"""Scores of predicted label lists."""
+"""Scores of MER-UniBench: labels on emotion wheels, hits, sentiment; intervals and comparisons.
+
+Every score is a function of sums over clips of a few numbers per clip, its *statistics*. So a
+bootstrap resample is a weighted sum, swapping two systems on some clips is another, and thousands
+of them are one matrix product.
+
+The rules are those of the AffectGPT release (arXiv 2501.16566, section 5.1 and appendix), with one
+gap closed: where precision and recall are both 0, F is 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from affectgpt_jax.evaluation.lexicon import WHEELS, Identity, Lexicon, normalise
+
+# Data sets of MER-UniBench by task, as the paper's Table 2 names them.
+UNIBENCH = {
+    "basic": ("MER2023", "MER2024", "MELD", "IEMOCAP"),
+    "sentiment": ("CMU-MOSI", "CMU-MOSEI", "CH-SIMS", "CH-SIMS v2"),
+    "fine": ("OV-MERD+",),
+}
+TASKS = tuple(UNIBENCH)
+SENTIMENTS = ("negative", "neutral", "positive")
+# Elements of the largest temporary array of a resampling: 32 MiB of float64.
+CHUNK = 4_194_304
+
+Labels = Sequence[Sequence[str]]
+
+
+class ScoreError(ValueError):
+    """Predictions and truth that give no score, or scores that do not compare."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Score:
+    """The score of one system on one data set.
+
+    Attributes:
+        task: fine, basic or sentiment.
+        level: of the wheels; None for sentiment.
+        lexicon: which one made the score; None for sentiment.
+        values: shares, 0 to 1, by metric; the first is the primary one.
+        wheels: a row per wheel: the same metrics, the clips scored, shares of unmapped labels.
+        classes: a row per class (and wheel): how many clips have it, and how they fared.
+        counts: clips, labels per clip, empty predictions, and the words that no rule knows.
+        statistics: float64 [clips, ...], what `values` follow from when summed over clips.
+    """
+
+    task: str
+    level: int | None
+    lexicon: Identity | None
+    values: dict[str, float]
+    wheels: list[dict[str, Any]]
+    classes: list[dict[str, Any]]
+    counts: dict[str, Any]
+    statistics: np.ndarray = dataclasses.field(repr=False)
+
+    @property
+    def primary(self) -> float:
+        """The value that counts for MER-UniBench: F, hit rate, or weighted F1."""
+        return next(iter(self.values.values()))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the statistics, ready for JSON."""
+        fields = [f.name for f in dataclasses.fields(self) if f.name != "statistics"]
+        entry = {name: getattr(self, name) for name in fields}
+        return entry | {"lexicon": dataclasses.asdict(self.lexicon) if self.lexicon else None}
 
 
 def hit_rate(
@@ -12,7 +78,8 @@ def hit_rate(
 ) -> float:
     """Share of clips, 0 to 1, whose true word is among the first `max_labels` predicted ones.
 
-    A budget of labels matters: listing every emotion hits always.
+    A budget of labels matters: listing every emotion hits always. No lexicon is asked; for words
+    that mean the same, see `score_basic`.
 
     Args:
         predictions: label list of each clip, the likeliest first.
@@ -32,3 +99,474 @@ def hit_rate(
 def labels_per_clip(predictions: Sequence[Sequence[str]]) -> float:
     """Mean length of the label lists."""
     return float(np.mean([len(labels) for labels in predictions]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Encoded:
+    """Label lists as arrays.
+
+    Attributes:
+        clips: how many lists.
+        clip: int [labels], the list that each label is of.
+        form: int [labels], its surface form; -1 if unknown.
+        unknown: the unknown words and how often they occur, the commonest first.
+    """
+
+    clips: int
+    clip: np.ndarray
+    form: np.ndarray
+    unknown: dict[str, int]
+
+    @classmethod
+    def of(cls, labels: Labels, lexicon: Lexicon) -> _Encoded:
+        words = [word for clip in labels for word in clip]
+        clip = np.repeat(np.arange(len(labels)), [len(clip) for clip in labels])
+        form = lexicon.form_ids(words)
+        unknown = Counter(normalise(words[n]) for n in np.flatnonzero(form < 0))
+        return cls(len(labels), clip, form, dict(unknown.most_common()))
+
+    def on_wheel(self, lexicon: Lexicon, level: int, wheel: int) -> tuple[np.ndarray, float]:
+        """Which labels of a wheel each clip has, bool [clips, labels], and the unmapped share."""
+        label = lexicon.table[level - 1, wheel, self.form]
+        mapped = label >= 0
+        present = np.zeros((self.clips, len(lexicon.labels[level - 1][wheel])), bool)
+        present[self.clip[mapped], label[mapped]] = True
+        return present, float(1 - mapped.mean()) if mapped.size else 0.0
+
+
+def _wheel_pairs(
+    predicted: _Encoded, true: _Encoded, lexicon: Lexicon, level: int
+) -> Iterator[tuple[dict[str, Any], tuple[str, ...], np.ndarray, np.ndarray]]:
+    """Row of figures, label names, predicted and true labels (bool [clips, labels]) by wheel.
+
+    Raises:
+        ScoreError: no clip has a true label on a wheel.
+    """
+    for wheel in range(WHEELS):
+        p, unmapped_predicted = predicted.on_wheel(lexicon, level, wheel)
+        t, unmapped_true = true.on_wheel(lexicon, level, wheel)
+        clips = int(t.any(axis=1).sum())
+        if not clips:
+            raise ScoreError(
+                f"none of the true words of {true.clips} clips stands on wheel {wheel + 1} of "
+                f"{lexicon.identity}, so there is nothing to score"
+            )
+        row = {
+            "wheel": wheel + 1,
+            "clips": clips,
+            "unmapped_predicted": unmapped_predicted,
+            "unmapped_true": unmapped_true,
+        }
+        yield row, lexicon.labels[level - 1][wheel], p, t
+
+
+def _check(predictions: Sequence[Any], truth: Sequence[Any], level: int = 1) -> None:
+    if not truth or len(predictions) != len(truth):
+        raise ScoreError(f"expected as many predictions ({len(predictions)}) as truths, 1 or more")
+    if level not in (1, 2):
+        raise ScoreError(f"level is {level!r}; the labels of a wheel are its level 1 or 2")
+
+
+def _word_counts(
+    predictions: Labels, predicted: _Encoded, true: _Encoded
+) -> dict[str, Any]:
+    return {
+        "clips": predicted.clips,
+        "predicted_labels_per_clip": len(predicted.clip) / predicted.clips,
+        "true_labels_per_clip": len(true.clip) / true.clips,
+        "empty_predictions": sum(not any(map(normalise, labels)) for labels in predictions),
+        "unknown_predicted": predicted.unknown,
+        "unknown_true": true.unknown,
+    }
+
+
+def score_fine(predictions: Labels, truth: Labels, lexicon: Lexicon, level: int = 1) -> Score:
+    """Set precision, recall and F of open-vocabulary labels (OV-MERD+).
+
+    Per wheel, both lists become sets of labels; a clip without a true label is left out, one
+    without a predicted label has precision and recall 0. Precision and recall are means over
+    clips, F is 2PR / (P + R) of the means, and each is averaged over the five wheels.
+
+    Args:
+        predictions: label list of each clip.
+        truth: label list of each clip, in the same order.
+        lexicon: what maps words to labels.
+        level: of the wheels, 1 or 2.
+
+    Raises:
+        ScoreError: no clips, lists of different lengths, or a wheel on which no truth stands.
+    """
+    _check(predictions, truth, level)
+    predicted, true = _Encoded.of(predictions, lexicon), _Encoded.of(truth, lexicon)
+    statistics = np.zeros((len(truth), WHEELS, 3))
+    wheels, classes = [], []
+    for row, names, p, t in _wheel_pairs(predicted, true, lexicon, level):
+        scored = t.any(axis=1)
+        hits = np.count_nonzero(p & t, axis=1) * scored
+        statistics[:, row["wheel"] - 1] = np.stack(
+            [
+                scored,
+                hits / np.maximum(np.count_nonzero(p, axis=1), 1),
+                hits / np.maximum(np.count_nonzero(t, axis=1), 1),
+            ],
+            axis=1,
+        )
+        wheels.append(row)
+        support, claimed, right = t.sum(0), p[scored].sum(0), (p & t).sum(0)
+        classes += [
+            {"wheel": row["wheel"], "label": name, **_rates(*map(int, numbers))}
+            for name, *numbers in zip(names, support, claimed, right)
+        ]
+    means = _wheel_means(statistics.sum(0))
+    for row, (precision, recall) in zip(wheels, means):
+        row |= {"f": float(_harmonic(precision, recall)), "p": float(precision), "r": float(recall)}
+    return Score(
+        "fine",
+        level,
+        lexicon.identity,
+        _name_values("fine", statistics),
+        wheels,
+        classes,
+        _word_counts(predictions, predicted, true),
+        statistics,
+    )
+
+
+def score_basic(
+    predictions: Labels, truth: Sequence[str], lexicon: Lexicon, level: int = 1
+) -> Score:
+    """Hit rate of one true emotion (MER2023, MER2024, MELD, IEMOCAP).
+
+    Per wheel, a clip whose true word has no label is left out; a hit is a clip whose true label
+    is among the predicted ones. The mean over clips is averaged over the five wheels.
+
+    Args:
+        predictions: label list of each clip.
+        truth: true word of each clip, in the same order.
+        lexicon: what maps words to labels.
+        level: of the wheels, 1 or 2.
+
+    Raises:
+        ScoreError: no clips, lists of different lengths, or a wheel on which no truth stands.
+    """
+    _check(predictions, truth, level)
+    predicted = _Encoded.of(predictions, lexicon)
+    true = _Encoded.of([(word,) for word in truth], lexicon)
+    statistics = np.zeros((len(truth), WHEELS, 2))
+    wheels, classes = [], []
+    for row, names, p, t in _wheel_pairs(predicted, true, lexicon, level):
+        hit = (p & t).any(axis=1)
+        statistics[:, row["wheel"] - 1] = np.stack([t.any(axis=1), hit], axis=1)
+        wheels.append(row | {"hit": float(hit.sum() / row["clips"])})
+        classes += [
+            {
+                "wheel": row["wheel"],
+                "label": name,
+                "clips": int(support),
+                "hit": float(right / support) if support else None,
+            }
+            for name, support, right in zip(names, t.sum(0), (p & t).sum(0))
+        ]
+    return Score(
+        "basic",
+        level,
+        lexicon.identity,
+        _name_values("basic", statistics),
+        wheels,
+        classes,
+        _word_counts(predictions, predicted, true),
+        statistics,
+    )
+
+
+def score_sentiment(predictions: Sequence[str], truth: Sequence[float]) -> Score:
+    """Weighted F1 and accuracy of positive against negative (CMU-MOSI, CMU-MOSEI, CH-SIMS, v2).
+
+    Clips whose true value is 0 are left out; of the others, those above 0 are positive. A
+    prediction other than "positive" counts as negative: the release compares 1, 0 or -1 with 0.
+
+    Args:
+        predictions: positive, negative, or anything else, of each clip.
+        truth: true valence of each clip, in the same order.
+
+    Raises:
+        ScoreError: no clips, lists of different lengths, a value that is not finite, or none
+            other than 0.
+    """
+    _check(predictions, truth)
+    value = np.asarray(truth, float)
+    if not np.isfinite(value).all():
+        place = int(np.flatnonzero(~np.isfinite(value))[0])
+        raise ScoreError(f"the true value of clip {place} is {value[place]}; expected a number")
+    words = [normalise(word) for word in predictions]
+    claim = np.asarray([word == "positive" for word in words])
+    # [clip, is it positive, is it called positive]
+    statistics = np.zeros((len(value), 2, 2))
+    scored = np.flatnonzero(value)
+    if not scored.size:
+        raise ScoreError(f"all {len(value)} true values are 0, and such clips are not scored")
+    statistics[scored, (value[scored] > 0).astype(int), claim[scored].astype(int)] = 1
+    confusion = statistics.sum(0).astype(int)
+    classes = [
+        {"label": name, **_rates(confusion[c].sum(), confusion[:, c].sum(), confusion[c, c])}
+        for c, name in enumerate(("negative", "positive"))
+    ]
+    counts = {
+        "clips": len(value),
+        "scored": int(scored.size),
+        "empty_predictions": sum(not word for word in words),
+        "predicted": {name: words.count(name) for name in SENTIMENTS},
+        "unknown_predicted": dict(
+            Counter(word for word in words if word and word not in SENTIMENTS).most_common()
+        ),
+    }
+    return Score(
+        "sentiment",
+        None,
+        None,
+        _name_values("sentiment", statistics),
+        [],
+        classes,
+        counts,
+        statistics,
+    )
+
+
+def _rates(support: int, claimed: int, right: int) -> dict[str, Any]:
+    """Figures of one class; a share of nothing is None."""
+    return {
+        "clips": int(support),
+        "predicted": int(claimed),
+        "p": float(right / claimed) if claimed else None,
+        "r": float(right / support) if support else None,
+        "f": float(2 * right / (support + claimed)) if support + claimed else None,
+    }
+
+
+def _harmonic(precision: np.ndarray, recall: np.ndarray) -> np.ndarray:
+    """F of precision and recall; 0 where both are."""
+    total = precision + recall
+    return 2 * precision * recall / np.where(total == 0, 1, total)
+
+
+def _wheel_means(sums: np.ndarray) -> np.ndarray:
+    """Means over the scored clips, [..., 5, n], from sums [..., 5, 1 + n]; nan without clips."""
+    with np.errstate(invalid="ignore"):
+        return sums[..., 1:] / sums[..., :1]
+
+
+def _fine_values(sums: np.ndarray) -> np.ndarray:
+    """F, P and R, [..., 3], from sums [..., 5, (scored, precision, recall)]."""
+    precision, recall = np.moveaxis(_wheel_means(sums), -1, 0)
+    return np.stack([_harmonic(precision, recall), precision, recall], axis=-1).mean(axis=-2)
+
+
+def _basic_values(sums: np.ndarray) -> np.ndarray:
+    """Hit rate, [..., 1], from sums [..., 5, (scored, hits)]."""
+    return _wheel_means(sums).mean(axis=-2)
+
+
+def _sentiment_values(sums: np.ndarray) -> np.ndarray:
+    """Weighted F1 and accuracy, [..., 2], from confusions [..., true class, predicted class]."""
+    support, claimed = sums.sum(axis=-1), sums.sum(axis=-2)
+    right = np.diagonal(sums, axis1=-2, axis2=-1)
+    f1 = 2 * right / np.maximum(support + claimed, 1)
+    with np.errstate(invalid="ignore"):
+        share = support / support.sum(axis=-1, keepdims=True)
+        accuracy = right.sum(axis=-1) / support.sum(axis=-1)
+    return np.stack([(share * f1).sum(axis=-1), accuracy], axis=-1)
+
+
+# Metrics of each task, the primary one first, and how they follow from sums of the statistics.
+METRICS: dict[str, tuple[tuple[str, ...], Callable[[np.ndarray], np.ndarray]]] = {
+    "fine": (("f", "p", "r"), _fine_values),
+    "basic": (("hit",), _basic_values),
+    "sentiment": (("weighted_f1", "accuracy"), _sentiment_values),
+}
+
+
+def _name_values(task: str, statistics: np.ndarray) -> dict[str, float]:
+    names, values = METRICS[task]
+    return dict(zip(names, values(statistics.sum(axis=0)).tolist(), strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A percentile bootstrap interval.
+
+    Attributes:
+        low, high: its ends, in the unit of the value.
+        confidence: share of resamples between them.
+        resamples: how many gave a value; one without a scored clip on some wheel gives none.
+    """
+
+    low: float
+    high: float
+    confidence: float
+    resamples: int
+
+
+def bootstrap(
+    score: Score, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Interval]:
+    """Intervals of a score's values, by drawing its clips with replacement (Efron 1979).
+
+    They tell how far the choice of test clips moves the score, not how far another training run
+    or another label extraction would.
+
+    Raises:
+        ScoreError: no resamples, or a confidence that is not between 0 and 1.
+    """
+    values = _resampled([score], resamples, seed)[0]
+    names, _ = METRICS[score.task]
+    return {name: _interval(values[:, n], confidence) for n, name in enumerate(names)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """How two systems differ on the same clips.
+
+    Attributes:
+        difference: of the primary values, first minus second.
+        interval: of the difference; both systems are resampled together.
+        p_value: two-sided, of the hypothesis that the systems are exchangeable clip by clip.
+        permutations: how many gave it; it is at least 1 / (1 + permutations).
+    """
+
+    difference: float
+    interval: Interval
+    p_value: float
+    permutations: int
+
+
+def compare(
+    first: Score, second: Score, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Comparison:
+    """Paired bootstrap interval and paired permutation test of the primary value.
+
+    The test swaps the systems on a random half of the clips, many times, and counts how often
+    the difference is at least as large as the one found (Noreen 1989).
+
+    Args:
+        first: score of one system.
+        second: of another, over the same clips in the same order.
+        resamples: of the bootstrap, and permutations of the test.
+        confidence: of the interval.
+        seed: of both.
+
+    Raises:
+        ScoreError: scores of different tasks, levels, lexicons or truths.
+    """
+    _check_comparable(first, second)
+    _, values_of = METRICS[first.task]
+    a, b = _resampled([first, second], resamples, seed)
+    interval = _interval(a[:, 0] - b[:, 0], confidence)
+
+    observed = first.primary - second.primary
+    shape = first.statistics.shape[1:]
+    gap = (second.statistics - first.statistics).reshape(len(first.statistics), -1)
+    totals = first.statistics.sum(axis=0), second.statistics.sum(axis=0)
+    generator = np.random.default_rng([seed, 1])
+    extreme = 0
+    for size in _chunks(resamples, len(gap)):
+        swap = generator.integers(2, size=(size, len(gap)), dtype=np.int8).astype(float)
+        moved = (swap @ gap).reshape(size, *shape)
+        difference = values_of(totals[0] + moved)[:, 0] - values_of(totals[1] - moved)[:, 0]
+        # Rounding must not decide whether a permutation equals what was observed.
+        extreme += int((np.abs(difference) >= abs(observed) - 1e-12).sum())
+    return Comparison(observed, interval, (1 + extreme) / (1 + resamples), resamples)
+
+
+def _check_comparable(first: Score, second: Score) -> None:
+    for what in ("task", "level", "lexicon"):
+        mine, theirs = getattr(first, what), getattr(second, what)
+        if mine != theirs:
+            raise ScoreError(f"scores of different {what} do not compare: {mine} and {theirs}")
+
+    def true_side(score: Score) -> np.ndarray:
+        statistics = score.statistics
+        return statistics.sum(axis=-1) if score.task == "sentiment" else statistics[..., 0]
+
+    if not np.array_equal(true_side(first), true_side(second)):
+        raise ScoreError("scores over different clips do not compare; score both on one truth file")
+
+
+def _resampled(scores: Sequence[Score], resamples: int, seed: int) -> list[np.ndarray]:
+    """Values [resamples, metrics] of each score, all over the same draws of clips."""
+    if resamples < 1:
+        raise ScoreError(f"expected 1 or more resamples, found {resamples}")
+    clips = len(scores[0].statistics)
+    generator = np.random.default_rng([seed, 0])
+    values: list[list[np.ndarray]] = [[] for _ in scores]
+    for size in _chunks(resamples, clips):
+        draws = generator.integers(clips, size=(size, clips)) + clips * np.arange(size)[:, None]
+        weights = np.bincount(draws.ravel(), minlength=size * clips).reshape(size, clips)
+        for score, found in zip(scores, values, strict=True):
+            sums = weights.astype(float) @ score.statistics.reshape(clips, -1)
+            sums = sums.reshape(size, *score.statistics.shape[1:])
+            found.append(METRICS[score.task][1](sums))
+    return [np.concatenate(found) for found in values]
+
+
+def _chunks(total: int, width: int) -> Iterator[int]:
+    """Heights of the slices in which a [total, width] array is worked through."""
+    height = max(1, CHUNK // width)
+    for start in range(0, total, height):
+        yield min(height, total - start)
+
+
+def _interval(values: np.ndarray, confidence: float) -> Interval:
+    if not 0 < confidence < 1:
+        raise ScoreError(f"expected a confidence between 0 and 1, found {confidence}")
+    values = values[np.isfinite(values)]
+    if not values.size:
+        raise ScoreError("no resample has a scored clip on every wheel; there are too few clips")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high), confidence, len(values))
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocols:
+    """What several checkpoints of one run score, told in both ways.
+
+    Attributes:
+        fixed: the checkpoint that was named before the test set was looked at.
+        fixed_value: its score, the honest one.
+        best: the checkpoint with the highest score.
+        best_value: its score, which flatters; published MER-UniBench figures are of this kind.
+        checkpoints: how many there were to choose from.
+        chosen_on_test: whether `best` was chosen on the test set, as with more than one it is.
+    """
+
+    fixed: str
+    fixed_value: float
+    best: str
+    best_value: float
+    checkpoints: int
+    chosen_on_test: bool
+
+
+def protocols(values: Mapping[str, float], fixed: str) -> Protocols:
+    """Fixed checkpoint beside best of several; of equals, the first is best.
+
+    Raises:
+        ScoreError: the fixed checkpoint is not among them.
+    """
+    if fixed not in values:
+        raise ScoreError(f"the fixed checkpoint {fixed!r} is none of {list(values)}")
+    best = max(values, key=values.__getitem__)
+    return Protocols(fixed, values[fixed], best, values[best], len(values), len(values) > 1)
+
+
+def unibench_mean(values: Mapping[str, float]) -> float:
+    """Mean of the nine primary scores, in their unit.
+
+    Raises:
+        ScoreError: a data set is missing or is none of MER-UniBench.
+    """
+    expected = [name for names in UNIBENCH.values() for name in names]
+    if missing := [name for name in expected if name not in values]:
+        raise ScoreError(f"the MER-UniBench mean needs all nine scores; missing: {missing}")
+    if unknown := [name for name in values if name not in expected]:
+        raise ScoreError(f"{unknown} are not data sets of MER-UniBench; expected {expected}")
+    return float(np.mean([values[name] for name in expected]))

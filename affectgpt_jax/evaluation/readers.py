@@ -1,0 +1,383 @@
+"""Predictions and truth out of the files that people have, clip by clip, nothing lost silently."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from affectgpt_jax.evaluation.files import (
+    ReadError,
+    csv_rows,
+    decode,
+    npz_values,
+    read_bytes,
+    shorten,
+)
+from affectgpt_jax.evaluation.lexicon import normalise
+
+# Where a prediction may stand, the first that is present counts.
+PREDICTION_KEYS = {
+    "fine": ("labels", "openset", "text"),
+    "basic": ("labels", "openset", "text"),
+    "sentiment": ("sentiment", "labels", "openset", "text"),
+}
+TRUTH_KEYS = {"fine": "openset", "basic": "emotion", "sentiment": "valence"}
+MELD_COLUMNS = ("Dialogue_ID", "Utterance_ID", "Emotion")
+# Test splits of the release's label files, and the emotions that their numbers stand for.
+SPLITS = {
+    "test_corpus": ("anger", "joy", "sadness", "neutral", "disgust", "fear", "surprise"),
+    "test1_corpus": (),
+    "whole_corpus": ("happy", "sad", "neutral", "anger"),
+}
+SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """Something about a few clips that the reader of a score must know.
+
+    Attributes:
+        what: of the clips, after their number: "with an empty prediction".
+        names: the clips.
+    """
+
+    what: str
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{count(self.names)} {self.what}: {listed(self.names)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One value per clip, as a file has them.
+
+    Attributes:
+        where: the file, for messages.
+        names: of the clips, each once, in the order of the file.
+        values: labels (list of words), a sentiment or emotion (word), or a valence (number).
+        findings: what is remarkable about some of them.
+    """
+
+    where: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    findings: tuple[Finding, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Prediction and truth of each clip that has a truth, in the order of the truth file."""
+
+    names: tuple[str, ...]
+    predictions: list[Any]
+    truth: list[Any]
+    findings: tuple[Finding, ...]
+
+
+def listed(names: Sequence[str]) -> str:
+    """A few names, and how many more there are."""
+    shown = ", ".join(shorten(name, 40) for name in names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def count(names: Sequence[str]) -> str:
+    """So many clips."""
+    return f"{len(names)} clip{'' if len(names) == 1 else 's'}"
+
+
+def parse_labels(text: str) -> list[str]:
+    """The words of a label list that a model or a file writes as text.
+
+    One leading `[` and one trailing `]` go, then every quote and comma separates; empty words are
+    dropped, the others stripped and lower-cased. So `["a", 'b']`, `[a, b]` and `a,b` are the same.
+    """
+    text = text.strip().removeprefix("[").removesuffix("]")
+    for separator in ("'", '"'):
+        text = text.replace(separator, ",")
+    return [word for word in map(normalise, text.split(",")) if word]
+
+
+def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) -> Table:
+    """What a system says about each clip.
+
+    Args:
+        path: a JSONL file (one object a line with `name` and `labels`, `openset` or `text`; for
+            the sentiment task `sentiment` first) or a CSV file with such columns, where a text is
+            read as a list by `parse_labels`; or an npz archive of the release (`*-openset.npz`,
+            `*-openset-sentiment.npz`) with arrays `filenames` and `fileitems`.
+        task: fine, basic or sentiment.
+        allow_pickle: read archives whose arrays are pickled objects.
+
+    Returns:
+        Label lists for fine and basic, words for sentiment.
+
+    Raises:
+        ReadError: a file that is not so, or has a clip twice.
+    """
+    path = Path(path)
+    data, where = read_bytes(path), str(path)
+    match path.suffix.lower():
+        case ".jsonl":
+            records = _choose_key(_jsonl_records(data, where), PREDICTION_KEYS[task], where)
+        case ".csv":
+            records = _choose_key(csv_rows(data, where, ("name",)), PREDICTION_KEYS[task], where)
+        case ".npz":
+            records = _prediction_archive(data, where, allow_pickle)
+        case _:
+            raise _unknown_suffix(where)
+    return _table(where, records, _sentiment if task == "sentiment" else _labels)
+
+
+def read_truth(path: str | Path, task: str, allow_pickle: bool = False) -> Table:
+    """What people say about each clip.
+
+    Args:
+        path: a CSV or JSONL file with `name` and, by task, `openset` (fine), `emotion` (basic) or
+            `valence` (sentiment); MELD's public CSV, whose clips are called `dia{D}_utt{U}`; or a
+            label archive of the release, whose test split is read.
+        task: fine, basic or sentiment.
+        allow_pickle: read the release's label archives, which are pickled dicts.
+
+    Returns:
+        Label lists for fine, words for basic, finite numbers for sentiment.
+
+    Raises:
+        ReadError: a file that is not so, has a clip twice, or a value that cannot be understood.
+    """
+    path = Path(path)
+    data, where, key = read_bytes(path), str(path), TRUTH_KEYS[task]
+    match path.suffix.lower():
+        case ".jsonl":
+            records = _choose_key(_jsonl_records(data, where), (key,), where)
+        case ".csv":
+            records = _truth_csv(data, where, key)
+        case ".npz":
+            records = _truth_archive(data, where, task, allow_pickle)
+        case _:
+            raise _unknown_suffix(where)
+    parse = {"fine": _labels, "basic": _emotion, "sentiment": _valence}[task]
+    return _table(where, records, parse)
+
+
+def pair(predictions: Table, truth: Table, missing: str = "error") -> Pairs:
+    """Bring predictions and truth together.
+
+    Args:
+        predictions: a prediction per clip; more clips than the truth has are reported.
+        truth: the clips that count.
+        missing: "error", or "empty" for an empty prediction where a clip has none.
+
+    Raises:
+        ReadError: no clip in common, or a clip without a prediction.
+    """
+    predicted = dict(zip(predictions.names, predictions.values, strict=True))
+    known = set(truth.names)
+    lacking = tuple(name for name in truth.names if name not in predicted)
+    if len(lacking) == len(known):
+        raise ReadError(
+            f"{predictions.where} and {truth.where} have no clip in common: one has "
+            f"{listed(predictions.names[:1])}, the other {listed(truth.names[:1])}"
+        )
+    if lacking and missing == "error":
+        raise ReadError(
+            f"{predictions.where} has no prediction of {count(lacking)} of {truth.where} "
+            f"({listed(lacking)}); add them, or score them as empty with --missing=empty"
+        )
+    nothing = "" if isinstance(predictions.values[0], str) else []
+    extra = tuple(name for name in predictions.names if name not in known)
+    empty = tuple(name for name in truth.names if name in predicted and not predicted[name])
+    untrue = tuple(
+        name for name, value in zip(truth.names, truth.values, strict=True) if value == []
+    )
+    findings = (
+        *predictions.findings,
+        *truth.findings,
+        Finding("without a prediction, scored as empty", lacking),
+        Finding("predicted but not in the truth, left out", extra),
+        Finding("with an empty prediction", empty),
+        Finding("with an empty truth, not scored", untrue),
+    )
+    return Pairs(
+        truth.names,
+        [predicted.get(name, nothing) for name in truth.names],
+        list(truth.values),
+        tuple(finding for finding in findings if finding.names),
+    )
+
+
+# A clip as a file has it: where it stands, its name, its value before parsing.
+Record = tuple[str, Any, Any]
+
+
+def _unknown_suffix(where: str) -> ReadError:
+    return ReadError(f"{where}: expected a file that ends in .jsonl, .csv or .npz")
+
+
+def _jsonl_records(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line that is not blank."""
+    # Not splitlines(), which takes characters that JSON may hold inside a text for line ends.
+    for line, text in enumerate(decode(data, where).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            record = json.loads(text, object_pairs_hook=_unique_keys)
+        except (ValueError, RecursionError) as error:
+            reason = str(error) or "nested too deeply"
+            raise ReadError(f"{where}, line {line}: not JSON: {shorten(reason)}") from None
+        if not isinstance(record, dict):
+            raise ReadError(
+                f"{where}, line {line}: expected a JSON object, found {shorten(record)}"
+            )
+        yield line, record
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"a key more than once in {keys}")
+    return dict(pairs)
+
+
+def _choose_key(
+    rows: Iterator[tuple[int, dict[str, Any]]], keys: Sequence[str], where: str
+) -> Iterator[Record]:
+    """Records with the first of `keys` that the first row has; every row must have it."""
+    chosen = None
+    for line, row in rows:
+        place = f"{where}, line {line}"
+        chosen = chosen or next((key for key in keys if key in row), None)
+        for key in ("name", chosen):
+            if key not in row:
+                expected = repr(key) if key else " or ".join(map(repr, keys))
+                raise ReadError(f"{place}: expected {expected} beside {shorten(list(row))}")
+        yield place, row["name"], row[chosen]
+
+
+def _truth_csv(data: bytes, where: str, key: str) -> Iterator[Record]:
+    rows = csv_rows(data, where)
+    for line, row in rows:
+        place = f"{where}, line {line}"
+        if key == "emotion" and all(column in row for column in MELD_COLUMNS):
+            dialogue, utterance = row["Dialogue_ID"].strip(), row["Utterance_ID"].strip()
+            if not (dialogue.isdecimal() and utterance.isdecimal()):
+                raise ReadError(
+                    f"{place}: Dialogue_ID {shorten(dialogue)} and Utterance_ID "
+                    f"{shorten(utterance)} are not both whole numbers"
+                )
+            yield place, f"dia{int(dialogue)}_utt{int(utterance)}", row["Emotion"]
+        else:
+            yield from _choose_key(iter([(line, row)]), (key,), where)
+
+
+def _prediction_archive(data: bytes, where: str, allow_pickle: bool) -> Iterator[Record]:
+    arrays = npz_values(data, where, ("filenames", "fileitems"), allow_pickle)
+    if len(arrays) != 2:
+        raise ReadError(
+            f"{where}: expected arrays filenames and fileitems, found {list(arrays) or 'neither'}; "
+            "descriptions (name2reason) must go through label extraction first"
+        )
+    names, items = arrays["filenames"], arrays["fileitems"]
+    if len(names) != len(items):
+        raise ReadError(f"{where}: {len(names)} filenames, but {len(items)} fileitems")
+    for number, (name, item) in enumerate(zip(names, items)):
+        yield f"{where}, item {number}", name, item
+
+
+def _truth_archive(data: bytes, where: str, task: str, allow_pickle: bool) -> Iterator[Record]:
+    """The test split of a label file: a dict from name to `{"emo": ..., "val": ...}`."""
+    if task == "fine":
+        raise ReadError(f"{where}: the release's label archives hold no label lists; use its CSV")
+    arrays = npz_values(data, where, tuple(SPLITS), allow_pickle)
+    split = next((name for name in SPLITS if name in arrays), None)
+    if split is None:
+        raise ReadError(f"{where}: expected one of the arrays {', '.join(SPLITS)}")
+    corpus = arrays[split][0] if len(arrays[split]) == 1 else None
+    if not isinstance(corpus, dict):
+        raise ReadError(f"{where}, {split}: expected a dict of labels by clip name")
+    for name, labels in corpus.items():
+        place = f"{where}, {split}, {shorten(name)}"
+        # IEMOCAP is tested on its fifth session, whose number stands in the name (Ses05F_...).
+        if split == "whole_corpus" and str(name)[4:5] != "5":
+            continue
+        key = "emo" if task == "basic" else "val"
+        if not isinstance(labels, dict) or key not in labels:
+            raise ReadError(f"{place}: expected a dict with {key!r}, found {shorten(labels)}")
+        value = labels[key]
+        if task == "basic" and type(value) is int:
+            value = _numbered_emotion(value, labels, SPLITS[split], place)
+        yield place, name, value
+
+
+def _numbered_emotion(number: int, labels: dict, emotions: Sequence[str], place: str) -> str:
+    # Sets with a valence have the same emotion number, a stopgap, on every clip.
+    if "val" in labels:
+        raise ReadError(f"{place}: a set with valences names no emotions; use --task=sentiment")
+    if not 0 <= number < len(emotions):
+        raise ReadError(f"{place}: emotion number {number} is none of {len(emotions)}")
+    return emotions[number]
+
+
+def _table(where: str, records: Iterator[Record], parse: Callable[[Any], Any]) -> Table:
+    """Parse every record, so that a message can say how many are wrong.
+
+    Raises:
+        ReadError: no records, one without a name, names or values that cannot be used.
+    """
+    names: list[str] = []
+    values: list[Any] = []
+    wrong: list[str] = []
+    example = ""
+    for place, name, value in records:
+        if not isinstance(name, str) or not name.strip():
+            raise ReadError(f"{place}: expected the name of a clip, found {shorten(name)}")
+        names.append(name.strip())
+        try:
+            values.append(parse(value))
+        except ValueError as error:
+            wrong.append(names[-1])
+            example = example or f"{place}: {error}"
+    if not names:
+        raise ReadError(f"{where} has no clips")
+    if wrong:
+        raise ReadError(f"{example}; so it is with {count(wrong)} ({listed(wrong)})")
+    if repeated := [name for name, times in Counter(names).items() if times > 1]:
+        raise ReadError(
+            f"{where} has {count(repeated)} more than once ({listed(repeated)}); keep one of each"
+        )
+    return Table(where, tuple(names), tuple(values), ())
+
+
+def _labels(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return parse_labels(value)
+    if isinstance(value, list) and all(isinstance(word, str) for word in value):
+        return [word for word in map(normalise, value) if word]
+    raise ValueError(f"expected a list of words, found {shorten(value)}")
+
+
+def _sentiment(value: Any) -> str:
+    """One word; several are kept together, and so are none of positive and negative."""
+    return ", ".join(_labels(value))
+
+
+def _emotion(value: Any) -> str:
+    if isinstance(value, str) and value.strip():
+        return normalise(value)
+    raise ValueError(f"expected an emotion, found {shorten(value)}")
+
+
+def _valence(value: Any) -> float:
+    try:
+        # float() would take True, and "1_5" for 15.
+        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite valence, found {shorten(value)}")
+    return number

@@ -1,0 +1,269 @@
+"""Scores of prediction files, as MER-UniBench computes them; needs no accelerator and no model.
+
+    python -m affectgpt_jax.score --task fine --predictions predictions.jsonl --truth truth.csv
+
+Several prediction files are checkpoints of one run, the last of them the one that was fixed
+beforehand: it stands beside the best, which is marked as chosen on the test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.evaluation.files import ReadError, shorten
+from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
+from affectgpt_jax.evaluation.metrics import Score, ScoreError
+from affectgpt_jax.evaluation.readers import Pairs, pair, read_predictions, read_truth
+
+TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weighted F1"}
+UNKNOWN_SHOWN = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The score of one prediction file."""
+
+    predictions: str
+    pairs: Pairs
+    score: Score
+    intervals: dict[str, metrics.Interval]
+    against_fixed: metrics.Comparison | None
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--task", required=True, choices=metrics.TASKS, help="what the truth is and how it counts")
+    add(
+        "--predictions",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="JSONL or CSV (name with labels or openset), or the release's *-openset.npz and "
+        "*-openset-sentiment.npz; of several, the last is the fixed checkpoint",
+    )
+    add(
+        "--truth",
+        required=True,
+        metavar="FILE",
+        help="CSV or JSONL (name with openset, emotion or valence), MELD's CSV, or the release's "
+        "label npz",
+    )
+    add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
+    add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
+    add(
+        "--missing",
+        choices=("error", "empty"),
+        default="error",
+        help="clips without a prediction: stop (the default), or score them as empty",
+    )
+    add("--allow-pickle", action="store_true", help="read pickled plain values of npz files")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
+    add("--seed", type=int, default=0, help="of the resampling")
+    add("--json", metavar="FILE", help="write everything there, tables by wheel and class too")
+    arguments = parser.parse_args(argv)
+    if arguments.bootstrap < 0 or arguments.seed < 0:
+        parser.error("--bootstrap and --seed must be 0 or more")
+    if len(set(arguments.predictions)) != len(arguments.predictions):
+        parser.error("--predictions names a file twice")
+    return arguments
+
+
+def score_files(arguments: argparse.Namespace) -> tuple[list[Result], metrics.Protocols]:
+    """Score every prediction file against the truth.
+
+    Raises:
+        ReadError: a file that cannot be used.
+        ScoreError: files that give no score.
+    """
+    task = arguments.task
+    lexicon = None if task == "sentiment" else load_lexicon(arguments.lexicon)
+    truth = read_truth(arguments.truth, task, arguments.allow_pickle)
+    pairs = {
+        path: pair(read_predictions(path, task, arguments.allow_pickle), truth, arguments.missing)
+        for path in arguments.predictions
+    }
+    scores = {path: score_pairs(task, p, lexicon, arguments.level) for path, p in pairs.items()}
+    fixed = arguments.predictions[-1]
+    results = []
+    for path, score in scores.items():
+        intervals, comparison = {}, None
+        if arguments.bootstrap:
+            settings = {"resamples": arguments.bootstrap, "seed": arguments.seed}
+            intervals = metrics.bootstrap(score, **settings)
+            if path != fixed:
+                comparison = metrics.compare(score, scores[fixed], **settings)
+        results.append(Result(path, pairs[path], score, intervals, comparison))
+    primary = {path: score.primary for path, score in scores.items()}
+    return results, metrics.protocols(primary, fixed)
+
+
+def score_pairs(task: str, pairs: Pairs, lexicon: Lexicon | None, level: int = 1) -> Score:
+    """The score of a task; sentiment needs no lexicon.
+
+    Raises:
+        ScoreError: nothing can be scored.
+    """
+    if task == "sentiment":
+        return metrics.score_sentiment(pairs.predictions, pairs.truth)
+    score = metrics.score_fine if task == "fine" else metrics.score_basic
+    return score(pairs.predictions, pairs.truth, lexicon, level)
+
+
+def render(results: Sequence[Result], protocols: metrics.Protocols) -> str:
+    """The report as text, in percent."""
+    lines = []
+    for result in results:
+        lines += [*_render_result(result), ""]
+    if len(results) > 1:
+        lines += _render_protocols(results, protocols)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _render_result(result: Result) -> list[str]:
+    score, counts = result.score, result.score.counts
+    title = [f"task {score.task}", f"{counts['clips']} clips"]
+    if score.lexicon:
+        title += [f"level {score.level}", f"lexicon: {score.lexicon}"]
+    names = list(score.values)
+    rows = [["", *(TITLES.get(name, name) for name in names)]]
+    if score.wheels:
+        rows[0] += ["clips", "unmapped"]
+        rows += [
+            [
+                f"wheel {row['wheel']}",
+                *(percent(row[name]) for name in names),
+                str(row["clips"]),
+                percent(row["unmapped_predicted"]),
+            ]
+            for row in score.wheels
+        ]
+    rows.append(["mean" if score.wheels else "score", *map(percent, score.values.values())])
+    if result.intervals:
+        ends = [f"{percent(i.low)}-{percent(i.high)}" for i in result.intervals.values()]
+        confidence = next(iter(result.intervals.values())).confidence
+        rows.append([f"{confidence:.0%} interval", *ends])
+    lines = [result.predictions, ", ".join(title), *_align(rows)]
+    if score.wheels:
+        lines.append(
+            f"labels per clip: {counts['predicted_labels_per_clip']:.2f} predicted, "
+            f"{counts['true_labels_per_clip']:.2f} true"
+        )
+    else:
+        lines.append(f"{counts['scored']} clips scored, the others have valence 0")
+    lines += [str(finding) for finding in result.pairs.findings]
+    for side in ("predicted", "true"):
+        if words := counts.get(f"unknown_{side}"):
+            lines.append(f"unknown {side} words: {_render_words(words)}")
+    return lines
+
+
+def _render_words(words: dict[str, int]) -> str:
+    shown = [f"{shorten(word, 40)} x {times}" for word, times in words.items()]
+    more = len(shown) - UNKNOWN_SHOWN
+    return ", ".join(shown[:UNKNOWN_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _render_protocols(results: Sequence[Result], protocols: metrics.Protocols) -> list[str]:
+    name = next(iter(results[0].score.values))
+    rows = [["", TITLES.get(name, name), "checkpoint"]]
+    rows.append(["fixed checkpoint", percent(protocols.fixed_value), protocols.fixed])
+    rows.append(
+        [
+            f"best of {protocols.checkpoints} (chosen on the test set)",
+            percent(protocols.best_value),
+            protocols.best,
+        ]
+    )
+    for result in results:
+        if found := result.against_fixed:
+            change = (
+                f"{100 * found.difference:+.2f} ({100 * found.interval.low:+.2f} to "
+                f"{100 * found.interval.high:+.2f}), p = {found.p_value:.4f}"
+            )
+            rows.append(["difference from the fixed one", change, result.predictions])
+    return _align(rows)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Columns, the first to the left and the others to the right."""
+    width = max(map(len, rows))
+    rows = [[*row, *[""] * (width - len(row))] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    ]
+
+
+def percent(share: float) -> str:
+    """A share, 0 to 1, with two decimals of a percent."""
+    return f"{100 * share:.2f}"
+
+
+def as_dict(
+    results: Sequence[Result], protocols: metrics.Protocols, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """The report as JSON has it: shares from 0 to 1, every name and word."""
+    return {
+        "truth": arguments.truth,
+        "settings": {
+            key: getattr(arguments, key)
+            for key in ("task", "level", "missing", "bootstrap", "seed")
+        },
+        "results": [
+            {
+                "predictions": result.predictions,
+                **result.score.as_dict(),
+                "intervals": {k: dataclasses.asdict(i) for k, i in result.intervals.items()},
+                "against_fixed": result.against_fixed
+                and dataclasses.asdict(result.against_fixed),
+                "findings": [
+                    {"what": f.what, "count": len(f.names), "clips": list(f.names)}
+                    for f in result.pairs.findings
+                ],
+            }
+            for result in results
+        ],
+        "protocols": dataclasses.asdict(protocols),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Clip names and words come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        results, protocols = score_files(arguments)
+        if arguments.json:
+            report = json.dumps(as_dict(results, protocols, arguments), indent=2) + "\n"
+            Path(arguments.json).write_text(report, encoding="utf-8")
+    except (ReadError, ScoreError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --json={arguments.json} cannot be written: {error.strerror}")
+    print(render(results, protocols), end="")
+
+
+if __name__ == "__main__":
+    main()
