@@ -81,6 +81,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.bootstrap < 0 or arguments.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
+    if arguments.lexicon and arguments.task == "sentiment":
+        parser.error("--lexicon has no part in --task=sentiment")
     if len(set(arguments.predictions)) != len(arguments.predictions):
         parser.error("--predictions names a file twice")
     return arguments
@@ -183,23 +185,21 @@ def _render_words(words: dict[str, int]) -> str:
 
 def _render_protocols(results: Sequence[Result], protocols: metrics.Protocols) -> list[str]:
     name = next(iter(results[0].score.values))
-    rows = [["", TITLES.get(name, name), "checkpoint"]]
-    rows.append(["fixed checkpoint", percent(protocols.fixed_value), protocols.fixed])
-    rows.append(
-        [
-            f"best of {protocols.checkpoints} (chosen on the test set)",
-            percent(protocols.best_value),
-            protocols.best,
-        ]
-    )
+    lines = [
+        f"{TITLES.get(name, name)} by protocol",
+        f"fixed checkpoint: {percent(protocols.fixed_value)} ({protocols.fixed})",
+        f"best of {protocols.checkpoints}, chosen on the test set: "
+        f"{percent(protocols.best_value)} ({protocols.best})",
+    ]
     for result in results:
         if found := result.against_fixed:
-            change = (
-                f"{100 * found.difference:+.2f} ({100 * found.interval.low:+.2f} to "
-                f"{100 * found.interval.high:+.2f}), p = {found.p_value:.4f}"
+            low, high = 100 * found.interval.low, 100 * found.interval.high
+            lines.append(
+                f"{result.predictions} minus the fixed one: {100 * found.difference:+.2f} "
+                f"({found.interval.confidence:.0%} interval {low:+.2f} to {high:+.2f}, "
+                f"p = {found.p_value:.4f})"
             )
-            rows.append(["difference from the fixed one", change, result.predictions])
-    return _align(rows)
+    return lines
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -233,8 +233,7 @@ def as_dict(
                 "predictions": result.predictions,
                 **result.score.as_dict(),
                 "intervals": {k: dataclasses.asdict(i) for k, i in result.intervals.items()},
-                "against_fixed": result.against_fixed
-                and dataclasses.asdict(result.against_fixed),
+                "against_fixed": result.against_fixed and dataclasses.asdict(result.against_fixed),
                 "findings": [
                     {"what": f.what, "count": len(f.names), "clips": list(f.names)}
                     for f in result.pairs.findings

@@ -99,7 +99,11 @@ def _header(row: list[str], where: str, columns: Sequence[str]) -> list[str]:
 
 def shorten(value: Any, limit: int = 80) -> str:
     """In one line of printable characters, cut off where it gets long."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    # A file may nest deeper than Python prints, or hold longer numbers.
+    except (RecursionError, ValueError):
+        text = f"an unprintable {type(value).__name__}"
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

@@ -167,9 +167,7 @@ def _check(predictions: Sequence[Any], truth: Sequence[Any], level: int = 1) -> 
         raise ScoreError(f"level is {level!r}; the labels of a wheel are its level 1 or 2")
 
 
-def _word_counts(
-    predictions: Labels, predicted: _Encoded, true: _Encoded
-) -> dict[str, Any]:
+def _word_counts(predictions: Labels, predicted: _Encoded, true: _Encoded) -> dict[str, Any]:
     return {
         "clips": predicted.clips,
         "predicted_labels_per_clip": len(predicted.clip) / predicted.clips,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -265,7 +267,7 @@ def _truth_csv(data: bytes, where: str, key: str) -> Iterator[Record]:
         place = f"{where}, line {line}"
         if key == "emotion" and all(column in row for column in MELD_COLUMNS):
             dialogue, utterance = row["Dialogue_ID"].strip(), row["Utterance_ID"].strip()
-            if not (dialogue.isdecimal() and utterance.isdecimal()):
+            if not (re.fullmatch("[0-9]{1,9}", dialogue) and re.fullmatch("[0-9]{1,9}", utterance)):
                 raise ReadError(
                     f"{place}: Dialogue_ID {shorten(dialogue)} and Utterance_ID "
                     f"{shorten(utterance)} are not both whole numbers"
@@ -373,11 +375,11 @@ def _emotion(value: Any) -> str:
 
 
 def _valence(value: Any) -> float:
-    try:
-        # float() would take True, and "1_5" for 15.
-        number = math.nan if isinstance(value, bool) or "_" in str(value) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
+    number = math.nan
+    # float() would take True, and "1_5" for 15.
+    if type(value) in (int, float) or (isinstance(value, str) and "_" not in value):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"expected a finite valence, found {shorten(value)}")
     return number

@@ -514,7 +514,7 @@ def _wait_for_devices() -> None:
 def plot_run(metrics_file: Path, png: Path, *, ceilings: Mapping[str, float] | None = None) -> None:
     """Draws a run: its losses and its scores against the step, side by side.
 
-    Drawn are `train/loss` (each value in a light colour, the running median in a strong one),
+    Drawn are `train/loss` (each value in a light colour, their running mean in a strong one),
     `val/loss`, `val/hit` and `test/hit`, as far as they are there; a run with few points or none
     gives a picture with little on it.
 
@@ -550,7 +550,7 @@ def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
     steps, losses = _series(records, "train/loss")
     if steps:
         axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _running_median(losses), color="tab:blue", label="train (median)")
+        axes.plot(steps, _running_mean(losses), color="tab:blue", label="train (mean)")
     steps, losses = _series(records, "val/loss")
     if steps:
         axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="val")
@@ -576,7 +576,11 @@ def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], 
     return [step for step, _ in points], [value for _, value in points]
 
 
-def _running_median(values: Sequence[float]) -> list[float]:
-    """Centred medians over about a twenty-fifth of the values, fewer at both ends."""
-    half = len(values) // 50
-    return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
+def _running_mean(values: Sequence[float]) -> list[float]:
+    """Centred means over about a tenth of the values, fewer at both ends.
+
+    Not medians: a batch holds one kind of answer, and the kinds' losses lie far apart, so that a
+    median jumps between them.
+    """
+    half = len(values) // 20
+    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
