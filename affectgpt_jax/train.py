@@ -69,6 +69,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"config.profile_steps: {error}") from None
     mesh = sharding.make_mesh(config.mesh)
+    check_rows(config, mesh)
     chief = jax.process_index() == 0
     progress = telemetry.Progress(config.steps, enabled=chief)
     kind, shape = jax.devices()[0].device_kind, dict(mesh.shape)
@@ -297,6 +298,22 @@ class StepReporter:
             + f", and every step before it was finite (last good checkpoint: {where}); lower "
             "config.optimizer.learning_rate, set config.optimizer.clip_norm, or look for bad "
             "features in that step's batch"
+        )
+
+
+def check_rows(config: ConfigDict, mesh: Mesh) -> None:
+    """Refuse a batch whose rows the mesh cannot share.
+
+    Raises:
+        ConfigError: a part of a batch is not a multiple of the devices that split it.
+    """
+    shares = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    rows = config.batch_size // config.accumulation
+    if rows % shares:
+        raise ConfigError(
+            f"config.batch_size={config.batch_size} in config.accumulation={config.accumulation} "
+            f"parts gives {rows} rows at a time, which {shares} devices (mesh {config.mesh!r}) "
+            f"cannot share equally; use a multiple of {shares * config.accumulation}"
         )
 
 

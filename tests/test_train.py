@@ -173,6 +173,8 @@ def test_weights_that_leave_the_finite_numbers_are_never_saved(records, tmp_path
         (["--config.input=everything"], "config.input is 'everything'"),
         (["--config.max_tokens=10"], "over --config.max_tokens=10"),
         (["--config.mesh=data:3"], "mesh 'data:3'"),
+        (["--config.batch_size=12"], "12 rows at a time, which 8 devices"),
+        (["--config.batch_size=8", "--config.accumulation=2"], "use a multiple of 16"),
         (["--config.lora.rank=0"], "lora.rank is 0"),
         (["--config.profile_steps=9"], "profile_steps"),
         (["--config.prompts=/nowhere.toml"], "/nowhere.toml"),
