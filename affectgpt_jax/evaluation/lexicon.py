@@ -121,22 +121,38 @@ def load_lexicon(directory: str | Path | None = None) -> Lexicon:
         ReadError: neither kind of directory, or a file of it that is not as it should be.
     """
     directory = DEFAULT if directory is None else Path(directory)
-    files = _source_files(directory)
-    content = {name: read_bytes(directory / name) for name in files}
-    digest = hashlib.sha256()
-    for name, data in sorted(content.items()):
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
-    if files == OFFICIAL_FILES:
-        name, read_source = "official emotion wheels", read_official
-    else:
-        name, read_source = _read_name(directory, content), read_neutral
-    identity = Identity(name, digest.hexdigest())
+    content = _read_files(directory)
+    identity = _identify(directory, content)
     cache = _cache_directory() / f"lexicon-{COMPILER}-{identity.sha256}.npz"
     lexicon = _read_cache(cache, identity)
     if lexicon is None:
-        lexicon = compile_lexicon(identity, read_source(directory, content))
+        lexicon = compile_lexicon(identity, _parse(directory, content))
         _write_cache(cache, lexicon)
     return lexicon
+
+
+def read_source(directory: str | Path | None = None) -> Source:
+    """What a lexicon's files say; for arguments and errors see `load_lexicon`."""
+    directory = DEFAULT if directory is None else Path(directory)
+    return _parse(directory, _read_files(directory))
+
+
+def _read_files(directory: Path) -> dict[str, bytes]:
+    return {name: read_bytes(directory / name) for name in _source_files(directory)}
+
+
+def _identify(directory: Path, content: dict[str, bytes]) -> Identity:
+    digest = hashlib.sha256()
+    for name, data in sorted(content.items()):
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    official = content.keys() == set(OFFICIAL_FILES)
+    name = "official emotion wheels" if official else _read_name(directory, content)
+    return Identity(name, digest.hexdigest())
+
+
+def _parse(directory: Path, content: dict[str, bytes]) -> Source:
+    official = content.keys() == set(OFFICIAL_FILES)
+    return (read_official if official else read_neutral)(directory, content)
 
 
 def _source_files(directory: Path) -> tuple[str, ...]:

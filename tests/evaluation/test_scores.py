@@ -1,0 +1,352 @@
+import dataclasses
+import functools
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.evaluation.lexicon import Identity, Source, compile_lexicon, load_lexicon
+from affectgpt_jax.evaluation.metrics import (
+    ScoreError,
+    bootstrap,
+    compare,
+    protocols,
+    score_basic,
+    score_fine,
+    score_sentiment,
+    unibench_mean,
+)
+from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth
+
+SHARED = Path(__file__).parents[2].parent / "shared"
+WHEEL = (("sad", "lonely", "left"), ("sad", "blue", "low"), ("glad", "proud", "merry"))
+SMALL = compile_lexicon(Identity("small", "0"), Source((WHEEL,) * 4 + (WHEEL[:2],), (), ()))
+WORDS = ("sad", "lonely", "left", "blue", "low", "glad", "proud", "merry", "zebra", "")
+
+label_lists = st.lists(st.sampled_from(WORDS), max_size=4)
+clips = st.lists(st.tuples(label_lists, label_lists), min_size=1, max_size=12)
+
+
+def brute_fine(predictions, truth, lexicon, level):
+    """P, R and F by wheel, with sets and loops."""
+    rows = []
+    for wheel in range(1, 6):
+        precisions, recalls = [], []
+        for predicted, true in zip(predictions, truth, strict=True):
+            p = {lexicon.label(w, wheel, level) for w in predicted} - {None}
+            t = {lexicon.label(w, wheel, level) for w in true} - {None}
+            if t:
+                precisions.append(len(p & t) / len(p) if p else 0)
+                recalls.append(len(p & t) / len(t))
+        if not precisions:
+            return None
+        p, r = sum(precisions) / len(precisions), sum(recalls) / len(recalls)
+        rows.append((2 * p * r / (p + r) if p + r else 0.0, p, r, len(precisions)))
+    return rows
+
+
+@given(clips, st.sampled_from([1, 2]))
+def test_fine_equals_sets_and_loops(data, level):
+    predictions, truth = zip(*data, strict=True)
+    expected = brute_fine(predictions, truth, SMALL, level)
+    if expected is None:
+        with pytest.raises(ScoreError, match="stands on wheel"):
+            score_fine(predictions, truth, SMALL, level)
+        return
+    score = score_fine(predictions, truth, SMALL, level)
+    assert [w["clips"] for w in score.wheels] == [row[3] for row in expected]
+    for n, name in enumerate("fpr"):
+        np.testing.assert_allclose([w[name] for w in score.wheels], [row[n] for row in expected])
+        assert math.isclose(score.values[name], np.mean([row[n] for row in expected]))
+
+
+@given(st.lists(st.tuples(label_lists, st.sampled_from(WORDS)), min_size=1, max_size=12))
+def test_basic_equals_sets_and_loops(data):
+    predictions, truth = zip(*data, strict=True)
+    rates = []
+    for wheel in range(1, 6):
+        hits = [
+            SMALL.label(true, wheel) in {SMALL.label(w, wheel) for w in predicted}
+            for predicted, true in zip(predictions, truth, strict=True)
+            if SMALL.label(true, wheel)
+        ]
+        rates.append(sum(hits) / len(hits) if hits else None)
+    if None in rates:
+        with pytest.raises(ScoreError, match="stands on wheel"):
+            score_basic(predictions, truth, SMALL)
+        return
+    score = score_basic(predictions, truth, SMALL)
+    np.testing.assert_allclose([w["hit"] for w in score.wheels], rates)
+    assert math.isclose(score.primary, np.mean(rates))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["positive", "negative", "neutral", "", "Positive ", "mixed"]),
+            st.sampled_from([-3.0, -0.5, 0.0, 0.5, 3.0]),
+        ),
+        min_size=1,
+        max_size=20,
+    )
+)
+def test_sentiment_equals_counting(data):
+    code = {"positive": 1, "negative": -1}
+    kept = [(code.get(p.strip().lower(), 0) > 0, t > 0) for p, t in data if t]
+    assume(kept)
+    weighted = 0
+    for cls in (False, True):
+        tp = sum(p == t == cls for p, t in kept)
+        wrong = sum(p != t for p, t in kept)
+        support = sum(t == cls for _, t in kept)
+        weighted += support / len(kept) * (2 * tp / (2 * tp + wrong) if tp else 0)
+    score = score_sentiment(*zip(*data, strict=True))
+    assert math.isclose(score.values["weighted_f1"], weighted)
+    assert math.isclose(score.values["accuracy"], sum(p == t for p, t in kept) / len(kept))
+    assert score.primary == score.values["weighted_f1"]
+    assert score.counts["scored"] == len(kept)
+
+
+@functools.cache
+def official():
+    if not (SHARED / "emotion_wheel").is_dir():
+        pytest.skip("the official lexicon is not here")
+    return load_lexicon(SHARED / "emotion_wheel")
+
+
+def golden_pairs():
+    truth = SHARED / "reference" / "ov_merd_truth.csv"
+    baseline = SHARED / "reference" / "ov_merd_baseline.csv"
+    return pair(read_predictions(baseline, "fine"), read_truth(truth, "fine"))
+
+
+def test_the_published_score_comes_out():
+    lexicon, pairs = official(), golden_pairs()
+    score = score_fine(pairs.predictions, pairs.truth, lexicon)
+    assert {k: f"{100 * v:.2f}" for k, v in score.values.items()} == {
+        "f": "55.37",
+        "p": "55.94",
+        "r": "54.85",
+    }
+    assert [wheel["clips"] for wheel in score.wheels] == [327, 328, 324, 327, 316]
+
+
+@settings(max_examples=40)
+@given(st.randoms(use_true_random=False), st.integers(1, 30), st.sampled_from([1, 2]))
+def test_random_official_words_score_as_sets_and_loops_say(random, size, level):
+    lexicon = official()
+    vocabulary = [*random.sample(lexicon.forms, 60), "happy", "no such word"]
+
+    def draw():
+        return [random.sample(vocabulary, random.randrange(7)) for _ in range(size)]
+
+    predictions, truth = draw(), [[*labels, "sad"] for labels in draw()]
+    expected = brute_fine(predictions, truth, lexicon, level)
+    score = score_fine(predictions, truth, lexicon, level)
+    for n, name in enumerate("fpr"):
+        np.testing.assert_allclose([w[name] for w in score.wheels], [row[n] for row in expected])
+
+
+def test_tables_by_class():
+    score = score_fine([["sad", "glad"], ["glad"], []], [["sad"], ["blue"], ["glad"]], SMALL)
+    [glad, sad] = [row for row in score.classes if row["wheel"] == 1]
+    assert glad == {"wheel": 1, "label": "glad", "clips": 1, "predicted": 2, "p": 0, "r": 0, "f": 0}
+    assert (sad["clips"], sad["predicted"], sad["p"], sad["r"]) == (2, 1, 1, 0.5)
+    assert math.isclose(sad["f"], 2 / 3)
+    score = score_basic([["sad"], ["glad"], ["low"]], ["sad", "sad", "glad"], SMALL)
+    assert [(row["label"], row["clips"], row["hit"]) for row in score.classes[:2]] == [
+        ("glad", 1, 0),
+        ("sad", 2, 0.5),
+    ]
+    score = score_sentiment(["positive", "neutral", "positive"], [1, -1, -2])
+    assert [(row["label"], row["clips"], row["predicted"]) for row in score.classes] == [
+        ("negative", 2, 1),
+        ("positive", 1, 2),
+    ]
+
+
+def test_unknown_and_unmapped_words_are_counted():
+    score = score_fine(
+        [["Zebra", "sad", "zebra "], ["glad", "lynx"], [" "]], [["sad", "ox"], ["low"], []], SMALL
+    )
+    assert score.counts["unknown_predicted"] == {"zebra": 2, "lynx": 1, "": 1}
+    assert score.counts["unknown_true"] == {"ox": 1}
+    assert score.counts["empty_predictions"] == 1
+    assert score.counts["predicted_labels_per_clip"] == 2
+    assert score.counts["true_labels_per_clip"] == 1
+    # Of six predicted labels two are mapped on the first wheel; the fifth wheel lacks "glad".
+    assert math.isclose(score.wheels[0]["unmapped_predicted"], 4 / 6)
+    assert math.isclose(score.wheels[4]["unmapped_predicted"], 5 / 6)
+    assert math.isclose(score.wheels[0]["unmapped_true"], 1 / 3)
+    counts = score_sentiment(["positive", "happy", "", "Neutral"], [1, 1, -1, 0]).counts
+    assert counts["predicted"] == {"negative": 0, "neutral": 1, "positive": 1}
+    assert counts["unknown_predicted"] == {"happy": 1}
+    assert counts["empty_predictions"] == 1
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (lambda: score_fine([], [], SMALL), r"predictions \(0\)"),
+        (lambda: score_fine([["sad"]], [["sad"], ["low"]], SMALL), r"predictions \(1\)"),
+        (lambda: score_fine([["sad"]], [["sad"]], SMALL, 3), "level is 3"),
+        (lambda: score_fine([["sad"]], [["glad"]], SMALL), "1 clips stands on wheel 5 of small"),
+        (lambda: score_basic([["sad"]], ["zebra"], SMALL), "stands on wheel 1"),
+        (lambda: score_sentiment(["positive"], [0]), "all 1 true values are 0"),
+        (lambda: score_sentiment(["positive", ""], [1, math.nan]), "clip 1 is nan"),
+    ],
+)
+def test_what_cannot_be_scored_is_said(score, message):
+    with pytest.raises(ScoreError, match=message):
+        score()
+
+
+def binary(outcomes):
+    """A basic score whose clips are hit or not."""
+    return score_basic(
+        [["sad"] if o else ["glad"] for o in outcomes], ["sad"] * len(outcomes), SMALL
+    )
+
+
+def test_the_bootstrap_is_the_binomial_of_a_hit_rate():
+    # Resampling n clips of which a share h is hit draws Binomial(n, h) / n.
+    n, h = 400, 0.3
+    interval = bootstrap(binary(np.arange(n) < n * h), resamples=20_000, seed=3)["hit"]
+    half = 1.959964 * math.sqrt(h * (1 - h) / n)
+    assert interval.low == pytest.approx(h - half, abs=0.004)
+    assert interval.high == pytest.approx(h + half, abs=0.004)
+    assert interval.resamples == 20_000
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    generator = np.random.default_rng(0)
+    held = 0
+    for trial in range(300):
+        interval = bootstrap(binary(generator.random(200) < 0.4), 400, seed=trial)["hit"]
+        held += interval.low <= 0.4 <= interval.high
+    # Mean 285, standard deviation 3.8.
+    assert 270 <= held <= 297
+
+
+def test_a_seed_decides_and_slices_do_not_matter(monkeypatch):
+    score = binary(np.arange(50) % 3 == 0)
+    assert bootstrap(score, 100, seed=1) == bootstrap(score, 100, seed=1)
+    assert bootstrap(score, 100, seed=1) != bootstrap(score, 100, seed=2)
+    wide = bootstrap(score, 2000, seed=1)["hit"]
+    monkeypatch.setattr(metrics, "CHUNK", 170)
+    narrow = bootstrap(score, 2000, seed=1)["hit"]
+    assert narrow.resamples == 2000
+    assert narrow.low == pytest.approx(wide.low, abs=0.03)
+
+
+def test_every_resampled_value_is_the_score_of_the_drawn_clips():
+    predictions = [["sad"], ["glad", "low"], ["merry"], [], ["low"]]
+    truth = [["sad"], ["low"], ["merry", "sad"], ["sad"], ["glad", "blue"]]
+    score = score_fine(predictions, truth, SMALL)
+    drawn = [0, 1, 1, 4, 4]
+    again = score_fine([predictions[n] for n in drawn], [truth[n] for n in drawn], SMALL)
+    weights = np.bincount(drawn, minlength=5).astype(float)
+    values = metrics.METRICS["fine"][1](np.tensordot(weights, score.statistics, 1))
+    np.testing.assert_allclose(values, list(again.values.values()))
+
+
+def test_resamples_without_a_scored_clip_are_counted_out():
+    # Only one of two clips has a truth on the fifth wheel: a quarter of the draws miss it.
+    score = score_basic([["sad"], ["glad"]], ["sad", "glad"], SMALL)
+    interval = bootstrap(score, resamples=1000)["hit"]
+    assert 700 < interval.resamples < 800
+    assert (interval.low, interval.high) == (1, 1)
+
+
+def test_identical_systems_do_not_differ():
+    score = binary(np.arange(60) % 2 == 0)
+    found = compare(score, score)
+    assert (found.difference, found.p_value) == (0, 1)
+    assert (found.interval.low, found.interval.high) == (0, 0)
+
+
+def test_a_clear_gain_is_significant_and_a_slight_one_is_not():
+    half = np.arange(200) % 2 == 0
+    more, less = binary(half | (np.arange(200) % 5 == 0)), binary(half)
+    found = compare(more, less)
+    assert found.difference == pytest.approx(0.1)
+    assert found.p_value == 1 / 1001
+    assert 0 < found.interval.low < 0.1 < found.interval.high
+    assert compare(less, more).difference == pytest.approx(-0.1)
+    slight = binary(half | (np.arange(200) == 1))
+    # One clip differs: every permutation moves the score as far.
+    assert compare(slight, less).p_value == 1
+
+
+def test_p_values_of_equal_systems_are_uniform():
+    generator = np.random.default_rng(1)
+    p = [
+        compare(*(binary(generator.random(80) < 0.5) for _ in "ab"), 200, seed=trial).p_value
+        for trial in range(200)
+    ]
+    # Hits are whole numbers, so that ties make the test a little cautious.
+    assert 0.01 <= np.mean(np.asarray(p) <= 0.1) <= 0.16
+
+
+def test_the_permutation_test_equals_all_permutations():
+    a = np.asarray([1, 1, 1, 1, 0, 1, 0, 1], bool)
+    b = np.asarray([0, 0, 1, 0, 0, 1, 1, 0], bool)
+    gap = a.astype(int) - b
+    signs = 1 - 2 * (np.arange(2**8)[:, None] >> np.arange(8) & 1)
+    exact = np.mean(np.abs(signs @ gap) >= abs(gap.sum()))
+    assert compare(binary(a), binary(b), 20_000).p_value == pytest.approx(exact, abs=0.01)
+
+
+def test_other_tasks_compare_too():
+    fine = score_fine([["sad"], ["low"]] * 30, [["sad"], ["low"]] * 30, SMALL)
+    worse = score_fine([["glad"], ["low"]] * 30, [["sad"], ["low"]] * 30, SMALL)
+    assert compare(fine, worse, 200).p_value == 1 / 201
+    good = score_sentiment(["positive", "negative"] * 30, [1, -1] * 30)
+    bad = score_sentiment(["negative", "negative"] * 30, [1, -1] * 30)
+    assert compare(good, bad, 200).p_value == 1 / 201
+    with pytest.raises(ScoreError, match="different task"):
+        compare(fine, good)
+
+
+def test_only_scores_of_one_lexicon_and_truth_compare():
+    score = binary([True, False])
+    other = dataclasses.replace(score, lexicon=Identity("other", "1"))
+    with pytest.raises(ScoreError, match="different lexicon"):
+        compare(score, other)
+    with pytest.raises(ScoreError, match="different clips"):
+        compare(score, binary([True, False, True]))
+    with pytest.raises(ScoreError, match="1 or more resamples"):
+        bootstrap(score, 0)
+    with pytest.raises(ScoreError, match="between 0 and 1"):
+        bootstrap(score, 10, confidence=95)
+
+
+def test_both_protocols():
+    found = protocols({"30": 0.5, "40": 0.7, "50": 0.7, "60": 0.6}, fixed="60")
+    assert (found.fixed, found.fixed_value) == ("60", 0.6)
+    assert (found.best, found.best_value, found.checkpoints) == ("40", 0.7, 4)
+    assert found.chosen_on_test
+    assert not protocols({"60": 0.6}, fixed="60").chosen_on_test
+    with pytest.raises(ScoreError, match="'70' is none of"):
+        protocols({"60": 0.6}, fixed="70")
+
+
+def test_the_mean_of_nine_is_the_published_one():
+    # Table 2 of the paper, AffectGPT with audio, video and text.
+    scores = (78.54, 78.80, 55.65, 60.54, 81.30, 80.90, 88.49, 86.18, 62.52)
+    names = [name for task in ("basic", "sentiment", "fine") for name in metrics.UNIBENCH[task]]
+    assert unibench_mean(dict(zip(names, scores, strict=True))) == pytest.approx(74.77, abs=0.005)
+
+
+def test_the_mean_needs_exactly_the_nine():
+    nine = {name: 1.0 for names in metrics.UNIBENCH.values() for name in names}
+    assert unibench_mean(nine) == 1
+    with pytest.raises(ScoreError, match="'tenth'.* not data sets of MER-UniBench"):
+        unibench_mean(nine | {"tenth": 1.0})
+    del nine["MELD"]
+    with pytest.raises(ScoreError, match=r"missing: \['MELD'\]"):
+        unibench_mean(nine)
