@@ -17,7 +17,7 @@ from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import View
 from affectgpt_jax.data.prompts import INPUT_MODES, InputMode, load_prompts
-from affectgpt_jax.data.records import RecordDataset, RecordSubset, hold_out
+from affectgpt_jax.data.records import RecordDataset, Records, hold_out
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
@@ -26,8 +26,6 @@ from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.models.qwen2 import PUBLISHED, Execution, Qwen2, Qwen2Config
 from affectgpt_jax.training.optimizer import OptimizerConfig
 from affectgpt_jax.weights.huggingface import read_config
-
-Records = RecordDataset | RecordSubset
 
 
 def base_directory(llm: str) -> Path:
@@ -91,22 +89,19 @@ def fusion_config(config: ConfigDict, llm_width: int) -> FusionConfig:
     )
 
 
-def model(
-    config: ConfigDict, llm: Qwen2Config, shard: Callable | None = None, *, train: bool = True
-) -> AffectGPT:
+def model(config: ConfigDict, llm: Qwen2Config, shard: Callable | None = None) -> AffectGPT:
     """The modules of a config.
 
     Args:
         config: the run's config.
         llm: shape of the base.
         shard: activation constraint; None on one device.
-        train: False leaves out rematerialisation, which only a backward pass needs.
 
     Raises:
         ConfigError: values that the modules refuse.
     """
     dtype = jnp.dtype(config.dtype)
-    execution = Execution(dtype=dtype, param_dtype=dtype, remat=config.remat if train else "none")
+    execution = Execution(dtype=dtype, param_dtype=dtype, remat=config.remat)
     if shard is not None:
         execution = dataclasses.replace(execution, shard=shard)
     try:
@@ -114,7 +109,8 @@ def model(
         lora = LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
     except ValueError as error:
         raise ConfigError(f"config: {error}") from None
-    return AffectGPT(Qwen2(llm, lora, execution), Fusion(fusion, dtype) if fusion.slots else None)
+    # The fusion costs next to nothing, and bfloat16 would round features that float16 holds.
+    return AffectGPT(Qwen2(llm, lora, execution), Fusion(fusion) if fusion.slots else None)
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -145,16 +141,28 @@ def view(config: ConfigDict, tokenizer: Tokenizer) -> View:
     )
 
 
-def check_widths(config: ConfigDict, dataset: Records) -> None:
-    """Compare the widths of a data set's features with the config's.
+def check_features(config: ConfigDict, dataset: Records) -> None:
+    """Compare the shapes of a data set's features with the config's.
 
     Raises:
-        ConfigError: they differ; the message names feature, encoder and both widths.
+        ConfigError: a feature is missing, of another width, or too long; the message names it.
     """
     fusion = fusion_config(config, llm_width=1)
     for name in fusion.inputs:
-        facts = dataset.manifest.features.get(name)
-        if facts and facts["width"] != fusion.feature_width(name):
+        if name not in dataset.manifest.features:
+            raise ConfigError(
+                f"config.input={config.input!r} reads the feature {name!r}, but the records of "
+                f"split {dataset.manifest.split!r} hold only {sorted(dataset.manifest.features)}; "
+                "choose another config.input or other records"
+            )
+        facts = dataset.manifest.features[name]
+        limit = fusion.longest(name)
+        if facts["frames"] > limit:
+            raise ConfigError(
+                f"the records' {name} features have {facts['frames']} frames, but the position "
+                f"embedding of a qformer has {limit}; use another head, or fewer frames"
+            )
+        if facts["width"] != fusion.feature_width(name):
             key = "video" if name in ("face", "frame") else name
             raise ConfigError(
                 f"the records' {name} features ({facts['encoder']}) are {facts['width']} wide, "
@@ -184,7 +192,12 @@ def datasets(
     test = _open(config, config.data.test, "test", workdir, say) if config.data.test else None
     for dataset in (train, val, test):
         if dataset is not None:
-            check_widths(config, dataset)
+            check_features(config, dataset)
+    names = {entry.name for entry in train.index}
+    for split, dataset in (("validation", val), ("test", test)):
+        shared = [e.name for e in dataset.index if e.name in names] if dataset else []
+        if shared:
+            say(f"warning: {len(shared)} {split} clips are training clips too, e.g. {shared[0]!r}")
     return train, val, test
 
 

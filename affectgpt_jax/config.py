@@ -38,14 +38,19 @@ POSITIVE = (
     "accumulation",
     "num_buckets",
     "max_tokens",
+    "heads.video_width",
+    "heads.audio_width",
+    "heads.image_width",
+    "heads.fusion_width",
     "generate.batch_size",
     "generate.max_new_tokens",
     "log_every",
     "save_every",
     "keep",
 )
-# What may differ when a run is resumed: where it runs, for how long, and what it reports.
-FREE_ON_RESUME = ("steps", "mesh", "remat", "log_every", "keep", "profile_steps", "generate")
+# What may differ when a run is resumed: where it runs and what it reports. The base may have moved;
+# checkpoints know it by its hash.
+FREE_ON_RESUME = ("llm", "mesh", "remat", "log_every", "keep", "profile_steps", "generate")
 
 
 class ConfigError(ValueError):
@@ -78,8 +83,9 @@ def parse_command_line(argv: Sequence[str], description: str) -> tuple[ConfigDic
         )
         rest = values(argv)[1:]
         config = values.config
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(_one_sentence(error)) from None
+    # A config file is the user's code: whatever it raises is about the config.
+    except Exception as error:
+        raise ConfigError(f"{_one_sentence(error)} ({type(error).__name__})") from None
     if values.help:
         print(f"{description}\n\n{values.get_help()}")
         raise SystemExit(0)
@@ -168,8 +174,8 @@ def validate(config: ConfigDict) -> None:
         if _get(config, key) < 1:
             raise ConfigError(f"config.{key} is {_get(config, key)}; expected 1 or more")
     for key in ("seed", "demo_seed"):
-        if config[key] < 0:
-            raise ConfigError(f"config.{key} is {config[key]}; expected 0 or more")
+        if not 0 <= config[key] < 2**32:  # larger ones would share their random numbers
+            raise ConfigError(f"config.{key} is {config[key]}; expected 0 to 4294967295")
     if config.batch_size % config.accumulation:
         raise ConfigError(
             f"config.accumulation={config.accumulation} does not divide "
@@ -224,6 +230,8 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
         path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
         return
     mine, theirs = dict(_leaves(mine)), dict(_leaves(json.loads(path.read_text("utf-8"))))
+    if config.optimizer.learning_rate == config.optimizer.final_learning_rate:
+        theirs["steps"] = mine["steps"]  # a constant rate does not depend on the run's length
     for key in sorted(mine.keys() | theirs.keys()):
         if key.split(".")[0] not in FREE_ON_RESUME and mine.get(key) != theirs.get(key):
             raise ConfigError(

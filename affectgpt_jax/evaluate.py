@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from affectgpt_jax.build import Records
 from affectgpt_jax.data.pipeline import View, sequential_batches
+from affectgpt_jax.data.records import Records
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.generate import greedy
@@ -46,6 +46,7 @@ class Generator:
         mesh: batches are split over it.
         batch_size: prompts at a time.
         max_new_tokens: an answer is cut off there.
+        num_buckets: the number of prompt lengths, each of which costs one compilation.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Generator:
         *,
         batch_size: int,
         max_new_tokens: int,
+        num_buckets: int = 1,
     ):
         self._view, self._mesh, self._base = view, mesh, base
+        self._num_buckets = num_buckets
         # The batch axis must divide over the devices that share it.
         shares = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch_size = -(-batch_size // shares) * shares
@@ -93,7 +96,7 @@ class Generator:
         examples = self._view.prompt_examples(dataset, question)
         texts, cut = [""] * len(dataset), 0
         batches = sequential_batches(
-            dataset, self._view, examples, self._batch_size, 1, feature_from
+            dataset, self._view, examples, self._batch_size, self._num_buckets, feature_from
         )
         for numbers, batch in batches:
             tokens = np.asarray(
@@ -105,37 +108,18 @@ class Generator:
         return Answers(texts, cut)
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelScore:
-    """Hit rate with one label a clip, and what it was computed from."""
-
-    hit: float
-    labels_per_clip: float
-    labels: list[list[str]]
-    answers: Answers
+def read_labels(view: View, answers: Answers) -> list[list[str]]:
+    """The label list of every answer."""
+    return [view.prompts.read_labels(text) for text in answers.texts]
 
 
-def score_labels(
-    generator: Generator,
-    view: View,
-    trainable: Any,
-    dataset: Records,
-    feature_from: Sequence[int] | None = None,
-) -> LabelScore:
-    """Ask for labels and compare the first with the clip's true word.
-
-    Raises:
-        ValueError: the data set has no true words.
-    """
-    answers = generator.answer(trainable, dataset, "ovlabel", feature_from)
-    labels = [view.prompts.read_labels(text) for text in answers.texts]
-    truth = [entry.emotion for entry in dataset.index]
-    return LabelScore(
-        metrics.hit_rate(labels, truth, max_labels=1),
-        metrics.labels_per_clip(labels),
-        labels,
-        answers,
-    )
+def score_labels(dataset: Records, labels: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
+    truth = [entry.emotion.strip().lower() for entry in dataset.index]
+    return {
+        "hit": metrics.hit_rate(labels, truth, max_labels=1),
+        "labels_per_clip": metrics.labels_per_clip(labels),
+    }
 
 
 def has_truth(dataset: Records | None) -> bool:
@@ -143,13 +127,16 @@ def has_truth(dataset: Records | None) -> bool:
     return dataset is not None and all(entry.emotion for entry in dataset.index)
 
 
-def write_predictions(workdir: Path, dataset: Records, score: LabelScore) -> None:
-    """Write `predictions.jsonl` (name, text, labels) and `truth.csv` (name, emotion)."""
+def write_predictions(
+    workdir: Path, dataset: Records, answers: Answers, labels: Sequence[Sequence[str]] | None
+) -> None:
+    """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`
+    (name, emotion)."""
     with (workdir / "predictions.jsonl").open("w", encoding="utf-8") as file:
-        for entry, text, labels in zip(
-            dataset.index, score.answers.texts, score.labels, strict=True
-        ):
-            line = {"name": entry.name, "text": text, "labels": labels}
+        for i, entry in enumerate(dataset.index):
+            line: dict[str, Any] = {"name": entry.name, "text": answers.texts[i]}
+            if labels is not None:
+                line["labels"] = list(labels[i])
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     with (workdir / "truth.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)

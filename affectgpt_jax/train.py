@@ -29,6 +29,7 @@ from affectgpt_jax.data.pipeline import (
     TrainPipeline,
     View,
     sequential_batches,
+    too_long_message,
 )
 from affectgpt_jax.data.prompts import LABEL_TYPES, PromptError
 from affectgpt_jax.data.records import RecordError
@@ -37,7 +38,13 @@ from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
 from affectgpt_jax.training import sharding, telemetry
 from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from affectgpt_jax.training.step import State, init_state, make_eval_step, make_train_step
+from affectgpt_jax.training.step import (
+    State,
+    init_key,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 from affectgpt_jax.weights.huggingface import WeightsError, base_identity, load_base
 
 
@@ -65,9 +72,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     workdir.mkdir(parents=True, exist_ok=True)
     check_same_run(config, workdir)
     try:
-        profiler = telemetry.Profiler(config.profile_steps, workdir)
+        profiler = telemetry.Profiler(config.profile_steps, workdir, config.steps)
     except ValueError as error:
         raise ConfigError(f"config.profile_steps: {error}") from None
+    if jax.process_count() > 1:
+        raise ConfigError("training runs in one process so far; start it without a launcher")
     mesh = sharding.make_mesh(config.mesh)
     check_rows(config, mesh)
     chief = jax.process_index() == 0
@@ -84,8 +93,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     schedule = learning_rate_schedule(optimizer_config, config.steps)
 
     # Data: tokenised whole, so that batch shapes are known before anything is compiled.
-    view = build.view(config, Tokenizer(directory))
+    tokenizer = Tokenizer(directory)
+    if tokenizer.base_size > llm.vocab_size:
+        raise ConfigError(
+            f"{directory}: the tokenizer has {tokenizer.base_size} tokens, but the model only "
+            f"{llm.vocab_size} rows of embeddings; they do not belong together"
+        )
+    view = build.view(config, tokenizer)
     train_set, val_set, test_set = build.datasets(config, workdir, progress.line)
+    if test_set is not None:
+        view.prompt_examples(test_set, "ovlabel")  # trouble with a clip shows now, not at the end
     pipeline = TrainPipeline(
         train_set,
         view,
@@ -123,7 +140,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             lambda key: init_state(model, optimizer, key),
             out_shardings=tree_shardings(abstract_state),
         )
-        state = initialise(jax.random.key(config.seed))
+        state = initialise(init_key(config.seed))
     else:
         state = checkpoints.restore(start, abstract_state)
         progress.line(f"resumed from the checkpoint of step {start}")
@@ -147,6 +164,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         base,
         view,
         mesh,
+        num_buckets=config.num_buckets,
         batch_size=config.generate.batch_size,
         max_new_tokens=config.generate.max_new_tokens,
     )
@@ -158,6 +176,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     reporter = StepReporter(config, workdir, writer, progress, checkpoints)
     with writer, progress, profiler, checkpoints:
         batches = pipeline.batches(start, config.steps)
+        step = start
         for step in range(start + 1, config.steps + 1):
             profiler.step(step)
             with clock.measure("data_wait"):
@@ -179,6 +198,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 with clock.measure("save"):
                     checkpoints.save(step, state, scores["val/loss"])
                 reporter.skip_pause()
+        profiler.step(step + 1)  # ends a trace that reaches to the last step
         with clock.measure("save"):
             checkpoints.wait()
         best = checkpoints.best_step()
@@ -188,11 +208,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         # Score the held-out clips with the checkpoint that validation chose.
         result = summarise_losses(workdir) | {"steps": config.steps, "best_step": best}
         result |= reporter.totals()
-        if evaluate.has_truth(test_set):
-            progress.line(f"scoring {len(test_set):,} held-out clips with step {best}")
+        if test_set is not None:
+            progress.line(f"asking about {len(test_set):,} held-out clips with step {best}")
             with clock.measure("evaluate"):
-                result |= score_test(config, workdir, state, generator, view, test_set)
-            writer.write(config.steps, {"test/hit": result["hit"]})
+                result |= answer_test_set(config, workdir, state, generator, view, test_set)
+            if "hit" in result:
+                writer.write(config.steps, {"test/hit": result["hit"]})
+            else:
+                progress.line("not scored: " + result["not_scored"])
     result["wall_s"] = sum(clock.report().values())
     result["time_s"] = clock.report()
     if chief:
@@ -261,7 +284,7 @@ class StepReporter:
             return
         step, metrics, samples, tokens, wait_s = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         scalars = {f"train/{name}": value for name, value in values.items()}
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
             rates = self._throughput.rates()
@@ -382,17 +405,27 @@ def make_validation(
     types = LABEL_TYPES if config.label == "hybrid" else (config.label,)
     by_type = [view.training_examples(dataset, kind) for kind in types]
     examples = [by_type[i % len(types)][i] for i in range(len(dataset))]
+    lengths = np.array([[len(example) for example in kind] for kind in by_type])
+    if lengths.max() > config.max_tokens and config.too_long != "drop":
+        raise DataError(too_long_message(dataset, types, lengths, config.max_tokens))
+    kept = [i for i, example in enumerate(examples) if len(example) <= config.max_tokens]
+    if not kept:
+        raise DataError(f"no validation example has at most {config.max_tokens} tokens")
     eval_step = jax.jit(make_eval_step(model))
 
     def validate(trainable: Any) -> dict[str, float]:
         sums = [
-            eval_step(trainable, base, sharding.shard_batch(mesh, batch))
-            for _, batch in sequential_batches(dataset, view, examples, config.batch_size, 1)
+            jax.device_get(eval_step(trainable, base, sharding.shard_batch(mesh, batch)))
+            for _, batch in sequential_batches(
+                dataset, view, examples, config.batch_size, config.num_buckets, numbers=kept
+            )
         ]
-        total, tokens = np.sum(jax.device_get(sums), axis=0)
+        total, tokens = np.sum(sums, axis=0)
         scores = {"val/loss": float(total / tokens)}
-        if evaluate.has_truth(dataset):
-            scores["val/hit"] = evaluate.score_labels(generator, view, trainable, dataset).hit
+        if config.label != "description" and evaluate.has_truth(dataset):
+            answers = generator.answer(trainable, dataset, "ovlabel")
+            labels = evaluate.read_labels(view, answers)
+            scores["val/hit"] = evaluate.score_labels(dataset, labels)["hit"]
         return scores
 
     return validate
@@ -408,7 +441,7 @@ def summarise_losses(workdir: Path) -> dict[str, float]:
     return {"loss_first": losses[0], "loss_last": losses[-1]}
 
 
-def score_test(
+def answer_test_set(
     config: ConfigDict,
     workdir: Path,
     state: State,
@@ -416,19 +449,29 @@ def score_test(
     view: View,
     dataset: build.Records,
 ) -> dict[str, Any]:
-    """Hit rate on held-out clips, the control with shuffled features, and the demo's ceilings."""
-    score = evaluate.score_labels(generator, view, state["trainable"], dataset)
-    evaluate.write_predictions(workdir, dataset, score)
-    result: dict[str, Any] = {
-        "hit": score.hit,
-        "labels_per_clip": score.labels_per_clip,
-        "clips": len(dataset),
-        "answers_cut": score.answers.cut,
-    }
+    """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
+
+    Where clips name no true emotion, or the model was never taught to list labels, the answers are
+    written without a score, and `not_scored` says why.
+    """
+    trainable = state["trainable"]
+    question = "description" if config.label == "description" else "ovlabel"
+    answers = generator.answer(trainable, dataset, question)
+    labels = evaluate.read_labels(view, answers) if question == "ovlabel" else None
+    evaluate.write_predictions(workdir, dataset, answers, labels)
+    result: dict[str, Any] = {"clips": len(dataset), "answers_cut": answers.cut}
+    if labels is None:
+        return result | {"not_scored": "config.label=description trains no label answers"}
+    if not evaluate.has_truth(dataset):
+        without = sum(not entry.emotion for entry in dataset.index)
+        return result | {"not_scored": f"{without} of {len(dataset)} clips name no true emotion"}
+    result |= evaluate.score_labels(dataset, labels)
     if view.features:
         order = np.random.default_rng(config.seed).permutation(len(dataset))
-        shuffled = evaluate.score_labels(generator, view, state["trainable"], dataset, order)
-        result["hit_features_shuffled"] = shuffled.hit
+        shuffled = evaluate.read_labels(
+            view, generator.answer(trainable, dataset, question, feature_from=order)
+        )
+        result["hit_features_shuffled"] = evaluate.score_labels(dataset, shuffled)["hit"]
     if config.data.test == "demo":
         result["ceilings"] = demo.ceilings(demo.World(config.demo_seed).evidence("test"))
     return result
@@ -458,10 +501,11 @@ def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> s
         if result["answers_cut"]:
             rows.append(("answers cut at the token limit", str(result["answers_cut"])))
     table = telemetry.summary_table(rows, title="Result")
+    answers = ", predictions.jsonl, truth.csv" if "clips" in result else ""
     return f"""{table}
 
 What you have now, in {workdir}:
-  result.json, predictions.jsonl, truth.csv   the score and every answer behind it
+  {"result.json" + answers:<42}  the result{" and every answer behind it" if answers else ""}
   metrics.jsonl, tensorboard/, run.png        the training run
   checkpoints/                                adapters, fusion, optimizer state
 

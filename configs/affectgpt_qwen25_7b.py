@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     c.steps = 300_000  # 60 epochs of 5,000 steps
     c.batch_size = 3  # clips in one update, over all devices
     c.accumulation = 1  # parts of a batch that run one after the other
-    c.num_buckets = 4  # row lengths; each costs one compilation
+    c.num_buckets = 4  # row lengths that batches come in; each costs one compilation
     c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
     c.remat = "none"  # none | dots | full: what the backward pass computes again

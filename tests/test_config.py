@@ -143,8 +143,8 @@ def test_help_is_printed(capsys):
         ("--config.generate=3", "config.generate=3"),
         ("--config.seed", "[Mm]issing value for flag --config.seed"),
         # a value out of its range
-        ("--config.seed=-1", "config.seed is -1; expected 0 or more"),
-        ("--config.demo_seed=-1", "config.demo_seed is -1; expected 0 or more"),
+        ("--config.seed=-1", "config.seed is -1; expected 0 to"),
+        ("--config.demo_seed=-1", "config.demo_seed is -1; expected 0 to"),
         ("--config.data.val_share=1", r"config.data.val_share is 1.0; expected .* \[0, 1\)"),
         ("--config.data.val_share=-0.1", r"config.data.val_share is -0.1; expected"),
         (
@@ -264,11 +264,24 @@ def test_a_workdir_of_another_run_is_refused(begun, override, key):
     assert (begun / "config.json").read_bytes() == before
 
 
-def test_a_run_may_be_resumed_with_other_steps_and_reports(begun):
-    assert {"steps", "log_every"} <= set(FREE_ON_RESUME)
+def test_a_run_may_be_resumed_elsewhere_and_with_other_reports(begun):
+    assert {"llm", "mesh", "log_every"} <= set(FREE_ON_RESUME)
     check_same_run(parse()[0], begun)
-    changes = ("steps=900", "log_every=1", "keep=5", "profile_steps=1:2", "generate.batch_size=8")
+    changes = ("log_every=2", "keep=5", "profile_steps=1:2", "generate.batch_size=8", "llm=/moved")
     check_same_run(parse(*(f"--config.{change}" for change in changes))[0], begun)
+
+
+def test_a_run_may_be_longer_only_where_its_learning_rate_does_not_follow_its_length(tmp_path):
+    for config, refused in (("demo", True), ("affectgpt_qwen25_7b", False)):
+        workdir = tmp_path / config
+        (workdir / "checkpoints" / "100").mkdir(parents=True)
+        check_same_run(parse(f"--config={config}")[0], workdir)
+        longer = parse(f"--config={config}", "--config.steps=900000")[0]
+        if refused:
+            with pytest.raises(ConfigError, match=r"config\.steps"):
+                check_same_run(longer, workdir)
+        else:
+            check_same_run(longer, workdir)
 
 
 def test_a_run_that_saved_nothing_does_not_bind_its_workdir(tmp_path):

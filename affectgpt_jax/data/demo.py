@@ -226,7 +226,7 @@ class World:
     """
 
     def __init__(self, seed: int):
-        rng = np.random.default_rng([seed, 0])
+        rng = np.random.default_rng([seed, 0, 0])
         self.seed = seed
         self.directions, self.nuisance, self.offset = {}, {}, {}
         for modality, width in WIDTHS.items():
@@ -242,7 +242,7 @@ class World:
 
     def clips(self, split: str, size: int | None = None) -> Clips:
         """Draw the clips of a split; `size` defaults to `SIZES[split]`."""
-        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split]])
+        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], 0])
         return draw_clips(rng, SIZES[split] if size is None else size)
 
     def features(self, clips: Clips, split: str) -> Iterator[dict[str, np.ndarray]]:
@@ -251,7 +251,7 @@ class World:
         Every clip has its own generator, so clip i looks the same however many are drawn.
         """
         for i in range(len(clips)):
-            rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], i])
+            rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], i + 1])
             out = {}
             for modality, width in WIDTHS.items():
                 identity = NUISANCE_STD * rng.standard_normal(NUISANCE_DIMS, dtype=np.float32)

@@ -16,7 +16,7 @@ import numpy as np
 
 from affectgpt_jax.data.examples import Example, build_examples, soft_index
 from affectgpt_jax.data.prompts import LABEL_TYPES, InputMode, PromptError, PromptSet
-from affectgpt_jax.data.records import RecordDataset
+from affectgpt_jax.data.records import Records
 from affectgpt_jax.data.tokenizer import Tokenizer
 
 # Lengths are rounded up to multiples of this, for the sake of aligned matrix products.
@@ -51,11 +51,11 @@ class View:
     token_counts: Mapping[str, int]
     features: tuple[str, ...]
 
-    def prompt_examples(self, dataset: RecordDataset, question: str) -> list[Example]:
+    def prompt_examples(self, dataset: Records, question: str) -> list[Example]:
         """The prompt of every clip for one question, without an answer."""
         return build_examples(self.tokenizer, self._prompts(dataset, question), None)
 
-    def training_examples(self, dataset: RecordDataset, label_type: str) -> list[Example]:
+    def training_examples(self, dataset: Records, label_type: str) -> list[Example]:
         """Prompt and answer of every clip for one label type.
 
         Raises:
@@ -73,7 +73,7 @@ class View:
                 raise DataError(f"record {entry.name!r}: {error}") from None
         return build_examples(self.tokenizer, self._prompts(dataset, label_type), answers)
 
-    def _prompts(self, dataset: RecordDataset, question: str) -> list[str]:
+    def _prompts(self, dataset: Records, question: str) -> list[str]:
         prompts = []
         for entry in dataset.index:
             try:
@@ -84,7 +84,7 @@ class View:
                 raise DataError(f"record {entry.name!r}: {error}") from None
         return prompts
 
-    def feature_shapes(self, dataset: RecordDataset) -> dict[str, tuple[int, int]]:
+    def feature_shapes(self, dataset: Records) -> dict[str, tuple[int, int]]:
         """`(frames, width)` of every feature that the model reads.
 
         Raises:
@@ -101,7 +101,7 @@ class View:
 
     def collate(
         self,
-        dataset: RecordDataset,
+        dataset: Records,
         rows: Sequence[tuple[int, Example] | None],
         bucket: Bucket,
     ) -> dict[str, object]:
@@ -145,21 +145,19 @@ class View:
         return {**batch, "features": features, "present": present}
 
 
-def choose_buckets(lengths: np.ndarray, targets: np.ndarray, count: int) -> tuple[Bucket, ...]:
-    """At most `count` row lengths that waste the least padding on examples of these lengths.
+def choose_lengths(lengths: np.ndarray, count: int) -> tuple[int, ...]:
+    """At most `count` row lengths that pad rows of these lengths the least.
 
     Args:
-        lengths: tokens of every example, `[N]`.
-        targets: supervised tokens of every example, `[N]`.
-        count: buckets, each of which costs one compilation.
+        lengths: tokens, `[N]`.
+        count: lengths to choose, each of which costs one compilation.
 
     Returns:
-        Buckets by ascending length; the last holds the longest example, and each as many targets
-        as any example has that is not longer.
+        Multiples of `LENGTH_MULTIPLE`, ascending; the last holds the longest row.
     """
-    rounded = -(-lengths // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    rounded = _round_up(lengths)
     sizes, tally = np.unique(rounded, return_counts=True)
-    # cost[j] is the padded tokens of the best split of sizes[:j]; one row more buckets per round.
+    # cost[j] is the padded tokens of the best split of sizes[:j]; one more length a round.
     total = np.concatenate([[0], np.cumsum(tally)])
     cost, choice = np.concatenate([[0.0], np.full(len(sizes), np.inf)]), []
     for _ in range(min(count, len(sizes))):
@@ -172,15 +170,36 @@ def choose_buckets(lengths: np.ndarray, targets: np.ndarray, count: int) -> tupl
     for starts in reversed(choice):
         ends.append(int(sizes[end - 1]))
         end = starts[end]
-    ends = sorted(ends)
-    which = np.searchsorted(ends, rounded)
+    return tuple(sorted(ends))
+
+
+def buckets_of(ends: Sequence[int], lengths: np.ndarray, targets: np.ndarray) -> tuple[Bucket, ...]:
+    """Buckets of these row lengths, each with room for the targets of every example that fits it.
+
+    Args:
+        ends: row lengths, ascending.
+        lengths: tokens of every example, `[N]`.
+        targets: supervised tokens of every example, `[N]`.
+    """
     return tuple(
-        Bucket(length, _round_up(int(targets[which <= i].max()))) for i, length in enumerate(ends)
+        Bucket(end, int(_round_up(targets[lengths <= end].max(initial=0)))) for end in ends
     )
 
 
-def _round_up(n: int) -> int:
+def _round_up(n):
     return -(-n // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def too_long_message(
+    dataset: Records, label_types: Sequence[str], lengths: np.ndarray, max_tokens: int
+) -> str:
+    """What to say of examples over the limit; lengths are `[types, records]`."""
+    kind, worst = np.unravel_index(lengths.argmax(), lengths.shape)
+    return (
+        f"record {dataset.index[worst].name!r} has {lengths[kind, worst]} tokens as "
+        f"{label_types[kind]}, over --config.max_tokens={max_tokens}, as have "
+        f"{(lengths > max_tokens).sum() - 1} more; raise the limit or pass --config.too_long=drop"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +236,7 @@ class TrainPipeline:
 
     def __init__(
         self,
-        dataset: RecordDataset,
+        dataset: Records,
         view: View,
         *,
         label: str,
@@ -239,41 +258,44 @@ class TrainPipeline:
         self._keep = lengths <= max_tokens
         self.dropped = int((~self._keep).sum())
         if self.dropped and too_long != "drop":
-            kind, worst = np.unravel_index(lengths.argmax(), lengths.shape)
-            raise DataError(
-                f"record {dataset.index[worst].name!r} has {lengths[kind, worst]} tokens as "
-                f"{self._types[kind]}, over --config.max_tokens={max_tokens}, as have "
-                f"{self.dropped - 1} more; raise the limit or pass --config.too_long=drop"
-            )
+            raise DataError(too_long_message(dataset, self._types, lengths, max_tokens))
         if not self._keep.any():
             raise DataError(f"no example has at most {max_tokens} tokens; raise config.max_tokens")
-        self.buckets = choose_buckets(lengths[self._keep], answers[self._keep], num_buckets)
-        ends = [bucket.length for bucket in self.buckets]
-        self._bucket_of = np.searchsorted(ends, lengths)  # [types, records]
+        self._lengths = lengths  # [types, records]
+        # A batch is as long as its longest row. Epoch 0 shows how those lengths are spread, and
+        # the longest example there is fits the last bucket, whatever other epochs draw.
+        longest = [self._longest_row(*rows) for rows in self._rows(0)]
+        ends = choose_lengths(np.array([*longest, lengths[self._keep].max()]), num_buckets)
+        self.buckets = buckets_of(ends, lengths[self._keep], answers[self._keep])
         self._first_step = [0]  # of every epoch planned so far, and of the next
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - the pipeline lives as long as the run
-    def plan(self, epoch: int) -> tuple[PlannedBatch, ...]:
-        """The batches of an epoch: every kept clip once, the last batches padded with filler."""
+    def _rows(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Record and label type of each row (-1: filler) of an epoch's batches.
+
+        Batches are cut from one permutation, not from clips of like length: a loss that is the
+        mean over a batch's supervised tokens weighs a label against a description as the published
+        recipe does only if both kinds meet in a batch.
+        """
         rng = np.random.default_rng([self._seed, epoch])
         count = len(self._dataset)
         order = rng.permutation(count)
         kinds = rng.integers(len(self._types), size=count)
         order = order[self._keep[kinds[order], order]]
-        bucket_of = self._bucket_of[kinds[order], order]
-        batches, leftovers = [], np.zeros(0, np.int64)
-        for bucket in range(len(self.buckets)):
-            # What does not fill a batch moves on to the next longer bucket.
-            rows = np.concatenate([leftovers, order[bucket_of == bucket]])
-            full = len(rows) // self._batch_size * self._batch_size
-            batches += [(bucket, part) for part in rows[:full].reshape(-1, self._batch_size)]
-            leftovers = rows[full:]
-        if len(leftovers):
-            filler = np.full(self._batch_size - len(leftovers), -1)
-            batches.append((len(self.buckets) - 1, np.concatenate([leftovers, filler])))
+        filler = np.full(-len(order) % self._batch_size, -1)
+        parts = np.concatenate([order, filler]).reshape(-1, self._batch_size)
+        return [(part, kinds[part]) for part in parts]
+
+    def _longest_row(self, records: np.ndarray, kinds: np.ndarray) -> int:
+        real = records >= 0
+        return int(self._lengths[kinds[real], records[real]].max())
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - the pipeline lives as long as the run
+    def plan(self, epoch: int) -> tuple[PlannedBatch, ...]:
+        """The batches of an epoch: every kept clip once, the last batch padded with filler."""
+        ends = [bucket.length for bucket in self.buckets]
         return tuple(
-            PlannedBatch(batches[i][0], batches[i][1], kinds[batches[i][1]])
-            for i in rng.permutation(len(batches))
+            PlannedBatch(int(np.searchsorted(ends, self._longest_row(*rows))), *rows)
+            for rows in self._rows(epoch)
         )
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -308,14 +330,15 @@ class TrainPipeline:
 
 
 def sequential_batches(
-    dataset: RecordDataset,
+    dataset: Records,
     view: View,
     examples: Sequence[Example],
     batch_size: int,
     num_buckets: int = 2,
     feature_from: Sequence[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
-    """Every clip once, in an order fixed by the examples' lengths: for evaluation.
+    """Clips once each, in an order fixed by the examples' lengths: for evaluation.
 
     Args:
         dataset: the clips.
@@ -325,13 +348,15 @@ def sequential_batches(
         num_buckets: the number of row lengths.
         feature_from: for each clip the number of the one whose features it gets; its own if None.
             (A permutation gives the control with features shuffled across clips.)
+        numbers: the clips to visit; all if None.
 
     Yields:
         Record numbers of the rows, int `[n]` with n at most `batch_size`, and the batch.
     """
-    lengths = np.array([len(example) for example in examples])
-    answers = lengths - np.array([example.answer_start for example in examples])
-    buckets = choose_buckets(lengths, answers, num_buckets)
+    chosen = np.arange(len(examples)) if numbers is None else np.asarray(numbers)
+    lengths = np.array([len(examples[i]) for i in chosen])
+    answers = lengths - np.array([examples[i].answer_start for i in chosen])
+    buckets = buckets_of(choose_lengths(lengths, num_buckets), lengths, answers)
     which = np.searchsorted([bucket.length for bucket in buckets], lengths)
     source = np.arange(len(examples)) if feature_from is None else np.asarray(feature_from)
 
@@ -343,7 +368,7 @@ def sequential_batches(
 
     jobs = []
     for i, bucket in enumerate(buckets):
-        members = np.flatnonzero(which == i)
+        members = chosen[which == i]
         jobs += [(bucket, members[j : j + batch_size]) for j in range(0, len(members), batch_size)]
     options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
     yield from grain.MapDataset.source(jobs).map(load).to_iter_dataset(options)

@@ -294,6 +294,9 @@ class RecordSubset:
         return self._dataset[self._numbers[i]]
 
 
+Records = RecordDataset | RecordSubset
+
+
 def hold_out(dataset: RecordDataset, share: float) -> tuple[RecordSubset, RecordSubset]:
     """Splits a data set in two, the second with about `share` of the records.
 

@@ -22,6 +22,7 @@ class Tokenizer:
     Attributes:
         start_id, end_id: `<|im_start|>` and `<|im_end|>`; the latter also pads.
         placeholder_ids: id of each placeholder, by its text.
+        base_size: ids below this one are the base model's own.
 
     Raises:
         TokenizerError: no tokenizer.json, or one without the chat tokens.
@@ -39,6 +40,7 @@ class Tokenizer:
         except Exception as error:  # the tokenizers library raises bare Exception on bad files
             raise TokenizerError(f"{path}: not a tokenizer: {error}") from None
         vocabulary = self._fast.get_vocab()
+        self.base_size = max(vocabulary.values()) + 1
         missing = [token for token in CHAT_TOKENS if token not in vocabulary]
         if missing:
             raise TokenizerError(

@@ -83,9 +83,10 @@ def embed_inputs(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     index = batch["soft_index"][..., None]
-    # A gather, so that any number of samples may share a row; index 0 reads a row that the
-    # selection then discards.
-    placed = jnp.take_along_axis(soft, jnp.maximum(index - 1, 0), axis=1)
+    # A gather, so that any number of samples may share a row. Positions without a soft token read
+    # out of range, which gives a value that the selection discards and a gradient that is dropped.
+    source = jnp.where(index > 0, index - 1, soft.shape[1])
+    placed = jnp.take_along_axis(soft, source, axis=1, mode="fill", fill_value=0)
     return jnp.where(index > 0, placed.astype(embeds.dtype), embeds)
 
 
@@ -133,12 +134,7 @@ def loss_sum_and_count(
     states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
     states = jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
     weights = batch["target_weights"].astype(jnp.float32)
-    loss = cross_entropy_sum(
-        states.reshape(-1, states.shape[-1]),
-        unembedding(base),
-        batch["targets"].reshape(-1),
-        weights.reshape(-1),
-    )
+    loss = cross_entropy_sum(states, unembedding(base), batch["targets"], weights)
     return loss, weights.sum()
 
 
@@ -152,12 +148,13 @@ def cross_entropy_sum(
     """Weighted sum of `-log softmax(states @ vocabulary)[target]`, with float32 logits.
 
     Args:
-        states: `[N, D]`.
+        states: `[B, S, D]`.
         vocabulary: `[D, V]`.
-        targets: `[N]` int32.
-        weights: `[N]` float32.
+        targets: `[B, S]` int32.
+        weights: `[B, S]` float32.
         chunk: positions per block; logits of one block are alive at a time, in the backward pass
-            too, where they are computed again.
+            too, where they are computed again. A block is a few columns of all rows, so that rows
+            stay on the devices that hold them.
 
     Returns:
         float32 scalar.
@@ -165,21 +162,23 @@ def cross_entropy_sum(
     vocabulary = vocabulary.astype(states.dtype)
 
     def block(states, targets, weights):
-        logits = jnp.einsum("nd,dv->nv", states, vocabulary, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+        logits = jnp.einsum("bsd,dv->bsv", states, vocabulary, preferred_element_type=jnp.float32)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * weights)
 
-    count = states.shape[0]
-    if count <= chunk:
+    rows, columns = targets.shape
+    if rows * columns <= chunk:
         return block(states, targets, weights)
-    filler = -count % chunk
+    width = max(1, chunk // rows)
 
     def blocks(x: jax.Array) -> jax.Array:
-        padded = jnp.pad(x, [(0, filler)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(-1, chunk, *x.shape[1:])
+        filler = [(0, 0), (0, -columns % width)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, filler).reshape(rows, -1, width, *x.shape[2:]).swapaxes(0, 1)
+
+    recomputed = jax.checkpoint(block, prevent_cse=False)  # within a scan nothing could be merged
 
     def body(total, inputs):
-        return total + jax.checkpoint(block)(*inputs), None
+        return total + recomputed(*inputs), None
 
     start = jnp.zeros((), jnp.float32)
     return jax.lax.scan(body, start, (blocks(states), blocks(targets), blocks(weights)))[0]

@@ -102,6 +102,16 @@ class FusionConfig:
         """The width `d` of the feature `name`, one of `inputs`."""
         return getattr(self, f"{_MODULES[name]}_width")
 
+    def longest(self, name: str) -> float:
+        """How many vectors of the feature `name` a sample may have; infinite without a Q-Former."""
+        rows = [
+            _POSITIONS[_MODULES[slot]]
+            for slot in self.slots
+            if self.kind(slot) == "qformer"
+            and name in (("audio", self.multi_video) if slot == "multi" else (slot,))
+        ]
+        return min(rows, default=float("inf"))
+
     def token_counts(self) -> dict[str, int]:
         """The number of soft tokens of each slot, in slot order."""
         return {

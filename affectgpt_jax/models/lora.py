@@ -23,7 +23,8 @@ class LoraConfig:
     The recipe keeps alpha at 32 for every rank, so the scale is 4 / 2 / 1 at rank 8 / 16 / 32.
 
     Raises:
-        ValueError: an unknown or repeated target, a rank below 1, a dropout outside [0, 1).
+        ValueError: an unknown or repeated target, a rank below 1, an alpha that is not
+            positive, a dropout outside [0, 1).
     """
 
     rank: int = 16
@@ -39,6 +40,8 @@ class LoraConfig:
             )
         if self.rank < 1:
             raise ValueError(f"lora.rank is {self.rank}; expected 1 or more")
+        if not 0 < self.alpha < float("inf"):
+            raise ValueError(f"lora.alpha is {self.alpha}; expected a positive number")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; expected a share in [0, 1)")
 

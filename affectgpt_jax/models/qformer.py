@@ -21,7 +21,8 @@ class QFormerConfig:
     """The sizes of a Q-Former; the defaults are BERT-base with two layers.
 
     `dropout` is the rate on the query embeddings, the attention weights and the output of every
-    sublayer. Raises ValueError if `heads` does not divide `width`.
+    sublayer. Raises ValueError for a size below 1, a rate outside [0, 1), and heads that
+    do not divide the width.
     """
 
     width: int = 768
@@ -32,7 +33,12 @@ class QFormerConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        """Rejects a width that the heads cannot share equally."""
+        """Rejects sizes and rates out of range, and a width that the heads cannot share."""
+        for field in ("width", "heads", "layers", "intermediate"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"qformer.{field} is {getattr(self, field)}; expected 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"qformer.dropout is {self.dropout}; expected a share in [0, 1)")
         if self.width % self.heads:
             raise ValueError(
                 f"The width of the Q-Former ({self.width}) must be a multiple of its heads "

@@ -41,7 +41,7 @@ class OptimizerConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not value >= 0:  # refuses NaN too
+            if not 0 <= value < float("inf"):  # refuses NaN too
                 raise ValueError(f"optimizer.{field.name} is {value}; expected 0 or more")
             if field.name.startswith("beta") and value >= 1:
                 raise ValueError(f"optimizer.{field.name} is {value}; expected less than 1")

@@ -20,6 +20,16 @@ from affectgpt_jax.models.affectgpt import (
 State = dict[str, Any]
 
 
+def init_key(seed: int) -> jax.Array:
+    """The key that a run's parameters start from; `dropout_key` is independent of it."""
+    return jax.random.split(jax.random.key(seed))[0]
+
+
+def dropout_key(seed: int) -> jax.Array:
+    """The key that the dropout of every step is derived from."""
+    return jax.random.split(jax.random.key(seed))[1]
+
+
 def init_state(model: AffectGPT, optimizer: optax.GradientTransformation, key: jax.Array) -> State:
     """Fresh adapters, fusion and optimizer state at step 0."""
     trainable = init_trainable(model, key)
@@ -52,7 +62,7 @@ def make_train_step(
     """
 
     def train_step(state: State, base: Any, batch: Batch):
-        key = jax.random.fold_in(jax.random.key(seed), state["step"])
+        key = jax.random.fold_in(dropout_key(seed), state["step"])
 
         def loss(trainable, part, part_key):
             return loss_sum_and_count(model, base, trainable, part, part_key)

@@ -450,13 +450,16 @@ class Profiler:
     Args:
         steps: "10:15" traces steps 10 to 14; "" traces nothing.
         workdir: folder of the run.
+        total_steps: the last step of the run, if known.
 
     Raises:
-        ValueError: `steps` is not such a range.
+        ValueError: `steps` is not such a range, or reaches past the last step.
     """
 
-    def __init__(self, steps: str, workdir: Path) -> None:
+    def __init__(self, steps: str, workdir: Path, total_steps: int | None = None) -> None:
         self._steps = _parse_steps(steps)
+        if total_steps is not None and self._steps.stop > total_steps + 1:
+            raise ValueError(f"profile steps {steps!r} reach past the last step, {total_steps}.")
         self._folder = workdir / "profile"
         self._tracing = False
 

@@ -107,8 +107,9 @@ class BaseIdentity:
 
 
 def base_identity(directory: Path) -> BaseIdentity:
-    """Hash config and weights; reads every byte once."""
-    digest = hashlib.sha256((Path(directory) / "config.json").read_bytes())
+    """Hash the model's shape and weights; reads every byte of the latter."""
+    shape = dataclasses.asdict(read_config(directory))
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     for path in weight_files(directory):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

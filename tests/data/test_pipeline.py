@@ -16,7 +16,8 @@ from affectgpt_jax.data.pipeline import (
     DataError,
     TrainPipeline,
     View,
-    choose_buckets,
+    buckets_of,
+    choose_lengths,
     sequential_batches,
 )
 from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES, load_prompts
@@ -307,14 +308,14 @@ def test_buckets_waste_the_least_padding_that_is_possible(examples, count):
         for k in range(count)
         for shorter in itertools.combinations(sizes[:-1], k)
     )
-    buckets = choose_buckets(lengths, targets, count)
+    buckets = buckets_of(choose_lengths(lengths, count), lengths, targets)
     ends = [bucket.length for bucket in buckets]
     assert padded(ends) == best
     assert len(ends) <= count
     assert ends == sorted(set(ends))
     assert ends[-1] == sizes[-1]
     for n, answer in examples:
-        # A row that finds no full batch moves on to any longer bucket.
+        # A row may stand in any batch that is at least as long.
         assert all(bucket.targets >= answer for bucket in buckets if bucket.length >= n)
 
 
@@ -326,9 +327,22 @@ def test_every_row_fits_its_bucket_wherever_it_ends_up(tmp_path, view):
         else clip(i, subtitle="Stop! " * 20, description=f"Number {i}.")
         for i in range(10)
     ]
-    pipeline = make(make_dataset(tmp_path, records), view, label="description", num_buckets=2)
+    dataset = make_dataset(tmp_path, records)
+    pipeline = make(dataset, view, label="description", num_buckets=2, batch_size=1)
     assert len(pipeline.buckets) == 2
     assert sorted(number for number, _ in epoch_of(pipeline, view, 0)) == list(range(10))
+
+
+def test_a_batch_mixes_label_types_and_is_as_long_as_its_longest_row_needs(view, pipeline):
+    mixed = 0
+    for step in epoch_steps(pipeline, 0):
+        batch = pipeline.batch(step)
+        longest, width = (batch["segment_ids"] > 0).sum(axis=1).max(), batch["tokens"].shape[1]
+        shorter = [b.length for b in pipeline.buckets if b.length < width]
+        assert max(shorter, default=0) < longest <= width
+        mixed += len({kind for _, kind in clips_and_types(view, batch)}) == 2
+    # Cut by length, batches would hold one kind each; the published loss is a mean over both.
+    assert mixed > len(epoch_steps(pipeline, 0)) / 2
 
 
 def test_more_buckets_pad_less(dataset, view, pipeline):
@@ -339,9 +353,7 @@ def test_more_buckets_pad_less(dataset, view, pipeline):
     one = make(dataset, view, num_buckets=1)
     assert len(one.buckets) == 1
     assert len(pipeline.buckets) == 3
-    assert padding(pipeline) < 0.7 * padding(one)
-    shapes = {pipeline.batch(step)["tokens"].shape[1] for step in epoch_steps(pipeline, 0)}
-    assert shapes == {bucket.length for bucket in pipeline.buckets}
+    assert padding(pipeline) < padding(one)
 
 
 # --- trouble ------------------------------------------------------------------------------------

@@ -43,18 +43,21 @@ def test_its_report_is_of_these_weights(shipped):
     assert module.config == tiny_base.MODEL
 
 
-def test_the_script_writes_a_model_and_fails_one_that_learned_too_little(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(
-        sys, "argv", ["tiny_base", "--out", str(tmp_path), "--steps", "3", "--batch", "4"]
-    )
-    with pytest.raises(SystemExit, match="of the ceiling, not 90 %"):
-        tiny_base.main()
+def test_the_script_writes_a_whole_model(tmp_path):
+    share = tiny_base.train(tmp_path, steps=3, batch_size=4, learning_rate=1e-3)
+    assert share < 0.9
     assert Tokenizer(tmp_path).start_id == Tokenizer(base_directory("tiny")).start_id
     assert {p.name for p in tmp_path.iterdir()} == {
         "config.json", "model.safetensors", "tokenizer.json", "training.json",
     }  # fmt: skip
+
+
+def test_a_model_that_learned_too_little_replaces_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny_base, "train", lambda *_: 0.89)
+    monkeypatch.setattr(sys, "argv", ["tiny_base", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="of the ceiling, not 90 %"):
+        tiny_base.main()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_tokenizer_repeats_byte_by_byte(tmp_path):

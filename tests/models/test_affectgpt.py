@@ -23,6 +23,7 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     loss_sum_and_count,
 )
+from affectgpt_jax.training import sharding
 
 MODEL = make_model()
 BASE = random_base(MODEL)
@@ -81,17 +82,18 @@ def test_loss_is_the_cross_entropy_of_the_supervised_tokens():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
 
 
-def cross_entropy_inputs(count, width=12, vocabulary=50):
-    rng = np.random.default_rng(count)
-    states = rng.normal(size=(count, width)).astype(np.float32)
+def cross_entropy_inputs(rows, columns, width=12, vocabulary=50):
+    rng = np.random.default_rng(columns)
+    states = rng.normal(size=(rows, columns, width)).astype(np.float32)
     table = rng.normal(size=(width, vocabulary)).astype(np.float32)
-    weights = rng.integers(0, 2, size=count).astype(np.float32)
-    return states, table, rng.integers(vocabulary, size=count, dtype=np.int32), weights
+    weights = rng.integers(0, 2, size=(rows, columns)).astype(np.float32)
+    targets = rng.integers(vocabulary, size=(rows, columns), dtype=np.int32)
+    return states, table, targets, weights
 
 
-@pytest.mark.parametrize("count", [32, 37], ids=["whole chunks", "a rest"])
-def test_chunked_cross_entropy_equals_the_whole_in_values_and_gradients(count):
-    states, table, targets, weights = cross_entropy_inputs(count)
+@pytest.mark.parametrize("columns", [16, 17], ids=["whole chunks", "a rest"])
+def test_chunked_cross_entropy_equals_the_whole_in_values_and_gradients(columns):
+    states, table, targets, weights = cross_entropy_inputs(2, columns)
 
     def value_and_gradients(chunk):
         def loss(states, table):
@@ -99,25 +101,37 @@ def test_chunked_cross_entropy_equals_the_whole_in_values_and_gradients(count):
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(states, table)
 
-    whole, chunked = value_and_gradients(count), value_and_gradients(8)
+    whole, chunked = value_and_gradients(targets.size), value_and_gradients(8)
     for found, expected in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
         assert relative_error(found, expected) < 1e-6  # float32 sums, split at other places
 
 
 def test_chunked_cross_entropy_never_holds_all_logits():
-    count, vocabulary = 1024, 2048
-    states, table, targets, weights = cross_entropy_inputs(count, vocabulary=vocabulary)
+    rows, columns, vocabulary = 8, 128, 2048
+    states, table, targets, weights = cross_entropy_inputs(rows, columns, vocabulary=vocabulary)
 
     def gradient(states):
         return jax.grad(cross_entropy_sum)(states, table, targets, weights, 64)
 
     compiled = jax.jit(gradient).lower(states).compile()
     # Logits, their softmax and its gradient: a few blocks of a sixteenth of all logits.
-    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * count * vocabulary * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * rows * columns * vocabulary * 4
+
+
+def test_chunked_cross_entropy_leaves_rows_on_their_devices():
+    states, table, targets, weights = cross_entropy_inputs(8, 64)
+    mesh = sharding.make_mesh("data:8")
+    batch = sharding.shard_batch(mesh, (states, targets, weights))
+
+    def gradient(states, targets, weights):
+        return jax.grad(cross_entropy_sum)(states, table, targets, weights, 64)
+
+    compiled = jax.jit(gradient).lower(*batch).compile()
+    assert "all-gather" not in compiled.as_text()
 
 
 def test_bfloat16_states_give_float32_logits():
-    states, table, targets, weights = cross_entropy_inputs(40)
+    states, table, targets, weights = cross_entropy_inputs(4, 10)
     states, table = (jnp.asarray(x, jnp.bfloat16) for x in (16 * states, table))
     found = cross_entropy_sum(states, table, targets, weights)
     wide = (np.asarray(x, np.float64) for x in (states, table))
