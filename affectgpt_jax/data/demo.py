@@ -86,7 +86,7 @@ COMPANION = 0.3  # chance that a clip lists a second, neighbouring emotion
 # cues and the ceilings are set by what cues mean; what has to be learned is where to look.
 FRAMES = 8
 WIDTHS = {"face": 768, "audio": 1024}  # as CLIP ViT-L/14 and HuBERT-Large
-NOISE = 0.1  # per frame and dimension
+NOISE = 0.2  # per frame and dimension; a feature is then about 8 long, as CLIP's are
 CUE_LENGTH = 20 * NOISE
 NUISANCE_DIMS, NUISANCE_STD = 8, 4 * NOISE
 OFFSET_STD = 0.25 * NOISE
