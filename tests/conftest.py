@@ -35,6 +35,8 @@ EXPECTED_SKIPS = (
     # MER-UniBench's emotion wheels are not ours to ship; they lie beside the checkout where the
     # project is developed.
     "the official lexicon is not here",
+    # Rebuilding the shipped lexicon takes WordNet's files, which no Python package carries.
+    "WordNet is not installed",
 )
 
 
