@@ -4,8 +4,6 @@ from pathlib import Path
 
 from setuptools import setup
 
-PARITY = ["torch>=2.9", "peft>=0.17", "accelerate"]
-
 setup(
     name="affectgpt-jax",
     version="0.1.0",
@@ -50,7 +48,7 @@ setup(
             "ruff>=0.14",
             "setuptools>=77",  # a test builds the wheel
         ],
-        "parity": PARITY,
+        "parity": ["torch>=2.9", "peft>=0.17"],
         "features": ["torch>=2.9", "av>=14", "soundfile>=0.13"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

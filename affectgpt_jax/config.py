@@ -221,11 +221,12 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     A run that saved no checkpoint, as one that a bad setting stopped, leaves nothing to resume.
 
     Raises:
-        ConfigError: the workdir holds a run with other settings; the message names the first.
+        ConfigError: the workdir holds a run with other settings, of which the message names the
+            first, or one that is further than this one is to go.
     """
     path = workdir / "config.json"
     mine = json.loads(config.to_json())
-    saved = any(entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*"))
+    saved = [int(e.name) for e in (workdir / "checkpoints").glob("*") if e.name.isdigit()]
     if not (saved and path.exists()):
         path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
         return
@@ -238,6 +239,11 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
                 f"{workdir} holds a run with config.{key}={theirs.get(key)!r}, but now it is "
                 f"{mine.get(key)!r}; use another --workdir, or the same settings to resume"
             )
+    if max(saved) > config.steps:
+        raise ConfigError(
+            f"{workdir} holds a run of {max(saved)} steps, but config.steps is {config.steps}; "
+            "name at least as many, or use another --workdir"
+        )
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

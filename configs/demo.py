@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.optimizer.final_learning_rate = 1e-4
     c.optimizer.clip_norm = 1.0
 
-    # Masks would cost a sixth of a step on a CPU, and 300 steps do not overfit.
+    # Drawing masks takes time on a CPU, and 300 steps do not overfit.
     c.lora.dropout = 0.0
 
     c.heads.fusion_width = 128

@@ -284,6 +284,14 @@ def test_a_run_may_be_longer_only_where_its_learning_rate_does_not_follow_its_le
             check_same_run(longer, workdir)
 
 
+def test_a_run_cannot_end_before_the_step_it_has_reached(tmp_path):
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    check_same_run(parse("--config=affectgpt_qwen25_7b")[0], tmp_path)
+    check_same_run(parse("--config=affectgpt_qwen25_7b", "--config.steps=100")[0], tmp_path)
+    with pytest.raises(ConfigError, match=r"a run of 100 steps, but config\.steps is 99"):
+        check_same_run(parse("--config=affectgpt_qwen25_7b", "--config.steps=99")[0], tmp_path)
+
+
 def test_a_run_that_saved_nothing_does_not_bind_its_workdir(tmp_path):
     check_same_run(parse("--config.mesh=rows:2")[0], tmp_path)
     config = parse("--config.seed=1")[0]

@@ -48,7 +48,7 @@ def losses(workdir):
 def finished(records, tmp_path_factory):
     """An undisturbed run, with dropout so that random masks are part of what must repeat."""
     workdir = tmp_path_factory.mktemp("finished")
-    result = run(workdir, *records, "--config.lora.dropout=0.1")
+    result = run(workdir, *records, "--config.lora.dropout=0.1", "--config.profile_steps=2:4")
     return workdir, result
 
 
@@ -66,6 +66,7 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
     assert result["hit"] == np.mean(hits)
     for file in ("run.png", "config.json", "tensorboard", "checkpoints/6"):
         assert (workdir / file).exists(), file
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
     assert result["loss_first"] == losses(workdir)[1]
     assert sum(result["time_s"].values()) == pytest.approx(result["wall_s"], rel=1e-2)
 

@@ -10,8 +10,8 @@ No modality names the emotion alone. Cues are words; what a model sees of face a
 vectors, `cue direction + clip nuisance + per-frame noise`, as an encoder would give. In some clips
 a modality is absent, and in some it comes from another emotion (a conflict).
 
-All of it is one generative model with exact likelihoods, so `World.posterior` is Bayes' rule and
-not an estimate, and the ceiling of an input mode is the hit rate of the best possible predictor.
+All of it is one generative model with exact likelihoods, so `posterior` is Bayes' rule and not an
+estimate, and the ceiling of an input mode is the hit rate of the best possible predictor.
 
 The *meaning* of cues is fixed; a seed draws their *appearance* (directions in feature space) and
 the clips. So a language model that knows the meaning can be shipped, while what joins features to
