@@ -50,6 +50,7 @@ setup(
         ],
         "parity": ["torch>=2.9", "peft>=0.17"],
         "features": ["torch>=2.9", "av>=14", "soundfile>=0.13"],
+        "wandb": ["wandb>=0.19"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
     },

@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from affectgpt_jax.config import ConfigError
+from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.pipeline import View
+from affectgpt_jax.data.pipeline import Source, View
 from affectgpt_jax.data.prompts import INPUT_MODES, InputMode, load_prompts
-from affectgpt_jax.data.records import RecordDataset, Records, hold_out
+from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
@@ -56,31 +59,28 @@ def base_config(llm: str) -> Qwen2Config:
     return read_config(base_directory(llm))
 
 
-def input_mode(config: ConfigDict) -> InputMode:
-    """The input mode, without the pre-fused slot where `config.fusion` is "none".
+def input_mode(config: ConfigDict, name: str = "") -> InputMode:
+    """An input mode, `config.input` by default, as `config.fusion` leaves it."""
+    mode = INPUT_MODES[name or config.input]
+    return mode.without_pre_fusion() if config.fusion == "none" else mode
 
-    Raises:
-        ConfigError: an unknown mode.
-    """
-    if config.input not in INPUT_MODES:
-        raise ConfigError(
-            f"config.input is {config.input!r}; expected one of {sorted(INPUT_MODES)}"
-        )
-    mode = INPUT_MODES[config.input]
-    return mode.without("multi") if config.fusion == "none" else mode
+
+def input_modes(config: ConfigDict) -> list[InputMode]:
+    """All modes of a config: `config.input` first, then those of its mixture."""
+    names = dict.fromkeys([config.input, *(e.input for e in config.data.mix.values() if e.input)])
+    return [input_mode(config, name) for name in names]
 
 
 def fusion_config(config: ConfigDict, llm_width: int) -> FusionConfig:
-    """Slots, heads and pre-fusion of the config's input mode."""
-    mode, heads = input_mode(config), config.heads
+    """Slots, heads and pre-fusion of the config's input modes together."""
+    heads = config.heads
     return FusionConfig(
-        slots=mode.slots,
+        slots=tuple(dict.fromkeys(s for mode in input_modes(config) for s in mode.slots)),
         llm_width=llm_width,
         video_width=heads.video_width,
         audio_width=heads.audio_width,
         image_width=heads.image_width,
         pre_fusion="attention" if config.fusion == "none" else config.fusion,
-        multi_video=mode.multi_video,
         video_head=heads.video,
         audio_head=heads.audio,
         image_head=heads.image,
@@ -106,9 +106,16 @@ def model(config: ConfigDict, llm: Qwen2Config, shard: Callable | None = None) -
         execution = dataclasses.replace(execution, shard=shard)
     try:
         fusion = fusion_config(config, llm.hidden_size)
-        lora = LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
+        lora = None
+        if config.lora.rank:
+            lora = LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
     except ValueError as error:
         raise ConfigError(f"config: {error}") from None
+    if lora is None and not fusion.slots:
+        raise ConfigError(
+            f"config.input={config.input!r} with config.lora.rank=0 leaves nothing to train; give "
+            "the model LoRA or an input with features"
+        )
     # The fusion costs next to nothing, and bfloat16 would round features that float16 holds.
     return AffectGPT(Qwen2(llm, lora, execution), Fusion(fusion) if fusion.slots else None)
 
@@ -125,8 +132,8 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
         raise ConfigError(f"config.{error}") from None
 
 
-def view(config: ConfigDict, tokenizer: Tokenizer) -> View:
-    """How the config turns clips into inputs.
+def view(config: ConfigDict, tokenizer: Tokenizer, mode: str = "") -> View:
+    """How the config turns clips into inputs, in an input mode, `config.input` by default.
 
     Raises:
         PromptError: a prompt file that cannot be used.
@@ -135,27 +142,30 @@ def view(config: ConfigDict, tokenizer: Tokenizer) -> View:
     return View(
         tokenizer=tokenizer,
         prompts=load_prompts(config.prompts),
-        mode=input_mode(config),
+        mode=input_mode(config, mode),
         token_counts=fusion.token_counts(),
-        features=fusion.inputs,
+        features={name: fusion.feature_width(name) for name in fusion.inputs},
     )
 
 
-def check_features(config: ConfigDict, dataset: Records) -> None:
-    """Compare the shapes of a data set's features with the config's.
+def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> None:
+    """Compare the shapes of a data set's features with what its input mode reads.
 
     Raises:
         ConfigError: a feature is missing, of another width, or too long; the message names it.
     """
     fusion = fusion_config(config, llm_width=1)
-    for name in fusion.inputs:
+    for name in dict.fromkeys(n for slot in mode.slots for n in fusion.read_by(slot)):
         if name not in dataset.manifest.features:
             raise ConfigError(
-                f"config.input={config.input!r} reads the feature {name!r}, but the records of "
+                f"the input mode {mode.name!r} reads the feature {name!r}, but the records of "
                 f"split {dataset.manifest.split!r} hold only {sorted(dataset.manifest.features)}; "
                 "choose another config.input or other records"
             )
-        facts = dataset.manifest.features[name]
+    for name in fusion.inputs:
+        facts = dataset.manifest.features.get(name)
+        if facts is None:
+            continue
         limit = fusion.longest(name)
         if facts["frames"] > limit:
             raise ConfigError(
@@ -171,40 +181,86 @@ def check_features(config: ConfigDict, dataset: Records) -> None:
             )
 
 
-def datasets(
-    config: ConfigDict, workdir: Path, say: Callable[[str], None]
-) -> tuple[Records, Records, Records | None]:
-    """The training, validation and test clips; generates the demo world's where it is asked for.
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The clips of a run, each set with its view and label types."""
+
+    train: list[Source]
+    val: list[Source]
+    test: Source | None
+
+
+def data(
+    config: ConfigDict, workdir: Path, tokenizer: Tokenizer, say: Callable[[str], None]
+) -> Data:
+    """Open the clips of a config; generates the demo world's where it is asked for.
 
     Raises:
-        ConfigError: no training data named.
+        ConfigError: no training data named, features that do not fit, or, where `strict_leaks` is
+            set, clips that are in training and evaluation.
         RecordError: a directory without intact records.
+        PromptError: a prompt file that cannot be used.
     """
-    if not config.data.train:
+    if not config.data.train and not config.data.mix:
         raise ConfigError(
             "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
         )
-    train = _open(config, config.data.train, "train", workdir, say)
+    one = data_set(config.data.train)
+    sets = config.data.mix.to_dict() if config.data.mix else {"train": one.to_dict()}
+
+    def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> Source:
+        mode = entry["input"] or config.input
+        dataset = _open(config, place, split, workdir, say)
+        check_features(config, dataset, input_mode(config, mode))
+        label = entry["label"] or config.label
+        how = view(config, tokenizer, mode)
+        return Source(dataset, how, label, name, entry["weight"])
+
+    train, val = [], []
+    for name, entry in sets.items():
+        whole = source(name, entry["source"], "train", entry)
+        whole = dataclasses.replace(whole, dataset=subsample(whole.dataset, entry["share"]))
+        if not config.data.val:
+            mine, held_out = hold_out(whole.dataset, config.data.val_share)
+            val.append(dataclasses.replace(whole, dataset=held_out))
+            whole = dataclasses.replace(whole, dataset=mine)
+        train.append(whole)
+    plain = one.to_dict()
     if config.data.val:
-        val = _open(config, config.data.val, "val", workdir, say)
-    else:
-        train, val = hold_out(train, config.data.val_share)
-    test = _open(config, config.data.test, "test", workdir, say) if config.data.test else None
-    for dataset in (train, val, test):
-        if dataset is not None:
-            check_features(config, dataset)
-    names = {entry.name for entry in train.index}
-    for split, dataset in (("validation", val), ("test", test)):
-        shared = [e.name for e in dataset.index if e.name in names] if dataset else []
-        if shared:
-            say(f"warning: {len(shared)} {split} clips are training clips too, e.g. {shared[0]!r}")
-    return train, val, test
+        val = [source("val", config.data.val, "val", plain)]
+    test = source("test", config.data.test, "test", plain) if config.data.test else None
+    _check_leaks(config, Data(train, val, test), say)
+    return Data(train, val, test)
+
+
+def _check_leaks(config: ConfigDict, data: Data, say: Callable[[str], None]) -> None:
+    """Find clips, by name, that are in training and in evaluation."""
+    names = {entry.name: s.name for s in data.train for entry in s.dataset.index}
+    for split, sources in (("validation", data.val), ("test", [data.test] if data.test else [])):
+        shared = [e.name for s in sources for e in s.dataset.index if e.name in names]
+        if not shared:
+            continue
+        found = (
+            f"{len(shared)} {split} clips are training clips too, e.g. {shared[0]!r} of the set "
+            f"{names[shared[0]]!r}"
+        )
+        if config.strict_leaks:
+            raise ConfigError(f"{found}; take them out of one, or pass --config.strict_leaks=False")
+        say(f"warning: {found}")
 
 
 def _open(
-    config: ConfigDict, source: str, split: str, workdir: Path, say: Callable[[str], None]
-) -> RecordDataset:
-    if source != "demo":
-        return RecordDataset(Path(source).expanduser())
-    directory = workdir / "data" / f"demo-{config.demo_seed}-{split}"
-    return demo.materialize(directory, config.demo_seed, split, say)
+    config: ConfigDict, place: str, split: str, workdir: Path, say: Callable[[str], None]
+) -> Records:
+    """The data set of a source string; every shard is hashed unless `data.verify` is off."""
+    if match := re.fullmatch(r"demo(?::(\d+))?", place):
+        seed = config.demo_seed if match[1] is None else int(match[1])
+        features = demo.features_for(fusion_config(config, llm_width=1).inputs)
+        extra = "".join(f"-{name}" for name in features if name not in demo.DEFAULT_FEATURES)
+        directory = workdir / "data" / f"demo-{seed}-{split}{extra}"
+        dataset = demo.materialize(directory, seed, split, say, features)
+    else:
+        dataset = RecordDataset(Path(place).expanduser())
+    if config.data.verify:
+        dataset.verify()
+    return dataset

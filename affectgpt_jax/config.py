@@ -20,10 +20,11 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from affectgpt_jax.configs import affectgpt_qwen25_7b
+from affectgpt_jax.data.prompts import INPUT_MODES, PromptError, parse_label
 
 DEFAULT = "demo"
+MIX = "config.data.mix"
 CHOICES = {
-    "label": ("description", "ovlabel", "hybrid"),
     "too_long": ("error", "drop"),
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", "dots", "full"),
@@ -50,7 +51,18 @@ POSITIVE = (
 )
 # What may differ when a run is resumed: where it runs and what it reports. The base may have moved;
 # checkpoints know it by its hash.
-FREE_ON_RESUME = ("llm", "mesh", "remat", "log_every", "keep", "profile_steps", "generate")
+FREE_ON_RESUME = (
+    "llm",
+    "mesh",
+    "remat",
+    "log_every",
+    "keep",
+    "profile_steps",
+    "generate",
+    "wandb_project",
+    "strict_leaks",
+    "data.verify",
+)
 
 
 class ConfigError(ValueError):
@@ -122,14 +134,18 @@ def find_config(name: str) -> Path:
 
 
 def _resolve_config_flag(argv: Sequence[str]) -> list[str]:
-    """`--config=NAME` and `--config NAME` with the file that NAME stands for."""
-    resolved, rest = [], iter(argv)
+    """`--config=NAME` and `--config NAME` with the file that NAME stands for, before all else.
+
+    ml_collections wants the file before its overrides.
+    """
+    first, others, rest = [], [], iter(argv)
     for arg in rest:
         if match := re.fullmatch(r"--?config(=.*)?", arg):
             name = next(rest, "") if match[1] is None else match[1][1:]
-            arg = f"--config={find_config(name)}"
-        resolved.append(arg)
-    return resolved
+            first.append(f"--config={find_config(name)}")
+        else:
+            others.append(arg)
+    return first + others
 
 
 def _check_override(arg: str) -> None:
@@ -137,6 +153,8 @@ def _check_override(arg: str) -> None:
     if match := re.match(r"--?config\.([^=]*)", arg):
         schema, where = affectgpt_qwen25_7b.get_config(), "config"
         for key in match[1].split("."):
+            if where == MIX:  # any name may stand here
+                schema = ConfigDict({key: affectgpt_qwen25_7b.data_set("")})
             if not isinstance(schema, ConfigDict):
                 raise ConfigError(f"{where} is a single value; {where}.{key} does not exist")
             if key not in schema:
@@ -167,6 +185,9 @@ def validate(config: ConfigDict) -> None:
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of the config file returned {config!r}, not a ConfigDict")
     _check_keys(config, affectgpt_qwen25_7b.get_config(), "config")
+    _check_mix(config)
+    _check_label("config.label", config.label)
+    _check_input("config.input", config.input)
     for key, choices in CHOICES.items():
         if _get(config, key) not in choices:
             raise ConfigError(f"config.{key} is {_get(config, key)!r}; expected one of {choices}")
@@ -187,6 +208,38 @@ def validate(config: ConfigDict) -> None:
         )
 
 
+def _check_mix(config: ConfigDict) -> None:
+    for name, entry in config.data.mix.items():
+        where = f"{MIX}.{name}"
+        if not isinstance(entry, ConfigDict):
+            raise ConfigError(f"{where} is {entry!r}; expected data_set(...)")
+        _check_keys(entry, affectgpt_qwen25_7b.data_set(""), where)
+        if not entry.source:
+            raise ConfigError(f"{where}.source is empty; name records, or 'demo'")
+        if not 0 < entry.weight < float("inf"):
+            raise ConfigError(f"{where}.weight is {entry.weight}; expected a number over 0")
+        if not 0 < entry.share <= 1:
+            raise ConfigError(f"{where}.share is {entry.share}; expected a share in (0, 1]")
+        _check_label(f"{where}.label", entry.label or config.label)
+        _check_input(f"{where}.input", entry.input or config.input)
+    if config.data.mix and config.data.train:
+        raise ConfigError(
+            f"config.data.train={config.data.train!r} and {MIX} both name training sets; use one"
+        )
+
+
+def _check_label(where: str, label: str) -> None:
+    try:
+        parse_label(label)
+    except PromptError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _check_input(where: str, name: str) -> None:
+    if name not in INPUT_MODES:
+        raise ConfigError(f"{where} is {name!r}; expected one of {sorted(INPUT_MODES)}")
+
+
 def _get(config: ConfigDict, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
@@ -194,6 +247,8 @@ def _get(config: ConfigDict, key: str) -> Any:
 
 
 def _check_keys(found: ConfigDict, schema: ConfigDict, where: str) -> None:
+    if where == MIX:
+        return
     for key in found:
         if key not in schema:
             raise _unknown_key(where, key, schema)
@@ -234,7 +289,8 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     if config.optimizer.learning_rate == config.optimizer.final_learning_rate:
         theirs["steps"] = mine["steps"]  # a constant rate does not depend on the run's length
     for key in sorted(mine.keys() | theirs.keys()):
-        if key.split(".")[0] not in FREE_ON_RESUME and mine.get(key) != theirs.get(key):
+        free = any(f"{key}.".startswith(f"{prefix}.") for prefix in FREE_ON_RESUME)
+        if not free and mine.get(key) != theirs.get(key):
             raise ConfigError(
                 f"{workdir} holds a run with config.{key}={theirs.get(key)!r}, but now it is "
                 f"{mine.get(key)!r}; use another --workdir, or the same settings to resume"

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from affectgpt_jax.data.pipeline import View, sequential_batches
+from affectgpt_jax.data.prompts import sentiment
 from affectgpt_jax.data.records import Records
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.models.affectgpt import AffectGPT
@@ -108,23 +109,40 @@ class Generator:
         return Answers(texts, cut)
 
 
-def read_labels(view: View, answers: Answers) -> list[list[str]]:
-    """The label list of every answer."""
-    return [view.prompts.read_labels(text) for text in answers.texts]
+# Label types whose answers name the clip's one true word, best first.
+SCORED = ("ovlabel", "onehot", "onehot_candidates", "sentiment")
 
 
-def score_labels(dataset: Records, labels: Sequence[Sequence[str]]) -> dict[str, float]:
+def scored_question(label_types: Sequence[str]) -> str | None:
+    """The label type by which a model trained on these is scored; None where there is none."""
+    return next((kind for kind in SCORED if kind in label_types), None)
+
+
+def read_labels(view: View, answers: Answers, question: str = "ovlabel") -> list[list[str]]:
+    """The label list of every answer to a question out of `SCORED`."""
+    return [view.prompts.read_labels(text, question) for text in answers.texts]
+
+
+def _truth(dataset: Records, question: str) -> list[str]:
+    """The one true word of every clip; empty where it has none."""
+    if question == "sentiment":
+        return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
+    return [entry.emotion.strip().lower() for entry in dataset.index]
+
+
+def score_labels(
+    dataset: Records, labels: Sequence[Sequence[str]], question: str = "ovlabel"
+) -> dict[str, float]:
     """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
-    truth = [entry.emotion.strip().lower() for entry in dataset.index]
     return {
-        "hit": metrics.hit_rate(labels, truth, max_labels=1),
+        "hit": metrics.hit_rate(labels, _truth(dataset, question), max_labels=1),
         "labels_per_clip": metrics.labels_per_clip(labels),
     }
 
 
-def has_truth(dataset: Records | None) -> bool:
-    """Whether every clip names its one true emotion."""
-    return dataset is not None and all(entry.emotion for entry in dataset.index)
+def without_truth(dataset: Records, question: str = "ovlabel") -> int:
+    """How many clips lack the one true word that answers to a question are scored against."""
+    return sum(not word for word in _truth(dataset, question))
 
 
 def write_predictions(

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from affectgpt_jax.config import ConfigError, check_same_run, parse_command_line
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
     DataError,
+    Source,
     TrainPipeline,
-    View,
     sequential_batches,
     too_long_message,
 )
-from affectgpt_jax.data.prompts import LABEL_TYPES, PromptError
+from affectgpt_jax.data.prompts import InputMode, PromptError, parse_label
 from affectgpt_jax.data.records import RecordError
 from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
@@ -63,12 +63,13 @@ USER_ERRORS = (
     TrainingError,
     WeightsError,
     sharding.MeshError,
+    telemetry.TelemetryError,
 )
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Run a config from data to scored result; returns what `workdir/result.json` then holds."""
-    clock = telemetry.TimeBuckets()
+    clock = telemetry.TimeBuckets(outside="setup")
     workdir.mkdir(parents=True, exist_ok=True)
     check_same_run(config, workdir)
     try:
@@ -99,14 +100,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             f"{directory}: the tokenizer has {tokenizer.base_size} tokens, but the model only "
             f"{llm.vocab_size} rows of embeddings; they do not belong together"
         )
-    view = build.view(config, tokenizer)
-    train_set, val_set, test_set = build.datasets(config, workdir, progress.line)
-    if test_set is not None:
-        view.prompt_examples(test_set, "ovlabel")  # trouble with a clip shows now, not at the end
+    data = build.data(config, workdir, tokenizer, progress.line)
+    question = test_question(config)
+    if data.test is not None:
+        # Trouble with a clip shows now, not at the end.
+        data.test.view.prompt_examples(data.test.dataset, question)
     pipeline = TrainPipeline(
-        train_set,
-        view,
-        label=config.label,
+        data.train,
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
         too_long=config.too_long,
@@ -118,10 +118,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         progress.line(
             f"dropped {pipeline.dropped} examples over {config.max_tokens} tokens (too_long=drop)"
         )
+    for source in data.train if len(data.train) > 1 else ():
+        progress.line(
+            f"{source.name}: {len(source.dataset):,} clips, weight {source.weight:g}, "
+            f"{source.label} from {source.view.mode.name}"
+        )
     lengths = ", ".join(f"{b.length} ({b.targets} supervised)" for b in pipeline.buckets)
-    progress.line(
-        f"{len(train_set):,} training clips, {len(val_set):,} for validation; row lengths {lengths}"
-    )
+    clips, held_out = (sum(len(s.dataset) for s in sources) for sources in (data.train, data.val))
+    progress.line(f"{clips:,} training clips, {held_out:,} for validation; row lengths {lengths}")
 
     # State: shapes first, then weights and fresh adapters straight into their shardings.
     abstract_base = abstract(mesh, lambda key: init_random_base(model, key))
@@ -153,26 +157,34 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     if start < config.steps:
         with clock.measure("compile"):
             shapes = {
-                bucket.length: sharding.abstract_batch(
-                    mesh, view.collate(train_set, [None] * config.batch_size, bucket)
-                )
+                bucket.length: sharding.abstract_batch(mesh, pipeline.filler_batch(bucket))
                 for bucket in pipeline.buckets
             }
             steps_by_length = compile_steps(train_step, mesh, abstract_state, abstract_base, shapes)
-    generator = evaluate.Generator(
-        model,
-        base,
-        view,
-        mesh,
-        num_buckets=config.num_buckets,
-        batch_size=config.generate.batch_size,
-        max_new_tokens=config.generate.max_new_tokens,
-    )
-    validate = make_validation(config, model, base, view, val_set, mesh, generator)
+    generators = {
+        source.view.mode: evaluate.Generator(
+            model,
+            base,
+            source.view,
+            mesh,
+            num_buckets=config.num_buckets,
+            batch_size=config.generate.batch_size,
+            max_new_tokens=config.generate.max_new_tokens,
+        )
+        for source in (*data.val, *([data.test] if data.test else []))
+    }
+    validate = make_validation(config, model, base, data.val, mesh, generators)
 
     # The loop. Batches come from Grain's threads; the metrics of a step are read while the next
     # one runs, so the device never waits for the host, and at most two steps are in flight.
-    writer = telemetry.MetricsWriter(workdir, resume_step=start, enabled=chief)
+    clock.outside("idle")
+    writer = telemetry.MetricsWriter(
+        workdir,
+        resume_step=start,
+        enabled=chief,
+        wandb_project=config.wandb_project,
+        config=config.to_dict(),
+    )
     reporter = StepReporter(config, workdir, writer, progress, checkpoints)
     with writer, progress, profiler, checkpoints:
         batches = pipeline.batches(start, config.steps)
@@ -186,7 +198,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             with clock.measure("step"):
                 run = steps_by_length[batch["tokens"].shape[1]]
                 state, metrics = run(state, base, sharding.shard_batch(mesh, batch))
-                reporter.submit(step, metrics, batch, wait_s)
+                mix = pipeline.mix(step - 1) if len(data.train) > 1 else {}
+                reporter.submit(step, metrics, batch, wait_s, mix)
             if step % config.save_every == 0 or step == config.steps:
                 with clock.measure("step"):
                     reporter.flush()
@@ -208,10 +221,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         # Score the held-out clips with the checkpoint that validation chose.
         result = summarise_losses(workdir) | {"steps": config.steps, "best_step": best}
         result |= reporter.totals()
-        if test_set is not None:
-            progress.line(f"asking about {len(test_set):,} held-out clips with step {best}")
+        if data.test is not None:
+            progress.line(
+                f"asking about {len(data.test.dataset):,} held-out clips with step {best}"
+            )
             with clock.measure("evaluate"):
-                result |= answer_test_set(config, workdir, state, generator, view, test_set)
+                generator = generators[data.test.view.mode]
+                result |= answer_test_set(config, workdir, state, generator, data.test)
             if "hit" in result:
                 writer.write(config.steps, {"test/hit": result["hit"]})
             else:
@@ -220,7 +236,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     result["time_s"] = clock.report()
     if chief:
         (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        mode_ceiling = result.get("ceilings", {}).get(config.input)
+        mode_ceiling = result.get("ceilings", {}).get(build.input_mode(config).name)
         telemetry.plot_run(
             workdir / "metrics.jsonl",
             workdir / "run.png",
@@ -256,7 +272,14 @@ class StepReporter:
         self._samples, self._seconds = 0, 0.0
         self._finished = time.perf_counter()
 
-    def submit(self, step: int, metrics: dict[str, jax.Array], batch: Any, wait_s: float) -> None:
+    def submit(
+        self,
+        step: int,
+        metrics: dict[str, jax.Array],
+        batch: Any,
+        wait_s: float,
+        mix: Mapping[str, int],
+    ) -> None:
         """Hand in a step that was just dispatched; reports the one before it.
 
         Args:
@@ -264,6 +287,7 @@ class StepReporter:
             metrics: device scalars of the train step, read when the next step is handed in.
             batch: this process's rows, as NumPy arrays.
             wait_s: s that the batch was waited for.
+            mix: rows from each set of a mixture.
 
         Raises:
             TrainingError: the step before had a loss or gradient that is not finite.
@@ -272,7 +296,7 @@ class StepReporter:
         tokens = batch["segment_ids"] > 0
         samples = int(tokens.any(axis=1).sum()) * processes
         self.flush()
-        self._pending = (step, metrics, samples, int(tokens.sum()) * processes, wait_s)
+        self._pending = (step, metrics, samples, int(tokens.sum()) * processes, wait_s, mix)
 
     def flush(self) -> None:
         """Report the step that was handed in last; waits for the device to finish it.
@@ -282,10 +306,11 @@ class StepReporter:
         """
         if self._pending is None:
             return
-        step, metrics, samples, tokens, wait_s = self._pending
+        step, metrics, samples, tokens, wait_s, mix = self._pending
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         scalars = {f"train/{name}": value for name, value in values.items()}
+        scalars |= {f"mix/{name}": rows for name, rows in mix.items()}
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
             rates = self._throughput.rates()
             self._writer.write(step, scalars | {f"rate/{k}": v for k, v in rates.items()})
@@ -389,20 +414,55 @@ def compile_steps(
         return dict(zip(batches, pool.map(compile_one, batches.values()), strict=True))
 
 
+def test_question(config: ConfigDict) -> str:
+    """What the test clips are asked: the question that can be scored, or else the first one."""
+    types = parse_label(config.label)
+    return evaluate.scored_question(types) or types[0]
+
+
 def make_validation(
     config: ConfigDict,
     model: AffectGPT,
     base: Any,
-    view: View,
-    dataset: build.Records,
+    sources: Sequence[Source],
     mesh: Mesh,
-    generator: evaluate.Generator,
+    generators: Mapping[InputMode, evaluate.Generator],
 ) -> Callable[[Any], dict[str, float]]:
-    """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true emotion.
+    """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true answer.
 
-    Under hybrid labels, clips take turns with the two label types, the same ones every time.
+    Of several sets, the loss is that of all tokens together, and every set has its own beside it,
+    `val/loss/NAME` and `val/hit/NAME`.
     """
-    types = LABEL_TYPES if config.label == "hybrid" else (config.label,)
+    parts = {source.name: _validation_of(config, source, generators) for source in sources}
+    eval_step = jax.jit(make_eval_step(model))
+
+    def validate(trainable: Any) -> dict[str, float]:
+        sums, scores = {}, {}
+        for name, (batches, hit) in parts.items():
+            device_sums = [
+                eval_step(trainable, base, sharding.shard_batch(mesh, batch)) for batch in batches()
+            ]
+            sums[name] = np.sum(jax.device_get(device_sums), axis=0)
+            suffix = f"/{name}" if len(parts) > 1 else ""
+            if hit is not None:
+                scores[f"val/hit{suffix}"] = hit(trainable)
+            if suffix:
+                total, tokens = sums[name]
+                scores[f"val/loss{suffix}"] = float(total / tokens)
+        total, tokens = np.sum(list(sums.values()), axis=0)
+        return {"val/loss": float(total / tokens), **scores}
+
+    return validate
+
+
+def _validation_of(
+    config: ConfigDict, source: Source, generators: Mapping[InputMode, evaluate.Generator]
+) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], float] | None]:
+    """The batches of a validation set, and its hit rate if it has one.
+
+    Clips take turns with the label types, the same ones every time.
+    """
+    dataset, view, types = source.dataset, source.view, parse_label(source.label)
     by_type = [view.training_examples(dataset, kind) for kind in types]
     examples = [by_type[i % len(types)][i] for i in range(len(dataset))]
     lengths = np.array([[len(example) for example in kind] for kind in by_type])
@@ -410,25 +470,27 @@ def make_validation(
         raise DataError(too_long_message(dataset, types, lengths, config.max_tokens))
     kept = [i for i, example in enumerate(examples) if len(example) <= config.max_tokens]
     if not kept:
-        raise DataError(f"no validation example has at most {config.max_tokens} tokens")
-    eval_step = jax.jit(make_eval_step(model))
+        raise DataError(
+            f"data set {source.name!r} has no validation example of at most {config.max_tokens} "
+            "tokens; raise config.max_tokens"
+        )
 
-    def validate(trainable: Any) -> dict[str, float]:
-        sums = [
-            jax.device_get(eval_step(trainable, base, sharding.shard_batch(mesh, batch)))
-            for _, batch in sequential_batches(
-                dataset, view, examples, config.batch_size, config.num_buckets, numbers=kept
-            )
-        ]
-        total, tokens = np.sum(sums, axis=0)
-        scores = {"val/loss": float(total / tokens)}
-        if config.label != "description" and evaluate.has_truth(dataset):
-            answers = generator.answer(trainable, dataset, "ovlabel")
-            labels = evaluate.read_labels(view, answers)
-            scores["val/hit"] = evaluate.score_labels(dataset, labels)["hit"]
-        return scores
+    def batches() -> Iterator[Any]:
+        found = sequential_batches(
+            dataset, view, examples, config.batch_size, config.num_buckets, numbers=kept
+        )
+        return (batch for _, batch in found)
 
-    return validate
+    question = evaluate.scored_question(types)
+    if question is None or evaluate.without_truth(dataset, question):
+        return batches, None
+
+    def hit(trainable: Any) -> float:
+        answers = generators[view.mode].answer(trainable, dataset, question)
+        labels = evaluate.read_labels(view, answers, question)
+        return evaluate.score_labels(dataset, labels, question)["hit"]
+
+    return batches, hit
 
 
 def summarise_losses(workdir: Path) -> dict[str, float]:
@@ -442,39 +504,43 @@ def summarise_losses(workdir: Path) -> dict[str, float]:
 
 
 def answer_test_set(
-    config: ConfigDict,
-    workdir: Path,
-    state: State,
-    generator: evaluate.Generator,
-    view: View,
-    dataset: build.Records,
+    config: ConfigDict, workdir: Path, state: State, generator: evaluate.Generator, test: Source
 ) -> dict[str, Any]:
     """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
 
-    Where clips name no true emotion, or the model was never taught to list labels, the answers are
-    written without a score, and `not_scored` says why.
+    Where clips name no true answer, or no label type of the model has one, the answers are written
+    without a score, and `not_scored` says why.
     """
-    trainable = state["trainable"]
-    question = "description" if config.label == "description" else "ovlabel"
+    trainable, dataset, view = state["trainable"], test.dataset, test.view
+    question = test_question(config)
+    scored = question in evaluate.SCORED
     answers = generator.answer(trainable, dataset, question)
-    labels = evaluate.read_labels(view, answers) if question == "ovlabel" else None
+    labels = evaluate.read_labels(view, answers, question) if scored else None
     evaluate.write_predictions(workdir, dataset, answers, labels)
     result: dict[str, Any] = {"clips": len(dataset), "answers_cut": answers.cut}
     if labels is None:
-        return result | {"not_scored": "config.label=description trains no label answers"}
-    if not evaluate.has_truth(dataset):
-        without = sum(not entry.emotion for entry in dataset.index)
-        return result | {"not_scored": f"{without} of {len(dataset)} clips name no true emotion"}
-    result |= evaluate.score_labels(dataset, labels)
+        return result | {"not_scored": f"config.label={config.label} has no answer to score"}
+    if without := evaluate.without_truth(dataset, question):
+        return result | {"not_scored": f"{without} of {len(dataset)} clips name no true answer"}
+    result |= evaluate.score_labels(dataset, labels, question)
     if view.features:
         order = np.random.default_rng(config.seed).permutation(len(dataset))
         shuffled = evaluate.read_labels(
-            view, generator.answer(trainable, dataset, question, feature_from=order)
+            view, generator.answer(trainable, dataset, question, feature_from=order), question
         )
-        result["hit_features_shuffled"] = evaluate.score_labels(dataset, shuffled)["hit"]
-    if config.data.test == "demo":
-        result["ceilings"] = demo.ceilings(demo.World(config.demo_seed).evidence("test"))
+        scores = evaluate.score_labels(dataset, shuffled, question)
+        result["hit_features_shuffled"] = scores["hit"]
+    if config.data.test == "demo" and question != "sentiment":
+        result["ceilings"] = demo_ceilings(config.demo_seed, view.mode.name)
     return result
+
+
+def demo_ceilings(seed: int, mode: str) -> dict[str, float]:
+    """The ceilings of the demo's test clips: of this input mode and of the main ones."""
+    seen = demo.CEILING_MODES[mode]
+    evidence = demo.World(seed).evidence("test", features=demo.features_for(seen))
+    known = demo.ceilings(evidence)
+    return {name: known[name] for name in dict.fromkeys([*demo.MAIN_CEILINGS, mode])}
 
 
 def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
@@ -485,7 +551,7 @@ def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> s
         rows.append(("samples/s", f"{result['samples_per_s']:.0f}"))
     if "hit" in result:
         ceilings = result.get("ceilings", {})
-        best = ceilings.get(config.input)
+        best = ceilings.get(build.input_mode(config).name)
         share = f"  ({result['hit'] / best:.0%} of the ceiling)" if best else ""
         error = math.sqrt(result["hit"] * (1 - result["hit"]) / result["clips"])
         rows.append(
@@ -523,6 +589,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(config, workdir)
     except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from None
+    except OSError as error:  # a full disk, a folder that may not be written
+        where = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(f"error: {where}{error.strerror or error}") from None
     except KeyboardInterrupt:
         raise SystemExit(
             "interrupted; the same command resumes from the newest checkpoint"

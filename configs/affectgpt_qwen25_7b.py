@@ -6,6 +6,23 @@ Every key that training reads stands here, with its meaning; other configs chang
 from ml_collections import ConfigDict
 
 
+def data_set(
+    source: str, *, weight: float = 1.0, share: float = 1.0, label: str = "", input: str = ""
+) -> ConfigDict:
+    """One training set of a mixture, for `data.mix`.
+
+    Args:
+        source: as `data.train`.
+        weight: how often an epoch visits each clip; 0.5 is every other epoch.
+        share: of its clips that is used at all; a clip's name alone decides.
+        label: as `config.label`, which "" stands for.
+        input: as `config.input`, which "" stands for.
+    """
+    return ConfigDict(
+        {"source": source, "weight": weight, "share": share, "label": label, "input": input}
+    )
+
+
 def get_config() -> ConfigDict:
     """python -m affectgpt_jax.train --config=configs/affectgpt_qwen25_7b.py --workdir=runs/paper \\
     --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus
@@ -14,17 +31,22 @@ def get_config() -> ConfigDict:
     c.seed = 0  # of initialisation, data order, label draw and dropout
     c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny" is the one that ships
     c.input = "multi_audio_face_text"  # the input mode: data/prompts.py
-    c.label = "hybrid"  # description | ovlabel | hybrid
+    c.label = "hybrid"  # hybrid: description or ovlabel, drawn anew at each access; others:
+    # onehot, onehot_candidates, sentiment, valence, caption, qa, preference; "a+b" draws of both
     c.prompts = "default"  # default | compact | a TOML file
     c.max_tokens = 1024  # of a training example
     c.too_long = "error"  # error | drop
 
     c.data = ConfigDict()
-    c.data.train = ""  # a record directory, or "demo"
+    c.data.train = ""  # a record directory, "tfds:DIR:SPLIT", "demo" or "demo:WORLD"
+    c.data.mix = ConfigDict()  # several training sets by name instead, each a `data_set(...)`
     c.data.val = ""  # the same; "" holds out `val_share` of the training clips
     c.data.val_share = 0.02
     c.data.test = ""  # scored at the end; "" scores nothing
+    c.data.verify = True  # hash every record shard at the start, against its manifest
     c.demo_seed = 0  # of the generated world, where data is "demo"
+
+    c.strict_leaks = False  # refuse clips that are in training and evaluation; False reports them
 
     c.steps = 300_000  # 60 epochs of 5,000 steps
     c.batch_size = 3  # clips in one update, over all devices
@@ -46,7 +68,7 @@ def get_config() -> ConfigDict:
     c.optimizer.clip_norm = 0.0  # 0 is off
 
     c.lora = ConfigDict()
-    c.lora.rank = 16
+    c.lora.rank = 16  # 0 trains heads and fusion alone
     c.lora.alpha = 32.0
     c.lora.dropout = 0.05
     c.lora.targets = (
@@ -82,5 +104,6 @@ def get_config() -> ConfigDict:
     c.log_every = 10  # steps between lines of metrics.jsonl
     c.save_every = 5000  # steps between validations, each followed by a checkpoint
     c.keep = 12  # newest checkpoints kept, beside the best on validation
+    c.wandb_project = ""  # also log to this project of Weights & Biases; "" does not
     c.profile_steps = ""  # "10:15" traces steps 10 to 14
     return c

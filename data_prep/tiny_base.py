@@ -29,6 +29,7 @@ from tokenizers import Tokenizer as RawTokenizer
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.examples import Example, build_examples
 from affectgpt_jax.data.prompts import INPUT_MODES, PLACEHOLDERS, InputMode, load_prompts
+from affectgpt_jax.data.records import Annotations
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.qwen2 import Execution, Qwen2, Qwen2Config, init_base, unembedding
 from affectgpt_jax.weights.huggingface import save_base
@@ -71,10 +72,14 @@ def draw_texts(rng: np.random.Generator, n: int):
     texts, answers, words = [], [], []
     for i in range(n):
         mode = INPUT_MODES[modes[i]]
-        texts.append(prompts.prompt(mode, ONE_EACH, clips.subtitles[i], questions[i]))
-        answers.append(
-            prompts.answer(questions[i], description=clips.description(i), labels=clips.labels[i])
+        clip = Annotations(
+            name="",
+            subtitle=clips.subtitles[i],
+            description=clips.description(i),
+            labels=clips.labels[i],
         )
+        texts.append(prompts.prompt(mode, ONE_EACH, clip, questions[i]))
+        answers.append(prompts.answer(questions[i], clip))
         words.append(_slot_words(rng, clips, i, mode))
     return texts, answers, words
 
@@ -177,8 +182,9 @@ def word_score(module: Qwen2, params, tokenizer: Tokenizer, n: int = 4096) -> di
     rng = np.random.default_rng(SEED + 1)
     prompts, mode = load_prompts("compact"), INPUT_MODES["multi_audio_face_text"]
     clips = demo.draw_clips(rng, n)
-    texts = [prompts.prompt(mode, ONE_EACH, text, "ovlabel") for text in clips.subtitles]
-    frame = prompts.answers["ovlabel"].split(" {labels}")[0]
+    asked = [Annotations(name="", subtitle=text) for text in clips.subtitles]
+    texts = [prompts.prompt(mode, ONE_EACH, clip, "ovlabel") for clip in asked]
+    frame = prompts.answers["ovlabel"].around("labels")[0].rstrip()
     words = [_slot_words(rng, clips, i, mode) for i in range(n)]
     batch = fill_rows(tokenizer, build_examples(tokenizer, texts, [frame] * n), words)
     batch["length"] = batch["length"] - 1  # the end token is not part of the frame

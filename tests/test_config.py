@@ -111,6 +111,44 @@ def test_a_config_file_of_ones_own_names_its_workdir(tmp_path):
     assert workdir == Path("runs/mine")
 
 
+def test_overrides_may_stand_before_the_config_file():
+    config, _ = parse("--config.steps=7", "--config=affectgpt_qwen25_7b")
+    assert leaves(config) == leaves(affectgpt_qwen25_7b.get_config()) | {"steps": 7}
+
+
+MIXED = """from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
+    c.data.train = ""
+    c.data.mix.one = data_set("demo", weight=2.0)
+    c.data.mix.two = data_set("demo:1", share=0.5, label="onehot", input="audio_text")"""
+
+
+def test_a_mixture_is_a_table_of_sets_whose_keys_can_be_overridden(tmp_path):
+    file = config_file(tmp_path / "mine.py", MIXED)
+    config, _ = parse(file, "--config.data.mix.two.weight=0.25")
+    assert config.data.mix.two.to_dict() == {
+        "source": "demo:1", "weight": 0.25, "share": 0.5, "label": "onehot", "input": "audio_text",
+    }  # fmt: skip
+    assert config.data.mix.one.weight == 2.0
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("data.mix.two.weight=0", "config.data.mix.two.weight is 0.0; expected a number over 0"),
+        ("data.mix.two.share=1.5", "config.data.mix.two.share is 1.5; expected a share in"),
+        ("data.mix.two.label=mood", "config.data.mix.two.label: label 'mood': 'mood' is not"),
+        ("data.mix.two.input=smell", "config.data.mix.two.input is 'smell'; expected one of"),
+        ("data.mix.two.source=", "config.data.mix.two.source is empty"),
+        ("data.mix.two.wait=1", "config.data.mix.two.wait is not a key; did you mean"),
+        ("data.mix.three.weight=1", "three"),
+        ("data.train=demo", "config.data.train='demo' and config.data.mix both name training"),
+    ],
+)
+def test_a_mixture_that_cannot_be_drawn_is_refused(tmp_path, flag, message):
+    file = config_file(tmp_path / "mine.py", MIXED)
+    assert message in refusal(file, f"--config.{flag}")
+
+
 def test_help_is_printed(capsys):
     for flag in ("--help", "-h"):
         with pytest.raises(SystemExit) as caught:
@@ -131,7 +169,10 @@ def test_help_is_printed(capsys):
         ("--config.stepz=3", "config.stepz is not a key; did you mean config.steps?"),
         ("--config.optimizer.learning_rat=1", "did you mean config.optimizer.learning_rate?"),
         ("--config.zzz=1", r"config.zzz is not a key; expected one of \['accumulation', .*"),
-        ("--config.data.zzz=1", r"config.data.zzz is not a key; expected one of \['test', .*"),
+        (
+            "--config.data.zzz=1",
+            r"config.data.zzz is not a key; expected one of \['mix', 'test', .*",
+        ),
         ("--config.steps.x=1", "config.steps is a single value"),
         ("--config.=1", "config. is not a key"),
         # a value of another type
@@ -143,6 +184,8 @@ def test_help_is_printed(capsys):
         ("--config.generate=3", "config.generate=3"),
         ("--config.seed", "[Mm]issing value for flag --config.seed"),
         # a value out of its range
+        ("--config.label=mood", "config.label: label 'mood': 'mood' is not a label type"),
+        ("--config.input=smell", r"config.input is 'smell'; expected one of \['audio', .*"),
         ("--config.seed=-1", "config.seed is -1; expected 0 to"),
         ("--config.demo_seed=-1", "config.demo_seed is -1; expected 0 to"),
         ("--config.data.val_share=1", r"config.data.val_share is 1.0; expected .* \[0, 1\)"),
@@ -334,6 +377,7 @@ def test_every_key_of_the_schema_is_read():
 
 def test_every_key_that_is_read_is_in_the_schema():
     schema = affectgpt_qwen25_7b.get_config()
-    keys = leaves(schema).keys() | schema.keys()
+    keys = leaves(schema).keys() | schema.keys() | {"data.mix"}
     found = {name.removeprefix("config.") for name in reads()[0] if name.startswith("config.")}
+    found = {re.sub(r"\.(items|values|to_dict)$", "", name) for name in found} - {"to_dict"}
     assert found <= keys

@@ -42,7 +42,7 @@ def test_an_installed_wheel_trains_from_another_directory(wheel, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True)
     for split, size in (("train", 32), ("test", 8)):
-        encoders = dict.fromkeys(demo.WIDTHS, "demo")
+        encoders = dict.fromkeys(demo.DEFAULT_FEATURES, "demo")
         write_records(tmp_path / split, demo.World(0).records(split, size), encoders=encoders)
     environment = {**os.environ, "PYTHONPATH": str(site)}
     flags = ["--config=configs/demo.py", "--workdir=run", "--config.steps=2"]

@@ -1,5 +1,6 @@
 """The training command as a user runs it, on small records."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from affectgpt_jax import train
 from affectgpt_jax.data import demo
+from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.training.telemetry import read_metrics
 
@@ -26,8 +28,8 @@ def records(tmp_path_factory):
     """Flags that name small record directories."""
     folder = tmp_path_factory.mktemp("records")
     for split, size in (("train", 64), ("val", 16), ("test", 16)):
-        encoders = dict.fromkeys(demo.WIDTHS, "demo")
-        write_records(folder / split, demo.World(0).records(split, size), encoders=encoders)
+        clips = demo.World(0).records(split, size, tuple(demo.SHAPES))
+        write_records(folder / split, clips, encoders=dict.fromkeys(demo.SHAPES, "demo"))
     return tuple(f"--config.data.{split}={folder / split}" for split in ("train", "val", "test"))
 
 
@@ -110,12 +112,73 @@ def test_every_pre_fusion_trains(fusion, records, tmp_path):
     assert result["steps"] == 12
 
 
-@pytest.mark.parametrize("mode", ["audio_face", "audio_text", "face_text", "audio", "face", "text"])
-def test_every_input_mode_with_demo_features_trains(mode, records, tmp_path):
-    result = run(tmp_path, *records, "--config.steps=1", f"--config.input={mode}")
+# The long question with all candidate words needs more tokens than the demo's other prompts.
+WIDE = "--config.max_tokens=160"
+
+
+# All modes beside all label types; nothing hangs on which meets which.
+@pytest.mark.parametrize(("mode", "label"), zip(INPUT_MODES, itertools.cycle(LABEL_TYPES)))
+def test_every_input_mode_and_label_type_trains_and_answers(mode, label, records, tmp_path):
+    flags = ("--config.steps=1", f"--config.input={mode}", f"--config.label={label}")
+    result = run(tmp_path, *records, WIDE, *flags)
     assert np.isfinite(result["loss_last"])
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+    assert len(lines) == 16
+    scored = label in ("ovlabel", "onehot", "onehot_candidates", "sentiment")
+    assert ("hit" in result) == scored
+    assert ("not_scored" in result) != scored
+    assert all(("labels" in line) == scored for line in lines)
     # Without features there is nothing to shuffle.
-    assert ("hit_features_shuffled" in result) == (mode != "text")
+    assert ("hit_features_shuffled" in result) == (scored and mode != "text")
+
+
+def test_a_mixture_logs_the_mix_of_every_step_and_validates_each_set(records, tmp_path, capsys):
+    config = tmp_path / "mixed.py"
+    train_records = records[0].split("=")[1]
+    config.write_text(f"""
+from affectgpt_jax.configs import demo
+from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
+
+
+def get_config():
+    c = demo.get_config()
+    c.data.train = c.data.val = c.data.test = ""
+    c.data.val_share = 0.3
+    c.data.mix.voices = data_set({train_records!r}, share=0.5, label="onehot", input="audio_text")
+    c.data.mix.whole = data_set({train_records!r}, weight=0.5)
+    return c
+""")
+    workdir, flags = tmp_path / "run", ("--config.steps=9", "--config.data.mix.whole.weight=2.0")
+    run(workdir, f"--config={config}", *flags)
+    lines = read_metrics(workdir / "metrics.jsonl")
+    mixes = [(r["mix/voices"], r["mix/whole"]) for r in lines if "train/loss" in r]
+    assert len(mixes) == 9
+    assert all(sum(mix) == 8 for mix in mixes)
+    voices, whole = np.sum(mixes, axis=0)
+    assert 0 < voices < whole
+    validated = [r for r in lines if "val/loss" in r]
+    assert {"val/loss/voices", "val/hit/voices", "val/loss/whole"} <= set(validated[0])
+    said = capsys.readouterr().out
+    assert "voices: " in said and "onehot from audio_text" in said
+    assert "weight 2, hybrid from multi_audio_face_text" in said
+    run(tmp_path / "again", f"--config={config}", *flags)
+    assert losses(tmp_path / "again") == losses(workdir)
+
+
+def test_clips_in_training_and_evaluation_are_reported_or_refused(records, tmp_path, capsys):
+    train_records = records[0].split("=")[1]
+    flags = (*records, f"--config.data.test={train_records}", "--config.steps=1")
+    with pytest.raises(SystemExit, match="error: 64 test clips are training clips too, e.g. 'demo"):
+        run(tmp_path / "strict", *flags, "--config.strict_leaks=True")
+    run(tmp_path / "run", *flags)
+    assert "warning: 64 test clips are training clips too" in capsys.readouterr().out
+
+
+def test_without_lora_heads_and_fusion_train_alone(records, tmp_path):
+    result = run(tmp_path, *records, "--config.lora.rank=0", "--config.steps=12")
+    trace = losses(tmp_path)
+    assert np.mean([trace[i] for i in (10, 11, 12)]) < np.mean([trace[i] for i in (1, 2, 3)])
+    assert result["steps"] == 12
 
 
 def test_validation_clips_are_held_out_where_no_set_is_named(records, tmp_path, capsys):
@@ -170,13 +233,14 @@ def test_weights_that_leave_the_finite_numbers_are_never_saved(records, tmp_path
         (["--config.data.train=/nowhere"], "/nowhere/manifest.json is missing"),
         (["--config.data.train="], "config.data.train names no records"),
         (["--config.heads.video_width=512"], "set it to 768"),
-        (["--config.input=frame"], "feature 'frame'"),
+        (["--config.input=text", "--config.lora.rank=0"], "leaves nothing to train"),
+        (["--config.label=mood"], "config.label: label 'mood': 'mood' is not a label type"),
         (["--config.input=everything"], "config.input is 'everything'"),
         (["--config.max_tokens=10"], "over --config.max_tokens=10"),
         (["--config.mesh=data:3"], "mesh 'data:3'"),
         (["--config.batch_size=12"], "12 rows at a time, which 8 devices"),
         (["--config.batch_size=8", "--config.accumulation=2"], "use a multiple of 16"),
-        (["--config.lora.rank=0"], "lora.rank is 0"),
+        (["--config.lora.rank=-1"], "lora.rank is -1"),
         (["--config.profile_steps=9"], "profile_steps"),
         (["--config.prompts=/nowhere.toml"], "/nowhere.toml"),
         (["--config.optimizer.beta1=1.5"], "optimizer.beta1"),

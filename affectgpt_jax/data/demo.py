@@ -10,6 +10,9 @@ No modality names the emotion alone. Cues are words; what a model sees of face a
 vectors, `cue direction + clip nuisance + per-frame noise`, as an encoder would give. In some clips
 a modality is absent, and in some it comes from another emotion (a conflict).
 
+The face cue has three views: the `face` itself; the `frame`, the whole picture, in which the face
+is so small that only a third of the valence scale can be told; and an `image`, one portrait.
+
 All of it is one generative model with exact likelihoods, so `posterior` is Bayes' rule and not an
 estimate, and the ceiling of an input mode is the hit rate of the best possible predictor.
 
@@ -21,7 +24,7 @@ words has to be learned anew for every seed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,9 @@ TOPICS = (
 OBJECTS = ("letter", "ticket", "house", "train", "dog", "song", "game", "key", "boat", "photo")
 
 MODALITIES = ("face", "audio", "text")
+# What can be observed of a clip, and the modality whose cue it tells of.
+OBSERVATIONS = {"face": "face", "audio": "audio", "frame": "face", "image": "face", "text": "text"}
+# What each input mode sees; the pre-fusion adds nothing to the features that it reads.
 CEILING_MODES = {
     "face": ("face",),
     "audio": ("audio",),
@@ -72,8 +78,19 @@ CEILING_MODES = {
     "audio_face": ("audio", "face"),
     "face_text": ("face", "text"),
     "audio_text": ("audio", "text"),
-    "multi_audio_face_text": MODALITIES,
-}  # what each input mode sees
+    "multi_audio_face_text": ("audio", "face", "text"),
+    "multi_audio_frame_text": ("audio", "frame", "text"),
+    "multi_audio_face_frame_text": ("audio", "face", "frame", "text"),
+    "multi_text": ("audio", "face", "text"),
+    "audio_face_frame_text": ("audio", "face", "frame", "text"),
+    "audio_face_text": ("audio", "face", "text"),
+    "audio_frame_text": ("audio", "frame", "text"),
+    "frame_text": ("frame", "text"),
+    "frame": ("frame",),
+    "image": ("image",),
+}
+# The ceilings that every run is compared with: one, two and three modalities.
+MAIN_CEILINGS = tuple(CEILING_MODES)[:7]
 SIZES = {"train": 6144, "val": 512, "test": 2048}
 _SPLIT_KEYS = {"train": 1, "val": 2, "test": 3}
 
@@ -84,8 +101,10 @@ COMPANION = 0.3  # chance that a clip lists a second, neighbouring emotion
 
 # Feature space. Cue directions are long against the noise, so features hide next to nothing of the
 # cues and the ceilings are set by what cues mean; what has to be learned is where to look.
-FRAMES = 8
-WIDTHS = {"face": 768, "audio": 1024}  # as CLIP ViT-L/14 and HuBERT-Large
+# Shapes are those of CLIP ViT-L/14 and HuBERT-Large, and of four patches of a picture.
+SHAPES = {"face": (8, 768), "audio": (8, 1024), "frame": (8, 768), "image": (4, 768)}
+DEFAULT_FEATURES = ("face", "audio")
+FRAME_GROUP = 4  # face cues that look alike in a frame: two levels of two
 NOISE = 0.2  # per frame and dimension; a feature is then about 8 long, as CLIP's are
 CUE_LENGTH = 20 * NOISE
 NUISANCE_DIMS, NUISANCE_STD = 8, 4 * NOISE
@@ -138,9 +157,13 @@ class Clips:
 
     def description(self, i: int) -> str:
         """One sentence per modality, then the emotion: names what was seen, not what was meant."""
+        return f"{self.caption(i)} They feel {self.labels[i][0]}."
+
+    def caption(self, i: int) -> str:
+        """What face and voice show, without the emotion."""
         seen = FACE_WORDS[self.cues["face"][i]] if self.present["face"][i] else "nothing"
         heard = VOICE_WORDS[self.cues["audio"][i]] if self.present["audio"][i] else "nothing"
-        return f"The face shows {seen} and the voice gives {heard}. They feel {self.labels[i][0]}."
+        return f"The face shows {seen} and the voice gives {heard}."
 
 
 def draw_clips(rng: np.random.Generator, n: int) -> Clips:
@@ -179,25 +202,29 @@ def _label_lists(rng: np.random.Generator, emotion: np.ndarray) -> list[tuple[st
     ]
 
 
-def posterior(evidence: dict[str, np.ndarray], modalities: tuple[str, ...]) -> np.ndarray:
+def posterior(evidence: dict[str, np.ndarray], seen: tuple[str, ...]) -> np.ndarray:
     """P(emotion | evidence), exactly.
 
     Args:
-        evidence: for each modality p(observation | cue), `[N, cues]`, up to a factor per clip; a
-            row of ones says nothing (the modality is absent).
-        modalities: those that the predictor sees.
+        evidence: for each of `OBSERVATIONS` p(observation | cue), `[N, cues]`, up to a factor per
+            clip; a row of ones says nothing (the modality is absent).
+        seen: the observations that the predictor sees. Two views of one cue differ by noise alone,
+            so given the cue they are independent.
 
     Returns:
         `[N, 24]`. A conflict touches at most one modality, so given the emotion the modalities are
         not independent: the sum runs over which one conflicts, if any.
     """
-    own = {m: evidence[m] @ CUE_TABLES[m].T for m in MODALITIES}  # p(observation | emotion)
-    anybody = {m: own[m].mean(axis=1, keepdims=True) for m in MODALITIES}  # of a random emotion
+    own = {}  # p(all observations of a modality | emotion)
+    for modality in dict.fromkeys(OBSERVATIONS[name] for name in seen):
+        views = [evidence[name] for name in seen if OBSERVATIONS[name] == modality]
+        own[modality] = np.prod(views, axis=0) @ CUE_TABLES[modality].T
+    anybody = {m: p.mean(axis=1, keepdims=True) for m, p in own.items()}  # of a random emotion
     cases = [(None, 1 - CONFLICT)] + [(m, CONFLICT / 3) for m in MODALITIES]
-    joint = np.zeros((len(evidence["face"]), len(EMOTIONS)))
+    joint = np.zeros((len(evidence[seen[0]]), len(EMOTIONS)))
     for conflicting, weight in cases:
         likelihood = np.full_like(joint, weight)
-        for m in modalities:
+        for m in own:
             likelihood *= anybody[m] if m == conflicting else own[m]
         joint += likelihood
     return joint / joint.sum(axis=1, keepdims=True)
@@ -211,119 +238,160 @@ def word_evidence(clips: Clips) -> dict[str, np.ndarray]:
     }
 
 
-def ceiling(evidence: dict[str, np.ndarray], modalities: tuple[str, ...]) -> float:
-    """Expected hit rate, 0 to 1, of the best one-label predictor that sees `modalities`."""
-    return float(posterior(evidence, modalities).max(axis=1).mean())
+def ceiling(evidence: dict[str, np.ndarray], seen: tuple[str, ...]) -> float:
+    """Expected hit rate, 0 to 1, of the best one-label predictor that sees these observations."""
+    return float(posterior(evidence, seen).max(axis=1).mean())
 
 
 class World:
     """One seed's appearance of the cues, and the clips drawn from it.
 
     Attributes:
-        directions: for face and audio, the unit-free cue vectors `[cues, d]`.
-        nuisance: for face and audio, orthonormal nuisance directions `[8, d]` ("who and where").
-        offset: for face and audio, a constant part of all features `[d]`.
+        directions: for every feature, the unit-free vectors `[cues, d]` of the cues it tells of.
+        nuisance: for every feature, orthonormal nuisance directions `[8, d]` ("who and where").
+        offset: for every feature, a constant part of all its values `[d]`.
     """
 
     def __init__(self, seed: int):
         rng = np.random.default_rng([seed, 0, 0])
         self.seed = seed
         self.directions, self.nuisance, self.offset = {}, {}, {}
-        for modality, width in WIDTHS.items():
-            cues = CUE_TABLES[modality].shape[1]
+        for feature, (_, width) in SHAPES.items():
+            cues = CUE_TABLES[OBSERVATIONS[feature]].shape[1]
             gaussian = rng.standard_normal((width, cues + NUISANCE_DIMS))
             basis = np.linalg.qr(gaussian)[0].T.astype(np.float32)
             # Half of a cue direction is shared with a nuisance direction, so that averaging frames
             # does not separate cue from nuisance: the model has to learn what to look away from.
-            self.nuisance[modality] = basis[cues:]
+            self.nuisance[feature] = basis[cues:]
             mixed = basis[:cues] + 0.5 * basis[cues:][np.arange(cues) % NUISANCE_DIMS]
-            self.directions[modality] = CUE_LENGTH * mixed
-            self.offset[modality] = (OFFSET_STD * rng.standard_normal(width)).astype(np.float32)
+            if feature == "frame":
+                mixed = mixed[np.arange(cues) // FRAME_GROUP]
+            self.directions[feature] = CUE_LENGTH * mixed
+            self.offset[feature] = (OFFSET_STD * rng.standard_normal(width)).astype(np.float32)
 
     def clips(self, split: str, size: int | None = None) -> Clips:
         """Draw the clips of a split; `size` defaults to `SIZES[split]`."""
         rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], 0])
         return draw_clips(rng, SIZES[split] if size is None else size)
 
-    def features(self, clips: Clips, split: str) -> Iterator[dict[str, np.ndarray]]:
-        """Yield, clip by clip, the features that are present: `[8, d]` float16 each.
+    def features(
+        self, clips: Clips, split: str, names: Sequence[str] = DEFAULT_FEATURES
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Yield, clip by clip, those of the named features that it has: `[T, d]` float16 each.
 
-        Every clip has its own generator, so clip i looks the same however many are drawn.
+        Every clip and feature has its own generator, so a feature of clip i looks the same however
+        many clips and whichever other features are drawn.
         """
         for i in range(len(clips)):
-            rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], i + 1])
             out = {}
-            for modality, width in WIDTHS.items():
+            for name in names:
+                modality, shape = OBSERVATIONS[name], SHAPES[name]
+                if not clips.present[modality][i]:
+                    continue
+                number = list(SHAPES).index(name)
+                rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], i + 1, number])
                 identity = NUISANCE_STD * rng.standard_normal(NUISANCE_DIMS, dtype=np.float32)
-                noise = rng.standard_normal((FRAMES, width), dtype=np.float32)
-                clean = self.offset[modality] + self.directions[modality][clips.cues[modality][i]]
-                clean = clean + identity @ self.nuisance[modality]
-                if clips.present[modality][i]:
-                    out[modality] = (clean + NOISE * noise).astype(np.float16)
+                noise = rng.standard_normal(shape, dtype=np.float32)
+                clean = self.offset[name] + self.directions[name][clips.cues[modality][i]]
+                clean = clean + identity @ self.nuisance[name]
+                out[name] = (clean + NOISE * noise).astype(np.float16)
             yield out
 
-    def records(self, split: str, size: int | None = None) -> Iterator[Record]:
-        """Yield the records of a split."""
+    def records(
+        self, split: str, size: int | None = None, features: Sequence[str] = DEFAULT_FEATURES
+    ) -> Iterator[Record]:
+        """Yield the records of a split, annotated for every label type."""
         clips = self.clips(split, size)
-        for i, features in enumerate(self.features(clips, split)):
+        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], 0, 1])
+        others = rng.integers(len(clips), size=len(clips))
+        places = rng.integers(2, size=len(clips))
+        for i, found in enumerate(self.features(clips, split, features)):
+            # A preference between the clip's own description and that of another clip.
+            pair = [clips.description(i), clips.description(others[i])]
+            preferred = "same" if pair[0] == pair[1] else ("a1", "a2")[places[i]]
             yield Record(
                 name=f"demo-{split}-{i:05d}",
-                features=features,
+                features=found,
                 subtitle=clips.subtitles[i],
                 description=clips.description(i),
                 labels=clips.labels[i],
                 emotion=EMOTIONS[clips.emotion[i]],
+                candidates=EMOTIONS,
                 valence=float(clips.emotion[i] // len(VOICE_CUES)) / 2.5 - 1,
+                valence_range=(-1.0, 1.0),
+                caption=clips.caption(i),
+                question="What is said?",
+                answer=clips.subtitles[i] or "Nothing.",
+                alternatives=tuple(pair[:: -1 if places[i] else 1]),
+                preferred=preferred,
                 source="demo",
             )
 
-    def feature_evidence(self, modality: str, features: np.ndarray) -> np.ndarray:
+    def feature_evidence(self, name: str, features: np.ndarray) -> np.ndarray:
         """p(features | cue) up to a factor per clip: features `[N, T, d]` -> `[N, cues]`.
 
         The mean over frames is sufficient. It is Gaussian with covariance `s I + v U'U` (`s` the
         frame noise over T, `v` the nuisance variance, `U` orthonormal), whose inverse is closed.
         """
-        mean = features.astype(np.float64).mean(axis=1) - self.offset[modality]
+        mean = features.astype(np.float64).mean(axis=1) - self.offset[name]
         s = NOISE**2 / features.shape[1]
         shrink = NUISANCE_STD**2 / (NUISANCE_STD**2 + s)
-        basis = self.nuisance[modality].astype(np.float64)
-        directions = self.directions[modality].astype(np.float64)
+        basis = self.nuisance[name].astype(np.float64)
+        directions = self.directions[name].astype(np.float64)
         residual = mean[:, None, :] - directions[None]  # [N, cues, d]
         along = residual @ basis.T
         distance = (residual**2).sum(-1) - shrink * (along**2).sum(-1)
         log_likelihood = -0.5 * distance / s
         return np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True))
 
-    def evidence(self, split: str, size: int | None = None) -> dict[str, np.ndarray]:
-        """Evidence of a split for a reader of features and subtitles, `{modality: [N, cues]}`.
+    def evidence(
+        self,
+        split: str,
+        size: int | None = None,
+        features: Sequence[str] = DEFAULT_FEATURES,
+    ) -> dict[str, np.ndarray]:
+        """Evidence of a split, by observation `[N, cues]`: of these features and the subtitle.
 
         A subtitle's topic can be read off its words with certainty.
         """
         clips = self.clips(split, size)
-        out = word_evidence(clips)
-        for modality in WIDTHS:
-            out[modality] = np.ones_like(out[modality])
-        for i, features in enumerate(self.features(clips, split)):
-            for modality, value in features.items():
-                out[modality][i] = self.feature_evidence(modality, value[None])[0]
+        out = {"text": word_evidence(clips)["text"]}
+        for name in features:
+            out[name] = np.ones((len(clips), CUE_TABLES[OBSERVATIONS[name]].shape[1]))
+        for i, found in enumerate(self.features(clips, split, features)):
+            for name, value in found.items():
+                out[name][i] = self.feature_evidence(name, value[None])[0]
         return out
 
 
 def ceilings(evidence: dict[str, np.ndarray]) -> dict[str, float]:
-    """Ceiling, 0 to 1, of each single modality, each pair and all three, by input mode."""
-    return {mode: ceiling(evidence, seen) for mode, seen in CEILING_MODES.items()}
+    """Ceiling, 0 to 1, of every input mode whose observations are all in `evidence`."""
+    return {
+        mode: ceiling(evidence, seen)
+        for mode, seen in CEILING_MODES.items()
+        if evidence.keys() >= set(seen)
+    }
+
+
+def features_for(needed: Sequence[str]) -> tuple[str, ...]:
+    """The features of records for models that read `needed`: the default ones, and what else."""
+    return (*DEFAULT_FEATURES, *(n for n in SHAPES if n in needed and n not in DEFAULT_FEATURES))
 
 
 def materialize(
-    directory: Path, seed: int, split: str, say: Callable[[str], None] = print
+    directory: Path,
+    seed: int,
+    split: str,
+    say: Callable[[str], None] = print,
+    features: Sequence[str] = DEFAULT_FEATURES,
 ) -> RecordDataset:
     """Open a split's record directory, after writing it where it is not there yet."""
     if not (directory / MANIFEST_FILE).exists():
         say(f"writing {SIZES[split]:,} generated clips to {directory}")
         write_records(
             directory,
-            World(seed).records(split),
-            encoders=dict.fromkeys(WIDTHS, f"demo world, seed {seed}"),
+            World(seed).records(split, features=features),
+            encoders=dict.fromkeys(features, f"demo world, seed {seed}"),
             split=split,
         )
     return RecordDataset(directory)

@@ -49,17 +49,25 @@ def build_examples(
 
 
 def soft_index(
-    tokens: np.ndarray, tokenizer: Tokenizer, token_counts: Mapping[str, int]
+    tokens: np.ndarray,
+    tokenizer: Tokenizer,
+    token_counts: Mapping[str, int],
+    slots: Sequence[str],
 ) -> np.ndarray:
     """Which soft token stands at each position of a row: int32 `[T]`, 0 for none.
 
-    Entry j > 0 names row j - 1 of the soft tokens, which are concatenated in the order of
-    `token_counts`.
+    Args:
+        tokens: ids of a row, `[T]`.
+        tokenizer: knows the placeholders.
+        token_counts: all soft tokens of the model, which are concatenated in this order; entry
+            j > 0 of the result names row j - 1 of them.
+        slots: those that the row's input mode has.
     """
     index = np.zeros(len(tokens), np.int32)
     first = 1
     for slot, count in token_counts.items():
-        at = tokens == tokenizer.placeholder_ids[PLACEHOLDERS[slot]]
-        index[at] = np.arange(first, first + count)
+        if slot in slots:
+            at = tokens == tokenizer.placeholder_ids[PLACEHOLDERS[slot]]
+            index[at] = np.arange(first, first + count)
         first += count
     return index

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from affectgpt_jax.data.examples import Example, build_examples, soft_index
-from affectgpt_jax.data.prompts import LABEL_TYPES, InputMode, PromptError, PromptSet
-from affectgpt_jax.data.records import Records
+from affectgpt_jax.data.prompts import InputMode, PromptError, PromptSet, parse_label
+from affectgpt_jax.data.records import Annotations, Records
 from affectgpt_jax.data.tokenizer import Tokenizer
 
 # Lengths are rounded up to multiples of this, for the sake of aligned matrix products.
@@ -41,18 +42,26 @@ class View:
 
     Attributes:
         tokenizer, prompts, mode: what a prompt is made with.
-        token_counts: soft tokens per slot.
-        features: names of the features that the model reads.
+        token_counts: the model's soft tokens per slot; `mode` has some of these slots.
+        features: the features that the model reads, and their widths.
     """
 
     tokenizer: Tokenizer
     prompts: PromptSet
     mode: InputMode
     token_counts: Mapping[str, int]
-    features: tuple[str, ...]
+    features: Mapping[str, int]
 
     def prompt_examples(self, dataset: Records, question: str) -> list[Example]:
-        """The prompt of every clip for one question, without an answer."""
+        """The prompt of every clip for one question, without an answer.
+
+        Args:
+            dataset: the clips.
+            question: a label type, or the text of any question.
+
+        Raises:
+            DataError: a clip that cannot be asked; the message names it.
+        """
         return build_examples(self.tokenizer, self._prompts(dataset, question), None)
 
     def training_examples(self, dataset: Records, label_type: str) -> list[Example]:
@@ -61,88 +70,112 @@ class View:
         Raises:
             DataError: a clip has no such answer; the message names it.
         """
-        answers = []
-        for entry in dataset.index:
-            try:
-                answers.append(
-                    self.prompts.answer(
-                        label_type, description=entry.description, labels=entry.labels
-                    )
-                )
-            except PromptError as error:
-                raise DataError(f"record {entry.name!r}: {error}") from None
-        return build_examples(self.tokenizer, self._prompts(dataset, label_type), answers)
+        prompts = self._prompts(dataset, label_type)
+        answers = [
+            _of_clip(clip, lambda clip: self.prompts.answer(label_type, clip))
+            for clip in dataset.index
+        ]
+        return build_examples(self.tokenizer, prompts, answers)
 
     def _prompts(self, dataset: Records, question: str) -> list[str]:
-        prompts = []
-        for entry in dataset.index:
-            try:
-                prompts.append(
-                    self.prompts.prompt(self.mode, self.token_counts, entry.subtitle, question)
-                )
-            except PromptError as error:
-                raise DataError(f"record {entry.name!r}: {error}") from None
-        return prompts
+        def prompt(clip: Annotations) -> str:
+            return self.prompts.prompt(self.mode, self.token_counts, clip, question)
 
-    def feature_shapes(self, dataset: Records) -> dict[str, tuple[int, int]]:
-        """`(frames, width)` of every feature that the model reads.
-
-        Raises:
-            DataError: the data set has no such feature at all.
-        """
-        known = dataset.manifest.features
-        for name in self.features:
-            if name not in known:
-                raise DataError(
-                    f"the input mode reads the feature {name!r}, but the records hold only "
-                    f"{sorted(known)}; choose another --config.input"
-                )
-        return {name: (known[name]["frames"], known[name]["width"]) for name in self.features}
+        return [_of_clip(clip, prompt) for clip in dataset.index]
 
     def collate(
-        self,
-        dataset: Records,
-        rows: Sequence[tuple[int, Example] | None],
-        bucket: Bucket,
+        self, dataset: Records, rows: Sequence[tuple[int, Example] | None], bucket: Bucket
     ) -> dict[str, object]:
-        """Assemble a batch (layout: `models.affectgpt`) of right-padded rows, one clip each.
+        """Assemble a batch of rows from one data set; see `collate`.
 
         Args:
             dataset: where features come from.
             rows: record number and example of each row; None is a filler row without any target.
             bucket: the batch's shape.
         """
-        size, length, targets = len(rows), bucket.length, bucket.targets
-        batch: dict[str, object] = {
-            "tokens": np.full((size, length), self.tokenizer.end_id, np.int32),
-            "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (size, length)),
-            "segment_ids": np.zeros((size, length), np.int32),
-            "soft_index": np.zeros((size, length), np.int32),
-            "target_positions": np.zeros((size, targets), np.int32),
-            "targets": np.zeros((size, targets), np.int32),
-            "target_weights": np.zeros((size, targets), np.float32),
-        }
-        shapes = self.feature_shapes(dataset)
-        features = {name: np.zeros((size, *shape), np.float16) for name, shape in shapes.items()}
-        present = {name: np.zeros(size, bool) for name in shapes}
-        for i, row in enumerate(rows):
-            if row is None:
-                continue
-            number, example = row
-            tokens, end, start = example.tokens, len(example), example.answer_start
-            batch["tokens"][i, :end] = tokens
-            batch["segment_ids"][i, :end] = 1
-            batch["soft_index"][i, :end] = soft_index(tokens, self.tokenizer, self.token_counts)
-            batch["target_positions"][i, : end - start] = np.arange(start - 1, end - 1)
-            batch["targets"][i, : end - start] = tokens[start:]
-            batch["target_weights"][i, : end - start] = 1
-            if shapes:
-                found = dataset[number].features
-                for name in shapes:
-                    if name in found:
-                        features[name][i] = found[name]
-                        present[name][i] = True
-        return {**batch, "features": features, "present": present}
+        shapes = feature_shapes(self.features, [dataset])
+        return collate([row and (dataset, self, *row) for row in rows], self, shapes, bucket)
+
+
+def _of_clip(clip: Annotations, render: Callable[[Annotations], str]) -> str:
+    """What `render` makes of a clip; its complaint names the clip."""
+    try:
+        return render(clip)
+    except PromptError as error:
+        raise DataError(f"record {clip.name!r}: {error}") from None
+
+
+def feature_shapes(
+    features: Mapping[str, int], datasets: Sequence[Records]
+) -> dict[str, tuple[int, int]]:
+    """`(frames, width)` of every feature that the model reads, the same in all data sets.
+
+    A feature that no data set has is one frame that is absent everywhere.
+
+    Raises:
+        DataError: two data sets differ in a feature's number of frames.
+    """
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, width in features.items():
+        found = [
+            d.manifest.features[name]["frames"] for d in datasets if name in d.manifest.features
+        ]
+        if len(set(found)) > 1:
+            raise DataError(
+                f"the data sets have {' and '.join(map(str, sorted(set(found))))} frames of the "
+                f"feature {name!r}; a batch mixes them, so extract all with the same number"
+            )
+        shapes[name] = (found[0] if found else 1, width)
+    return shapes
+
+
+def collate(
+    rows: Sequence[tuple[Records, View, int, Example] | None],
+    model_view: View,
+    shapes: Mapping[str, tuple[int, int]],
+    bucket: Bucket,
+) -> dict[str, object]:
+    """Assemble a batch (layout: `models.affectgpt`) of right-padded rows, one clip each.
+
+    Args:
+        rows: for each row its data set, its view, and record number and example in it; None is a
+            filler row without any target.
+        model_view: any view of the model, for what all have in common.
+        shapes: `(frames, width)` of every feature that the model reads.
+        bucket: the batch's shape.
+    """
+    size, length, targets = len(rows), bucket.length, bucket.targets
+    batch: dict[str, object] = {
+        "tokens": np.full((size, length), model_view.tokenizer.end_id, np.int32),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (size, length)),
+        "segment_ids": np.zeros((size, length), np.int32),
+        "soft_index": np.zeros((size, length), np.int32),
+        "target_positions": np.zeros((size, targets), np.int32),
+        "targets": np.zeros((size, targets), np.int32),
+        "target_weights": np.zeros((size, targets), np.float32),
+    }
+    features = {name: np.zeros((size, *shape), np.float16) for name, shape in shapes.items()}
+    present = {name: np.zeros(size, bool) for name in shapes}
+    for i, row in enumerate(rows):
+        if row is None:
+            continue
+        dataset, view, number, example = row
+        tokens, end, start = example.tokens, len(example), example.answer_start
+        batch["tokens"][i, :end] = tokens
+        batch["segment_ids"][i, :end] = 1
+        batch["soft_index"][i, :end] = soft_index(
+            tokens, view.tokenizer, view.token_counts, view.mode.slots
+        )
+        batch["target_positions"][i, : end - start] = np.arange(start - 1, end - 1)
+        batch["targets"][i, : end - start] = tokens[start:]
+        batch["target_weights"][i, : end - start] = 1
+        if shapes:
+            found = dataset[number].features
+            for name in shapes:
+                if name in found:
+                    features[name][i] = found[name]
+                    present[name][i] = True
+    return {**batch, "features": features, "present": present}
 
 
 def choose_lengths(lengths: np.ndarray, count: int) -> tuple[int, ...]:
@@ -203,25 +236,93 @@ def too_long_message(
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """One data set that training draws from.
+
+    Attributes:
+        dataset: the clips.
+        view: how they become inputs.
+        label: label types, as `prompts.parse_label` reads them; where it names several, each
+            access to a clip draws one.
+        name: in logs.
+        weight: how often an epoch visits each clip. Under 1, epochs take turns with the clips.
+
+    Raises:
+        DataError: a weight that is not positive.
+    """
+
+    dataset: Records
+    view: View
+    label: str
+    name: str = "train"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise DataError(f"data set {self.name!r}: weight is {self.weight}; expected over 0")
+
+
+class _Visits:
+    """The examples of one source, and the endless order in which training visits them.
+
+    Args:
+        source: the data set.
+        number: its place in the mixture.
+        seed: of order and label draw.
+        max_tokens: longer examples are not kept.
+    """
+
+    def __init__(self, source: Source, number: int, seed: int, max_tokens: int):
+        self.source, self._key = source, (seed, number)
+        self.types = parse_label(source.label)
+        self.examples = [source.view.training_examples(source.dataset, t) for t in self.types]
+        self.lengths = np.array([[len(e) for e in examples] for examples in self.examples])
+        starts = [[e.answer_start for e in examples] for examples in self.examples]
+        self.answers = self.lengths - starts
+        self.keep = self.lengths <= max_tokens
+
+    def of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Record numbers and label types (indices into `types`) of an epoch's kept visits."""
+        size = len(self.source.dataset)
+        first, end = (math.floor(e * self.source.weight * size) for e in (epoch, epoch + 1))
+        passes = range(first // size, -(-end // size))
+        drawn = [self._one_pass(number) for number in passes]
+        if not drawn:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        mine = slice(first - passes[0] * size, end - passes[0] * size)
+        order, kinds = (np.concatenate(part)[mine] for part in zip(*drawn))
+        kept = self.keep[kinds, order]
+        return order[kept], kinds[kept]
+
+    def _one_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Every clip once, with the label type that this access draws."""
+        seed, source = self._key
+        rng = np.random.default_rng([seed, number, source])
+        size = len(self.source.dataset)
+        order = rng.permutation(size)
+        return order, rng.integers(len(self.types), size=size)[order]
+
+
+@dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """One batch of an epoch: its bucket, and record and label type of each row (-1: filler)."""
+    """One batch of an epoch: its bucket, and for each row source, record and label type (-1:
+    filler)."""
 
     bucket: int
+    sources: np.ndarray
     records: np.ndarray
     label_types: np.ndarray
 
 
 class TrainPipeline:
-    """The training batches of a data set.
+    """The training batches of one data set or a mixture of several.
 
     Attributes:
         buckets: the shapes that batches come in.
         dropped: examples over `max_tokens` that `too_long="drop"` left out.
 
     Args:
-        dataset: the clips.
-        view: how they become inputs.
-        label: "description", "ovlabel", or "hybrid", which draws one of both at each access.
+        sources: the data sets.
         batch_size: rows of a global batch.
         max_tokens: limit of an example's length.
         too_long: "error", or "drop" to leave longer examples out and count them.
@@ -230,16 +331,15 @@ class TrainPipeline:
         process: (index, count) of this process; batches hold its share of the rows.
 
     Raises:
-        DataError: an example over the limit, nothing left to train on, or a batch size that the
-            processes cannot share equally.
+        DataError: an example over the limit, nothing left to train on, data sets whose features
+            differ in shape, or a batch size that the processes cannot share equally.
+        PromptError: a source's label that names no label types.
     """
 
     def __init__(
         self,
-        dataset: Records,
-        view: View,
+        sources: Sequence[Source],
         *,
-        label: str,
         batch_size: int,
         max_tokens: int,
         too_long: str = "error",
@@ -247,51 +347,63 @@ class TrainPipeline:
         seed: int = 0,
         process: tuple[int, int] = (0, 1),
     ):
-        self._dataset, self._view, self._seed = dataset, view, seed
-        self._batch_size, self._process = batch_size, process
+        self._seed, self._batch_size, self._process = seed, batch_size, process
         if batch_size % process[1]:
             raise DataError(f"batch_size {batch_size} is not a multiple of {process[1]} processes")
-        self._types = LABEL_TYPES if label == "hybrid" else (label,)
-        self._examples = [view.training_examples(dataset, kind) for kind in self._types]
-        lengths = np.array([[len(e) for e in examples] for examples in self._examples])
-        answers = lengths - [[e.answer_start for e in examples] for examples in self._examples]
-        self._keep = lengths <= max_tokens
-        self.dropped = int((~self._keep).sum())
-        if self.dropped and too_long != "drop":
-            raise DataError(too_long_message(dataset, self._types, lengths, max_tokens))
-        if not self._keep.any():
-            raise DataError(f"no example has at most {max_tokens} tokens; raise config.max_tokens")
-        self._lengths = lengths  # [types, records]
+        self._view = sources[0].view
+        self._shapes = feature_shapes(self._view.features, [s.dataset for s in sources])
+        self._visits = [_Visits(s, i, seed, max_tokens) for i, s in enumerate(sources)]
+        for visits in self._visits:
+            if too_long != "drop" and not visits.keep.all():
+                raise DataError(
+                    too_long_message(
+                        visits.source.dataset, visits.types, visits.lengths, max_tokens
+                    )
+                )
+            if not visits.keep.any():
+                raise DataError(
+                    f"data set {visits.source.name!r} has no example of at most {max_tokens} "
+                    "tokens; raise config.max_tokens"
+                )
+        self.dropped = sum(int((~visits.keep).sum()) for visits in self._visits)
         # A batch is as long as its longest row. Epoch 0 shows how those lengths are spread, and
         # the longest example there is fits the last bucket, whatever other epochs draw.
+        lengths = np.concatenate([v.lengths[v.keep] for v in self._visits])
+        answers = np.concatenate([v.answers[v.keep] for v in self._visits])
         longest = [self._longest_row(*rows) for rows in self._rows(0)]
-        ends = choose_lengths(np.array([*longest, lengths[self._keep].max()]), num_buckets)
-        self.buckets = buckets_of(ends, lengths[self._keep], answers[self._keep])
+        ends = choose_lengths(np.array([*longest, lengths.max()]), num_buckets)
+        self.buckets = buckets_of(ends, lengths, answers)
         self._first_step = [0]  # of every epoch planned so far, and of the next
 
-    def _rows(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Record and label type of each row (-1: filler) of an epoch's batches.
+    def _rows(self, epoch: int) -> list[np.ndarray]:
+        """Source, record and label type `[3, rows]` (-1: filler) of an epoch's batches.
 
         Batches are cut from one permutation, not from clips of like length: a loss that is the
         mean over a batch's supervised tokens weighs a label against a description as the published
         recipe does only if both kinds meet in a batch.
         """
-        rng = np.random.default_rng([self._seed, epoch])
-        count = len(self._dataset)
-        order = rng.permutation(count)
-        kinds = rng.integers(len(self._types), size=count)
-        order = order[self._keep[kinds[order], order]]
-        filler = np.full(-len(order) % self._batch_size, -1)
-        parts = np.concatenate([order, filler]).reshape(-1, self._batch_size)
-        return [(part, kinds[part]) for part in parts]
+        parts = []
+        for source, visits in enumerate(self._visits):
+            records, kinds = visits.of_epoch(epoch)
+            parts.append(np.stack([np.full(len(records), source), records, kinds]))
+        rows = np.concatenate(parts, axis=1)
+        if len(parts) > 1:  # the visits of one source are in a random order already
+            rng = np.random.default_rng([self._seed, epoch, len(parts)])
+            rows = rows[:, rng.permutation(rows.shape[1])]
+        filler = np.full((3, -rows.shape[1] % self._batch_size), -1)
+        rows = np.concatenate([rows, filler], axis=1)
+        return np.split(rows, rows.shape[1] // self._batch_size, axis=1) if rows.size else []
 
-    def _longest_row(self, records: np.ndarray, kinds: np.ndarray) -> int:
-        real = records >= 0
-        return int(self._lengths[kinds[real], records[real]].max())
+    def _longest_row(self, sources: np.ndarray, records: np.ndarray, kinds: np.ndarray) -> int:
+        return max(
+            int(self._visits[source].lengths[kind, record])
+            for source, record, kind in zip(sources, records, kinds)
+            if record >= 0
+        )
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the pipeline lives as long as the run
     def plan(self, epoch: int) -> tuple[PlannedBatch, ...]:
-        """The batches of an epoch: every kept clip once, the last batch padded with filler."""
+        """The batches of an epoch: every kept visit, the last batch padded with filler."""
         ends = [bucket.length for bucket in self.buckets]
         return tuple(
             PlannedBatch(int(np.searchsorted(ends, self._longest_row(*rows))), *rows)
@@ -306,20 +418,36 @@ class TrainPipeline:
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
         return epoch, step - self._first_step[epoch]
 
+    def planned(self, step: int) -> PlannedBatch:
+        """The plan of a step's batch."""
+        epoch, place = self.locate(step)
+        return self.plan(epoch)[place]
+
+    def mix(self, step: int) -> dict[str, int]:
+        """How many rows of a step's batch come from each source, over all processes."""
+        sources = self.planned(step).sources
+        return {v.source.name: int((sources == i).sum()) for i, v in enumerate(self._visits)}
+
     def batch(self, step: int) -> dict[str, object]:
         """This process's rows of the batch of a step, as NumPy arrays."""
-        epoch, place = self.locate(step)
-        planned = self.plan(epoch)[place]
+        planned = self.planned(step)
         index, count = self._process
         share = self._batch_size // count
         mine = slice(index * share, (index + 1) * share)
-        rows = [
-            None if record < 0 else (record, self._examples[kind][record])
-            for record, kind in zip(
-                planned.records[mine].tolist(), planned.label_types[mine].tolist(), strict=True
-            )
-        ]
-        return self._view.collate(self._dataset, rows, self.buckets[planned.bucket])
+        columns = (planned.sources, planned.records, planned.label_types)
+        rows: list[tuple[Records, View, int, Example] | None] = []
+        for source, record, kind in zip(*(column[mine].tolist() for column in columns)):
+            if record < 0:
+                rows.append(None)
+                continue
+            visits = self._visits[source]
+            example = visits.examples[kind][record]
+            rows.append((visits.source.dataset, visits.source.view, record, example))
+        return collate(rows, self._view, self._shapes, self.buckets[planned.bucket])
+
+    def filler_batch(self, bucket: Bucket) -> dict[str, object]:
+        """A global batch of this shape without any clip, for compiling."""
+        return collate([None] * self._batch_size, self._view, self._shapes, bucket)
 
     def batches(self, start: int, stop: int, threads: int = 2) -> Iterator[dict[str, object]]:
         """The batches of steps `start ... stop - 1`, read ahead by Grain's threads."""

@@ -1,20 +1,28 @@
 """Prompts and answers as text: what a clip's inputs, question and target look like.
 
-Templates live in a TOML file (format: `assets/prompts/default.toml`); the code knows only slots.
+Templates live in a TOML file (format: `assets/prompts/default.toml`); the code knows only slots,
+input modes (which inputs a prompt has) and label types (which question is asked, and what answers
+it).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.resources
 import re
+import string
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-# Soft-token slots and the placeholder that stands for one soft token of each in the text.
+from affectgpt_jax.data.records import Annotations
+
+# Slots of soft tokens, and the placeholder that stands for one soft token of each in the text. The
+# two "multi" slots are one pre-fusion of audio with the face or with the frame.
 PLACEHOLDERS = {
     "multi": "<MultiHere>",
+    "multi_frame": "<MultiHere>",
     "audio": "<AudioHere>",
     "face": "<FaceHere>",
     "frame": "<FrameHere>",
@@ -26,11 +34,13 @@ PLACEHOLDER_ORDER = ("<ImageHere>", "<AudioHere>", "<FrameHere>", "<FaceHere>", 
 # In a clip's own texts these would be taken for soft tokens, or for the start or end of a turn.
 _RESERVED = (*PLACEHOLDER_ORDER, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _SETS = ("default", "compact")
-_INPUTS = (*PLACEHOLDERS, "text")
 
 
 class PromptError(ValueError):
     """A prompt file that cannot be used, or a clip that does not fit its templates."""
+
+
+# --- input modes --------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,100 +48,274 @@ class InputMode:
     """What a model sees of a clip.
 
     Attributes:
+        name: the mode's name in configs and prompt files.
         slots: soft-token slots, in prompt order.
         text: whether the subtitle is part of the prompt.
-        multi_video: the visual feature that the pre-fusion reads, "face" or "frame".
     """
 
+    name: str
     slots: tuple[str, ...]
     text: bool
-    multi_video: str = "face"
 
-    def without(self, slot: str) -> InputMode:
-        return dataclasses.replace(self, slots=tuple(s for s in self.slots if s != slot))
+    def without_pre_fusion(self) -> InputMode:
+        """The mode that sees the same, each modality through its own head only."""
+        slots = tuple(slot for slot in self.slots if not slot.startswith("multi"))
+        return next(m for m in INPUT_MODES.values() if (m.slots, m.text) == (slots, self.text))
 
 
 INPUT_MODES = {
-    "multi_audio_face_text": InputMode(("multi", "audio", "face"), True),
-    "audio_face": InputMode(("audio", "face"), False),
-    "audio_text": InputMode(("audio",), True),
-    "face_text": InputMode(("face",), True),
-    "frame_text": InputMode(("frame",), True),
-    "audio": InputMode(("audio",), False),
-    "face": InputMode(("face",), False),
-    "frame": InputMode(("frame",), False),
-    "text": InputMode((), True),
+    mode.name: mode
+    for mode in (
+        # With the pre-fusion of voice and picture; the first is the paper's default.
+        InputMode("multi_audio_face_text", ("multi", "audio", "face"), True),
+        InputMode("multi_audio_frame_text", ("multi_frame", "audio", "frame"), True),
+        InputMode("multi_audio_face_frame_text", ("multi", "audio", "face", "frame"), True),
+        InputMode("multi_text", ("multi",), True),
+        # Without.
+        InputMode("audio_face_frame_text", ("audio", "face", "frame"), True),
+        InputMode("audio_face_text", ("audio", "face"), True),
+        InputMode("audio_frame_text", ("audio", "frame"), True),
+        InputMode("audio_face", ("audio", "face"), False),
+        InputMode("audio_text", ("audio",), True),
+        InputMode("face_text", ("face",), True),
+        InputMode("frame_text", ("frame",), True),
+        InputMode("audio", ("audio",), False),
+        InputMode("face", ("face",), False),
+        InputMode("frame", ("frame",), False),
+        InputMode("text", (), True),
+        InputMode("image", ("image",), False),
+    )
 }
-LABEL_TYPES = ("description", "ovlabel")
-_ANSWER_SLOTS = {"description": "description", "ovlabel": "labels"}
+
+
+# --- label types --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelType:
+    """A kind of question and its answer.
+
+    Attributes:
+        slot: the slot of the answer's template.
+        text: what a clip fills it with; raises PromptError where the clip has nothing.
+        asks: slots that the question's template must have.
+        may_ask: slots that it may have.
+    """
+
+    slot: str
+    text: Callable[[Annotations], str]
+    asks: tuple[str, ...] = ()
+    may_ask: tuple[str, ...] = ()
+
+
+def _field(name: str) -> Callable[[Annotations], str]:
+    def text(clip: Annotations) -> str:
+        value = getattr(clip, name)
+        if value in ("", None):
+            raise PromptError(f"it has no {name}; give it one, or choose another config.label")
+        return value
+
+    return text
+
+
+def sentiment(valence: float) -> str:
+    """The sentiment word of a valence, by its sign."""
+    return "positive" if valence > 0 else "negative" if valence < 0 else "neutral"
+
+
+_valence = _field("valence")
+LABEL_TYPES = {
+    "description": LabelType("description", _field("description")),
+    # An empty list reads "neutral", as in the published recipe.
+    "ovlabel": LabelType("labels", lambda clip: ", ".join(clip.labels) or "neutral"),
+    "onehot": LabelType("emotion", _field("emotion")),
+    "onehot_candidates": LabelType("emotion", _field("emotion"), asks=("candidates",)),
+    "sentiment": LabelType("sentiment", lambda clip: sentiment(_valence(clip))),
+    "valence": LabelType("valence", lambda clip: f"{_valence(clip):.2f}", may_ask=("low", "high")),
+    "caption": LabelType("caption", _field("caption")),
+    "qa": LabelType("answer", _field("answer"), asks=("question",)),
+    "preference": LabelType("preferred", _field("preferred"), asks=("first", "second")),
+}
+
+
+def _asked_values(clip: Annotations) -> dict[str, str]:
+    """What a clip fills the slots of questions with."""
+    return {
+        "candidates": ", ".join(clip.candidates),
+        "question": clip.question,
+        **dict(zip(("low", "high"), (f"{bound:g}" for bound in clip.valence_range))),
+        **dict(zip(("first", "second"), clip.alternatives)),
+    }
+
+
+# Where both alternatives are as good, a sentence without any slot answers.
+_SAME = "preference_same"
+_HYBRID = ("description", "ovlabel")
+
+
+def parse_label(label: str) -> tuple[str, ...]:
+    """The label types of a `config.label`: one name, several joined by "+", or "hybrid".
+
+    Raises:
+        PromptError: an unknown or repeated name.
+    """
+    types = _HYBRID if label == "hybrid" else tuple(label.split("+"))
+    if unknown := [name for name in types if name not in LABEL_TYPES]:
+        raise PromptError(
+            f"label {label!r}: {unknown[0]!r} is not a label type; expected 'hybrid', or some of "
+            f"{', '.join(LABEL_TYPES)} joined by '+'"
+        )
+    if len(set(types)) < len(types):
+        raise PromptError(f"label {label!r} names a type twice; name each once")
+    return types
+
+
+# --- templates ----------------------------------------------------------------------------------
+
+
+class Template:
+    """Text with slots in braces, as `str.format` reads it: `{{` and `}}` are braces.
+
+    Attributes:
+        slots: names of the slots, in order.
+
+    Raises:
+        ValueError: an unbalanced brace, or a slot that is not a plain name.
+    """
+
+    def __init__(self, text: str):
+        self._parts: list[tuple[str, str | None]] = []
+        for literal, slot, spec, conversion in string.Formatter().parse(text):
+            if slot is not None and (spec or conversion or not re.fullmatch(r"[a-z_]+", slot)):
+                raise ValueError(f"{{{slot}}} is not a slot; a brace that is text is written twice")
+            self._parts.append((literal, slot))
+        self.slots = tuple(slot for _, slot in self._parts if slot is not None)
+
+    def render(self, values: Mapping[str, str]) -> str:
+        """The text with every slot filled; a value is never searched for slots."""
+        return "".join(
+            literal + ("" if slot is None else values[slot]) for literal, slot in self._parts
+        )
+
+    def around(self, slot: str) -> tuple[str, str]:
+        """The text before and after `slot`, for a template without any other."""
+        before, after = self.render({slot: "\0"}).split("\0")
+        return before, after
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSet:
-    """Templates of one prompt file; see `assets/prompts/default.toml` for their meaning."""
+    """Templates of one prompt file; see `assets/prompts/default.toml` for their meaning.
+
+    Attributes:
+        source: the file, for messages.
+        human, assistant, end: role marks and the end of an answer.
+        inputs: by slot, and "text" for the subtitle.
+        questions: by label type; a clip takes one of several by a hash of its name.
+        answers: by label type, and `preference_same`.
+        modes: whole prompts by input mode, for modes that are not composed from `inputs`.
+    """
 
     source: str
     human: str
     assistant: str
     end: str
-    inputs: Mapping[str, str]
-    questions: Mapping[str, str]
-    answers: Mapping[str, str]
+    inputs: Mapping[str, Template]
+    questions: Mapping[str, tuple[Template, ...]]
+    answers: Mapping[str, Template]
+    modes: Mapping[str, Template]
 
     def prompt(
-        self, mode: InputMode, token_counts: Mapping[str, int], subtitle: str, question: str
+        self, mode: InputMode, token_counts: Mapping[str, int], clip: Annotations, question: str
     ) -> str:
         """Render everything before the answer; it ends in a space, which keeps its own token.
 
         Args:
             mode: the input mode.
             token_counts: soft tokens per slot; a slot becomes that many placeholders.
-            subtitle: may be empty, then the subtitle line is left out.
-            question: a label type of `questions`, or the text of any question.
+            clip: whose subtitle is shown; the subtitle line is left out where it is empty.
+            question: a label type, or the text of any question.
 
         Raises:
-            PromptError: the subtitle holds a placeholder or chat token.
+            PromptError: the subtitle or the question holds a placeholder or chat token, the clip
+                lacks what its question needs, or this prompt set has no such question.
         """
-        _refuse_reserved("subtitle", subtitle, _RESERVED)
-        parts = [self.human]
-        for slot in mode.slots:
-            soft = PLACEHOLDERS[slot] * token_counts[slot]
-            parts.append(self.inputs[slot].replace("{" + slot + "}", soft))
-        if mode.text and subtitle:
-            parts.append(self.inputs["text"].replace("{subtitle}", subtitle))
-        parts.append(self.questions.get(question, question))
-        parts.append(self.assistant)
-        return "".join(parts)
+        _refuse_reserved("subtitle", clip.subtitle, _RESERVED)
+        asked = self.question(question, clip) if question in LABEL_TYPES else question
+        _refuse_reserved("question", asked, _RESERVED)
+        soft = {slot: PLACEHOLDERS[slot] * token_counts[slot] for slot in mode.slots}
+        if "multi_frame" in soft:
+            soft["multi"] = soft["multi_frame"]
+        if mode.name in self.modes:
+            values = {**soft, "subtitle": clip.subtitle, "question": asked}
+            return self.modes[mode.name].render(values)
+        parts = [self.inputs[slot].render(soft) for slot in mode.slots]
+        if mode.text and clip.subtitle:
+            parts.append(self.inputs["text"].render({"subtitle": clip.subtitle}))
+        return "".join([self.human, *parts, asked, self.assistant])
 
-    def answer(self, label_type: str, *, description: str = "", labels: tuple[str, ...] = ()):
+    def question(self, label_type: str, clip: Annotations) -> str:
+        """Render the question of a label type.
+
+        Raises:
+            PromptError: as for `prompt`.
+        """
+        if label_type not in self.questions:
+            raise PromptError(
+                f"{self.source} has no [questions].{label_type}, which label type {label_type!r} "
+                "needs; add it, or choose another config.label or config.prompts"
+            )
+        variants = self.questions[label_type]
+        digest = hashlib.sha256(clip.name.encode("utf-8")).digest()
+        template = variants[int.from_bytes(digest[:8], "little") % len(variants)]
+        values = _asked_values(clip)
+        if missing := [slot for slot in template.slots if not values.get(slot)]:
+            raise PromptError(
+                f"it has nothing for the slot {{{missing[0]}}} of {self.source}, "
+                f"[questions].{label_type}; give it that, or choose another config.label"
+            )
+        return template.render(values)
+
+    def answer(self, label_type: str, clip: Annotations) -> str:
         """Render the target of a label type, `end` included.
 
-        An empty label list reads "neutral", as in the published recipe.
-
         Raises:
-            PromptError: an empty description, for which there is nothing to learn, or a text that
-                holds a placeholder, a chat token or `end`, where generation would stop.
+            PromptError: the clip lacks what the label type teaches, or one of its texts holds a
+                placeholder, a chat token or `end`, where generation would stop.
         """
-        if label_type == "description" and not description:
-            raise PromptError("the clip has no description; train it with --config.label=ovlabel")
-        slot = _ANSWER_SLOTS[label_type]
-        text = description if slot == "description" else ", ".join(labels) or "neutral"
-        _refuse_reserved(slot, text, (*_RESERVED, self.end))
-        return self.answers[label_type].replace("{" + slot + "}", text) + self.end
+        kind = LABEL_TYPES[label_type]
+        text = kind.text(clip)
+        _refuse_reserved(kind.slot, text, (*_RESERVED, self.end))
+        name = _SAME if label_type == "preference" and text == "same" else label_type
+        if name not in self.answers:
+            raise PromptError(f"{self.source} has no [answers].{name}; add it")
+        return self.answers[name].render({kind.slot: text}) + self.end
 
-    def read_labels(self, text: str) -> list[str]:
-        """The labels of a generated label answer, lower-case, in order, without repeats.
+    def read_answer(self, label_type: str, text: str) -> str:
+        """What a generated answer of a label type says: its text without the frame sentence.
 
-        The frame sentence is taken off where it is there; whatever else was written is split at
-        commas, so that an answer in another form is still scored as what it says.
+        The frame is taken off where it is there; an answer in another form is given back as it is.
         """
-        head, tail = self.answers["ovlabel"].split("{labels}")
+        head, tail = self.answers[label_type].around(LABEL_TYPES[label_type].slot)
         body = text.split(self.end)[0].strip()
+        if label_type == "preference" and body == self.answers[_SAME].render({}).strip():
+            return "same"
         if body.startswith(head.strip()):
             body = body[len(head.strip()) :]
-        body = body.strip().removesuffix(tail.strip())
-        labels = (part.strip(" \t\n.[]'\"").lower() for part in re.split(r"[,\n;]", body))
+        return body.strip().removesuffix(tail.strip()).strip()
+
+    def read_labels(self, text: str, label_type: str = "ovlabel") -> list[str]:
+        """The labels of a generated answer, lower-case, in order, without repeats.
+
+        Whatever was written inside the frame sentence, or instead of it, is split at commas, so
+        that an answer in another form is still scored as what it says.
+        """
+        parts = re.split(r"[,\n;]", self.read_answer(label_type, text))
+        labels = (part.strip(" \t\n.[]'\"").lower() for part in parts)
         return list(dict.fromkeys(label for label in labels if label))
+
+
+# --- prompt files -------------------------------------------------------------------------------
 
 
 def load_prompts(name: str) -> PromptSet:
@@ -157,50 +341,116 @@ def load_prompts(name: str) -> PromptSet:
         data = tomllib.loads(text.decode("utf-8"))
     except ValueError as error:  # of either; it says which
         raise PromptError(f"{source}: not valid TOML: {error}") from None
-    expected = {
-        "roles": {"human": (), "assistant": (), "end": ()},
-        "inputs": {key: ("subtitle" if key == "text" else key,) for key in _INPUTS},
-        "questions": dict.fromkeys(LABEL_TYPES, ()),
-        "answers": {key: (slot,) for key, slot in _ANSWER_SLOTS.items()},
-    }
-    _check_keys(source, "the file", data, expected)
-    for section, keys in expected.items():
-        _check_keys(source, f"[{section}]", data[section], keys)
-        for key, slots in keys.items():
-            _check_template(source, f"[{section}].{key}", data[section][key], slots)
-    if not data["roles"]["end"]:
-        raise PromptError(f"{source}: [roles].end is empty; generation needs a mark to stop at")
-    return PromptSet(
-        source,
-        **data["roles"],
-        inputs=data["inputs"],
-        questions=data["questions"],
-        answers=data["answers"],
-    )
+    return _Reader(source).prompt_set(data)
 
 
-def _check_keys(source: str, where: str, found: object, expected: Mapping[str, object]) -> None:
-    if not isinstance(found, dict):
-        raise PromptError(f"{source}: {where} must be a table with the keys {sorted(expected)}")
-    for key in expected:
-        if key not in found:
-            raise PromptError(f"{source}: {where} lacks {key!r}; expected {sorted(expected)}")
-    for key in found:
-        if key not in expected:
-            raise PromptError(f"{source}: {where} has the unknown key {key!r}")
+class _Reader:
+    """Reads the tables of one file; every complaint names it."""
 
+    def __init__(self, source: str):
+        self._source = source
 
-def _check_template(source: str, where: str, template: object, slots: tuple[str, ...]) -> None:
-    if not isinstance(template, str):
-        raise PromptError(f"{source}: {where} must be a string, found {template!r}")
-    named = re.findall(r"{([^{}]*)}", template)
-    for name in named:
-        if name not in slots:
-            raise PromptError(
-                f"{source}: {where} names the unknown slot {{{name}}}; it may name {list(slots)}"
-            )
-    if tuple(named) != slots:
-        raise PromptError(f"{source}: {where} must hold the slot {{{slots[0]}}} exactly once")
+    def prompt_set(self, data: dict[str, object]) -> PromptSet:
+        sections = {"roles": True, "inputs": True, "questions": True, "answers": True}
+        self._keys("the file", data, sections | {"modes": False})
+        roles = {
+            key: self._template(f"[roles].{key}", value).render({})
+            for key, value in self._table(data, "roles", ("human", "assistant", "end")).items()
+        }
+        if not roles["end"]:
+            raise self._error("[roles].end is empty; generation needs a mark to stop at")
+        slots = {key: key for key in PLACEHOLDERS if key != "multi_frame"} | {"text": "subtitle"}
+        inputs = {
+            key: self._template(f"[inputs].{key}", value, once=(slots[key],))
+            for key, value in self._table(data, "inputs", slots).items()
+        }
+        # A file need not serve every label type; what it lacks is said when it is asked for.
+        questions = {
+            key: self._variants(key, value)
+            for key, value in self._table(data, "questions", optional=LABEL_TYPES).items()
+        }
+        fills = {key: (kind.slot,) for key, kind in LABEL_TYPES.items()} | {_SAME: ()}
+        answers = {
+            key: self._template(f"[answers].{key}", value, once=fills[key])
+            for key, value in self._table(data, "answers", optional=fills).items()
+        }
+        for key in LABEL_TYPES:
+            if (key in questions) != (key in answers):
+                raise self._error(f"{key!r} must stand in [questions] and in [answers], or in none")
+        modes = {
+            key: self._mode(INPUT_MODES[key], value)
+            for key, value in self._table(data, "modes", optional=INPUT_MODES).items()
+        }
+        inputs["multi_frame"] = inputs["multi"]
+        return PromptSet(
+            self._source, **roles, inputs=inputs, questions=questions, answers=answers, modes=modes
+        )
+
+    def _mode(self, mode: InputMode, value: object) -> Template:
+        slots = ["multi" if slot == "multi_frame" else slot for slot in mode.slots]
+        once = (*slots, *(["subtitle"] if mode.text else []), "question")
+        return self._template(f"[modes].{mode.name}", value, once=once)
+
+    def _variants(self, label_type: str, value: object) -> tuple[Template, ...]:
+        kind, where = LABEL_TYPES[label_type], f"[questions].{label_type}"
+        variants = value if isinstance(value, list) else [value]
+        if not variants:
+            raise self._error(f"{where} is an empty list; give at least one question")
+        return tuple(
+            self._template(where, one, some=kind.asks, optional=kind.may_ask) for one in variants
+        )
+
+    def _template(
+        self,
+        where: str,
+        value: object,
+        *,
+        once: tuple[str, ...] = (),
+        some: tuple[str, ...] = (),
+        optional: tuple[str, ...] = (),
+    ) -> Template:
+        """A template that holds each slot of `once` once, those of `some` once or more."""
+        if not isinstance(value, str):
+            raise self._error(f"{where} must be a string, found {value!r}")
+        try:
+            template = Template(value)
+        except ValueError as error:
+            raise self._error(f"{where}: {error}") from None
+        known = (*once, *some, *optional)
+        for slot in template.slots:
+            if slot not in known:
+                raise self._error(
+                    f"{where} names the unknown slot {{{slot}}}; it may name {list(known)}"
+                )
+        for slot in once:
+            if template.slots.count(slot) != 1:
+                raise self._error(f"{where} must hold the slot {{{slot}}} exactly once")
+        for slot in some:
+            if slot not in template.slots:
+                raise self._error(f"{where} must hold the slot {{{slot}}}")
+        return template
+
+    def _table(
+        self, data: dict, section: str, needed: Iterable[str] = (), optional: Iterable[str] = ()
+    ) -> dict[str, object]:
+        known = {**dict.fromkeys(optional, False), **dict.fromkeys(needed, True)}
+        table = data.get(section, {})
+        self._keys(f"[{section}]", table, known)
+        return table
+
+    def _keys(self, where: str, found: object, known: Mapping[str, bool]) -> None:
+        """Checks a table's keys; `known` says of each whether it must be there."""
+        if not isinstance(found, dict):
+            raise self._error(f"{where} must be a table with the keys {sorted(known)}")
+        for key, needed in known.items():
+            if needed and key not in found:
+                raise self._error(f"{where} lacks {key!r}; expected {sorted(known)}")
+        for key in found:
+            if key not in known:
+                raise self._error(f"{where} has the unknown key {key!r}; expected {sorted(known)}")
+
+    def _error(self, message: str) -> PromptError:
+        return PromptError(f"{self._source}: {message}")
 
 
 def _refuse_reserved(what: str, text: str, reserved: tuple[str, ...]) -> None:

@@ -56,36 +56,47 @@ class RecordError(ValueError):
     """A record, or a directory of records, is not what it has to be."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no single truth value to compare by
-class Record:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """What is said about a clip. All but the name may be empty; each label type reads some."""
+
+    name: str
+    subtitle: str = ""
+    description: str = ""
+    labels: tuple[str, ...] = ()
+    emotion: str = ""  # the single true word, where the data set has one
+    candidates: tuple[str, ...] = ()  # the words that `emotion` was chosen from
+    valence: float | None = None
+    valence_range: tuple[float, ...] = ()  # lowest and highest valence of the data set
+    caption: str = ""
+    question: str = ""
+    answer: str = ""  # to `question`
+    alternatives: tuple[str, ...] = ()  # two descriptions, "a1" and "a2"
+    preferred: str = ""  # the better one of `alternatives`; "same" where neither is
+    source: str = ""  # the data set that the clip comes from
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # arrays have no single truth value
+class Record(Annotations):
     """One clip.
 
     `features` maps names of `FEATURES` to arrays `[T, d]`, finite and in the range of float16; a
     modality that the clip lacks has no key. A decoded record holds read-only float16 arrays.
     """
 
-    name: str
     features: dict[str, np.ndarray]
-    subtitle: str = ""
-    description: str = ""
-    labels: tuple[str, ...] = ()
-    emotion: str = ""  # the single true word, where the data set has one
-    valence: float | None = None
-    source: str = ""  # the data set that the clip comes from
 
 
-@dataclasses.dataclass(frozen=True)
-class IndexEntry:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexEntry(Annotations):
     """A `Record` without its feature values; `present` names its features in `FEATURES` order."""
 
-    name: str
-    subtitle: str
-    description: str
-    labels: tuple[str, ...]
-    emotion: str
-    valence: float | None
-    source: str
     present: tuple[str, ...]
+
+
+PREFERENCES = ("a1", "a2", "same")
+_TEXTS = ("name", "subtitle", "description", "emotion", "caption", "question", "answer", "source")
+_TUPLES = ("labels", "candidates", "valence_range", "alternatives")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +150,15 @@ def decode(data: bytes) -> Record:
     features = {}
     for feature, frames, width in header.pop("features"):
         values = np.frombuffer(data, "<f2", frames * width, offset)
+        # All exponent bits set is infinity or NaN, which `encode` never writes.
+        if (values.view("<u2") & 0x7C00 == 0x7C00).any():
+            raise RecordError(f"feature {feature!r} holds values that are not finite")
         features[feature] = values.reshape(frames, width)
         offset += values.nbytes
-    return Record(features=features, labels=tuple(header.pop("labels")), **header)
+    try:
+        return Record(features=features, **_from_json(header))
+    except TypeError as error:  # a field that this version of `Annotations` does not have
+        raise RecordError(f"the record was written by another version: {error}") from None
 
 
 def write_records(
@@ -282,7 +299,7 @@ class RecordSubset:
         numbers: which of its records, in which order.
     """
 
-    def __init__(self, dataset: RecordDataset, numbers: Sequence[int]):
+    def __init__(self, dataset: "Records", numbers: Sequence[int]):
         self.manifest = dataset.manifest
         self.index = [dataset.index[i] for i in numbers]
         self._dataset, self._numbers = dataset, numbers
@@ -297,7 +314,28 @@ class RecordSubset:
 Records = RecordDataset | RecordSubset
 
 
-def hold_out(dataset: RecordDataset, share: float) -> tuple[RecordSubset, RecordSubset]:
+def _name_share(name: str, draw: int) -> float:
+    """A number in [0, 1) that a name alone decides; every `draw` gives another one."""
+    digest = hashlib.sha256(name.encode("utf-8")).digest()
+    return int.from_bytes(digest[8 * draw : 8 * draw + 8], "little") / 2**64
+
+
+def subsample(dataset: Records, share: float) -> Records:
+    """About `share` of the records, 1 for all; a record's name alone decides, as in `hold_out`,
+    but independently of it.
+
+    Raises:
+      RecordError: nothing is left.
+    """
+    if share == 1:
+        return dataset
+    kept = [i for i, e in enumerate(dataset.index) if _name_share(e.name, 1) < share]
+    if not kept:
+        raise RecordError(f"a share of {share:g} leaves none of {len(dataset)} records; raise it")
+    return RecordSubset(dataset, kept)
+
+
+def hold_out(dataset: Records, share: float) -> tuple[RecordSubset, RecordSubset]:
     """Splits a data set in two, the second with about `share` of the records.
 
     A record's name alone decides, so it stays on its side when others come or go.
@@ -307,8 +345,7 @@ def hold_out(dataset: RecordDataset, share: float) -> tuple[RecordSubset, Record
     """
     sides: tuple[list[int], list[int]] = ([], [])
     for i, entry in enumerate(dataset.index):
-        digest = hashlib.sha256(entry.name.encode("utf-8")).digest()
-        sides[int.from_bytes(digest[:8], "little") < share * 2**64].append(i)
+        sides[_name_share(entry.name, 0) < share].append(i)
     if not all(sides):
         found = f"holding out {share:g} of {len(dataset)} records leaves {len(sides[0])} to train"
         raise RecordError(f"{found} and {len(sides[1])} to validate; name a validation set instead")
@@ -320,23 +357,51 @@ def _present(record: Record) -> tuple[str, ...]:
 
 
 def _annotations(record: Record) -> dict[str, Any]:
-    """The fields of a record other than its features, checked, ready for JSON."""
+    """The annotations of a record that are not empty, checked, ready for JSON."""
     where = f"record {record.name!r}"
-    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
-    del fields["features"]
-    for field in ("name", "subtitle", "description", "emotion", "source"):
+    fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(Annotations)}
+    for field in (*_TEXTS, "preferred"):
         if not isinstance(fields[field], str):
             raise RecordError(f"{where}: {field} must be a string, got {fields[field]!r}")
     if not record.name:
         raise RecordError("a record has an empty name; give each a name of its own")
-    labels, valence = record.labels, record.valence
-    if not isinstance(labels, tuple) or not all(isinstance(label, str) for label in labels):
-        raise RecordError(f"{where}: labels must be a tuple of strings, got {labels!r}")
-    if valence is not None:
-        if not isinstance(valence, int | float) or not math.isfinite(valence):
-            raise RecordError(f"{where}: valence must be a finite number or None, got {valence!r}")
-        fields["valence"] = float(valence)
-    return fields
+    for field in ("labels", "candidates", "alternatives"):
+        value = fields[field]
+        if not isinstance(value, tuple) or not all(isinstance(text, str) for text in value):
+            raise RecordError(f"{where}: {field} must be a tuple of strings, got {value!r}")
+    if record.valence is not None:
+        fields["valence"] = _finite(where, "valence", record.valence, " or None")
+    bounds = record.valence_range
+    if not isinstance(bounds, tuple) or len(bounds) not in (0, 2):
+        raise RecordError(f"{where}: valence_range must be (lowest, highest), got {bounds!r}")
+    fields["valence_range"] = bounds = tuple(_finite(where, "valence_range", x) for x in bounds)
+    if bounds and not bounds[0] < bounds[1]:
+        raise RecordError(f"{where}: valence_range {bounds} is empty; give (lowest, highest)")
+    if bounds and record.valence is not None and not bounds[0] <= record.valence <= bounds[1]:
+        raise RecordError(f"{where}: valence {record.valence} lies outside its range {bounds}")
+    if record.candidates and record.emotion and record.emotion not in record.candidates:
+        known = ", ".join(record.candidates)
+        raise RecordError(f"{where}: emotion {record.emotion!r} is not a candidate; use {known}")
+    if len(record.alternatives) not in (0, 2):
+        found = f"got {len(record.alternatives)}"
+        raise RecordError(f"{where}: alternatives must be two descriptions or none, {found}")
+    if record.preferred and (record.preferred not in PREFERENCES or not record.alternatives):
+        raise RecordError(
+            f"{where}: preferred is {record.preferred!r}; expected one of {PREFERENCES}, with two "
+            "alternatives"
+        )
+    return {name: value for name, value in fields.items() if value not in ("", (), None)}
+
+
+def _finite(where: str, field: str, value: Any, otherwise: str = "") -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RecordError(f"{where}: {field} must be a finite number{otherwise}, got {value!r}")
+    return float(value)
+
+
+def _from_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `Annotations` out of parsed JSON, which has no tuples."""
+    return {k: tuple(v) if k in _TUPLES else v for k, v in fields.items()}
 
 
 def _to_float16(record: Record, feature: str) -> np.ndarray:
@@ -424,8 +489,7 @@ def _read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
     _expect(path, "lines", len(lines), manifest.count)
     _expect(path, "sha256", hashlib.sha256(data).hexdigest(), manifest.index_sha256)
     entries = [json.loads(line) for line in lines]
-    tuples = [{k: tuple(entry[k]) for k in ("labels", "present")} for entry in entries]
-    return [IndexEntry(**(e | t)) for e, t in zip(entries, tuples, strict=True)]
+    return [IndexEntry(present=tuple(e.pop("present")), **_from_json(e)) for e in entries]
 
 
 def _expect(path: Path, quantity: str, found: Any, expected: Any) -> None:

@@ -17,11 +17,14 @@ from jax import Array
 
 from affectgpt_jax.models.qformer import QFormer, QFormerConfig
 
-SLOTS = ("multi", "audio", "face", "frame", "image")
+SLOTS = ("multi", "multi_frame", "audio", "face", "frame", "image")
+# The visual feature that a pre-fused slot reads, beside audio.
+MULTI_VIDEO = {"multi": "face", "multi_frame": "frame"}
 
-# The module that serves a slot: face and frame share one head.
+# The module that serves a slot: face and frame share one head, and one pre-fusion.
 _MODULES = {
     "multi": "multi",
+    "multi_frame": "multi",
     "audio": "audio",
     "face": "video",
     "frame": "video",
@@ -33,7 +36,6 @@ _POSITIONS = {"multi": 264, "audio": 8, "video": 32, "image": 257}
 
 _CHOICES = {
     "pre_fusion": ("attention", "qformer"),
-    "multi_video": ("face", "frame"),
     "video_head": ("attention", "mean", "qformer"),
     "audio_head": ("attention", "mean", "qformer"),
     "image_head": ("mean", "qformer"),
@@ -50,8 +52,7 @@ class FusionConfig:
       video_width: width of the face and frame features.
       audio_width: width of the audio features.
       image_width: width of the image features.
-      pre_fusion: "attention" or "qformer"; read when "multi" is a slot.
-      multi_video: "face" or "frame", the visual feature that the pre-fusion reads.
+      pre_fusion: "attention" or "qformer"; read when a slot is pre-fused.
       video_head: "attention", "mean" or "qformer", for face and frame.
       audio_head: "attention", "mean" or "qformer".
       image_head: "mean" or "qformer".
@@ -67,7 +68,6 @@ class FusionConfig:
     audio_width: int = 1024
     image_width: int = 768
     pre_fusion: str = "attention"
-    multi_video: str = "face"
     video_head: str = "attention"
     audio_head: str = "attention"
     image_head: str = "mean"
@@ -89,14 +89,17 @@ class FusionConfig:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The features that a batch must hold, in the order of `SLOTS`."""
-        read = set(self.slots)
-        if "multi" in read:
-            read |= {"audio", self.multi_video}
-        return tuple(name for name in SLOTS[1:] if name in read)
+        read = {name for slot in self.slots for name in self.read_by(slot)}
+        return tuple(name for name in SLOTS if name in read)
+
+    @staticmethod
+    def read_by(slot: str) -> tuple[str, ...]:
+        """The features that the tokens of `slot` are computed from."""
+        return (MULTI_VIDEO[slot], "audio") if slot in MULTI_VIDEO else (slot,)
 
     def kind(self, slot: str) -> str:
         """How the tokens of `slot` are computed: "attention", "mean" or "qformer"."""
-        return self.pre_fusion if slot == "multi" else getattr(self, f"{_MODULES[slot]}_head")
+        return self.pre_fusion if slot in MULTI_VIDEO else getattr(self, f"{_MODULES[slot]}_head")
 
     def feature_width(self, name: str) -> int:
         """The width `d` of the feature `name`, one of `inputs`."""
@@ -107,8 +110,7 @@ class FusionConfig:
         rows = [
             _POSITIONS[_MODULES[slot]]
             for slot in self.slots
-            if self.kind(slot) == "qformer"
-            and name in (("audio", self.multi_video) if slot == "multi" else (slot,))
+            if self.kind(slot) == "qformer" and name in self.read_by(slot)
         ]
         return min(rows, default=float("inf"))
 
@@ -291,8 +293,9 @@ class QFormerPreFusion(nn.Module):
 class Fusion(nn.Module):
     """All soft tokens of an input mode; only what its slots use has parameters.
 
-    The submodules are `multi` (the pre-fusion), `audio`, `video` (shared by the slots "face" and
-    "frame") and `image`. Parameters are float32; the computation runs in `dtype`.
+    The submodules are `multi` (the pre-fusion, shared by the slots "multi" and "multi_frame"),
+    `audio`, `video` (shared by "face" and "frame") and `image`. Parameters are float32; the
+    computation runs in `dtype`.
     """
 
     config: FusionConfig
@@ -337,8 +340,8 @@ class Fusion(nn.Module):
         tokens = []
         for slot in config.slots:
             module = modules[_MODULES[slot]]
-            if slot == "multi":
-                video, audio = config.multi_video, "audio"
+            if slot in MULTI_VIDEO:
+                video, audio = config.read_by(slot)
                 valid = present[video] | present[audio]
                 slot_tokens = module(
                     states[video], states[audio], present[video], present[audio], deterministic

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import statistics
 import sys
@@ -23,6 +24,11 @@ from typing import Any, NamedTuple, Self, SupportsFloat, TextIO
 import jax
 
 Clock = Callable[[], float]
+
+
+class TelemetryError(RuntimeError):
+    """Something that a run was asked to report to is not there."""
+
 
 # --- metrics on disk ----------------------------------------------------------------------------
 
@@ -42,9 +48,12 @@ class MetricsWriter:
             0 is a fresh start and drops everything.
         enabled: False on every process but the first; nothing is then written.
         clock: seconds, from any origin.
+        wandb_project: where not empty, scalars also go to this project of Weights & Biases.
+        config: of the run, for Weights & Biases.
 
     Raises:
         ValueError: the `metrics.jsonl` to continue is damaged (see `read_metrics`).
+        TelemetryError: Weights & Biases is asked for, but not installed.
     """
 
     def __init__(
@@ -54,6 +63,8 @@ class MetricsWriter:
         resume_step: int = 0,
         enabled: bool = True,
         clock: Clock = time.perf_counter,
+        wandb_project: str = "",
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         self._enabled = enabled
         if not enabled:
@@ -63,7 +74,9 @@ class MetricsWriter:
         self._clock = clock
         self._start_s = clock() - _drop_steps_after(resume_step, metrics_file)
         self._lines = metrics_file.open("a", encoding="utf-8")
-        self._tensorboard = _TensorBoard(workdir / "tensorboard", resume_step)
+        self._sinks = [_TensorBoard(workdir / "tensorboard", resume_step)]
+        if wandb_project:
+            self._sinks.append(_WeightsAndBiases(workdir, wandb_project, config or {}))
 
     def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
         """Appends one line and flushes it; a device scalar is waited for.
@@ -85,13 +98,15 @@ class MetricsWriter:
             record |= _json_scalar(name, value)
         self._lines.write(json.dumps(record, allow_nan=False) + "\n")
         self._lines.flush()
-        self._tensorboard.write(step, values)
+        for sink in self._sinks:
+            sink.write(step, values)
 
     def close(self) -> None:
-        """Flushes and closes both files; a second call does nothing."""
+        """Flushes and closes all files; a second call does nothing."""
         if self._enabled:
             self._lines.close()
-            self._tensorboard.close()
+            for sink in self._sinks:
+                sink.close()
 
     def __enter__(self) -> Self:
         return self
@@ -127,6 +142,36 @@ class _TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _WeightsAndBiases:
+    """Scalars in a run of Weights & Biases, which a resumed run continues."""
+
+    def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise TelemetryError(
+                f"config.wandb_project={project!r} needs the package wandb; "
+                "pip install 'affectgpt-jax[wandb]', or leave the project empty"
+            ) from None
+        identity = workdir / "wandb_id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(8), encoding="utf-8")
+        self._run = wandb.init(
+            project=project,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            name=workdir.name,
+            dir=str(workdir),
+            config=dict(config),
+        )
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
 
 
 def _json_scalar(name: str, value: float) -> dict[str, float | str | None]:
@@ -243,16 +288,24 @@ class TimeBuckets:
     print(buckets.table())
     ```
 
-    Time outside every `measure` is `idle`. For one thread.
+    Time outside every `measure` goes to one bucket of its own. For one thread.
+
+    Args:
+        clock: seconds, from any origin.
+        outside: that bucket, until `outside` names another.
     """
 
-    NAMES = ("compile", "data_wait", "step", "save", "evaluate", "idle")
+    NAMES = ("setup", "compile", "data_wait", "step", "save", "evaluate", "idle")
 
-    def __init__(self, clock: Clock = time.perf_counter) -> None:
+    def __init__(self, clock: Clock = time.perf_counter, outside: str = "idle") -> None:
         self._clock = clock
         self._seconds = dict.fromkeys(self.NAMES, 0.0)
-        self._current = "idle"
+        self._current = outside
         self._since_s = clock()
+
+    def outside(self, name: str) -> None:
+        """From now on, time outside every `measure` is `name`; call it outside of all."""
+        self._switch(name)
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:

@@ -9,6 +9,7 @@ import pytest
 import affectgpt_jax
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.demo import CONFLICT, CUE_TABLES, EMOTIONS, MODALITIES, Clips, World
+from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES, load_prompts
 from affectgpt_jax.data.records import decode, encode
 from affectgpt_jax.data.tokenizer import Tokenizer
 
@@ -19,7 +20,7 @@ TINY_BASE = Path(affectgpt_jax.__file__).parent / "assets" / "tiny_base"
 @pytest.fixture(scope="module", params=SEEDS)
 def test_split(request) -> tuple[Clips, dict[str, np.ndarray]]:
     world = World(request.param)
-    return world.clips("test"), world.evidence("test")
+    return world.clips("test"), world.evidence("test", features=tuple(demo.SHAPES))
 
 
 def first(clips: Clips, n: int) -> Clips:
@@ -73,24 +74,24 @@ def slow_posterior(evidence: dict[str, np.ndarray]) -> np.ndarray:
     return joint / joint.sum()
 
 
-@pytest.mark.parametrize("modality", demo.WIDTHS)
-def test_feature_evidence_is_the_gaussian_density_of_all_frames(modality):
+@pytest.mark.parametrize("name", demo.SHAPES)
+def test_feature_evidence_is_the_gaussian_density_of_all_frames(name):
     """Against the dense covariance of two whole frames, which knows nothing of means."""
     world, frames = World(3), 2
     clips = world.clips("val", 6)
-    features = [f[modality][:frames] for f in world.features(clips, "val") if modality in f]
+    features = [f[name][:frames] for f in world.features(clips, "val", [name]) if f]
     # Close to the mean no cue is so unlikely that its density underflows.
-    offset = world.offset[modality].astype(np.float64)
+    offset = world.offset[name].astype(np.float64)
     values = offset + 0.1 * (np.stack(features) - offset)
-    basis = world.nuisance[modality].astype(np.float64)
+    basis = world.nuisance[name].astype(np.float64)
     nuisance = demo.NUISANCE_STD**2 * basis.T @ basis
     covariance = np.kron(np.ones((frames, frames)), nuisance)
     covariance += demo.NOISE**2 * np.eye(len(covariance))
-    centres = np.tile(offset + world.directions[modality], (1, frames))
+    centres = np.tile(offset + world.directions[name], (1, frames))
     residual = values.reshape(len(values), 1, -1) - centres  # [N, cues, T d]
     solved = np.linalg.solve(covariance, residual.reshape(-1, len(covariance)).T).T
     expected = -0.5 * (residual * solved.reshape(residual.shape)).sum(axis=-1)
-    found = np.log(world.feature_evidence(modality, values))
+    found = np.log(world.feature_evidence(name, values))
     # Both up to a term per clip. The nuisance basis is orthonormal to float32 rounding, which the
     # closed form takes as exact: 1e-7 of squared distances of up to 1e3.
     np.testing.assert_allclose(
@@ -108,6 +109,22 @@ def test_every_modality_is_needed_for_the_best_score(test_split):
     assert found["audio_face"] <= 0.95 * best
     assert found["face_text"] <= 0.8 * best
     assert found["audio_text"] <= 0.8 * best
+
+
+def test_a_frame_shows_less_than_a_face_and_adds_nothing_to_it(test_split):
+    found = demo.ceilings(test_split[1])
+    assert set(found) == set(INPUT_MODES)
+    assert found["frame"] < found["face"]
+    assert found["multi_audio_frame_text"] < 0.9 * found["multi_audio_face_text"]
+    # A frame is drawn from the face's own cue. What little it adds is where noise hid the face.
+    both = found["audio_face_frame_text"]
+    assert both == pytest.approx(found["audio_face_text"], abs=1e-3)
+    # A portrait has the face's cue in fewer vectors: noise hides hardly more of it.
+    assert found["image"] == pytest.approx(found["face"], abs=1e-2)
+    for mode, value in found.items():
+        plain = INPUT_MODES[mode].without_pre_fusion().name
+        if mode != "multi_text":  # its pre-fused token is all there is
+            assert found[plain] == value
 
 
 @pytest.mark.parametrize("mode", demo.CEILING_MODES)
@@ -192,6 +209,33 @@ def test_seeds_change_the_appearance_of_cues_but_not_their_meaning():
         assert_share(clips.cues["face"] // 2 == clips.emotion // columns, share)
 
 
+def test_a_feature_does_not_depend_on_which_others_are_drawn():
+    world = World(7)
+    clips = world.clips("val", 12)
+    every = list(world.features(clips, "val", tuple(demo.SHAPES)))
+    whole = max(every, key=len)
+    assert {name: values.shape for name, values in whole.items()} == demo.SHAPES
+    for name in demo.SHAPES:
+        for alone, among in zip(world.features(clips, "val", [name]), every, strict=True):
+            assert (name in alone) == (name in among)
+            if alone:
+                assert alone[name].tobytes() == among[name].tobytes()
+
+
+@pytest.mark.parametrize("label_type", LABEL_TYPES)
+def test_records_serve_every_label_type(label_type):
+    prompts = load_prompts("compact")
+    answers = set()
+    for record in World(0).records("val", 40):
+        prompts.question(label_type, record)
+        answers.add(prompts.answer(label_type, record))
+        a1, a2 = record.alternatives
+        own = {"a1": a1, "a2": a2, "same": a1}[record.preferred]
+        assert own == record.description
+        assert (a1 == a2) == (record.preferred == "same")
+    assert len(answers) > 1
+
+
 def test_records_tell_what_was_drawn():
     world = World(0)
     clips = world.clips("train", 60)
@@ -209,7 +253,7 @@ def test_records_tell_what_was_drawn():
         assert f"shows {seen} and the voice gives {heard}." in record.description
         assert record.description.endswith(f" {record.emotion}.")
         for modality, values in record.features.items():
-            assert values.shape == (demo.FRAMES, demo.WIDTHS[modality])
+            assert values.shape == demo.SHAPES[modality]
     valence = {record.emotion: record.valence for record in records}
     assert min(valence.values()) == -1
     assert max(valence.values()) == 1

@@ -14,13 +14,14 @@ import affectgpt_jax
 from affectgpt_jax.data.pipeline import (
     LENGTH_MULTIPLE,
     DataError,
+    Source,
     TrainPipeline,
     View,
     buckets_of,
     choose_lengths,
     sequential_batches,
 )
-from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES, load_prompts
+from affectgpt_jax.data.prompts import INPUT_MODES, load_prompts
 from affectgpt_jax.data.records import (
     Record,
     RecordDataset,
@@ -66,12 +67,12 @@ def dataset(tmp_path_factory) -> RecordDataset:
 def view() -> View:
     mode = INPUT_MODES["multi_audio_face_text"]
     prompts = load_prompts("compact")
-    return View(Tokenizer(TINY_BASE), prompts, mode, TOKEN_COUNTS, features=("face", "audio"))
+    return View(Tokenizer(TINY_BASE), prompts, mode, TOKEN_COUNTS, features=WIDTHS)
 
 
 def make(dataset, view, **changes) -> TrainPipeline:
-    settings = {"label": "hybrid", "batch_size": BATCH, "max_tokens": 128, "num_buckets": 3}
-    return TrainPipeline(dataset, view, **settings | changes)
+    settings = {"batch_size": BATCH, "max_tokens": 128, "num_buckets": 3} | changes
+    return TrainPipeline([Source(dataset, view, settings.pop("label", "hybrid"))], **settings)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +175,7 @@ def test_hybrid_draws_each_label_type_half_of_the_time(pipeline, view):
     n = epochs * COUNT
     assert abs(labels - n / 2) < 4 * math.sqrt(n) / 2  # standard errors of fair coins
     for number in range(COUNT):
-        assert {epoch[number] for epoch in drawn} == set(LABEL_TYPES)
+        assert {epoch[number] for epoch in drawn} == {"description", "ovlabel"}
 
 
 def test_processes_share_every_batch(dataset, view, pipeline):
@@ -221,8 +222,8 @@ def test_a_row_is_the_start_token_the_prompt_and_the_answer(dataset, view, pipel
         tokens = batch["tokens"][row][used]
         assert tokens[0] == view.tokenizer.start_id
         entry, prompts = dataset.index[number], view.prompts
-        prompt = prompts.prompt(view.mode, TOKEN_COUNTS, entry.subtitle, kind)
-        answer = prompts.answer(kind, description=entry.description, labels=entry.labels)
+        prompt = prompts.prompt(view.mode, TOKEN_COUNTS, entry, kind)
+        answer = prompts.answer(kind, entry)
         parts = [ids.tolist() for ids in view.tokenizer.encode([prompt, answer])]
         assert tokens[1:-1].tolist() == [*parts[0], *parts[1]]
         assert used.tolist() == sorted(used, reverse=True)  # padding stands on the right alone
@@ -280,7 +281,7 @@ def test_filler_rows_weigh_nothing(view, pipeline):
 
 
 def test_a_mode_without_features_reads_no_record(dataset, view, monkeypatch):
-    text = dataclasses.replace(view, mode=INPUT_MODES["text"], token_counts={}, features=())
+    text = dataclasses.replace(view, mode=INPUT_MODES["text"], token_counts={}, features={})
     pipeline = make(dataset, text)
     monkeypatch.setattr(RecordDataset, "__getitem__", lambda *_: pytest.fail("a record was read"))
     batch = pipeline.batch(0)
@@ -388,13 +389,15 @@ def test_dropping_leaves_out_what_is_too_long_and_counts_it(dataset, view):
 
 
 def test_dropping_everything_is_an_error(dataset, view):
-    with pytest.raises(DataError, match="no example has at most 3 tokens; raise config.max_tokens"):
+    with pytest.raises(
+        DataError, match="has no example of at most 3 tokens; raise config.max_tokens"
+    ):
         make(dataset, view, max_tokens=3, too_long="drop")
 
 
 def test_a_clip_without_description_is_named(tmp_path, view):
     dataset = make_dataset(tmp_path, [clip(0), clip(1, description=""), clip(2)])
-    with pytest.raises(DataError, match="record 'clip01': the clip has no description"):
+    with pytest.raises(DataError, match="record 'clip01': it has no description"):
         make(dataset, view)
     make(dataset, view, label="ovlabel").batch(0)
 
@@ -407,11 +410,114 @@ def test_a_clip_with_a_placeholder_in_its_texts_is_named(tmp_path, view):
             make(dataset, view)
 
 
-def test_a_data_set_without_a_feature_is_refused(dataset, view):
-    view = dataclasses.replace(view, features=("face", "frame"))
-    expected = r"reads the feature 'frame', but the records hold only \['audio', 'face'\]"
-    with pytest.raises(DataError, match=expected):
-        make(dataset, view).batch(0)
+def test_a_feature_that_no_clip_has_is_absent_everywhere(dataset, view):
+    batch = make(dataset, dataclasses.replace(view, features=WIDTHS | {"frame": 7})).batch(0)
+    assert batch["features"]["frame"].shape == (BATCH, 1, 7)
+    assert not batch["features"]["frame"].any()
+    assert not batch["present"]["frame"].any()
+
+
+# --- mixtures -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> RecordDataset:
+    """A second set; its numbers go on where those of the first end, and it has frames."""
+    records = (
+        clip(COUNT + i, features={"frame": np.full((1, 4), i + 1)}, emotion="calm")
+        for i in range(10)
+    )
+    path = tmp_path_factory.mktemp("records") / "other"
+    write_records(path, records, encoders={"frame": "none"})
+    return RecordDataset(path)
+
+
+def mixed(dataset, other, view, first=1.0, second=1.0, **changes) -> TrainPipeline:
+    counts, features = TOKEN_COUNTS | {"frame": 2}, WIDTHS | {"frame": 4}
+    one = dataclasses.replace(view, token_counts=counts, features=features)
+    two = dataclasses.replace(one, mode=INPUT_MODES["frame_text"])
+    settings = {"batch_size": BATCH, "max_tokens": 128, "seed": 3} | changes
+    sources = [
+        Source(dataset, one, "hybrid", "one", first),
+        Source(other, two, "onehot", "two", second),
+    ]
+    return TrainPipeline(sources, **settings)
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (0.5, 1), (2.5, 0.3)])
+def test_an_epoch_of_a_mixture_visits_every_clip_as_often_as_its_weight(
+    dataset, other, view, first, second
+):
+    pipeline = mixed(dataset, other, view, first, second)
+    visits = np.zeros(COUNT + 10, int)
+    for epoch in range(10):
+        plan = pipeline.plan(epoch)
+        for batch in plan:
+            real = batch.records >= 0
+            np.add.at(visits, batch.records[real] + COUNT * batch.sources[real], 1)
+    expected = np.repeat([10 * first, 10 * second], [COUNT, 10])
+    # A pass over a set may end in the middle of an epoch, so a clip can be one visit ahead.
+    assert (abs(visits - expected) <= 1).all()
+    assert visits[:COUNT].sum() == math.floor(10 * first * COUNT)
+    assert visits[COUNT:].sum() == math.floor(10 * second * 10)
+
+
+def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, view):
+    pipeline, again = mixed(dataset, other, view), mixed(dataset, other, view)
+    mixes = [pipeline.mix(step) for step in range(40)]
+    assert mixes[::-1] == [again.mix(step) for step in reversed(range(40))]
+    assert sum(0 < mix["one"] < BATCH for mix in mixes) > 5  # both kinds meet in a batch
+    for step, mix in enumerate(mixes):
+        rows = pipeline.batch(step)["segment_ids"].any(axis=1).sum()
+        assert mix["one"] + mix["two"] == rows
+
+
+def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(dataset, other, view):
+    pipeline = mixed(dataset, other, view)
+    seen = set()
+    for step in range(13):
+        plan, batch = pipeline.planned(step), pipeline.batch(step)
+        for row, text in enumerate(answers(view, batch)):
+            if text is None:
+                continue
+            source, record = plan.sources[row], plan.records[row]
+            seen.add(source)
+            # Soft tokens are numbered over the slots of both: 1-2 multi, 3-5 audio, 6 face, 7-8
+            # frame.
+            placed = sorted(set(batch["soft_index"][row]) - {0})
+            if source == 0:
+                assert placed == [1, 2, 3, 4, 5, 6]
+                assert not batch["present"]["frame"][row]
+                assert (batch["features"]["face"][row] == record + 1).all()
+            else:
+                assert placed == [7, 8]
+                assert text == "They feel calm.###"
+                assert batch["present"]["frame"][row]
+                assert not batch["present"]["face"][row]
+                assert (batch["features"]["frame"][row] == record + 1).all()
+    assert seen == {0, 1}
+
+
+def test_processes_share_the_batches_of_a_mixture(dataset, other, view):
+    whole = mixed(dataset, other, view)
+    shares = [mixed(dataset, other, view, process=(i, 2)) for i in range(2)]
+    for step in range(8):
+        parts = [share.batch(step)["tokens"] for share in shares]
+        np.testing.assert_array_equal(np.concatenate(parts), whole.batch(step)["tokens"])
+
+
+def test_sets_that_differ_in_frames_cannot_be_mixed(dataset, tmp_path, view):
+    features = {name: np.ones((FRAMES + 1, width)) for name, width in WIDTHS.items()}
+    longer = make_dataset(tmp_path, [clip(0, features=features)])
+    sources = [Source(dataset, view, "ovlabel", "a"), Source(longer, view, "ovlabel", "b")]
+    with pytest.raises(DataError, match="have 2 and 3 frames of the feature 'face'"):
+        TrainPipeline(sources, batch_size=2, max_tokens=128)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_is_positive(dataset, view, weight):
+    with pytest.raises(DataError, match="data set 'a': weight is"):
+        Source(dataset, view, "ovlabel", "a", weight)
 
 
 # --- evaluation ---------------------------------------------------------------------------------

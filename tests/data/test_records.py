@@ -129,7 +129,9 @@ def test_decode_inverts_encode_bit_for_bit(record):
 
 def test_record_bytes_are_as_documented():
     face, audio = np.ones((2, 3), np.float16), np.full((1, 2), -2, np.float16)
-    data = encode(Record("clip", {"audio": audio, "face": face}, labels=("sad",), valence=-0.5))
+    data = encode(
+        Record(name="clip", features={"audio": audio, "face": face}, labels=("sad",), valence=-0.5)
+    )
     magic, version, crc, length = struct.unpack_from("<4sIII", data)
     assert (magic, version) == (b"AGPT", FORMAT_VERSION)
     assert crc == zlib.crc32(data[12:])
@@ -150,7 +152,7 @@ def test_decoded_features_are_aligned_views_of_the_bytes():
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.int32, ">f4"])
 def test_other_numeric_types_are_stored_as_float16(dtype):
     values = np.arange(6).reshape(2, 3)[:, ::-1].astype(dtype)
-    stored = decode(encode(Record("clip", {"face": values}))).features["face"]
+    stored = decode(encode(Record(name="clip", features={"face": values}))).features["face"]
     assert stored.dtype == np.float16
     np.testing.assert_array_equal(stored, values)
 
@@ -188,7 +190,7 @@ def test_encode_refuses_what_it_cannot_keep(changes, message):
 
 
 def test_decode_finds_every_flipped_byte():
-    data = encode(Record("clip", {"face": np.ones((2, 3))}, subtitle="hello"))
+    data = encode(Record(name="clip", features={"face": np.ones((2, 3))}, subtitle="hello"))
     for position in range(len(data)):
         damaged = bytearray(data)
         damaged[position] ^= 0x10
@@ -287,7 +289,7 @@ def test_writing_refuses_duplicate_names(tmp_path):
 
 @pytest.mark.parametrize("shape", [(8, 13), (7, 12)])
 def test_writing_refuses_a_change_of_shape(tmp_path, shape):
-    odd = Record("odd", {"face": np.zeros(shape)})
+    odd = Record(name="odd", features={"face": np.zeros(shape)})
     expected = rf"'odd': feature 'face' is {re.escape(str(list(shape)))}, before it \[8, 12\]"
     with pytest.raises(RecordError, match=expected):
         write(tmp_path / "train", [make_record(0), odd])

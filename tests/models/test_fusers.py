@@ -106,9 +106,12 @@ def every_presence(config: FusionConfig) -> tuple[int, dict[str, jax.Array]]:
 
 def slot_presence(config: FusionConfig, present: dict) -> np.ndarray:
     """`[B, K]`: whether the tokens of a sample have anything to speak of."""
-    either = present["audio"] | present[config.multi_video]
+
+    def speaks(slot: str) -> np.ndarray:
+        return np.logical_or.reduce([present[name] for name in config.read_by(slot)])
+
     columns = [
-        np.repeat(np.asarray(either if slot == "multi" else present[slot])[:, None], count, axis=1)
+        np.repeat(speaks(slot)[:, None], count, axis=1)
         for slot, count in config.token_counts().items()
     ]
     return np.concatenate(columns, axis=1)
@@ -167,8 +170,8 @@ def test_pre_fusion_attention_is_equations_5_to_7(video_present: bool, audio_pre
 def test_pre_fusion_reads_the_chosen_visual_feature() -> None:
     params = make_params(small(("multi",)))
     features = make_features(small(), batch=2)
-    for chosen, other in (("face", "frame"), ("frame", "face")):
-        config = small(("multi",), multi_video=chosen)
+    for slot, chosen, other in (("multi", "face", "frame"), ("multi_frame", "frame", "face")):
+        config = small((slot,))
         present = all_present(small(), 2)
         tokens = apply(config, params, features, present)
         changed = {chosen: features[chosen] + 1, other: features[other]}
@@ -176,6 +179,18 @@ def test_pre_fusion_reads_the_chosen_visual_feature() -> None:
         audio = {"audio": features["audio"]}
         assert bool((apply(config, params, changed | audio, present) != tokens).any())
         np.testing.assert_array_equal(apply(config, params, same | audio, present), tokens)
+
+
+@pytest.mark.parametrize("kind", ["attention", "qformer"])
+def test_both_fused_slots_share_one_pre_fusion(kind: str) -> None:
+    config = small(("multi", "multi_frame"), pre_fusion=kind)
+    features = make_features(config, batch=2)
+    features["frame"] = features["face"]
+    params = make_params(config)
+    assert set(params) == {"multi"}
+    tokens = apply(config, params, features, all_present(config, 2))
+    first, second = np.split(np.asarray(tokens), 2, axis=1)
+    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -385,33 +400,43 @@ def test_token_counts_follow_kinds_in_slot_order() -> None:
     means = FusionConfig(("image", "frame", "audio"), 8, video_head="mean", audio_head="mean")
     assert list(means.token_counts().items()) == [("image", 1), ("frame", 1), ("audio", 1)]
     counts = all_of_one_kind("qformer").token_counts()
-    assert counts == {"multi": 16, "audio": 8, "face": 32, "frame": 32, "image": 32}
+    assert counts == {
+        "multi": 16,
+        "multi_frame": 16,
+        "audio": 8,
+        "face": 32,
+        "frame": 32,
+        "image": 32,
+    }
     assert FusionConfig((), 8).token_counts() == {}
 
 
 @pytest.mark.parametrize(
-    ("slots", "multi_video", "inputs"),
+    ("slots", "inputs"),
     [
-        (("multi", "audio", "face"), "face", ("audio", "face")),
-        (("multi", "audio", "frame"), "frame", ("audio", "frame")),
-        (("multi", "face", "frame"), "face", ("audio", "face", "frame")),
-        (("multi",), "frame", ("audio", "frame")),
-        (("face", "audio"), "frame", ("audio", "face")),
-        (("image",), "face", ("image",)),
-        ((), "face", ()),
+        (("multi", "audio", "face"), ("audio", "face")),
+        (("multi_frame", "audio", "frame"), ("audio", "frame")),
+        (("multi", "face", "frame"), ("audio", "face", "frame")),
+        (("multi", "multi_frame"), ("audio", "face", "frame")),
+        (("multi_frame",), ("audio", "frame")),
+        (("face", "audio"), ("audio", "face")),
+        (("image",), ("image",)),
+        ((), ()),
     ],
 )
-def test_inputs_are_what_the_slots_read(slots: tuple, multi_video: str, inputs: tuple) -> None:
-    assert FusionConfig(slots, 8, multi_video=multi_video).inputs == inputs
+def test_inputs_are_what_the_slots_read(slots: tuple, inputs: tuple) -> None:
+    assert FusionConfig(slots, 8).inputs == inputs
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"slots": ("audio", "video")}, r"slots \['video'\].*multi, audio, face, frame, image"),
+        (
+            {"slots": ("audio", "video")},
+            r"slots \['video'\].*multi, multi_frame, audio, face, frame, image",
+        ),
         ({"slots": ("audio", "face", "audio")}, "twice"),
         ({"pre_fusion": "mean"}, "pre_fusion 'mean'.*attention, qformer"),
-        ({"multi_video": "image"}, "multi_video 'image'.*face, frame"),
         ({"video_head": "max"}, "video_head 'max'.*attention, mean, qformer"),
         ({"audio_head": ""}, "audio_head ''.*attention, mean, qformer"),
         ({"image_head": "attention"}, "image_head 'attention'.*mean, qformer"),

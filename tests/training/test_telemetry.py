@@ -267,6 +267,7 @@ def test_buckets_hold_all_wall_time_once(clock: FakeClock) -> None:
     clock.advance(64.0)
     report = buckets.report()
     assert report == {
+        "setup": 0.0,
         "compile": 0.0,
         "data_wait": 8.0,
         "step": 34.0,
@@ -296,9 +297,24 @@ def test_an_error_within_a_bucket_ends_it(clock: FakeClock) -> None:
     assert buckets.report()["idle"] == 5.0
 
 
+def test_time_outside_every_measure_goes_where_it_was_last_sent(clock: FakeClock) -> None:
+    buckets = TimeBuckets(clock, outside="setup")
+    clock.advance(1.0)
+    with buckets.measure("compile"):
+        clock.advance(2.0)
+    clock.advance(4.0)
+    buckets.outside("idle")
+    with buckets.measure("step"):
+        clock.advance(8.0)
+    clock.advance(16.0)
+    report = buckets.report()
+    assert (report["setup"], report["compile"]) == (5.0, 2.0)
+    assert (report["step"], report["idle"]) == (8.0, 16.0)
+
+
 def test_an_unknown_bucket_is_an_error_that_names_the_known_ones(clock: FakeClock) -> None:
     with (
-        pytest.raises(ValueError, match="'lunch'; there are compile, data_wait, step"),
+        pytest.raises(ValueError, match="'lunch'; there are setup, compile, data_wait, step"),
         TimeBuckets(clock).measure("lunch"),
     ):
         pass
