@@ -8,7 +8,10 @@ checkpoint. `--config.key=value` overrides any key of the config.
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +39,11 @@ from affectgpt_jax.data.records import RecordError
 from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
 from affectgpt_jax.training import sharding, telemetry
-from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+from affectgpt_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointWriteError,
+)
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.step import (
     State,
@@ -130,6 +137,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # State: shapes first, then weights and fresh adapters straight into their shardings.
     abstract_base = abstract(mesh, lambda key: init_random_base(model, key))
     abstract_state = abstract(mesh, lambda key: init_state(model, optimizer, key))
+    check_disk(workdir, abstract_state)
     progress.line(
         f"{count(abstract_base):,} frozen parameters ({directory.name}), "
         f"{count(abstract_state['trainable']['lora']):,} in LoRA and "
@@ -365,6 +373,21 @@ def check_rows(config: ConfigDict, mesh: Mesh) -> None:
         )
 
 
+def check_disk(workdir: Path, state: State) -> None:
+    """Refuse to start a run whose first checkpoint does not fit on the disk.
+
+    Raises:
+        TrainingError: naming how much is free and how much a checkpoint needs.
+    """
+    need = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    free = shutil.disk_usage(workdir).free
+    if free < need:
+        raise TrainingError(
+            f"{workdir}: {free / 2**20:.0f} MiB are free, but one checkpoint takes "
+            f"{need / 2**20:.0f} MiB; free some space, or name another --workdir"
+        )
+
+
 def abstract(mesh: Mesh, init: Callable[[jax.Array], Any]) -> Any:
     """Shapes, dtypes and shardings of what `init(key)` returns, without computing it."""
     shapes = jax.eval_shape(init, jax.random.key(0))
@@ -584,18 +607,41 @@ What to run next:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    _silence_orbax_threads()
+    workdir = None
     try:
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
         train(config, workdir)
     except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from None
+    except CheckpointWriteError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Orbax's threads still hold half of the checkpoint and would fill the terminal at exit.
+        os._exit(1)
     except OSError as error:  # a full disk, a folder that may not be written
-        where = f"{error.filename}: " if error.filename else ""
-        raise SystemExit(f"error: {where}{error.strerror or error}") from None
+        raise SystemExit(
+            f"error: {error.filename or workdir}: {error.strerror or error}; the run needs a "
+            "--workdir that it can write to, with room"
+        ) from None
     except KeyboardInterrupt:
         raise SystemExit(
             "interrupted; the same command resumes from the newest checkpoint"
         ) from None
+
+
+def _silence_orbax_threads() -> None:
+    """Keep what fails in Orbax's threads to the exception that it raises for it in ours.
+
+    It also logs that with the thread's traceback, and leaves coroutines whose loop is closed.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    otherwise = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            otherwise(unraisable)
+
+    sys.unraisablehook = hook
 
 
 if __name__ == "__main__":

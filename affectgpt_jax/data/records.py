@@ -20,6 +20,7 @@ A record is these bytes, little-endian throughout:
 """
 
 import bisect
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -179,8 +180,8 @@ def write_records(
 
     Raises:
       RecordError: the directory has a manifest, there are no records, two have the same name, a
-        feature changes its shape between records or has no encoder, or `encode` refuses a record.
-      RuntimeError: ArrayRecord cannot write a shard, as when the disk is full.
+        feature changes its shape between records or has no encoder, `encode` refuses a record, or
+        a shard cannot be written, as when the disk is full.
     """
     directory = Path(directory)
     if records_per_shard < 1:
@@ -244,6 +245,8 @@ class RecordDataset:
         self._directory = Path(directory)
         known = self.manifest.features
         self._shapes = {f: (known[f]["frames"], known[f]["width"]) for f in known}
+        if not self.manifest.count:
+            raise RecordError(f"{directory} holds no records; write them again from their source")
         counts = [shard["count"] for shard in self.manifest.shards]
         self._ends = list(itertools.accumulate(counts))
         self._paths = [self._directory / shard["file"] for shard in self.manifest.shards]
@@ -468,11 +471,14 @@ def _write_shards(directory: Path, payloads: Iterator[bytes], per_shard: int) ->
     shards = []
     for first in payloads:
         path, count = directory / f"{len(shards)}.partial", 0
+        batch = itertools.chain([first], itertools.islice(payloads, per_shard - 1))
         writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
-        for payload in itertools.chain([first], itertools.islice(payloads, per_shard - 1)):
-            writer.write(payload)
+        for payload in batch:
+            with _write_errors(directory):
+                writer.write(payload)
             count += 1
-        writer.close()
+        with _write_errors(directory):
+            writer.close()
         facts = {"count": count, "bytes": path.stat().st_size, "sha256": _sha256(path)}
         shards.append({"file": path.name, **facts})
     for number, shard in enumerate(shards):
@@ -481,6 +487,17 @@ def _write_shards(directory: Path, payloads: Iterator[bytes], per_shard: int) ->
         os.rename(directory / shard["file"], directory / file)
         shard["file"] = file
     return shards
+
+
+@contextlib.contextmanager
+def _write_errors(directory: Path) -> Iterator[None]:
+    """The ArrayRecord writer's errors, which are bare RuntimeErrors, as RecordErrors."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RecordError(
+            f"{directory.parent}: a shard cannot be written ({error}); is the disk full?"
+        ) from error
 
 
 def _read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:

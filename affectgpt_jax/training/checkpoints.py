@@ -6,7 +6,9 @@ Orbax writes under a temporary name and renames, so a checkpoint is whole or not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +24,11 @@ METRIC = "val_loss"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that does not belong to this run."""
+    """A checkpoint that does not belong to this run, or that cannot be read."""
+
+
+class CheckpointWriteError(RuntimeError):
+    """A checkpoint that cannot be written."""
 
 
 class Checkpoints:
@@ -35,7 +41,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path, base: BaseIdentity, keep: int = 3):
-        self._base = dataclasses.asdict(base)
+        self._base, self._broken = dataclasses.asdict(base), False
         self._directory = (Path(workdir) / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=AnyPreservationPolicy(
@@ -72,14 +78,32 @@ class Checkpoints:
         return self._manager.best_step() or self._manager.latest_step()
 
     def save(self, step: int, state: State, val_loss: float | None) -> None:
-        """Write a checkpoint in the background; returns when the state may be donated again."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), base=ocp.args.JsonSave(self._base)
-            ),
-            metrics=None if val_loss is None else {METRIC: val_loss},
-        )
+        """Write a checkpoint in the background; returns when the state may be donated again.
+
+        Raises:
+            CheckpointWriteError: this one or the one before could not be written.
+        """
+        with self._write_errors():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), base=ocp.args.JsonSave(self._base)
+                ),
+                metrics=None if val_loss is None else {METRIC: val_loss},
+            )
+
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Orbax's errors, of many types and of its background threads too, as one of ours."""
+        try:
+            yield
+        except Exception as error:
+            self._broken = True
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointWriteError(
+                f"a checkpoint cannot be written to {self._directory}; is the disk full? Those "
+                f"before it are whole, and the same command resumes from them ({reason})"
+            ) from error
 
     def restore(self, step: int, abstract: State) -> State:
         """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
@@ -109,11 +133,18 @@ class Checkpoints:
         return self._manager.restore(step, args=args)["state"]
 
     def wait(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Wait until everything is on disk.
+
+        Raises:
+            CheckpointWriteError: something could not be written.
+        """
+        with self._write_errors():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait and release everything; does nothing after a failed write."""
+        if not self._broken:
+            self._manager.close()
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from affectgpt_jax.training.telemetry import (
     MetricsWriter,
     Profiler,
     Progress,
+    TelemetryError,
     Throughput,
     TimeBuckets,
     plot_run,
@@ -150,6 +152,47 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
         "train/loss": [(1, 8.0), (2, 4.0), (3, pytest.approx(8 / 3))],
         "lr": [(1, 0.5), (2, 0.5), (3, 0.5)],
     }
+
+
+class FakeWandb:
+    """Stands in for the package: remembers what a run was started with and told."""
+
+    def __init__(self) -> None:
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **kwargs):
+        self.started.append(kwargs)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_gets_every_scalar_and_a_resumed_run_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for resume_step in (0, 1):
+        kwargs = {"wandb_project": "affect", "config": {"seed": 3}}
+        with MetricsWriter(tmp_path, resume_step=resume_step, **kwargs) as writer:
+            writer.write(resume_step + 1, {"train/loss": 0.5})
+    assert fake.logged == [(1, {"train/loss": 0.5}), (2, {"train/loss": 0.5})]
+    assert fake.finished == 2
+    first, second = fake.started
+    assert first == second
+    assert (first["project"], first["config"], first["resume"]) == ("affect", {"seed": 3}, "allow")
+
+
+def test_without_the_package_weights_and_biases_is_refused_with_a_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it then fails
+    with pytest.raises(TelemetryError, match=r"needs the package wandb; pip install .*\[wandb\]"):
+        MetricsWriter(tmp_path, wandb_project="affect")
 
 
 def tensorboard_scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
