@@ -618,6 +618,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Orbax's threads still hold half of the checkpoint and would fill the terminal at exit.
         os._exit(1)
+    except BrokenPipeError:  # whoever read the output has left; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(
             f"error: {error.filename or workdir}: {error.strerror or error}; the run needs a "
