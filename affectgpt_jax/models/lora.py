@@ -8,6 +8,7 @@ fresh adapter changes nothing. `W` and `b` are frozen; only A and B are trained 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
@@ -56,6 +57,48 @@ def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def low_rank(x: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:
+    """`scale * x A B`, computed in the dtype of `x`.
+
+    Args:
+        x: `[..., in]`.
+        lora_a: `[in, r]`, of any float dtype.
+        lora_b: `[r, out]`.
+        scale: applied where it is narrow, so that no array of the output's width is passed over.
+
+    Returns:
+        `[..., out]` in the dtype of `x`.
+
+    The gradients of A and B are sums over all tokens. They are written out because the order of
+    their operands matters: what autodiff emits makes XLA transpose the wide operand on CPUs, which
+    takes a third of the demo's step.
+    """
+    return _low_rank_forward(x, lora_a, lora_b, scale)[0]
+
+
+def _low_rank_forward(x, lora_a, lora_b, scale):
+    narrow = x @ lora_a.astype(x.dtype) * jnp.asarray(scale, x.dtype)
+    return narrow @ lora_b.astype(x.dtype), (x, narrow, lora_a, lora_b)
+
+
+def _low_rank_backward(scale, residuals, grad):
+    x, narrow, lora_a, lora_b = residuals
+    grad_narrow = grad @ lora_b.T.astype(x.dtype) * jnp.asarray(scale, x.dtype)
+    grad_x = grad_narrow @ lora_a.T.astype(x.dtype)
+
+    def over_tokens(few: jax.Array, many: jax.Array) -> jax.Array:
+        """`few^T many` `[r, n]` for `[..., r]` and `[..., n]`; only `few` is transposed."""
+        axes = tuple(range(few.ndim - 1))
+        return jax.lax.dot_general(few, many, ((axes, axes), ((), ())))
+
+    grad_a = over_tokens(grad_narrow, x).T.astype(lora_a.dtype)
+    return grad_x, grad_a, over_tokens(narrow, grad).astype(lora_b.dtype)
+
+
+low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+
+
 class Projection(nn.Module):
     """A linear layer with frozen `params` (kernel `[in, out]`, bias) and an optional adapter.
 
@@ -85,9 +128,9 @@ class Projection(nn.Module):
             "lora",
             "lora_a",
             lambda: kaiming_uniform(self.make_rng("lora"), (x.shape[-1], rank)),
-        ).value.astype(self.dtype)
+        ).value
         lora_b = self.variable(
             "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
-        ).value.astype(self.dtype)
+        ).value
         x = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
-        return y + (x @ lora_a) @ lora_b * self.lora.scale
+        return y + low_rank(x, lora_a, lora_b, self.lora.scale)

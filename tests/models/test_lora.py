@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_model import LLM, random_tree, relative_error
 
-from affectgpt_jax.models.lora import TARGETS, LoraConfig
+from affectgpt_jax.models.lora import TARGETS, LoraConfig, low_rank
 from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2, init_base, init_lora, unembedding
 from affectgpt_jax.weights.huggingface import save_base, tensor_name
 
@@ -43,6 +43,28 @@ def test_the_7b_model_gets_as_many_parameters_as_table_8_says(rank, parameters):
 @pytest.mark.parametrize(("rank", "scale"), [(8, 4), (16, 2), (32, 1)])
 def test_the_scale_follows_from_an_alpha_of_32_at_every_rank(rank, scale):
     assert LoraConfig(rank).scale == scale
+
+
+# --- The product ----------------------------------------------------------------------------------
+
+
+def test_the_low_rank_product_and_its_gradients_are_exact():
+    rng = np.random.default_rng(0)
+    x, a, b = (rng.normal(size=s) / s[-2] ** 0.5 for s in ((3, 70, 24), (24, 4), (4, 40)))
+    weight = rng.normal(size=(3, 70, 40))
+    grad = 2.0 * weight @ b.T  # [3, 70, 4]
+    exact = [
+        2.0 * np.sum(x @ a @ b * weight),
+        grad @ a.T,
+        np.einsum("bti,btr->ir", x, grad),
+        2.0 * np.einsum("btr,bto->ro", x @ a, weight),
+    ]
+    function = jax.value_and_grad(
+        lambda x, a, b: jnp.sum(low_rank(x, a, b, 2.0) * weight), (0, 1, 2)
+    )
+    found = jax.jit(function)(*(jnp.asarray(leaf, jnp.float32) for leaf in (x, a, b)))
+    for value, expected in zip(jax.tree.leaves(found), exact, strict=True):
+        assert relative_error(value, expected) < 1e-5  # sums of up to 210 float32 products
 
 
 # --- The start ------------------------------------------------------------------------------------
