@@ -1,0 +1,71 @@
+"""Write record directories as a TensorFlow-Datasets data set, one split each.
+
+    python -m data_prep.to_tfds --out DIR \\
+        --records train=/records/mercaptionplus test=/records/mer2024
+
+Without a name before it, a directory becomes the split that its manifest names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from affectgpt_jax.data.records import RecordError, read_manifest
+from affectgpt_jax.data.tfds_source import TfdsDataset, write_tfds
+
+
+def parse_splits(arguments: Sequence[str]) -> dict[str, Path]:
+    """The record directory of each split, from `DIR` and `SPLIT=DIR`.
+
+    Raises:
+        RecordError: a split named twice, or a directory without a manifest.
+    """
+    splits: dict[str, Path] = {}
+    for argument in arguments:
+        named = re.fullmatch(r"([\w-]+)=(.+)", argument)
+        path = Path(named[2] if named else argument).expanduser()
+        split = named[1] if named else read_manifest(path).split
+        if split in splits:
+            raise RecordError(
+                f"{splits[split]} and {path} are both the split {split!r}; name them apart, as in "
+                f"--records {split}={splits[split]} other={path}"
+            )
+        splits[split] = path
+    return splits
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.to_tfds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--records", nargs="+", required=True, metavar="[SPLIT=]DIR", help="record directories"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a TFDS data_dir")
+    arguments = parser.parse_args(argv)
+    out = arguments.out.expanduser()
+    try:
+        splits = parse_splits(arguments.records)
+        directory = write_tfds(out, splits)
+        datasets = {split: TfdsDataset(directory, split) for split in splits}
+    except RecordError as error:
+        sys.exit(f"error: {error}")
+    print(directory)
+    for split, dataset in datasets.items():
+        manifest = dataset.manifest
+        shapes = [f"{n} [{f['frames']}, {f['width']}]" for n, f in manifest.features.items()]
+        facts = [f"{manifest.count:,} clips in {len(manifest.shards)} shards", *shapes]
+        print(f"{split}: {', '.join(facts)}")
+    print(f"train on it with --config.data.train=tfds:{out}:{next(iter(splits))}")
+
+
+if __name__ == "__main__":
+    main()
