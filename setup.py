@@ -36,7 +36,7 @@ setup(
         "absl-py",
         "transformers>=5.0",
         "safetensors>=0.7",
-        "tensorflow-datasets>=4.9.9",
+        "tensorflow-datasets>=4.9.10",
         "tensorboardX>=2.6",
         "matplotlib>=3.9",
     ],
