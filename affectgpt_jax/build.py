@@ -259,6 +259,10 @@ def _open(
         extra = "".join(f"-{name}" for name in features if name not in demo.DEFAULT_FEATURES)
         directory = workdir / "data" / f"demo-{seed}-{split}{extra}"
         dataset = demo.materialize(directory, seed, split, say, features)
+    elif place.startswith("tfds:"):
+        from affectgpt_jax.data.tfds_source import open_source  # loads TFDS
+
+        dataset = open_source(place, split)
     else:
         dataset = RecordDataset(Path(place).expanduser())
     if config.data.verify:
