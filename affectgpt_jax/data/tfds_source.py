@@ -15,8 +15,8 @@ raw float64, since an `Example` would round them to float32. A number that is no
 of none, a modality that a clip lacks is an array of no frames.
 
 Training needs every clip's texts before it starts, but no feature. An `Example` holds both, so the
-index is a file of its own: it is a thirtieth of the bytes, and JSON lines parse faster than a second
-TFDS data set without features would.
+index is a file of its own: a thirtieth of the bytes, and JSON lines parse faster than a second TFDS
+data set without features would.
 """
 
 from __future__ import annotations
