@@ -33,7 +33,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -207,7 +207,7 @@ def write_records(
             shards=shards,
             features={f: tally.features[f] for f in FEATURES if f in tally.features},
             sources=dict(tally.sources),
-            index_sha256=_sha256(staging / INDEX_FILE),
+            index_sha256=sha256_of(staging / INDEX_FILE),
             extra=extra or {},
         )
         text = json.dumps(dataclasses.asdict(manifest), indent=2, ensure_ascii=False)
@@ -251,7 +251,7 @@ class RecordDataset:
         self._ends = list(itertools.accumulate(counts))
         self._paths = [self._directory / shard["file"] for shard in self.manifest.shards]
         self._check_sizes()
-        self.index = _read_index(self._directory / INDEX_FILE, self.manifest)
+        self.index = read_index(self._directory / INDEX_FILE, self.manifest)
         # With its range given, a shard is opened when it is first read, not here.
         ranges = [f"{path}[0:{count}]" for path, count in zip(self._paths, counts, strict=True)]
         self._source = ArrayRecordDataSource(ranges)
@@ -284,14 +284,14 @@ class RecordDataset:
     def verify(self) -> None:
         """Hashes every file; raises RecordError at the first that differs from the manifest."""
         self._check_sizes()
-        _read_index(self._directory / INDEX_FILE, self.manifest)
+        read_index(self._directory / INDEX_FILE, self.manifest)
         for path, shard in zip(self._paths, self.manifest.shards, strict=True):
-            _expect(path, "sha256", _sha256(path), shard["sha256"])
+            expect(path, "sha256", sha256_of(path), shard["sha256"])
 
     def _check_sizes(self) -> None:
         for path, shard in zip(self._paths, self.manifest.shards, strict=True):
             found = path.stat().st_size if path.is_file() else "no such file"
-            _expect(path, "size in bytes", found, shard["bytes"])
+            expect(path, "size in bytes", found, shard["bytes"])
 
 
 class RecordSubset:
@@ -314,7 +314,15 @@ class RecordSubset:
         return self._dataset[self._numbers[i]]
 
 
-Records = RecordDataset | RecordSubset
+class Records(Protocol):
+    """What has the interface of `RecordDataset`: it, parts of it, or another store of records."""
+
+    manifest: Manifest
+    index: Sequence[IndexEntry]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Record: ...
 
 
 def _name_share(name: str, draw: int) -> float:
@@ -479,7 +487,7 @@ def _write_shards(directory: Path, payloads: Iterator[bytes], per_shard: int) ->
             count += 1
         with _write_errors(directory):
             writer.close()
-        facts = {"count": count, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        facts = {"count": count, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
         shards.append({"file": path.name, **facts})
     for number, shard in enumerate(shards):
         # Only now is the number of shards known, which each name carries.
@@ -500,21 +508,24 @@ def _write_errors(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
+def read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
+    """Reads an index file; RecordError where it is not the one that the manifest describes."""
     data = path.read_bytes() if path.is_file() else b""
     lines = data.split(b"\n")[:-1]  # not splitlines(): texts may hold other line separators
-    _expect(path, "lines", len(lines), manifest.count)
-    _expect(path, "sha256", hashlib.sha256(data).hexdigest(), manifest.index_sha256)
+    expect(path, "lines", len(lines), manifest.count)
+    expect(path, "sha256", hashlib.sha256(data).hexdigest(), manifest.index_sha256)
     entries = [json.loads(line) for line in lines]
     return [IndexEntry(present=tuple(e.pop("present")), **_from_json(e)) for e in entries]
 
 
-def _expect(path: Path, quantity: str, found: Any, expected: Any) -> None:
+def expect(path: Path, quantity: str, found: Any, expected: Any) -> None:
+    """Compares a file with its manifest; RecordError, which names the quantity, if they differ."""
     if found != expected:
         what = f"{quantity}: found {found}, the manifest expects {expected}"
         raise RecordError(f"{path}: {what}; {_RESTORE}")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
