@@ -10,9 +10,9 @@ A data set of one or several splits, each out of one record directory, lies in `
 Anything that reads TFDS reads it (`tfds.builder_from_directory(...).as_data_source(split)`);
 `TfdsDataset` reads it as `RecordDataset` reads a record directory, record for record.
 
-The schema follows `Record`: a text is `Text`, several are a `Sequence` of them, and numbers are
-raw float64, since an `Example` would round them to float32. A number that is not there is an array
-of none, a modality that a clip lacks is an array of no frames.
+The schema follows `Annotations`: a text is `Text`, several are a `Sequence` of them, and numbers
+are raw float64, since an `Example` would round them to float32. A number that is not there is an
+array of none, a modality that a clip lacks is an array of no frames.
 
 Training needs every clip's texts before it starts, but no feature. An `Example` holds both, so the
 index is a file of its own: a thirtieth of the bytes, and JSON lines parse faster than a second TFDS
@@ -45,14 +45,15 @@ from affectgpt_jax.data.records import (
     FEATURES,
     FORMAT_VERSION,
     INDEX_FILE,
+    Annotations,
     IndexEntry,
     Manifest,
     Record,
     RecordDataset,
     RecordError,
-    _expect,
-    _read_index,
-    _sha256,
+    expect,
+    read_index,
+    sha256_of,
 )
 
 INFO_FILE, METADATA_FILE = "dataset_info.json", "metadata.json"
@@ -66,7 +67,7 @@ _OTHER_VERSION = "it was written by another version of this code: update, or wri
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """How a field of `Record` is stored: its TFDS feature, and the way there and back."""
+    """How a field of `Annotations` is stored: its TFDS feature, and the way there and back."""
 
     feature: Callable[[], Any]
     encode: Callable[[Any], Any]
@@ -94,12 +95,8 @@ _COLUMNS = {
         lambda numbers: tuple(numbers.tolist()),
     ),
 }
-# So `Record` may gain fields of these types, and nothing here has to change.
-_FIELDS = {
-    name: _COLUMNS[hint]
-    for name, hint in typing.get_type_hints(Record).items()
-    if name != "features"
-}
+# So `Annotations` may gain fields of these types, and nothing here has to change.
+_FIELDS = {name: _COLUMNS[hint] for name, hint in typing.get_type_hints(Annotations).items()}
 
 
 # TFDS's better-known GeneratorBasedBuilder holds a split in memory, to sort it, and beyond 1,000
@@ -177,7 +174,7 @@ class AffectRecords(tfds.core.ShardBasedBuilder):
                     "file": path.name,
                     "count": count,
                     "bytes": path.stat().st_size,
-                    "sha256": _sha256(path),
+                    "sha256": sha256_of(path),
                 }
                 for path, count in zip(map(Path, info.filepaths), info.shard_lengths, strict=True)
             ]
@@ -187,7 +184,7 @@ class AffectRecords(tfds.core.ShardBasedBuilder):
 
 
 def _schema(records: Mapping[str, RecordDataset]) -> tfds.features.FeaturesDict:
-    """The columns of `Record`, with the features that occur in any split."""
+    """The columns of `Annotations`, with the features that occur in any split."""
     schema = {name: column.feature() for name, column in _FIELDS.items()}
     if widths := _widths(records):
         schema["features"] = tfds.features.FeaturesDict(
@@ -225,8 +222,8 @@ def write_tfds(
 
     Raises:
         RecordError: no splits, a name that TFDS cannot have, a record directory that is damaged, a
-            feature whose width or encoder differs between splits, or a data set that is there.
-        RuntimeError: ArrayRecord cannot write a shard, as when the disk is full.
+            feature whose width or encoder differs between splits, a data set that is there, or one
+            that cannot be written, as when the disk is full.
     """
     if not splits:
         raise RecordError(f"{directory}: there are no splits to write; name record directories")
@@ -242,8 +239,11 @@ def write_tfds(
             f"{builder.data_dir} already holds a data set; delete it or write elsewhere"
         )
     # TFDS announces a download of unknown size, and wants a place for it; there is none.
-    with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-        builder.download_and_prepare(download_dir=downloads)
+    try:
+        with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare(download_dir=downloads)
+    except (OSError, RuntimeError) as error:  # the ArrayRecord writer's is a RuntimeError
+        raise RecordError(f"{directory} cannot be written: {error}; is the disk full?") from error
     return Path(builder.data_dir)
 
 
@@ -358,23 +358,23 @@ class TfdsDataset:
         """Hashes the files of the splits; RecordError at the first that is not as written."""
         self._check_sizes()
         for split, manifest in self._manifests.items():
-            _read_index(self._directory / _index_file(split), manifest)
+            read_index(self._directory / _index_file(split), manifest)
             for shard in manifest.shards:
                 path = self._directory / shard["file"]
-                _expect(path, "sha256", _sha256(path), shard["sha256"])
+                expect(path, "sha256", sha256_of(path), shard["sha256"])
 
     def _check_sizes(self) -> None:
         for manifest in self._manifests.values():
             for shard in manifest.shards:
                 path = self._directory / shard["file"]
                 found = path.stat().st_size if path.is_file() else "no such file"
-                _expect(path, "size in bytes", found, shard["bytes"])
+                expect(path, "size in bytes", found, shard["bytes"])
 
     def _locate(self, instructions: list[Any]) -> list[_Part]:
         """The index entries that TFDS's instructions read, shard by shard."""
         shards = {}
         for split, manifest in self._manifests.items():
-            entries, start = _read_index(self._directory / _index_file(split), manifest), 0
+            entries, start = read_index(self._directory / _index_file(split), manifest), 0
             for shard in manifest.shards:
                 shards[shard["file"]] = entries[start : start + shard["count"]]
                 start += shard["count"]

@@ -4,17 +4,19 @@ import json
 import random
 import shutil
 import sys
-import typing
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from tensorflow_datasets.core import file_adapters
 
 import affectgpt_jax
 from affectgpt_jax.data import demo, tfds_source
-from affectgpt_jax.data.pipeline import TrainPipeline, View, sequential_batches
+from affectgpt_jax.data.pipeline import Source, TrainPipeline, View, sequential_batches
 from affectgpt_jax.data.prompts import INPUT_MODES, load_prompts
 from affectgpt_jax.data.records import (
     Record,
@@ -47,7 +49,14 @@ def make_record(i: int, split: str) -> Record:
         description=TEXTS[(i + 1) % len(TEXTS)],
         labels=TEXTS[: i % len(TEXTS)],
         emotion="angry" if i % 2 else "",
+        candidates=("angry", "calm", "") if i % 2 else (),
         valence=(None, -0.0, 1 / 3, 1e-300)[i % 4],
+        valence_range=() if i % 3 else (-1 / 3, 0.7),
+        caption=TEXTS[(i + 2) % len(TEXTS)],
+        question=TEXTS[(i + 3) % len(TEXTS)],
+        answer=TEXTS[(i + 4) % len(TEXTS)],
+        alternatives=("She smiles, 'so'.", "") if i % 4 == 1 else (),
+        preferred="same" if i % 4 == 1 else "",
         source="one" if i < 5 else "two",
     )
 
@@ -132,12 +141,12 @@ def test_the_manifest_is_that_of_the_record_directory_but_for_the_shards(written
 def demo_world(tmp_path_factory):
     """The demo's clips as records and through TFDS, and a view of them."""
     folder = tmp_path_factory.mktemp("demo")
-    encoders = dict.fromkeys(demo.WIDTHS, "demo")
+    encoders = dict.fromkeys(demo.DEFAULT_FEATURES, "demo")
     write_records(folder / "train", demo.World(0).records("train", 48), encoders=encoders)
     write_tfds(folder / "out", {"train": folder / "train"})
     mode = INPUT_MODES["multi_audio_face_text"]
     counts = dict.fromkeys(("multi", "audio", "face"), 1)
-    features = ("face", "audio")
+    features = {name: demo.SHAPES[name][1] for name in demo.DEFAULT_FEATURES}
     view = View(Tokenizer(TINY_BASE), load_prompts("compact"), mode, counts, features)
     return RecordDataset(folder / "train"), open_source(f"tfds:{folder / 'out'}:train", "?"), view
 
@@ -146,7 +155,9 @@ def test_training_batches_are_those_of_the_record_directory(demo_world):
     ours, theirs, view = demo_world
     assert {len(entry.present) for entry in ours.index} == {1, 2}  # some lack a modality
     pipelines = [
-        TrainPipeline(dataset, view, label="hybrid", batch_size=8, max_tokens=128)
+        TrainPipeline(
+            [Source(dataset, view, "description+ovlabel+valence")], batch_size=8, max_tokens=128
+        )
         for dataset in (ours, theirs)
     ]
     batches = [list(pipeline.batches(0, 13)) for pipeline in pipelines]  # over two epochs
@@ -378,6 +389,22 @@ def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing_to_open(writt
     assert len(TfdsDataset(tmp_path / "out")) == 10
 
 
+def test_a_disk_that_cannot_be_written_is_reported_and_leaves_nothing(
+    written, tmp_path, monkeypatch
+):
+    splits, _ = written
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="file/out cannot be written: .*Not a directory"):
+        write_tfds(tmp_path / "file" / "out", splits)
+    full = types.SimpleNamespace(
+        ArrayRecordWriter=lambda path, options: ArrayRecordWriter("/dev/full", options)
+    )
+    monkeypatch.setattr(file_adapters, "array_record_module", full)
+    with pytest.raises(RecordError, match="out cannot be written: .*No space left on device"):
+        write_tfds(tmp_path / "out", splits)
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
 # --- damage -------------------------------------------------------------------------------------
 
 
@@ -526,9 +553,3 @@ def test_the_command_ends_with_one_sentence(records, message, written, tmp_path)
     with pytest.raises(SystemExit, match=message) as stopped:
         to_tfds.main(["--out", str(tmp_path / "out"), "--records", *records])
     assert str(stopped.value).startswith("error: ") and "\n" not in str(stopped.value)
-
-
-def test_every_type_of_a_records_fields_has_a_column():
-    hints = typing.get_type_hints(Record)
-    del hints["features"]
-    assert set(hints.values()) <= set(tfds_source._COLUMNS)
