@@ -1,0 +1,148 @@
+"""Turn a CSV file and arrays of features into records to train on.
+
+    python -m affectgpt_jax.import_arrays --csv clips.csv --face features/clip \\
+        --audio features/hubert --encoder face=clip-vit-l-14 --encoder audio=hubert-large \\
+        --out /records/mine
+
+The CSV file has a row per clip: its name, and any of the columns below. A feature's arrays, [T, d]
+per clip, are a folder of NAME.npy, an .npz archive with an array per name, or one with the arrays
+names [N] and, under another key, [N, T, d].
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from affectgpt_jax.data.arrays import COLUMNS, Arrays, listed, open_arrays, records_from_csv
+from affectgpt_jax.data.records import FEATURES, RecordDataset, RecordError, write_records
+
+MOST_FREQUENT = 5
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.import_arrays",
+        description=f"{__doc__}\nColumns: {', '.join(COLUMNS)}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--csv", type=Path, required=True, metavar="FILE", help="a row per clip")
+    for feature in FEATURES:
+        add(f"--{feature}", type=Path, metavar="DIR", help=f"{feature} arrays: a folder or .npz")
+    add(
+        "--encoder",
+        action="append",
+        default=[],
+        metavar="FEATURE=NAME",
+        help="what made the arrays of a feature; training compares widths, readers compare names",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="the record directory to write")
+    add("--split", metavar="NAME", help="name of the split; default: that of the directory")
+    add("--ignore", action="append", default=[], metavar="COLUMN", help="leave a column out")
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="a clip without an array goes without that modality; default: stop",
+    )
+    add("--frames", type=int, metavar="N", help="sample every array to N rows; default: as it is")
+    add("--encoding", default="utf-8", help="of the CSV file; default: utf-8")
+    return parser.parse_args(argv)
+
+
+def encoders(pairs: Sequence[str], given: Mapping[str, Path]) -> dict[str, str]:
+    """The encoder of every feature with arrays, from `FEATURE=NAME`.
+
+    Raises:
+        RecordError: another form, a feature named twice or without arrays, or arrays without an
+            encoder.
+    """
+    found: dict[str, str] = {}
+    for pair in pairs:
+        feature, _, name = pair.partition("=")
+        if not name or feature in found:
+            what = f"names {feature!r} twice" if name else "is not FEATURE=NAME"
+            raise RecordError(f"--encoder {pair} {what}; as in --encoder face=clip-vit-l-14")
+        found[feature] = name
+    for feature in (*found, *given):
+        if feature not in given:
+            raise RecordError(f"--encoder {feature}={found[feature]}: there is no --{feature}")
+        if feature not in found:
+            raise RecordError(
+                f"--{feature} needs the name of its encoder, as in --encoder {feature}=NAME"
+            )
+    return found
+
+
+def summary(dataset: RecordDataset, arrays: Mapping[str, Arrays]) -> list[str]:
+    """What was written, in lines: features, clips without one, arrays without a clip, labels."""
+    manifest, index = dataset.manifest, dataset.index
+    lines = [f"{len(index):,} clips, split {manifest.split!r}"]
+    for feature, facts in manifest.features.items():
+        shape, present = [facts["frames"], facts["width"]], facts["present"]
+        lines.append(f"{feature} {shape} of {facts['encoder']}: {present:,} clips")
+        if missing := [entry.name for entry in index if feature not in entry.present]:
+            lines.append(f"  {len(missing):,} without: {listed(missing)}")
+        if unused := sorted(set(arrays[feature]) - {entry.name for entry in index}):
+            lines.append(f"  {len(unused):,} arrays without a row, left out: {listed(unused)}")
+    for column in COLUMNS:
+        values = [getattr(entry, column) for entry in index]
+        values = [value for value in values if value not in ("", (), None)]
+        if column != "name" and values:
+            lines.append(f"{column}: {len(values):,} clips{_facts(column, values)}")
+    return lines
+
+
+def _facts(column: str, values: list) -> str:
+    """More about the values of a column that has words or numbers."""
+    if column == "valence":
+        return f", {min(values):g} to {max(values):g}"
+    if column not in ("labels", "emotion", "source"):
+        return ""
+    words = [w for value in values for w in (value if isinstance(value, tuple) else (value,))]
+    top = Counter(words).most_common(MOST_FREQUENT)
+    each = f", {len(words) / len(values):.2f} each" if column == "labels" else ""
+    different = f", {len(set(words)):,} different"
+    return f"{each}{different}, most often {', '.join(f'{w} ({n:,})' for w, n in top)}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Names and labels come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    given = {f: path for f in FEATURES if (path := getattr(arguments, f)) is not None}
+    try:
+        names = encoders(arguments.encoder, given)
+        arrays = {feature: open_arrays(path.expanduser()) for feature, path in given.items()}
+        records = records_from_csv(
+            arguments.csv.expanduser(),
+            arrays,
+            ignore=arguments.ignore,
+            allow_missing=arguments.allow_missing,
+            frames=arguments.frames,
+            encoding=arguments.encoding,
+        )
+        out = arguments.out.expanduser()
+        write_records(out, records, encoders=names, split=arguments.split)
+        dataset = RecordDataset(out)
+    except RecordError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {arguments.out} cannot be written: {error.strerror or error}")
+    print("\n".join([f"{out}:", *summary(dataset, arrays)]))
+
+
+if __name__ == "__main__":
+    main()
