@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         prog="python -m affectgpt_jax.import_arrays",
-        description=f"{__doc__}\nColumns: {', '.join(COLUMNS)}.",
+        description=f"{__doc__}\n{textwrap.fill('Columns: ' + ', '.join(COLUMNS), 100)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -44,7 +45,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="FEATURE=NAME",
-        help="what made the arrays of a feature; training compares widths, readers compare names",
+        help="what the arrays of a feature were made with; the manifest keeps the name",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="the record directory to write")
     add("--split", metavar="NAME", help="name of the split; default: that of the directory")
@@ -91,9 +92,9 @@ def summary(dataset: RecordDataset, arrays: Mapping[str, Arrays]) -> list[str]:
         shape, present = [facts["frames"], facts["width"]], facts["present"]
         lines.append(f"{feature} {shape} of {facts['encoder']}: {present:,} clips")
         if missing := [entry.name for entry in index if feature not in entry.present]:
-            lines.append(f"  {len(missing):,} without: {listed(missing)}")
+            lines.append(f"  clips without: {len(missing):,}: {listed(missing)}")
         if unused := sorted(set(arrays[feature]) - {entry.name for entry in index}):
-            lines.append(f"  {len(unused):,} arrays without a row, left out: {listed(unused)}")
+            lines.append(f"  arrays without a row, left out: {len(unused):,}: {listed(unused)}")
     for column in COLUMNS:
         values = [getattr(entry, column) for entry in index]
         values = [value for value in values if value not in ("", (), None)]

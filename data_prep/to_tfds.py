@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split, dataset in datasets.items():
         manifest = dataset.manifest
         shapes = [f"{n} [{f['frames']}, {f['width']}]" for n, f in manifest.features.items()]
-        facts = [f"{manifest.count:,} clips in {len(manifest.shards)} shards", *shapes]
+        facts = [f"{manifest.count:,} clips", f"{len(manifest.shards)} shards", *shapes]
         print(f"{split}: {', '.join(facts)}")
     print(f"train on it with --config.data.train=tfds:{out}:{next(iter(splits))}")
 

@@ -83,8 +83,8 @@ def test_the_command_tells_what_it_wrote(sources, tmp_path, capsys):
     lines = said.splitlines()
     assert lines[:2] == [f"{tmp_path / 'out'}:", f"{CLIPS} clips, split 'train'"]
     assert f"face [8, 768] of clip-vit-l-14: {CLIPS - len(faceless)} clips" in lines
-    assert f"  {len(faceless)} without: {', '.join(map(repr, faceless))}" in lines
-    assert "  1 arrays without a row, left out: 'of nobody'" in lines
+    assert f"  clips without: {len(faceless)}: {', '.join(map(repr, faceless))}" in lines
+    assert "  arrays without a row, left out: 1: 'of nobody'" in lines
     labels = [label for entry in index for label in entry.labels]
     (about_labels,) = (line for line in lines if line.startswith("labels:"))
     assert f"{CLIPS} clips, {len(labels) / CLIPS:.2f} each, {len(set(labels))} diff" in about_labels

@@ -264,6 +264,10 @@ def _check_encoders(records: Mapping[str, RecordDataset]) -> None:
 def open_source(source: str, default_split: str) -> TfdsDataset:
     """Opens `tfds:DIR` or `tfds:DIR:SPLIT`, where SPLIT may be arithmetic, as `train[:80%]+val`.
 
+    Args:
+        source: such a string.
+        default_split: what `tfds:DIR` reads.
+
     Raises:
         RecordError: another form, or as `TfdsDataset`.
     """
@@ -305,17 +309,18 @@ class TfdsDataset:
         where = f"{self._directory}, split {split!r}"
         try:
             instructions = builder.info.splits[split].file_instructions
-        except ValueError as error:
+        except (ValueError, KeyError) as error:
             known = ", ".join(f"{name} ({m.count:,} clips)" for name, m in manifests.items())
             reason = str(error).splitlines()[-1].split(". ")[0].removesuffix(".")
             raise RecordError(f"{where} cannot be read: {reason}; it has {known}") from None
+        # What ends before it starts, TFDS takes for a shard of less than no records.
+        if not instructions or min(i.take for i in instructions) < 1:
+            raise RecordError(f"{where} holds no records; name a larger part of it")
         self._manifests = _used(manifests, instructions, where)
         self._check_sizes()
         self._parts = self._locate(instructions)
         self._ends = list(itertools.accumulate(len(part.entries) for part in self._parts))
         self.index = [entry for part in self._parts for entry in part.entries]
-        if not self.index:
-            raise RecordError(f"{where} holds no records; name a larger part of it")
         names = Counter(entry.name for entry in self.index)
         if twice := [name for name, times in names.items() if times > 1]:
             raise RecordError(
@@ -351,7 +356,7 @@ class TfdsDataset:
             part = self._parts[at]
             number = part.start + len(part.entries) - (self._ends[at] - i)
             where = f"{part.path}, record {number} ({self.index[i].name!r})"
-            raise RecordError(f"{where} cannot be read: {error}; {_RESTORE}") from error
+            raise RecordError(f"{where} cannot be read: {_reason(error)}; {_RESTORE}") from error
         return record
 
     def verify(self) -> None:
@@ -379,7 +384,7 @@ class TfdsDataset:
                 shards[shard["file"]] = entries[start : start + shard["count"]]
                 start += shard["count"]
         return [
-            _Part(path, i.skip, shards[path.name][i.skip : i.skip + max(i.take, 0)])
+            _Part(path, i.skip, shards[path.name][i.skip : i.skip + i.take])
             for i in instructions
             for path in [Path(i.filename)]
         ]
@@ -433,8 +438,7 @@ def _open(directory: Path) -> tuple[tfds.core.DatasetBuilder, dict[str, Manifest
         builder = tfds.builder_from_directory(directory)
     # A damaged file fails in TFDS, in JSON, or in protocol buffers.
     except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0].removesuffix(".")
-        raise RecordError(f"{directory} is damaged: {reason}; {_RESTORE}") from error
+        raise RecordError(f"{directory} is damaged: {_reason(error)}; {_RESTORE}") from error
     if builder.name != AffectRecords.name:
         raise RecordError(
             f"{directory} holds the TFDS data set {builder.name!r}, not one that python -m "
@@ -451,6 +455,11 @@ def _open(directory: Path) -> tuple[tfds.core.DatasetBuilder, dict[str, Manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(f"{path} is malformed: {error!r}; {_RESTORE}") from error
     raise RecordError(f"{path}: format versions {sorted(versions)}: {_OTHER_VERSION}")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message; TFDS adds where it was, and protocol buffers what they saw."""
+    return (str(error) or repr(error)).splitlines()[0].removesuffix(".")
 
 
 def _used(

@@ -325,6 +325,7 @@ def test_a_source_names_a_directory_and_maybe_a_split(written, monkeypatch):
         ("tfds:{out}:train[20:]", r"cannot be read: .*incompatible with 10 examples"),
         ("tfds:{out}:train[:0]", r"split 'train\[:0\]' holds no records"),
         ("tfds:{out}:train[50%:10%]", "holds no records; name a larger part"),
+        ("tfds:{out}:val+train[3:1]", "holds no records; name a larger part"),
         (
             "tfds:{out}:train+train[:2]",
             "holds 2 records more than once, the first is 'train/c",
@@ -531,8 +532,8 @@ def test_the_command_writes_what_training_opens(written, tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.splitlines() == [
         str(out / "affect_records" / "1.0.0"),
-        "train: 10 clips in 1 shards, face [8, 12], audio [8, 16]",
-        "dev: 3 clips in 1 shards, face [8, 12], audio [8, 16]",
+        "train: 10 clips, 1 shards, face [8, 12], audio [8, 16]",
+        "dev: 3 clips, 1 shards, face [8, 12], audio [8, 16]",
         f"train on it with --config.data.train=tfds:{out}:train",
     ]
     assert len(open_source(said.split("=")[1].strip(), "?")) == 10
