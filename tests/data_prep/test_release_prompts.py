@@ -4,6 +4,7 @@ Every sentence here is ours. What the source itself would say, run as Python, is
 prompt file is compared with.
 """
 
+import dataclasses
 import hashlib
 import re
 import subprocess
@@ -15,11 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from affectgpt_jax.data.prompts import INPUT_MODES, PLACEHOLDERS, PromptSet, load_prompts
+from affectgpt_jax.data.prompts import LABEL_TYPES as OUR_LABEL_TYPES
+from affectgpt_jax.data.records import Annotations
 from data_prep import release_prompts
 from data_prep.release_prompts import LABEL_TYPES, MODES, ReleaseError, read_release
 
 ROOT = Path(__file__).parents[2]
-PLACEHOLDERS = {s: f"<{s.capitalize()}Here>" for s in ("multi", "audio", "face", "frame", "image")}
+ONE_EACH = dict.fromkeys(PLACEHOLDERS, 1)
 
 # Literal text of the source, by key; a pair stands around what is interpolated.
 SENTENCES = {
@@ -318,63 +322,59 @@ def run_source(text: str) -> type:
     return names["BaseDataset"]
 
 
+# One clip as the source has it, and as a record of ours.
 SAMPLE = {
     "description": "She smiles {x}.",
     "ovlabel": "happy, calm",
     "onehot": "happy",
-    "sentiment": "positive",
+    "sentiment": "negative",
     "valence": -1.625,
     "caption": "A dog barks.",
     "question": "Who barks?",
     "answer": "A dog.",
-    "preference": {"a1": "One.", "a2": "Two.", "p": "a2"},
+    "preference": {"a1": "One {0}.", "a2": "Two.", "p": "a2"},
 }
 SCALE = {"minval": -3, "maxval": 3, "candidate_labels": "happy, sad"}
-# What the loader of prompt files puts into the slots for this sample.
-TEXTS = {
-    "description": SAMPLE["description"],
-    "labels": "happy, calm",
-    "emotion": "happy",
-    "sentiment": "positive",
-    "valence": "-1.62",
-    "low": "-3",
-    "high": "3",
-    "candidates": "happy, sad",
-    "caption": "A dog barks.",
-    "question": "Who barks?",
-    "answer": "A dog.",
-    "first": "One.",
-    "second": "Two.",
-    "preferred": "a2",
-}
+CLIP = Annotations(
+    name="clip",
+    subtitle="Stop {it}!",
+    description="She smiles {x}.",
+    labels=("happy", "calm"),
+    emotion="happy",
+    candidates=("happy", "sad"),
+    valence=-1.625,
+    valence_range=(-3.0, 3.0),
+    caption="A dog barks.",
+    question="Who barks?",
+    answer="A dog.",
+    alternatives=("One {0}.", "Two."),
+    preferred="a2",
+)
 
 
-def assert_speaks_as_the_source(tables, text: str, caption: str = "image") -> None:
-    """Compare every template with what the source says when it is run.
-
-    Templates are format strings, so that Python's own `str.format` fills them.
-    """
-    cls = run_source(text)
-    dataset = cls()
+def assert_speaks_as(text: str, prompts: PromptSet, caption: str = "image") -> None:
+    """Compare what a prompt set renders with what a source says when it is run."""
+    dataset = run_source(text)()
     vars(dataset).update(SCALE)
     dataset.func_random_prompts = lambda candidates: candidates
     for name, mode in MODES.items():
-        expected = dataset.get_prompt_for_multimodal(name, "Stop {it}!", "Why \\?")
-        texts = {**PLACEHOLDERS, "subtitle": "Stop {it}!", "question": "Why \\?"}
-        assert tables["modes"][mode].format(**texts) == expected
+        for subtitle in (CLIP.subtitle, ""):
+            clip = dataclasses.replace(CLIP, subtitle=subtitle)
+            found = prompts.prompt(INPUT_MODES[mode], ONE_EACH, clip, "Why {so} \\?")
+            assert found == dataset.get_prompt_for_multimodal(name, subtitle, "Why {so} \\?")
     for key, kind in LABEL_TYPES.items():
-        more = {"caption": (caption,)}.get(key, ())
+        more = (caption,) if key == "caption" else ()
         expected = getattr(dataset, kind.method)(SAMPLE, *more)
         if key == "caption":
-            questions = [question.format() for question in tables["questions"][key]]
-            assert questions == expected["question"]
+            found = [variant.render({}) for variant in prompts.questions[key]]
+            assert found == expected["question"]
         else:
-            assert tables["questions"][key].format(**TEXTS) == expected["question"]
-        assert tables["answers"][key].format(**TEXTS) == expected["answer"]
+            assert prompts.question(key, CLIP) == expected["question"]
+        assert prompts.answer(key, CLIP) == expected["answer"] + "###"
     same = {"preference": SAMPLE["preference"] | {"p": "same"}}
     expected = dataset.func_get_qa_preference(same)["answer"]
-    assert tables["answers"]["preference_same"].format() == expected
-    assert "x" + tables["roles"]["end"] == "x###"
+    found = prompts.answer("preference", dataclasses.replace(CLIP, preferred="same"))
+    assert found == expected + "###"
 
 
 EXPECTED = {
@@ -438,9 +438,10 @@ def test_the_file_holds_the_sentences_of_the_source(write):
 
 
 @pytest.mark.parametrize("caption", ["image", "audio"])
-def test_templates_say_what_the_source_says_when_it_is_run(caption, write):
-    tables, _ = read_release(write(source()), caption)
-    assert_speaks_as_the_source(tables, source(), caption)
+def test_the_loaded_prompts_are_those_of_the_source_when_it_is_run(caption, write):
+    path = write(source())
+    convert(path, f"--caption={caption}")
+    assert_speaks_as(source(), load_prompts(str(path.with_name("release.toml"))), caption)
 
 
 # Whatever a Python string can hold, and much of what escapes or formats.
@@ -465,9 +466,10 @@ def test_any_sentences_survive(data, tmp_path_factory):
     path = tmp_path_factory.mktemp("any") / "base_dataset.py"
     path.write_text(text, encoding="utf-8", newline="")
     tables, notes = read_release(path)
-    written = release_prompts.to_toml(tables, release_prompts.header(path, path, "image", notes))
-    assert tomllib.loads(written) == tables
-    assert_speaks_as_the_source(tables, text)
+    out = path.with_name("release.toml")
+    header = release_prompts.header(path, out, "image", notes)
+    out.write_text(release_prompts.to_toml(tables, header), encoding="utf-8", newline="\n")
+    assert_speaks_as(text, load_prompts(str(out)))
 
 
 def test_braces_that_are_text_are_written_twice(write):
@@ -841,3 +843,26 @@ def test_file_names_cannot_break_out_of_the_comment(tmp_path):
     out = tmp_path / "release.toml"
     release_prompts.main([f"--source={path}", f"--out={out}"])
     assert tomllib.loads(out.read_text()).keys() == {"modes", *EXPECTED}
+
+
+def test_what_the_release_has_no_prompt_for_is_composed(write):
+    path = write(source())
+    convert(path)
+    prompts = load_prompts(str(path.with_name("release.toml")))
+    assert prompts.prompt(INPUT_MODES["audio_face"], ONE_EACH, CLIP, "ovlabel") == (
+        "##Asker: What one hears: <Ear><AudioHere></Ear>. "
+        "What the face does: <Eye><FaceHere></Eye>. Name every emotion. ##Answerer: "
+    )
+
+
+def test_answers_in_the_sentences_of_the_release_are_read(write):
+    path = write(source())
+    convert(path)
+    prompts = load_prompts(str(path.with_name("release.toml")))
+    assert prompts.read_labels(prompts.answer("ovlabel", CLIP)) == ["happy", "calm"]
+    assert prompts.read_answer("valence", prompts.answer("valence", CLIP)) == "-1.62"
+
+
+def test_every_input_mode_and_label_type_has_its_place():
+    assert {*MODES.values(), "audio_face"} == INPUT_MODES.keys()
+    assert LABEL_TYPES.keys() == OUR_LABEL_TYPES.keys()
