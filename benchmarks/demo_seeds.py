@@ -9,27 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from affectgpt_jax.training.telemetry import read_metrics
 from benchmarks import environment
+from benchmarks.runner import Run, RunError, train_all
 
 RESULTS = Path(__file__).parent / "results" / "demo_seeds.json"
-
-
-def run(seed: int, workdir: Path, overrides: list[str]) -> dict[str, Any]:
-    """Train one world in a fresh process; returns its result with the process's wall time."""
-    command = [sys.executable, "-m", "affectgpt_jax.train", f"--workdir={workdir}"]
-    began = time.perf_counter()
-    subprocess.run([*command, f"--config.demo_seed={seed}", *overrides], check=True)
-    wall_s = time.perf_counter() - began
-    result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
-    return {"demo_seed": seed, "process_wall_s": wall_s, **result}
 
 
 def losses(workdir: Path) -> list[float]:
@@ -68,11 +56,25 @@ def main() -> None:
         print(table(json.loads(args.show.read_text(encoding="utf-8"))))
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        runs = [run(seed, folder / str(seed), overrides) for seed in args.seeds]
-        run(args.seeds[0], folder / "again", overrides)
-        repeats = losses(folder / str(args.seeds[0])) == losses(folder / "again")
-    report = {"environment": environment.describe(), "repeats_bit_by_bit": repeats, "runs": runs}
+        names, seeds = [*map(str, args.seeds), "again"], [*args.seeds, args.seeds[0]]
+        runs = [
+            Run(f"world {name}", Path(temporary) / name, (f"--config.demo_seed={s}", *overrides))
+            for name, s in zip(names, seeds)
+        ]
+        try:
+            outcomes = train_all(runs, jobs=1)  # times as a user would see them
+        except RunError as error:
+            raise SystemExit(f"error: {error}") from None
+        if failed := [o.error for o in outcomes if o.result is None]:
+            raise SystemExit(f"error: {len(failed)} of {len(runs)} runs failed: {failed[0]}")
+        repeats = losses(runs[0].workdir) == losses(runs[-1].workdir)
+    report = {
+        "environment": environment.describe(),
+        "repeats_bit_by_bit": repeats,
+        "runs": [
+            {"demo_seed": seed, **outcome.result} for seed, outcome in zip(args.seeds, outcomes)
+        ],
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     print(table(report))
