@@ -25,6 +25,7 @@ from affectgpt_jax.models.qwen2 import (
     rms_norm,
     unembedding,
 )
+from affectgpt_jax.weights.hf_config import from_hf
 from affectgpt_jax.weights.huggingface import load_base, read_config
 
 # Float32 sums of some tens of terms, a few layers deep, added in another order.
@@ -142,7 +143,7 @@ def config_with(changes):
 )
 def test_every_spelling_of_a_config_is_read(changes):
     expected = Qwen2Config(100, 32, 48, 2, 4, 2, head_dim=8, rope_theta=1e4)
-    assert Qwen2Config.from_hf(config_with(changes)) == expected
+    assert from_hf(config_with(changes)) == expected
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_every_spelling_of_a_config_is_read(changes):
 )
 def test_a_config_this_code_cannot_run_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
-        Qwen2Config.from_hf(config_with(changes))
+        from_hf(config_with(changes))
 
 
 @pytest.mark.parametrize(
