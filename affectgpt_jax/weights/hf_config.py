@@ -121,8 +121,9 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float | None, Llama3RopeScali
         return theta, None
     if kind != "llama3":
         raise ValueError(f"the rotary positions are of type {kind!r}; expected default or llama3")
-    length = {"original_max_position_embeddings": config.get("max_position_embeddings")}
-    values = length | dict(rope)
+    values, length = dict(rope), "original_max_position_embeddings"
+    if values.get(length) is None:
+        values[length] = config.get("max_position_embeddings")
     names = [field.name for field in dataclasses.fields(Llama3RopeScaling)]
     _require(values, names, " of the llama3 rotary positions")
     for name in names:

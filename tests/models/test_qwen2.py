@@ -20,12 +20,10 @@ from affectgpt_jax.models.qwen2 import (
     Execution,
     KVCache,
     Qwen2,
-    Qwen2Config,
     init_base,
     rms_norm,
     unembedding,
 )
-from affectgpt_jax.weights.hf_config import from_hf
 from affectgpt_jax.weights.huggingface import load_base, read_config
 
 # Float32 sums of some tens of terms, a few layers deep, added in another order.
@@ -112,55 +110,6 @@ def test_logits_equal_hugging_face_for_any_shape(shape, length, seed):
         return forward(embeds, *rows_of(length, 2), module, base) @ unembedding(base)
 
     assert relative_error(jax.jit(logits)(base), expected) < FLOAT32
-
-
-CONFIG = {
-    "model_type": "qwen2",
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-}
-
-
-def config_with(changes):
-    """`CONFIG` with these values; None takes a key away."""
-    return {key: value for key, value in (CONFIG | changes).items() if value is not None}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-        {"rope_scaling": {"type": "default"}, "head_dim": 8, "use_sliding_window": False},
-    ],
-    ids=["rope_theta", "rope_parameters", "rope_scaling"],
-)
-def test_every_spelling_of_a_config_is_read(changes):
-    expected = Qwen2Config(100, 32, 48, 2, 4, 2, head_dim=8, rope_theta=1e4)
-    assert from_hf(config_with(changes)) == expected
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_type": "llama"}, "'llama'; expected 'qwen2'"),
-        ({"model_type": None}, "model_type is None"),
-        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_theta": None}, "no value for rope_theta"),
-        ({"hidden_size": None}, "no value for hidden_size, head_dim"),
-    ],
-)
-def test_a_config_this_code_cannot_run_is_refused_by_name(changes, message):
-    with pytest.raises(ValueError, match=message):
-        from_hf(config_with(changes))
 
 
 @pytest.mark.parametrize(
