@@ -137,10 +137,11 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
             named = {name for name, file in weight_map.items() if file == path.name}
             differ = sorted(named ^ tensors.keys())
             if differ:
-                index, file = ("names", "lacks") if differ[0] in named else ("does not name", "has")
+                lacks = differ[0] in named
                 raise WeightsError(
-                    f"{path}: {file} the tensor {differ[0]}, which {_INDEX} {index} there (of "
-                    f"{len(differ)} such tensors the first); they are not of the same checkpoint"
+                    f"{path}: {'lacks' if lacks else 'has'} the tensor {differ[0]}, which {_INDEX} "
+                    f"{'places' if lacks else 'does not place'} there; take index and files from "
+                    "one checkpoint"
                 )
         stored.update(tensors)
     return stored

@@ -164,8 +164,10 @@ def fill_all(jobs: Iterable[tuple[Target, StoredTensor, int]]) -> None:
 def _make_shard(
     shape: Sequence[int], dtype: np.dtype, devices: Sequence[jax.Device]
 ) -> _HostShard | _DeviceShard:
-    kind = _HostShard if all(map(_computes_in_host_memory, devices)) else _DeviceShard
-    return kind(tuple(shape), dtype, devices)
+    # A norm or a bias is sent whole: to compile an update for it would take longer.
+    small = math.prod(shape) * np.dtype(dtype).itemsize <= HOST_BLOCK
+    on_host = small or all(map(_computes_in_host_memory, devices))
+    return (_HostShard if on_host else _DeviceShard)(tuple(shape), np.dtype(dtype), devices)
 
 
 def _computes_in_host_memory(device: jax.Device) -> bool:
@@ -173,7 +175,7 @@ def _computes_in_host_memory(device: jax.Device) -> bool:
 
 
 class _HostShard:
-    """A part that CPU devices hold: filled as a NumPy array, then handed over without a copy.
+    """A part that is filled as a NumPy array; CPU devices then take it over without a copy.
 
     XLA's CPU backend has no in-place update of a bfloat16 array, so `_DeviceShard` would copy the
     whole of it for every block.
@@ -183,7 +185,7 @@ class _HostShard:
 
     def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: Sequence[jax.Device]):
         self._devices = devices
-        self._values = _aligned_empty(shape, np.dtype(dtype))
+        self._values = _aligned_empty(shape, dtype)
 
     def write(self, at: tuple[int, ...], block: np.ndarray, transposed: bool) -> None:
         block = _as_part(block, self._values.ndim, transposed)
