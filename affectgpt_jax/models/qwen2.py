@@ -1,5 +1,9 @@
 """The Qwen2 / Qwen2.5 decoder (arXiv 2407.10671, 2412.15115) with LoRA beside frozen weights.
 
+Llama (arXiv 2307.09288, 2407.21783) and Qwen3 (arXiv 2505.09388) are the same decoder up to three
+choices of `Qwen2Config`: which projections have a bias, whether queries and keys are normed, and
+whether rotary frequencies are scaled.
+
 One module, two variable collections: `params` holds the frozen base under its Hugging Face names,
 `lora` the adapters. Layers are stacked along a leading axis and run by `nn.scan`, so compile time
 does not grow with depth and a checkpoint tensor maps to one slice.
@@ -14,14 +18,41 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from affectgpt_jax.models import attention
 from affectgpt_jax.models.lora import LoraConfig, Projection
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3RopeScaling:
+    """How Llama 3.1 and later stretch rotary positions; the fields are Hugging Face's.
+
+    Wavelengths (in tokens) beyond `original_max_position_embeddings / low_freq_factor` become
+    `factor` times as long, those below `... / high_freq_factor` stay, and between the two the
+    frequencies are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Qwen2Config:
-    """The shape of a decoder; defaults are Qwen2.5-7B-Instruct."""
+    """The shape of a decoder; defaults are Qwen2.5-7B-Instruct.
+
+    Attributes:
+        qkv_bias, o_bias: whether q, k and v, and whether the output projection have a bias.
+        qk_norm: an RMSNorm over `head_dim` on queries and keys, before they are rotated (Qwen3).
+        rope_scaling: None for plain rotary positions.
+
+    The other attributes have the names and the meaning of Hugging Face's `config.json`.
+
+    Raises:
+        ValueError: query heads that cannot share the key heads evenly, or an odd head_dim.
+    """
 
     vocab_size: int = 152064
     hidden_size: int = 3584
@@ -34,43 +65,25 @@ class Qwen2Config:
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
     qkv_bias: bool = True
+    o_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: Llama3RopeScaling | None = None
 
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Qwen2Config:
-        """Read the contents of a Hugging Face `config.json`.
-
-        Both spellings of the rotary base are read: `rope_theta`, and `rope_parameters` as
-        transformers 5 writes it.
-
-        Raises:
-            ValueError: another architecture, scaled rotary positions, a sliding window that is in
-                use, or a missing key.
-        """
-        kind = config.get("model_type")
-        if kind != "qwen2":
-            raise ValueError(f"model_type is {kind!r}; expected 'qwen2'")
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ValueError(f"scaled rotary positions are not supported, found {rope}")
-        if config.get("use_sliding_window"):
-            raise ValueError("use_sliding_window is true; only full attention is supported")
-        heads = config.get("num_attention_heads")
-        values = {
-            "tie_word_embeddings": False,
-            "num_key_value_heads": heads,
-            **config,
-            "rope_theta": config.get("rope_theta") or rope.get("rope_theta"),
-        }
-        if not values.get("head_dim") and heads and values.get("hidden_size"):
-            values["head_dim"] = values["hidden_size"] // heads
-        fields = [f.name for f in dataclasses.fields(cls) if f.name != "qkv_bias"]
-        missing = [key for key in fields if values.get(key) is None]
-        if missing:
-            raise ValueError(f"no value for {', '.join(missing)}")
-        return cls(**{key: values[key] for key in fields})
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads}; expected a multiple of "
+                f"num_key_value_heads, {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even number")
 
 
-# Shapes of the published family, so that a run can be planned before any file is there.
+_LLAMA3 = dict(rope_theta=5e5, rms_norm_eps=1e-5, qkv_bias=False)
+_LLAMA3_ROPE = Llama3RopeScaling(8.0, 1.0, 4.0, 8192)
+_QWEN3 = dict(qkv_bias=False, qk_norm=True)
+
+# Shapes of the published families, so that a run can be planned before any file is there.
 PUBLISHED = {
     "Qwen2.5-0.5B-Instruct": Qwen2Config(
         151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True
@@ -85,6 +98,22 @@ PUBLISHED = {
     "Qwen2.5-14B-Instruct": Qwen2Config(152064, 5120, 13824, 48, 40, 8, 128),
     "Qwen2.5-32B-Instruct": Qwen2Config(152064, 5120, 27648, 64, 40, 8, 128),
     "Qwen2.5-72B-Instruct": Qwen2Config(152064, 8192, 29568, 80, 64, 8, 128),
+    "Qwen3-0.6B": Qwen2Config(
+        151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True, **_QWEN3
+    ),
+    "Qwen3-1.7B": Qwen2Config(
+        151936, 2048, 6144, 28, 16, 8, 128, tie_word_embeddings=True, **_QWEN3
+    ),
+    "Qwen3-4B": Qwen2Config(151936, 2560, 9728, 36, 32, 8, 128, tie_word_embeddings=True, **_QWEN3),
+    "Qwen3-8B": Qwen2Config(151936, 4096, 12288, 36, 32, 8, 128, **_QWEN3),
+    "Qwen3-14B": Qwen2Config(151936, 5120, 17408, 40, 40, 8, 128, **_QWEN3),
+    "Qwen3-32B": Qwen2Config(151936, 5120, 25600, 64, 64, 8, 128, **_QWEN3),
+    "Llama-2-7b-chat-hf": Qwen2Config(
+        32000, 4096, 11008, 32, 32, 32, 128, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False
+    ),
+    "Llama-3.1-8B-Instruct": Qwen2Config(
+        128256, 4096, 14336, 32, 32, 8, 128, rope_scaling=_LLAMA3_ROPE, **_LLAMA3
+    ),
 }
 
 
@@ -110,9 +139,24 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def rotary_tables(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines `[B, T, width/2]` float32 for positions `[B, T]` (Su et al. 2021)."""
-    frequencies = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+def rotary_frequencies(
+    width: int, theta: float, scaling: Llama3RopeScaling | None = None
+) -> np.ndarray:
+    """Radians per token of every pair of dimensions, `[width/2]` float32 (Su et al. 2021).
+
+    Constants of a model, so they are computed in float64 and rounded once.
+    """
+    frequencies = theta ** (-np.arange(0, width, 2) / width)
+    if scaling is not None:
+        turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / scaling.factor)
+    return frequencies.astype(np.float32)
+
+
+def rotary_tables(positions: jax.Array, frequencies: np.ndarray) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines `[B, T, d/2]` float32 for positions `[B, T]`."""
     angles = positions[..., None].astype(jnp.float32) * frequencies
     return jnp.cos(angles), jnp.sin(angles)
 
@@ -202,9 +246,13 @@ class DecoderLayer(nn.Module):
             )
 
         x = RMSNorm(c.rms_norm_eps, run.param_dtype, name="input_layernorm")(hidden_states)
-        query = rotate(heads("q_proj", x, c.num_attention_heads), rotary)
-        key = rotate(heads("k_proj", x, c.num_key_value_heads), rotary)
+        query = heads("q_proj", x, c.num_attention_heads)
+        key = heads("k_proj", x, c.num_key_value_heads)
         value = heads("v_proj", x, c.num_key_value_heads)
+        if c.qk_norm:
+            query = RMSNorm(c.rms_norm_eps, run.param_dtype, name="q_norm")(query)
+            key = RMSNorm(c.rms_norm_eps, run.param_dtype, name="k_norm")(key)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         if step is None:
             attended = run.attend(query, key, value, segment_ids)
         else:
@@ -213,7 +261,7 @@ class DecoderLayer(nn.Module):
             value = jax.lax.dynamic_update_slice(cache.value, value, at)
             attended = attention.cached(query, key, value, step.key_mask)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
-        hidden_states = hidden_states + project("o_proj", attended, width)
+        hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
 
         x = RMSNorm(c.rms_norm_eps, run.param_dtype, name="post_attention_layernorm")(hidden_states)
         gate = project("gate_proj", x, c.intermediate_size)
@@ -303,7 +351,9 @@ class Qwen2(nn.Module):
         Returns:
             Hidden states `[B, T, D]` after the final norm, and the cache or None.
         """
-        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        c = self.config
+        frequencies = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        rotary = rotary_tables(positions, frequencies)
         hidden_states = inputs_embeds.astype(self.execution.dtype)
         hidden_states, cache = self.layers(
             hidden_states, cache, rotary, segment_ids, step, keep_cache, deterministic

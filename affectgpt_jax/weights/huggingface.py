@@ -1,4 +1,4 @@
-"""Qwen2 base models in Hugging Face layout: `config.json`, `*.safetensors`, `tokenizer.json`."""
+"""Base models in Hugging Face layout: `config.json`, `*.safetensors`, `tokenizer.json`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from affectgpt_jax.models.qwen2 import Qwen2Config
+from affectgpt_jax.weights.hf_config import from_hf, to_hf
+from affectgpt_jax.weights.streaming import (
+    StoredTensor,
+    Target,
+    WeightsError,
+    fill_all,
+    read_header,
+)
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-
-
-class WeightsError(ValueError):
-    """A base model directory that cannot be read."""
+# What may stand beside a model's tensors: the head that a tied checkpoint shares with its
+# embedding, and the rotary frequencies of Llama's first files, which follow from the config.
+_REDUNDANT = ("lm_head.weight", ".self_attn.rotary_emb.inv_freq")
 
 
 def tensor_name(path: tuple[str, ...]) -> tuple[str, bool]:
@@ -64,10 +71,10 @@ def read_config(directory: Path) -> Qwen2Config:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("not a JSON object")
-        return Qwen2Config.from_hf(config)
+        return from_hf(config)
     except FileNotFoundError:
         raise WeightsError(
-            f"{path}: not found; expected the directory of a Qwen2.5 model as Hugging Face lays "
+            f"{path}: not found; expected the directory of a model as Hugging Face lays "
             "it out (config.json, *.safetensors, tokenizer.json)"
         ) from None
     except ValueError as error:
@@ -78,24 +85,66 @@ def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, in order.
 
     Raises:
-        WeightsError: none is there, the index names one that is not, or cannot be read.
+        WeightsError: none is there, the index names one that is not, cannot be read, or leaves out
+            weights that lie beside it.
     """
     directory = Path(directory)
-    index = directory / _INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise WeightsError(
-                f"{index}: not an index of weights; expected JSON with the key 'weight_map'"
-            ) from None
-    else:
-        names = [_SINGLE]
+    weight_map = _read_index(directory)
+    names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     for name in names:
         if not (directory / name).is_file():
-            raise WeightsError(f"{directory}: no weights: {name} is missing")
+            pickles = any(directory.glob("*.bin"))
+            raise WeightsError(
+                f"{directory}: no weights: {name} is missing"
+                + (
+                    "; *.bin files are not read, since they can run code: convert them with "
+                    "from_pretrained and save_pretrained of transformers"
+                    if pickles
+                    else ""
+                )
+            )
+    if _SINGLE not in names and (directory / _SINGLE).is_file():
+        raise WeightsError(
+            f"{directory}: holds {_SINGLE} and, by {_INDEX}, the same weights in {len(names)} "
+            "other files; remove those that are out of date"
+        )
     return [directory / name for name in names]
+
+
+def _read_index(directory: Path) -> dict[str, str] | None:
+    """Tensor -> file name of a checkpoint in several files; None for one in a single file."""
+    index = directory / _INDEX
+    if not index.is_file():
+        return None
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise WeightsError(
+            f"{index}: not an index of weights; expected JSON with the key 'weight_map'"
+        ) from None
+    return weight_map
+
+
+def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint, by name; the index and the files must agree on them."""
+    weight_map = _read_index(directory)
+    stored: dict[str, StoredTensor] = {}
+    for path in weight_files(directory):
+        tensors = read_header(path)
+        if weight_map is not None:
+            named = {name for name, file in weight_map.items() if file == path.name}
+            differ = sorted(named ^ tensors.keys())
+            if differ:
+                lacks = differ[0] in named
+                raise WeightsError(
+                    f"{path}: {'lacks' if lacks else 'has'} the tensor {differ[0]}, which {_INDEX} "
+                    f"{'places' if lacks else 'does not place'} there; take index and files from "
+                    "one checkpoint"
+                )
+        stored.update(tensors)
+    return stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +156,31 @@ class BaseIdentity:
 
 
 def base_identity(directory: Path) -> BaseIdentity:
-    """Hash the model's shape and weights; reads every byte of the latter."""
-    shape = dataclasses.asdict(read_config(directory))
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    for path in weight_files(directory):
+    """Hash the model's shape and weights; reads every byte of the latter, file beside file."""
+
+    def hash_file(path: Path) -> bytes:
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            return hashlib.file_digest(file, "sha256").digest()
+
+    shape = _identity_shape(read_config(directory))
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    with ThreadPoolExecutor() as pool:
+        for file_digest in pool.map(hash_file, weight_files(directory)):
+            digest.update(file_digest)
     return BaseIdentity(Path(directory).name, digest.hexdigest())
+
+
+def _identity_shape(config: Qwen2Config) -> dict[str, Any]:
+    """A config as identities count it.
+
+    Fields that came after the first checkpoints count only where they say something: a Qwen2.5
+    keeps the identity under which those checkpoints know it.
+    """
+    shape = dataclasses.asdict(config)
+    for name in ("o_bias", "qk_norm", "rope_scaling"):
+        if not shape[name]:
+            del shape[name]
+    return shape
 
 
 def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
@@ -126,44 +193,29 @@ def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
         shardings: a tree of shardings, one a leaf.
 
     Returns:
-        The tree of `jax.Array`s. Each process reads the slices its devices hold, layer by layer.
+        The tree of `jax.Array`s. Each process reads what its devices hold; beside the arrays, host
+        memory holds some blocks of rows, not one whole parameter.
 
     Raises:
-        WeightsError: a missing, unexpected or wrongly shaped tensor, or an unreadable file; the
-            message names tensor and file.
+        WeightsError: a missing, unexpected or wrongly shaped tensor, an unreadable file, or an
+            index that does not belong to its files; the message names tensor and file.
     """
-    files = {}
-    for path in weight_files(directory):
-        try:
-            # NumPy, not "flax": that would send every slice through the first device.
-            handle = safe_open(path, framework="numpy")
-        except SafetensorError as error:
-            raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None
-        files.update(dict.fromkeys(handle.keys(), handle))
-    _check_tensors(directory, files, abstract)
-
-    def load(path, leaf: jax.ShapeDtypeStruct, sharding) -> jax.Array:
+    stored = _stored_tensors(Path(directory))
+    _check_tensors(directory, stored, abstract)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
+    targets, jobs = [], []
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
         keys = _keys(path)
         name, stacked = tensor_name(keys)
-        transposed = _transposed(keys)
-
-        def one(name: str, index: tuple[slice, ...]) -> np.ndarray:
-            source = files[name].get_slice(name)
-            value = np.asarray(source[index[::-1] if transposed else index])
-            return (value.T if transposed else value).astype(leaf.dtype)
-
-        def block(index: tuple[slice, ...]) -> np.ndarray:
-            if not stacked:
-                return one(name, index)
-            layers = range(*index[0].indices(leaf.shape[0]))
-            return np.stack([one(name.format(i), index[1:]) for i in layers])
-
-        return jax.make_array_from_callback(leaf.shape, sharding, block)
-
-    return jax.tree_util.tree_map_with_path(load, abstract, shardings)
+        target = Target(leaf, sharding, stacked=stacked, transposed=_transposed(keys))
+        targets.append(target)
+        layers = range(leaf.shape[0] if stacked else 1)
+        jobs += [(target, stored[name.format(layer)], layer) for layer in layers]
+    fill_all(jobs)
+    return treedef.unflatten(target.array() for target in targets)
 
 
-def _check_tensors(directory: Path, files: Mapping[str, Any], abstract: Any) -> None:
+def _check_tensors(directory: Path, stored: Mapping[str, StoredTensor], abstract: Any) -> None:
     expected = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
         keys = _keys(path)
@@ -173,15 +225,15 @@ def _check_tensors(directory: Path, files: Mapping[str, Any], abstract: Any) -> 
         for i in range(leaf.shape[0] if stacked else 1):
             expected[name.format(i)] = shape
     for name, shape in expected.items():
-        if name not in files:
+        if name not in stored:
             raise WeightsError(f"{directory}: the tensor {name} is missing; expected {shape}")
-        found = tuple(files[name].get_slice(name).get_shape())
-        if found != shape:
-            raise WeightsError(f"{directory}: the tensor {name} is {found}; expected {shape}")
-    for name in files:
-        # Tied checkpoints may carry the head they share with the embedding.
-        if name not in expected and name != "lm_head.weight":
-            raise WeightsError(f"{directory}: the tensor {name} is not part of this model")
+        if stored[name].shape != shape:
+            raise WeightsError(
+                f"{stored[name].path}: the tensor {name} is {stored[name].shape}; expected {shape}"
+            )
+    for name, tensor in stored.items():
+        if name not in expected and not name.endswith(_REDUNDANT):
+            raise WeightsError(f"{tensor.path}: the tensor {name} is not part of this model")
 
 
 def save_base(directory: Path, config: Qwen2Config, params: Any) -> None:
@@ -198,21 +250,5 @@ def save_base(directory: Path, config: Qwen2Config, params: Any) -> None:
     save_file(tensors, directory / _SINGLE, metadata={"format": "pt"})
     dtype = jnp.dtype(params["embed_tokens"].dtype).name
     (directory / "config.json").write_text(
-        json.dumps(hf_config(config, dtype), indent=2) + "\n", encoding="utf-8"
+        json.dumps(to_hf(config, dtype), indent=2) + "\n", encoding="utf-8"
     )
-
-
-def hf_config(config: Qwen2Config, dtype: str) -> dict[str, Any]:
-    """The `config.json` of a model; `rope_theta` and `torch_dtype` are written in the spelling
-    that every version of transformers reads."""
-    values = dataclasses.asdict(config)
-    del values["qkv_bias"]
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        "hidden_act": "silu",
-        "max_position_embeddings": 32768,
-        "use_sliding_window": False,
-        "torch_dtype": dtype,
-        **values,
-    }

@@ -1,12 +1,10 @@
 """Soft tokens in their places, the loss, and what a gradient step pays for."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from matmul_flops import matmul_flops
 from tiny_model import (
     LLM,
     make_batch,
@@ -23,6 +21,7 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     loss_sum_and_count,
 )
+from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.training import sharding
 
 MODEL = make_model()
@@ -144,24 +143,6 @@ def test_bfloat16_states_give_float32_logits():
 # --- The cost of a gradient -----------------------------------------------------------------------
 
 
-def matmul_flops(function, *args) -> int:
-    """FLOPs of the matrix products of a function, a scan's body times its length."""
-
-    def walk(jaxpr) -> int:
-        total = 0
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                shared = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-                total += 2 * shared * math.prod(eqn.outvars[0].aval.shape)
-            assert eqn.primitive.name != "while", "the number of iterations is not known"
-            inner = sum(walk(sub) for sub in jaxprs_in_params(eqn.params))
-            total += inner * eqn.params.get("length", 1)
-        return total
-
-    return walk(jax.make_jaxpr(function)(*args).jaxpr)
-
-
 def test_no_gradient_of_a_frozen_weight_is_computed():
     model = make_model(fusion=None)
     base, trainable = random_base(model), random_trainable(model)
@@ -171,20 +152,8 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
     def loss(trainable, base):
         return loss_sum_and_count(model, base, trainable, batch)[0]
 
-    c = LLM
-    heads, kv_heads = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    shapes = [(c.hidden_size, heads), (heads, c.hidden_size)]  # q and o
-    shapes += 2 * [(c.hidden_size, kv_heads)]  # k, v
-    shapes += 2 * [(c.hidden_size, c.intermediate_size)]  # gate, up
-    shapes += [(c.intermediate_size, c.hidden_size)]  # down
-    tokens, supervised = rows * length, rows * targets
-    frozen = c.num_hidden_layers * sum(i * o for i, o in shapes)
-    lora = c.num_hidden_layers * sum(model.qwen2.lora.rank * (i + o) for i, o in shapes)
-    # A product costs 2 FLOPs a weight and token forward, 2 more for the gradient of its input and
-    # 2 for that of its weight. Scores and weighted values: two products of T x T x d a head.
-    attention = 3 * 2 * 2 * rows * c.num_hidden_layers * length**2 * heads
-    vocabulary = supervised * c.hidden_size * c.vocab_size
-    expected = tokens * (4 * frozen + 6 * lora) + attention + 4 * vocabulary
+    flops = train_flops(LLM, model.qwen2.lora, length, targets, causal=False)
+    expected = rows * flops.total
     assert matmul_flops(jax.grad(loss), trainable, base) == expected
     full = matmul_flops(jax.grad(loss, argnums=(0, 1)), trainable, base)
-    assert full == expected + 2 * tokens * frozen + 2 * vocabulary
+    assert full == expected + rows * (flops.frozen + flops.vocabulary) // 2

@@ -11,7 +11,14 @@ import pytest
 from tiny_model import LLM, random_tree, relative_error
 
 from affectgpt_jax.models.lora import TARGETS, LoraConfig, low_rank
-from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2, init_base, init_lora, unembedding
+from affectgpt_jax.models.qwen2 import (
+    PUBLISHED,
+    Llama3RopeScaling,
+    Qwen2,
+    init_base,
+    init_lora,
+    unembedding,
+)
 from affectgpt_jax.weights.huggingface import save_base, tensor_name
 
 ROWS, LENGTH = 2, 6
@@ -136,17 +143,26 @@ def random_embeds():
     return rng.normal(size=(ROWS, LENGTH, LLM.hidden_size)).astype(np.float32)
 
 
-@pytest.mark.parametrize("targets", [TARGETS, ("v_proj", "gate_proj")], ids=["all", "two"])
-def test_logits_and_gradients_equal_peft(targets, tmp_path: Path):
+SCALING = Llama3RopeScaling(8.0, 1.0, 4.0, original_max_position_embeddings=16)
+LLAMA = dataclasses.replace(LLM, qkv_bias=False, rope_scaling=SCALING)
+QWEN3 = dataclasses.replace(LLM, qkv_bias=False, qk_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("llm", "targets"),
+    [(LLM, TARGETS), (LLM, ("v_proj", "gate_proj")), (LLAMA, TARGETS), (QWEN3, TARGETS)],
+    ids=["Qwen2", "two of Qwen2", "Llama", "Qwen3"],
+)
+def test_logits_and_gradients_equal_peft(llm, targets, tmp_path: Path):
     torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
     peft = pytest.importorskip("peft", reason="the reference is PEFT")
     import transformers
 
-    module = module_with(targets=targets, alpha=3.0)  # a scale of 3/4
+    module = module_with(llm=llm, targets=targets, alpha=3.0)  # a scale of 3/4
     base = random_tree(abstract(init_base, module))
     lora = random_tree(abstract(init_lora, module), seed=1)
-    tokens = np.random.default_rng(2).integers(LLM.vocab_size, size=(ROWS, LENGTH))
-    cotangent = np.random.default_rng(3).normal(size=(ROWS, LENGTH, LLM.vocab_size))
+    tokens = np.random.default_rng(2).integers(llm.vocab_size, size=(ROWS, LENGTH))
+    cotangent = np.random.default_rng(3).normal(size=(ROWS, LENGTH, llm.vocab_size))
     cotangent = cotangent.astype(np.float32)
 
     def logits(lora):
@@ -160,11 +176,11 @@ def test_logits_and_gradients_equal_peft(targets, tmp_path: Path):
 
     value, gradient = jax.jit(value_and_gradient)(lora)
 
-    save_base(tmp_path, LLM, base)
+    save_base(tmp_path, llm, base)
     config = peft.LoraConfig(
         r=4, lora_alpha=3.0, lora_dropout=0.0, target_modules=list(targets), task_type="CAUSAL_LM"
     )
-    reference = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     reference = peft.get_peft_model(reference, config)
     parameters = dict(reference.named_parameters())
     ours = {}  # PEFT's name -> our factor and its gradient, in PyTorch's layout [out, in]
@@ -172,7 +188,7 @@ def test_logits_and_gradients_equal_peft(targets, tmp_path: Path):
         name = tensor_name(("layers", target, "kernel"))[0].removesuffix(".weight")
         for ab in "ab":
             leaf = f"lora_{ab}"
-            for i in range(LLM.num_hidden_layers):
+            for i in range(llm.num_hidden_layers):
                 path = f"base_model.model.{name.format(i)}.lora_{ab.upper()}.default.weight"
                 pair = (tree["layers"][target][leaf][i].T for tree in (lora, gradient))
                 ours[path] = tuple(np.asarray(x) for x in pair)

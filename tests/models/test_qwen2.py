@@ -20,9 +20,10 @@ from affectgpt_jax.models.qwen2 import (
     Execution,
     KVCache,
     Qwen2,
-    Qwen2Config,
     init_base,
     rms_norm,
+    rotary_frequencies,
+    rotary_tables,
     unembedding,
 )
 from affectgpt_jax.weights.huggingface import load_base, read_config
@@ -63,103 +64,192 @@ def rows_of(length, rows=1):
 # --- Against Hugging Face -------------------------------------------------------------------------
 
 
+def rope_parameters(theta, original_length=None):
+    """Plain rotary positions, or Llama 3's scaled ones for a model first trained at that length."""
+    if original_length is None:
+        return {"rope_type": "default", "rope_theta": theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original_length,
+    }
+
+
 @st.composite
-def shapes(draw):
+def models(draw):
+    """A transformers config of any of the three families, anywhere in the range of its shapes."""
+    family = draw(st.sampled_from(["Qwen2", "Llama", "Qwen3"]))
     kv_heads = draw(st.sampled_from([1, 2, 3]))
-    return dict(
+    heads = kv_heads * draw(st.integers(1, 3))
+    # transformers wants this multiple of Llama, though its head_dim is free.
+    hidden_size = 4 * heads if family == "Llama" else draw(st.sampled_from([8, 20, 36]))
+    return family, dict(
         vocab_size=draw(st.integers(11, 70)),
-        hidden_size=draw(st.sampled_from([8, 20, 36])),
+        hidden_size=hidden_size,
         intermediate_size=draw(st.integers(5, 40)),
         num_hidden_layers=draw(st.integers(1, 3)),
-        num_attention_heads=kv_heads * draw(st.integers(1, 3)),
+        num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 6, 16])),
         tie_word_embeddings=draw(st.booleans()),
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-2])),
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": draw(st.sampled_from([100.0, 1e4, 1e6])),
-        },
+        rope_parameters=rope_parameters(
+            draw(st.sampled_from([100.0, 1e4, 1e6])), draw(st.sampled_from([None, 8, 64]))
+        ),
+        **({} if family == "Qwen2" else {"attention_bias": draw(st.booleans())}),
     )
 
 
-# Every example compiles, so a failing one is shown as it is: shrinking it would take minutes.
-@settings(max_examples=8, phases=[Phase.explicit, Phase.generate])
-@given(shapes(), st.integers(1, 12), st.integers(0, 2**31))
-def test_logits_equal_hugging_face_for_any_shape(shape, length, seed):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+def make_reference(family, shape, seed=0):
+    import torch
     import transformers
 
     torch.manual_seed(seed)
-    config = transformers.Qwen2Config(**shape)
-    reference = transformers.Qwen2ForCausalLM(config).eval()
+    config = getattr(transformers, f"{family}Config")(**shape)
+    reference = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in reference.parameters():  # its own start has zero biases and unit norms
         torch.nn.init.normal_(parameter, mean=0.1, std=0.3)
-    tokens = np.random.default_rng(seed).integers(config.vocab_size, size=(2, length))
-    with torch.no_grad():
-        expected = reference(torch.tensor(tokens)).logits.numpy()
+    return reference
 
+
+def import_reference(reference, max_shard_size="1GB"):
+    """Our module and base of a transformers model, by way of its files."""
     with tempfile.TemporaryDirectory() as directory:
-        reference.save_pretrained(directory)
+        reference.save_pretrained(directory, max_shard_size=max_shard_size)
         module = Qwen2(read_config(Path(directory)))
         abstract = abstract_base(module)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        base = load_base(Path(directory), abstract, jax.tree.map(lambda _: device, abstract))
+        return module, load_base(
+            Path(directory), abstract, jax.tree.map(lambda _: device, abstract)
+        )
 
+
+def logits_of(module, base, tokens, positions, segment_ids):
+    @jax.jit
     def logits(base):
-        embeds = module.apply({"params": base}, jnp.asarray(tokens), method="embed")
-        return forward(embeds, *rows_of(length, 2), module, base) @ unembedding(base)
+        embeds = module.apply({"params": base}, tokens, method="embed")
+        return forward(embeds, positions, segment_ids, module, base) @ unembedding(base)
 
-    assert relative_error(jax.jit(logits)(base), expected) < FLOAT32
-
-
-CONFIG = {
-    "model_type": "qwen2",
-    "vocab_size": 100,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e4,
-}
+    return np.asarray(logits(base))
 
 
-def config_with(changes):
-    """`CONFIG` with these values; None takes a key away."""
-    return {key: value for key, value in (CONFIG | changes).items() if value is not None}
+# Rows of samples of 1 to 7 tokens, each after 0 to 3 tokens of padding; a row may have none.
+layouts = st.lists(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(1, 7)), max_size=3), min_size=1, max_size=3
+)
+
+
+# Every example compiles, so a failing one is shown as it is: shrinking it would take minutes.
+@settings(max_examples=20, phases=[Phase.explicit, Phase.generate])
+@given(models(), layouts, st.integers(0, 2), st.sampled_from(["4KB", "1GB"]), st.integers(0, 2**31))
+def test_logits_equal_hugging_face_for_any_shape_and_layout(
+    model, layout, right_padding, max_shard_size, seed
+):
+    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    reference = make_reference(*model, seed)
+    module, base = import_reference(reference, max_shard_size)
+    length = max(1, right_padding + max(sum(map(sum, row)) for row in layout))
+    positions, segment_ids = np.zeros((2, len(layout), length), np.int32)
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(module.config.vocab_size, size=segment_ids.shape)
+    expected = np.zeros((*tokens.shape, module.config.vocab_size))
+    for row, samples in enumerate(layout):
+        end = 0
+        for number, (gap, count) in enumerate(samples, 1):
+            sample = slice(end + gap, end + gap + count)
+            end = sample.stop
+            segment_ids[row, sample], positions[row, sample] = number, np.arange(count)
+            with torch.no_grad():  # every sample by itself, without any mask or padding
+                alone = reference(torch.tensor(tokens[None, row, sample])).logits
+            expected[row, sample] = alone[0].numpy()
+
+    found = logits_of(module, base, tokens, positions, segment_ids)
+    assert np.isfinite(found).all()
+    if segment_ids.any():
+        real = segment_ids > 0
+        assert relative_error(found[real], expected[real]) < FLOAT32
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("family", "rope"),
     [
-        {},
-        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-        {"rope_scaling": {"type": "default"}, "head_dim": 8, "use_sliding_window": False},
+        ("Qwen2", rope_parameters(1e6)),
+        ("Llama", rope_parameters(5e5, original_length=64)),
+        ("Qwen3", rope_parameters(1e6)),
     ],
-    ids=["rope_theta", "rope_parameters", "rope_scaling"],
 )
-def test_every_spelling_of_a_config_is_read(changes):
-    expected = Qwen2Config(100, 32, 48, 2, 4, 2, head_dim=8, rope_theta=1e4)
-    assert Qwen2Config.from_hf(config_with(changes)) == expected
+def test_a_sequence_of_the_models_full_length_equals_hugging_face(family, rope):
+    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    length = 256
+    shape = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=length,
+        rope_parameters=rope,
+    )
+    reference = make_reference(family, shape)
+    module, base = import_reference(reference)
+    tokens = np.random.default_rng(0).integers(64, size=(1, length))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    assert relative_error(logits_of(module, base, tokens, *rows_of(length)), expected) < FLOAT32
+
+
+def test_llama3_frequencies_equal_hugging_face_and_their_definition():
+    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    llm = PUBLISHED["Llama-3.1-8B-Instruct"]
+    found = rotary_frequencies(llm.head_dim, llm.rope_theta, llm.rope_scaling)
+    plain = 5e5 ** -(np.arange(64) / 64)
+    wavelengths = 2 * np.pi / plain
+    long, short = wavelengths > 8192, wavelengths < 8192 / 4
+    # Rounded once, from float64.
+    np.testing.assert_array_equal(found[short], plain[short].astype(np.float32))
+    np.testing.assert_array_equal(found[long], (plain[long] / 8).astype(np.float32))
+    between = ~short & ~long
+    assert between.any()
+    assert ((plain / 8 < found) & (found < plain))[between].all()
+
+    config = transformers.LlamaConfig(
+        head_dim=128, rope_parameters=rope_parameters(5e5, original_length=8192)
+    )
+    expected, scale = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    assert scale == 1.0
+    # They are a handful of float32 operations there.
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("position", [0, 1, 4095, 32767, 131071])
+def test_rotary_angles_are_as_good_as_float32_at_every_position(position):
+    frequencies = rotary_frequencies(128, 1e6)
+    cos, sin = rotary_tables(jnp.full((1, 1), position), frequencies)
+    angles = position * 1e6 ** -(np.arange(64) / 64)
+    # A frequency and an angle are rounded once each: 2^-24 of the angle, and the tables' own 2^-22.
+    allowed = 2 * 2**-24 * angles + 2**-22
+    assert (np.abs(np.asarray(cos[0, 0], np.float64) - np.cos(angles)) <= allowed).all()
+    assert (np.abs(np.asarray(sin[0, 0], np.float64) - np.sin(angles)) <= allowed).all()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "'llama'; expected 'qwen2'"),
-        ({"model_type": None}, "model_type is None"),
-        ({"rope_scaling": {"type": "yarn"}}, "yarn"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"rope_theta": None}, "no value for rope_theta"),
-        ({"hidden_size": None}, "no value for hidden_size, head_dim"),
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4; expected a multiple"),
+        ({"head_dim": 5}, "head_dim is 5"),
     ],
 )
-def test_a_config_this_code_cannot_run_is_refused_by_name(changes, message):
+def test_an_impossible_shape_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        Qwen2Config.from_hf(config_with(changes))
+        dataclasses.replace(LLM, **changes)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +262,14 @@ def test_a_config_this_code_cannot_run_is_refused_by_name(changes, message):
         ("Qwen2.5-14B-Instruct", 14_770_033_664),
         ("Qwen2.5-32B-Instruct", 32_763_876_352),
         ("Qwen2.5-72B-Instruct", 72_706_203_648),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-1.7B", 1_720_574_976),
+        ("Qwen3-4B", 4_022_468_096),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-14B", 14_768_307_200),
+        ("Qwen3-32B", 32_762_123_264),
+        ("Llama-2-7b-chat-hf", 6_738_415_616),
+        ("Llama-3.1-8B-Instruct", 8_030_261_248),
     ],
 )
 def test_published_shapes_have_the_published_parameter_counts(name, count):
@@ -244,12 +342,15 @@ def test_a_token_id_beyond_the_table_is_clipped_to_its_last_row():
 # --- Decoding -------------------------------------------------------------------------------------
 
 
-def test_decoding_token_by_token_equals_one_full_pass():
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
+    module = Qwen2(dataclasses.replace(LLM, qk_norm=qk_norm))
+    base = random_tree(abstract_base(module))
     length, prompt = 7, 3
     embeds = random_embeds(2, length)
     positions, segment_ids = rows_of(length, 2)
     expected, cache = jax.jit(
-        lambda e: MODULE.apply({"params": BASE}, e, positions, segment_ids, keep_cache=True)
+        lambda e: module.apply({"params": base}, e, positions, segment_ids, keep_cache=True)
     )(embeds)
     # What the full pass left beyond the prompt must be overwritten before it is read.
     cache = KVCache(*(x.at[:, :, prompt:].set(99.0) for x in cache))
@@ -257,8 +358,8 @@ def test_decoding_token_by_token_equals_one_full_pass():
     @jax.jit
     def decode(cache, slot, embed, position):
         step = DecodeStep(slot, jnp.broadcast_to(jnp.arange(length) <= slot, (2, length)))
-        return MODULE.apply(
-            {"params": BASE}, embed, position, cache=cache, step=step, keep_cache=True
+        return module.apply(
+            {"params": base}, embed, position, cache=cache, step=step, keep_cache=True
         )
 
     for t in range(prompt, length):

@@ -1,0 +1,84 @@
+"""How many floating-point operations an update's matrix products take.
+
+Model FLOPs, as the field counts them for MFU (PaLM, arXiv 2204.02311, appendix B): a product of
+`[n, in]` with `[in, out]` is 2 n in out, and what is computed again in the backward pass
+(rematerialisation, logits in chunks) is not counted. For every token, a weight costs
+
+    2 forward
+    2 for the gradient of what it was applied to, since trained parameters lie below it
+    2 for its own gradient, if it is trained
+
+so 4 for a frozen weight and 6 for an adapter's. Attention has two products a pair of positions and
+head, and twice those again in the backward pass. Left out are the modality heads, which see a few
+vectors a sample (under a thousandth of a 7B model's update), and all that is no matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from affectgpt_jax.models.lora import LoraConfig
+from affectgpt_jax.models.qwen2 import Qwen2Config
+
+
+class Flops(NamedTuple):
+    """FLOPs by what they are spent on."""
+
+    frozen: int
+    adapters: int
+    attention: int
+    vocabulary: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def projection_shapes(config: Qwen2Config) -> dict[str, tuple[int, int]]:
+    """`(in, out)` of the seven projections of a layer, by name."""
+    c = config
+    query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    return {
+        "q_proj": (c.hidden_size, query),
+        "k_proj": (c.hidden_size, key),
+        "v_proj": (c.hidden_size, key),
+        "o_proj": (query, c.hidden_size),
+        "gate_proj": (c.hidden_size, c.intermediate_size),
+        "up_proj": (c.hidden_size, c.intermediate_size),
+        "down_proj": (c.intermediate_size, c.hidden_size),
+    }
+
+
+def train_flops(
+    config: Qwen2Config,
+    lora: LoraConfig | None,
+    length: int,
+    targets: int | None = None,
+    *,
+    causal: bool = True,
+) -> Flops:
+    """FLOPs of a forward and backward pass over one sequence; divide by `length` for a token's.
+
+    Args:
+        config: shape of the frozen decoder.
+        lora: its adapters, or None.
+        length: tokens of the sequence. Of a packed row, add up its samples: attention is not
+            linear in the length.
+        targets: positions that are projected onto the vocabulary; None is all of them.
+        causal: count the `length * (length + 1) / 2` pairs of positions that a causal mask leaves,
+            as a flash kernel computes them; False counts all `length**2`, as plain XLA does.
+
+    Qwen2.5-7B with adapters of rank 16 takes 31.0 GFLOP a token at a length of 4,096.
+    """
+    c = config
+    shapes = projection_shapes(c)
+    adapted = [shapes[name] for name in lora.targets] if lora else []
+    rank = lora.rank if lora else 0
+    pairs = length * (length + 1) // 2 if causal else length**2
+    query = c.num_attention_heads * c.head_dim
+    return Flops(
+        frozen=4 * length * c.num_hidden_layers * sum(i * o for i, o in shapes.values()),
+        adapters=6 * length * c.num_hidden_layers * rank * sum(i + o for i, o in adapted),
+        attention=3 * 2 * 2 * pairs * c.num_hidden_layers * query,
+        vocabulary=4 * (length if targets is None else targets) * c.hidden_size * c.vocab_size,
+    )

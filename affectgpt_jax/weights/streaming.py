@@ -1,0 +1,243 @@
+"""Tensors of safetensors files into sharded arrays, a block of rows at a time.
+
+Beside the arrays themselves, host memory holds one block for every reader, whatever the size of the
+model. Each process reads what its own devices hold, and each byte of that once, in long runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+import math
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+# Enough to keep a disk, the transposition and the bus to the devices busy at the same time.
+READERS = 8
+# Bytes of a block. In host memory it should stay in a core's cache while it is transposed; towards
+# a device it should be large beside the cost of a transfer and a launch.
+HOST_BLOCK = 4 * 2**20
+DEVICE_BLOCK = 32 * 2**20
+
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_Bounds = tuple[tuple[int, int], ...]
+
+
+class WeightsError(ValueError):
+    """Weights on disk that cannot be read."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies, `offset` bytes from the start of a safetensors file."""
+
+    name: str
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def blocks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Rows `start` to `stop` in blocks of about `size` bytes, as `(first row, [rows, ...])`.
+
+        All blocks have one shape, so that what takes them is compiled once; for that, the last one
+        may begin with rows of the one before. A block is valid until the next is asked for.
+
+        Raises:
+            WeightsError: the file ends before the tensor does.
+        """
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        rows = min(stop - start, max(1, size // row_bytes))
+        block = np.empty((rows, *self.shape[1:]), self.dtype)
+        with self.path.open("rb") as file:
+            for row in [*range(start, stop - rows, rows), stop - rows]:
+                file.seek(self.offset + row * row_bytes)
+                if file.readinto(block.view(np.uint8)) != block.nbytes:
+                    raise WeightsError(f"{self.path}: ends within the tensor {self.name}")
+                yield row, block
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        WeightsError: not a whole safetensors file, or a tensor of another type than the floating
+            ones from 16 to 64 bits.
+    """
+    try:
+        safe_open(path, framework="numpy")  # compares the header with the length of the file
+    except SafetensorError as error:
+        raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise WeightsError(
+                f"{path}: the tensor {name} is of type {entry['dtype']}; expected unquantized "
+                f"weights of one of the types {', '.join(_DTYPES)}"
+            )
+        tensors[name] = StoredTensor(
+            name,
+            path,
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            np.dtype(_DTYPES[entry["dtype"]]),
+        )
+    return tensors
+
+
+class Target:
+    """A sharded array that is filled from stored tensors.
+
+    Args:
+        leaf: its shape and dtype; what is stored is cast to the latter.
+        sharding: where it goes.
+        stacked: whether its first axis counts layers, each a tensor of its own.
+        transposed: whether a tensor is stored as `[out, in]` where the array is `[..., in, out]`.
+    """
+
+    def __init__(
+        self,
+        leaf: jax.ShapeDtypeStruct,
+        sharding: jax.sharding.Sharding,
+        *,
+        stacked: bool,
+        transposed: bool,
+    ):
+        self._leaf, self._sharding = leaf, sharding
+        self._stacked, self._transposed = stacked, transposed
+        # Devices that hold the same part share its reads and, where it can be, its memory.
+        devices: dict[_Bounds, list[jax.Device]] = collections.defaultdict(list)
+        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+            bounds = (part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True))
+            devices[tuple(bounds)].append(device)
+        self._shards = {
+            bounds: _make_shard([stop - start for start, stop in bounds], leaf.dtype, group)
+            for bounds, group in devices.items()
+        }
+
+    def fill(self, tensor: StoredTensor, layer: int = 0) -> None:
+        """Copy a stored tensor to its place; different layers may be filled at the same time."""
+        # What several shards need of the same rows is read once for all of them.
+        by_rows = collections.defaultdict(list)
+        for bounds, shard in self._shards.items():
+            lead, part = (bounds[:1], bounds[1:]) if self._stacked else ((), bounds)
+            if all(start <= layer < stop for start, stop in lead):
+                rows, *columns = part[::-1] if self._transposed else part
+                by_rows[rows].append((tuple(layer - start for start, _ in lead), columns, shard))
+        for (start, stop), parts in by_rows.items():
+            size = max(shard.block_bytes for _, _, shard in parts)
+            for row, block in tensor.blocks(start, stop, size):
+                for lead, columns, shard in parts:
+                    at = (row - start, *(0 for _ in columns))
+                    values = block[(slice(None), *(slice(*column) for column in columns))]
+                    shard.write(
+                        (*lead, *(at[::-1] if self._transposed else at)), values, self._transposed
+                    )
+
+    def array(self) -> jax.Array:
+        """The array, once every part of it has been filled."""
+        arrays = [array for shard in self._shards.values() for array in shard.arrays()]
+        return jax.make_array_from_single_device_arrays(self._leaf.shape, self._sharding, arrays)
+
+
+def fill_all(jobs: Iterable[tuple[Target, StoredTensor, int]]) -> None:
+    """Fill targets from `(target, tensor, layer)`, several at a time, in the order of the disk."""
+    jobs = sorted(jobs, key=lambda job: (job[1].path, job[1].offset))
+    with ThreadPoolExecutor(READERS) as pool:
+        for _ in pool.map(lambda job: job[0].fill(*job[1:]), jobs):
+            pass
+
+
+def _make_shard(
+    shape: Sequence[int], dtype: np.dtype, devices: Sequence[jax.Device]
+) -> _HostShard | _DeviceShard:
+    # A norm or a bias is sent whole: to compile an update for it would take longer.
+    small = math.prod(shape) * np.dtype(dtype).itemsize <= HOST_BLOCK
+    on_host = small or all(map(_computes_in_host_memory, devices))
+    return (_HostShard if on_host else _DeviceShard)(tuple(shape), np.dtype(dtype), devices)
+
+
+def _computes_in_host_memory(device: jax.Device) -> bool:
+    return device.platform == "cpu"
+
+
+class _HostShard:
+    """A part that is filled as a NumPy array; CPU devices then take it over without a copy.
+
+    XLA's CPU backend has no in-place update of a bfloat16 array, so `_DeviceShard` would copy the
+    whole of it for every block.
+    """
+
+    block_bytes = HOST_BLOCK
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: Sequence[jax.Device]):
+        self._devices = devices
+        self._values = _aligned_empty(shape, dtype)
+
+    def write(self, at: tuple[int, ...], block: np.ndarray, transposed: bool) -> None:
+        block = _as_part(block, self._values.ndim, transposed)
+        place = self._values[tuple(slice(i, i + n) for i, n in zip(at, block.shape, strict=True))]
+        if place.dtype == block.dtype:  # NumPy copies whole numbers several times as fast
+            place, block = (x.view(f"u{x.itemsize}") for x in (place, block))
+        np.copyto(place, block, casting="unsafe")
+
+    def arrays(self) -> list[jax.Array]:
+        return [jax.device_put(self._values, device, may_alias=True) for device in self._devices]
+
+
+class _DeviceShard:
+    """A part in the memory of accelerators, updated in place: its buffer is donated every time."""
+
+    block_bytes = DEVICE_BLOCK
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, devices: Sequence[jax.Device]):
+        self._arrays = [jnp.zeros(shape, dtype, device=device) for device in devices]
+        self._lock = threading.Lock()
+
+    def write(self, at: tuple[int, ...], block: np.ndarray, transposed: bool) -> None:
+        with self._lock:
+            self._arrays = [
+                _update(array, jax.device_put(block, array.device), at, transposed)
+                for array in self._arrays
+            ]
+            # The block's memory is about to be used again.
+            jax.block_until_ready(self._arrays)
+
+    def arrays(self) -> list[jax.Array]:
+        return self._arrays
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _update(
+    array: jax.Array, block: jax.Array, at: tuple[jax.Array, ...], transposed: bool
+) -> jax.Array:
+    block = _as_part(block, array.ndim, transposed).astype(array.dtype)
+    return jax.lax.dynamic_update_slice(array, block, at)
+
+
+def _as_part(block, ndim: int, transposed: bool):
+    """A block of a stored tensor as a part of the array: `[..., in, out]` and a layer axis."""
+    block = block.T if transposed else block
+    return block[(None,) * (ndim - block.ndim)]
+
+
+def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Memory that starts where XLA's CPU backend takes an array over as it is."""
+    alignment = 64
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + alignment, np.uint8)
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(dtype).reshape(shape)
