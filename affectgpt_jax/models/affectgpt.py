@@ -131,11 +131,22 @@ def loss_sum_and_count(
     batch. Hidden states are gathered at the supervised positions before the vocabulary projection:
     prompts are most of a batch, and their logits are never needed.
     """
-    states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
-    states = jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
+    states = target_states(model, base, trainable, batch, dropout_key)
     weights = batch["target_weights"].astype(jnp.float32)
     loss = cross_entropy_sum(states, unembedding(base), batch["targets"], weights)
     return loss, weights.sum()
+
+
+def target_states(
+    model: AffectGPT,
+    base: Any,
+    trainable: Any,
+    batch: Batch,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Hidden states `[B, S, D]` that predict the supervised tokens."""
+    states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
+    return jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
 
 
 def cross_entropy_sum(
@@ -145,30 +156,37 @@ def cross_entropy_sum(
     weights: jax.Array,
     chunk: int = LOSS_CHUNK,
 ) -> jax.Array:
-    """Weighted sum of `-log softmax(states @ vocabulary)[target]`, with float32 logits.
+    """Sum of `-log softmax(states @ vocabulary)[target]`, weighted by `weights` `[B, S]`, as a
+    float32 scalar; the other arguments are those of `token_log_probs`."""
+    return -jnp.sum(token_log_probs(states, vocabulary, targets, chunk) * weights)
+
+
+def token_log_probs(
+    states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chunk: int = LOSS_CHUNK
+) -> jax.Array:
+    """`log softmax(states @ vocabulary)[target]`, with float32 logits.
 
     Args:
         states: `[B, S, D]`.
         vocabulary: `[D, V]`.
         targets: `[B, S]` int32.
-        weights: `[B, S]` float32.
         chunk: positions per block; logits of one block are alive at a time, in the backward pass
             too, where they are computed again. A block is a few columns of all rows, so that rows
             stay on the devices that hold them.
 
     Returns:
-        float32 scalar.
+        `[B, S]` float32.
     """
     vocabulary = vocabulary.astype(states.dtype)
 
-    def block(states, targets, weights):
+    def block(states, targets):
         logits = jnp.einsum("bsd,dv->bsv", states, vocabulary, preferred_element_type=jnp.float32)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return jnp.sum((jax.nn.logsumexp(logits, axis=-1) - chosen) * weights)
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
 
     rows, columns = targets.shape
     if rows * columns <= chunk:
-        return block(states, targets, weights)
+        return block(states, targets)
     width = max(1, chunk // rows)
 
     def blocks(x: jax.Array) -> jax.Array:
@@ -177,8 +195,8 @@ def cross_entropy_sum(
 
     recomputed = jax.checkpoint(block, prevent_cse=False)  # within a scan nothing could be merged
 
-    def body(total, inputs):
-        return total + recomputed(*inputs), None
+    def body(_, inputs):
+        return None, recomputed(*inputs)
 
-    start = jnp.zeros((), jnp.float32)
-    return jax.lax.scan(body, start, (blocks(states), blocks(targets), blocks(weights)))[0]
+    found = jax.lax.scan(body, None, (blocks(states), blocks(targets)))[1]
+    return found.swapaxes(0, 1).reshape(rows, -1)[:, :columns]
