@@ -20,6 +20,11 @@ CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Arr
 _MASKED = -1e30
 
 
+def _weights(scores: jax.Array, mask: jax.Array, width: int) -> jax.Array:
+    """Masked softmax of query-key products over the last axis."""
+    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, _MASKED), axis=-1)
+
+
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """Grouped-query attention with an explicit mask `[B, T, S]`; scores and softmax in float32.
 
@@ -30,8 +35,7 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array)
     kv_heads = key.shape[2]
     grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores * width**-0.5, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = _weights(scores, mask[:, None, None], width).astype(value.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
 
 
@@ -61,11 +65,16 @@ def cached(
 
     Args:
         query: `[B, 1, H, d]`.
-        key_cache: `[B, S, K, d]`, the new token's key already written.
-        value_cache: `[B, S, K, d]`.
+        key_cache: `[B, K, S, d]`, the new token's key already written.
+        value_cache: `[B, K, S, d]`.
         key_mask: `[B, S]` bool, True for slots that hold a token of this row, the new one included.
 
     Returns:
         `[B, 1, H, d]`.
     """
-    return _attend(query, key_cache, value_cache, key_mask[:, None, :])
+    batch, _, heads, width = query.shape
+    kv_heads = key_cache.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, key_cache, preferred_element_type=jnp.float32)
+    weights = _weights(scores, key_mask[:, None, None], width).astype(value_cache.dtype)
+    return jnp.einsum("bkgs,bksd->bkgd", weights, value_cache).reshape(query.shape)

@@ -118,7 +118,10 @@ PUBLISHED = {
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of all layers, `[L, B, S, K, d]` each."""
+    """Keys (rotated) and values of all layers, `[L, B, K, S, d]` each.
+
+    Heads come before slots, so that attention is one batched product over contiguous memory.
+    """
 
     key: jax.Array
     value: jax.Array
@@ -214,7 +217,12 @@ REMAT_POLICIES = {
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block; returns the hidden states and this layer's keys and values."""
+    """One pre-norm block, as a step of the scan over layers.
+
+    It carries the hidden states, and in decoding the whole cache, of which it changes one slot of
+    its own layer: XLA updates a carry in place, where a cache that came in and went out layer by
+    layer would be copied for every new token.
+    """
 
     config: Qwen2Config
     lora: LoraConfig | None
@@ -223,14 +231,16 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        hidden_states: jax.Array,
-        cache: KVCache | None,
+        carry: tuple[jax.Array, KVCache | None],
+        layer: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None,
         step: DecodeStep | None,
         keep_cache: bool,
         deterministic: bool,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[tuple[jax.Array, KVCache | None], KVCache | None]:
+        """Returns the carry, and from whole rows this layer's keys and values if asked for."""
+        hidden_states, cache = carry
         c, run = self.config, self.execution
         batch, length, width = hidden_states.shape
 
@@ -255,11 +265,15 @@ class DecoderLayer(nn.Module):
         query, key = rotate(query, rotary), rotate(key, rotary)
         if step is None:
             attended = run.attend(query, key, value, segment_ids)
+            kept = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
         else:
-            at = (0, step.slot, 0, 0)
-            key = jax.lax.dynamic_update_slice(cache.key, key, at)
-            value = jax.lax.dynamic_update_slice(cache.value, value, at)
-            attended = attention.cached(query, key, value, step.key_mask)
+            at = (layer, 0, 0, step.slot, 0)
+            cache = KVCache(
+                jax.lax.dynamic_update_slice(cache.key, key.swapaxes(1, 2)[None], at),
+                jax.lax.dynamic_update_slice(cache.value, value.swapaxes(1, 2)[None], at),
+            )
+            kept = None
+            attended = attention.cached(query, cache.key[layer], cache.value[layer], step.key_mask)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
         hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
 
@@ -269,7 +283,7 @@ class DecoderLayer(nn.Module):
         gated = run.shard(nn.silu(gate) * up, ("batch", None, "mlp"))
         hidden_states = hidden_states + project("down_proj", gated, width)
         hidden_states = run.shard(hidden_states, ("batch", None, None))
-        return hidden_states, KVCache(key, value) if keep_cache else None
+        return (hidden_states, cache), kept
 
 
 class Qwen2(nn.Module):
@@ -345,20 +359,26 @@ class Qwen2(nn.Module):
             segment_ids: `[B, T]` int32, 0 for padding; needed unless `step` is given.
             cache: keys and values so far, with `step`.
             step: set for decoding: `T` is 1 and the new token goes to `step.slot`.
-            keep_cache: return the keys and values (of the row, or the updated cache).
+            keep_cache: without `step`: return the keys and values of the rows, S = T slots.
             deterministic: no LoRA dropout.
 
         Returns:
-            Hidden states `[B, T, D]` after the final norm, and the cache or None.
+            Hidden states `[B, T, D]` after the final norm, and the cache, updated or new, or None.
         """
         c = self.config
         frequencies = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         rotary = rotary_tables(positions, frequencies)
-        hidden_states = inputs_embeds.astype(self.execution.dtype)
-        hidden_states, cache = self.layers(
-            hidden_states, cache, rotary, segment_ids, step, keep_cache, deterministic
+        carry = inputs_embeds.astype(self.execution.dtype), cache
+        (hidden_states, cache), kept = self.layers(
+            carry,
+            jnp.arange(c.num_hidden_layers),
+            rotary,
+            segment_ids,
+            step,
+            keep_cache,
+            deterministic,
         )
-        return self.norm(hidden_states), cache
+        return self.norm(hidden_states), kept if step is None else cache
 
 
 def unembedding(params: Mapping[str, Any]) -> jax.Array:

@@ -212,7 +212,7 @@ RATE = 0.25
 
 @pytest.fixture(scope="module")
 def dropped():
-    """`(key or None) -> {projection: dropout(x) / x, [layers, B, T, D]}`, read off the KV cache.
+    """`(key or None) -> {projection: dropout(x) / x, [layers, B, K, T, d]}`, read off the KV cache.
 
     With the frozen kernels of k and v at zero, `A` the identity and `B` the identity over the
     scale, keys at rotary position 0 and values are `dropout(x)` itself.

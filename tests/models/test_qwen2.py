@@ -318,9 +318,10 @@ def test_a_row_of_padding_stays_finite_in_values_and_gradients():
 
 
 def test_a_query_that_may_read_no_key_stays_finite():
-    query, key, value = random_embeds(3, 1, 4)[..., :8].reshape(3, 1, 4, 2, 4)
+    query, key, value = random_embeds(3, 1, 4)[..., :8].reshape(3, 1, 2, 4, 4)
     nothing = jnp.zeros((1, 4), bool)
-    out, pullback = jax.vjp(lambda *qkv: attention.cached(*qkv, nothing), query[:, :1], key, value)
+    query = query[:, :, :1].swapaxes(1, 2)
+    out, pullback = jax.vjp(lambda *qkv: attention.cached(*qkv, nothing), query, key, value)
     for x in (out, *pullback(out)):
         assert np.isfinite(x).all()
 
@@ -353,14 +354,12 @@ def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
         lambda e: module.apply({"params": base}, e, positions, segment_ids, keep_cache=True)
     )(embeds)
     # What the full pass left beyond the prompt must be overwritten before it is read.
-    cache = KVCache(*(x.at[:, :, prompt:].set(99.0) for x in cache))
+    cache = KVCache(*(x.at[:, :, :, prompt:].set(99.0) for x in cache))
 
     @jax.jit
     def decode(cache, slot, embed, position):
         step = DecodeStep(slot, jnp.broadcast_to(jnp.arange(length) <= slot, (2, length)))
-        return module.apply(
-            {"params": base}, embed, position, cache=cache, step=step, keep_cache=True
-        )
+        return module.apply({"params": base}, embed, position, cache=cache, step=step)
 
     for t in range(prompt, length):
         at = slice(t, t + 1)
