@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,25 +17,53 @@ from affectgpt_jax.data.prompts import sentiment
 from affectgpt_jax.data.records import Records
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.models.affectgpt import AffectGPT
-from affectgpt_jax.models.generate import greedy
+from affectgpt_jax.models.generate import (
+    GREEDY,
+    Decoding,
+    Generated,
+    Sampling,
+    generate,
+    identities,
+    stream,
+)
 from affectgpt_jax.training.sharding import shard_batch
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-    """What a model wrote about every clip of a data set.
+class Answer:
+    """What a model wrote about one clip.
 
     Attributes:
-        texts: by record number.
-        cut: how many reached the limit of new tokens before they ended.
+        text: without the end mark.
+        tokens: how many it took, the end mark included.
+        cut: whether it reached the limit of new tokens before it ended.
+        log_prob: of all tokens together, under the model's own distribution; None unless asked for.
     """
 
-    texts: list[str]
-    cut: int
+    text: str
+    tokens: int
+    cut: bool
+    log_prob: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What a model wrote about every clip of a data set, by record number."""
+
+    each: list[Answer]
+
+    @property
+    def texts(self) -> list[str]:
+        return [answer.text for answer in self.each]
+
+    @property
+    def cut(self) -> int:
+        """How many reached the limit of new tokens before they ended."""
+        return sum(answer.cut for answer in self.each)
 
 
 class Generator:
-    """Greedy answers, one compiled program per prompt length bucket.
+    """Answers to questions about clips, in a few compiled programs for each prompt length.
 
     Args:
         model: the modules.
@@ -47,7 +72,11 @@ class Generator:
         mesh: batches are split over it.
         batch_size: prompts at a time.
         max_new_tokens: an answer is cut off there.
-        num_buckets: the number of prompt lengths, each of which costs one compilation.
+        num_buckets: the number of prompt lengths, each of which costs compilation.
+        sampling: how tokens are chosen; the most probable ones by default.
+        seed: of sampling. What is drawn follows from it, the clip's name and the question, not
+            from the other clips.
+        log_probs: whether answers say how probable they were.
     """
 
     def __init__(
@@ -60,22 +89,19 @@ class Generator:
         batch_size: int,
         max_new_tokens: int,
         num_buckets: int = 1,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        log_probs: bool = False,
     ):
-        self._view, self._mesh, self._base = view, mesh, base
-        self._num_buckets = num_buckets
+        self._model, self._base, self._view, self._mesh = model, base, view, mesh
+        self._num_buckets, self._seed = num_buckets, seed
         # The batch axis must divide over the devices that share it.
         shares = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch_size = -(-batch_size // shares) * shares
-        stops = {view.tokenizer.end_id, *view.tokenizer.ids_holding(view.prompts.end)}
-        self._stop_ids = np.asarray(sorted(stops), np.int32)
-        self._generate = jax.jit(
-            functools.partial(
-                greedy,
-                model,
-                stop_ids=jnp.asarray(self._stop_ids),
-                pad_id=view.tokenizer.end_id,
-                max_new_tokens=max_new_tokens,
-            )
+        tokenizer, end = view.tokenizer, view.prompts.end
+        stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
+        self._decoding = Decoding(
+            max_new_tokens, tuple(sorted(stops)), tokenizer.end_id, sampling, log_probs
         )
 
     def answer(
@@ -90,23 +116,84 @@ class Generator:
         Args:
             trainable: adapters and fusion.
             dataset: the clips.
-            question: a label type of the prompts.
+            question: a label type of the prompts, or the text of any question.
             feature_from: for each clip the number of the one whose features it gets instead of its
                 own; a permutation is the control that shows what features are worth.
+
+        Raises:
+            DataError: a clip that cannot be asked; the message names it.
         """
+        found = dict(self.batches(trainable, dataset, question, feature_from))
+        return Answers([found[number] for number in range(len(dataset))])
+
+    def batches(
+        self,
+        trainable: Any,
+        dataset: Records,
+        question: str,
+        feature_from: Sequence[int] | None = None,
+    ) -> Iterator[tuple[int, Answer]]:
+        """The same, as record numbers and answers that come a batch at a time, in the order of
+        `sequential_batches`."""
+        for numbers, batch, rows in self._prompts(dataset, question, feature_from):
+            settings = {"seed": self._seed, "rows": rows}
+            generated = generate(
+                self._model, self._base, trainable, batch, self._decoding, **settings
+            )
+            for row, number in enumerate(numbers.tolist()):
+                yield number, self._read(generated, row)
+
+    def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
+        """Ask about a data set of one clip and show the answer as it is written.
+
+        Yields:
+            The answer after every token. Until it is complete, its text holds only what later
+            tokens cannot change: whole characters, and no part of an end mark.
+
+        Raises:
+            DataError: the clip cannot be asked.
+        """
+        [(_, batch, rows)] = self._prompts(clip, question)
+        settings = {"seed": self._seed, "rows": rows}
+        for generated in stream(
+            self._model, self._base, trainable, batch, self._decoding, **settings
+        ):
+            answer = self._read(generated, 0)
+            complete = generated.ended[0] or answer.tokens == self._decoding.max_new_tokens
+            settled = _settled(answer.text, self._view.prompts.end)
+            yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
+
+    def _prompts(
+        self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
+    ) -> Iterator[tuple[np.ndarray, Any, Any]]:
+        """Record numbers, batches, and what stands for their rows in random keys."""
         examples = self._view.prompt_examples(dataset, question)
-        texts, cut = [""] * len(dataset), 0
         batches = sequential_batches(
             dataset, self._view, examples, self._batch_size, self._num_buckets, feature_from
         )
         for numbers, batch in batches:
-            tokens = np.asarray(
-                self._generate(self._base, trainable, shard_batch(self._mesh, batch))
-            )
-            for number, row in zip(numbers, tokens[: len(numbers)], strict=True):
-                cut += not np.isin(row, self._stop_ids).any()
-                texts[number] = self._view.tokenizer.decode(row).split(self._view.prompts.end)[0]
-        return Answers(texts, cut)
+            names = [f"{dataset.index[i].name}\n{question}" for i in numbers]
+            names += [""] * (self._batch_size - len(names))
+            yield numbers, *shard_batch(self._mesh, (batch, identities(names)))
+
+    def _read(self, generated: Generated, row: int) -> Answer:
+        count = int(generated.counts[row])
+        text = self._view.tokenizer.decode(generated.tokens[row, :count])
+        text, mark, _ = text.partition(self._view.prompts.end)
+        log_probs = generated.log_probs
+        return Answer(
+            text=text,
+            tokens=count,
+            cut=not (generated.ended[row] or mark),
+            log_prob=None if log_probs is None else float(log_probs[row].sum()),
+        )
+
+
+def _settled(text: str, end: str) -> str:
+    """The part of unfinished text that no later token can change."""
+    text = text.rstrip("\ufffd")  # stands for the first bytes of a character
+    started = (n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n]))
+    return text[: len(text) - next(started, 0)]
 
 
 # Label types whose answers name the clip's one true word, best first.

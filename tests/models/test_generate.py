@@ -1,15 +1,31 @@
-"""Greedy decoding against decoding without a cache, and against Hugging Face."""
+"""Decoding against full passes without a cache, against Hugging Face, and against probabilities."""
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from tiny_model import LLM, make_batch, make_model, random_base, random_trainable
 
-from affectgpt_jax.models.affectgpt import hidden_states
-from affectgpt_jax.models.generate import greedy
+from affectgpt_jax.models import generate as module
+from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count
+from affectgpt_jax.models.generate import (
+    Decoding,
+    Sampling,
+    adjust_logits,
+    decode,
+    generate,
+    identities,
+    keep_top_p,
+    penalize_repetition,
+    prefill,
+    score_answers,
+    stream,
+)
+from affectgpt_jax.training import sharding
 from affectgpt_jax.weights.huggingface import save_base
 
 MODEL = make_model()
@@ -18,100 +34,398 @@ TRAINABLE = random_trainable(MODEL)
 LENGTHS = [5, 12, 8]
 BATCH = make_batch(LENGTHS, width=12)
 PAD, NEVER, NEW = 63, -1, 10
+PLAIN = Decoding(NEW, (NEVER,), PAD, log_probs=True)
+NAMES = ("a", "b", "c")
+# Everything at once, at values that change what is drawn.
+SAMPLED = dataclasses.replace(PLAIN, sampling=Sampling(1.5, 0.9, 1.2))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "new"))
-def run(trainable, batch, stop, model, new):
-    return greedy(model, BASE, trainable, batch, stop, PAD, new)
-
-
-def generate(batch=BATCH, stop=NEVER, new=NEW, model=MODEL, trainable=TRAINABLE):
-    return np.asarray(run(trainable, batch, jnp.array([NEVER, stop], jnp.int32), model, new))
+def run(decoding=PLAIN, batch=BATCH, names=NAMES, **settings):
+    return generate(MODEL, BASE, TRAINABLE, batch, decoding, rows=identities(names), **settings)
 
 
 @pytest.fixture(scope="module")
 def answers():
-    return generate()
+    return run()
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return run(SAMPLED)
+
+
+@jax.jit
+def full_pass(batch):
+    """Logits of the next token at every position, `[B, T, V]`, without a cache."""
+    return hidden_states(MODEL, BASE, TRAINABLE, batch)[0] @ BASE["lm_head"]
+
+
+def all_log_probs(batch):
+    return scipy.special.log_softmax(np.asarray(full_pass(batch), np.float64), axis=-1)
+
+
+def with_answers(tokens, batch=BATCH):
+    """The batch with these tokens `[B, N]` behind its prompts, and where they start, `[B]`."""
+    rows, new = tokens.shape
+    starts = batch["segment_ids"].sum(axis=1)
+    width = batch["tokens"].shape[1] + new
+    longer = {name: batch[name] for name in ("features", "present")}
+    for name in ("tokens", "segment_ids", "soft_index"):
+        longer[name] = np.pad(batch[name], [(0, 0), (0, new)])
+    longer["positions"] = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
+    at = starts[:, None] + np.arange(new)
+    np.put_along_axis(longer["tokens"], at, tokens, axis=1)
+    np.put_along_axis(longer["segment_ids"], at, 1, axis=1)
+    return longer, starts
+
+
+# --- The cache ------------------------------------------------------------------------------------
 
 
 def test_greedy_equals_full_passes_without_a_cache(answers):
-    width = max(LENGTHS) + NEW
-    batch = make_batch(LENGTHS, width=12)
-    room = [(0, 0), (0, NEW)]
-    for name in ("tokens", "segment_ids", "soft_index"):
-        batch[name] = np.pad(batch[name], room)
-    batch["positions"] = np.broadcast_to(np.arange(width, dtype=np.int32), (len(LENGTHS), width))
-
-    @jax.jit
-    def logits(batch):
-        return hidden_states(MODEL, BASE, TRAINABLE, batch)[0] @ BASE["lm_head"]
-
-    ends, rows = np.array(LENGTHS), np.arange(len(LENGTHS))
-    for i in range(NEW):
-        chosen = np.asarray(logits(batch))[rows, ends - 1].argmax(-1)
-        np.testing.assert_array_equal(answers[:, i], chosen, err_msg=f"new token {i}")
-        batch["tokens"][rows, ends] = chosen
-        batch["segment_ids"][rows, ends] = 1
-        ends += 1
-    assert len(np.unique(answers)) > NEW, "answers that repeat themselves prove little"
+    # Causal: one pass over the finished answers shows what each of their prefixes predicts.
+    batch, starts = with_answers(answers.tokens)
+    log_probs = all_log_probs(batch)
+    for row, start in enumerate(starts):
+        expected = log_probs[row, start - 1 : start - 1 + NEW]
+        np.testing.assert_array_equal(answers.tokens[row], expected.argmax(-1))
+        # Float32, products of another shape.
+        np.testing.assert_allclose(answers.log_probs[row], expected.max(-1), atol=2e-5)
+    assert len(np.unique(answers.tokens)) > NEW, "answers that repeat themselves prove little"
 
 
-def test_a_row_does_not_depend_on_the_other_rows(answers):
-    other = make_batch([12, 3, 8], width=12, seed=9)
-    mixed = jax.tree.map(lambda x, y: np.concatenate([x[:1], y[1:2], x[2:]]), BATCH, other)
-    found = generate(mixed)
-    np.testing.assert_array_equal(found[[0, 2]], answers[[0, 2]])
-    assert (found[1] != answers[1]).any()
+def test_sampled_tokens_have_the_log_probs_of_the_unmodified_model(samples):
+    batch, starts = with_answers(samples.tokens)
+    log_probs = all_log_probs(batch)
+    for row, start in enumerate(starts):
+        expected = log_probs[row, start - 1 + np.arange(NEW), samples.tokens[row]]
+        np.testing.assert_allclose(samples.log_probs[row], expected, atol=2e-5)
 
 
-def test_a_padded_row_equals_a_batch_of_one_without_padding(answers):
-    alone = jax.tree.map(lambda x: x[:1], BATCH)
-    for name in ("tokens", "positions", "segment_ids", "soft_index"):
-        alone[name] = alone[name][:, : LENGTHS[0]]
-    np.testing.assert_array_equal(generate(alone)[0], answers[0])
+@pytest.mark.parametrize("decoding", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
+def test_a_cache_that_grows_on_the_way_changes_nothing(decoding, monkeypatch):
+    expected = run(decoding)
+    monkeypatch.setattr(module, "FIRST_ROOM", 2)
+    monkeypatch.setattr(module, "GROWTH", 3)  # 2, 6, and cut to 10
+    found = run(decoding)
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    # Float32, sums of another length.
+    np.testing.assert_allclose(found.log_probs, expected.log_probs, atol=2e-5)
 
 
-def test_a_stop_id_ends_its_row_only_and_the_rest_is_padding(answers):
-    stop = answers[0, 3]  # in the midst of the first row
-    expected = answers.copy()
-    for row in expected:
-        ends = np.flatnonzero(row == stop)
-        if len(ends):
-            row[ends[0] + 1 :] = PAD
-    assert (expected[0] == PAD).any() and (expected[1:] != PAD).any()
-    np.testing.assert_array_equal(generate(stop=stop), expected)
+@pytest.mark.parametrize("every", [1, 3, NEW])
+def test_a_stream_shows_prefixes_of_the_whole_answer(samples, every):
+    rows = identities(NAMES)
+    items = list(stream(MODEL, BASE, TRAINABLE, BATCH, SAMPLED, rows=rows, every=every))
+    shown = [1, *range(1 + every, NEW, every), NEW]
+    assert [item.counts.tolist() for item in items] == [[n] * 3 for n in shown]
+    for n, item in zip(shown, items):
+        np.testing.assert_array_equal(item.tokens[:, :n], samples.tokens[:, :n])
+        assert (item.tokens[:, n:] == PAD).all()
+
+
+def test_decoding_needs_no_host_between_tokens():
+    """Moving anything to or from the device implicitly, or by `print`, would raise."""
+    rows, batch, seed, steps = jax.device_put((identities(NAMES), BATCH, np.uint32(0), NEW))
+    with jax.transfer_guard("disallow"):
+        state = prefill(MODEL, BASE, TRAINABLE, batch, SAMPLED, NEW, seed, rows)
+        state = decode(MODEL, BASE, TRAINABLE, state, SAMPLED, steps)
+    assert int(state.step) == NEW
+
+
+def test_decoding_updates_the_cache_where_it_lies():
+    prompts = make_batch([16] * 64)
+    settings = dataclasses.replace(PLAIN, max_new_tokens=512)
+    state = prefill(MODEL, BASE, TRAINABLE, prompts, settings, 512)
+    held = sum(x.nbytes for x in state.cache)
+    compiled = decode.lower(MODEL, BASE, TRAINABLE, state, settings, 9).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= held, "the cache that comes in is not reused"
+    # One layer of two is read at a time, with its scores beside it.
+    assert memory.temp_size_in_bytes < 0.9 * held
+    before = state.cache.key
+    decode(MODEL, BASE, TRAINABLE, state, settings, 9)
+    assert before.is_deleted()
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoding", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
+class TestRow:
+    def test_does_not_depend_on_the_other_rows(self, decoding):
+        expected = run(decoding)
+        other = make_batch([12, 3, 8], width=12, seed=9)
+        mixed = jax.tree.map(lambda x, y: np.concatenate([x[:1], y[1:2], x[2:]]), BATCH, other)
+        found = run(decoding, mixed, ("a", "d", "c"))
+        np.testing.assert_array_equal(found.tokens[[0, 2]], expected.tokens[[0, 2]])
+        assert (found.tokens[1] != expected.tokens[1]).any()
+
+    def test_does_not_depend_on_its_place(self, decoding):
+        expected = run(decoding)
+        order = [2, 0, 1]
+        found = run(decoding, jax.tree.map(lambda x: x[order], BATCH), "cab")
+        np.testing.assert_array_equal(found.tokens, expected.tokens[order])
+
+    def test_does_not_depend_on_the_size_of_the_batch_nor_on_padding(self, decoding):
+        expected = run(decoding)
+        alone = jax.tree.map(lambda x: x[:1], BATCH)
+        for name in ("tokens", "positions", "segment_ids", "soft_index"):
+            alone[name] = alone[name][:, : LENGTHS[0]]
+        np.testing.assert_array_equal(run(decoding, alone, "a").tokens[0], expected.tokens[0])
+
+    def test_of_filler_stays_empty_beside_real_ones(self, decoding):
+        expected = run(decoding)
+        empty = BATCH | {"segment_ids": BATCH["segment_ids"] * np.array([[1], [0], [1]])}
+        found = run(decoding, empty)
+        assert (found.tokens[1] == PAD).all()
+        assert found.counts.tolist() == [NEW, 0, NEW]
+        assert not found.log_probs[1].any() and not found.ended.any()
+        np.testing.assert_array_equal(found.tokens[[0, 2]], expected.tokens[[0, 2]])
+
+    def test_ends_with_a_stop_id_and_stays_ended(self, decoding):
+        expected = run(decoding)
+        stop = int(expected.tokens[0, 3])  # in the midst of the first row
+        tokens, log_probs, counts = expected.tokens.copy(), expected.log_probs.copy(), []
+        for row in range(len(tokens)):
+            ends = np.flatnonzero(tokens[row] == stop)
+            counts.append(int(ends[0]) + 1 if len(ends) else NEW)
+            tokens[row, counts[-1] :], log_probs[row, counts[-1] :] = PAD, 0
+        assert counts[0] <= 4 and max(counts) == NEW
+        found = run(dataclasses.replace(decoding, stop_ids=(NEVER, stop)))
+        np.testing.assert_array_equal(found.tokens, tokens)
+        np.testing.assert_array_equal(found.log_probs, log_probs)
+        assert found.counts.tolist() == counts
+        assert found.ended.tolist() == [(row == stop).any() for row in tokens]
+
+    def test_on_a_device_of_its_own_equals_one_among_others(self, decoding):
+        expected = run(decoding)
+        repeated = jax.tree.map(lambda x: np.concatenate([x, x, x])[:8], BATCH)
+        mesh = sharding.make_mesh("data:8")
+        batch, rows = sharding.shard_batch(mesh, (repeated, identities("abcabcab")))
+        found = generate(MODEL, BASE, TRAINABLE, batch, decoding, rows=rows)
+        np.testing.assert_array_equal(found.tokens, np.tile(expected.tokens, (3, 1))[:8])
 
 
 @pytest.mark.parametrize("new", [1, 4])
 def test_an_answer_is_cut_at_max_new_tokens(answers, new):
-    np.testing.assert_array_equal(generate(new=new), answers[:, :new])
+    found = run(dataclasses.replace(PLAIN, max_new_tokens=new))
+    np.testing.assert_array_equal(found.tokens, answers.tokens[:, :new])
+    assert not found.ended.any()
 
 
-def test_a_filler_row_stays_empty_beside_a_real_one(answers):
-    empty = BATCH | {"segment_ids": BATCH["segment_ids"] * np.array([[1], [0], [1]])}
-    found = generate(empty)
-    assert (found[1] == PAD).all()
-    np.testing.assert_array_equal(found[[0, 2]], answers[[0, 2]])
+def test_decoding_stops_early_when_every_row_has_ended(answers):
+    stops = tuple(answers.tokens[:, 1].tolist())  # every row ends at its second token, or before
+    settings = dataclasses.replace(PLAIN, stop_ids=stops)
+    state = prefill(MODEL, BASE, TRAINABLE, BATCH, settings, NEW)
+    state = decode(MODEL, BASE, TRAINABLE, state, settings, NEW)
+    assert int(state.step) == 2
 
 
-def test_a_text_prompt_is_continued_as_hugging_face_does(tmp_path):
+# --- Choosing a token -----------------------------------------------------------------------------
+
+
+def test_the_seed_and_the_identity_of_a_row_decide_its_samples(samples):
+    again, other_seed, other_names = run(SAMPLED), run(SAMPLED, seed=1), run(SAMPLED, names="abz")
+    np.testing.assert_array_equal(again.tokens, samples.tokens)
+    assert (other_seed.tokens != samples.tokens).any(axis=1).all()
+    changed = (other_names.tokens != samples.tokens).any(axis=1)
+    assert changed.tolist() == [False, False, True]
+
+
+def test_sampling_without_identities_is_refused():
+    with pytest.raises(ValueError, match="identities"):
+        generate(MODEL, BASE, TRAINABLE, BATCH, SAMPLED)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
+        ({"temperature": 1.0, "top_p": 1.1}, "top_p is 1.1"),
+        ({"top_p": 0.9}, "temperature 0 takes the most probable token"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ],
+)
+def test_sampling_options_out_of_range_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        Sampling(**settings)
+
+
+def goodness_of_fit(counts, probs):
+    """The p-value of a chi-square test; cells that expect under 5 are taken together."""
+    expected = probs * counts.sum()
+    rare = expected < 5
+    if rare.any():
+        counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, expected))
+    assert not counts[expected == 0].any(), "something impossible was drawn"
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    return scipy.stats.chisquare(counts, expected).pvalue
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0), Sampling(0.7), Sampling(2.0, 0.8), Sampling(1.0, 0.95, 1.3)],
+    ids=str,
+)
+def test_pairs_of_tokens_are_drawn_with_their_exact_probabilities(sampling):
+    """Pairs, so that a key used twice, or a state of one row read by another, shows."""
+    draws = 4096
+    prompt = jax.tree.map(lambda x: x[:1], BATCH)
+    decoding = Decoding(2, (NEVER,), PAD, sampling)
+    many = jax.tree.map(lambda x: np.repeat(x, draws, axis=0), prompt)
+    found = run(decoding, many, [f"draw {i}" for i in range(draws)]).tokens
+
+    # The same prompt, followed by each possible first token.
+    firsts = np.arange(LLM.vocab_size)[:, None]
+    whole = jax.tree.map(lambda x: np.repeat(x, len(firsts), axis=0), prompt)
+    batch, starts = with_answers(firsts, whole)
+    logits = np.asarray(full_pass(batch), np.float64)
+    text = (prompt["segment_ids"] > 0) & (prompt["soft_index"] == 0)
+    seen = set(prompt["tokens"][text].tolist())
+
+    def adjusted(logits, seen):
+        """By the definitions, in float64, one distribution at a time."""
+        logits = logits.copy()
+        for token in seen:
+            penalty = sampling.repetition_penalty
+            logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+        probs = scipy.special.softmax(logits / sampling.temperature)
+        kept, total = np.zeros_like(probs), 0.0
+        for token in probs.argsort()[::-1]:
+            if total < sampling.top_p:
+                kept[token] = probs[token]
+            total += probs[token]
+        return kept / kept.sum()
+
+    start = starts[0]
+    first = adjusted(logits[0, start - 1], seen)
+    joint = np.stack(
+        [first[a] * adjusted(logits[a, start], seen | {a}) for a in range(LLM.vocab_size)]
+    )
+    counts = np.zeros_like(joint)
+    np.add.at(counts, (found[:, 0], found[:, 1]), 1)
+    # A wrong distribution gives p-values below 1e-10 at this many draws.
+    assert goodness_of_fit(counts.sum(axis=1), first) > 1e-3
+    # Single pairs are too rare to count: pairs of groups of eight tokens.
+    groups = [x.reshape(8, 8, 8, 8).sum(axis=(1, 3)).ravel() for x in (counts, joint)]
+    assert goodness_of_fit(*groups) > 1e-3
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
     torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
     import transformers
 
+    directory = tmp_path_factory.mktemp("base")
+    save_base(directory, LLM, BASE)
+    return torch, transformers, transformers.Qwen2ForCausalLM.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_a_text_prompt_is_continued_as_hugging_face_does(hugging_face, penalty):
+    torch, _, reference = hugging_face
     model = make_model(fusion=None)
     trainable = jax.tree.map(jnp.zeros_like, random_trainable(model))
     batch = make_batch([9], width=12)
-    found = generate(batch, new=16, model=model, trainable=trainable)
+    batch["soft_index"][:] = 0
+    decoding = Decoding(16, (NEVER,), PAD, Sampling(repetition_penalty=penalty), log_probs=True)
+    found = generate(model, BASE, trainable, batch, decoding)
 
-    save_base(tmp_path, LLM, BASE)
-    reference = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path)
     prompt = torch.tensor(batch["tokens"][:, :9], dtype=torch.long)
     expected = reference.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         do_sample=False,
+        repetition_penalty=penalty,
         max_new_tokens=16,
         eos_token_id=None,
         pad_token_id=PAD,
     )
-    np.testing.assert_array_equal(found[0], expected[0, 9:].numpy())
+    np.testing.assert_array_equal(found.tokens[0], expected[0, 9:].numpy())
+    with torch.no_grad():
+        logits = reference(expected).logits[0, 8:-1].log_softmax(-1)
+    log_probs = logits.gather(1, expected[0, 9:, None])[:, 0].numpy()
+    np.testing.assert_allclose(found.log_probs[0], log_probs, atol=2e-5)  # float32 on both sides
+
+
+def random_logits(rows=16, vocabulary=1000):
+    return np.random.default_rng(0).normal(0, 4, size=(rows, vocabulary)).astype(np.float32)
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
+def test_top_p_keeps_what_hugging_face_keeps(hugging_face, top_p):
+    torch, transformers, _ = hugging_face
+    logits = random_logits()
+    warper = transformers.TopPLogitsWarper(top_p)
+    expected = warper(None, torch.tensor(logits)).numpy()
+    found = np.asarray(jax.jit(keep_top_p, static_argnums=1)(logits, top_p))
+    np.testing.assert_array_equal(found, expected)
+    assert np.isfinite(found).any(axis=1).all()
+
+
+@pytest.mark.parametrize("penalty", [0.7, 1.5])
+def test_the_repetition_penalty_is_that_of_hugging_face(hugging_face, penalty):
+    torch, transformers, _ = hugging_face
+    logits = random_logits()
+    ids = np.random.default_rng(1).integers(1000, size=(16, 50))
+    processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+    expected = processor(torch.tensor(ids), torch.tensor(logits)).numpy()
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    np.testing.assert_allclose(penalize_repetition(logits, seen, penalty), expected, rtol=1e-6)
+
+
+def test_options_are_applied_in_the_order_of_hugging_face(hugging_face):
+    torch, transformers, reference = hugging_face
+    sampling = Sampling(temperature=1.7, top_p=0.8, repetition_penalty=1.4)
+    logits, ids = random_logits(), np.random.default_rng(1).integers(1000, size=(16, 50))
+    processors = reference._get_logits_processor(
+        transformers.GenerationConfig(do_sample=True, top_k=0, **dataclasses.asdict(sampling)),
+        input_ids_seq_length=ids.shape[1],
+    )
+    assert len(processors) == 3
+    expected = processors(torch.tensor(ids), torch.tensor(logits)).numpy()
+    seen = np.zeros(logits.shape, bool)
+    np.put_along_axis(seen, ids, True, axis=1)
+    found = jax.jit(adjust_logits, static_argnums=1)(logits, sampling, seen)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+# --- Given answers --------------------------------------------------------------------------------
+
+
+@jax.jit
+def score(batch):
+    return score_answers(MODEL, BASE, TRAINABLE, batch)
+
+
+def test_given_answers_are_scored_row_by_row():
+    batch = make_batch([16, 9, 0, 12])
+    sums, counts = score(batch)
+    log_probs = all_log_probs(batch)
+    for row in range(4):
+        at = np.flatnonzero(batch["target_weights"][row])
+        places, targets = batch["target_positions"][row, at], batch["targets"][row, at]
+        # Sums of at most 6 float32 log-probabilities.
+        np.testing.assert_allclose(sums[row], log_probs[row, places, targets].sum(), atol=1e-4)
+        assert counts[row] == len(at)
+    assert counts.tolist() == [6, 5, 0, 6] and sums[2] == 0
+    loss, count = jax.jit(lambda b: loss_sum_and_count(MODEL, BASE, TRAINABLE, b))(batch)
+    np.testing.assert_allclose(-sums.sum(), loss, rtol=1e-6)
+    assert counts.sum() == count
+
+
+def test_the_score_of_a_generated_answer_is_the_sum_of_its_log_probs(answers):
+    batch, starts = with_answers(answers.tokens)
+    batch["target_positions"] = starts[:, None] - 1 + np.arange(NEW)
+    batch["targets"] = answers.tokens
+    batch["target_weights"] = np.ones((3, NEW), np.float32)
+    sums, counts = score(batch)
+    np.testing.assert_allclose(sums, answers.log_probs.sum(axis=1), atol=1e-4)
+    assert counts.tolist() == [NEW] * 3
