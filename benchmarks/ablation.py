@@ -308,7 +308,7 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 where a run failed."""
+    """Entry point; ends with status 1 where a run gave no score."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--table", type=int, nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -329,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
+    failed: dict[str, str] = {}
     for number in args.table:
         about = environment.describe()
         # Without paths: where a user keeps runs and reports says nothing.
@@ -337,9 +338,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = {"environment": about, "jobs": args.jobs, **summarise(number, outcomes)}
         write(report, args.out)
         print(f"\nTable {number}: {report['varies']}\n\n{markdown(report)}")
-        print(in_words(report["process_wall_s"], args.jobs))
-    if failed := [run.name for key, run in runs.items() if outcomes[key].result is None]:
-        sys.exit(f"error: {len(failed)} of {len(runs)} runs failed; the same command tries again")
+        print(f"\n{in_words(report['process_wall_s'], args.jobs)}")
+        failed |= report["failed"]
+    if failed:
+        sys.exit(f"error: {len(failed)} of {len(runs)} runs gave no score; run this again to retry")
 
 
 def _say(line: str) -> None:
