@@ -13,40 +13,35 @@ from affectgpt_jax.weights.huggingface import WeightsError
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` when the block ends without an error.
+    """A path to write to; the file becomes `path` when the block ends without an error.
 
     Raises:
-        WeightsError: something stands there already, or its folder cannot be written.
+        WeightsError: something stands there already, or the disk refuses.
     """
-    yield from _new(Path(path), lambda partial: partial.unlink(missing_ok=True))
-
-
-@contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `path` when the block ends without an error.
-
-    Raises:
-        WeightsError: something stands there already, or its folder cannot be written.
-    """
-
-    def discard(partial: Path) -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-
-    yield from _new(Path(path), discard, Path.mkdir)
-
-
-def _new(path, discard, create=lambda partial: None) -> Iterator[Path]:
+    path = Path(path)
     if path.exists():
         raise WeightsError(f"{path} exists already; name another place, or remove it")
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        create(partial)
         yield partial
         partial.rename(path)
-    except OSError as error:
-        discard(partial)
-        raise WeightsError(f"{path} cannot be written: {error}") from None
-    except BaseException:
-        discard(partial)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise WeightsError(f"{path} cannot be written: {error}") from None
         raise
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill; it becomes `path` when the block ends without an error.
+
+    Raises:
+        WeightsError: as for `new_file`.
+    """
+    with new_file(path) as partial:
+        partial.mkdir()
+        yield partial

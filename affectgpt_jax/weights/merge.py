@@ -21,7 +21,9 @@ SHARD_BYTES = 5_000_000_000
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
 
 
-def merge_kernel(kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scale: float):
+def merge_kernel(
+    kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scale: float
+) -> np.ndarray:
     """`kernel + scale * lora_a @ lora_b`, computed in float32, in the kernel's dtype.
 
     Args:
@@ -30,8 +32,9 @@ def merge_kernel(kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, sca
         lora_b: `[..., r, out]`.
         scale: alpha / r.
     """
-    wide = [np.asarray(x, np.float32) for x in (kernel, lora_a, lora_b)]
-    return (wide[0] + np.float32(scale) * (wide[1] @ wide[2])).astype(kernel.dtype)
+    merged = (np.asarray(lora_a, np.float32) * np.float32(scale)) @ np.asarray(lora_b, np.float32)
+    merged += kernel
+    return merged.astype(kernel.dtype)
 
 
 def merge_lora(base: Any, lora: Any, scale: float) -> Any:
@@ -74,7 +77,8 @@ def save_merged(
         value = files.read(name)
         if name in factors:
             lora_a, lora_b = factors[name]
-            value = merge_kernel(value.T, lora_a, lora_b, scale).T  # stored as [out, in]
+            # It is stored as [out, in], and the transpose of a product is that of the factors.
+            value = merge_kernel(value, lora_b.T, lora_a.T, scale)
         return value
 
     shards = list(_split(tensors, shard_bytes))

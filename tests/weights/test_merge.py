@@ -157,6 +157,13 @@ def test_tensors_of_any_dtype_keep_their_bits(tmp_path):
     assert found.headers == headers
     for name, value in values.items():
         assert found.read(name).tobytes() == value.tobytes()
+    # Wherever the file is mapped, every number stands at a multiple of its size.
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for entry in json.loads(content[8 : 8 + length]).values():
+        if "data_offsets" in entry:
+            itemsize = tensors.DTYPES[entry["dtype"]].itemsize
+            assert (8 + length + entry["data_offsets"][0]) % itemsize == 0
 
 
 # --- What is refused ------------------------------------------------------------------------------

@@ -193,6 +193,12 @@ def test_pytorch_and_this_reader_read_back_what_is_written(torch, value):
         os.unlink(path)
 
 
+def test_storages_stand_where_pytorch_can_map_them(tmp_path):
+    torch_zip.save(tmp_path / "c.pth", [np.arange(n, dtype=np.int8) for n in (1, 70, 3)])
+    for tensor in torch_zip.load(tmp_path / "c.pth"):
+        assert tensor.storage.data.ctypes.data % 64 == 0  # the map begins at a page
+
+
 def test_what_cannot_be_written_is_refused_and_leaves_nothing_behind(tmp_path):
     for value in ({1}, object(), np.zeros(2, "U3"), {"a": [np.zeros(2, complex)]}):
         with pytest.raises(TypeError):
@@ -330,6 +336,13 @@ def test_hostile_programs_are_refused(tmp_path, monkeypatch, program):
     monkeypatch.chdir(tmp_path)
     refused(archive(tmp_path / "c.pth", program), "holds a")
     assert [path.name for path in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_names_and_calls_of_values_are_refused_before_they_are_looked_at(tmp_path):
+    # l = [l, l], sixty times: its text would have 2 ** 60 characters.
+    program = b"\x80\x04]" + b"q\x00]h\x00ah\x00a" * 60 + b"\x8c\x01x\x93."
+    refused(archive(tmp_path / "a.pth", program), "a name that is not text")
+    refused(archive(tmp_path / "b.pth", b"\x80\x02})R."), "calls one of its values")
 
 
 def test_a_name_is_text_and_not_the_thing(tmp_path):
