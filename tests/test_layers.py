@@ -12,8 +12,9 @@ import affectgpt_jax
 
 PACKAGE = Path(affectgpt_jax.__file__).parent
 MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
-COMMANDS = tuple(
-    f"affectgpt_jax.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__init__"
+COMMANDS = (
+    *(f"affectgpt_jax.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__init__"),
+    *(f"affectgpt_jax.{path.parent.stem}.__main__" for path in PACKAGE.glob("*/__main__.py")),
 )
 ACCELERATOR = ("jax", "jaxlib", "flax", "optax", "orbax")
 FILES_AND_FLAGS = (
@@ -68,7 +69,10 @@ def within(name: str, roots) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
+# A folder's `__main__.py` is a command: it stands above all floors.
+@pytest.mark.parametrize(
+    "module", [path for path in MODULES if path.name != "__main__.py"], ids=str
+)
 def test_nothing_imports_upward(module):
     found = imports((PACKAGE.parent / module).read_text(encoding="utf-8"))
     for folder, banned in BANNED.items():

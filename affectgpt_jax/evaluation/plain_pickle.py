@@ -1,9 +1,10 @@
 """Pickled plain values, read without running anything.
 
 A pickle is a program for a stack machine, and Python's own machine imports and calls whatever the
-program names. This one knows containers, text, numbers and the few names that NumPy writes for
-its arrays, types and scalars; these stand for data here and are never looked up. Any other name
-is an error. Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
+program names. This one knows containers, text and numbers. Names stand for data here and are never
+looked up: a dialect says what the few that it knows mean, and any other is an error. The dialect of
+this module is what NumPy writes for its arrays, types and scalars.
+Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,14 +51,35 @@ class Name:
     text: str
 
 
-def loads(data: bytes) -> Any:
-    """The value of a pickle; arrays become flat lists, OrderedDicts dicts.
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """What a pickle may hold beside plain containers, text and numbers.
+
+    Attributes:
+        construct: the value that a call of a name, with a tuple of arguments, stands for.
+        fill: takes a value and the state that the pickle sets on it.
+        fetch: the value of a persistent id, which points to data beside the pickle.
+
+    Each raises PickleError for what it does not know.
+    """
+
+    construct: Callable[[Name, tuple[Any, ...]], Any]
+    fill: Callable[[Any, Any], None]
+    fetch: Callable[[Any], Any]
+
+
+def loads(data: bytes, dialect: Dialect | None = None) -> Any:
+    """The value of a pickle; OrderedDicts become dicts.
+
+    Args:
+        data: the pickle.
+        dialect: default `NUMPY`, under which arrays become flat lists.
 
     Raises:
         PickleError: damage, an object of a class, a function, or an instruction for either.
     """
     try:
-        return _run(data)
+        return _run(data, dialect or NUMPY)
     except PickleError:
         raise
     # Damage surfaces as any error of the stack, the memo or the values.
@@ -64,7 +87,7 @@ def loads(data: bytes) -> Any:
         raise PickleError(f"a damaged pickle ({type(error).__name__})") from None
 
 
-def _run(data: bytes) -> Any:
+def _run(data: bytes, dialect: Dialect) -> Any:
     import pickletools  # here, because few files need it
 
     stack: list[Any] = []
@@ -86,7 +109,10 @@ def _run(data: bytes) -> Any:
             case name if name in CONTAINERS:
                 stack.append(CONTAINERS[name]())
             case name if name in FROM_MARK:
-                stack.append(FROM_MARK[name](since_mark()))
+                items = since_mark()
+                if name == "FROZENSET":
+                    _check_keys(items)
+                stack.append(FROM_MARK[name](items))
             case name if name in TUPLES:
                 stack[-TUPLES[name] :] = [tuple(stack[-TUPLES[name] :])]
             case name if name in IGNORED:
@@ -109,24 +135,32 @@ def _run(data: bytes) -> Any:
                 list.extend(stack[-1], items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
+                _check_keys([key])
                 dict.__setitem__(stack[-1], key, value)
             case "SETITEMS":
                 items = since_mark()
                 dict.update(stack[-1], _pairs(items))
             case "ADDITEMS":
                 items = since_mark()
+                _check_keys(items)
                 set.update(stack[-1], items)
             case "GLOBAL":
                 stack.append(Name(argument.replace(" ", ".")))
             case "STACK_GLOBAL":
                 attribute, module = stack.pop(), stack.pop()
+                if not (isinstance(attribute, str) and isinstance(module, str)):
+                    raise PickleError("a pickle with a name that is not text")
                 stack.append(Name(f"{module}.{attribute}"))
             case "REDUCE":
                 arguments, function = stack.pop(), stack.pop()
-                stack.append(_construct(function, arguments))
+                if not isinstance(function, Name):
+                    raise PickleError("a pickle that calls one of its values")
+                stack.append(dialect.construct(function, arguments))
             case "BUILD":
                 state = stack.pop()
-                _fill(stack[-1], state)
+                dialect.fill(stack[-1], state)
+            case "BINPERSID":
+                stack.append(dialect.fetch(stack.pop()))
             case "STOP":
                 return stack.pop()
             case other:
@@ -135,13 +169,19 @@ def _run(data: bytes) -> Any:
 
 
 def _pairs(items: list[Any]) -> dict[Any, Any]:
+    _check_keys(items[::2])
     return dict(zip(items[::2], items[1::2], strict=True))
 
 
-def _construct(function: Any, arguments: tuple[Any, ...]) -> Any:
-    """What a call of one of the known names stands for."""
-    if not isinstance(function, Name):
-        raise PickleError("a pickle that calls one of its values")
+def _check_keys(keys: list[Any]) -> None:
+    """Refuse tuples of tuples: a few dozen, each holding the one before twice, hash forever."""
+    for key in keys:
+        if isinstance(key, tuple) and any(isinstance(part, tuple | frozenset) for part in key):
+            raise PickleError("a pickle that keys values by nested tuples")
+
+
+def _construct(function: Name, arguments: tuple[Any, ...]) -> Any:
+    """What NumPy's calls stand for."""
     # NumPy 2 renamed numpy.core.
     match function.text.replace("numpy._core.", "numpy.core."), arguments:
         case "numpy.core.multiarray._reconstruct", (Name("numpy.ndarray"), *_):
@@ -156,8 +196,8 @@ def _construct(function: Any, arguments: tuple[Any, ...]) -> Any:
         case "collections.OrderedDict", ():
             return {}
     raise PickleError(
-        f"a pickle that would call {function.text!r}; only plain containers and NumPy arrays "
-        "are read"
+        f"a pickle that would call {function.text[:80]!r}; only plain containers and arrays are "
+        "read"
     )
 
 
@@ -180,3 +220,10 @@ def _fill_array(array: Array, shape: tuple[int, ...], values: list[Any]) -> None
     if len(shape) > 1 or len(values) != math.prod(shape):
         raise PickleError(f"a pickled array of shape {shape} with {len(values)} values")
     array[:] = values
+
+
+def _fetch(identity: Any) -> Any:
+    raise PickleError("a pickle that points to data beside it")
+
+
+NUMPY = Dialect(_construct, _fill, _fetch)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
@@ -151,6 +152,83 @@ class Checkpoints:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class SavedRun:
+    """The checkpoints of a run, to be read without its model or its base; nothing is written.
+
+    Args:
+        workdir: the run's directory.
+
+    Attributes:
+        steps: those that were kept, ascending.
+        best: the one with the lowest validation loss; the newest where none was validated.
+
+    Raises:
+        CheckpointError: there is no checkpoint.
+    """
+
+    def __init__(self, workdir: Path):
+        self._directory = (Path(workdir) / "checkpoints").absolute()
+        # A manager would create what is missing, and log that it does.
+        if not any(path.name.isdigit() for path in self._directory.glob("*")):
+            raise CheckpointError(f"{workdir} holds no checkpoint; expected checkpoints/STEP in it")
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            # What a standard handler has written, this one can also read in part.
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(),
+                "base": ocp.JsonCheckpointHandler(),
+            },
+            options=ocp.CheckpointManagerOptions(
+                read_only=True, best_fn=lambda metrics: metrics[METRIC], best_mode="min"
+            ),
+        )
+        self.steps = tuple(sorted(self._manager.all_steps()))
+        self.best = self._manager.best_step() or self.steps[-1]
+
+    def base(self, step: int) -> BaseIdentity:
+        """The base that the checkpoint was trained on."""
+        args = ocp.args.Composite(base=ocp.args.JsonRestore())
+        return BaseIdentity(
+            **self._read(step, lambda: self._manager.restore(step, args=args)["base"])
+        )
+
+    def val_loss(self, step: int) -> float | None:
+        """Its validation loss; None where it was not validated."""
+        metrics = self._read(step, lambda: self._manager.metrics(step))
+        return (metrics or {}).get(METRIC)
+
+    def shapes(self, step: int) -> Any:
+        """The `trainable` tree as `jax.ShapeDtypeStruct`s; no value is read."""
+        metadata = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata["trainable"]
+        )
+
+    def trainable(self, step: int) -> Any:
+        """The `trainable` tree as NumPy arrays; the optimizer's state is not read."""
+        shapes = {"trainable": self.shapes(step)}
+        args = ocp.args.PyTreeRestore(
+            item=shapes,
+            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes),
+            partial_restore=True,
+        )
+        args = ocp.args.Composite(state=args)
+        read = self._read(step, lambda: self._manager.restore(step, args=args)["state"])
+        return read["trainable"]
+
+    def _read(self, step: int, read: Callable[[], Any]) -> Any:
+        if step not in self.steps:
+            raise CheckpointError(
+                f"{self._directory} has no checkpoint of step {step}; it has {list(self.steps)}"
+            )
+        try:
+            return read()
+        # Damage fails in any of Orbax's layers.
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise CheckpointError(f"{self._directory / str(step)} is damaged: {reason}") from None
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -355,6 +355,11 @@ def test_hostile_pickles_run_nothing(tmp_path, protocol):
         b"cnumpy\ndtype\n(S'O8'\nI0\nI1\ntRNb.",
         b"cnumpy\ndtype\n(S'M8[ns]'\ntR.",
         b"cnumpy.core.multiarray\n_reconstruct\n(cos\nsystem\n(I0\ntS'b'\ntR.",
+        b"\x80\x04]\x8c\x06system\x93)R.",
+        b"\x80\x02X\x01\x00\x00\x00xQ.",
+        # t = (t, t), sixty times, as a key: hashing it would take 2 ** 60 steps.
+        b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns.",
+        b"\x80\x04(" + b")" + b"q\x00h\x00\x86" * 60 + b"\x91.",
     ],
 )
 def test_hostile_programs_are_refused_or_stay_text(program):

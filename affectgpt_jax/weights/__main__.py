@@ -1,0 +1,245 @@
+"""Look into weights, and write those of a run for other programs.
+
+    python -m affectgpt_jax.weights inspect PATH
+    python -m affectgpt_jax.weights export-peft WORKDIR OUT
+    python -m affectgpt_jax.weights export-release WORKDIR OUT.pth
+    python -m affectgpt_jax.weights merge WORKDIR OUT
+
+PATH is a base model or a PEFT adapter (directories), a .pth of the PyTorch release, a run's working
+directory or one of its checkpoints. A run's best checkpoint on validation is taken, or --step. Runs
+on the CPU, and reads only headers where no values are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from affectgpt_jax import build
+from affectgpt_jax.config import ConfigError
+from affectgpt_jax.models.lora import LoraConfig
+from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun
+from affectgpt_jax.weights import merge, peft, release, report
+from affectgpt_jax.weights.huggingface import BaseIdentity, WeightsError, base_identity
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.weights",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("inspect", help="what a directory or file holds")
+    command.add_argument("path", type=Path)
+    command.add_argument("--step", type=int, help="of a run's checkpoint; default: the best")
+    command.add_argument("--hash", action="store_true", help="a base's SHA-256: reads all of it")
+    command.set_defaults(run=inspect)
+
+    for name, run, what in (
+        ("export-peft", export_peft, "a run's LoRA, as PEFT loads it"),
+        (
+            "export-release",
+            export_release,
+            "a run's LoRA, heads and pre-fusion, as the release has",
+        ),
+        ("merge", export_merged, "a run's base with its LoRA folded in, as transformers loads it"),
+    ):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("workdir", type=Path, help="of a run")
+        command.add_argument("out", type=Path, help="a place where nothing stands yet")
+        command.add_argument("--step", type=int, help="default: the best on validation")
+        command.set_defaults(run=run)
+        if run is export_merged:
+            command.add_argument("--base", help="the base's directory; default: config.llm's")
+    return parser.parse_args(argv)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a run.
+
+    Attributes:
+        workdir: of the run.
+        saved: all of its checkpoints.
+        config: of the run, as JSON.
+        step: of this checkpoint.
+        shapes: its `trainable` tree, without values.
+        base: what it was trained on.
+        lora: config of its adapters; None without any.
+    """
+
+    workdir: Path
+    saved: SavedRun
+    config: Mapping[str, Any]
+    step: int
+    shapes: Mapping[str, Any]
+    base: BaseIdentity
+    lora: LoraConfig | None
+
+
+def open_checkpoint(path: Path, step: int | None) -> Checkpoint:
+    """Open a run by its working directory, its `checkpoints`, or one of these.
+
+    Args:
+        path: of either.
+        step: which checkpoint; None takes the one that `path` names, or the best.
+
+    Raises:
+        CheckpointError: no run there, or no such step.
+    """
+    workdir = path.absolute()
+    if _is_checkpoint(workdir):
+        step = int(workdir.name) if step is None else step
+        workdir = workdir.parent
+    if workdir.name == "checkpoints":
+        workdir = workdir.parent
+    saved = SavedRun(workdir)
+    step = saved.best if step is None else step
+    shapes = saved.shapes(step)
+    try:
+        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+        lora = None
+        if shapes["lora"]:
+            options = config["lora"]
+            values = {key: options[key] for key in ("rank", "alpha", "dropout")}
+            lora = LoraConfig(**values, targets=tuple(options["targets"]))
+        str(config["llm"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(
+            f"{workdir / 'config.json'} is not the config of a run; training writes it beside the "
+            "checkpoints"
+        ) from None
+    return Checkpoint(workdir, saved, config, step, shapes, saved.base(step), lora)
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.name.isdigit() and path.absolute().parent.name == "checkpoints"
+
+
+def inspect(arguments: argparse.Namespace) -> str:
+    """The report on what stands at a path."""
+    path = arguments.path
+    if path.suffix == ".safetensors":
+        raise WeightsError(f"{path} is a part of a model or an adapter; name its directory")
+    if path.is_file():
+        return report.describe_release(path).render()
+    if not path.is_dir():
+        raise WeightsError(f"{path} is neither a file nor a directory")
+    if (path / peft.CONFIG).exists():
+        return report.describe_adapter(path).render()
+    if path.name == "checkpoints" or _is_checkpoint(path) or (path / "checkpoints").is_dir():
+        return describe_run(open_checkpoint(path, arguments.step)).render()
+    if (path / "config.json").exists():
+        return report.describe_base(path, arguments.hash).render()
+    raise WeightsError(
+        f"{path} holds no weights of a known kind; expected a base model (config.json and "
+        f"*.safetensors), a PEFT adapter ({peft.CONFIG}), a run (checkpoints/) or a .pth file"
+    )
+
+
+def describe_run(checkpoint: Checkpoint) -> report.Report:
+    """A checkpoint, and the run that it is of."""
+    saved, config, lora = checkpoint.saved, checkpoint.config, checkpoint.lora
+    loss = saved.val_loss(checkpoint.step)
+    validation = "" if loss is None else f", validation loss {loss:.4f}"
+    fusion = checkpoint.shapes["fusion"]
+    kinds = report.tree_kinds(fusion)
+    shown = [f"{key}={config[key]}" for key in ("llm", "input", "label") if key in config]
+    facts = [
+        ("format", f"run of affectgpt_jax, {report.count(len(saved.steps), 'checkpoint')}"),
+        ("steps", f"{', '.join(map(str, saved.steps))} (best on validation: {saved.best})"),
+        ("shown", f"step {checkpoint.step}{validation}"),
+        ("base", f"{checkpoint.base.name}, sha256 {checkpoint.base.sha256}"),
+        ("config", ", ".join(shown)),
+        ("LoRA", report.describe_lora(lora.rank, lora.alpha, lora.targets) if lora else "none"),
+        ("heads", report.describe_heads(kinds)),
+    ]
+    parts = [report.Part.of("LoRA", jax.tree.leaves(checkpoint.shapes["lora"]))]
+    parts += [report.Part.of(report.head_name(h), jax.tree.leaves(fusion[h])) for h in kinds]
+    return report.Report(facts, parts)
+
+
+def export_peft(arguments: argparse.Namespace) -> str:
+    """Write a run's LoRA as a PEFT adapter."""
+    checkpoint = open_checkpoint(arguments.workdir, arguments.step)
+    lora = _require_lora(checkpoint)
+    trainable = checkpoint.saved.trainable(checkpoint.step)
+    peft.save_adapter(arguments.out, trainable["lora"], lora, checkpoint.base.name)
+    return (
+        f"{arguments.out}: LoRA of step {checkpoint.step} for {checkpoint.base.name}, as "
+        "peft.PeftModel.from_pretrained loads it; heads and pre-fusion are not part of an adapter"
+    )
+
+
+def export_release(arguments: argparse.Namespace) -> str:
+    """Write a run's LoRA, heads and pre-fusion as a checkpoint of the release."""
+    checkpoint = open_checkpoint(arguments.workdir, arguments.step)
+    epoch = checkpoint.step // release.STEPS_PER_EPOCH
+    trainable = checkpoint.saved.trainable(checkpoint.step)
+    release.save_release(
+        arguments.out, trainable, checkpoint.lora, epoch=epoch, config=checkpoint.config
+    )
+    return (
+        f"{arguments.out}: LoRA, heads and pre-fusion of step {checkpoint.step}, under the names "
+        "of the PyTorch release"
+    )
+
+
+def export_merged(arguments: argparse.Namespace) -> str:
+    """Write a run's base with its LoRA folded in."""
+    checkpoint = open_checkpoint(arguments.workdir, arguments.step)
+    lora = _require_lora(checkpoint)
+    directory = build.base_directory(arguments.base or checkpoint.config["llm"])
+    found = base_identity(directory)
+    if found.sha256 != checkpoint.base.sha256:
+        raise WeightsError(
+            f"{directory} is not the base of {checkpoint.workdir}: its sha256 is {found.sha256}, "
+            f"but the run was trained on {checkpoint.base.name} ({checkpoint.base.sha256}); name "
+            "that with --base"
+        )
+    trainable = checkpoint.saved.trainable(checkpoint.step)
+    merge.save_merged(directory, arguments.out, trainable["lora"], lora.scale)
+    return (
+        f"{arguments.out}: {checkpoint.base.name} with the LoRA of step {checkpoint.step} folded "
+        "in; heads and pre-fusion are not part of it"
+    )
+
+
+def _require_lora(checkpoint: Checkpoint) -> LoraConfig:
+    if checkpoint.lora is None:
+        raise WeightsError(f"{checkpoint.workdir} was trained without LoRA; it has no adapter")
+    return checkpoint.lora
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.set_verbosity(logging.ERROR)  # Orbax remarks that it is only to read
+    jax.config.update("jax_platforms", "cpu")
+    for stream in (sys.stdout, sys.stderr):  # names come from files
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        print(arguments.run(arguments))
+    except (CheckpointError, ConfigError, WeightsError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,226 @@
+"""LoRA adapters as PEFT stores them: `adapter_config.json` beside `adapter_model.safetensors`.
+
+Names map one to one: `layers/q_proj/lora_a[i]` `[in, r]` is
+`base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight` `[r, in]`. Both sides scale by
+alpha / r. What PEFT can do beyond that (DoRA, rank-stabilised scaling, trained biases, ...) is
+refused by name, since an adapter read without it would be another model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from affectgpt_jax.models.lora import TARGETS, LoraConfig
+from affectgpt_jax.weights import layout
+from affectgpt_jax.weights.files import new_directory
+from affectgpt_jax.weights.huggingface import WeightsError, tensor_name
+from affectgpt_jax.weights.tensors import Header, TensorFiles, open_tensors, write_tensors
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+
+# Options that are read here or do not change what a finished adapter computes. (Which modules have
+# an adapter is read off the tensors: "target_modules" may be an expression.)
+_HARMLESS = frozenset(
+    """auto_mapping base_model_name_or_path eva_config exclude_modules inference_mode lora_alpha
+    lora_dropout megatron_core peft_version qalora_group_size r revision target_modules""".split()
+)
+# Values that options may have beside false and empty ones. Every initialisation that is not listed
+# takes something out of the frozen weights.
+_ALLOWED = {
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "peft_type": ("LORA",),
+    "task_type": ("CAUSAL_LM",),
+}
+_MODULE = re.compile(r"base_model\.model\.model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+)\.lora_[AB]")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """What an `adapter_config.json` says.
+
+    Attributes:
+        rank, alpha, dropout: as in `LoraConfig`.
+        base: name or path of the base model, "" where none is named.
+        refused: options, with their values, that this code cannot honour.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    base: str
+    refused: Mapping[str, Any]
+
+
+def lora_layout(path: layout.Path, prefix: str, suffix: str) -> layout.Stored:
+    """How PEFT names an adapter, with what stands before and after the factor's name.
+
+    `("layers", "q_proj", "lora_a")` -> `{prefix}model.layers.{}.self_attn.q_proj.lora_A{suffix}`.
+    """
+    _, target, factor = path
+    kernel, _ = tensor_name(("layers", target, "kernel"))
+    module = kernel.removesuffix(".weight")
+    return layout.Stored(f"{prefix}{module}.lora_{factor[-1].upper()}{suffix}", transposed=True)
+
+
+def _layout(path: layout.Path) -> layout.Stored:
+    return lora_layout(path, "base_model.model.", ".weight")
+
+
+def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "") -> None:
+    """Write a `lora` tree as an adapter that `peft.PeftModel.from_pretrained` loads, bit for bit.
+
+    Args:
+        directory: a new directory.
+        lora: `trainable["lora"]`.
+        config: its rank, alpha, dropout and targets.
+        base: name or path of the base, for PEFT's users.
+
+    Raises:
+        WeightsError: there is no adapter, or the directory exists.
+    """
+    tensors = layout.to_tensors(lora, _layout)
+    if not tensors:
+        raise WeightsError(f"{directory}: this model has no LoRA, so there is no adapter to write")
+    options = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "r": config.rank,
+        "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
+        "lora_dropout": config.dropout,
+        "target_modules": list(config.targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+    with new_directory(directory) as partial:
+        headers = {name: Header(value.dtype, value.shape) for name, value in tensors.items()}
+        write_tensors(partial / TENSORS, headers, tensors.__getitem__)
+        text = json.dumps(options, indent=2) + "\n"
+        (partial / CONFIG).write_text(text, encoding="utf-8")
+
+
+def read_adapter_config(directory: Path) -> AdapterConfig:
+    """Read `adapter_config.json`.
+
+    Raises:
+        WeightsError: no such file, not JSON, or without rank and alpha.
+    """
+    path = Path(directory) / CONFIG
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        return AdapterConfig(
+            rank=int(options["r"]),
+            alpha=float(options["lora_alpha"]),
+            dropout=float(options.get("lora_dropout") or 0.0),
+            base=str(options.get("base_model_name_or_path") or ""),
+            refused={key: value for key, value in options.items() if _refused(key, value)},
+        )
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise WeightsError(
+            f"{path} is not the config of a LoRA adapter; expected JSON with the keys 'r' and "
+            "'lora_alpha'"
+        ) from None
+
+
+def _refused(option: str, value: Any) -> bool:
+    return bool(value) and option not in _HARMLESS and value not in _ALLOWED.get(option, ())
+
+
+def adapter_targets(names: Iterable[str]) -> tuple[str, ...]:
+    """The projections that have an adapter, by its tensors' names, in the order of `TARGETS`."""
+    return _in_order(target for name in names if (target := adapter_target(name)))
+
+
+def adapter_target(name: str) -> str | None:
+    """The projection that a tensor adapts; None where it is not an adapter's."""
+    match = _MODULE.match(name)
+    return match[1] if match else None
+
+
+def _in_order(targets: Iterable[str]) -> tuple[str, ...]:
+    found = set(targets)
+    return (*(t for t in TARGETS if t in found), *sorted(found.difference(TARGETS)))
+
+
+def open_adapter(directory: Path) -> TensorFiles:
+    """The tensors of an adapter.
+
+    Raises:
+        WeightsError: no such file, or a damaged one.
+    """
+    path = Path(directory) / TENSORS
+    if not path.is_file():
+        raise WeightsError(
+            f"{path}: not found; PEFT writes it (an adapter_model.bin must be saved again, with "
+            "safe_serialization=True)"
+        )
+    return open_tensors([path])
+
+
+def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> Any:
+    """Load a PEFT adapter as a `lora` tree, to train it further or to use it.
+
+    Dropout may differ: it is a setting of training, not of the adapter.
+
+    Args:
+        directory: of `adapter_config.json` and `adapter_model.safetensors`.
+        abstract: the `lora` tree of `jax.ShapeDtypeStruct`s to fill; values are cast to its dtypes
+            and placed by its shardings, where it has them.
+        config: of the model that the tree belongs to; None without LoRA.
+
+    Raises:
+        WeightsError: an option that this code lacks, another rank, alpha or set of targets than
+            the config's, a missing, unexpected or wrongly shaped tensor, or a damaged file.
+    """
+    directory = Path(directory)
+    found = read_adapter_config(directory)
+    for option, value in found.refused.items():
+        raise WeightsError(
+            f"{directory / CONFIG} has {option}={value!r}, which this code does not support; "
+            "expected a plain LoRA adapter"
+        )
+    files = open_adapter(directory)
+    shapes = {name: header.shape for name, header in files.headers.items()}
+    check_adapter(directory, found.rank, found.alpha, adapter_targets(shapes), config)
+    expected = layout.expected_shapes(abstract, _layout)
+    for name in shapes:
+        if name not in expected:
+            raise WeightsError(
+                f"{directory / TENSORS}: the tensor {name} is not part of this model's adapters"
+            )
+    if trouble := layout.compare_shapes(shapes, expected):
+        raise WeightsError(f"{directory / TENSORS}: {trouble}")
+    return layout.from_tensors(abstract, _layout, files.read)
+
+
+def check_adapter(
+    where: Path, rank: int, alpha: float, targets: tuple[str, ...], config: LoraConfig | None
+) -> None:
+    """Compare an adapter with the config of the model that it is to be loaded into.
+
+    Raises:
+        WeightsError: they differ; the message has both sides.
+    """
+    here = (0, (), None)
+    if config and config.rank:
+        here = (config.rank, _in_order(config.targets), config.alpha)
+    there = (rank, _in_order(targets), alpha)
+    for key, ours, theirs in zip(("rank", "targets", "alpha"), here, there):
+        if ours != theirs:
+            raise WeightsError(
+                f"{where}: the adapter's {key} is {theirs}, but config.lora.{key} is {ours}; set "
+                "it to the adapter's, or name another adapter"
+            )

@@ -1,0 +1,253 @@
+"""What weights on disk are, read off headers and configs: no values, no accelerator."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.weights import peft, release
+from affectgpt_jax.weights.huggingface import (
+    WeightsError,
+    base_identity,
+    read_config,
+    weight_files,
+)
+from affectgpt_jax.weights.tensors import open_tensors
+
+_HEADS = ("multi", "audio", "video", "image")
+_ATTENTION = re.compile(r"\.(self_attn|attention)\.")
+_BASE_PARTS = (
+    "embedding",
+    "attention",
+    "feed-forward",
+    "norms",
+    "vocabulary projection",
+    "other",
+)
+_SIZES = {
+    "num_hidden_layers": "layers",
+    "hidden_size": "hidden",
+    "intermediate_size": "feed-forward",
+    "num_attention_heads": "query heads",
+    "num_key_value_heads": "key-value heads",
+    "vocab_size": "vocabulary",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Tensors that belong together.
+
+    Attributes:
+        name: what they are.
+        tensors: how many.
+        parameters: numbers in them.
+        dtypes: of these numbers.
+        nbytes: that they take.
+    """
+
+    name: str
+    tensors: int
+    parameters: int
+    dtypes: frozenset[str]
+    nbytes: int
+
+    @classmethod
+    def of(cls, name: str, arrays: Iterable[Any]) -> Part:
+        """Of arrays, or whatever else has a `shape` and a NumPy `dtype`."""
+        arrays = [(math.prod(array.shape), np.dtype(array.dtype)) for array in arrays]
+        return cls(
+            name,
+            len(arrays),
+            sum(size for size, _ in arrays),
+            frozenset(dtype.name for _, dtype in arrays),
+            sum(size * dtype.itemsize for size, dtype in arrays),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Facts by name, and the parts that the weights consist of."""
+
+    facts: Sequence[tuple[str, str]]
+    parts: Sequence[Part]
+
+    def render(self) -> str:
+        """The facts, and a table of the parts with their sum."""
+        width = max(len(name) for name, _ in self.facts)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.facts]
+        parts = [part for part in self.parts if part.tensors]
+        total = Part(
+            "total",
+            sum(part.tensors for part in parts),
+            sum(part.parameters for part in parts),
+            frozenset().union(*(part.dtypes for part in parts)),
+            sum(part.nbytes for part in parts),
+        )
+        rows = [("", "tensors", "parameters", "bytes", "dtype")]
+        rows += [
+            (
+                part.name,
+                f"{part.tensors:,}",
+                f"{part.parameters:,}",
+                f"{part.nbytes:,}",
+                ", ".join(sorted(part.dtypes)),
+            )
+            for part in (*parts, total)
+        ]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines.append("")
+        for name, *numbers, dtypes in rows:
+            cells = [name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:-1]), dtypes]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+
+def describe_base(directory: Path, hash_weights: bool = False) -> Report:
+    """A base model in Hugging Face layout, of any family.
+
+    Args:
+        directory: the model's.
+        hash_weights: name the SHA-256 that checkpoints know it by, which reads every byte.
+
+    Raises:
+        WeightsError: a config or weights that cannot be read.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        family = config["model_type"]
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise WeightsError(f"{path} is not a model's config; expected 'model_type' in it") from None
+    files = weight_files(directory)
+    headers = open_tensors(files).headers
+    try:
+        read_config(directory)
+        runs = "yes"
+    except WeightsError as error:
+        runs = f"no: {error}"
+    sizes = [f"{name} {config[key]:,}" for key, name in _SIZES.items() if config.get(key)]
+    facts = [
+        ("format", f"base model in Hugging Face layout, {count(len(files), 'safetensors file')}"),
+        ("family", f"{family} ({', '.join(config.get('architectures') or ['unnamed'])})"),
+        ("sizes", ", ".join(sizes)),
+        ("head", "tied to the embedding" if config.get("tie_word_embeddings") else "untied"),
+        ("tokenizer", "yes" if (directory / "tokenizer.json").is_file() else "no tokenizer.json"),
+        ("runs here", runs),
+    ]
+    if hash_weights and runs == "yes":
+        facts.append(("sha256", base_identity(directory).sha256))
+    return Report(facts, _group(headers, _base_part, _BASE_PARTS))
+
+
+def _base_part(name: str) -> str:
+    if "embed_tokens" in name:
+        return "embedding"
+    if name.startswith("lm_head"):
+        return "vocabulary projection"
+    if "norm" in name:
+        return "norms"
+    if _ATTENTION.search(name):
+        return "attention"
+    return "feed-forward" if ".mlp." in name else "other"
+
+
+def describe_adapter(directory: Path) -> Report:
+    """A PEFT adapter.
+
+    Raises:
+        WeightsError: a config or tensors that cannot be read.
+    """
+    config = peft.read_adapter_config(directory)
+    headers = peft.open_adapter(directory).headers
+    targets = peft.adapter_targets(headers)
+    refused = ", ".join(f"{key}={value!r}" for key, value in config.refused.items())
+    facts = [
+        ("format", "PEFT adapter"),
+        ("base", config.base or "not named"),
+        ("LoRA", describe_lora(config.rank, config.alpha, targets)),
+        ("dropout", str(config.dropout)),
+        ("loads here", f"no: {refused} is not supported" if refused else "yes"),
+    ]
+    parts = _group(headers, lambda name: peft.adapter_target(name) or "other", (*targets, "other"))
+    return Report(facts, parts)
+
+
+def describe_release(path: Path) -> Report:
+    """A checkpoint of the PyTorch release.
+
+    Raises:
+        WeightsError: a file that cannot be read.
+    """
+    file = release.read_release(path)
+    rank, targets = release.lora_rank_and_targets({k: t.shape for k, t in file.tensors.items()})
+    kinds = release.head_kinds(file.tensors)
+    facts = [
+        ("format", "checkpoint of the PyTorch release"),
+        ("epoch", "not named" if file.epoch is None else str(file.epoch)),
+        ("LoRA", describe_lora(rank, release.ALPHA, targets)),
+        ("heads", describe_heads(kinds)),
+        ("beside", ", ".join(file.others) or "nothing"),
+    ]
+    order = ("LoRA", *map(head_name, _HEADS), "other")
+    return Report(facts, _group(file.tensors, _release_part, order))
+
+
+def _release_part(name: str) -> str:
+    owner = release.owner(name)
+    if owner == "lora":
+        return "LoRA"
+    return head_name(owner) if owner else "other"
+
+
+def tree_kinds(fusion: Mapping[str, Any]) -> dict[str, str]:
+    """Type of every head and of the pre-fusion ("multi") of a `fusion` tree."""
+    kinds = {}
+    for head in _HEADS:
+        if head in fusion:
+            inner = fusion[head].get("head", fusion[head])  # the pre-fusion has one inside
+            kind = "attention" if "score" in inner else "mean"
+            kinds[head] = "qformer" if "qformer" in inner else kind
+    return kinds
+
+
+def head_name(head: str) -> str:
+    """What a head is called in reports."""
+    return "pre-fusion" if head == "multi" else f"{head} head"
+
+
+def describe_lora(rank: int, alpha: float | None, targets: Sequence[str]) -> str:
+    """Rank, scale and targets in words; an alpha of None is not known."""
+    if not rank:
+        return "none"
+    scale = "alpha not named" if alpha is None else f"alpha {alpha:g} (scale {alpha / rank:g})"
+    return f"rank {rank}, {scale}, on {', '.join(targets)}"
+
+
+def describe_heads(kinds: Mapping[str, str]) -> str:
+    """Types of the heads in words."""
+    return ", ".join(f"{head_name(h)} {kinds[h]}" for h in _HEADS if h in kinds) or "none"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _group(
+    arrays: Mapping[str, Any], part_of: Callable[[str], str], order: Sequence[str]
+) -> list[Part]:
+    """The arrays by the part that their names belong to."""
+    groups: dict[str, list[Any]] = {name: [] for name in order}
+    for name, array in arrays.items():
+        groups[part_of(name)].append(array)
+    return [Part.of(name, group) for name, group in groups.items()]

@@ -1,0 +1,215 @@
+"""LoRA folded into a base: the same function, in a directory that transformers reads."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_model import LLM, make_model, random_base, random_trainable, relative_error
+
+from affectgpt_jax.models.qwen2 import Qwen2, unembedding
+from affectgpt_jax.weights import tensors
+from affectgpt_jax.weights.huggingface import WeightsError, save_base, weight_files
+from affectgpt_jax.weights.merge import merge_kernel, merge_lora, save_merged
+
+MODEL = make_model()
+CONFIG = MODEL.qwen2.lora
+LORA = random_trainable(MODEL)["lora"]
+TIED = dataclasses.replace(LLM, tie_word_embeddings=True)
+TOKENS = np.random.default_rng(0).integers(LLM.vocab_size, size=(2, 7))
+QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+def make_base(directory, llm=LLM, dtype=jnp.float32):
+    base = random_base(make_model(llm, param_dtype=dtype))
+    save_base(directory, llm, base)
+    return base
+
+
+def logits(llm, base, lora=None):
+    positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
+    module = Qwen2(llm, CONFIG)
+
+    @jax.jit
+    def run(base, lora):
+        variables = {"params": base, "lora": lora}
+        embeds = module.apply(variables, TOKENS, method="embed")
+        states, _ = module.apply(variables, embeds, positions, np.ones_like(positions))
+        return states @ unembedding(base)
+
+    return run(base, lora or {})
+
+
+def all_tensors(directory):
+    return {k: v for path in weight_files(directory) for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, jnp.bfloat16])
+def test_a_kernel_is_merged_in_float32_and_rounded_once(dtype):
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(2, 8, 6)).astype(dtype)
+    lora_a, lora_b = (rng.normal(size=s).astype(np.float32) for s in ((2, 8, 3), (2, 3, 6)))
+    wide = kernel.astype(np.float64) + 0.5 * lora_a.astype(np.float64) @ lora_b.astype(np.float64)
+    merged = merge_kernel(kernel, lora_a, lora_b, 0.5)
+    assert merged.dtype == kernel.dtype
+    # Half a unit in the last place, and what float32 lost before.
+    error = np.abs(merged.astype(np.float64) - wide) / np.abs(wide).max()
+    assert error.max() <= jnp.finfo(dtype).eps / 2 + 1e-6
+
+
+def test_a_merged_tree_computes_what_base_and_adapter_did():
+    base = random_base(MODEL)
+    merged = merge_lora(base, LORA, CONFIG.scale)
+    assert jax.tree.structure(merged) == jax.tree.structure(base)
+    assert merged["embed_tokens"] is base["embed_tokens"]
+    # Sums of some tens of float32 terms in another order, two layers deep.
+    assert relative_error(logits(LLM, merged), logits(LLM, base, LORA)) < 1e-5
+    assert relative_error(logits(LLM, base), logits(LLM, base, LORA)) > 0.1, "nothing to merge"
+
+
+@pytest.mark.parametrize("llm", [LLM, TIED], ids=["untied", "tied"])
+def test_transformers_computes_the_same_logits_from_a_merged_directory(tmp_path, llm):
+    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    import transformers
+
+    base = make_base(tmp_path / "base", llm)
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "LICENSE").write_text("terms")
+    save_merged(tmp_path / "base", tmp_path / "out", LORA, CONFIG.scale, shard_bytes=10_000)
+    assert len(weight_files(tmp_path / "out")) > 3
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "out" / "LICENSE").read_text() == "terms"
+    reference = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        found = reference(torch.tensor(TOKENS)).logits.numpy()
+    # As above.
+    assert relative_error(found, logits(llm, base, LORA)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_a_merged_directory_holds_the_merged_tree_in_the_dtype_of_the_base(tmp_path, dtype):
+    base = make_base(tmp_path / "base", dtype=dtype)
+    save_merged(tmp_path / "base", tmp_path / "out", LORA, CONFIG.scale)
+    save_base(tmp_path / "tree", LLM, merge_lora(base, LORA, CONFIG.scale))
+    found, expected = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "tree")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name].dtype == value.dtype
+        if dtype == jnp.bfloat16 or "_proj" not in name:
+            np.testing.assert_array_equal(found[name], value)
+        else:  # one product of all layers against one of each may differ in the last bit
+            np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6)
+    assert (tmp_path / "out" / "config.json").read_bytes() == (
+        tmp_path / "base" / "config.json"
+    ).read_bytes()
+
+
+def test_files_are_cut_where_they_get_large_and_indexed(tmp_path):
+    make_base(tmp_path / "base")
+    save_merged(tmp_path / "base", tmp_path / "one", LORA, CONFIG.scale)
+    save_merged(tmp_path / "base", tmp_path / "many", LORA, CONFIG.scale, shard_bytes=10_000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert sorted(set(index["weight_map"].values())) == files
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+    one, many = all_tensors(tmp_path / "one"), all_tensors(tmp_path / "many")
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in one.values())
+    assert one.keys() == many.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], many[name])
+    for path in (tmp_path / "many").glob("*.safetensors"):
+        held = load_file(path)
+        assert sum(v.nbytes for v in held.values()) <= 10_000 or len(held) == 1
+
+
+def test_tensors_are_read_and_written_one_by_one(tmp_path):
+    path, size = tmp_path / "t.safetensors", 100_000
+    on_disk = []
+
+    def read(name):
+        on_disk.append(path.stat().st_size)
+        return np.full(size, int(name), np.float32)
+
+    headers = {str(i): tensors.Header(np.dtype(np.float32), (size,)) for i in range(3)}
+    tensors.write_tensors(path, headers, read)
+    # What was read before a tensor is on disk (but for a buffer) when that tensor is read.
+    assert np.diff(on_disk).min() > 4 * size - 10_000
+    assert [load_file(path)[str(i)][0] for i in range(3)] == [0, 1, 2]
+
+
+def test_tensors_of_any_dtype_keep_their_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    values = {
+        name: np.frombuffer(rng.bytes(6 * dtype.itemsize), dtype).reshape(2, 3)
+        for name, dtype in tensors.DTYPES.items()
+        if name != "BOOL"
+    }
+    values |= {"BOOL": np.array([True, False]), "scalar": np.float16(2.5).reshape(())}
+    values["empty"] = np.zeros((0, 3), np.int8)
+    headers = {name: tensors.Header(v.dtype, v.shape) for name, v in values.items()}
+    path = tmp_path / "t.safetensors"
+    tensors.write_tensors(path, headers, values.__getitem__)
+    found = tensors.open_tensors([path])
+    assert found.headers == headers
+    for name, value in values.items():
+        assert found.read(name).tobytes() == value.tobytes()
+    # Wherever the file is mapped, every number stands at a multiple of its size.
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    for entry in json.loads(content[8 : 8 + length]).values():
+        if "data_offsets" in entry:
+            itemsize = tensors.DTYPES[entry["dtype"]].itemsize
+            assert (8 + length + entry["data_offsets"][0]) % itemsize == 0
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def edit_tensors(directory, change):
+    path = directory / "model.safetensors"
+    values = load_file(path)
+    change(values)
+    save_file(values, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda d: edit_tensors(d, lambda t: t.pop(QUERY)), [QUERY, "missing"]),
+        (
+            lambda d: edit_tensors(d, lambda t: t.update({QUERY: np.zeros((64, 31), "f4")})),
+            [QUERY, "(64, 31)", "(64, 32)"],
+        ),
+        (
+            lambda d: edit_tensors(d, lambda t: t.update({QUERY: np.zeros((64, 32), "i1")})),
+            [QUERY, "int8", "bfloat16"],
+        ),
+        (lambda d: (d / "model.safetensors").write_bytes(b"x" * 20), ["not a whole"]),
+        (lambda d: (d / "model.safetensors").unlink(), ["model.safetensors is missing"]),
+    ],
+    ids=["missing tensor", "wrong shape", "integers", "garbage", "no weights"],
+)
+def test_a_base_that_does_not_fit_is_one_error_and_leaves_nothing(tmp_path, damage, words):
+    make_base(tmp_path / "base")
+    damage(tmp_path / "base")
+    with pytest.raises(WeightsError) as error:
+        save_merged(tmp_path / "base", tmp_path / "out", LORA, CONFIG.scale)
+    for word in (str(tmp_path / "base"), *words):
+        assert word in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_without_lora_there_is_nothing_to_merge(tmp_path):
+    make_base(tmp_path / "base")
+    with pytest.raises(WeightsError, match="no LoRA"):
+        save_merged(tmp_path / "base", tmp_path / "out", {}, 1.0)
+
+
+def test_a_directory_that_exists_is_not_written_over(tmp_path):
+    make_base(tmp_path / "base")
+    with pytest.raises(WeightsError, match="base exists already"):
+        save_merged(tmp_path / "base", tmp_path / "base", LORA, CONFIG.scale)

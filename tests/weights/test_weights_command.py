@@ -1,0 +1,293 @@
+"""`python -m affectgpt_jax.weights`: what it shows, what it writes, what it says when it cannot."""
+
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_model import FUSION, LLM, make_model, random_base, random_trainable
+
+from affectgpt_jax.configs import demo
+from affectgpt_jax.models.lora import LoraConfig
+from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, SavedRun
+from affectgpt_jax.weights.__main__ import main
+from affectgpt_jax.weights.huggingface import base_identity, save_base
+from affectgpt_jax.weights.merge import merge_lora
+from affectgpt_jax.weights.peft import load_adapter
+from affectgpt_jax.weights.release import load_release
+
+LORA = LoraConfig(4, 32.0, 0.0)
+MODEL = make_model(fusion=FUSION)
+STEPS = {3: 0.5, 5: 0.25, 10_001: 0.75}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of three checkpoints, the second of which is the best, and its base."""
+    root = tmp_path_factory.mktemp("run")
+    save_base(root / "base", LLM, random_base(MODEL))
+    (root / "base" / "tokenizer.json").write_text("{}")
+    config = demo.get_config()
+    config.llm = str(root / "base")
+    config.lora.rank, config.lora.alpha = LORA.rank, LORA.alpha
+    (root / "work").mkdir()
+    (root / "work" / "config.json").write_text(config.to_json())
+    with Checkpoints(root / "work", base_identity(root / "base"), keep=9) as checkpoints:
+        for step, loss in STEPS.items():
+            trainable = random_trainable(MODEL, seed=step)
+            opt_state = jax.tree.map(jnp.zeros_like, trainable)
+            state = {"trainable": trainable, "opt_state": opt_state, "step": jnp.int32(step)}
+            checkpoints.save(step, state, loss)
+        checkpoints.wait()
+    return root
+
+
+def command(capsys, *arguments):
+    """What the command prints; run in this process, since each start costs seconds."""
+    main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    assert str(end.value).startswith("error: ") and "\n" not in str(end.value)
+    return str(end.value)
+
+
+def facts(text):
+    return dict(re.split(" {2,}", line, maxsplit=1) for line in text.split("\n\n")[0].splitlines())
+
+
+def table(text):
+    """Part -> tensors, parameters, bytes."""
+    rows = [re.split(" {2,}", line) for line in text.strip().split("\n\n")[1].splitlines()[1:]]
+    return {row[0]: tuple(int(cell.replace(",", "")) for cell in row[1:4]) for row in rows}
+
+
+def count(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def test_a_run_is_shown_with_its_best_checkpoint(run, capsys):
+    text = command(capsys, "inspect", run / "work")
+    found = facts(text)
+    assert found["format"] == "run of affectgpt_jax, 3 checkpoints"
+    assert found["steps"] == "3, 5, 10001 (best on validation: 5)"
+    assert found["shown"] == "step 5, validation loss 0.2500"
+    assert found["base"] == f"base, sha256 {base_identity(run / 'base').sha256}"
+    assert "rank 4, alpha 32 (scale 8), on q_proj, k_proj" in found["LoRA"]
+    assert found["heads"] == "pre-fusion attention, audio head attention, video head attention"
+    trainable = random_trainable(MODEL)
+    parts = table(text)
+    assert parts["LoRA"] == (14, count(trainable["lora"]), 4 * count(trainable["lora"]))
+    assert parts["audio head"][1] == count(trainable["fusion"]["audio"])
+    assert parts["total"][1] == count(trainable)
+    assert text.rstrip().endswith("float32")
+
+
+def test_a_checkpoint_may_be_named_in_any_way(run, capsys):
+    expected = command(capsys, "inspect", run / "work", "--step", 3)
+    assert "step 3, validation loss 0.5000" in expected
+    assert command(capsys, "inspect", run / "work" / "checkpoints" / "3") == expected
+    assert command(capsys, "inspect", run / "work" / "checkpoints", "--step", 3) == expected
+
+
+def test_a_base_is_shown_by_its_headers(run, tmp_path, capsys):
+    text = command(capsys, "inspect", run / "base")
+    found = facts(text)
+    assert found["format"] == "base model in Hugging Face layout, 1 safetensors file"
+    assert found["family"] == "qwen2 (Qwen2ForCausalLM)"
+    assert (
+        "layers 2, hidden 32, feed-forward 48, query heads 4, key-value heads 2" in found["sizes"]
+    )
+    assert (found["head"], found["tokenizer"], found["runs here"]) == ("untied", "yes", "yes")
+    assert "sha256" not in found
+    base = random_base(MODEL)
+    parts = table(text)
+    assert parts["embedding"] == (1, base["embed_tokens"].size, base["embed_tokens"].nbytes)
+    assert parts["norms"][0] == 2 * LLM.num_hidden_layers + 1
+    assert parts["total"][1] == count(base)
+    hashed = facts(command(capsys, "inspect", run / "base", "--hash"))
+    assert hashed["sha256"] == base_identity(run / "base").sha256
+
+    save_base(tmp_path / "half", LLM, jax.tree.map(lambda x: x.astype(jnp.bfloat16), base))
+    assert command(capsys, "inspect", tmp_path / "half").rstrip().endswith("bfloat16")
+
+
+def test_a_base_of_a_family_that_cannot_run_here_is_shown_too(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "mamba", "hidden_size": 8}')
+    tensors = {"backbone.layers.0.mixer.weight": np.zeros((2, 3), np.float16)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = facts(command(capsys, "inspect", tmp_path))
+    assert found["family"] == "mamba (unnamed)"
+    assert found["runs here"].startswith("no: ") and "'mamba'" in found["runs here"]
+
+
+def test_an_adapter_and_a_file_of_the_release_are_shown(run, tmp_path, capsys):
+    command(capsys, "export-peft", run / "work", tmp_path / "adapter")
+    text = command(capsys, "inspect", tmp_path / "adapter")
+    found = facts(text)
+    assert (found["format"], found["base"], found["loads here"]) == ("PEFT adapter", "base", "yes")
+    assert found["LoRA"].startswith("rank 4, alpha 32 (scale 8), on q_proj, k_proj")
+    lora = random_trainable(MODEL)["lora"]
+    assert table(text)["down_proj"] == (4, *sizes_of(lora["layers"]["down_proj"]))
+    assert table(text)["total"][1] == count(lora)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
+    found = facts(command(capsys, "inspect", tmp_path / "adapter"))
+    assert found["loads here"] == "no: use_dora=True is not supported"
+
+    command(capsys, "export-release", run / "work", tmp_path / "c.pth", "--step", 10_001)
+    text = command(capsys, "inspect", tmp_path / "c.pth")
+    found = facts(text)
+    assert (found["epoch"], found["beside"]) == ("2", "epoch, config")
+    assert found["heads"] == "pre-fusion attention, audio head attention, video head attention"
+    assert found["LoRA"].startswith("rank 4, alpha 32 (scale 8)")
+    assert table(text)["total"][1] == count(random_trainable(MODEL))
+
+
+def sizes_of(tree):
+    return count(tree), 4 * count(tree)
+
+
+def test_inspecting_reads_headers_only(run, tmp_path, capsys, monkeypatch):
+    def no_values(*_, **__):
+        raise AssertionError("values were read")
+
+    command(capsys, "export-release", run / "work", tmp_path / "c.pth")
+    command(capsys, "export-peft", run / "work", tmp_path / "adapter")
+    monkeypatch.setattr("affectgpt_jax.weights.torch_zip.Tensor.numpy", no_values)
+    monkeypatch.setattr("affectgpt_jax.training.checkpoints.SavedRun.trainable", no_values)
+    monkeypatch.setattr("affectgpt_jax.weights.report.base_identity", no_values)
+    for path in (run / "work", run / "base", tmp_path / "adapter", tmp_path / "c.pth"):
+        assert table(command(capsys, "inspect", path))["total"][1] > 0
+
+
+# --- export ---------------------------------------------------------------------------------------
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize(("arguments", "step"), [((), 5), (("--step", 3), 3)])
+def test_what_is_exported_comes_back_bit_for_bit(run, tmp_path, capsys, arguments, step):
+    trainable = random_trainable(MODEL, seed=step)
+    shapes = abstract(trainable)
+    adapter, file = tmp_path / "adapter", tmp_path / "c.pth"
+    said = command(capsys, "export-peft", run / "work", adapter, *arguments)
+    assert f"LoRA of step {step} for base" in said
+    assert_same(load_adapter(adapter, shapes["lora"], LORA), trainable["lora"])
+    said = command(capsys, "export-release", run / "work", file, *arguments)
+    assert f"of step {step}" in said
+    found, unused = load_release(file, shapes, LORA)
+    assert_same(found, trainable)
+    assert not unused
+
+
+def test_a_merged_base_holds_base_and_adapter(run, tmp_path, capsys):
+    command(capsys, "merge", run / "work", tmp_path / "merged")
+    lora = random_trainable(MODEL, seed=5)["lora"]
+    save_base(tmp_path / "tree", LLM, merge_lora(random_base(MODEL), lora, LORA.scale))
+    found, expected = (load_file(tmp_path / d / "model.safetensors") for d in ("merged", "tree"))
+    for name, value in expected.items():
+        # One product of all layers against one of each may differ in the last bit.
+        np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6)
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def test_places_without_weights_are_refused(run, tmp_path):
+    assert "neither a file nor a directory" in refused("inspect", tmp_path / "nowhere")
+    assert "no weights of a known kind" in refused("inspect", tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert "holds no checkpoint" in refused("inspect", tmp_path)
+    assert "holds no checkpoint" in refused("export-peft", run / "base", tmp_path / "out")
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "notes.txt is no zip file" in refused("inspect", tmp_path / "notes.txt")
+    words = refused("inspect", run / "base" / "model.safetensors")
+    assert "name its directory" in words
+    assert "has no checkpoint of step 4; it has [3, 5, 10001]" in refused(
+        "merge", run / "work", tmp_path / "out", "--step", 4
+    )
+
+
+def test_what_exists_is_not_written_over(run, tmp_path):
+    (tmp_path / "here").mkdir()
+    for name in ("export-peft", "export-release", "merge"):
+        words = refused(name, run / "work", tmp_path / "here")
+        assert f"{tmp_path / 'here'} exists already" in words
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_another_base_is_not_merged_into(run, tmp_path):
+    save_base(tmp_path / "other", LLM, random_base(MODEL, seed=9))
+    words = refused("merge", run / "work", tmp_path / "out", "--base", tmp_path / "other")
+    for identity in (base_identity(tmp_path / "other"), base_identity(run / "base")):
+        assert identity.sha256 in words
+    assert not (tmp_path / "out").exists()
+    assert "is not a directory" in refused("merge", run / "work", tmp_path / "out", "--base", "/no")
+
+
+def copy_run(run, tmp_path):
+    subprocess.run(["cp", "-r", run / "work", tmp_path / "copy"], check=True)
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"lora": {"rank": 4}}'])
+def test_a_run_without_its_config_is_refused(run, tmp_path, text):
+    copy = copy_run(run, tmp_path)
+    (copy / "config.json").unlink()
+    if text is not None:
+        (copy / "config.json").write_text(text)
+    assert "is not the config of a run" in refused("export-peft", copy, tmp_path / "out")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(run, tmp_path):
+    copy = copy_run(run, tmp_path)
+    for path in (copy / "checkpoints" / "5" / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:20])
+    assert f"{copy / 'checkpoints' / '5'} is damaged" in refused(
+        "export-release", copy, tmp_path / "c.pth"
+    )
+
+
+def test_a_run_is_opened_without_its_model_and_left_as_it_was(run):
+    before = {path: path.stat().st_mtime_ns for path in (run / "work").rglob("*")}
+    saved = SavedRun(run / "work")
+    assert (saved.steps, saved.best) == ((3, 5, 10_001), 5)
+    assert [saved.val_loss(step) for step in saved.steps] == [*STEPS.values()]
+    assert_same(saved.trainable(3), random_trainable(MODEL, seed=3))
+    assert saved.shapes(3) == abstract(random_trainable(MODEL))
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
+        saved.trainable(7)
+    assert before == {path: path.stat().st_mtime_ns for path in (run / "work").rglob("*")}
+
+
+def test_the_command_ends_with_one_line_and_status_1(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "affectgpt_jax.weights", "inspect", str(tmp_path)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} holds no weights")
+    assert "Traceback" not in done.stderr and not done.stdout
