@@ -38,6 +38,7 @@ from affectgpt_jax.data.prompts import InputMode, PromptError, parse_label
 from affectgpt_jax.data.records import RecordError
 from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
+from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training import sharding, telemetry
 from affectgpt_jax.training.checkpoints import (
     CheckpointError,
@@ -53,6 +54,8 @@ from affectgpt_jax.training.step import (
     make_train_step,
 )
 from affectgpt_jax.weights.huggingface import WeightsError, base_identity, load_base
+from affectgpt_jax.weights.peft import load_adapter
+from affectgpt_jax.weights.release import load_release
 
 
 class TrainingError(RuntimeError):
@@ -153,6 +156,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             out_shardings=tree_shardings(abstract_state),
         )
         state = initialise(init_key(config.seed))
+        if config.init_from:
+            state["trainable"] |= load_start(
+                Path(config.init_from).expanduser(),
+                abstract_state["trainable"],
+                model.qwen2.lora,
+                progress.line,
+            )
     else:
         state = checkpoints.restore(start, abstract_state)
         progress.line(f"resumed from the checkpoint of step {start}")
@@ -371,6 +381,30 @@ def check_rows(config: ConfigDict, mesh: Mesh) -> None:
             f"parts gives {rows} rows at a time, which {shares} devices (mesh {config.mesh!r}) "
             f"cannot share equally; use a multiple of {shares * config.accumulation}"
         )
+
+
+def load_start(
+    path: Path, abstract_trainable: Any, lora: LoraConfig | None, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a run starts from instead of fresh parameters, as part of a `trainable` tree.
+
+    Args:
+        path: the directory of a PEFT adapter (LoRA alone), or a `.pth` of the PyTorch release.
+        abstract_trainable: shapes and shardings to fill.
+        lora: the config's adapters.
+        say: told what was loaded, and what of the file was not.
+
+    Raises:
+        WeightsError: neither, or one that does not fit; the message names what differs.
+    """
+    if path.is_dir():
+        loaded = {"lora": load_adapter(path, abstract_trainable["lora"], lora)}
+        say(f"starting from the adapter {path}; heads and fusion start fresh")
+        return loaded
+    loaded, unused = load_release(path, abstract_trainable, lora)
+    said = f"; left out, since this config has no place for them: {', '.join(unused)}"
+    say(f"starting from {path}{said if unused else ''}")
+    return loaded
 
 
 def check_disk(workdir: Path, state: State) -> None:

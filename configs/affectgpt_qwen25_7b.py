@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0  # of initialisation, data order, label draw and dropout
     c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny" is the one that ships
+    c.init_from = ""  # a PEFT adapter's directory or a .pth of the PyTorch release; "" is fresh
     c.input = "multi_audio_face_text"  # the input mode: data/prompts.py
     c.label = "hybrid"  # hybrid: description or ovlabel, drawn anew at each access; others:
     # onehot, onehot_candidates, sentiment, valence, caption, qa, preference; "a+b" draws of both

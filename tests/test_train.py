@@ -11,6 +11,8 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.training.telemetry import read_metrics
+from affectgpt_jax.weights import __main__ as weights
+from affectgpt_jax.weights.release import read_release
 
 SMALL = (
     "--config.steps=6",
@@ -117,7 +119,7 @@ WIDE = "--config.max_tokens=160"
 
 
 # All modes beside all label types; nothing hangs on which meets which.
-@pytest.mark.parametrize(("mode", "label"), zip(INPUT_MODES, itertools.cycle(LABEL_TYPES)))
+@pytest.mark.parametrize(("mode", "label"), [*zip(INPUT_MODES, itertools.cycle(LABEL_TYPES))])
 def test_every_input_mode_and_label_type_trains_and_answers(mode, label, records, tmp_path):
     flags = ("--config.steps=1", f"--config.input={mode}", f"--config.label={label}")
     result = run(tmp_path, *records, WIDE, *flags)
@@ -181,6 +183,29 @@ def test_without_lora_heads_and_fusion_train_alone(records, tmp_path):
     assert result["steps"] == 12
 
 
+def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path, capsys):
+    workdir, _ = finished
+    frozen = ("--config.steps=1", "--config.save_every=1", "--config.optimizer.warmup_steps=0")
+    frozen += ("--config.optimizer.learning_rate=0.0", "--config.optimizer.final_learning_rate=0.0")
+    release, again = tmp_path / "run.pth", tmp_path / "again.pth"
+    weights.main(["export-release", str(workdir), str(release), "--step", "6"])
+    run(tmp_path / "next", *records, *frozen, f"--config.init_from={release}")
+    weights.main(["export-release", str(tmp_path / "next"), str(again), "--step", "1"])
+    first, second = (read_release(path).tensors for path in (release, again))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(tensor.numpy(), second[name].numpy(), err_msg=name)
+
+    weights.main(["export-peft", str(workdir), str(tmp_path / "adapter"), "--step", "6"])
+    run(tmp_path / "third", *records, *frozen, f"--config.init_from={tmp_path / 'adapter'}")
+    assert "heads and fusion start fresh" in capsys.readouterr().out
+    weights.main(["export-release", str(tmp_path / "third"), str(tmp_path / "third.pth")])
+    third = read_release(tmp_path / "third.pth").tensors
+    for name, tensor in first.items():
+        same = np.array_equal(tensor.numpy(), third[name].numpy())
+        assert same == ("lora" in name), name
+
+
 def test_validation_clips_are_held_out_where_no_set_is_named(records, tmp_path, capsys):
     flags = [f for f in records if "data.val=" not in f]
     run(tmp_path, *flags, "--config.data.val=", "--config.data.val_share=0.25", "--config.steps=1")
@@ -242,6 +267,7 @@ def test_weights_that_leave_the_finite_numbers_are_never_saved(records, tmp_path
         (["--config.batch_size=8", "--config.accumulation=2"], "use a multiple of 16"),
         (["--config.lora.rank=-1"], "lora.rank is -1"),
         (["--config.profile_steps=9"], "profile_steps"),
+        (["--config.init_from=/nowhere.pth"], "/nowhere.pth"),
         (["--config.prompts=/nowhere.toml"], "/nowhere.toml"),
         (["--config.optimizer.beta1=1.5"], "optimizer.beta1"),
     ],
