@@ -18,23 +18,13 @@ from typing import Any
 
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.files import ReadError, shorten
-from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
-from affectgpt_jax.evaluation.metrics import Score, ScoreError
-from affectgpt_jax.evaluation.readers import Pairs, pair, read_predictions, read_truth
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.metrics import ScoreError
+from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth
+from affectgpt_jax.evaluation.results import NEEDS_LEXICON, Result, protocols, score_checkpoints
 
 TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weighted F1"}
 UNKNOWN_SHOWN = 10
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """The score of one prediction file."""
-
-    predictions: str
-    pairs: Pairs
-    score: Score
-    intervals: dict[str, metrics.Interval]
-    against_fixed: metrics.Comparison | None
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -81,14 +71,16 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.bootstrap < 0 or arguments.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
-    if arguments.lexicon and arguments.task == "sentiment":
-        parser.error("--lexicon has no part in --task=sentiment")
+    if arguments.lexicon and arguments.task not in NEEDS_LEXICON:
+        parser.error(f"--lexicon has no part in --task={arguments.task}")
     if len(set(arguments.predictions)) != len(arguments.predictions):
         parser.error("--predictions names a file twice")
     return arguments
 
 
-def score_files(arguments: argparse.Namespace) -> tuple[list[Result], metrics.Protocols]:
+def score_files(
+    arguments: argparse.Namespace,
+) -> tuple[Sequence[Result], metrics.Protocols]:
     """Score every prediction file against the truth.
 
     Raises:
@@ -96,46 +88,25 @@ def score_files(arguments: argparse.Namespace) -> tuple[list[Result], metrics.Pr
         ScoreError: files that give no score.
     """
     task = arguments.task
-    lexicon = None if task == "sentiment" else load_lexicon(arguments.lexicon)
+    lexicon = load_lexicon(arguments.lexicon) if task in NEEDS_LEXICON else None
     truth = read_truth(arguments.truth, task, arguments.allow_pickle)
     pairs = {
         path: pair(read_predictions(path, task, arguments.allow_pickle), truth, arguments.missing)
         for path in arguments.predictions
     }
-    scores = {path: score_pairs(task, p, lexicon, arguments.level) for path, p in pairs.items()}
-    fixed = arguments.predictions[-1]
-    results = []
-    for path, score in scores.items():
-        intervals, comparison = {}, None
-        if arguments.bootstrap:
-            settings = {"resamples": arguments.bootstrap, "seed": arguments.seed}
-            intervals = metrics.bootstrap(score, **settings)
-            if path != fixed:
-                comparison = metrics.compare(score, scores[fixed], **settings)
-        results.append(Result(path, pairs[path], score, intervals, comparison))
-    primary = {path: score.primary for path, score in scores.items()}
-    return results, metrics.protocols(primary, fixed)
+    results = score_checkpoints(
+        task, pairs, lexicon, arguments.level, arguments.bootstrap, arguments.seed
+    )
+    return results, protocols(results)
 
 
-def score_pairs(task: str, pairs: Pairs, lexicon: Lexicon | None, level: int = 1) -> Score:
-    """The score of a task; sentiment needs no lexicon.
-
-    Raises:
-        ScoreError: nothing can be scored.
-    """
-    if task == "sentiment":
-        return metrics.score_sentiment(pairs.predictions, pairs.truth)
-    score = metrics.score_fine if task == "fine" else metrics.score_basic
-    return score(pairs.predictions, pairs.truth, lexicon, level)
-
-
-def render(results: Sequence[Result], protocols: metrics.Protocols) -> str:
+def render(results: Sequence[Result], told: metrics.Protocols) -> str:
     """The report as text, in percent."""
     lines = []
     for result in results:
         lines += [*_render_result(result), ""]
     if len(results) > 1:
-        lines += _render_protocols(results, protocols)
+        lines += _render_protocols(results, told)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -169,7 +140,8 @@ def _render_result(result: Result) -> list[str]:
             f"{counts['true_labels_per_clip']:.2f} true"
         )
     else:
-        lines.append(f"{counts['scored']} clips scored, the others have valence 0")
+        why = "have valence 0" if score.task == "sentiment" else "have no true word"
+        lines.append(f"{counts['scored']} clips scored, the others {why}")
     lines += [str(finding) for finding in result.pairs.findings]
     for side in ("predicted", "true"):
         if words := counts.get(f"unknown_{side}"):
@@ -183,13 +155,13 @@ def _render_words(words: dict[str, int]) -> str:
     return ", ".join(shown[:UNKNOWN_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
-def _render_protocols(results: Sequence[Result], protocols: metrics.Protocols) -> list[str]:
+def _render_protocols(results: Sequence[Result], told: metrics.Protocols) -> list[str]:
     name = next(iter(results[0].score.values))
     lines = [
         f"{TITLES.get(name, name)} by protocol",
-        f"fixed checkpoint: {percent(protocols.fixed_value)} ({protocols.fixed})",
-        f"best of {protocols.checkpoints}, chosen on the test set: "
-        f"{percent(protocols.best_value)} ({protocols.best})",
+        f"fixed checkpoint: {percent(told.fixed_value)} ({told.fixed})",
+        f"best of {told.checkpoints}, chosen on the test set: "
+        f"{percent(told.best_value)} ({told.best})",
     ]
     for result in results:
         if found := result.against_fixed:
@@ -219,7 +191,7 @@ def percent(share: float) -> str:
 
 
 def as_dict(
-    results: Sequence[Result], protocols: metrics.Protocols, arguments: argparse.Namespace
+    results: Sequence[Result], told: metrics.Protocols, arguments: argparse.Namespace
 ) -> dict[str, Any]:
     """The report as JSON has it: shares from 0 to 1, every name and word."""
     return {
@@ -228,20 +200,8 @@ def as_dict(
             key: getattr(arguments, key)
             for key in ("task", "level", "missing", "bootstrap", "seed")
         },
-        "results": [
-            {
-                "predictions": result.predictions,
-                **result.score.as_dict(),
-                "intervals": {k: dataclasses.asdict(i) for k, i in result.intervals.items()},
-                "against_fixed": result.against_fixed and dataclasses.asdict(result.against_fixed),
-                "findings": [
-                    {"what": f.what, "count": len(f.names), "clips": list(f.names)}
-                    for f in result.pairs.findings
-                ],
-            }
-            for result in results
-        ],
-        "protocols": dataclasses.asdict(protocols),
+        "results": [result.as_dict() for result in results],
+        "protocols": dataclasses.asdict(told),
     }
 
 
@@ -253,15 +213,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
-        results, protocols = score_files(arguments)
+        results, told = score_files(arguments)
         if arguments.json:
-            report = json.dumps(as_dict(results, protocols, arguments), indent=2) + "\n"
+            report = json.dumps(as_dict(results, told, arguments), indent=2) + "\n"
             Path(arguments.json).write_text(report, encoding="utf-8")
     except (ReadError, ScoreError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
         sys.exit(f"error: --json={arguments.json} cannot be written: {error.strerror}")
-    print(render(results, protocols), end="")
+    print(render(results, told), end="")
 
 
 if __name__ == "__main__":

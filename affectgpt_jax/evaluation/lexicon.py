@@ -30,6 +30,8 @@ LEVELS = (1, 2)
 DEFAULT = Path(__file__).parent.parent / "assets" / "lexicon"
 OFFICIAL_FILES = (*(f"wheel{k}.xlsx" for k in range(1, WHEELS + 1)), "synonym.xlsx", "format.csv")
 NEUTRAL_FILES = ("lexicon.json", "wheels.csv", "synonyms.csv", "forms.csv")
+# Of the files with which the published scores were made, as `Identity` has it.
+OFFICIAL_SHA256 = "1aef686d372e21426047b2681ea6250f8c41ae7fbf178aa1739c608dd24cad7f"
 SYNONYM_RUNS = 8
 # Part of a cache file's name: another number makes every older file stale.
 COMPILER = 1
@@ -46,6 +48,11 @@ class Identity:
 
     name: str
     sha256: str
+
+    @property
+    def official(self) -> bool:
+        """Whether it is, byte by byte, the one that made the published scores."""
+        return self.sha256 == OFFICIAL_SHA256
 
     def __str__(self) -> str:
         return f"{self.name} (sha256 {self.sha256[:12]})"

@@ -17,15 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.evaluation.datasets import UNIBENCH
 from affectgpt_jax.evaluation.lexicon import WHEELS, Identity, Lexicon, normalise
 
-# Data sets of MER-UniBench by task, as the paper's Table 2 names them.
-UNIBENCH = {
-    "basic": ("MER2023", "MER2024", "MELD", "IEMOCAP"),
-    "sentiment": ("CMU-MOSI", "CMU-MOSEI", "CH-SIMS", "CH-SIMS v2"),
-    "fine": ("OV-MERD+",),
-}
-TASKS = tuple(UNIBENCH)
+# Those of MER-UniBench, and words that must be named exactly, without a lexicon.
+TASKS = (*UNIBENCH, "words")
 SENTIMENTS = ("negative", "neutral", "positive")
 # Elements of the largest temporary array of a resampling: 32 MiB of float64.
 CHUNK = 4_194_304
@@ -42,9 +38,9 @@ class Score:
     """The score of one system on one data set.
 
     Attributes:
-        task: fine, basic or sentiment.
-        level: of the wheels; None for sentiment.
-        lexicon: which one made the score; None for sentiment.
+        task: fine, basic, sentiment or words.
+        level: of the wheels; None where no lexicon is asked.
+        lexicon: which one made the score; None for sentiment and words.
         values: shares, 0 to 1, by metric; the first is the primary one.
         wheels: a row per wheel: the same metrics, the clips scored, shares of unmapped labels.
         classes: a row per class (and wheel): how many clips have it, and how they fared.
@@ -102,7 +98,7 @@ def labels_per_clip(predictions: Sequence[Sequence[str]]) -> float:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Encoded:
+class EncodedLabels:
     """Label lists as arrays.
 
     Attributes:
@@ -118,7 +114,7 @@ class _Encoded:
     unknown: dict[str, int]
 
     @classmethod
-    def of(cls, labels: Labels, lexicon: Lexicon) -> _Encoded:
+    def of(cls, labels: Labels, lexicon: Lexicon) -> EncodedLabels:
         words = [word for clip in labels for word in clip]
         clip = np.repeat(np.arange(len(labels)), [len(clip) for clip in labels])
         form = lexicon.form_ids(words)
@@ -135,7 +131,7 @@ class _Encoded:
 
 
 def _wheel_pairs(
-    predicted: _Encoded, true: _Encoded, lexicon: Lexicon, level: int
+    predicted: EncodedLabels, true: EncodedLabels, lexicon: Lexicon, level: int
 ) -> Iterator[tuple[dict[str, Any], tuple[str, ...], np.ndarray, np.ndarray]]:
     """Row of figures, label names, predicted and true labels (bool [clips, labels]) by wheel.
 
@@ -167,7 +163,9 @@ def _check(predictions: Sequence[Any], truth: Sequence[Any], level: int = 1) -> 
         raise ScoreError(f"level is {level!r}; the labels of a wheel are its level 1 or 2")
 
 
-def _word_counts(predictions: Labels, predicted: _Encoded, true: _Encoded) -> dict[str, Any]:
+def _word_counts(
+    predictions: Labels, predicted: EncodedLabels, true: EncodedLabels
+) -> dict[str, Any]:
     return {
         "clips": predicted.clips,
         "predicted_labels_per_clip": len(predicted.clip) / predicted.clips,
@@ -195,7 +193,7 @@ def score_fine(predictions: Labels, truth: Labels, lexicon: Lexicon, level: int 
         ScoreError: no clips, lists of different lengths, or a wheel on which no truth stands.
     """
     _check(predictions, truth, level)
-    predicted, true = _Encoded.of(predictions, lexicon), _Encoded.of(truth, lexicon)
+    predicted, true = EncodedLabels.of(predictions, lexicon), EncodedLabels.of(truth, lexicon)
     statistics = np.zeros((len(truth), WHEELS, 3))
     wheels, classes = [], []
     for row, names, p, t in _wheel_pairs(predicted, true, lexicon, level):
@@ -248,8 +246,8 @@ def score_basic(
         ScoreError: no clips, lists of different lengths, or a wheel on which no truth stands.
     """
     _check(predictions, truth, level)
-    predicted = _Encoded.of(predictions, lexicon)
-    true = _Encoded.of([(word,) for word in truth], lexicon)
+    predicted = EncodedLabels.of(predictions, lexicon)
+    true = EncodedLabels.of([(word,) for word in truth], lexicon)
     statistics = np.zeros((len(truth), WHEELS, 2))
     wheels, classes = [], []
     for row, names, p, t in _wheel_pairs(predicted, true, lexicon, level):
@@ -330,6 +328,52 @@ def score_sentiment(predictions: Sequence[str], truth: Sequence[float]) -> Score
     )
 
 
+def score_words(predictions: Labels, truth: Sequence[str], max_labels: int = 1) -> Score:
+    """Hit rate of one true word among the first labels, compared as words; no lexicon is asked.
+
+    For sets whose words are closed, such as the demo world. Clips without a true word are left
+    out. A class's precision is over all labels that count.
+
+    Args:
+        predictions: label list of each clip, the likeliest first.
+        truth: true word of each clip, in the same order.
+        max_labels: labels that count: naming every word would hit always.
+
+    Raises:
+        ScoreError: no clips, lists of different lengths, or no true word.
+    """
+    _check(predictions, truth)
+    true = [normalise(word) for word in truth]
+    counted = [
+        list(dict.fromkeys(filter(None, map(normalise, labels[:max_labels]))))
+        for labels in predictions
+    ]
+    scored = np.asarray([bool(word) for word in true])
+    if not scored.any():
+        raise ScoreError(f"none of {len(true)} clips has a true word, so there is nothing to score")
+    hit = np.asarray([word in labels for word, labels in zip(true, counted)]) & scored
+    statistics = np.stack([scored, hit], axis=1).astype(float)
+    support = Counter(word for word in true if word)
+    claimed = Counter(w for labels, counts in zip(counted, scored) if counts for w in labels)
+    right = Counter(word for word, found in zip(true, hit) if found)
+    classes = [
+        {"label": word, **_rates(clips, claimed[word], right[word])}
+        for word, clips in support.most_common()
+    ]
+    counts = {
+        "clips": len(true),
+        "scored": int(scored.sum()),
+        "predicted_labels_per_clip": labels_per_clip(predictions),
+        "true_labels_per_clip": float(scored.mean()),
+        "empty_predictions": sum(not any(map(normalise, labels)) for labels in predictions),
+        "unknown_predicted": dict(
+            Counter({word: n for word, n in claimed.items() if word not in support}).most_common()
+        ),
+    }
+    values = _name_values("words", statistics)
+    return Score("words", None, None, values, [], classes, counts, statistics)
+
+
 def _rates(support: int, claimed: int, right: int) -> dict[str, Any]:
     """Figures of one class; a share of nothing is None."""
     return {
@@ -375,11 +419,18 @@ def _sentiment_values(sums: np.ndarray) -> np.ndarray:
     return np.stack([(share * f1).sum(axis=-1), accuracy], axis=-1)
 
 
+def _words_values(sums: np.ndarray) -> np.ndarray:
+    """Hit rate, [..., 1], from sums [..., (scored, hits)]."""
+    with np.errstate(invalid="ignore"):
+        return sums[..., 1:] / sums[..., :1]
+
+
 # Metrics of each task, the primary one first, and how they follow from sums of the statistics.
 METRICS: dict[str, tuple[tuple[str, ...], Callable[[np.ndarray], np.ndarray]]] = {
     "fine": (("f", "p", "r"), _fine_values),
     "basic": (("hit",), _basic_values),
     "sentiment": (("weighted_f1", "accuracy"), _sentiment_values),
+    "words": (("hit",), _words_values),
 }
 
 
@@ -404,6 +455,27 @@ class Interval:
     resamples: int
 
 
+def clip_scores(score: Score) -> np.ndarray:
+    """How each clip fared by itself, float64 [clips], 0 to 1; nan where it is not scored.
+
+    Hits, as a mean over the wheels that score the clip; F of the clip's mean precision and recall
+    for fine. Means of these are not the score.
+    """
+    statistics = score.statistics
+    with np.errstate(invalid="ignore"):
+        match score.task:
+            case "fine":
+                sums = statistics.sum(axis=1)
+                return _harmonic(*np.moveaxis(sums[:, 1:] / sums[:, :1], -1, 0))
+            case "basic":
+                sums = statistics.sum(axis=1)
+                return sums[:, 1] / sums[:, 0]
+            case "sentiment":
+                return np.trace(statistics, axis1=1, axis2=2) / statistics.sum(axis=(1, 2))
+            case _:
+                return statistics[:, 1] / statistics[:, 0]
+
+
 def bootstrap(
     score: Score, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
@@ -415,9 +487,28 @@ def bootstrap(
     Raises:
         ScoreError: no resamples, or a confidence that is not between 0 and 1.
     """
-    values = _resampled([score], resamples, seed)[0]
+    values = _resampled([score], resamples, np.random.default_rng([seed, 0]))[0]
     names, _ = METRICS[score.task]
     return {name: _interval(values[:, n], confidence) for n, name in enumerate(names)}
+
+
+def mean_interval(
+    scores: Sequence[Score], resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> Interval:
+    """Interval of the mean of primary values over data sets, each resampled by itself.
+
+    Raises:
+        ScoreError: no scores, no resamples, or a confidence that is not between 0 and 1.
+    """
+    if not scores:
+        raise ScoreError("a mean needs one score or more")
+    # A generator per set: draws from one state would move sets of equal size together.
+    generators = np.random.default_rng([seed, 2]).spawn(len(scores))
+    values = [
+        _resampled([score], resamples, generator)[0][:, 0]
+        for score, generator in zip(scores, generators)
+    ]
+    return _interval(np.mean(values, axis=0), confidence)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -457,7 +548,7 @@ def compare(
     """
     _check_comparable(first, second)
     _, values_of = METRICS[first.task]
-    a, b = _resampled([first, second], resamples, seed)
+    a, b = _resampled([first, second], resamples, np.random.default_rng([seed, 0]))
     interval = _interval(a[:, 0] - b[:, 0], confidence)
 
     observed = first.primary - second.primary
@@ -489,12 +580,13 @@ def _check_comparable(first: Score, second: Score) -> None:
         raise ScoreError("scores over different clips do not compare; score both on one truth file")
 
 
-def _resampled(scores: Sequence[Score], resamples: int, seed: int) -> list[np.ndarray]:
+def _resampled(
+    scores: Sequence[Score], resamples: int, generator: np.random.Generator
+) -> list[np.ndarray]:
     """Values [resamples, metrics] of each score, all over the same draws of clips."""
     if resamples < 1:
         raise ScoreError(f"expected 1 or more resamples, found {resamples}")
     clips = len(scores[0].statistics)
-    generator = np.random.default_rng([seed, 0])
     values: list[list[np.ndarray]] = [[] for _ in scores]
     for size in _chunks(resamples, clips):
         draws = generator.integers(clips, size=(size, clips)) + clips * np.arange(size)[:, None]

@@ -27,8 +27,9 @@ PREDICTION_KEYS = {
     "fine": ("labels", "openset", "text"),
     "basic": ("labels", "openset", "text"),
     "sentiment": ("sentiment", "labels", "openset", "text"),
+    "words": ("labels", "openset", "text"),
 }
-TRUTH_KEYS = {"fine": "openset", "basic": "emotion", "sentiment": "valence"}
+TRUTH_KEYS = {"fine": "openset", "basic": "emotion", "sentiment": "valence", "words": "emotion"}
 MELD_COLUMNS = ("Dialogue_ID", "Utterance_ID", "Emotion")
 # Test splits of the release's label files, and the emotions that their numbers stand for.
 SPLITS = {
@@ -113,11 +114,11 @@ def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) ->
             the sentiment task `sentiment` first) or a CSV file with such columns, where a text is
             read as a list by `parse_labels`; or an npz archive of the release (`*-openset.npz`,
             `*-openset-sentiment.npz`) with arrays `filenames` and `fileitems`.
-        task: fine, basic or sentiment.
+        task: fine, basic, sentiment or words.
         allow_pickle: read archives whose arrays are pickled objects.
 
     Returns:
-        Label lists for fine and basic, words for sentiment.
+        Label lists; words for sentiment.
 
     Raises:
         ReadError: a file that is not so, or has a clip twice.
@@ -136,18 +137,36 @@ def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) ->
     return _table(where, records, _sentiment if task == "sentiment" else _labels)
 
 
+def read_texts(path: str | Path) -> dict[str, str]:
+    """What the model wrote about each clip, where a prediction file in JSONL has it as `text`.
+
+    Other files, and lines without a text, have none.
+
+    Raises:
+        ReadError: a file that cannot be read, or is not JSONL though its name says so.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".jsonl":
+        return {}
+    return {
+        record["name"].strip(): record["text"]
+        for _, record in _jsonl_records(read_bytes(path), str(path))
+        if isinstance(record.get("name"), str) and isinstance(record.get("text"), str)
+    }
+
+
 def read_truth(path: str | Path, task: str, allow_pickle: bool = False) -> Table:
     """What people say about each clip.
 
     Args:
-        path: a CSV or JSONL file with `name` and, by task, `openset` (fine), `emotion` (basic) or
-            `valence` (sentiment); MELD's public CSV, whose clips are called `dia{D}_utt{U}`; or a
-            label archive of the release, whose test split is read.
-        task: fine, basic or sentiment.
+        path: a CSV or JSONL file with `name` and, by task, `openset` (fine), `emotion` (basic and
+            words) or `valence` (sentiment); MELD's public CSV, whose clips are called
+            `dia{D}_utt{U}`; or a label archive of the release, whose test split is read.
+        task: fine, basic, sentiment or words.
         allow_pickle: read the release's label archives, which are pickled dicts.
 
     Returns:
-        Label lists for fine, words for basic, finite numbers for sentiment.
+        Label lists for fine, words for basic and words, finite numbers for sentiment.
 
     Raises:
         ReadError: a file that is not so, has a clip twice, or a value that cannot be understood.
@@ -163,7 +182,7 @@ def read_truth(path: str | Path, task: str, allow_pickle: bool = False) -> Table
             records = _truth_archive(data, where, task, allow_pickle)
         case _:
             raise _unknown_suffix(where)
-    parse = {"fine": _labels, "basic": _emotion, "sentiment": _valence}[task]
+    parse = _PARSE[TRUTH_KEYS[task]]
     return _table(where, records, parse)
 
 
@@ -307,11 +326,11 @@ def _truth_archive(data: bytes, where: str, task: str, allow_pickle: bool) -> It
         # IEMOCAP is tested on its fifth session, whose number stands in the name (Ses05F_...).
         if split == "whole_corpus" and str(name)[4:5] != "5":
             continue
-        key = "emo" if task == "basic" else "val"
+        key = "emo" if TRUTH_KEYS[task] == "emotion" else "val"
         if not isinstance(labels, dict) or key not in labels:
             raise ReadError(f"{place}: expected a dict with {key!r}, found {shorten(labels)}")
         value = labels[key]
-        if task == "basic" and type(value) is int:
+        if key == "emo" and type(value) is int:
             value = _numbered_emotion(value, labels, SPLITS[split], place)
         yield place, name, value
 
@@ -383,3 +402,6 @@ def _valence(value: Any) -> float:
     if not math.isfinite(number):
         raise ValueError(f"expected a finite valence, found {shorten(value)}")
     return number
+
+
+_PARSE = {"openset": _labels, "emotion": _emotion, "valence": _valence}

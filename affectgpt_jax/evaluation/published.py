@@ -1,0 +1,52 @@
+"""The published figures that ship with the package, to set one's own beside."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
+
+RESULTS = Path(__file__).parent.parent / "assets" / "published" / "results.csv"
+SOURCE = "arXiv 2501.16566"
+# Tables of the text that name a system's scores on the nine sets, and those of ablations.
+MAIN_TABLE = "2/12"
+PRIMARY = {"primary", "Fs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A row of a published table.
+
+    Attributes:
+        name: as the table has it.
+        modalities: A, V, T as it was given them; "" where the table does not say.
+        values: shares, 0 to 1, by set or group of sets: the primary metric.
+    """
+
+    name: str
+    modalities: str
+    values: dict[str, float]
+
+
+@functools.cache
+def read_published(table: str) -> tuple[System, ...]:
+    """The rows of a table of the paper, in its order.
+
+    Args:
+        table: its number as `results.csv` has it: "2/12", "4", "5", "6", "8", "10", ...
+
+    Raises:
+        ReadError: no such table.
+    """
+    columns = ("table", "system", "modalities", "dataset", "metric", "value")
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for _, row in csv_rows(read_bytes(RESULTS), str(RESULTS), columns):
+        if row["table"] == table:
+            values = found.setdefault((row["system"], row["modalities"]), {})
+            if row["metric"] in PRIMARY:
+                values[row["dataset"]] = float(row["value"]) / 100
+    if not found:
+        raise ReadError(f"{RESULTS} has no table {table!r}")
+    return tuple(System(*key, values) for key, values in found.items())

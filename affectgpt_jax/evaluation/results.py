@@ -1,0 +1,303 @@
+"""What a system scores on a data set, with all its checkpoints: what every report is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.evaluation.confusion import Confusion, confusions
+from affectgpt_jax.evaluation.datasets import GROUPS, UNIBENCH
+from affectgpt_jax.evaluation.lexicon import Lexicon
+from affectgpt_jax.evaluation.metrics import Score, ScoreError
+from affectgpt_jax.evaluation.readers import Pairs
+
+# Examples drawn of all scored clips, and of those that missed altogether.
+EXAMPLES = 8
+MEAN = "Mean"
+# Tasks whose words become labels of wheels.
+NEEDS_LEXICON = ("fine", "basic")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """The score of one prediction file, which is that of one checkpoint.
+
+    Attributes:
+        predictions: the file, or what the checkpoint is called.
+        pairs: prediction and truth of each clip.
+        score: of these.
+        intervals: bootstrap intervals by metric; empty without resampling.
+        against_fixed: how it differs from the fixed checkpoint; None for that one itself.
+    """
+
+    predictions: str
+    pairs: Pairs
+    score: Score
+    intervals: dict[str, metrics.Interval]
+    against_fixed: metrics.Comparison | None
+
+    @property
+    def interval(self) -> metrics.Interval | None:
+        """That of the primary value."""
+        return next(iter(self.intervals.values()), None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON: shares from 0 to 1, every name and word."""
+        return {
+            "predictions": self.predictions,
+            **self.score.as_dict(),
+            "intervals": {k: dataclasses.asdict(i) for k, i in self.intervals.items()},
+            "against_fixed": self.against_fixed and dataclasses.asdict(self.against_fixed),
+            "findings": [
+                {"what": f.what, "count": len(f.names), "clips": list(f.names)}
+                for f in self.pairs.findings
+            ],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A clip as people read it.
+
+    Attributes:
+        name: of the clip.
+        prediction: labels, or a sentiment.
+        truth: labels, a word, or a valence.
+        text: what the model wrote, if that is known.
+        score: how the clip fared by itself, 0 to 1.
+    """
+
+    name: str
+    prediction: Any
+    truth: Any
+    text: str
+    score: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SetResult:
+    """What a system scores on one data set.
+
+    Attributes:
+        name: of the set; one of MER-UniBench counts for its mean.
+        task: fine, basic, sentiment or words.
+        results: one per checkpoint; the last is the one that was fixed beforehand.
+        confusions: of the fixed checkpoint, by wheel.
+        examples: clips of the fixed checkpoint drawn at random.
+        misses: clips of it drawn at random from those that score 0.
+        references: values to set the score beside, shares by name, such as ceilings.
+    """
+
+    name: str
+    task: str
+    results: tuple[Result, ...]
+    confusions: tuple[Confusion, ...]
+    examples: tuple[Example, ...]
+    misses: tuple[Example, ...]
+    references: Mapping[str, float]
+
+    @property
+    def fixed(self) -> Result:
+        """The checkpoint that was named before the test set was looked at."""
+        return self.results[-1]
+
+    @property
+    def best(self) -> Result:
+        """The checkpoint that scores highest on the test set."""
+        chosen = self.protocols.best
+        return next(result for result in self.results if result.predictions == chosen)
+
+    @property
+    def protocols(self) -> metrics.Protocols:
+        """Both of these, side by side."""
+        return protocols(self.results)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "results": [result.as_dict() for result in self.results],
+            "protocols": dataclasses.asdict(self.protocols),
+            "references": dict(self.references),
+            "confusions": [table.as_dict() for table in self.confusions],
+            "examples": [dataclasses.asdict(example) for example in self.examples],
+            "misses": [dataclasses.asdict(example) for example in self.misses],
+        }
+
+
+def score_pairs(task: str, pairs: Pairs, lexicon: Lexicon | None, level: int = 1) -> Score:
+    """The score of a task; sentiment and words need no lexicon.
+
+    Raises:
+        ScoreError: nothing can be scored.
+    """
+    match task:
+        case "sentiment":
+            return metrics.score_sentiment(pairs.predictions, pairs.truth)
+        case "words":
+            return metrics.score_words(pairs.predictions, pairs.truth)
+        case "fine":
+            return metrics.score_fine(pairs.predictions, pairs.truth, lexicon, level)
+        case _:
+            return metrics.score_basic(pairs.predictions, pairs.truth, lexicon, level)
+
+
+def score_checkpoints(
+    task: str,
+    pairs: Mapping[str, Pairs],
+    lexicon: Lexicon | None,
+    level: int = 1,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[Result, ...]:
+    """Score every checkpoint, with intervals and the difference to the last, the fixed one.
+
+    Args:
+        task: fine, basic, sentiment or words.
+        pairs: by checkpoint, all over the same clips.
+        lexicon: for fine and basic.
+        level: of its wheels.
+        resamples: of the bootstrap; 0 for no intervals.
+        seed: of the resampling.
+
+    Raises:
+        ScoreError: nothing can be scored.
+    """
+    scores = {name: score_pairs(task, p, lexicon, level) for name, p in pairs.items()}
+    if not scores:
+        raise ScoreError("a score needs the predictions of one checkpoint or more")
+    *_, fixed = scores
+    results = []
+    for name, score in scores.items():
+        intervals, comparison = {}, None
+        if resamples:
+            intervals = metrics.bootstrap(score, resamples, seed=seed)
+            if name != fixed:
+                comparison = metrics.compare(score, scores[fixed], resamples, seed=seed)
+        results.append(Result(name, pairs[name], score, intervals, comparison))
+    return tuple(results)
+
+
+def protocols(results: Sequence[Result]) -> metrics.Protocols:
+    """The last checkpoint, which was fixed, beside the best."""
+    values = {result.predictions: result.score.primary for result in results}
+    return metrics.protocols(values, results[-1].predictions)
+
+
+def score_set(
+    name: str,
+    task: str,
+    pairs: Mapping[str, Pairs],
+    lexicon: Lexicon | None,
+    *,
+    level: int = 1,
+    resamples: int = 1000,
+    seed: int = 0,
+    texts: Mapping[str, str] | None = None,
+    references: Mapping[str, float] | None = None,
+) -> SetResult:
+    """Everything a report says about one data set.
+
+    Args:
+        name: of the set, as Table 2 writes it if it is of MER-UniBench.
+        task, pairs, lexicon, level, resamples, seed: see `score_checkpoints`; the seed draws the
+            examples as well.
+        texts: what the model of the fixed checkpoint wrote, by clip.
+        references: shares, 0 to 1, to set the score beside.
+
+    Raises:
+        ScoreError: nothing can be scored.
+    """
+    results = score_checkpoints(task, pairs, lexicon, level, resamples, seed)
+    fixed = results[-1]
+    examples, misses = _draw_examples(fixed, texts or {}, seed)
+    tables = confusions(task, fixed.pairs.predictions, fixed.pairs.truth, lexicon, level)
+    return SetResult(name, task, results, tables, examples, misses, dict(references or {}))
+
+
+def _draw_examples(
+    result: Result, texts: Mapping[str, str], seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """Some of all scored clips, and some of those that miss, none of them twice."""
+    scores, pairs = metrics.clip_scores(result.score), result.pairs
+
+    def example(clip: int) -> Example:
+        name = pairs.names[clip]
+        prediction, truth = pairs.predictions[clip], pairs.truth[clip]
+        return Example(name, prediction, truth, texts.get(name, ""), float(scores[clip]))
+
+    generator = np.random.default_rng([seed, 3])
+    order = generator.permutation(np.flatnonzero(np.isfinite(scores)))
+    shown = order[:EXAMPLES]
+    misses = [clip for clip in order[EXAMPLES:] if scores[clip] == 0][:EXAMPLES]
+    return tuple(map(example, sorted(shown))), tuple(map(example, sorted(misses)))
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupMean:
+    """Mean of the primary values of a group of sets.
+
+    Attributes:
+        fixed: of the fixed checkpoints.
+        interval: of that; None without resampling.
+        best: of the best checkpoints, chosen set by set on the test sets; None if each set has
+            one checkpoint only.
+    """
+
+    fixed: float
+    interval: metrics.Interval | None
+    best: float | None
+
+
+def group_means(
+    sets: Sequence[SetResult], resamples: int = 1000, seed: int = 0
+) -> dict[str, GroupMean]:
+    """Means of fine-grained, basic and sentiment sets and of all nine, as Table 4 has them.
+
+    A group that lacks one of its sets has no mean and is left out.
+
+    Raises:
+        ScoreError: scores of different lexicons or levels, which do not mix.
+    """
+    check_lexicons(sets)
+    by_name = {result.name: result for result in sets}
+    groups = {GROUPS[task]: UNIBENCH[task] for task in GROUPS}
+    groups[MEAN] = tuple(name for names in UNIBENCH.values() for name in names)
+    means = {}
+    for group, names in groups.items():
+        if not all(name in by_name for name in names):
+            continue
+        members = [by_name[name] for name in names]
+        scores = [member.fixed.score for member in members]
+        best = None
+        if any(len(member.results) > 1 for member in members):
+            best = float(np.mean([member.protocols.best_value for member in members]))
+        interval = metrics.mean_interval(scores, resamples, seed=seed) if resamples else None
+        fixed = float(np.mean([score.primary for score in scores]))
+        means[group] = GroupMean(fixed, interval, best)
+    return means
+
+
+def check_lexicons(sets: Sequence[SetResult]) -> None:
+    """Refuse scores that were not made the same way.
+
+    Raises:
+        ScoreError: two lexicons, two levels, or two results of one set.
+    """
+    names = [result.name for result in sets]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ScoreError(f"there are two results of the set {repeated[0]!r}; keep one")
+    made = {(r.score.lexicon, r.score.level): s.name for s in sets for r in s.results}
+    made = {key: name for key, name in made.items() if key[0] is not None}
+    if len(made) > 1:
+        (first, second), (one, other) = list(made.items())[0:2], list(made.values())[0:2]
+        ways = " and ".join(f"{lexicon} level {level}" for (lexicon, level), _ in (first, second))
+        raise ScoreError(
+            f"{one} and {other} were scored in two ways, which do not mix: {ways}; score all sets "
+            "with one lexicon"
+        )

@@ -1,0 +1,134 @@
+"""Everything that is told about a system: its results, their means, and what to be wary of."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from affectgpt_jax.evaluation.datasets import BY_NAME
+from affectgpt_jax.evaluation.lexicon import Identity
+from affectgpt_jax.evaluation.metrics import ScoreError
+from affectgpt_jax.evaluation.results import GroupMean, SetResult, group_means
+from affectgpt_jax.evaluation.tables import (
+    FORMAT,
+    Table,
+    as_dict,
+    comparable,
+    main_table,
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Report:
+    """Everything that is told about a system.
+
+    Attributes:
+        system: what it is called.
+        sets: its results, in the order of the page.
+        means: of the groups of MER-UniBench that are complete.
+        table: ours in the shape of Table 2, with published systems if they were asked for.
+        lexicon: which one made the scores, and at which level; None where none was asked.
+        level: of its wheels.
+        warnings: sentences that a reader must see before any number.
+    """
+
+    system: str
+    sets: tuple[SetResult, ...]
+    means: Mapping[str, GroupMean]
+    table: Table
+    lexicon: Identity | None
+    level: int | None
+    warnings: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole of it, ready for JSON; shares from 0 to 1."""
+        return {
+            "format": FORMAT,
+            "system": self.system,
+            "lexicon": self.lexicon and dataclasses.asdict(self.lexicon),
+            "level": self.level,
+            "comparable": all(comparable(result.fixed.score) for result in self.sets),
+            "warnings": list(self.warnings),
+            "means": {group: dataclasses.asdict(mean) for group, mean in self.means.items()},
+            "table": as_dict(self.table),
+            "sets": [result.as_dict() for result in self.sets],
+        }
+
+
+def make_report(
+    system: str,
+    sets: Sequence[SetResult],
+    *,
+    modalities: str = "",
+    peers: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Report:
+    """Bring the results of a system together.
+
+    Args:
+        system: what to call it.
+        sets: its results, see `results.score_set`; those of MER-UniBench by their names in Table
+            2, and any others, which enter no mean.
+        modalities: that the system was given, as A, V and T.
+        peers: set the published systems beside.
+        resamples: of the bootstrap of the means; 0 for no intervals.
+        seed: of it.
+
+    Raises:
+        ScoreError: no sets, a set twice, a set of MER-UniBench with another task, or scores of
+            different lexicons.
+    """
+    if not sets:
+        raise ScoreError("a report needs the results of one data set or more")
+    for result in sets:
+        if result.name in BY_NAME and BY_NAME[result.name].task != result.task:
+            raise ScoreError(
+                f"{result.name} is scored as {BY_NAME[result.name].task}, not as {result.task}"
+            )
+    means = group_means(sets, resamples, seed)
+    scored = next((result.fixed.score for result in sets if result.fixed.score.lexicon), None)
+    return Report(
+        system,
+        tuple(sets),
+        means,
+        main_table(system, modalities, sets, means, peers),
+        scored and scored.lexicon,
+        scored and scored.level,
+        tuple(_warnings(sets, peers)),
+    )
+
+
+def _warnings(sets: Sequence[SetResult], peers: bool) -> list[str]:
+    warnings = []
+    unlike = [result for result in sets if not comparable(result.fixed.score)]
+    if unlike:
+        score = unlike[0].fixed.score
+        names = ", ".join(result.name for result in unlike)
+        beside = " They stand beside published ones below all the same." if peers else ""
+        warnings.append(
+            f"Scores of {names} were made with the lexicon {score.lexicon}, level {score.level}, "
+            "published ones with the official emotion wheels, level 1: they do not compare."
+            + beside
+        )
+    for result in sets:
+        clips = result.fixed.score.counts["clips"]
+        if result.name in BY_NAME and clips != (size := BY_NAME[result.name].size):
+            warnings.append(
+                f"{result.name} has {clips:,} clips here and {size:,} in the paper: not the same "
+                "test set."
+            )
+        if lacking := _missing(result):
+            warnings.append(
+                f"{result.name}: {lacking:,} clips have no prediction and count as empty."
+            )
+    return warnings
+
+
+def _missing(result: SetResult) -> int:
+    return sum(
+        len(finding.names)
+        for finding in result.fixed.pairs.findings
+        if finding.what.startswith("without a prediction")
+    )

@@ -1,0 +1,381 @@
+"""Tables of scores in the shapes of the paper's, ours above the published ones, and as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from affectgpt_jax.evaluation.datasets import GROUPS, UNIBENCH
+from affectgpt_jax.evaluation.files import ReadError, decode, read_bytes, shorten
+from affectgpt_jax.evaluation.markup import escape_markdown
+from affectgpt_jax.evaluation.metrics import Interval, Score, ScoreError
+from affectgpt_jax.evaluation.published import MAIN_TABLE, SOURCE, System, read_published
+from affectgpt_jax.evaluation.results import MEAN, GroupMean, SetResult
+
+FORMAT = "affectgpt_jax report 1"
+NINE = tuple(name for names in UNIBENCH.values() for name in names)
+# Ablations of the paper by the number of their table: title, and what a row is.
+ABLATIONS = {
+    "4": ("Filtering", "filter"),
+    "5": ("Pre-fusion", "pre-fusion"),
+    "6": ("Input", "input"),
+    "8": ("LoRA rank", "LoRA rank"),
+}
+NOT_COMPARABLE = "\u2020"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A score in a table.
+
+    Attributes:
+        value: share, 0 to 1; None where there is none.
+        interval: of it, if known.
+        comparable: with published scores.
+    """
+
+    value: float | None = None
+    interval: Interval | None = None
+    comparable: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A system of a table.
+
+    Attributes:
+        name: of the system or run.
+        detail: modalities, or nothing.
+        cells: one per column.
+        published: whether it is the paper's.
+    """
+
+    name: str
+    detail: str
+    cells: tuple[Cell, ...]
+    published: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Scores of systems.
+
+    Attributes:
+        title: what it shows.
+        head: what rows are, and what their detail is; an empty detail has no column.
+        groups: heading and width of groups of columns.
+        columns: headings.
+        rows: ours first.
+        notes: sentences to stand below.
+    """
+
+    title: str
+    head: tuple[str, str]
+    groups: tuple[tuple[str, int], ...]
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
+
+
+def comparable(score: Score) -> bool:
+    """Whether a score was made as published ones are: official wheels at level 1, or none."""
+    return score.lexicon is None or (score.lexicon.official and score.level == 1)
+
+
+def main_table(
+    system: str,
+    modalities: str,
+    sets: Sequence[SetResult],
+    means: Mapping[str, GroupMean],
+    peers: bool,
+) -> Table:
+    """Our scores in the shape of Table 2: nine sets, their mean, and any further set to the right.
+
+    Args:
+        system: what to call ours.
+        modalities: that it was given, as A, V and T.
+        sets: of ours.
+        means: see `results.group_means`.
+        peers: add the published systems.
+    """
+    by_name = {result.name: result for result in sets}
+    further = [result.name for result in sets if result.name not in NINE]
+    columns = (*NINE, MEAN, *further)
+
+    def ours(best: bool) -> tuple[Cell, ...]:
+        cells = []
+        for column in columns:
+            if column == MEAN:
+                cells.append(_mean_cell(means.get(MEAN), sets, best))
+            elif column not in by_name:
+                cells.append(Cell())
+            else:
+                result = by_name[column].best if best else by_name[column].fixed
+                interval = None if best else result.interval
+                cells.append(Cell(result.score.primary, interval, comparable(result.score)))
+        return tuple(cells)
+
+    several = max((len(result.results) for result in sets), default=1)
+    rows = [Row(f"{system}, fixed checkpoint" if several > 1 else system, modalities, ours(False))]
+    if several > 1:
+        name = f"{system}, best of {several}, chosen on the test set"
+        rows.append(Row(name, modalities, ours(True)))
+    if peers:
+        known = [
+            *read_published(MAIN_TABLE),
+            *(read_published("10") if "OV-MERD" in further else ()),
+        ]
+        rows += [_published_row(peer, columns) for peer in known]
+    groups = [(GROUPS[task], len(names)) for task, names in UNIBENCH.items()] + [("", 1)]
+    groups += [("Not in the mean", len(further))] if further else []
+    return Table(
+        "Primary scores in percent",
+        ("System", "Modalities"),
+        tuple(groups),
+        columns,
+        tuple(rows),
+        tuple(_notes(rows, peers, MEAN in means, sets)),
+    )
+
+
+def _mean_cell(mean: GroupMean | None, sets: Sequence[SetResult], best: bool) -> Cell:
+    if mean is None:
+        return Cell()
+    fair = all(comparable(r.fixed.score) for r in sets if r.name in NINE)
+    if not best:
+        return Cell(mean.fixed, mean.interval, fair)
+    return Cell(mean.fixed if mean.best is None else mean.best, None, fair)
+
+
+def _published_row(peer: System, columns: Sequence[str]) -> Row:
+    cells = tuple(Cell(peer.values.get(column)) for column in columns)
+    return Row(peer.name, peer.modalities, cells, published=True)
+
+
+def _notes(rows: Sequence[Row], peers: bool, whole: bool, sets: Sequence[SetResult]) -> list[str]:
+    notes = []
+    if not whole:
+        lacking = [name for name in NINE if name not in {result.name for result in sets}]
+        notes.append(f"No mean: it needs all nine sets, and these are missing: {_words(lacking)}.")
+    intervals = [cell.interval for row in rows for cell in row.cells if cell.interval]
+    if intervals:
+        notes.append(
+            f"Intervals: {intervals[0].confidence:.0%}, percentile bootstrap over the test clips; "
+            "they do not hold what another training run or label extraction would change."
+        )
+    if peers:
+        notes.append(
+            f"Published rows: {SOURCE}; AffectGPT's are, set by set, the best of seven checkpoints "
+            "chosen on the test set."
+        )
+    if any(not cell.comparable for row in rows for cell in row.cells):
+        notes.append(
+            f"{NOT_COMPARABLE} Not made with the official emotion wheels at level 1: does not "
+            "compare with published scores."
+        )
+    return notes
+
+
+def _words(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What an ablation needs of a report.
+
+    Attributes:
+        name: of the row.
+        values: fixed-checkpoint scores, shares, by set and by group of sets.
+        intervals: (low, high, confidence, resamples) of them, where known.
+        best: scores of the best checkpoints, where there were several.
+        lexicon: name and hash of the one that made them, or None.
+        level: of its wheels, or None.
+        comparable: whether the scores compare with published ones.
+    """
+
+    name: str
+    values: dict[str, float]
+    intervals: dict[str, Interval]
+    best: dict[str, float]
+    lexicon: str | None
+    level: int | None
+    comparable: bool
+
+
+def read_run(name: str, path: str | Path) -> Run:
+    """The scores in a `report.json`.
+
+    Raises:
+        ReadError: a file that is not one.
+    """
+    path = Path(path)
+    text = decode(read_bytes(path), str(path))
+    try:
+        report = json.loads(text)
+        if report["format"] != FORMAT:
+            raise ValueError
+        lexicon = report["lexicon"]
+        values: dict[str, float] = {}
+        intervals: dict[str, Interval] = {}
+        best: dict[str, float] = {}
+        for entry in report["sets"]:
+            told = entry["protocols"]
+            values[str(entry["name"])] = _share(told["fixed_value"])
+            if told["checkpoints"] > 1:
+                best[str(entry["name"])] = _share(told["best_value"])
+            for found in list(entry["results"][-1]["intervals"].values())[:1]:
+                intervals[str(entry["name"])] = _interval(found)
+        for group, mean in report["means"].items():
+            values[group] = _share(mean["fixed"])
+            if mean["interval"]:
+                intervals[group] = _interval(mean["interval"])
+            if mean["best"] is not None:
+                best[group] = _share(mean["best"])
+        made = lexicon and f"{lexicon['name']} (sha256 {lexicon['sha256'][:12]})"
+        return Run(name, values, intervals, best, made, report["level"], bool(report["comparable"]))
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        raise ReadError(
+            f"{path} is not a report.json of this version ({FORMAT!r}); make it anew from its "
+            "predictions"
+        ) from None
+
+
+def _share(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError
+    return float(value)
+
+
+def _interval(entry: dict[str, Any]) -> Interval:
+    return Interval(
+        _share(entry["low"]),
+        _share(entry["high"]),
+        _share(entry["confidence"]),
+        int(entry["resamples"]),
+    )
+
+
+def ablation_table(number: str, runs: Sequence[Run], peers: bool = False) -> Table:
+    """Runs that differ in one thing, in the shape of the paper's Tables 4, 5, 6 and 8.
+
+    Columns are the means of the fine-grained, basic and sentiment sets and of all nine, and any
+    set that is in no mean; where runs had several checkpoints, a further column has the mean of
+    the best, chosen on the test set. Columns that nobody fills are left out.
+
+    Args:
+        number: "4" (filtering), "5" (pre-fusion), "6" (input) or "8" (LoRA rank).
+        runs: the rows.
+        peers: add the paper's rows.
+
+    Raises:
+        ScoreError: no runs, another number, a name twice, or runs scored with different lexicons.
+    """
+    if number not in ABLATIONS:
+        raise ScoreError(f"there is no ablation {number!r}; expected {_words(list(ABLATIONS))}")
+    if not runs:
+        raise ScoreError("an ablation needs one run or more")
+    names = [run.name for run in runs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ScoreError(f"two runs are called {shorten(repeated[0], 40)}; name each once")
+    ways = {(run.lexicon, run.level) for run in runs if run.lexicon}
+    if len(ways) > 1:
+        told = " and ".join(sorted(f"{lexicon} level {level}" for lexicon, level in ways))
+        raise ScoreError(f"the runs were scored in two ways, which do not mix: {told}")
+    title, what = ABLATIONS[number]
+    further = list(dict.fromkeys(n for run in runs for n in run.values if _extra(n)))
+    columns = [*GROUPS.values(), MEAN, *further]
+    published = read_published(number) if peers else ()
+    columns = [
+        column
+        for column in columns
+        if any(column in run.values for run in runs) or any(column in p.values for p in published)
+    ]
+    chosen = [c for c in (MEAN, *further) if any(c in run.best for run in runs)]
+    rows = []
+    for run in runs:
+        fair = [run.comparable or column in further for column in columns]
+        cells = [Cell(run.values.get(c), run.intervals.get(c), f) for c, f in zip(columns, fair)]
+        cells += [Cell(run.best.get(c), None, run.comparable or c in further) for c in chosen]
+        rows.append(Row(run.name, "", tuple(cells)))
+    for peer in published:
+        cells = [Cell(peer.values.get(c)) for c in columns] + [Cell() for _ in chosen]
+        label = peer.name.removeprefix(f"{what} ")
+        rows.append(Row(label, "", tuple(cells), published=True))
+    best = [f"{column}, best checkpoint, chosen on the test set" for column in chosen]
+    return Table(
+        f"{title} (the paper's Table {number}), percent",
+        (title, ""),
+        (),
+        (*columns, *best),
+        tuple(rows),
+        tuple(_ablation_notes(rows, peers, runs)),
+    )
+
+
+def _extra(name: str) -> bool:
+    return name not in NINE and name not in (*GROUPS.values(), MEAN)
+
+
+def _ablation_notes(rows: Sequence[Row], peers: bool, runs: Sequence[Run]) -> list[str]:
+    lexicon = next((run for run in runs if run.lexicon), None)
+    notes = [f"Lexicon: {lexicon.lexicon}, level {lexicon.level}."] if lexicon else []
+    intervals = [cell.interval for row in rows for cell in row.cells if cell.interval]
+    if intervals:
+        notes.append(f"Intervals: {intervals[0].confidence:.0%}, bootstrap over the test clips.")
+    if peers:
+        notes.append(
+            f"Published rows: {SOURCE}; best of several checkpoints, chosen on the test set."
+        )
+    if any(not cell.comparable for row in rows for cell in row.cells):
+        notes.append(
+            f"{NOT_COMPARABLE} Not made with the official emotion wheels at level 1: does not "
+            "compare with published scores."
+        )
+    return notes
+
+
+def as_dict(table: Table) -> dict[str, Any]:
+    """Ready for JSON."""
+    return dataclasses.asdict(table)
+
+
+def cell_text(cell: Cell) -> str:
+    """A score in percent with its mark and, if known, its interval."""
+    if cell.value is None:
+        return "\u2013"
+    mark = "" if cell.comparable else NOT_COMPARABLE
+    return f"{100 * cell.value:.2f}{mark}"
+
+
+def interval_text(interval: Interval) -> str:
+    """Its ends in percent."""
+    return f"{100 * interval.low:.1f}\u2013{100 * interval.high:.1f}"
+
+
+def render_markdown(table: Table) -> str:
+    """A table of GitHub's Markdown, its title above and its notes below."""
+    heads = [head for head in table.head if head] + list(table.columns)
+    lines = [f"### {escape_markdown(table.title)}", ""]
+    lines.append(_line(heads))
+    named = len(heads) - len(table.columns)
+    lines.append("|" + "---|" * named + "---:|" * len(table.columns))
+    for row in table.rows:
+        name = (
+            f"**{escape_markdown(row.name)}**" if not row.published else escape_markdown(row.name)
+        )
+        cells = [name, *([escape_markdown(row.detail)] if table.head[1] else [])]
+        for cell in row.cells:
+            text = cell_text(cell)
+            cells.append(f"{text} ({interval_text(cell.interval)})" if cell.interval else text)
+        lines.append("| " + " | ".join(cells) + " |")
+    for note in table.notes:
+        lines += ["", escape_markdown(note)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(escape_markdown, cells)) + " |"

@@ -1,0 +1,262 @@
+"""A report from prediction files alone; needs no accelerator and no model.
+
+    python -m affectgpt_jax.report --set mer2023=predictions.jsonl,truth.csv --out report
+
+writes report.html, report.json and report.md (the paper's Table 2). A set is one of MER-UniBench
+({keys}), whose task is known, or any other as NAME:TASK=...
+Several prediction files before the truth are checkpoints, the last of them the one that was fixed
+beforehand.
+
+    python -m affectgpt_jax.report --ablation 5 --run none=a/report.json \\
+        --run qformer=b/report.json --out ablation
+
+brings the reports of several runs together in the shape of the paper's Table 4, 5, 6 or 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.evaluation.datasets import BY_KEY
+from affectgpt_jax.evaluation.files import ReadError
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.metrics import ScoreError
+from affectgpt_jax.evaluation.readers import pair, read_predictions, read_texts, read_truth
+from affectgpt_jax.evaluation.report import write_ablation, write_report
+from affectgpt_jax.evaluation.results import NEEDS_LEXICON, SetResult, score_set
+from affectgpt_jax.evaluation.summary import make_report
+from affectgpt_jax.evaluation.tables import ABLATIONS, ablation_table, read_run
+
+# The world that `train` generates; its words are its own, so that no lexicon is asked.
+DEMO = "demo"
+
+
+@dataclasses.dataclass(frozen=True)
+class SetFiles:
+    """The files of one data set.
+
+    Attributes:
+        name: for the report.
+        task: fine, basic, sentiment or words.
+        predictions: a file per checkpoint, the fixed one last.
+        truth: the truth file.
+    """
+
+    name: str
+    task: str
+    predictions: tuple[str, ...]
+    truth: str
+
+
+def parse_set(text: str) -> SetFiles:
+    """`NAME[:TASK]=PREDICTIONS[,PREDICTIONS...],TRUTH`.
+
+    Raises:
+        argparse.ArgumentTypeError: another form, an unknown set without a task, another task.
+    """
+    head, _, files = text.partition("=")
+    key, _, task = head.partition(":")
+    *predictions, truth = files.split(",")
+    if not key or not truth or not predictions or not all(predictions):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=PREDICTIONS,TRUTH, as in mer2023=predictions.jsonl,truth.csv"
+        )
+    if len(set(predictions)) != len(predictions):
+        raise argparse.ArgumentTypeError(f"{text!r} names a prediction file twice")
+    known = BY_KEY.get(key)
+    expected = known.task if known else "words" if key == DEMO else task
+    if not expected:
+        raise argparse.ArgumentTypeError(
+            f"{key!r} is none of {', '.join(BY_KEY)}, {DEMO}; say how it is scored, as in "
+            f"{key}:basic=... ({', '.join(metrics.TASKS)})"
+        )
+    if expected not in metrics.TASKS or (known and task and task != expected):
+        raise argparse.ArgumentTypeError(
+            f"{task!r} is not the task of {key}; expected "
+            f"{expected if known else ', '.join(metrics.TASKS)}"
+        )
+    return SetFiles(known.name if known else key, task or expected, tuple(predictions), truth)
+
+
+def parse_reference(text: str) -> tuple[str, str, float]:
+    """`SET:LABEL=SHARE`: name of the set or its key, label, share.
+
+    Raises:
+        argparse.ArgumentTypeError: another form, or a share that is not between 0 and 1.
+    """
+    head, _, value = text.rpartition("=")
+    key, _, label = head.partition(":")
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not key or not label or not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not SET:LABEL=SHARE with a share from 0 to 1, as in demo:ceiling=0.664"
+        )
+    return BY_KEY[key].name if key in BY_KEY else key, label, share
+
+
+def parse_run(text: str) -> tuple[str, str]:
+    """`LABEL=FILE`.
+
+    Raises:
+        argparse.ArgumentTypeError: another form.
+    """
+    label, _, path = text.rpartition("=")
+    if not label or not path:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not LABEL=FILE, as in qformer=runs/qformer/report.json"
+        )
+    return label, path
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.report",
+        description=__doc__.format(keys=", ".join(BY_KEY)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--set",
+        action="append",
+        default=[],
+        type=parse_set,
+        dest="sets",
+        metavar="NAME=PREDICTIONS,TRUTH",
+        help="predictions and truth of a data set, in the formats of affectgpt_jax.score",
+    )
+    add("--ablation", choices=ABLATIONS, help="the table of the paper to take the shape of")
+    add(
+        "--run",
+        action="append",
+        default=[],
+        type=parse_run,
+        dest="runs",
+        metavar="LABEL=FILE",
+        help="a row of --ablation and its report.json",
+    )
+    add("--out", required=True, metavar="DIR", help="where the files go")
+    add("--system", default="this system", metavar="NAME", help="what to call it")
+    add("--modalities", default="", metavar="AVT", help="that it was given: A, V, T")
+    add("--peers", action="store_true", help="set the published systems beside")
+    add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
+    add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
+    add(
+        "--reference",
+        action="append",
+        default=[],
+        type=parse_reference,
+        dest="references",
+        metavar="SET:LABEL=SHARE",
+        help="a value to draw beside a set's score, such as a ceiling",
+    )
+    add(
+        "--missing",
+        choices=("error", "empty"),
+        default="error",
+        help="clips without a prediction: stop (the default), or score them as empty",
+    )
+    add("--allow-pickle", action="store_true", help="read pickled plain values of npz files")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
+    add("--seed", type=int, default=0, help="of the resampling and the examples")
+    arguments = parser.parse_args(argv)
+    if arguments.bootstrap < 0 or arguments.seed < 0:
+        parser.error("--bootstrap and --seed must be 0 or more")
+    if bool(arguments.sets) == bool(arguments.ablation):
+        parser.error("expected either --set, once or more, or --ablation with --run")
+    if bool(arguments.runs) != bool(arguments.ablation):
+        parser.error("--ablation and --run go together")
+    names = {files.name for files in arguments.sets}
+    for name, label, _ in arguments.references:
+        if name not in names:
+            parser.error(f"--reference {name}:{label}: there is no --set {name}")
+    return arguments
+
+
+def score_files(arguments: argparse.Namespace) -> list[SetResult]:
+    """Score every set of the command line.
+
+    Raises:
+        ReadError: a file that cannot be used.
+        ScoreError: files that give no score.
+    """
+    results = []
+    lexicon = None
+    for files in arguments.sets:
+        task, allow_pickle = files.task, arguments.allow_pickle
+        if task in NEEDS_LEXICON and lexicon is None:
+            lexicon = load_lexicon(arguments.lexicon)
+        truth = read_truth(files.truth, task, allow_pickle)
+        pairs = {
+            path: pair(read_predictions(path, task, allow_pickle), truth, arguments.missing)
+            for path in files.predictions
+        }
+        results.append(
+            score_set(
+                files.name,
+                task,
+                pairs,
+                lexicon if task in NEEDS_LEXICON else None,
+                level=arguments.level,
+                resamples=arguments.bootstrap,
+                seed=arguments.seed,
+                texts=read_texts(files.predictions[-1]),
+                references={
+                    label: share
+                    for name, label, share in arguments.references
+                    if name == files.name
+                },
+            )
+        )
+    return results
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Names come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    out = Path(arguments.out).expanduser()
+    warnings: Sequence[str] = ()
+    try:
+        if arguments.ablation:
+            runs = [read_run(label, path) for label, path in arguments.runs]
+            written = write_ablation(ablation_table(arguments.ablation, runs, arguments.peers), out)
+        else:
+            report = make_report(
+                arguments.system,
+                score_files(arguments),
+                modalities=arguments.modalities,
+                peers=arguments.peers,
+                resamples=arguments.bootstrap,
+                seed=arguments.seed,
+            )
+            warnings = report.warnings
+            written = write_report(report, out)
+    except (ReadError, ScoreError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --out={arguments.out} cannot be written: {error.strerror or error}")
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    for path in written:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
