@@ -63,7 +63,8 @@ def render_page(report: Report) -> str:
         _contents(report),
         '<h2 id="scores">Scores</h2>',
         _overview(report),
-        _score_table(report.table),
+        _score_table(report.tables[0]),
+        *(f"<h3>{escape_html(t.title)}</h3>{_score_table(t)}" for t in report.tables[1:]),
         *(_set_section(result, n) for n, result in enumerate(report.sets)),
     ]
     return _document(f"Emotion understanding: {report.system}", body)
@@ -155,7 +156,7 @@ def _contents(report: Report) -> str:
 
 def _overview(report: Report) -> str:
     """A line per set: our score with its interval, the published one, references."""
-    published = any(row.published for row in report.table.rows)
+    published = any(row.published for row in report.tables[0].rows)
     peer = {}
     if published:
         known = {(s.name, s.modalities): s.values for s in read_published(MAIN_TABLE)}

@@ -10,9 +10,9 @@ from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
 
 RESULTS = Path(__file__).parent.parent / "assets" / "published" / "results.csv"
 SOURCE = "arXiv 2501.16566"
-# Tables of the text that name a system's scores on the nine sets, and those of ablations.
-MAIN_TABLE = "2/12"
-PRIMARY = {"primary", "Fs"}
+MAIN_TABLE = "2/12"  # systems on the nine sets
+OV_MERD_TABLE = "10"  # descriptions on OV-MERD
+PRIMARY = ("primary", "Fs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,13 @@ class System:
         name: as the table has it.
         modalities: A, V, T as it was given them; "" where the table does not say.
         values: shares, 0 to 1, by set or group of sets: the primary metric.
+        others: shares by set and metric (ACC, Ps, Rs): the further ones.
     """
 
     name: str
     modalities: str
     values: dict[str, float]
+    others: dict[tuple[str, str], float]
 
 
 @functools.cache
@@ -41,12 +43,16 @@ def read_published(table: str) -> tuple[System, ...]:
         ReadError: no such table.
     """
     columns = ("table", "system", "modalities", "dataset", "metric", "value")
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    found: dict[tuple[str, str], System] = {}
     for _, row in csv_rows(read_bytes(RESULTS), str(RESULTS), columns):
         if row["table"] == table:
-            values = found.setdefault((row["system"], row["modalities"]), {})
+            key = row["system"], row["modalities"]
+            system = found.setdefault(key, System(*key, {}, {}))
+            share = float(row["value"]) / 100
             if row["metric"] in PRIMARY:
-                values[row["dataset"]] = float(row["value"]) / 100
+                system.values[row["dataset"]] = share
+            else:
+                system.others[row["dataset"], row["metric"]] = share
     if not found:
         raise ReadError(f"{RESULTS} has no table {table!r}")
-    return tuple(System(*key, values) for key, values in found.items())
+    return tuple(found.values())

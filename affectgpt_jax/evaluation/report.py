@@ -28,7 +28,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, ...]:
         {
             "report.html": render_page(report),
             "report.json": json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n",
-            "report.md": render_markdown(report.table),
+            "report.md": "\n".join(map(render_markdown, report.tables)),
         },
     )
 

@@ -16,6 +16,7 @@ from affectgpt_jax.evaluation.tables import (
     as_dict,
     comparable,
     main_table,
+    ov_merd_table,
 )
 
 
@@ -27,7 +28,8 @@ class Report:
         system: what it is called.
         sets: its results, in the order of the page.
         means: of the groups of MER-UniBench that are complete.
-        table: ours in the shape of Table 2, with published systems if they were asked for.
+        tables: ours in the shape of Table 2, with published systems if they were asked for; and
+            OV-MERD beside published descriptions if both are there.
         lexicon: which one made the scores, and at which level; None where none was asked.
         level: of its wheels.
         warnings: sentences that a reader must see before any number.
@@ -36,7 +38,7 @@ class Report:
     system: str
     sets: tuple[SetResult, ...]
     means: Mapping[str, GroupMean]
-    table: Table
+    tables: tuple[Table, ...]
     lexicon: Identity | None
     level: int | None
     warnings: tuple[str, ...]
@@ -51,7 +53,7 @@ class Report:
             "comparable": all(comparable(result.fixed.score) for result in self.sets),
             "warnings": list(self.warnings),
             "means": {group: dataclasses.asdict(mean) for group, mean in self.means.items()},
-            "table": as_dict(self.table),
+            "tables": [as_dict(table) for table in self.tables],
             "sets": [result.as_dict() for result in self.sets],
         }
 
@@ -88,12 +90,15 @@ def make_report(
                 f"{result.name} is scored as {BY_NAME[result.name].task}, not as {result.task}"
             )
     means = group_means(sets, resamples, seed)
+    tables = [main_table(system, modalities, sets, means, peers)]
+    if peers and (beside := ov_merd_table(system, sets)):
+        tables.append(beside)
     scored = next((result.fixed.score for result in sets if result.fixed.score.lexicon), None)
     return Report(
         system,
         tuple(sets),
         means,
-        main_table(system, modalities, sets, means, peers),
+        tuple(tables),
         scored and scored.lexicon,
         scored and scored.level,
         tuple(_warnings(sets, peers)),

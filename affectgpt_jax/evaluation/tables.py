@@ -12,7 +12,13 @@ from affectgpt_jax.evaluation.datasets import GROUPS, UNIBENCH
 from affectgpt_jax.evaluation.files import ReadError, decode, read_bytes, shorten
 from affectgpt_jax.evaluation.markup import escape_markdown
 from affectgpt_jax.evaluation.metrics import Interval, Score, ScoreError
-from affectgpt_jax.evaluation.published import MAIN_TABLE, SOURCE, System, read_published
+from affectgpt_jax.evaluation.published import (
+    MAIN_TABLE,
+    OV_MERD_TABLE,
+    SOURCE,
+    System,
+    read_published,
+)
 from affectgpt_jax.evaluation.results import MEAN, GroupMean, SetResult
 
 FORMAT = "affectgpt_jax report 1"
@@ -25,6 +31,11 @@ ABLATIONS = {
     "8": ("LoRA rank", "LoRA rank"),
 }
 NOT_COMPARABLE = "\u2020"
+UNLIKE = (
+    f"{NOT_COMPARABLE} Not made with the official emotion wheels at level 1: does not compare with "
+    "published scores."
+)
+OV_MERD = "OV-MERD"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +135,7 @@ def main_table(
         name = f"{system}, best of {several}, chosen on the test set"
         rows.append(Row(name, modalities, ours(True)))
     if peers:
-        known = [
-            *read_published(MAIN_TABLE),
-            *(read_published("10") if "OV-MERD" in further else ()),
-        ]
-        rows += [_published_row(peer, columns) for peer in known]
+        rows += [_published_row(peer, columns) for peer in read_published(MAIN_TABLE)]
     groups = [(GROUPS[task], len(names)) for task, names in UNIBENCH.items()] + [("", 1)]
     groups += [("Not in the mean", len(further))] if further else []
     return Table(
@@ -172,15 +179,31 @@ def _notes(rows: Sequence[Row], peers: bool, whole: bool, sets: Sequence[SetResu
             "chosen on the test set."
         )
     if any(not cell.comparable for row in rows for cell in row.cells):
-        notes.append(
-            f"{NOT_COMPARABLE} Not made with the official emotion wheels at level 1: does not "
-            "compare with published scores."
-        )
+        notes.append(UNLIKE)
     return notes
 
 
 def _words(names: Sequence[str]) -> str:
     return ", ".join(names)
+
+
+def ov_merd_table(system: str, sets: Sequence[SetResult]) -> Table | None:
+    """Our F, P and R on OV-MERD above the published descriptions of Table 10; None without ours."""
+    ours = next((result.fixed for result in sets if result.name == OV_MERD), None)
+    if ours is None:
+        return None
+    fair = comparable(ours.score)
+    cells = tuple(
+        Cell(value, ours.intervals.get(name), fair) for name, value in ours.score.values.items()
+    )
+    rows = [Row(system, "", cells)]
+    for peer in read_published(OV_MERD_TABLE):
+        shares = peer.values[OV_MERD], peer.others[OV_MERD, "Ps"], peer.others[OV_MERD, "Rs"]
+        rows.append(Row(peer.name, "", tuple(map(Cell, shares)), published=True))
+    notes = [f"Published rows: {SOURCE}, Table {OV_MERD_TABLE}."]
+    notes += [] if fair else [UNLIKE]
+    title = f"{OV_MERD} beside published descriptions, percent"
+    return Table(title, ("System", ""), (), ("F", "P", "R"), tuple(rows), tuple(notes))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -331,10 +354,7 @@ def _ablation_notes(rows: Sequence[Row], peers: bool, runs: Sequence[Run]) -> li
             f"Published rows: {SOURCE}; best of several checkpoints, chosen on the test set."
         )
     if any(not cell.comparable for row in rows for cell in row.cells):
-        notes.append(
-            f"{NOT_COMPARABLE} Not made with the official emotion wheels at level 1: does not "
-            "compare with published scores."
-        )
+        notes.append(UNLIKE)
     return notes
 
 
