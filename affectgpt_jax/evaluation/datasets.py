@@ -25,6 +25,7 @@ class DataSet:
         size: clips of that part.
         subtitles: the subtitle file.
         subtitle_column: the column of it that the release shows to the model.
+        valence: the lowest and highest true value; None where the truth is none.
         audio, video, face: media folders.
         unibench: whether its primary score is one of the nine of the MER-UniBench mean.
     """
@@ -40,6 +41,7 @@ class DataSet:
     size: int
     subtitles: str = "transcription-engchi-polish.csv"
     subtitle_column: str = "english"
+    valence: tuple[float, float] | None = None
     audio: str = "audio"
     video: str = "video"
     face: str = "openface_face"
@@ -110,6 +112,7 @@ DATASETS = (
         labels=("label.npz",),
         split="test_corpus",
         size=686,
+        valence=(-3.0, 3.0),
         audio="subaudio",
         video="subvideo",
     ),
@@ -123,6 +126,7 @@ DATASETS = (
         labels=("label.npz",),
         split="test_corpus",
         size=4659,
+        valence=(-3.0, 3.0),
         audio="subaudio",
         video="subvideo_new",
     ),
@@ -136,6 +140,7 @@ DATASETS = (
         labels=("label.npz",),
         split="test_corpus",
         size=457,
+        valence=(-1.0, 1.0),
     ),
     DataSet(
         name="CH-SIMS v2",
@@ -147,6 +152,7 @@ DATASETS = (
         labels=("label.npz",),
         split="test_corpus",
         size=1034,
+        valence=(-1.0, 1.0),
         video="video_new",
     ),
     DataSet(

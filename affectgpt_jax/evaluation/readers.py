@@ -155,7 +155,9 @@ def read_texts(path: str | Path) -> dict[str, str]:
     }
 
 
-def read_truth(path: str | Path, task: str, allow_pickle: bool = False) -> Table:
+def read_truth(
+    path: str | Path, task: str, allow_pickle: bool = False, split: str | None = None
+) -> Table:
     """What people say about each clip.
 
     Args:
@@ -164,6 +166,7 @@ def read_truth(path: str | Path, task: str, allow_pickle: bool = False) -> Table
             `dia{D}_utt{U}`; or a label archive of the release, whose test split is read.
         task: fine, basic, sentiment or words.
         allow_pickle: read the release's label archives, which are pickled dicts.
+        split: the array of such an archive to read; default: the first test split that it has.
 
     Returns:
         Label lists for fine, words for basic and words, finite numbers for sentiment.
@@ -179,7 +182,7 @@ def read_truth(path: str | Path, task: str, allow_pickle: bool = False) -> Table
         case ".csv":
             records = _truth_csv(data, where, key)
         case ".npz":
-            records = _truth_archive(data, where, task, allow_pickle)
+            records = _truth_archive(data, where, task, allow_pickle, split)
         case _:
             raise _unknown_suffix(where)
     parse = _PARSE[TRUTH_KEYS[task]]
@@ -310,14 +313,17 @@ def _prediction_archive(data: bytes, where: str, allow_pickle: bool) -> Iterator
         yield f"{where}, item {number}", name, item
 
 
-def _truth_archive(data: bytes, where: str, task: str, allow_pickle: bool) -> Iterator[Record]:
+def _truth_archive(
+    data: bytes, where: str, task: str, allow_pickle: bool, only: str | None
+) -> Iterator[Record]:
     """The test split of a label file: a dict from name to `{"emo": ..., "val": ...}`."""
     if task == "fine":
         raise ReadError(f"{where}: the release's label archives hold no label lists; use its CSV")
-    arrays = npz_values(data, where, tuple(SPLITS), allow_pickle)
-    split = next((name for name in SPLITS if name in arrays), None)
+    wanted = (only,) if only else tuple(SPLITS)
+    arrays = npz_values(data, where, wanted, allow_pickle)
+    split = next((name for name in wanted if name in arrays), None)
     if split is None:
-        raise ReadError(f"{where}: expected one of the arrays {', '.join(SPLITS)}")
+        raise ReadError(f"{where}: no array {' or '.join(wanted)}, which would hold the test split")
     corpus = arrays[split][0] if len(arrays[split]) == 1 else None
     if not isinstance(corpus, dict):
         raise ReadError(f"{where}, {split}: expected a dict of labels by clip name")

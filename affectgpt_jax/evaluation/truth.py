@@ -1,0 +1,199 @@
+"""The truth and subtitles of a data set, out of the files that its authors publish."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from affectgpt_jax.evaluation.datasets import DataSet
+from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes, shorten
+from affectgpt_jax.evaluation.readers import Finding, listed, read_truth
+
+# MELD's own file numbers dialogues anew in every split, so the release puts the split in front.
+MELD_PREFIX = "test_"
+MELD_SUBTITLES = "Utterance"
+MEDIA = {
+    "audio": (".wav",),
+    "video": (".mp4", ".avi"),
+    "face": (".npy", ""),  # NAME.npy, or the folder NAME
+}
+VALUES_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class SetTruth:
+    """What people say about the clips of a data set.
+
+    Attributes:
+        dataset: which one.
+        labels: the label file.
+        subtitles_from: the subtitle file and its column; "" without one.
+        names: of the test clips, in the order of the label file.
+        values: label lists, words or valences.
+        subtitles: of each clip, "" where there is none.
+        findings: what is missing or unexpected, by clip.
+        remarks: what is missing or unexpected of the whole.
+    """
+
+    dataset: DataSet
+    labels: Path
+    subtitles_from: str
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+    subtitles: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    remarks: tuple[str, ...]
+
+    def as_csv(self) -> str:
+        """Columns name, the kind of truth, and subtitle; label lists as `[a, b]`."""
+        stream = io.StringIO(newline="")
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(["name", self.dataset.truth, "subtitle"])
+        for name, value, subtitle in zip(self.names, self.values, self.subtitles, strict=True):
+            text = f"[{', '.join(value)}]" if isinstance(value, list) else value
+            writer.writerow([name, text, subtitle])
+        return stream.getvalue()
+
+    def summary(self) -> list[str]:
+        """Facts and findings, a line each."""
+        lines = [f"{self.dataset.truth}: {_distribution(self.values)}"]
+        lines.append(f"subtitles: {self.subtitles_from or 'none'}")
+        return [*lines, *self.remarks, *map(str, self.findings)]
+
+
+def find_set(dataset: DataSet, root: str | Path, alone: bool = False) -> Path | None:
+    """The label file of a data set under a directory; None if it is not there.
+
+    Args:
+        dataset: which one.
+        root: holds a folder that is called as in the release, or that has the set's key as its
+            name.
+        alone: the set's files may lie in `root` itself.
+    """
+    root = Path(root)
+    folders = (root / dataset.folder, root / dataset.key, *((root,) if alone else ()))
+    candidates = (folder / name for folder in folders for name in dataset.labels)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_set(dataset: DataSet, labels: Path, allow_pickle: bool = False) -> SetTruth:
+    """The test clips of a data set, with what is missing or unexpected about them.
+
+    Args:
+        dataset: which one.
+        labels: its label file, beside which its subtitles and media lie.
+        allow_pickle: read label files that are pickled dicts, through `plain_pickle`.
+
+    Raises:
+        ReadError: a file that cannot be used.
+    """
+    folder = labels.parent
+    split = dataset.split if labels.suffix == ".npz" else None
+    table = read_truth(labels, dataset.task, allow_pickle, split)
+    public_meld = dataset.key == "meld" and labels.suffix == ".csv"
+    names = tuple(f"{MELD_PREFIX}{name}" for name in table.names) if public_meld else table.names
+    findings = [*table.findings]
+    remarks = []
+    if len(names) != dataset.size:
+        remarks.append(f"size: {len(names):,} clips, published {dataset.size:,}")
+
+    path, column = folder / dataset.subtitles, dataset.subtitle_column
+    source, known = "", {}
+    if path.is_file():
+        source, known = f"{path}, column {column}", _read_subtitles(path, column)
+    elif public_meld:
+        source, known = f"{labels}, column {MELD_SUBTITLES}", _read_utterances(labels, table.names)
+    else:
+        remarks.append(f"no {path}, so that all clips are without a subtitle")
+    subtitles = tuple(known.get(name, "") for name in names)
+    if known:
+        findings.append(
+            Finding("without a subtitle", tuple(name for name in names if name not in known))
+        )
+        empty = tuple(name for name in names if name in known and not known[name])
+        findings.append(Finding("with an empty subtitle", empty))
+    findings.append(Finding("with an empty truth", _names(names, table.values, lambda v: v == [])))
+    if dataset.valence:
+        low, high = dataset.valence
+        outside = _names(names, table.values, lambda value: not low <= value <= high)
+        findings.append(Finding(f"with a valence outside {low:g} to {high:g}", outside))
+    for kind, suffixes in MEDIA.items():
+        place = folder / getattr(dataset, kind)
+        if not place.is_dir():
+            remarks.append(f"no folder {place}")
+            continue
+        present = _media_names(place, suffixes)
+        lacking = tuple(name for name in names if name not in present)
+        findings.append(Finding(f"without {kind} in {place}", lacking))
+    findings = tuple(finding for finding in findings if finding.names)
+    return SetTruth(
+        dataset, labels, source, names, table.values, subtitles, findings, tuple(remarks)
+    )
+
+
+def _names(names: tuple[str, ...], values: tuple[Any, ...], wanted: Any) -> tuple[str, ...]:
+    return tuple(name for name, value in zip(names, values, strict=True) if wanted(value))
+
+
+def _read_subtitles(path: Path, column: str) -> dict[str, str]:
+    """Subtitles by clip; the file may hold clips of other splits.
+
+    Raises:
+        ReadError: a clip has two different subtitles, or the file cannot be used.
+    """
+    found: dict[str, str] = {}
+    torn = []
+    for _, row in csv_rows(read_bytes(path), str(path), ("name", column)):
+        name, subtitle = row["name"].strip(), row[column].strip()
+        if found.setdefault(name, subtitle) != subtitle:
+            torn.append(name)
+    if torn:
+        raise ReadError(
+            f"{path} has two subtitles for {listed(tuple(dict.fromkeys(torn)))}; keep one of each"
+        )
+    return found
+
+
+def _read_utterances(path: Path, names: tuple[str, ...]) -> dict[str, str]:
+    rows = csv_rows(read_bytes(path), str(path), (MELD_SUBTITLES,))
+    texts = (row[MELD_SUBTITLES].strip() for _, row in rows)
+    return {f"{MELD_PREFIX}{name}": text for name, text in zip(names, texts, strict=True)}
+
+
+def _media_names(folder: Path, suffixes: tuple[str, ...]) -> set[str]:
+    """What the files of a folder are called without one of these suffixes.
+
+    Raises:
+        ReadError: the folder cannot be listed.
+    """
+    try:
+        entries = os.listdir(folder)
+    except OSError as error:
+        raise ReadError(f"{folder} cannot be listed: {error.strerror or error}") from None
+    return {
+        entry[: len(entry) - len(suffix)]
+        for entry in entries
+        for suffix in suffixes
+        if entry.lower().endswith(suffix)
+    }
+
+
+def _distribution(values: tuple[Any, ...]) -> str:
+    """A few words about all values."""
+    if isinstance(values[0], float):
+        signs = Counter((value > 0) - (value < 0) for value in values)
+        return (
+            f"{min(values):g} to {max(values):g}; {signs[1]:,} positive, {signs[-1]:,} negative, "
+            f"{signs[0]:,} zero, which are not scored"
+        )
+    lists = isinstance(values[0], list)
+    counts = Counter(word for value in values for word in (value if lists else (value,)))
+    top = ", ".join(f"{shorten(w, 30)} {n:,}" for w, n in counts.most_common(VALUES_SHOWN))
+    each = f"{sum(counts.values()) / len(values):.2f} labels per clip, " if lists else ""
+    more = f" and {len(counts) - VALUES_SHOWN:,} more" if len(counts) > VALUES_SHOWN else ""
+    return f"{each}{len(counts):,} different: {top}{more}"

@@ -1,0 +1,101 @@
+"""The truth of the data sets of MER-UniBench as plain CSV files, with what is missing.
+
+    python -m affectgpt_jax.truth --set meld --root datasets/meld-process --out truth/meld.csv
+    python -m affectgpt_jax.truth --all --root datasets --out truth --allow-pickle
+
+A file has the columns name, openset or emotion or valence, and subtitle. Below the root, a set lies
+in the folder that the AffectGPT release uses, or in one that has its key as its name:
+
+{sets}
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS
+from affectgpt_jax.evaluation.files import ReadError
+from affectgpt_jax.evaluation.truth import SetTruth, find_set, read_set
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    sets = "\n".join(f"    {d.key:<11}{d.folder}: {' or '.join(d.labels)}" for d in DATASETS)
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.truth",
+        description=__doc__.format(sets=sets),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--set", choices=BY_KEY, metavar="KEY", help=f"one of {', '.join(BY_KEY)}")
+    which.add_argument("--all", action="store_true", help="every set that lies below the root")
+    add("--root", required=True, metavar="DIR", help="where the sets, or the set, lie")
+    add("--out", required=True, metavar="PATH", help="the file to write; with --all, the directory")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="read label files in npz: plain containers, text and numbers; nothing is executed",
+    )
+    return parser.parse_args(argv)
+
+
+def _write(truth: SetTruth, path: Path) -> None:
+    """Write the CSV file.
+
+    Raises:
+        ReadError: a name or text that UTF-8 cannot hold.
+        OSError: the file cannot be written.
+    """
+    try:
+        content = truth.as_csv().encode("utf-8")
+    except UnicodeEncodeError as error:
+        piece = error.object[max(0, error.start - 20) : error.end]
+        raise ReadError(f"{truth.dataset.name}: {piece!r} is not text that UTF-8 holds") from None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Names and words come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    root, out = Path(arguments.root).expanduser(), Path(arguments.out).expanduser()
+    wanted = DATASETS if arguments.all else (BY_KEY[arguments.set],)
+    found = {dataset: find_set(dataset, root, alone=not arguments.all) for dataset in wanted}
+    if not any(found.values()):
+        files = " or ".join(dict.fromkeys(name for d in wanted for name in d.labels))
+        folders = (
+            f", or in its folder {wanted[0].folder}" if len(wanted) == 1 else " or its folders"
+        )
+        sys.exit(f"error: --root={arguments.root}: found no {files} there{folders}")
+    path = out
+    try:
+        for dataset, labels in found.items():
+            if labels is None:
+                print(f"{dataset.name}: not found ({' or '.join(dataset.labels)})")
+                continue
+            truth = read_set(dataset, labels, arguments.allow_pickle)
+            path = out / f"{dataset.key}.csv" if arguments.all else out
+            _write(truth, path)
+            print(f"{dataset.name}: {len(truth.names):,} clips of {labels} -> {path}")
+            print("\n".join(f"  {line}" for line in truth.summary()))
+    except ReadError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --out={path} cannot be written: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, UNIBENCH
+from affectgpt_jax.evaluation.readers import read_truth
+from affectgpt_jax.truth import main
+
+MELD_EMOTIONS = ("anger", "joy", "sadness", "neutral", "disgust", "fear", "surprise")
+NPZ = [dataset.key for dataset in DATASETS if "npz" in dataset.labels[-1]]
+
+
+def write_rows(path, header, rows):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def write_npz(path, **corpora):
+    """As the release does: every corpus a pickled dict in an array without dimensions."""
+    np.savez_compressed(path, **corpora)
+
+
+def publish(root, key, subtitles=True):
+    """A data set as its authors lay it out, with a few clips; returns name -> value."""
+    dataset = BY_KEY[key]
+    folder = root / dataset.folder
+    folder.mkdir(parents=True)
+    other = {"train_00": {"emo": 0, "val": 1.0}}
+    names = [f"clip_{n}" for n in range(4)]
+    match key:
+        case "mer2023" | "mer2024":
+            truth = dict(zip(names, ["happy", "sad", "worried", "neutral"]))
+            labels = {n: {"emo": e, "val": -0.5} for n, e in truth.items()}
+            write_npz(folder / "label-6way.npz", train_corpus=other, test1_corpus=labels)
+        case "meld":
+            names = [f"test_dia{n}_utt{n + 1}" for n in range(4)]
+            truth = dict(zip(names, ["joy", "anger", "neutral", "surprise"]))
+            labels = {n: {"emo": MELD_EMOTIONS.index(e)} for n, e in truth.items()}
+            corpora = {"train_corpus": other, "val_corpus": other, "test_corpus": labels}
+            write_npz(folder / "label.npz", **corpora)
+        case "iemocap":
+            names = [f"Ses05F_impro01_F{n:03d}" for n in range(4)]
+            truth = dict(zip(names, ["happy", "sad", "neutral", "anger"]))
+            labels = {n: {"emo": number} for number, n in enumerate(names)}
+            labels |= {"Ses01F_impro05_F000": {"emo": 3}, "Ses04M_5_F005": {"emo": 1}}
+            write_npz(folder / "label_4way.npz", whole_corpus=labels)
+        case "ovmerdplus" | "ovmerd":
+            truth = dict(zip(names, [["happy", "shy"], ["sad"], ["angry", "loud"], ["calm"]]))
+            rows = [(n, f"[{', '.join(v)}]") for n, v in truth.items()]
+            write_rows(folder / dataset.labels[0], ["name", "openset"], rows)
+        case _:
+            truth = dict(zip(names, [0.8, -1.0, 0.0, 0.2]))
+            labels = {n: {"emo": 0, "val": np.float32(v)} for n, v in truth.items()}
+            corpora = {"train_corpus": other, "val_corpus": other, "test_corpus": labels}
+            write_npz(folder / "label.npz", **corpora)
+    if subtitles:
+        header = ["name", "chinese", "english", "sentence"]
+        rows = [(n, f"\u4f60, {n}", f'she said "{n}", twice', f"a sentence, {n}") for n in names]
+        rows.append(("train_00", "x", "y", "z"))
+        write_rows(folder / dataset.subtitles, header, rows)
+    return truth
+
+
+def run(*arguments):
+    main([str(argument) for argument in arguments])
+
+
+def failure(*arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    return str(stop.value)
+
+
+def subtitles_of(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["name"]: row["subtitle"] for row in csv.DictReader(file)}
+
+
+def test_the_nine_sets_are_those_of_the_paper():
+    sizes = [dataset.size for dataset in DATASETS]
+    assert sizes == [411, 1169, 2610, 1241, 686, 4659, 457, 1034, 532, 332]
+    assert sum(dataset.unibench for dataset in DATASETS) == 9
+    assert UNIBENCH == {
+        "basic": ("MER2023", "MER2024", "MELD", "IEMOCAP"),
+        "sentiment": ("CMU-MOSI", "CMU-MOSEI", "CH-SIMS", "CH-SIMS v2"),
+        "fine": ("OV-MERD+",),
+    }
+    assert len(BY_KEY) == len({dataset.folder for dataset in DATASETS}) == 10
+
+
+@pytest.mark.parametrize("key", BY_KEY)
+def test_the_published_layout_becomes_a_truth_file(tmp_path, capsys, key):
+    expected = publish(tmp_path / "data", key)
+    out = tmp_path / "truth" / f"{key}.csv"
+    run("--set", key, "--root", tmp_path / "data", "--out", out, "--allow-pickle")
+    table = read_truth(out, BY_KEY[key].task)
+    assert table.names == tuple(expected)
+    for value, true in zip(table.values, expected.values()):
+        # Valences were single precision.
+        assert value == (pytest.approx(true) if isinstance(true, float) else true)
+    name = table.names[0]
+    subtitle = {
+        "mer2024": f"\u4f60, {name}",
+        "ovmerdplus": f"a sentence, {name}",
+    }.get(key, f'she said "{name}", twice')
+    assert subtitles_of(out)[name] == subtitle
+    told = capsys.readouterr().out
+    assert f"size: 4 clips, published {BY_KEY[key].size:,}" in told
+    assert "without a subtitle" not in told
+
+
+@pytest.mark.parametrize("key", NPZ)
+def test_pickled_labels_need_a_word_of_consent(tmp_path, key):
+    publish(tmp_path, key)
+    message = failure("--set", key, "--root", tmp_path, "--out", tmp_path / "t.csv")
+    assert message.startswith("error: ") and "--allow-pickle" in message
+    assert not (tmp_path / "t.csv").exists()
+
+
+def test_code_in_a_label_file_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    folder = tmp_path / "meld-process"
+    folder.mkdir()
+    write_npz(folder / "label.npz", test_corpus={"a": Evil()})
+    out = tmp_path / "t.csv"
+    message = failure("--set", "meld", "--root", folder, "--out", out, "--allow-pickle")
+    assert "only plain containers" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_file_of_melds_authors_is_enough(tmp_path, capsys):
+    folder = tmp_path / "meld-process"
+    folder.mkdir()
+    header = ["Sr No.", "Utterance", "Speaker", "Emotion", "Dialogue_ID", "Utterance_ID"]
+    rows = [("1", "Why do all you\u2019re \u201cquoting\u201d, now?", "Ross", "surprise", 0, 0)]
+    write_rows(folder / "test_sent_emo.csv", header, [*rows, ("2", "Oh", "Joey", "joy", 0, 1)])
+    out = tmp_path / "meld.csv"
+    run("--set=meld", "--root", folder, "--out", out)
+    assert subtitles_of(out) == {
+        "test_dia0_utt0": "Why do all you\u2019re \u201cquoting\u201d, now?",
+        "test_dia0_utt1": "Oh",
+    }
+    assert read_truth(out, "basic").values == ("surprise", "joy")
+    assert "column Utterance" in capsys.readouterr().out
+
+
+def test_everything_missing_is_told_by_name_and_number(tmp_path, capsys):
+    publish(tmp_path, "mosi", subtitles=False)
+    folder = tmp_path / "cmumosi-process"
+    labels = {n: {"emo": 0, "val": v} for n, v in {"a": 1, "b": -7.5, "c": 0}.items()}
+    write_npz(folder / "label.npz", test_corpus=labels)
+    rows = [("a", "words"), ("b", " ")]
+    write_rows(folder / "transcription-engchi-polish.csv", ["name", "english"], rows)
+    for path in ("subaudio/a.WAV", "subaudio/b.wav", "subvideo/c.avi", "openface_face/b.npy"):
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).touch()
+    (folder / "openface_face" / "a").mkdir()
+    run("--set=mosi", "--root", folder, "--out", tmp_path / "t.csv", "--allow-pickle")
+    told = capsys.readouterr().out
+    for line in (
+        "size: 3 clips, published 686",
+        "valence: -7.5 to 1; 1 positive, 1 negative, 1 zero, which are not scored",
+        "1 clip without a subtitle: 'c'",
+        "1 clip with an empty subtitle: 'b'",
+        "1 clip with a valence outside -3 to 3: 'b'",
+        f"1 clip without audio in {folder / 'subaudio'}: 'c'",
+        f"2 clips without video in {folder / 'subvideo'}: 'a', 'b'",
+        f"1 clip without face in {folder / 'openface_face'}: 'c'",
+    ):
+        assert f"  {line}\n" in told
+    assert subtitles_of(tmp_path / "t.csv") == {"a": "words", "b": "", "c": ""}
+
+
+def test_a_set_without_subtitles_and_media_is_told(tmp_path, capsys):
+    publish(tmp_path, "ovmerdplus", subtitles=False)
+    run("--set=ovmerdplus", "--root", tmp_path, "--out", tmp_path / "t.csv")
+    told = capsys.readouterr().out
+    assert "subtitle_eng.csv, so that all clips are without a subtitle" in told
+    assert f"no folder {tmp_path / 'ovmerdplus-process' / 'video'}" in told
+
+
+def test_a_full_set_draws_no_remark_about_its_size(tmp_path, capsys):
+    folder = tmp_path / "ovmerd"
+    folder.mkdir()
+    rows = [(f"c{n}", "[happy, sad]") for n in range(332)]
+    write_rows(folder / "track2_train_ovmerd.csv", ["name", "openset"], rows)
+    run("--set=ovmerd", "--root", tmp_path, "--out", tmp_path / "t.csv")
+    told = capsys.readouterr().out
+    assert "332 clips of" in told and "size:" not in told
+    assert "openset: 2.00 labels per clip, 2 different: 'happy' 332, 'sad' 332" in told
+
+
+def test_all_sets_below_a_root(tmp_path, capsys):
+    for key in ("mer2023", "meld", "sims", "ovmerdplus"):
+        publish(tmp_path / "data", key)
+    run("--all", "--root", tmp_path / "data", "--out", tmp_path / "truth", "--allow-pickle")
+    written = {path.name for path in (tmp_path / "truth").iterdir()}
+    assert written == {"mer2023.csv", "meld.csv", "sims.csv", "ovmerdplus.csv"}
+    assert "IEMOCAP: not found (label_4way.npz)" in capsys.readouterr().out
+    # One set's own folder is not all sets, though five of them call their label file the same.
+    meld = tmp_path / "data" / "meld-process"
+    assert "found no" in failure("--all", "--root", meld, "--out", tmp_path, "--allow-pickle")
+
+
+def test_trouble_is_one_sentence(tmp_path):
+    out = tmp_path / "t.csv"
+    assert failure("--set=meld", "--root", tmp_path / "no", "--out", out).startswith(
+        f"error: --root={tmp_path / 'no'}: found no test_sent_emo.csv or label.npz there"
+    )
+    publish(tmp_path, "ovmerd")
+    folder = tmp_path / "mer2025-dataset"
+    arguments = ("--set=ovmerd", "--root", folder)
+    message = failure(*arguments, "--out", folder)
+    assert message == f"error: --out={folder} cannot be written: Is a directory"
+    write_rows(
+        folder / "subtitle_chieng.csv", ["name", "english"], [("clip_0", "a"), ("clip_0", "b")]
+    )
+    assert "two subtitles for 'clip_0'" in failure(*arguments, "--out", out)
+    write_rows(folder / "subtitle_chieng.csv", ["name", "chinese"], [("clip_0", "a")])
+    assert "no column 'english'" in failure(*arguments, "--out", out)
+    write_npz(tmp_path / "label_4way.npz", test_corpus={"a": {"emo": 1}})
+    message = failure("--set=iemocap", "--root", tmp_path, "--out", out, "--allow-pickle")
+    assert "no array whole_corpus" in message
+    lone = {"\ud800": {"emo": "sad"}}
+    write_npz(tmp_path / "label-6way.npz", test1_corpus=lone)
+    message = failure("--set=mer2023", "--root", tmp_path, "--out", out, "--allow-pickle")
+    assert message.startswith("error: ")
+    assert not out.exists()
+
+
+def test_the_command_loads_no_accelerator(tmp_path):
+    publish(tmp_path, "ovmerd")
+    code = """
+import sys
+from affectgpt_jax.truth import main
+main(sys.argv[1:])
+heavy = {"jax", "jaxlib", "flax", "torch", "pandas", "matplotlib", "absl"} & set(sys.modules)
+sys.exit(f"loaded {heavy}" if heavy else 0)
+"""
+    command = [sys.executable, "-c", code, "--set=ovmerd", f"--root={tmp_path}"]
+    command.append(f"--out={tmp_path / 't.csv'}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
