@@ -141,7 +141,8 @@ def _render_result(result: Result) -> list[str]:
         )
     else:
         why = "have valence 0" if score.task == "sentiment" else "have no true word"
-        lines.append(f"{counts['scored']} clips scored, the others {why}")
+        others = f", the others {why}" if counts["scored"] < counts["clips"] else ""
+        lines.append(f"{counts['scored']} clips scored{others}")
     lines += [str(finding) for finding in result.pairs.findings]
     for side in ("predicted", "true"):
         if words := counts.get(f"unknown_{side}"):

@@ -336,3 +336,14 @@ def test_any_file_gives_a_score_or_one_sentence(capsys, tmp_path, lexicon, task)
             json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)
     # Both ends are reached, by many roads.
     assert scored > 40 and len(refused) > 30
+
+
+def test_words_need_no_lexicon_and_count_the_first_label(capsys, tmp_path):
+    lines = [("a", ["happy", "sad"]), ("b", ["sad", "happy"]), ("c", [])]
+    text = "".join(json.dumps({"name": n, "labels": v}) + "\n" for n, v in lines)
+    predictions = write(tmp_path / "p.jsonl", text)
+    truth = write(tmp_path / "t.csv", "name,emotion\na,happy\nb,happy\nc,sad\n")
+    score("words", predictions, truth)
+    out = capsys.readouterr().out
+    assert ["score", "33.33"] in [line.split() for line in out.splitlines()]
+    assert "3 clips scored\n" in out and "lexicon:" not in out

@@ -48,7 +48,7 @@ def read_published(table: str) -> tuple[System, ...]:
         if row["table"] == table:
             key = row["system"], row["modalities"]
             system = found.setdefault(key, System(*key, {}, {}))
-            share = float(row["value"]) / 100
+            share = round(float(row["value"]) / 100, 6)
             if row["metric"] in PRIMARY:
                 system.values[row["dataset"]] = share
             else:

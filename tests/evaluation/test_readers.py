@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from affectgpt_jax.evaluation import plain_pickle
 from affectgpt_jax.evaluation.files import ReadError
-from affectgpt_jax.evaluation.readers import pair, parse_labels, read_predictions, read_truth
+from affectgpt_jax.evaluation.readers import (
+    pair,
+    parse_labels,
+    read_predictions,
+    read_texts,
+    read_truth,
+)
 
 
 def write(path, content):
@@ -385,3 +391,20 @@ def test_csv_round_trip_of_awkward_text(tmp_path):
     lines = "\n".join(json.dumps({"name": n, "labels": ["x"]}, ensure_ascii=False) for n in names)
     path = write(tmp_path / "p.jsonl", lines)
     assert rows(read_predictions(path, "fine")) == dict.fromkeys(names, ["x"])
+
+
+def test_a_named_split_is_read_and_no_other(tmp_path):
+    path = tmp_path / "label.npz"
+    corpora = {"test_corpus": {"a": {"emo": 1}}, "whole_corpus": {"Ses05": {"emo": 2}}}
+    np.savez(path, **corpora)
+    assert rows(read_truth(path, "basic", allow_pickle=True)) == {"a": "joy"}
+    found = read_truth(path, "basic", allow_pickle=True, split="whole_corpus")
+    assert rows(found) == {"Ses05": "neutral"}
+    with pytest.raises(ReadError, match="no array test1_corpus, which would hold the test split"):
+        read_truth(path, "basic", allow_pickle=True, split="test1_corpus")
+
+
+def test_texts_stand_beside_labels_where_a_file_has_them(tmp_path):
+    lines = '{"name": "a ", "labels": [], "text": "He frowns."}\n{"name": "b", "labels": []}\n'
+    assert read_texts(write(tmp_path / "p.jsonl", lines)) == {"a": "He frowns."}
+    assert read_texts(write(tmp_path / "p.csv", "name,labels\na,sad\n")) == {}

@@ -13,11 +13,13 @@ from affectgpt_jax.evaluation.lexicon import Identity, Source, compile_lexicon, 
 from affectgpt_jax.evaluation.metrics import (
     ScoreError,
     bootstrap,
+    clip_scores,
     compare,
     protocols,
     score_basic,
     score_fine,
     score_sentiment,
+    score_words,
     unibench_mean,
 )
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth
@@ -350,3 +352,48 @@ def test_the_mean_needs_exactly_the_nine():
     del nine["MELD"]
     with pytest.raises(ScoreError, match=r"missing: \['MELD'\]"):
         unibench_mean(nine)
+
+
+@given(st.lists(st.tuples(label_lists, st.sampled_from(WORDS)), min_size=1, max_size=12))
+def test_words_equal_the_hit_rate_of_the_first_label(data):
+    predictions, truth = zip(*data, strict=True)
+    if not any(truth):
+        with pytest.raises(ScoreError, match="has a true word"):
+            score_words(predictions, truth)
+        return
+    kept = [(p, t) for p, t in data if t]
+    score = score_words(predictions, truth)
+    assert score.primary == pytest.approx(metrics.hit_rate(*zip(*kept, strict=True), max_labels=1))
+    assert score.counts["scored"] == len(kept) == sum(row["clips"] for row in score.classes)
+    assert score.lexicon is score.level is None
+    right = sum(row["clips"] * row["r"] for row in score.classes)
+    assert right / len(kept) == pytest.approx(score.primary)
+
+
+def test_words_count_the_labels_that_they_are_told_to_and_forgive_case():
+    predictions, truth = [["Sad ", "glad"], ["glad", "SAD"], ["x"]], ["sad", " Sad", "glad"]
+    assert score_words(predictions, truth).primary == pytest.approx(1 / 3)
+    both = score_words(predictions, truth, max_labels=2)
+    assert both.primary == pytest.approx(2 / 3)
+    assert both.counts["unknown_predicted"] == {"x": 1}
+    low, high = bootstrap(both)["hit"].low, bootstrap(both)["hit"].high
+    assert low <= 2 / 3 <= high
+
+
+@given(st.lists(st.tuples(label_lists, label_lists), min_size=1, max_size=8))
+def test_a_clip_s_own_score_is_the_score_of_a_set_of_that_clip(data):
+    predictions, truth = zip(*data, strict=True)
+    # A wheel without a scored clip has no score, so one clip alone must stand on all five.
+    assume(all({"sad", "lonely", "low"} & set(labels) for labels in truth))
+    own = clip_scores(score_fine(predictions, truth, SMALL))
+    for clip, (predicted, true) in enumerate(data):
+        alone = score_fine([predicted], [true], SMALL).values
+        mean = 2 * alone["p"] * alone["r"] / (alone["p"] + alone["r"]) if alone["f"] else 0.0
+        assert own[clip] == pytest.approx(mean)
+
+
+def test_clips_that_are_not_scored_have_no_score_of_their_own():
+    assert np.isnan(clip_scores(score_words([["a"], ["a"]], ["a", ""]))).tolist() == [False, True]
+    assert np.isnan(clip_scores(score_sentiment(["", ""], [1.0, 0.0]))).tolist() == [False, True]
+    basic = clip_scores(score_basic([["low"], ["low"]], ["sad", "zebra"], SMALL))
+    assert basic[0] == 1 and np.isnan(basic[1])
