@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import html
 
+# Line ends that only Unicode has, and a byte order mark: nobody sees them.
+INVISIBLE = "\u2028\u2029\ufeff"
+
 
 def printable(text: str) -> str:
     """Text without control characters and lone surrogates, which show as `\\x..` and `\\u....`.
@@ -14,6 +17,8 @@ def printable(text: str) -> str:
     return "".join(
         f"\\x{ord(char):02x}"
         if ord(char) < 0xA0 and not (char.isprintable() or char in "\n\t")
+        else f"\\u{ord(char):04x}"
+        if char in INVISIBLE
         else char
         for char in text
     )

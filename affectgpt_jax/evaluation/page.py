@@ -161,6 +161,10 @@ def _overview(report: Report) -> str:
     if published:
         known = {(s.name, s.modalities): s.values for s in read_published(MAIN_TABLE)}
         peer = known[PEER]
+    # A mark beside a score invites to compare, so there is none where that would mislead.
+    peer = {
+        r.name: peer[r.name] for r in report.sets if r.name in peer and comparable(r.fixed.score)
+    }
     rows = [_plot_row(result, peer.get(result.name)) for result in report.sets]
     axis = "".join(f"<span>{value}</span>" for value in range(0, 101, 20))
     key = [
@@ -168,7 +172,7 @@ def _overview(report: Report) -> str:
     ]
     if any(result.fixed.interval for result in report.sets):
         key.append(('<line class="interval" x1="0" x2="100%" y1="50%" y2="50%"/>', "interval"))
-    if any(result.name in peer for result in report.sets):
+    if peer:
         key.append(
             ('<circle class="peer" cx="50%" cy="50%" r="5"/>', f"AffectGPT as published ({SOURCE})")
         )
@@ -331,7 +335,7 @@ def _wheels(score: Score) -> str:
         *(METRICS[n] for n in names),
         "Clips scored",
         "Unmapped labels",
-        "of the truth",
+        "Unmapped true labels",
     )
     rows = [
         (

@@ -105,6 +105,8 @@ def main_table(
 ) -> Table:
     """Our scores in the shape of Table 2: nine sets, their mean, and any further set to the right.
 
+    A set that is not there leaves its column empty; of none of the nine, there are no columns.
+
     Args:
         system: what to call ours.
         modalities: that it was given, as A, V and T.
@@ -114,7 +116,9 @@ def main_table(
     """
     by_name = {result.name: result for result in sets}
     further = [result.name for result in sets if result.name not in NINE]
-    columns = (*NINE, MEAN, *further)
+    # A report on other sets alone needs no empty columns, unless for the published rows.
+    nine = peers or any(name in by_name for name in NINE)
+    columns = (*NINE, MEAN, *further) if nine else tuple(further)
 
     def ours(best: bool) -> tuple[Cell, ...]:
         cells = []
@@ -136,15 +140,17 @@ def main_table(
         rows.append(Row(name, modalities, ours(True)))
     if peers:
         rows += [_published_row(peer, columns) for peer in read_published(MAIN_TABLE)]
-    groups = [(GROUPS[task], len(names)) for task, names in UNIBENCH.items()] + [("", 1)]
-    groups += [("Not in the mean", len(further))] if further else []
+    groups = []
+    if nine:
+        groups = [(GROUPS[task], len(names)) for task, names in UNIBENCH.items()] + [("", 1)]
+        groups += [("Not in the mean", len(further))] if further else []
     return Table(
         "Primary scores in percent",
-        ("System", "Modalities"),
+        ("System", "Modalities" if modalities or peers else ""),
         tuple(groups),
         columns,
         tuple(rows),
-        tuple(_notes(rows, peers, MEAN in means, sets)),
+        tuple(_notes(rows, peers, MEAN in means or not nine, sets)),
     )
 
 

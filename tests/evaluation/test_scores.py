@@ -384,9 +384,9 @@ def test_words_count_the_labels_that_they_are_told_to_and_forgive_case():
 def test_a_clip_s_own_score_is_the_score_of_a_set_of_that_clip(data):
     predictions, truth = zip(*data, strict=True)
     # A wheel without a scored clip has no score, so one clip alone must stand on all five.
-    assume(all({"sad", "lonely", "low"} & set(labels) for labels in truth))
+    truth = [[*labels, "sad"] for labels in truth]
     own = clip_scores(score_fine(predictions, truth, SMALL))
-    for clip, (predicted, true) in enumerate(data):
+    for clip, (predicted, true) in enumerate(zip(predictions, truth)):
         alone = score_fine([predicted], [true], SMALL).values
         mean = 2 * alone["p"] * alone["r"] / (alone["p"] + alone["r"]) if alone["f"] else 0.0
         assert own[clip] == pytest.approx(mean)

@@ -268,3 +268,13 @@ def test_markdown_keeps_its_columns_whatever_a_name_holds():
         rows = [line.replace("\\\\", "").replace("\\|", "") for line in lines if line[:1] == "|"]
         assert len({row.count("|") for row in rows}) == 1 and len(rows) == 3
         assert "<script" not in "".join(lines).replace("\\<", "")
+
+
+def test_a_report_on_other_sets_alone_has_no_empty_columns():
+    demo = score_set("demo", "words", {"p": predictions("words", 40, 30)}, None, resamples=0)
+    report = make_report("ours", [demo], resamples=0)
+    assert report.tables[0].columns == ("demo",) and report.tables[0].notes == ()
+    assert report.warnings == () and report.means == {} and report.lexicon is None
+    assert "| **ours** | 75.00 |" in render_markdown(report.tables[0])
+    beside = make_report("ours", [demo], peers=True, resamples=0).tables[0]
+    assert beside.columns == (*NINE, "Mean", "demo")
