@@ -1,11 +1,11 @@
 """Load a base of Qwen2.5-7B's widths and measure its memory: `python -m benchmarks.load_weights`.
 
 A checkpoint of random bfloat16 weights, in several files with an index, is loaded by processes of
-their own. The memory of a process is its RssAnon (`/proc/self/status`, every 2 ms) above what it
-was before loading: pages that belong to it alone. Pages of mapped files are not in it, since the
-system may drop them at any time. `load_base` maps no file, so for it the kernel's own high-water
-mark, VmHWM, which misses nothing, is kept as well. What the peak is beyond the arrays themselves is
-the cost of loading. Beside it, for comparison: one parameter at a time, as one would write it down.
+their own. Memory is the kernel's high-water mark of a process (VmHWM in `/proc/self/status`) less
+what it held before loading (VmRSS). No loader here maps a file, so the mark holds no page of the
+disk's cache: RssFile grows by libraries only (`newly_mapped`). What the mark is beyond the arrays
+themselves is the cost of loading. Beside it, for comparison: one parameter at a time, as one would
+write it down.
 
 Writes `benchmarks/results/load_weights.json`; `--show` prints the table of such a file.
 """
@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2, Qwen2Config, init_base
@@ -43,10 +42,12 @@ from affectgpt_jax.weights.huggingface import (
     tensor_name,
     weight_files,
 )
+from affectgpt_jax.weights.streaming import StoredTensor, read_header
 from benchmarks import environment
 
 RESULTS = Path(__file__).parent / "results" / "load_weights.json"
 GIB = 2**30
+TRANSPOSED = ("kernel", "lm_head")  # what a file holds as [out, in]
 # Name -> processes, CPU devices of each, mesh, loader.
 CASES = {
     "load_base, one device": (1, 1, "data:1", "blocks"),
@@ -71,7 +72,7 @@ def write_checkpoint(directory: Path, llm: Qwen2Config, file_bytes: int) -> None
         keys = tuple(entry.key for entry in path)
         name, stacked = tensor_name(keys)
         shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if keys[-1] in ("kernel", "lm_head") else shape
+        shape = shape[::-1] if keys[-1] in TRANSPOSED else shape
         for i in range(leaf.shape[0] if stacked else 1):
             stored[name.format(i)] = shape
     files: list[list[str]] = [[]]
@@ -100,18 +101,22 @@ def write_checkpoint(directory: Path, llm: Qwen2Config, file_bytes: int) -> None
 
 def load_by_parameters(directory: Path, abstract: Any, shardings: Any) -> Any:
     """The loader one would write down: stack all layers of a parameter, then place it."""
-    files = {}
+    stored: dict[str, StoredTensor] = {}
     for path in weight_files(directory):
-        handle = safe_open(path, framework="numpy")
-        files.update(dict.fromkeys(handle.keys(), handle))
+        stored |= read_header(path)
+
+    def read(name: str, transposed: bool) -> np.ndarray:
+        tensor = stored[name]
+        count = math.prod(tensor.shape)
+        value = np.fromfile(tensor.path, np.uint16, count, offset=tensor.offset)
+        value = value.view(jnp.bfloat16).reshape(tensor.shape)
+        return value.T if transposed else value
 
     def load(path, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         keys = tuple(entry.key for entry in path)
         name, stacked = tensor_name(keys)
         names = [name.format(i) for i in range(leaf.shape[0])] if stacked else [name]
-        values = [files[name].get_tensor(name) for name in names]
-        if keys[-1] in ("kernel", "lm_head"):
-            values = [value.T for value in values]
+        values = [read(name, keys[-1] in TRANSPOSED) for name in names]
         return jax.device_put(np.stack(values) if stacked else values[0], sharding)
 
     return jax.tree_util.tree_map_with_path(load, abstract, shardings)
@@ -124,36 +129,15 @@ def memory(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-class PeakMemory:
-    """The largest RssAnon of this process while the context is open, in bytes."""
-
-    def __enter__(self) -> PeakMemory:
-        self.bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.bytes = max(self.bytes, memory("RssAnon"))
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-
 def load_here(directory: Path, mesh: str, loader: str) -> dict[str, Any]:
     """Load a checkpoint in this process; its time in s and its memory in bytes."""
     abstract = abstract_base(read_config(directory))
     shardings = tree_shardings(make_mesh(mesh), abstract)
     load = load_base if loader == "blocks" else load_by_parameters
     jax.block_until_ready(jnp.zeros(1))  # the backend's own memory
-    before = memory("RssAnon")
-    all_before = memory("VmRSS")
+    before, mapped = memory("VmRSS"), memory("RssFile")
     began = time.perf_counter()
-    with PeakMemory() as peak:
-        base = jax.block_until_ready(load(directory, abstract, shardings))
+    base = jax.block_until_ready(load(directory, abstract, shardings))
     seconds = time.perf_counter() - began
     buffers = {
         shard.data.unsafe_buffer_pointer(): shard.data.nbytes
@@ -161,10 +145,12 @@ def load_here(directory: Path, mesh: str, loader: str) -> dict[str, Any]:
         for shard in leaf.addressable_shards
     }
     arrays = sum(buffers.values())
-    report = {"seconds": seconds, "arrays": arrays, "beyond": peak.bytes - before - arrays}
-    if loader == "blocks":
-        report["beyond_by_high_water_mark"] = memory("VmHWM") - all_before - arrays
-    return report
+    return {
+        "seconds": seconds,
+        "arrays": arrays,
+        "beyond": memory("VmHWM") - before - arrays,
+        "newly_mapped": memory("RssFile") - mapped,
+    }
 
 
 def measure(directory: Path, case: str) -> dict[str, Any]:
@@ -269,6 +255,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)
         write_checkpoint(directory, llm, file_bytes=GIB // 2)
+        os.sync()  # or the system would write while the first case reads
         files = weight_files(directory)
         size = sum(path.stat().st_size for path in files)
         calls = range(args.repeats + 1)

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-# Enough to keep a disk, the transposition and the bus to the devices busy at the same time.
-READERS = 8
+# Enough to keep a disk, the transposition and the bus to the devices busy at the same time; more
+# than there are cores would only take each other's cache.
+READERS = min(8, os.cpu_count() or 1)
 # Bytes of a block. In host memory it should stay in a core's cache while it is transposed; towards
 # a device it should be large beside the cost of a transfer and a launch.
 HOST_BLOCK = 4 * 2**20
@@ -53,30 +55,35 @@ class StoredTensor:
         may begin with rows of the one before. A block is valid until the next is asked for.
 
         Raises:
-            WeightsError: the file ends before the tensor does.
+            WeightsError: the file cannot be read, or ends before the tensor does.
         """
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         rows = min(stop - start, max(1, size // row_bytes))
         block = np.empty((rows, *self.shape[1:]), self.dtype)
-        with self.path.open("rb") as file:
-            for row in [*range(start, stop - rows, rows), stop - rows]:
-                file.seek(self.offset + row * row_bytes)
-                if file.readinto(block.view(np.uint8)) != block.nbytes:
-                    raise WeightsError(f"{self.path}: ends within the tensor {self.name}")
-                yield row, block
+        try:
+            with self.path.open("rb") as file:
+                for row in [*range(start, stop - rows, rows), stop - rows]:
+                    file.seek(self.offset + row * row_bytes)
+                    if file.readinto(block.view(np.uint8)) != block.nbytes:
+                        raise WeightsError(f"{self.path}: ends within the tensor {self.name}")
+                    yield row, block
+        except OSError as error:
+            raise WeightsError(f"{self.path} cannot be read: {error}") from None
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name.
 
     Raises:
-        WeightsError: not a whole safetensors file, or a tensor of another type than the floating
-            ones from 16 to 64 bits.
+        WeightsError: no whole safetensors file that can be read, or a tensor of another type than
+            floating point of 16 to 64 bits.
     """
     try:
         safe_open(path, framework="numpy")  # compares the header with the length of the file
     except SafetensorError as error:
         raise WeightsError(f"{path}: not a whole safetensors file: {error}") from None
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error}") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
