@@ -163,6 +163,18 @@ def test_prediction_files_become_a_report(files, capsys):
     assert "| AffectGPT | AVT | 78.54 | 78.80 |" in table
 
 
+def test_clips_without_a_prediction_stop_the_report_or_are_warned_about(files, capsys):
+    write(files / "one.jsonl", '{"name": "c0", "labels": ["happy"]}\n')
+    known = ["--set", f"demo={files / 'one.jsonl'},{files / 'truth.csv'}", "--out", files / "out"]
+    assert "no prediction of 39 clips" in failure(*known)
+    run(*known, "--missing=empty", "--bootstrap=0")
+    assert (
+        "warning: demo: 39 clips have no prediction and count as empty." in capsys.readouterr().err
+    )
+    page = (files / "out" / "report.html").read_text(encoding="utf-8")
+    assert "39 clips without a prediction, scored as empty: " in check(page)
+
+
 def test_the_same_files_make_the_same_report(files):
     for out in ("a", "b"):
         run(*arguments_of(files, files / out))

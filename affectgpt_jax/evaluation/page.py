@@ -49,6 +49,8 @@ WORDS_SHOWN = 30
 CLASSES_SHOWN = 40
 TEXT_SHOWN = 600
 NAMES_SHOWN = 8
+# Columns of a confusion beyond which their names are written downwards.
+WIDE = 12
 # The published system that the overview marks.
 PEER = ("AffectGPT", "AVT")
 
@@ -403,12 +405,13 @@ def _confusion(table: Confusion) -> str:
             f'<tr><th scope="row">{isolated(name)}</th><td class="n" style="--v:0">{clips:,}</td>'
             f"{''.join(cells)}</tr>"
         )
+    wide = " wide" if len(table.columns) > WIDE else ""
+    several = " A clip with several labels counts with each." if table.wheel else ""
     caption = (
-        "Rows: true; columns: predicted; percent of the row's clips. A clip with several labels "
-        "counts with each. Outlined: right."
+        f"Rows: true; columns: predicted; percent of the row's clips.{several} Outlined: right."
     )
     return (
-        f'<figure><div class="scroll" tabindex="0"><table class="heat"><thead><tr><th></th>'
+        f'<figure><div class="scroll" tabindex="0"><table class="heat{wide}"><thead><tr><th></th>'
         f"<th>clips</th>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         f"<figcaption>{caption}</figcaption></figure>"
     )

@@ -38,6 +38,8 @@ SPLITS = {
     "whole_corpus": ("happy", "sad", "neutral", "anger"),
 }
 SHOWN = 5
+# What `pair` finds of clips that it was told to score as empty.
+NO_PREDICTION = "without a prediction, scored as empty"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,7 +224,7 @@ def pair(predictions: Table, truth: Table, missing: str = "error") -> Pairs:
     findings = (
         *predictions.findings,
         *truth.findings,
-        Finding("without a prediction, scored as empty", lacking),
+        Finding(NO_PREDICTION, lacking),
         Finding("predicted but not in the truth, left out", extra),
         Finding("with an empty prediction", empty),
         Finding("with an empty truth, not scored", untrue),

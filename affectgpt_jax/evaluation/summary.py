@@ -9,6 +9,7 @@ from typing import Any
 from affectgpt_jax.evaluation.datasets import BY_NAME
 from affectgpt_jax.evaluation.lexicon import Identity
 from affectgpt_jax.evaluation.metrics import ScoreError
+from affectgpt_jax.evaluation.readers import NO_PREDICTION
 from affectgpt_jax.evaluation.results import GroupMean, SetResult, group_means
 from affectgpt_jax.evaluation.tables import (
     FORMAT,
@@ -132,8 +133,5 @@ def _warnings(sets: Sequence[SetResult], peers: bool) -> list[str]:
 
 
 def _missing(result: SetResult) -> int:
-    return sum(
-        len(finding.names)
-        for finding in result.fixed.pairs.findings
-        if finding.what.startswith("without a prediction")
-    )
+    findings = result.fixed.pairs.findings
+    return sum(len(finding.names) for finding in findings if finding.what == NO_PREDICTION)
