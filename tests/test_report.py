@@ -316,13 +316,14 @@ sys.exit(f"loaded {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0
     command = [sys.executable, "-c", code, *map(str, arguments_of(files, files / "out"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    importing = [sys.executable, "-X", "importtime", "-c", "import affectgpt_jax.report"]
-    times = []
-    for _ in range(3):
-        done = subprocess.run(importing, capture_output=True, text=True, check=True)
-        own = [int(line.split(":")[1].split("|")[0]) for line in done.stderr.splitlines()[1:]]
-        times.append(sum(own) / 1e6)
-    assert min(times) < 0.3
+    # Time of the processor, so that other work on the machine does not count.
+    importing = "import time; start = time.process_time(); import affectgpt_jax.report; "
+    importing += "print(time.process_time() - start)"
+    done = [
+        subprocess.run([sys.executable, "-c", importing], capture_output=True, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(process.stdout) for process in done) < 0.3
 
 
 @functools.cache
