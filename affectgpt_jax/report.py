@@ -2,10 +2,10 @@
 
     python -m affectgpt_jax.report --set mer2023=predictions.jsonl,truth.csv --out report
 
-writes report.html, report.json and report.md (the paper's Table 2). A set is one of MER-UniBench
-({keys}), whose task is known, or any other as NAME:TASK=...
-Several prediction files before the truth are checkpoints, the last of them the one that was fixed
-beforehand.
+writes report.html, report.json and report.md (the paper's Table 2). A set is a known one
+({keys})
+or any other as NAME:TASK=... Several prediction files before the truth are checkpoints, the last of
+them the one that was fixed beforehand.
 
     python -m affectgpt_jax.report --ablation 5 --run none=a/report.json \\
         --run qformer=b/report.json --out ablation
@@ -124,7 +124,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(
         prog="python -m affectgpt_jax.report",
-        description=__doc__.format(keys=", ".join(BY_KEY)),
+        description=__doc__.format(keys=", ".join([*BY_KEY, DEMO])),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
