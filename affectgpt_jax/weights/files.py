@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from affectgpt_jax.weights.huggingface import WeightsError
+from affectgpt_jax.weights.streaming import WeightsError
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     return weight_map
 
 
-def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint, by name; the index and the files must agree on them."""
     weight_map = _read_index(directory)
     stored: dict[str, StoredTensor] = {}
@@ -200,7 +200,7 @@ def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
         WeightsError: a missing, unexpected or wrongly shaped tensor, an unreadable file, or an
             index that does not belong to its files; the message names tensor and file.
     """
-    stored = _stored_tensors(Path(directory))
+    stored = stored_tensors(Path(directory))
     _check_tensors(directory, stored, abstract)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     targets, jobs = [], []

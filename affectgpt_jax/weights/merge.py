@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from affectgpt_jax.weights.files import new_directory
-from affectgpt_jax.weights.huggingface import WeightsError, tensor_name, weight_files
-from affectgpt_jax.weights.tensors import Header, open_tensors, write_tensors
+from affectgpt_jax.weights.huggingface import stored_tensors, tensor_name
+from affectgpt_jax.weights.streaming import StoredTensor, WeightsError
+from affectgpt_jax.weights.tensors import write_tensors
 
-_DTYPES = ("float32", "float16", "bfloat16")
 SHARD_BYTES = 5_000_000_000
 # What a model directory holds beside the files that are copied: weights in any format.
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth")
@@ -24,7 +24,7 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json"
 def merge_kernel(
     kernel: np.ndarray, lora_a: np.ndarray, lora_b: np.ndarray, scale: float
 ) -> np.ndarray:
-    """`kernel + scale * lora_a @ lora_b`, computed in float32, in the kernel's dtype.
+    """`kernel + scale * lora_a @ lora_b`, computed in float32 or wider, in the kernel's dtype.
 
     Args:
         kernel: `[..., in, out]`.
@@ -32,7 +32,8 @@ def merge_kernel(
         lora_b: `[..., r, out]`.
         scale: alpha / r.
     """
-    merged = (np.asarray(lora_a, np.float32) * np.float32(scale)) @ np.asarray(lora_b, np.float32)
+    wide = np.result_type(np.float32, kernel.dtype)
+    merged = (np.asarray(lora_a, wide) * wide.type(scale)) @ np.asarray(lora_b, wide)
     merged += kernel
     return merged.astype(kernel.dtype)
 
@@ -65,16 +66,15 @@ def save_merged(
         shard_bytes: a file holds no more, unless one tensor alone does; several have an index.
 
     Raises:
-        WeightsError: a tensor that the adapter changes is missing, of another shape, or not of a
-            float type; the base cannot be read, or `out` exists.
+        WeightsError: a tensor that the adapter changes is missing or of another shape, the base
+            cannot be read or is quantized, or `out` exists.
     """
     base = Path(base)
-    files = open_tensors(weight_files(base))
-    tensors = files.headers
+    tensors = stored_tensors(base)
     factors = _factors(base, lora, tensors)
 
     def read(name: str) -> np.ndarray:
-        value = files.read(name)
+        value = tensors[name].read()
         if name in factors:
             lora_a, lora_b = factors[name]
             # It is stored as [out, in], and the transpose of a product is that of the factors.
@@ -101,7 +101,7 @@ def save_merged(
 
 
 def _factors(
-    base: Path, lora: Any, tensors: Mapping[str, Header]
+    base: Path, lora: Any, tensors: Mapping[str, StoredTensor]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The factors `[in, r]` and `[r, out]` of every tensor that the adapter changes."""
     found = {}
@@ -117,18 +117,13 @@ def _factors(
                     f"{base}: the tensor {name} is {tensors[name].shape}, but the adapter is for "
                     f"{shape}"
                 )
-            if tensors[name].dtype.name not in _DTYPES:
-                raise WeightsError(
-                    f"{base}: the tensor {name} is {tensors[name].dtype}; merge into a base of "
-                    f"{', '.join(_DTYPES)}"
-                )
             found[name] = pair
     if not found:
         raise WeightsError(f"{base}: this model has no LoRA, so there is nothing to merge into it")
     return found
 
 
-def _split(tensors: Mapping[str, Header], limit: int) -> Iterator[list[str]]:
+def _split(tensors: Mapping[str, StoredTensor], limit: int) -> Iterator[list[str]]:
     """Names of tensors, file by file."""
     names, total = [], 0
     for name, tensor in tensors.items():

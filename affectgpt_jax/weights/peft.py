@@ -18,8 +18,9 @@ from typing import Any
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
 from affectgpt_jax.weights import layout
 from affectgpt_jax.weights.files import new_directory
-from affectgpt_jax.weights.huggingface import WeightsError, tensor_name
-from affectgpt_jax.weights.tensors import Header, TensorFiles, open_tensors, write_tensors
+from affectgpt_jax.weights.huggingface import tensor_name
+from affectgpt_jax.weights.streaming import StoredTensor, WeightsError, read_header
+from affectgpt_jax.weights.tensors import write_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -104,8 +105,7 @@ def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "")
         "inference_mode": True,
     }
     with new_directory(directory) as partial:
-        headers = {name: Header(value.dtype, value.shape) for name, value in tensors.items()}
-        write_tensors(partial / TENSORS, headers, tensors.__getitem__)
+        write_tensors(partial / TENSORS, tensors, tensors.__getitem__)
         text = json.dumps(options, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")
 
@@ -155,8 +155,8 @@ def _in_order(targets: Iterable[str]) -> tuple[str, ...]:
     return (*(t for t in TARGETS if t in found), *sorted(found.difference(TARGETS)))
 
 
-def open_adapter(directory: Path) -> TensorFiles:
-    """The tensors of an adapter.
+def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of an adapter, by name.
 
     Raises:
         WeightsError: no such file, or a damaged one.
@@ -167,7 +167,7 @@ def open_adapter(directory: Path) -> TensorFiles:
             f"{path}: not found; PEFT writes it (an adapter_model.bin must be saved again, with "
             "safe_serialization=True)"
         )
-    return open_tensors([path])
+    return read_header(path)
 
 
 def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> Any:
@@ -192,8 +192,8 @@ def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> A
             f"{directory / CONFIG} has {option}={value!r}, which this code does not support; "
             "expected a plain LoRA adapter"
         )
-    files = open_adapter(directory)
-    shapes = {name: header.shape for name, header in files.headers.items()}
+    tensors = adapter_tensors(directory)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     check_adapter(directory, found.rank, found.alpha, adapter_targets(shapes), config)
     expected = layout.expected_shapes(abstract, _layout)
     for name in shapes:
@@ -203,7 +203,7 @@ def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> A
             )
     if trouble := layout.compare_shapes(shapes, expected):
         raise WeightsError(f"{directory / TENSORS}: {trouble}")
-    return layout.from_tensors(abstract, _layout, files.read)
+    return layout.from_tensors(abstract, _layout, lambda name: tensors[name].read())
 
 
 def check_adapter(
@@ -215,7 +215,7 @@ def check_adapter(
         WeightsError: they differ; the message has both sides.
     """
     here = (0, (), None)
-    if config and config.rank:
+    if config:
         here = (config.rank, _in_order(config.targets), config.alpha)
     there = (rank, _in_order(targets), alpha)
     for key, ours, theirs in zip(("rank", "targets", "alpha"), here, there):

@@ -20,8 +20,8 @@ from typing import Any
 
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.weights import layout, torch_zip
-from affectgpt_jax.weights.huggingface import WeightsError
 from affectgpt_jax.weights.peft import adapter_targets, check_adapter, lora_layout
+from affectgpt_jax.weights.streaming import WeightsError
 
 ALPHA = 32.0
 STEPS_PER_EPOCH = 5000
@@ -197,7 +197,7 @@ def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[An
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     expected = layout.expected_shapes(abstract, release_layout)
     rank, targets = lora_rank_and_targets(shapes)
-    if rank or (lora and lora.rank):
+    if rank or lora:
         check_adapter(file.path, rank, ALPHA, targets, lora)
     for name in shapes:
         known = owner(name) in _PROJECTIONS or _BUFFER.fullmatch(name)

@@ -13,13 +13,8 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.weights import peft, release
-from affectgpt_jax.weights.huggingface import (
-    WeightsError,
-    base_identity,
-    read_config,
-    weight_files,
-)
-from affectgpt_jax.weights.tensors import open_tensors
+from affectgpt_jax.weights.huggingface import base_identity, read_config, stored_tensors
+from affectgpt_jax.weights.streaming import WeightsError
 
 _HEADS = ("multi", "audio", "video", "image")
 _ATTENTION = re.compile(r"\.(self_attn|attention)\.")
@@ -128,8 +123,8 @@ def describe_base(directory: Path, hash_weights: bool = False) -> Report:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
     except (ValueError, KeyError, TypeError):
         raise WeightsError(f"{path} is not a model's config; expected 'model_type' in it") from None
-    files = weight_files(directory)
-    headers = open_tensors(files).headers
+    tensors = stored_tensors(directory)
+    files = {tensor.path for tensor in tensors.values()}
     try:
         read_config(directory)
         runs = "yes"
@@ -146,7 +141,7 @@ def describe_base(directory: Path, hash_weights: bool = False) -> Report:
     ]
     if hash_weights and runs == "yes":
         facts.append(("sha256", base_identity(directory).sha256))
-    return Report(facts, _group(headers, _base_part, _BASE_PARTS))
+    return Report(facts, _group(tensors, _base_part, _BASE_PARTS))
 
 
 def _base_part(name: str) -> str:
@@ -168,8 +163,8 @@ def describe_adapter(directory: Path) -> Report:
         WeightsError: a config or tensors that cannot be read.
     """
     config = peft.read_adapter_config(directory)
-    headers = peft.open_adapter(directory).headers
-    targets = peft.adapter_targets(headers)
+    tensors = peft.adapter_tensors(directory)
+    targets = peft.adapter_targets(tensors)
     refused = ", ".join(f"{key}={value!r}" for key, value in config.refused.items())
     facts = [
         ("format", "PEFT adapter"),
@@ -178,7 +173,7 @@ def describe_adapter(directory: Path) -> Report:
         ("dropout", str(config.dropout)),
         ("loads here", f"no: {refused} is not supported" if refused else "yes"),
     ]
-    parts = _group(headers, lambda name: peft.adapter_target(name) or "other", (*targets, "other"))
+    parts = _group(tensors, lambda name: peft.adapter_target(name) or "other", (*targets, "other"))
     return Report(facts, parts)
 
 

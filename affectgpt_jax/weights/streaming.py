@@ -30,12 +30,12 @@ READERS = min(8, os.cpu_count() or 1)
 HOST_BLOCK = 4 * 2**20
 DEVICE_BLOCK = 32 * 2**20
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _Bounds = tuple[tuple[int, int], ...]
 
 
 class WeightsError(ValueError):
-    """Weights on disk that cannot be read."""
+    """Weights on disk that cannot be read, do not fit, or cannot be written there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,23 @@ class StoredTensor:
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """All values, as stored.
+
+        Raises:
+            WeightsError: the file ends within the tensor.
+        """
+        values = np.empty(self.shape, self.dtype)
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            if file.readinto(values.reshape(-1).view(np.uint8)) != values.nbytes:
+                raise WeightsError(f"{self.path}: ends within the tensor {self.name}")
+        return values
 
     def blocks(self, start: int, stop: int, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """Rows `start` to `stop` in blocks of about `size` bytes, as `(first row, [rows, ...])`.
@@ -90,17 +107,17 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             raise WeightsError(
                 f"{path}: the tensor {name} is of type {entry['dtype']}; expected unquantized "
-                f"weights of one of the types {', '.join(_DTYPES)}"
+                f"weights of one of the types {', '.join(DTYPES)}"
             )
         tensors[name] = StoredTensor(
             name,
             path,
             8 + length + entry["data_offsets"][0],
             tuple(entry["shape"]),
-            np.dtype(_DTYPES[entry["dtype"]]),
+            np.dtype(DTYPES[entry["dtype"]]),
         )
     return tensors
 

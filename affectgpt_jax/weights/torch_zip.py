@@ -26,7 +26,7 @@ import numpy as np
 from affectgpt_jax.evaluation import plain_pickle
 from affectgpt_jax.evaluation.plain_pickle import Name, PickleError
 from affectgpt_jax.weights.files import new_file
-from affectgpt_jax.weights.huggingface import WeightsError
+from affectgpt_jax.weights.streaming import WeightsError
 
 # Storage classes of PyTorch by the dtype of their elements; later dtypes have no class, and their
 # tensors name the dtype themselves.

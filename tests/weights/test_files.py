@@ -3,7 +3,7 @@
 import pytest
 
 from affectgpt_jax.weights.files import new_directory, new_file
-from affectgpt_jax.weights.huggingface import WeightsError
+from affectgpt_jax.weights.streaming import WeightsError
 
 
 def test_what_is_written_appears_at_the_end(tmp_path):

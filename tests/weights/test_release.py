@@ -18,8 +18,8 @@ from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.weights import torch_zip
-from affectgpt_jax.weights.huggingface import WeightsError
 from affectgpt_jax.weights.release import load_release, read_release, save_release
+from affectgpt_jax.weights.streaming import WeightsError
 
 LORA = LoraConfig(rank=4, alpha=32.0, dropout=0.0)
 WIDTHS = {"audio": 10, "face": 6, "image": 7}

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from affectgpt_jax.weights import torch_zip
-from affectgpt_jax.weights.huggingface import WeightsError
+from affectgpt_jax.weights.streaming import WeightsError
 
 
 @pytest.fixture(scope="module")
