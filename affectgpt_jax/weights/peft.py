@@ -31,8 +31,8 @@ _HARMLESS = frozenset(
     """auto_mapping base_model_name_or_path eva_config exclude_modules inference_mode lora_alpha
     lora_dropout megatron_core peft_version qalora_group_size r revision target_modules""".split()
 )
-# Values that options may have beside false and empty ones. Every initialisation that is not listed
-# takes something out of the frozen weights.
+# Values that options may have beside false and empty ones. Initialisations that are not listed may
+# take something out of the frozen weights.
 _ALLOWED = {
     "bias": ("none",),
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),

@@ -1,5 +1,6 @@
 """Adapters of PEFT: written, read, refused; the real library is the judge."""
 
+import dataclasses
 import json
 import shutil
 
@@ -112,17 +113,22 @@ def test_a_half_precision_adapter_is_cast_to_the_dtype_of_the_run(saved):
 # --- The real library -----------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """transformers' model of a random base, and the base."""
+FAMILIES = {
+    "Qwen2": LLM,
+    "Llama": dataclasses.replace(LLM, qkv_bias=False),
+    "Qwen3": dataclasses.replace(LLM, qk_norm=True, o_bias=True, tie_word_embeddings=True),
+}
+
+
+def reference(directory, llm):
+    """A random base, and transformers' model of it."""
     pytest.importorskip("torch", reason="the reference runs in PyTorch")
     pytest.importorskip("peft", reason="the reference is PEFT")
     import transformers
 
-    base = random_base(MODEL)
-    directory = tmp_path_factory.mktemp("base")
-    save_base(directory, LLM, base)
-    return lambda: transformers.Qwen2ForCausalLM.from_pretrained(directory), base
+    base = random_base(make_model(llm))
+    save_base(directory, llm, base)
+    return base, transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
 TOKENS = np.random.default_rng(0).integers(LLM.vocab_size, size=(2, 7))
@@ -135,10 +141,10 @@ def torch_logits(model):
         return model.eval()(torch.tensor(TOKENS)).logits.numpy()
 
 
-def logits(base, lora, config):
+def logits(llm, base, lora, config):
     """Of the same tokens by our decoder."""
     positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
-    module = Qwen2(LLM, config)
+    module = Qwen2(llm, config)
 
     @jax.jit
     def run(base, lora):
@@ -150,26 +156,28 @@ def logits(base, lora, config):
     return run(base, lora)
 
 
-def test_peft_computes_the_same_logits_with_an_exported_adapter(reference, saved):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_computes_the_same_logits_with_an_exported_adapter(tmp_path, saved, family):
+    llm = FAMILIES[family]
+    base, model = reference(tmp_path / "base", llm)
+    assert type(model).__name__ == f"{family}ForCausalLM"
     import peft
 
-    make, base = reference
-    model = peft.PeftModel.from_pretrained(make(), saved)
-    expected = torch_logits(model)
+    expected = torch_logits(peft.PeftModel.from_pretrained(model, saved))
     # Float32 sums of some tens of terms, two layers deep, added in another order.
-    assert relative_error(logits(base, LORA, CONFIG), expected) < 1e-5
-    assert relative_error(logits(base, {}, CONFIG), expected) > 0.1, "the adapter does nothing"
+    assert relative_error(logits(llm, base, LORA, CONFIG), expected) < 1e-5
+    assert relative_error(logits(llm, base, {}, CONFIG), expected) > 0.1, "the adapter does nothing"
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), TARGETS])
-def test_an_adapter_made_by_peft_is_loaded_to_the_same_logits(reference, tmp_path, targets):
+def test_an_adapter_made_by_peft_is_loaded_to_the_same_logits(tmp_path, targets):
+    base, model = reference(tmp_path / "base", LLM)
     import peft
     import torch
 
-    make, base = reference
     torch.manual_seed(0)
     options = {"r": 3, "lora_alpha": 7.5, "lora_dropout": 0.1, "target_modules": list(targets)}
-    model = peft.get_peft_model(make(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # zero at the start
             torch.nn.init.normal_(parameter)
@@ -178,7 +186,7 @@ def test_an_adapter_made_by_peft_is_loaded_to_the_same_logits(reference, tmp_pat
     wanted = jax.eval_shape(lambda key: init_lora(Qwen2(LLM, config), key), jax.random.key(0))
     lora = load_adapter(tmp_path / "theirs", wanted, config)
     # As above.
-    assert relative_error(logits(base, lora, config), torch_logits(model)) < 1e-5
+    assert relative_error(logits(LLM, base, lora, config), torch_logits(model)) < 1e-5
 
     save_adapter(tmp_path / "ours", lora, config)
     ours, theirs = (
