@@ -165,8 +165,8 @@ def large(tmp_path):
 
 
 BLOCK = 2**16
-# Blocks of all readers, and as much again for threads and whatever Python allocates.
-ALLOWANCE = 2 * streaming.READERS * BLOCK
+# Blocks of all readers, and half a MiB for threads and whatever else Python allocates.
+ALLOWANCE = streaming.READERS * BLOCK + 2**19
 
 
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8"])
