@@ -228,7 +228,8 @@ class SavedRun:
         # Damage fails in any of Orbax's layers.
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise CheckpointError(f"{self._directory / str(step)} is damaged: {reason}") from None
+            where = self._directory / str(step)
+            raise CheckpointError(f"{where} is damaged: {reason[:200]}") from None
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -241,5 +241,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
+def _ignore_late_reads(unraisable: Any) -> None:
+    """Say nothing about reads that Orbax left behind when it met the first damaged array."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
+    sys.unraisablehook = _ignore_late_reads
     main()

@@ -260,14 +260,16 @@ def test_a_run_without_its_config_is_refused(run, tmp_path, text):
     assert "is not the config of a run" in refused("export-peft", copy, tmp_path / "out")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(run, tmp_path):
+@pytest.mark.parametrize("file", ["state/_METADATA", "base/metadata"])
+def test_a_damaged_checkpoint_is_refused_by_name(run, tmp_path, file):
     copy = copy_run(run, tmp_path)
-    for path in (copy / "checkpoints" / "5" / "state").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[:20])
-    assert f"{copy / 'checkpoints' / '5'} is damaged" in refused(
-        "export-release", copy, tmp_path / "c.pth"
-    )
+    # (Not the arrays: Orbax closes its event loop on the first error, and the reads that are still
+    # on their way then complain at random moments.)
+    path = copy / "checkpoints" / "5" / file
+    path.write_bytes(path.read_bytes()[:20])
+    words = refused("export-release", copy, tmp_path / "c.pth")
+    assert f"{copy / 'checkpoints' / '5'} is damaged" in words
+    assert f"{copy / 'checkpoints' / '5'} is damaged" in refused("inspect", copy)
 
 
 def test_a_run_is_opened_without_its_model_and_left_as_it_was(run):
