@@ -59,6 +59,22 @@ def base_config(llm: str) -> Qwen2Config:
     return read_config(base_directory(llm))
 
 
+def tokenizer(directory: Path, llm: Qwen2Config) -> Tokenizer:
+    """The tokenizer of a base.
+
+    Raises:
+        ConfigError: it has more tokens than the base.
+        TokenizerError: a directory without a tokenizer that can be used.
+    """
+    found = Tokenizer(directory)
+    if found.base_size > llm.vocab_size:
+        raise ConfigError(
+            f"{directory}: the tokenizer has {found.base_size} tokens, but the model only "
+            f"{llm.vocab_size} rows of embeddings; they do not belong together"
+        )
+    return found
+
+
 def input_mode(config: ConfigDict, name: str = "") -> InputMode:
     """An input mode, `config.input` by default, as `config.fusion` leaves it."""
     mode = INPUT_MODES[name or config.input]
@@ -210,7 +226,7 @@ def data(
 
     def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> Source:
         mode = entry["input"] or config.input
-        dataset = _open(config, place, split, workdir, say)
+        dataset = open_records(config, place, split, workdir, say)
         check_features(config, dataset, input_mode(config, mode))
         label = entry["label"] or config.label
         how = view(config, tokenizer, mode)
@@ -249,10 +265,21 @@ def _check_leaks(config: ConfigDict, data: Data, say: Callable[[str], None]) -> 
         say(f"warning: {found}")
 
 
-def _open(
+def open_records(
     config: ConfigDict, place: str, split: str, workdir: Path, say: Callable[[str], None]
 ) -> Records:
-    """The data set of a source string; every shard is hashed unless `data.verify` is off."""
+    """The data set of a source string; every shard is hashed unless `data.verify` is off.
+
+    Args:
+        config: the run's config.
+        place: a record directory, "tfds:DIR:SPLIT", "demo" or "demo:WORLD".
+        split: of the demo world, which is generated under `workdir` where it is not there yet.
+        workdir: the run's directory.
+        say: told what takes long.
+
+    Raises:
+        RecordError: a directory without intact records.
+    """
     if match := re.fullmatch(r"demo(?::(\d+))?", place):
         seed = config.demo_seed if match[1] is None else int(match[1])
         features = demo.features_for(fusion_config(config, llm_width=1).inputs)

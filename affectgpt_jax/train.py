@@ -36,7 +36,7 @@ from affectgpt_jax.data.pipeline import (
 )
 from affectgpt_jax.data.prompts import InputMode, PromptError, parse_label
 from affectgpt_jax.data.records import RecordError
-from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
+from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training import sharding, telemetry
@@ -46,6 +46,7 @@ from affectgpt_jax.training.checkpoints import (
     CheckpointWriteError,
 )
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from affectgpt_jax.training.sharding import abstract
 from affectgpt_jax.training.step import (
     State,
     init_key,
@@ -104,12 +105,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     schedule = learning_rate_schedule(optimizer_config, config.steps)
 
     # Data: tokenised whole, so that batch shapes are known before anything is compiled.
-    tokenizer = Tokenizer(directory)
-    if tokenizer.base_size > llm.vocab_size:
-        raise ConfigError(
-            f"{directory}: the tokenizer has {tokenizer.base_size} tokens, but the model only "
-            f"{llm.vocab_size} rows of embeddings; they do not belong together"
-        )
+    tokenizer = build.tokenizer(directory, llm)
     data = build.data(config, workdir, tokenizer, progress.line)
     question = test_question(config)
     if data.test is not None:
@@ -420,16 +416,6 @@ def check_disk(workdir: Path, state: State) -> None:
             f"{workdir}: {free / 2**20:.0f} MiB are free, but one checkpoint takes "
             f"{need / 2**20:.0f} MiB; free some space, or name another --workdir"
         )
-
-
-def abstract(mesh: Mesh, init: Callable[[jax.Array], Any]) -> Any:
-    """Shapes, dtypes and shardings of what `init(key)` returns, without computing it."""
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        shapes,
-        sharding.tree_shardings(mesh, shapes),
-    )
 
 
 def tree_shardings(abstract_tree: Any) -> Any:

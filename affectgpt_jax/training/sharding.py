@@ -106,6 +106,16 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def abstract(mesh: Mesh, init: Callable[[jax.Array], Any]) -> Any:
+    """Shapes, dtypes and shardings of what `init(key)` returns, without computing it."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        shapes,
+        tree_shardings(mesh, shapes),
+    )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
