@@ -39,9 +39,12 @@ class Checkpoints:
         workdir: the run's directory.
         base: identity of the frozen base that this run trains on.
         keep: how many of the newest to keep, beside the best on validation.
+        read_only: create and remove nothing; for a run that somebody else may be training.
     """
 
-    def __init__(self, workdir: Path, base: BaseIdentity, keep: int = 3):
+    def __init__(
+        self, workdir: Path, base: BaseIdentity, keep: int = 3, *, read_only: bool = False
+    ):
         self._base, self._broken = dataclasses.asdict(base), False
         self._directory = (Path(workdir) / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(
@@ -59,6 +62,8 @@ class Checkpoints:
             ),
             best_fn=lambda metrics: metrics[METRIC],
             best_mode="min",
+            read_only=read_only,
+            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -69,6 +74,10 @@ class Checkpoints:
             },
             options=options,
         )
+
+    def steps(self) -> list[int]:
+        """All steps that were saved and kept, ascending."""
+        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """The newest step, or None where nothing has been saved."""
@@ -113,6 +122,24 @@ class Checkpoints:
             CheckpointError: it was trained on another base, or its tree is not that of this
                 config; the message names what differs.
         """
+        self._check(step, abstract, lambda name: True)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        return self._manager.restore(step, args=args)["state"]
+
+    def restore_trainable(self, step: int, abstract: Any) -> Any:
+        """Read `state["trainable"]` alone, a third of a checkpoint; otherwise as `restore`."""
+        item = {"trainable": abstract}
+        self._check(step, item, lambda name: name.startswith("trainable/"))
+        args = ocp.args.PyTreeRestore(
+            item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        with ocp.PyTreeCheckpointer() as reader:
+            return reader.restore(self._directory / str(step) / "state", args=args)["trainable"]
+
+    def _check(self, step: int, abstract: Any, wanted: Callable[[str], bool]) -> None:
+        """Compare base and tree of a checkpoint, as far as its leaves are `wanted`."""
         where = f"{self._directory / str(step)}"
         saved = self._manager.restore(step, args=ocp.args.Composite(base=ocp.args.JsonRestore()))
         if saved["base"]["sha256"] != self._base["sha256"]:
@@ -123,15 +150,13 @@ class Checkpoints:
         # Orbax can fill a tree of other shapes without an error, so they are compared first.
         found = _describe(self._manager.item_metadata(step)["state"])
         expected = _describe(abstract)
-        for name in sorted(expected.keys() | found.keys()):
+        for name in sorted(expected.keys() | set(filter(wanted, found))):
             if expected.get(name) != found.get(name):
                 raise CheckpointError(
                     f"{where} does not fit this config: {name} is {found.get(name, 'missing')} "
                     f"there and {expected.get(name, 'missing')} here; use the config it was "
                     "trained with, or another --workdir"
                 )
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["state"]
 
     def wait(self) -> None:
         """Wait until everything is on disk.

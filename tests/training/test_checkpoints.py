@@ -77,6 +77,33 @@ def test_a_sharded_state_is_restored_bit_for_bit_onto_any_layout(tmp_path, mesh)
         assert leaf.sharding == wanted.sharding
 
 
+@pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
+def test_what_is_trained_is_restored_without_the_rest(saved, mesh):
+    wanted = abstract(mesh)["trainable"]
+    with Checkpoints(saved, BASE, read_only=True) as checkpoints:
+        restored = checkpoints.restore_trainable(7, wanted)
+    assert_same(restored, make_state()["trainable"])
+    for leaf, shape in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
+        assert leaf.sharding == shape.sharding
+
+
+@pytest.mark.parametrize("part", ["lora", "fusion"])
+def test_a_model_without_adapters_or_without_fusion_is_restored(tmp_path, part):
+    shapes = SHAPES | {part: {}}
+    with Checkpoints(tmp_path, BASE) as checkpoints:
+        checkpoints.save(7, make_state(shapes=shapes), val_loss=None)
+        checkpoints.wait()
+        restored = checkpoints.restore_trainable(7, abstract(shapes=shapes)["trainable"])
+    assert_same(restored, make_state(shapes=shapes)["trainable"])
+
+
+def test_looking_at_checkpoints_creates_nothing_and_removes_nothing(saved):
+    before = sorted(saved.rglob("*"))
+    with Checkpoints(saved, BASE, keep=1, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [7]
+    assert sorted(saved.rglob("*")) == before
+
+
 def test_a_state_may_be_changed_as_soon_as_save_returns(tmp_path):
     expected = make_state()
     state = jax.device_put(make_state(), jax.devices()[0])
@@ -118,11 +145,16 @@ def test_without_validation_the_newest_is_the_best(tmp_path):
 
 
 def assert_refused(workdir, words, base=BASE, shapes=SHAPES):
+    wanted = abstract(shapes=shapes)
     with Checkpoints(workdir, base) as checkpoints:
-        with pytest.raises(CheckpointError) as error:
-            checkpoints.restore(7, abstract(shapes=shapes))
-    for word in ("checkpoints/7", *words):
-        assert word in str(error.value)
+        for restore, shape in (
+            (checkpoints.restore, wanted),
+            (checkpoints.restore_trainable, wanted["trainable"]),
+        ):
+            with pytest.raises(CheckpointError) as error:
+                restore(7, shape)
+            for word in ("checkpoints/7", *words):
+                assert word in str(error.value)
 
 
 def test_a_checkpoint_of_another_base_is_refused_by_both_identities(saved):
