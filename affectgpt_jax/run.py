@@ -1,0 +1,153 @@
+"""A trained run read back: from its workdir to a model that answers.
+
+Shared by the commands that use a run, so that each sees the model as it was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build
+from affectgpt_jax.config import ConfigError, validate
+from affectgpt_jax.configs import affectgpt_qwen25_7b
+from affectgpt_jax.data.pipeline import View
+from affectgpt_jax.data.prompts import PromptError, parse_label
+from affectgpt_jax.data.tokenizer import TokenizerError
+from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
+from affectgpt_jax.training import sharding
+from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+from affectgpt_jax.weights.huggingface import WeightsError, base_identity, load_base
+
+
+class RunError(ValueError):
+    """A workdir without a run that can be used."""
+
+
+# What `load_run` says about trouble that a user can mend.
+LOAD_ERRORS = (
+    CheckpointError,
+    ConfigError,
+    PromptError,
+    RunError,
+    TokenizerError,
+    WeightsError,
+    sharding.MeshError,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A model as a checkpoint left it, and all that it takes to ask it.
+
+    Attributes:
+        workdir: the run's directory.
+        config: what it was trained with.
+        model, base, trainable: modules, frozen weights, adapters and fusion.
+        view: how clips become inputs, in the mode `config.input`.
+        mesh: where the arrays are.
+        step: of the checkpoint.
+        best_step: of the one that validation prefers.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    model: AffectGPT
+    base: Any
+    trainable: Any
+    view: View
+    mesh: Mesh
+    step: int
+    best_step: int
+
+    @property
+    def label_types(self) -> tuple[str, ...]:
+        """The label types that the run has been trained on."""
+        entries = self.config.data.mix.values()
+        labels = [entry.label or self.config.label for entry in entries] or [self.config.label]
+        return tuple(dict.fromkeys(kind for label in labels for kind in parse_label(label)))
+
+
+def load_config(workdir: Path) -> ConfigDict:
+    """The config that a run was trained with, from its `config.json`.
+
+    Raises:
+        RunError: no such file, or not JSON.
+        ConfigError: a config that this version does not know.
+    """
+    path = workdir / "config.json"
+    try:
+        saved = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RunError(
+            f"{workdir} holds no run: {path.name} is missing; name the --workdir of a training run"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+    if not isinstance(saved, dict):
+        raise RunError(f"{path} cannot be read: it holds no config")
+    config = ConfigDict(_like(affectgpt_qwen25_7b.get_config().to_dict(), saved))
+    try:
+        validate(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return config
+
+
+def _like(schema: Any, value: Any) -> Any:
+    """A value from JSON, which knows no tuples, with tuples where the schema has them."""
+    if isinstance(schema, dict) and isinstance(value, dict):
+        return {key: _like(schema.get(key), entry) for key, entry in value.items()}
+    return tuple(value) if isinstance(schema, tuple) and isinstance(value, list) else value
+
+
+def load_run(workdir: Path, step: int | None = None, *, llm: str = "", mesh: str = "") -> Run:
+    """Load the model of a run, which may still be training; nothing is written.
+
+    Args:
+        workdir: the run's directory.
+        step: of the checkpoint; the best on validation if None.
+        llm: directory of the base, if not where `config.llm` says: checkpoints know it by its hash.
+        mesh: devices, if not those that `config.mesh` names.
+
+    Raises:
+        RunError: a workdir without a run or without that checkpoint.
+        CheckpointError: the checkpoint belongs to another base, or does not fit the config.
+        ConfigError, MeshError, PromptError, TokenizerError, WeightsError: what the config names
+            cannot be used.
+    """
+    config = load_config(workdir)
+    config.llm, config.mesh = llm or config.llm, mesh or config.mesh
+    if not (workdir / "checkpoints").is_dir():
+        raise _no_checkpoint(workdir)
+    device_mesh = sharding.make_mesh(config.mesh)
+    directory, llm_shape = build.base_directory(config.llm), build.base_config(config.llm)
+    model = build.model(config, llm_shape, sharding.activation_constraint(device_mesh))
+    view = build.view(config, build.tokenizer(directory, llm_shape))
+    identity = base_identity(directory)
+    shapes = sharding.abstract(device_mesh, lambda key: init_trainable(model, key))
+    with Checkpoints(workdir, identity, read_only=True) as checkpoints:
+        best, steps = checkpoints.best_step(), checkpoints.steps()
+        if best is None:
+            raise _no_checkpoint(workdir)
+        step = best if step is None else step
+        if step not in steps:
+            raise RunError(
+                f"{workdir} has no checkpoint of step {step}, but of "
+                f"{', '.join(map(str, steps))} (the best on validation is {best})"
+            )
+        trainable = checkpoints.restore_trainable(step, shapes)
+    shapes = sharding.abstract(device_mesh, lambda key: init_random_base(model, key))
+    base = load_base(directory, shapes, sharding.tree_shardings(device_mesh, shapes))
+    return Run(workdir, config, model, base, trainable, view, device_mesh, step, best)
+
+
+def _no_checkpoint(workdir: Path) -> RunError:
+    return RunError(
+        f"{workdir} has no checkpoint; a run saves its first one after config.save_every steps"
+    )
