@@ -1,0 +1,467 @@
+"""Ask a trained run about clips: what does the person feel, and why?
+
+    python -m affectgpt_jax.predict --workdir runs/demo --name demo-test-00000
+    python -m affectgpt_jax.predict --workdir runs/demo --first 3 --question ovlabel
+    python -m affectgpt_jax.predict --workdir runs/paper --records /records/mine \\
+        --question "Does the voice fit the face?" --temperature 1 --top_p 0.9
+    python -m affectgpt_jax.predict --workdir runs/paper --records /records/mine \\
+        --question ovlabel --out answers.jsonl
+
+One clip is answered as you watch, many a batch at a time. With --json every answer is a line of
+JSON on the standard output; with --out these lines go to a file, and the same command, interrupted
+and run again, goes on where it stopped. A line is
+
+    {"name", "question", "text", "labels", "tokens", "cut", "logprob"}
+
+where labels is a list for questions that ask for labels and otherwise null, tokens counts the end
+mark, cut says that the answer reached --max_new_tokens, and logprob is the natural logarithm of the
+probability that the model itself gives to the answer. A file with one question can be scored:
+python -m affectgpt_jax.score --task fine --predictions answers.jsonl --truth ...
+
+Answers are the most probable ones token by token, unless --temperature is set. What is drawn then
+follows from --seed, the clip's name and the question: it is the same in any batch, alone or among
+others. Notes and progress go to the standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from affectgpt_jax import build
+from affectgpt_jax.data.pipeline import DataError
+from affectgpt_jax.data.prompts import LABEL_TYPES
+from affectgpt_jax.data.records import RecordError, Records, RecordSubset
+from affectgpt_jax.evaluate import SCORED, Answer, Generator
+from affectgpt_jax.models.fusers import FusionConfig
+from affectgpt_jax.models.generate import Sampling
+from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
+
+
+class PredictError(ValueError):
+    """A question or an output file that cannot be used."""
+
+
+USER_ERRORS = (*LOAD_ERRORS, DataError, PredictError, RecordError)
+
+# Asked by default, as far as the run has been trained on them.
+DEFAULT_QUESTIONS = ("description", "ovlabel")
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, type=Path, metavar="RUN", help="directory of a training run")
+    add("--step", type=int, metavar="N", help="of the checkpoint; default: the best on validation")
+    add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
+    add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
+    add("--records", metavar="DIR", help="clips, as config.data.test; default: that of the run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--name", action="append", metavar="NAME", help="a clip; repeatable; default: all clips"
+    )
+    which.add_argument("--first", type=int, metavar="N", help="the first N clips")
+    add(
+        "--question",
+        action="append",
+        metavar="TEXT",
+        help="a label type, whose question is asked, or any text; repeatable; default: "
+        f"{' and '.join(DEFAULT_QUESTIONS)}, as far as the run was trained on them",
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--json", action="store_true", help="a line of JSON per answer")
+    where.add_argument("--out", type=Path, metavar="FILE", help="the same into a file; resumes")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
+    add("--top_p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
+    add("--repetition_penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    add("--seed", type=int, default=0, help="of sampling; default: 0")
+    add("--max_new_tokens", type=int, metavar="N", help="default: the run's")
+    add("--batch_size", type=int, metavar="N", help="clips at a time; default: the run's")
+    arguments = parser.parse_args(argv)
+    for name in ("step", "first", "max_new_tokens", "batch_size"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            parser.error(f"--{name} is {value}; expected 1 or more")
+    for name in ("name", "question"):
+        values = getattr(arguments, name) or ()
+        for value in values:
+            if not value.strip():
+                parser.error(f"--{name} is empty")
+            if values.count(value) > 1:
+                parser.error(f"--{name} {value!r} is given twice")
+    if not 0 <= arguments.seed < 2**32:
+        parser.error(f"--seed is {arguments.seed}; expected 0 to 4294967295")
+    try:
+        arguments.sampling = Sampling(
+            arguments.temperature, arguments.top_p, arguments.repetition_penalty
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def predict(arguments: argparse.Namespace) -> None:
+    """Answer every question about every clip.
+
+    Raises:
+        One of `USER_ERRORS`.
+    """
+    check_questions(arguments.question or ())
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
+    run = load_run(arguments.workdir, arguments.step, llm=arguments.llm, mesh=arguments.mesh)
+    best = ", the best on validation" if run.step == run.best_step else ""
+    say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.view.mode.name}")
+    questions = choose_questions(run, arguments.question)
+    clips = choose_clips(open_clips(run, arguments.records), arguments.name, arguments.first)
+    report_missing(run, clips)
+    for question in questions:
+        run.view.prompt_examples(clips, question)  # trouble with a clip shows now, not at the end
+    generator = Generator(
+        run.model,
+        run.base,
+        run.view,
+        run.mesh,
+        batch_size=min(arguments.batch_size or run.config.generate.batch_size, len(clips)),
+        max_new_tokens=arguments.max_new_tokens or run.config.generate.max_new_tokens,
+        num_buckets=run.config.num_buckets,
+        sampling=arguments.sampling,
+        seed=arguments.seed,
+        log_probs=True,
+    )
+    if arguments.out:
+        with AnswerFile(arguments.out, file_settings(run, clips, arguments)) as file:
+            for name, question, answer in ask(run, generator, clips, questions, file):
+                file.write(as_dict(run, name, question, answer))
+    elif len(clips) == 1 and not arguments.json:
+        for question in questions:
+            show_while_writing(run, generator, clips, question)
+    else:
+        for name, question, answer in ask(run, generator, clips, questions):
+            if arguments.json:
+                print(to_json(as_dict(run, name, question, answer)), flush=True)
+            else:
+                shown = f"{heading(name, question)}{answer.text}\n"
+                print(shown + remarks(run, question, answer), end="", flush=True)
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+# --- what is asked ------------------------------------------------------------------------------
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """Refuse what looks like a label type misspelt; any other text may be asked.
+
+    Raises:
+        PredictError: a single word that is nearly a label type.
+    """
+    for question in questions:
+        if question in LABEL_TYPES or len(question.split()) > 1:
+            continue
+        if close := difflib.get_close_matches(question, LABEL_TYPES, 1, cutoff=0.7):
+            raise PredictError(
+                f"--question={question} is not a label type; did you mean {close[0]}? (A question "
+                "of your own has several words.)"
+            )
+
+
+def choose_questions(run: Run, asked: Sequence[str] | None) -> Sequence[str]:
+    """What to ask: `asked`, or the default questions that the run has been trained on."""
+    trained = run.label_types
+    if asked:
+        for question in asked:
+            if question in LABEL_TYPES and question not in trained:
+                say(f"note: the run was trained on {', '.join(trained)}, not on {question}")
+        return asked
+    questions = [name for name in DEFAULT_QUESTIONS if name in trained] or list(trained)
+    say(f"asking {' and '.join(questions)} (trained: {', '.join(trained)})")
+    return questions
+
+
+def open_clips(run: Run, place: str | None) -> Records:
+    """The clips of a place, by default the run's test set.
+
+    Raises:
+        PredictError: neither is named.
+        ConfigError: they lack the features that the run's input mode reads, or others have them.
+        RecordError: a directory without intact records.
+    """
+    place = place or run.config.data.test
+    if not place:
+        raise PredictError(
+            f"{run.workdir} has no test set (config.data.test is empty); name clips: --records DIR"
+        )
+    config = run.config.copy_and_resolve_references()
+    config.data.verify = False  # a record that is read checks itself, and few may be read
+    clips = build.open_records(config, place, "test", run.workdir, say)
+    build.check_features(config, clips, run.view.mode)
+    return clips
+
+
+def choose_clips(clips: Records, names: Sequence[str] | None, first: int | None) -> Records:
+    """The clips of these names, or the first ones, or all.
+
+    Raises:
+        PredictError: a name that no clip has.
+    """
+    if first:
+        if first > len(clips):
+            say(f"note: there are only {len(clips)} clips")
+        return RecordSubset(clips, range(min(first, len(clips))))
+    if not names:
+        return clips
+    numbers = {entry.name: number for number, entry in enumerate(clips.index)}
+    for name in names:
+        if name not in numbers:
+            close = difflib.get_close_matches(name, numbers, 3)
+            hint = (
+                f"did you mean {' or '.join(close)}?" if close else f"one is {next(iter(numbers))}"
+            )
+            raise PredictError(f"none of the {len(clips)} clips is named {name!r}; {hint}")
+    return RecordSubset(clips, [numbers[name] for name in names])
+
+
+def report_missing(run: Run, clips: Records) -> None:
+    """Say which clips lack a modality that the input mode reads; the model goes without it."""
+    slots = run.view.mode.slots
+    for feature in dict.fromkeys(name for slot in slots for name in FusionConfig.read_by(slot)):
+        without = [entry.name for entry in clips.index if feature not in entry.present]
+        if without:
+            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
+            say(f"note: {without[0]}{more} of {len(clips)} clips: no {feature}, answered without")
+
+
+# --- how answers come ---------------------------------------------------------------------------
+
+
+def ask(
+    run: Run,
+    generator: Generator,
+    clips: Records,
+    questions: Sequence[str],
+    file: AnswerFile | None = None,
+) -> Iterator[tuple[str, str, Answer]]:
+    """Clip names, questions and answers, a batch at a time, but for those that `file` holds."""
+    parts, answered = {}, file.answered if file else ()
+    for question in questions:
+        left = [i for i, e in enumerate(clips.index) if (e.name, question) not in answered]
+        parts[question] = RecordSubset(clips, left)
+    # A line that is rewritten would mix with answers on the same terminal.
+    in_place = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
+    progress = Progress(sum(map(len, parts.values())), in_place)
+    for question, part in parts.items():
+        if not len(part):
+            continue
+        for number, answer in generator.batches(run.trainable, part, question):
+            yield part.index[number].name, question, answer
+            progress.advance()
+
+
+def show_while_writing(run: Run, generator: Generator, clip: Records, question: str) -> None:
+    """Print the answer about a single clip as it is written."""
+    print(heading(clip.index[0].name, question), end="", flush=True)
+    shown = 0
+    for answer in generator.stream(run.trainable, clip, question):
+        print(answer.text[shown:], end="", flush=True)
+        shown = len(answer.text)
+    print("\n" + remarks(run, question, answer), end="", flush=True)
+
+
+def heading(name: str, question: str) -> str:
+    return f"{name} [{question}] "
+
+
+def remarks(run: Run, question: str, answer: Answer) -> str:
+    """What stands below an answer on a terminal."""
+    lines = []
+    labels = read_labels(run, question, answer)
+    if labels is not None:
+        lines.append(f"  labels: {', '.join(labels) or 'none'}\n")
+    if answer.cut:
+        lines.append(f"  cut at {answer.tokens} tokens; --max_new_tokens allows more\n")
+    return "".join(lines)
+
+
+def read_labels(run: Run, question: str, answer: Answer) -> list[str] | None:
+    """The labels of an answer to a question that asks for labels."""
+    return run.view.prompts.read_labels(answer.text, question) if question in SCORED else None
+
+
+def as_dict(run: Run, name: str, question: str, answer: Answer) -> dict[str, Any]:
+    """An answer as JSON has it; this module's docstring says what the keys mean."""
+    return {
+        "name": name,
+        "question": question,
+        "text": answer.text,
+        "labels": read_labels(run, question, answer),
+        "tokens": answer.tokens,
+        "cut": answer.cut,
+        "logprob": answer.log_prob,
+    }
+
+
+def to_json(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False)
+
+
+class Progress:
+    """How many answers there are, how fast they come, and when the last one will.
+
+    On the standard error: one line kept up to date `in_place`, or a new one every 10 s.
+    """
+
+    def __init__(self, total: int, in_place: bool):
+        self._total, self._done = total, 0
+        self._start = self._drawn = time.perf_counter()
+        self._in_place = in_place
+
+    def advance(self) -> None:
+        """Count one answer."""
+        self._done += 1
+        now, last = time.perf_counter(), self._done == self._total
+        if not last and now - self._drawn < (0.2 if self._in_place else 10):
+            return
+        self._drawn = now
+        rate = self._done / (now - self._start)
+        text = f"{self._done:,} of {self._total:,} answers, {rate:.3g}/s"
+        if not last:
+            text += f", {(self._total - self._done) / rate:.0f} s left"
+        if self._in_place:
+            print(f"\r{text:<60}", end="\n" if last else "", file=sys.stderr, flush=True)
+        else:
+            say(text)
+
+
+# --- a file of answers --------------------------------------------------------------------------
+
+
+def file_settings(run: Run, clips: Records, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What must be the same for answers that stand in one file."""
+    return {
+        "run": str(run.workdir.resolve()),
+        "step": run.step,
+        "records": clips.manifest.index_sha256,
+        "max_new_tokens": arguments.max_new_tokens or run.config.generate.max_new_tokens,
+        "temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "repetition_penalty": arguments.repetition_penalty,
+        "seed": arguments.seed,
+    }
+
+
+class AnswerFile:
+    """Answers as lines of JSON, which an interrupted command goes on with.
+
+    Beside it, FILE.settings.json says how its answers were made.
+
+    Attributes:
+        answered: clip names and questions of the lines that are there.
+
+    Args:
+        path: of the file.
+        settings: of the answers to come.
+
+    Raises:
+        PredictError: the file was not written by this command, or with other settings.
+        OSError: it cannot be read or written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        self.answered: set[tuple[str, str]] = set()
+        beside = path.with_name(f"{path.name}.settings.json")
+        if path.exists() and path.stat().st_size:
+            self._check(path, beside, settings)
+            self._read(path)
+        else:
+            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append an answer, as `as_dict` gives it."""
+        self._file.write(to_json(line) + "\n")
+        self._file.flush()
+
+    @staticmethod
+    def _check(path: Path, beside: Path, settings: Mapping[str, Any]) -> None:
+        try:
+            theirs = json.loads(beside.read_bytes())
+        except (OSError, ValueError):
+            raise PredictError(
+                f"{path} is there, but no {beside.name} that says how it was made; name another "
+                "--out"
+            ) from None
+        for key, mine in settings.items():
+            if theirs.get(key) != mine:
+                raise PredictError(
+                    f"{path} holds answers with {key} {theirs.get(key)!r}, but now it is {mine!r}; "
+                    "name another --out, or the same settings to go on"
+                )
+
+    def _read(self, path: Path) -> None:
+        data = path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
+            try:
+                fields = json.loads(line)
+                self.answered.add((fields["name"], fields["question"]))
+            except (ValueError, KeyError, TypeError):
+                raise PredictError(
+                    f"{path}, line {number} is not an answer; mend it, or name another --out"
+                ) from None
+        if whole < len(data):
+            os.truncate(path, whole)
+            say(f"{path}: the last line was half written; that answer is asked for again")
+        say(f"{path}: {len(self.answered):,} answers are there already")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that it will not write
+    # Answers may hold what not every terminal can show.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        predict(arguments)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except BrokenPipeError:  # whoever read the answers has left; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(f"error: {error.filename or arguments.out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on where it stopped" if arguments.out else ""
+        sys.exit(f"\ninterrupted{goes_on}")
+
+
+if __name__ == "__main__":
+    main()

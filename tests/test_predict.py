@@ -1,0 +1,386 @@
+"""The predict command as a user runs it, on a run of two steps."""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from affectgpt_jax import build, evaluate, predict, train
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import write_records
+from affectgpt_jax.evaluate import Generator
+from affectgpt_jax.models.generate import Generated
+from affectgpt_jax.run import load_run
+
+FLAGS = (
+    "--config.mesh=data:-1",
+    "--config.steps=2",
+    "--config.save_every=1",
+    "--config.batch_size=8",
+    "--config.generate.batch_size=16",
+    "--config.generate.max_new_tokens=8",
+    "--config.num_buckets=1",
+)
+# A model of two steps says the same about every clip, unless it is made to wander.
+WANDER = ("--temperature=1.5", "--top_p=0.95", "--repetition_penalty=1.1", "--seed=3")
+CLIPS = 10
+
+
+def write(directory, clips, features=demo.DEFAULT_FEATURES):
+    write_records(directory, clips, encoders=dict.fromkeys(features, "demo"))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A trained run; its records, and others that it cannot read, are beside it."""
+    folder = tmp_path_factory.mktemp("runs")
+    for split, size in (("train", 24), ("val", 8), ("test", CLIPS)):
+        write(folder / split, demo.World(0).records(split, size))
+    clips = list(demo.World(0).records("test", 4))
+    drop = [{"audio": clip.features["audio"]} for clip in clips if "audio" in clip.features]
+    write(folder / "faceless", [dataclasses.replace(c, features=f) for c, f in zip(clips, drop)])
+    write(folder / "unasking", [dataclasses.replace(clip, question="") for clip in clips])
+    data = [f"--config.data.{split}={folder / split}" for split in ("train", "val", "test")]
+    train.main([f"--workdir={folder / 'run'}", *FLAGS, *data])
+    return folder / "run"
+
+
+@pytest.fixture
+def changed(workdir, tmp_path):
+    """A copy of the run whose config can be changed."""
+
+    def change(**keys):
+        path = shutil.copytree(workdir, tmp_path / "run") / "config.json"
+        config = json.loads(path.read_text())
+        for key, value in keys.items():
+            *parents, last = key.split(".")
+            entry = config
+            for parent in parents:
+                entry = entry[parent]
+            entry[last] = value
+        path.write_text(json.dumps(config))
+        return path.parent
+
+    return change
+
+
+@pytest.fixture
+def ask(workdir, capsys):
+    """`flags -> (standard output, standard error)`."""
+
+    def run(*flags, workdir=workdir):
+        capsys.readouterr()
+        predict.main([f"--workdir={workdir}", *map(str, flags)])
+        return tuple(capsys.readouterr())
+
+    return run
+
+
+def parsed(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def by_name(lines):
+    return {(line["name"], line["question"]): line for line in lines}
+
+
+def names(*numbers):
+    return [f"--name=demo-test-{number:05}" for number in numbers]
+
+
+# --- Answers --------------------------------------------------------------------------------------
+
+
+def test_json_lines_say_all_about_every_clip_and_question(ask):
+    out, said = ask("--json", *WANDER)
+    lines = parsed(out)
+    assert [(line["question"], line["name"]) for line in lines] == [
+        (question, f"demo-test-{i:05}")
+        for question in ("description", "ovlabel")
+        for i in range(CLIPS)
+    ]
+    for line in lines:
+        assert list(line) == ["name", "question", "text", "labels", "tokens", "cut", "logprob"]
+        assert (line["labels"] is None) == (line["question"] == "description")
+        assert 1 <= line["tokens"] <= 8 and line["logprob"] < 0
+        assert line["tokens"] == 8 or not line["cut"]
+    assert len({line["text"] for line in lines}) > CLIPS, "answers that are alike prove little"
+    assert "checkpoint of step " in said and "asking description and ovlabel" in said
+    assert f"{2 * CLIPS} of {2 * CLIPS} answers" in said
+
+
+def test_the_answers_are_those_that_training_scored(ask, workdir):
+    scored = parsed((workdir / "predictions.jsonl").read_text())
+    lines = parsed(ask("--json", "--question=ovlabel")[0])
+    assert [(x["name"], x["text"], x["labels"]) for x in lines] == [
+        (x["name"], x["text"], x["labels"]) for x in scored
+    ]
+
+
+@pytest.mark.parametrize("sampling", [(), WANDER], ids=["greedy", "sampled"])
+def test_an_answer_streamed_alone_is_the_one_in_a_batch(ask, sampling):
+    batch = ask(*names(4, 2, 7), *sampling)[0]
+    for number in (2, 4):
+        alone = ask(*names(number), *sampling)[0]
+        blocks = re.findall(rf"^demo-test-{number:05} \[.*\n(?:  .*\n)*", batch, re.MULTILINE)
+        assert alone == "".join(blocks)
+        assert re.fullmatch(
+            rf"demo-test-{number:05} \[description\] .*\n(  cut at 8 tokens.*\n)?"
+            rf"demo-test-{number:05} \[ovlabel\] .*\n  labels: .*\n(  cut at 8 tokens.*\n)?",
+            alone,
+        )
+
+
+def test_samples_do_not_depend_on_the_size_of_a_batch_nor_on_the_order(ask):
+    whole = by_name(parsed(ask("--json", *WANDER)[0]))
+    for flags in (["--batch_size=1"], ["--first=4", "--batch_size=3"], names(9, 0, 3)):
+        for key, line in by_name(parsed(ask("--json", *WANDER, *flags)[0])).items():
+            # Log-probabilities in float32, from programs of other shapes.
+            assert line | {"logprob": 0} == whole[key] | {"logprob": 0}
+            assert line["logprob"] == pytest.approx(whole[key]["logprob"], abs=1e-4)
+
+
+def test_the_answers_do_not_depend_on_the_mesh(ask):
+    flags = ("--json", "--question=ovlabel", *WANDER)
+    whole = by_name(parsed(ask(*flags)[0]))
+    split = by_name(parsed(ask(*flags, "--config.mesh=data:2,fsdp:2,tensor:2")[0]))
+    assert {k: line["text"] for k, line in split.items()} == {
+        k: line["text"] for k, line in whole.items()
+    }
+
+
+def test_a_stream_shows_whole_characters_and_no_part_of_the_end_mark(workdir, monkeypatch):
+    run = load_run(workdir)
+    text = "They feel fröhlich 😀 ## 你好 # "
+    [ids] = run.view.tokenizer.encode([f"{text}###"])
+    assert len(ids) > len(text.split()) + 10, "no character is split into bytes"
+
+    def scripted(*_, **__):
+        for count in range(1, len(ids) + 1):
+            tokens = np.zeros((8, len(ids)), np.int32)
+            tokens[0, :count] = ids[:count]
+            ended = np.zeros(8, bool) | (count == len(ids))
+            yield Generated(tokens, np.full(8, count), ended, np.zeros((8, len(ids))))
+
+    monkeypatch.setattr(evaluate, "stream", scripted)
+    generator = Generator(run.model, run.base, run.view, run.mesh, batch_size=1, max_new_tokens=99)
+    clips = predict.choose_clips(predict.open_clips(run, None), None, 1)
+    shown = [answer.text for answer in generator.stream(run.trainable, clips, "ovlabel")]
+    assert len(shown) == len(ids) and shown[-1] == text
+    for earlier, later in zip(shown, shown[1:]):
+        assert later.startswith(earlier)
+        assert "\ufffd" not in earlier and not earlier.endswith("#")
+    assert "They feel fröhlich 😀" in shown
+
+
+def test_any_question_can_be_asked(ask):
+    out, _ = ask("--json", "--first=2", "--question=what would help?", "--question=caption")
+    assert [line["question"] for line in parsed(out)] == 2 * ["what would help?"] + 2 * ["caption"]
+    assert "not on caption" in ask("--first=1", "--question=caption")[1]
+
+
+def test_by_default_a_run_is_asked_what_it_was_trained_on(ask, changed):
+    said = ask("--first=1", workdir=changed(label="ovlabel+onehot"))[1]
+    assert "asking ovlabel (trained: ovlabel, onehot)" in said
+
+
+def test_a_run_that_was_trained_on_neither_is_asked_what_it_knows(ask, changed):
+    said = ask("--first=1", workdir=changed(label="sentiment"))[1]
+    assert "asking sentiment (trained: sentiment)" in said
+
+
+def test_clips_without_a_modality_are_answered_and_named(ask, workdir, tmp_path):
+    clips = list(demo.World(0).records("test", 3))
+    clips[1] = dataclasses.replace(clips[1], features={"face": clips[1].features["face"]})
+    write(tmp_path / "records", clips)
+    out, said = ask(f"--records={tmp_path / 'records'}", "--question=ovlabel", "--json")
+    assert len(parsed(out)) == 3
+    assert "note: demo-test-00001 of 3 clips: no audio, answered without" in said
+
+
+def test_a_step_can_be_chosen(workdir, ask):
+    said = {step: ask("--first=1", f"--step={step}")[1] for step in (1, 2)}
+    runs = {step: load_run(workdir, step) for step in (1, 2)}
+    for step, run in runs.items():
+        assert f"checkpoint of step {step}" in said[step]
+        assert ("the best on validation" in said[step]) == (step == run.best_step)
+    assert load_run(workdir).step == runs[1].best_step == runs[2].best_step
+    one, two = (jax.tree.leaves(run.trainable) for run in runs.values())
+    assert any((x != y).any() for x, y in zip(one, two))
+
+
+def test_a_run_is_left_as_it_is(ask, workdir):
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
+    ask("--first=1", "--json")
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+
+
+def test_the_command_answers_on_one_device_with_nothing_but_answers_on_its_output(workdir, ask):
+    flags = [f"--workdir={workdir}", "--first=2", "--json", *WANDER]
+    command = [sys.executable, "-m", "affectgpt_jax.predict", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and "WARNING" not in done.stderr
+    here = by_name(parsed(ask("--first=2", "--json", *WANDER)[0]))
+    found = by_name(parsed(done.stdout))
+    assert {k: line["text"] for k, line in found.items()} == {
+        k: line["text"] for k, line in here.items()
+    }
+
+
+# --- A file of answers ----------------------------------------------------------------------------
+
+
+def test_a_file_is_gone_on_with_where_it_stopped(ask, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    printed, said = ask(f"--out={out}", *WANDER)
+    assert not printed and "20 of 20 answers" in said
+    whole = out.read_text()
+    assert by_name(parsed(whole)) == by_name(parsed(ask("--json", *WANDER)[0]))
+    lines = whole.splitlines(keepends=True)
+    out.write_text("".join(lines[:13]) + lines[13][:30])
+    said = ask(f"--out={out}", *WANDER)[1]
+    assert "half written" in said and "13 answers are there already" in said
+    assert "7 of 7 answers" in said
+    again = parsed(out.read_text())
+    assert len(again) == 2 * CLIPS
+    texts = {key: line["text"] for key, line in by_name(again).items()}
+    assert texts == {key: line["text"] for key, line in by_name(parsed(whole)).items()}
+    assert "answers, " not in ask(f"--out={out}", *WANDER)[1]
+    assert parsed(out.read_text()) == again
+
+
+def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(ask, tmp_path, monkeypatch):
+    out, write_line = tmp_path / "answers.jsonl", predict.AnswerFile.write
+
+    def interrupt(self, line):
+        if line["name"] == "demo-test-00003":
+            raise KeyboardInterrupt
+        write_line(self, line)
+
+    monkeypatch.setattr(predict.AnswerFile, "write", interrupt)
+    with pytest.raises(SystemExit, match="the same command goes on where it stopped"):
+        ask(f"--out={out}")
+    assert len(parsed(out.read_text())) == 3
+    monkeypatch.undo()
+    ask(f"--out={out}")
+    assert len(by_name(parsed(out.read_text()))) == len(parsed(out.read_text())) == 2 * CLIPS
+
+
+def test_a_file_of_one_question_can_be_scored(ask, tmp_path, capsys):
+    from affectgpt_jax import score
+
+    out, truth = tmp_path / "answers.jsonl", tmp_path / "truth.csv"
+    ask(f"--out={out}", "--question=ovlabel")
+    rows = [f"demo-test-{i:05},happy" for i in range(CLIPS)]
+    truth.write_text("\n".join(["name,emotion", *rows]) + "\n")
+    score.main(["--task=basic", f"--predictions={out}", f"--truth={truth}", "--bootstrap=0"])
+    assert f"{CLIPS} clips" in capsys.readouterr().out
+
+
+# --- What is refused ------------------------------------------------------------------------------
+
+
+def refusal(ask, *flags, **settings):
+    with pytest.raises(SystemExit) as stopped:
+        ask(*flags, **settings)
+    message = str(stopped.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--step=7"], "no checkpoint of step 7, but of 1, 2"),
+        (["--name=demo-test-0003"], "did you mean demo-test-00003"),
+        (["--name=qqq"], "named 'qqq'; one is demo-test-00000"),
+        (["--question=ovlabl"], "did you mean ovlabel?"),
+        (["--question=is <FaceHere> glad"], "the question holds the reserved text <FaceHere>"),
+        (["--question=qa", "--records={beside}/unasking"], "'demo-test-00000': it has nothing for"),
+        (["--records=/nowhere"], "/nowhere/manifest.json is missing"),
+        (["--records={beside}/faceless"], "reads the feature 'face', but the records"),
+        (["--config.llm=/nowhere"], "config.llm='/nowhere' is not a directory"),
+        (["--config.mesh=data:3"], "mesh 'data:3'"),
+        (["--out=/nowhere/answers.jsonl"], "there is no directory /nowhere"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(ask, workdir, flags, said):
+    assert said in refusal(ask, *(flag.format(beside=workdir.parent) for flag in flags))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--temperature=-1"], "temperature is -1.0"),
+        (["--top_p=0.9"], "top_p is 0.9, but temperature 0"),
+        (["--seed=-1"], "--seed is -1"),
+        (["--first=0"], "--first is 0"),
+        (["--question="], "--question is empty"),
+        (["--name=a", "--name=a"], "--name 'a' is given twice"),
+        (["--json", "--out=x"], "not allowed with"),
+    ],
+)
+def test_flags_that_cannot_be_meant_are_refused_before_anything_starts(ask, capsys, flags, said):
+    with pytest.raises(SystemExit) as stopped:
+        ask(*flags, workdir="/nowhere")
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_workdir_that_holds_no_usable_run_is_refused(ask, workdir, changed, tmp_path):
+    message = refusal(ask, workdir=tmp_path)
+    assert f"{tmp_path} holds no run: config.json is missing" in message
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(ask, workdir=tmp_path)
+    shutil.copy(workdir / "config.json", tmp_path)
+    assert f"{tmp_path} has no checkpoint" in refusal(ask, workdir=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    (tmp_path / "checkpoints").mkdir()
+    assert f"{tmp_path} has no checkpoint" in refusal(ask, workdir=tmp_path)
+    message = refusal(ask, workdir=changed(**{"fusion": "nonsense"}))
+    assert "config.json: config.fusion is 'nonsense'" in message
+
+
+def test_a_run_without_a_test_set_asks_for_records(ask, changed):
+    message = refusal(ask, workdir=changed(**{"data.test": ""}))
+    assert "config.data.test is empty" in message and "--records" in message
+
+
+def test_a_run_of_another_shape_is_refused_by_the_name_of_the_leaf(ask, changed):
+    message = refusal(ask, workdir=changed(**{"lora.rank": 4}))
+    assert "does not fit this config: trainable/lora/layers/" in message
+
+
+def test_a_run_of_another_base_is_refused(ask, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    base = shutil.copytree(build.base_directory("tiny"), tmp_path / "other")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    assert "was trained on the base" in refusal(ask, f"--config.llm={base}")
+
+
+def test_a_file_with_other_answers_is_left_alone(ask, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    ask(f"--out={out}", "--first=1")
+    mine = out.read_text()
+    assert "holds answers with seed 0, but now it is 5" in refusal(
+        ask, f"--out={out}", "--first=1", "--seed=5"
+    )
+    message = refusal(ask, f"--out={out}", "--max_new_tokens=3")
+    assert "holds answers with max_new_tokens 8, but now it is 3" in message
+    assert out.read_text() == mine
+    out.write_text(mine + "something else\n")
+    assert "line 3 is not an answer" in refusal(ask, f"--out={out}")
+    other = tmp_path / "notes.txt"
+    other.write_text("mine\n")
+    assert "that says how it was made" in refusal(ask, f"--out={other}")
+    assert other.read_text() == "mine\n"
