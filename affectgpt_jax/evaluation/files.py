@@ -49,6 +49,24 @@ def decode(data: bytes, where: str) -> str:
         ) from None
 
 
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file that a program adds to; none where there is no file yet.
+
+    What a killed program left unfinished at the end is no line, and is cut off.
+
+    Raises:
+        ReadError: a file that cannot be read, or is not UTF-8.
+    """
+    if not path.exists():
+        return []
+    data = read_bytes(path)
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("rb+") as file:
+            file.truncate(len(whole))
+    return decode(whole, str(path)).split("\n")[:-1]
+
+
 def csv_rows(
     data: bytes, where: str, columns: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, str]]]:

@@ -1,0 +1,270 @@
+"""Emotion labels out of descriptions: what is asked of a language model, and how its reply is read.
+
+A description ("He frowns, so he may be worried ...") is scored by the emotions that it names. Who
+finds them is an `Extractor`: the rules of `evaluation.rules`, or a `ChatExtractor`, which asks a
+language model, be it behind `evaluation.chat_server` or the very one that wrote the description.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from affectgpt_jax.evaluation.files import ReadError, shorten, whole_lines
+from affectgpt_jax.evaluation.lexicon import normalise
+from affectgpt_jax.evaluation.metrics import SENTIMENTS
+from affectgpt_jax.evaluation.readers import parse_labels
+
+# Verbatim from appendix E of the AffectGPT paper (arXiv 2501.16566).
+LABEL_PROMPT = (
+    "Please assume the role of an expert in the field of emotions. We provide clues that may be "
+    "related to the emotions of the characters. Based on the provided clues, please identify the "
+    "emotional states of the main character. Please separate different emotional categories with "
+    "commas and output only the clearly identifiable emotional categories in a list format. If "
+    "none are identified, please output an empty list."
+)
+SENTIMENT_PROMPT = (
+    "Please act as an expert in the field of emotions. We provide a few words to describe the "
+    "emotions of a character. Please choose the most likely sentiment from the given candidates: "
+    "[positive, negative, neutral]."
+)
+# An item of a list is an emotion ("at a loss for words"), not a sentence.
+LONGEST_LABEL = 4
+
+
+class Extractor(Protocol):
+    """Who turns descriptions into labels.
+
+    Attributes:
+        identity: for reports: what it is, and all that its results depend on.
+        unparsed: a reply by each text (or label list, as text) of which it could make nothing.
+    """
+
+    identity: str
+    unparsed: dict[str, str]
+
+    def labels(self, texts: Sequence[str]) -> list[list[str]]:
+        """The emotions that each text names, lower-case, in order, without repeats."""
+        ...
+
+    def sentiments(self, label_lists: Sequence[Sequence[str]]) -> list[str]:
+        """One of `SENTIMENTS` for each label list."""
+        ...
+
+
+class Chat(Protocol):
+    """A language model that answers one message at a time.
+
+    Attributes:
+        identity: of the model and of all settings that its replies depend on.
+    """
+
+    identity: str
+
+    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Yield the number and the reply of each message, in the order in which they come."""
+        ...
+
+
+def label_message(text: str) -> str:
+    """What a model is asked about a description; the paper does not say how the text follows."""
+    return f"{LABEL_PROMPT}\nClues: {text.strip()}"
+
+
+def sentiment_message(labels: Sequence[str]) -> str:
+    """What a model is asked about a label list."""
+    return f"{SENTIMENT_PROMPT}\nWords: [{', '.join(labels)}]"
+
+
+class ReplyCache:
+    """Replies by what they depend on, in a file that grows as they come.
+
+    A line of the file is `{"key": ..., "reply": ...}`. What a killed run left unfinished at the
+    end of the file is dropped, and asked again.
+
+    Args:
+        path: the file; it and its folder are made with the first reply.
+
+    Raises:
+        ReadError: a file that cannot be read, or other lines in it.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._replies = path, {}
+        for number, line in enumerate(whole_lines(path), start=1):
+            try:
+                entry = json.loads(line)
+                self._replies[entry["key"]] = str(entry["reply"])
+            except (ValueError, TypeError, KeyError):
+                raise ReadError(
+                    f"{path}, line {number}: expected a key and a reply, found {shorten(line)}; "
+                    "delete the file, and all is asked again"
+                ) from None
+
+    def get(self, identity: str, message: str) -> str | None:
+        """The reply of a model to a message; None if it has not been asked."""
+        return self._replies.get(_key(identity, message))
+
+    def put(self, identity: str, message: str, reply: str) -> None:
+        """Remember a reply, on disk when this returns."""
+        key = _key(identity, message)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            # A lone surrogate could not be written as it is.
+            file.write(json.dumps({"key": key, "reply": reply}) + "\n")
+        self._replies[key] = reply
+
+
+def _key(identity: str, message: str) -> str:
+    return hashlib.sha256(json.dumps([identity, message]).encode()).hexdigest()
+
+
+class ChatExtractor:
+    """Asks a language model, and never twice the same.
+
+    Args:
+        chat: the model.
+        cache: what it has said before.
+        in_prose: finds labels in a reply that is neither a list nor a refusal, but sentences.
+        progress: called with the replies there are and the number there will be.
+    """
+
+    def __init__(
+        self,
+        chat: Chat,
+        cache: ReplyCache,
+        in_prose: Callable[[str], list[str]],
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        self.identity, self.unparsed = chat.identity, {}
+        self._chat, self._cache, self._in_prose = chat, cache, in_prose
+        self._progress = progress
+
+    def labels(self, texts: Sequence[str]) -> list[list[str]]:
+        """As `Extractor` says; an empty text has no labels, and one whose reply cannot be read is
+        kept in `unparsed` and has none either."""
+        asked = [text if text.strip() else None for text in texts]
+        replies = self._ask([text and label_message(text) for text in asked])
+        return [
+            [] if reply is None else self._read_labels(text, reply)
+            for text, reply in zip(texts, replies, strict=True)
+        ]
+
+    def _read_labels(self, text: str, reply: str) -> list[str]:
+        labels = read_label_reply(reply)
+        if labels is None:
+            labels = self._in_prose(reply)
+            if not labels and not _REFUSAL.search(reply.lower()):
+                self.unparsed[text] = reply
+        return labels
+
+    def sentiments(self, label_lists: Sequence[Sequence[str]]) -> list[str]:
+        """As `Extractor` says; without labels, and where the reply cannot be read, it is neutral,
+        the latter kept in `unparsed`."""
+        replies = self._ask([sentiment_message(ls) if ls else None for ls in label_lists])
+        found = []
+        for labels, reply in zip(label_lists, replies, strict=True):
+            word = "neutral" if reply is None else read_sentiment_reply(reply)
+            if word is None:
+                self.unparsed[", ".join(labels)] = reply
+            found.append(word or "neutral")
+        return found
+
+    def _ask(self, messages: Sequence[str | None]) -> list[str | None]:
+        """The reply to each message, None to None."""
+        wanted = list(dict.fromkeys(m for m in messages if m is not None))
+        replies = {m: self._cache.get(self.identity, m) for m in wanted}
+        missing = [m for m in wanted if replies[m] is None]
+        done = len(wanted) - len(missing)
+        if missing:
+            self._progress(done, len(wanted))
+            for number, reply in self._chat.answer(missing):
+                self._cache.put(self.identity, missing[number], reply)
+                replies[missing[number]] = reply
+                done += 1
+                self._progress(done, len(wanted))
+        return [None if m is None else replies[m] for m in messages]
+
+
+# What stands before the items of a list: "-", "*", "1.", "(2)", "a)".
+_BULLET = re.compile(r"\s*(?:[-*\u2022\u2013\u2014\u00b7]\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+)")
+_AROUND = " \t\r\n.,;:!'\"`*_[](){}\u201c\u201d\u2018\u2019"
+_REFUSAL = re.compile(
+    r"\b(?:no|not any|none of the|cannot|can't|could not|unable to|impossible to|not possible to)\b"
+    r"(?:\W+\w+){0,6}?\W+(?:emotion\w*|emotional|identif\w*|identified|determine\w*|recogni\w+)\b"
+)
+_NOTHING = {
+    "",
+    "none",
+    "null",
+    "nil",
+    "n/a",
+    "na",
+    "empty",
+    "empty list",
+    "an empty list",
+    "nothing",
+}
+
+
+def read_label_reply(reply: str) -> list[str] | None:
+    """The labels of a reply to `LABEL_PROMPT`; what a model thinks before `</think>` is no part.
+
+    Read are a bracketed list anywhere in the reply (the first one), else bullets or numbers, one
+    item a line, with explanations after a colon or dash left out, else words between commas, after
+    a colon if there is one.
+
+    Returns:
+        Lower-case labels, in order, without repeats, or without any where the reply says so in a
+        word; None for a reply in prose.
+    """
+    text = reply.rsplit("</think>", 1)[-1].replace("```json", "").replace("```", "").strip()
+    if match := re.search(r"\[([^\[\]]*)\]", text):
+        return _tidy(parse_labels(match[1].replace("\n", ",")))
+    lines = [line for line in text.splitlines() if line.strip()]
+    if bullets := [_BULLET.sub("", line, count=1) for line in lines if _BULLET.match(line)]:
+        items = [re.split(r":|\s[-\u2013\u2014]\s|\s\(", item, maxsplit=1)[0] for item in bullets]
+        return _if_short(items)
+    if text.strip(_AROUND).lower() in _NOTHING:
+        return []
+    found = _if_short(_split(text))
+    if found is None and ":" in text:
+        found = _if_short(_split(text.rsplit(":", 1)[1]))
+    return found
+
+
+def read_sentiment_reply(reply: str) -> str | None:
+    """The one of `SENTIMENTS` that a reply to `SENTIMENT_PROMPT` names; None for none or several.
+
+    A reply that repeats the candidates and then chooses is read by what follows the last colon,
+    or by its last line.
+    """
+    text = reply.rsplit("</think>", 1)[-1].lower()
+    lines = [line for line in text.splitlines() if line.strip()]
+    for part in (text, text.rsplit(":", 1)[-1], lines[-1] if lines else ""):
+        named = {word for word in SENTIMENTS if re.search(rf"\b{word}\b", part)}
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
+def _split(text: str) -> list[str]:
+    return re.split(r",|;|\n|\band\b|&", text)
+
+
+def _if_short(items: Sequence[str]) -> list[str] | None:
+    """The items as labels, if each is as short as one."""
+    if any(len(item.split()) > LONGEST_LABEL or re.search(r"[.!?]\s", item) for item in items):
+        return None
+    return _tidy(items)
+
+
+def _tidy(items: Sequence[str]) -> list[str]:
+    labels = (normalise(item).strip(_AROUND) for item in items)
+    labels = (label.removeprefix("and ").strip() for label in labels)
+    labels = (x for x in labels if x not in _NOTHING and not _REFUSAL.search(x))
+    return list(dict.fromkeys(labels))

@@ -1,0 +1,290 @@
+"""Emotion labels out of descriptions by rule: the words of a lexicon, unless they are negated.
+
+    extractor = RuleExtractor(load_lexicon())
+    extractor.labels(["He is not happy but worried."])      # [["worried"]]
+
+No model, no download, thousands of texts a second. It knows words, not meaning: who feels what,
+irony, guesses ("may be"), and emotions that are told without an emotion word are beyond it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon, load_lexicon, normalise
+
+# Part of the identity: another number says that other labels may come out.
+RULES = 1
+# Words that a negation reaches beyond it, or beyond the last emotion that it has negated.
+REACH = 6
+
+NEGATIONS = {
+    *("not", "no", "never", "neither", "nor", "none", "nobody", "nothing", "non", "cannot"),
+    *("hardly", "barely", "scarcely", "seldom", "rarely", "unlike"),
+    *("isnt", "arent", "wasnt", "werent", "dont", "doesnt", "didnt", "cant", "wont"),
+}
+# These turn a negation around: "not without fear", "does not lack joy".
+PRIVATIVES = {
+    *("without", "lack", "lacks", "lacking", "lacked", "absence", "devoid"),
+    *("free of", "free from", "instead of", "rather than", "far from", "anything but"),
+}
+# Neither negations nor emotions, whatever words they are made of.
+IDIOMS = {
+    *("not only", "not just", "not merely", "not simply", "not to mention", "nothing but"),
+    *("no doubt", "without doubt", "without a doubt", "without any doubt", "no wonder"),
+    *("can't help but", "can't help", "cannot help but", "cannot help", "couldn't help but"),
+    *("couldn't help", "can not help", "as well", "well as", "of course", "for sure"),
+}
+# A negation ends where another thought begins: there, at a stop, and at most commas.
+CONTRASTS = {
+    *("but", "however", "although", "though", "yet", "while", "whereas", "because", "since"),
+    *("still", "except", "so", "then", "which", "who", "instead"),
+}
+STOPS = set(".;:!?()\n\u2014\u2026")
+# "not smiling and looks sad": the second half is a statement of its own.
+STATEMENTS = {
+    *("is", "are", "was", "were", "looks", "look", "looked", "seems", "seem", "seemed"),
+    *("feels", "feel", "felt", "appears", "appear", "appeared", "sounds", "shows", "expresses"),
+    *("he", "she", "they", "it", "his", "her", "their", "has", "becomes", "remains"),
+}
+BE = ("is", "are", "was", "were", "seems", "appears", "has been", "have been")
+GONE = ("absent", "gone", "missing", "lacking", "over")
+SEEN = ("present", "visible", "evident", "apparent", "detected", "detectable", "found", "shown")
+
+# Forms of a lexicon, mostly of the official one, that descriptions are full of without naming a
+# feeling.
+NOT_FEELINGS = {
+    *("believe", "bit", "bright", "certain", "clear", "clearly", "closed", "color", "emote"),
+    *("emotion", "emotional", "emotionally", "emotions", "face", "faces", "feeling", "feelings"),
+    *("focus", "focusing", "form", "forms", "heavy", "help", "helping", "intense", "intensity"),
+    *("left", "less", "light", "meaning", "means", "might", "move", "moving", "open", "opened"),
+    *("person", "play", "played", "playing", "power", "question", "questions", "react", "reflect"),
+    *("reflects", "respond", "see", "seen", "sense", "shake", "shaking", "silence", "softly"),
+    *("speaking", "speech", "support", "thinking", "thought", "thoughts", "touch", "touching"),
+    *("use", "used", "tend to", "tends to", "tending to"),
+}
+# Emotions when they are said of somebody ("feels down", "seems content"), but often something else
+# in a description ("looks down", "the content of the subtitle").
+PREDICATES = {
+    *("accepted", "alert", "alive", "alone", "attend", "attending", "attention", "attentive"),
+    *("aware", "beaming", "blue", "bold", "busy", "care", "charged", "close", "cold", "collected"),
+    *("composed", "concentrated", "connected", "content", "cool", "creative", "critical"),
+    *("detached", "determined", "different", "direct", "distant", "down", "drained"),
+    *("empty", "energy", "engaged"),
+    *("exposed", "expect", "expected", "expecting", "expects", "expectation"),
+    *("focused", "free", "freely", "fresh", "full", "gentle"),
+    *("good", "gross", "guarded", "helpful", "important", "intelligent", "kind"),
+    *("like", "liking", "lost", "low", "mean", "powerful", "present", "pressed"),
+    *("pressure", "respect", "responsive", "rushed", "safe", "secure", "security", "sensitive"),
+    *("serious", "sharp", "sleep", "soft", "sound", "spell", "still", "strained", "strong"),
+    *("successful", "superior", "tender", "torn", "touched"),
+    *("understanding", "valuable", "warm", "weak", "well", "withdrawn", "wonder", "worse", "worst"),
+}
+# What makes a predicate of them; not "looks" and "sounds", which are of eyes and voices.
+LINKS = {
+    *("is", "are", "was", "were", "be", "being", "been", "am", "he's", "she's", "i'm", "they're"),
+    *("feel", "feels", "felt", "feeling", "seem", "seems", "seemed", "appear", "appears"),
+    *("appeared", "become", "becomes", "became", "remain", "remains", "remained", "isn't"),
+    *("wasn't", "aren't", "weren't"),
+}
+# These may stand in between: "seems a little down".
+FILLERS = {
+    *("a", "bit", "little", "somewhat", "quite", "rather", "very", "so", "too", "more", "really"),
+    *("also", "both", "extremely", "slightly", "deeply", "fairly", "completely", "totally"),
+    *("truly", "just", "not", "never", "to", "be"),
+}
+
+# Whether the inner labels of the shipped lexicon's wheels are pleasant. Surprise and anticipation
+# are neither, and the fourth wheel, on which everything is one or the other, has no say.
+PLEASANT = {"trust", "joy", "love", "joyful", "peaceful", "powerful", "happy"}
+UNPLEASANT = {
+    *("anger", "disgust", "fear", "sadness", "mad", "sad", "scared"),
+    *("angry", "bad", "disgusted", "fearful"),
+}
+
+_TOKEN = re.compile(r"\w+(?:'\w+)*|[.,;:!?()\n\u2014\u2026]")
+Words = tuple[str, ...]
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words and stops; a hyphen separates words."""
+    return _TOKEN.findall(text.lower().replace("\u2019", "'"))
+
+
+class _Phrases:
+    """Finds the longest of many phrases at a place."""
+
+    def __init__(self, phrases: dict[Words, str]):
+        self._by_first: dict[str, list[tuple[Words, str]]] = defaultdict(list)
+        for words, name in sorted(phrases.items(), key=lambda entry: -len(entry[0])):
+            self._by_first[words[0]].append((words, name))
+
+    @classmethod
+    def of(cls, texts: Sequence[str]) -> _Phrases:
+        return cls({tuple(words): text for text in texts if (words := _words(text))})
+
+    def at(self, words: Sequence[str], place: int) -> tuple[str, int]:
+        """Name and length of the longest phrase that starts here; "" and 0 for none."""
+        for phrase, name in self._by_first.get(words[place], ()):
+            if tuple(words[place : place + len(phrase)]) == phrase:
+                return name, len(phrase)
+        return "", 0
+
+
+_IDIOMS, _PRIVATIVES = _Phrases.of(sorted(IDIOMS)), _Phrases.of(sorted(PRIVATIVES))
+_ABSENT = _Phrases.of(
+    [f"{be} {how}" for be in BE for how in GONE]
+    + [f"{be} {no} {how}" for be in BE for no in ("not", "no longer") for how in SEEN]
+    + [f"{be}n't {how}" for be in ("is", "are", "was", "were") for how in SEEN]
+)
+
+
+class _Unit(NamedTuple):
+    """A word or phrase, and what it does to a negation: `kind` is negation, privative, emotion,
+    absent (said after an emotion), end, comma, or, and, or word."""
+
+    kind: str
+    text: str
+
+
+class RuleExtractor:
+    """Labels are the surface forms of a lexicon that a text holds, longest first, not negated.
+
+    A negation reaches to the next stop, contrast ("but", "however"), new statement ("and looks")
+    or comma, unless commas and "or" join emotions to one list ("no fear, anger or shame"), and at
+    most `REACH` words. Words that mostly mean something else count only as predicates ("feels
+    down").
+
+    Args:
+        lexicon: whose forms are looked for.
+    """
+
+    def __init__(self, lexicon: Lexicon):
+        self.identity = f"rules {RULES} on the {lexicon.identity}"
+        self.unparsed: dict[str, str] = {}
+        self._forms = _Phrases.of([f for f in lexicon.forms if f not in NOT_FEELINGS])
+
+    def labels(self, texts: Sequence[str]) -> list[list[str]]:
+        """As `extract.Extractor` says."""
+        return [self.in_text(text) for text in texts]
+
+    def in_text(self, text: str) -> list[str]:
+        """The emotions that one text names, first those that it says somebody is or feels."""
+        units = self._units(_words(text))
+        found: dict[str, bool] = {}
+        negated, left = False, 0
+        for place, (kind, text) in enumerate(units):
+            left -= 1
+            if kind == "negation":
+                negated, left = True, REACH + 1
+            elif kind == "privative":
+                negated, left = not (negated and left > 0), REACH + 1
+            elif kind == "end" or (kind in ("comma", "and") and _ends(units, place)):
+                negated = False
+            elif kind == "emotion":
+                if negated and left > 0:
+                    left = REACH + 1
+                elif units[place + 1 : place + 2] == [] or units[place + 1].kind != "absent":
+                    found[text] = found.get(text, False) or _is_said(units[:place])
+        return sorted(found, key=lambda label: not found[label])
+
+    def _units(self, words: list[str]) -> list[_Unit]:
+        units: list[_Unit] = []
+        place = 0
+        while place < len(words):
+            unit, length = self._unit(words, place, units)
+            units.append(unit)
+            place += length
+        return units
+
+    def _unit(self, words: list[str], place: int, before: list[_Unit]) -> tuple[_Unit, int]:
+        """What stands at a place, and how many words it takes."""
+        word = words[place]
+        form, form_length = self._forms.at(words, place)
+        if length := _IDIOMS.at(words, place)[1]:
+            return _Unit("word", word), length
+        if form_length > 1 and form not in PREDICATES:
+            return _Unit("emotion", form), form_length
+        if length := _PRIVATIVES.at(words, place)[1]:
+            return _Unit("privative", word), length
+        if word in NEGATIONS or word.endswith("n't"):
+            return _Unit("negation", word), 1
+        if word in STOPS or word in CONTRASTS:
+            return _Unit("end", word), 1
+        if word in _JOINTS:
+            return _Unit(_JOINTS[word], word), 1
+        meant = form not in PREDICATES or _is_said(before) or _is_beside_an_emotion(before)
+        if form and meant:
+            return _Unit("emotion", form), form_length
+        if before and before[-1].kind == "emotion" and (length := _ABSENT.at(words, place)[1]):
+            return _Unit("absent", word), length
+        return _Unit("word", word), 1
+
+    def sentiments(self, label_lists: Sequence[Sequence[str]]) -> list[str]:
+        """Whether most labels are pleasant; of as many of both kinds, the first decides.
+
+        Labels are looked up in the lexicon that ships, whichever finds them: on the official
+        wheels "fear" is an emotion of joy. Without a label that is either, it is neutral.
+        """
+        polarity = _polarities()
+        found = []
+        for labels in label_lists:
+            signs = [sign for label in labels if (sign := polarity.get(normalise(label), 0))]
+            total = sum(signs) or (signs[0] if signs else 0)
+            found.append("positive" if total > 0 else "negative" if total < 0 else "neutral")
+        return found
+
+
+_JOINTS = {",": "comma", "or": "or", "and": "and"}
+
+
+def _ends(units: Sequence[_Unit], place: int) -> bool:
+    """Whether a comma or an "and" ends what a negation before it reaches."""
+    after = units[place + 1 :]
+    if units[place].kind == "and":
+        return bool(after) and after[0].text in STATEMENTS
+    if place == 0 or units[place - 1].kind != "emotion":
+        return True
+    for unit, following in zip(after, after[1:]):
+        if unit.kind == "or" and following.kind == "emotion":
+            return False
+        if unit.kind not in ("comma", "emotion"):
+            break
+    return True
+
+
+def _is_said(before: Sequence[_Unit]) -> bool:
+    """Whether what follows is said of somebody: after a link, alone or with other emotions."""
+    for unit in reversed(before):
+        if unit.text in LINKS:
+            return True
+        if unit.text not in FILLERS and unit.kind not in ("comma", "and", "or", "emotion"):
+            return False
+    return False
+
+
+def _is_beside_an_emotion(before: Sequence[_Unit]) -> bool:
+    joint = bool(before) and before[-1].kind in ("comma", "and", "or")
+    return joint and len(before) > 1 and before[-2].kind == "emotion"
+
+
+@functools.cache
+def _polarities() -> dict[str, int]:
+    """1 for the pleasant and -1 for the unpleasant forms of the shipped lexicon.
+
+    Two wheels must say so: on one of them, surprise counts as power.
+    """
+    lexicon = load_lexicon()
+    signs = np.zeros(len(lexicon.forms), int)
+    for wheel in range(WHEELS):
+        of_label = [(x in PLEASANT) - (x in UNPLEASANT) for x in lexicon.labels[0][wheel]]
+        # The last one is of forms that the wheel does not have, whose label is -1.
+        signs += np.asarray([*of_label, 0])[lexicon.table[0, wheel, :-1]]
+    signs = np.sign(signs) * (np.abs(signs) > 1)
+    return {form: int(sign) for form, sign in zip(lexicon.forms, signs, strict=True) if sign}
