@@ -35,6 +35,7 @@ setup(
         "ml-collections>=1.1",
         "absl-py",
         "transformers>=5.0",
+        "jinja2>=3.1",  # chat templates of transformers
         "safetensors>=0.7",
         "tensorflow-datasets>=4.9.10",
         "tensorboardX>=2.6",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import numpy as np
 from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+# What Qwen2.5's own template, of which this is one turn, says where nobody sets the scene.
+SYSTEM_MESSAGE = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
 class TokenizerError(ValueError):
@@ -32,7 +36,8 @@ class Tokenizer:
         # transformers takes seconds to import; commands that fail earlier should fail at once.
         from transformers import PreTrainedTokenizerFast
 
-        path = Path(directory) / "tokenizer.json"
+        self._directory = Path(directory)
+        path = self._directory / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(f"{path}: not found; a base model directory holds tokenizer.json")
         try:
@@ -72,3 +77,53 @@ class Tokenizer:
             [[i] for i in range(len(self._fast))], clean_up_tokenization_spaces=False
         )
         return np.asarray([i for i, piece in enumerate(pieces) if text in piece], np.int32)
+
+    def ids_of_tokens(self, tokens: Sequence[str]) -> list[int]:
+        """Ids of whole tokens, those that it does not have left out."""
+        vocabulary = self._fast.get_vocab()
+        return [vocabulary[token] for token in tokens if token in vocabulary]
+
+    def chat_prompt(self, message: str) -> str:
+        """A message to the base as its chat format has it, up to where the reply starts.
+
+        By the template of the base's directory (`chat_template.jinja`, or `chat_template` in
+        `tokenizer_config.json`) if there is one, else as Qwen2.5 has it. Marks of turns and soft
+        tokens inside the message would be taken for real ones; a space takes that from them.
+
+        Raises:
+            TokenizerError: a template that cannot be read or rendered.
+        """
+        for mark in self._fast.get_added_vocab():
+            message = message.replace(mark, f"{mark[0]} {mark[1:]}")
+        if self._chat_template is None:
+            turns = [("system", SYSTEM_MESSAGE), ("user", message)]
+            rendered = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns]
+            return "".join([*rendered, "<|im_start|>assistant\n"])
+        try:
+            return self._fast.apply_chat_template(
+                [{"role": "user", "content": message}],
+                chat_template=self._chat_template,
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=False,  # Qwen3 reads this; other templates do not
+            )
+        except Exception as error:  # a template is a program, and may fail in any way
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise TokenizerError(f"{self._directory}: its chat template fails: {reason}") from None
+
+    @functools.cached_property
+    def _chat_template(self) -> str | None:
+        """The template of the directory, in Jinja; None if it has none."""
+        path = self._directory / "chat_template.jinja"
+        try:
+            if path.is_file():
+                return path.read_text("utf-8")
+            path = self._directory / "tokenizer_config.json"
+            found = json.loads(path.read_bytes()).get("chat_template") if path.is_file() else None
+            if isinstance(found, list):  # several by name, of which one is for everything else
+                found = {entry["name"]: entry["template"] for entry in found}["default"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise TokenizerError(f"{path}: no chat template can be read: {error!r}") from None
+        if found is not None and not isinstance(found, str):
+            raise TokenizerError(f"{path}: chat_template is {type(found).__name__}; expected text")
+        return found

@@ -1,0 +1,106 @@
+"""The frozen base as the chat model that it was before: the decoder without its adapters.
+
+It extracts labels (`evaluation.extract`) with the weights that are loaded anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from affectgpt_jax.data.pipeline import choose_lengths
+from affectgpt_jax.data.tokenizer import Tokenizer
+from affectgpt_jax.models.affectgpt import AffectGPT
+from affectgpt_jax.models.generate import Decoding, generate
+from affectgpt_jax.models.qwen2 import Qwen2
+from affectgpt_jax.training.sharding import BATCH_AXES, shard_batch
+from affectgpt_jax.weights.huggingface import BaseIdentity
+
+# Tokens that end a reply; Qwen2.5's generation_config.json names these two.
+STOPS = ("<|im_end|>", "<|endoftext|>")
+
+
+class BaseChat:
+    """Greedy replies of the base, in a few compiled programs for each prompt length.
+
+    Args:
+        qwen2: the decoder that was trained; its adapters are left out here.
+        base: frozen weights.
+        identity: of these.
+        tokenizer: of the base.
+        mesh: batches are split over it.
+        batch_size: messages at a time.
+        max_new_tokens: a reply is cut off there.
+        num_buckets: the number of prompt lengths, each of which costs compilation.
+    """
+
+    def __init__(
+        self,
+        qwen2: Qwen2,
+        base: Any,
+        identity: BaseIdentity,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        batch_size: int,
+        max_new_tokens: int = 512,
+        num_buckets: int = 4,
+    ):
+        # Without the collection `lora` and the modules that read it, a decoder is the plain base.
+        self._model = AffectGPT(Qwen2(qwen2.config, None, qwen2.execution), None)
+        self._base, self._tokenizer, self._mesh = base, tokenizer, mesh
+        self._batch_size, self._num_buckets = batch_size, num_buckets
+        stops = tuple(sorted(tokenizer.ids_of_tokens(STOPS)))
+        self._decoding = Decoding(max_new_tokens, stops, tokenizer.end_id)
+        dtype = np.dtype(qwen2.execution.dtype).name
+        template = hashlib.sha256(tokenizer.chat_prompt("").encode()).hexdigest()
+        self.identity = (
+            f"{identity.name} (sha256 {identity.sha256[:12]}, chat template {template[:12]}), "
+            f"{dtype}, greedy, {max_new_tokens} tokens"
+        )
+
+    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str]]:
+        """Yield the number and the reply of each message, a batch at a time, short ones first.
+
+        Raises:
+            TokenizerError: the base's chat template cannot be used.
+        """
+        prompts = self._tokenizer.encode([self._tokenizer.chat_prompt(m) for m in messages])
+        lengths = np.array([len(ids) for ids in prompts])
+        ends = choose_lengths(lengths, self._num_buckets)
+        which = np.searchsorted(ends, lengths)
+        nothing = {"lora": {}, "fusion": {}}
+        # Empty rows cost as much as others, and the batch axis must divide over the devices.
+        shares = math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
+        size = -(-min(self._batch_size, len(messages)) // shares) * shares
+        for bucket, length in enumerate(ends):
+            members = np.flatnonzero(which == bucket)
+            for first in range(0, len(members), size):
+                numbers = members[first : first + size]
+                batch = self._batch([prompts[n] for n in numbers], size, length)
+                batch = shard_batch(self._mesh, batch)
+                found = generate(self._model, self._base, nothing, batch, self._decoding)
+                for row, number in enumerate(numbers.tolist()):
+                    ids = found.tokens[row, : int(found.counts[row])]
+                    yield number, self._tokenizer.decode(ids).strip()
+
+    def _batch(self, prompts: Sequence[np.ndarray], size: int, length: int) -> dict[str, Any]:
+        """Right-padded rows, empty ones after the last prompt; what `models.generate` reads."""
+        shape = (size, length)
+        batch: dict[str, Any] = {
+            "tokens": np.full(shape, self._tokenizer.end_id, np.int32),
+            "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
+            "segment_ids": np.zeros(shape, np.int32),
+            "soft_index": np.zeros(shape, np.int32),
+            "features": {},
+            "present": {},
+        }
+        for row, ids in enumerate(prompts):
+            batch["tokens"][row, : len(ids)] = ids
+            batch["segment_ids"][row, : len(ids)] = 1
+        return batch
