@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, evaluate
+from affectgpt_jax import build, inference
 from affectgpt_jax.config import ConfigError, check_same_run, parse_command_line
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
@@ -176,7 +176,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             }
             steps_by_length = compile_steps(train_step, mesh, abstract_state, abstract_base, shapes)
     generators = {
-        source.view.mode: evaluate.Generator(
+        source.view.mode: inference.Generator(
             model,
             base,
             source.view,
@@ -460,7 +460,7 @@ def compile_steps(
 def test_question(config: ConfigDict) -> str:
     """What the test clips are asked: the question that can be scored, or else the first one."""
     types = parse_label(config.label)
-    return evaluate.scored_question(types) or types[0]
+    return inference.scored_question(types) or types[0]
 
 
 def make_validation(
@@ -469,7 +469,7 @@ def make_validation(
     base: Any,
     sources: Sequence[Source],
     mesh: Mesh,
-    generators: Mapping[InputMode, evaluate.Generator],
+    generators: Mapping[InputMode, inference.Generator],
 ) -> Callable[[Any], dict[str, float]]:
     """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true answer.
 
@@ -499,7 +499,7 @@ def make_validation(
 
 
 def _validation_of(
-    config: ConfigDict, source: Source, generators: Mapping[InputMode, evaluate.Generator]
+    config: ConfigDict, source: Source, generators: Mapping[InputMode, inference.Generator]
 ) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], float] | None]:
     """The batches of a validation set, and its hit rate if it has one.
 
@@ -524,14 +524,14 @@ def _validation_of(
         )
         return (batch for _, batch in found)
 
-    question = evaluate.scored_question(types)
-    if question is None or evaluate.without_truth(dataset, question):
+    question = inference.scored_question(types)
+    if question is None or inference.without_truth(dataset, question):
         return batches, None
 
     def hit(trainable: Any) -> float:
         answers = generators[view.mode].answer(trainable, dataset, question)
-        labels = evaluate.read_labels(view, answers, question)
-        return evaluate.score_labels(dataset, labels, question)["hit"]
+        labels = inference.read_labels(view, answers, question)
+        return inference.score_labels(dataset, labels, question)["hit"]
 
     return batches, hit
 
@@ -547,7 +547,7 @@ def summarise_losses(workdir: Path) -> dict[str, float]:
 
 
 def answer_test_set(
-    config: ConfigDict, workdir: Path, state: State, generator: evaluate.Generator, test: Source
+    config: ConfigDict, workdir: Path, state: State, generator: inference.Generator, test: Source
 ) -> dict[str, Any]:
     """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
 
@@ -556,22 +556,22 @@ def answer_test_set(
     """
     trainable, dataset, view = state["trainable"], test.dataset, test.view
     question = test_question(config)
-    scored = question in evaluate.SCORED
+    scored = question in inference.SCORED
     answers = generator.answer(trainable, dataset, question)
-    labels = evaluate.read_labels(view, answers, question) if scored else None
-    evaluate.write_predictions(workdir, dataset, answers, labels)
+    labels = inference.read_labels(view, answers, question) if scored else None
+    inference.write_predictions(workdir, dataset, answers, labels)
     result: dict[str, Any] = {"clips": len(dataset), "answers_cut": answers.cut}
     if labels is None:
         return result | {"not_scored": f"config.label={config.label} has no answer to score"}
-    if without := evaluate.without_truth(dataset, question):
+    if without := inference.without_truth(dataset, question):
         return result | {"not_scored": f"{without} of {len(dataset)} clips name no true answer"}
-    result |= evaluate.score_labels(dataset, labels, question)
+    result |= inference.score_labels(dataset, labels, question)
     if view.features:
         order = np.random.default_rng(config.seed).permutation(len(dataset))
-        shuffled = evaluate.read_labels(
+        shuffled = inference.read_labels(
             view, generator.answer(trainable, dataset, question, feature_from=order), question
         )
-        scores = evaluate.score_labels(dataset, shuffled, question)
+        scores = inference.score_labels(dataset, shuffled, question)
         result["hit_features_shuffled"] = scores["hit"]
     if config.data.test == "demo" and question != "sentiment":
         result["ceilings"] = demo_ceilings(config.demo_seed, view.mode.name)
