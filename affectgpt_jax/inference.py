@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 
 from affectgpt_jax.data.pipeline import View, sequential_batches
 from affectgpt_jax.data.prompts import sentiment
-from affectgpt_jax.data.records import Records
+from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.evaluation.files import ReadError, shorten, whole_lines
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.generate import (
     GREEDY,
@@ -194,6 +195,53 @@ def _settled(text: str, end: str) -> str:
     text = text.rstrip("\ufffd")  # stands for the first bytes of a character
     started = (n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n]))
     return text[: len(text) - next(started, 0)]
+
+
+def answers_on_disk(
+    path: Path,
+    generator: Generator,
+    trainable: Any,
+    dataset: Records,
+    question: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Answers:
+    """Ask about the clips that a file does not have yet, adding to it as answers come.
+
+    Args:
+        path: a JSONL file of `name` and the fields of `Answer`; of one model, question and data
+            set, of which it may hold other clips as well.
+        generator, trainable, dataset, question: as for `Generator.answer`.
+        progress: called with the answers there are and the number there will be.
+
+    Raises:
+        DataError: a clip that cannot be asked.
+        ReadError: other lines in the file.
+    """
+    known: dict[str, Answer] = {}
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            fields = json.loads(line)
+            name = fields.pop("name")
+            known[name] = Answer(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise ReadError(
+                f"{path}, line {number}: expected the answer about a clip, found {shorten(line)}; "
+                "delete the file, and all is asked again"
+            ) from None
+    missing = [n for n, entry in enumerate(dataset.index) if entry.name not in known]
+    total = len(dataset)
+    progress(total - len(missing), total)
+    if missing:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rest = RecordSubset(dataset, missing)
+        with path.open("a", encoding="utf-8", buffering=1) as file:
+            asked = enumerate(generator.batches(trainable, rest, question), start=1)
+            for done, (number, answer) in asked:
+                name = rest.index[number].name
+                file.write(json.dumps({"name": name} | dataclasses.asdict(answer)) + "\n")
+                known[name] = answer
+                progress(total - len(missing) + done, total)
+    return Answers([known[entry.name] for entry in dataset.index])
 
 
 # Label types whose answers name the clip's one true word, best first.

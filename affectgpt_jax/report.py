@@ -60,7 +60,7 @@ def parse_set(text: str) -> SetFiles:
         argparse.ArgumentTypeError: another form, an unknown set without a task, another task.
     """
     head, _, files = text.partition("=")
-    key, _, task = head.partition(":")
+    key = head.partition(":")[0]
     *predictions, truth = files.split(",")
     if not key or not truth or not predictions or not all(predictions):
         raise argparse.ArgumentTypeError(
@@ -68,19 +68,30 @@ def parse_set(text: str) -> SetFiles:
         )
     if len(set(predictions)) != len(predictions):
         raise argparse.ArgumentTypeError(f"{text!r} names a prediction file twice")
-    known = BY_KEY.get(key)
-    expected = known.task if known else "words" if key == DEMO else task
-    if not expected:
+    name, task = name_and_task(head)
+    if not task:
         raise argparse.ArgumentTypeError(
             f"{key!r} is none of {', '.join(BY_KEY)}, {DEMO}; say how it is scored, as in "
             f"{key}:basic=... ({', '.join(metrics.TASKS)})"
         )
-    if expected not in metrics.TASKS or (known and task and task != expected):
+    return SetFiles(name, task, tuple(predictions), truth)
+
+
+def name_and_task(head: str) -> tuple[str, str]:
+    """Name for the report, and task, of `NAME[:TASK]`; the task is "" where nothing tells it.
+
+    Raises:
+        argparse.ArgumentTypeError: an unknown task, or one that is not the set's.
+    """
+    key, _, task = head.partition(":")
+    known = BY_KEY.get(key)
+    expected = known.task if known else "words" if key == DEMO else task
+    if (expected and expected not in metrics.TASKS) or (known and task not in ("", expected)):
         raise argparse.ArgumentTypeError(
             f"{task!r} is not the task of {key}; expected "
             f"{expected if known else ', '.join(metrics.TASKS)}"
         )
-    return SetFiles(known.name if known else key, task or expected, tuple(predictions), truth)
+    return known.name if known else key, task or expected
 
 
 def parse_reference(text: str) -> tuple[str, str, float]:

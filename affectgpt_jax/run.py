@@ -22,7 +22,12 @@ from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
-from affectgpt_jax.weights.huggingface import WeightsError, base_identity, load_base
+from affectgpt_jax.weights.huggingface import (
+    BaseIdentity,
+    WeightsError,
+    base_identity,
+    load_base,
+)
 
 
 class RunError(ValueError):
@@ -49,9 +54,11 @@ class Run:
         workdir: the run's directory.
         config: what it was trained with.
         model, base, trainable: modules, frozen weights, adapters and fusion.
+        identity: of the base.
         view: how clips become inputs, in the mode `config.input`.
         mesh: where the arrays are.
         step: of the checkpoint.
+        steps: of all checkpoints, ascending.
         best_step: of the one that validation prefers.
     """
 
@@ -60,9 +67,11 @@ class Run:
     model: AffectGPT
     base: Any
     trainable: Any
+    identity: BaseIdentity
     view: View
     mesh: Mesh
     step: int
+    steps: tuple[int, ...]
     best_step: int
 
     @property
@@ -71,6 +80,17 @@ class Run:
         entries = self.config.data.mix.values()
         labels = [entry.label or self.config.label for entry in entries] or [self.config.label]
         return tuple(dict.fromkeys(kind for label in labels for kind in parse_label(label)))
+
+    def at_step(self, step: int) -> Run:
+        """The same run at another checkpoint, on the base that is loaded.
+
+        Raises:
+            RunError: there is none of that step.
+            CheckpointError: it does not fit the config.
+        """
+        with Checkpoints(self.workdir, self.identity, read_only=True) as checkpoints:
+            trainable = _restore(self.workdir, checkpoints, self.model, self.mesh, step)
+        return dataclasses.replace(self, trainable=trainable, step=step)
 
 
 def load_config(workdir: Path) -> ConfigDict:
@@ -130,21 +150,30 @@ def load_run(workdir: Path, step: int | None = None, *, llm: str = "", mesh: str
     model = build.model(config, llm_shape, sharding.activation_constraint(device_mesh))
     view = build.view(config, build.tokenizer(directory, llm_shape))
     identity = base_identity(directory)
-    shapes = sharding.abstract(device_mesh, lambda key: init_trainable(model, key))
     with Checkpoints(workdir, identity, read_only=True) as checkpoints:
-        best, steps = checkpoints.best_step(), checkpoints.steps()
+        best, steps = checkpoints.best_step(), tuple(checkpoints.steps())
         if best is None:
             raise _no_checkpoint(workdir)
         step = best if step is None else step
-        if step not in steps:
-            raise RunError(
-                f"{workdir} has no checkpoint of step {step}, but of "
-                f"{', '.join(map(str, steps))} (the best on validation is {best})"
-            )
-        trainable = checkpoints.restore_trainable(step, shapes)
+        trainable = _restore(workdir, checkpoints, model, device_mesh, step)
     shapes = sharding.abstract(device_mesh, lambda key: init_random_base(model, key))
     base = load_base(directory, shapes, sharding.tree_shardings(device_mesh, shapes))
-    return Run(workdir, config, model, base, trainable, view, device_mesh, step, best)
+    return Run(
+        workdir, config, model, base, trainable, identity, view, device_mesh, step, steps, best
+    )
+
+
+def _restore(
+    workdir: Path, checkpoints: Checkpoints, model: AffectGPT, mesh: Mesh, step: int
+) -> Any:
+    """The trainable tree of a checkpoint."""
+    if step not in (steps := checkpoints.steps()):
+        raise RunError(
+            f"{workdir} has no checkpoint of step {step}, but of {', '.join(map(str, steps))} "
+            f"(the best on validation is {checkpoints.best_step()})"
+        )
+    shapes = sharding.abstract(mesh, lambda key: init_trainable(model, key))
+    return checkpoints.restore_trainable(step, shapes)
 
 
 def _no_checkpoint(workdir: Path) -> RunError:

@@ -1,0 +1,548 @@
+"""Evaluate a run: checkpoint, answers, labels, scores, report.
+
+    python -m affectgpt_jax.evaluate --workdir runs/demo
+
+asks the checkpoint that validation chose about the run's test clips and writes, into the run's
+folder `evaluate`, report.html, report.json and report.md, and every answer and label behind them.
+Other clips are named with
+
+    --set mer2024=/records/mer2024 --set mine:fine=/records/mine
+
+by a set of MER-UniBench ({keys}) or any name with its task ({tasks}), and a record directory.
+Run again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from affectgpt_jax import build, inference
+from affectgpt_jax.chat import BaseChat
+from affectgpt_jax.config import ConfigError
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.pipeline import DataError, View
+from affectgpt_jax.data.records import RecordError, Records, RecordSubset
+from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
+from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME
+from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCache
+from affectgpt_jax.evaluation.files import ReadError
+from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
+from affectgpt_jax.evaluation.metrics import ScoreError
+from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
+from affectgpt_jax.evaluation.report import write_report
+from affectgpt_jax.evaluation.results import NEEDS_LEXICON, score_set
+from affectgpt_jax.evaluation.rules import RuleExtractor
+from affectgpt_jax.evaluation.summary import Report, make_report
+from affectgpt_jax.report import DEMO, name_and_task
+from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
+from affectgpt_jax.score import TITLES, percent
+
+# Trouble that a user can mend: shown as one sentence, without a traceback.
+USER_ERRORS = (*LOAD_ERRORS, ChatError, DataError, ReadError, RecordError, ScoreError)
+
+EXTRACTORS = ("auto", "rules", "llm", "openai")
+# Questions whose answers are lists of labels, and the one whose answers must be read first.
+LABELS = ("ovlabel", "onehot", "onehot_candidates")
+QUESTIONS = (*LABELS, "description")
+
+
+@dataclasses.dataclass(frozen=True)
+class SetPlace:
+    """A data set of the command line.
+
+    Attributes:
+        name: as Table 2 writes it, "demo", or the user's.
+        task: how it is scored; "" where its records are to tell.
+        place: a record directory, or whatever else `config.data.test` may be.
+    """
+
+    name: str
+    task: str
+    place: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TestSet:
+    """Clips to ask about, and what is true of them."""
+
+    name: str
+    task: str
+    dataset: Records
+    truth: Table
+    references: Mapping[str, float]
+
+    @property
+    def file_name(self) -> str:
+        return re.sub(r"[^\w.-]+", "-", self.name)
+
+
+def parse_set(text: str) -> SetPlace:
+    """`NAME[:TASK]=RECORDS`.
+
+    Raises:
+        argparse.ArgumentTypeError: another form, or a task that is unknown or not the set's.
+    """
+    head, _, place = text.partition("=")
+    if not head.partition(":")[0] or not place:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not NAME=RECORDS, as in mer2024=/records/mer2024"
+        )
+    return SetPlace(*name_and_task(head), place)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; in names of flags, `_` is as good as `-`.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.evaluate",
+        description=__doc__.format(keys=", ".join(BY_KEY), tasks=", ".join(metrics.TASKS)),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workdir", required=True, metavar="RUN", help="of the run")
+    add(
+        "--steps",
+        "--step",
+        nargs="+",
+        default=["best"],
+        metavar="STEP",
+        help="checkpoints by number, 'best' on validation (the default) or 'all'; of several, the "
+        "best on validation, or else the last one named, is the fixed one",
+    )
+    add(
+        "--set",
+        action="append",
+        default=[],
+        type=parse_set,
+        dest="sets",
+        metavar="NAME[:TASK]=RECORDS",
+        help="clips to ask about, once or more; default: the run's own test set",
+    )
+    add("--question", choices=QUESTIONS, help="default: ovlabel, if the run was trained on it")
+    add(
+        "--extractor",
+        choices=EXTRACTORS,
+        default="auto",
+        help="who finds labels in descriptions: rules, the run's own LLM without its adapters, or "
+        "a server; auto: rules for the base that ships, else llm",
+    )
+    add("--base-url", metavar="URL", help="of the server, as http://localhost:8000/v1")
+    add("--model", metavar="NAME", help="that the server knows its model by")
+    add(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="the environment variable with the server's key, if it wants one",
+    )
+    add("--concurrency", type=int, default=8, metavar="N", help="requests to it at a time")
+    add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
+    add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
+    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    add(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help="of an answer; default: the run's, and for descriptions at least its max_tokens",
+    )
+    add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
+    add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
+    add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
+    add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
+    add("--seed", type=int, default=0, help="of the resampling and the examples")
+    add("--out", metavar="DIR", help="default: RUN/evaluate")
+    arguments = parser.parse_args(
+        [
+            re.sub(r"^--[\w-]+(?![\w.-])", lambda flag: flag[0].replace("_", "-"), arg)
+            for arg in argv
+        ]
+    )
+    _check_arguments(parser, arguments)
+    return arguments
+
+
+def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.bootstrap < 0 or arguments.seed < 0:
+        parser.error("--bootstrap and --seed must be 0 or more")
+    for flag in ("batch_size", "max_clips", "max_new_tokens", "concurrency"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be 1 or more")
+    server = (arguments.extractor == "openai", bool(arguments.base_url), bool(arguments.model))
+    if any(server) and not all(server):
+        parser.error("--extractor=openai, --base-url and --model go together")
+    for step in arguments.steps:
+        if not (step.isdigit() or step in ("best", "all")):
+            parser.error(f"--steps: {step!r} is neither a number, nor 'best', nor 'all'")
+    names = [place.name for place in arguments.sets]
+    if len(set(names)) != len(names):
+        parser.error("--set names a data set twice")
+
+
+def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Report, Path]:
+    """Do what the command line asks for; returns the report and the folder that it is in."""
+    run = load_run(Path(arguments.workdir).expanduser(), llm=arguments.llm, mesh=arguments.mesh)
+    out = Path(arguments.out).expanduser() if arguments.out else run.workdir / "evaluate"
+    steps = choose_steps(arguments.steps, run)
+    question = choose_question(arguments.question, run)
+    limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
+    if question == "description" and not arguments.max_new_tokens:
+        limit = max(limit, run.config.max_tokens)  # no description that it learned was longer
+    view = run.view
+    sets = [
+        open_set(run, place, view, arguments.max_clips, say) for place in _places(arguments, run)
+    ]
+    needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
+    extracts = question == "description" or any(s.task == "sentiment" for s in sets)
+    lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
+    extractor = make_extractor(arguments, run, lexicon, out, say) if extracts else None
+    generator = inference.Generator(
+        run.model,
+        run.base,
+        view,
+        run.mesh,
+        num_buckets=run.config.num_buckets,
+        batch_size=arguments.batch_size or run.config.generate.batch_size,
+        max_new_tokens=limit,
+    )
+    pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
+    texts: dict[str, dict[str, str]] = {}
+    for step in steps:
+        trainable = (run if step == run.step else run.at_step(step)).trainable
+        for test in sets:
+            answers = inference.answers_on_disk(
+                out / "answers" / _answer_file(run, step, test, view, question, limit),
+                generator,
+                trainable,
+                test.dataset,
+                question,
+                _Counter(say, f"step {step}: answers about {test.name}"),
+            )
+            names = [entry.name for entry in test.dataset.index]
+            predictions = predict(test, answers, view, question, extractor)
+            pairs[test.name][f"step {step}"] = pair(predictions, test.truth)
+            texts[test.name] = dict(zip(names, answers.texts, strict=True))
+            _write_predictions(out / f"{test.file_name}-step-{step}.jsonl", predictions, answers)
+    results = [
+        score_set(
+            test.name,
+            test.task,
+            pairs[test.name],
+            lexicon if test.task in NEEDS_LEXICON else None,
+            level=arguments.level,
+            resamples=arguments.bootstrap,
+            seed=arguments.seed,
+            texts=texts[test.name],
+            references=test.references,
+        )
+        for test in sets
+    ]
+    report = make_report(
+        f"{run.workdir.name}, {question}" + (f", {extractor.identity}" if extractor else ""),
+        results,
+        modalities=modalities(view),
+        peers=any(place.name in BY_NAME for place in sets),
+        resamples=arguments.bootstrap,
+        seed=arguments.seed,
+    )
+    write_report(report, out)
+    return report, out
+
+
+def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
+    """Checkpoints in the order in which they are scored, the fixed one last.
+
+    That is the best on validation, which has not seen the test set; if it was not asked for, the
+    last one named.
+    """
+    steps: list[int] = []
+    for step in asked:
+        steps += run.steps if step == "all" else [run.best_step if step == "best" else int(step)]
+    steps = list(dict.fromkeys(steps))
+    if run.best_step in steps:
+        steps.remove(run.best_step)
+        steps.append(run.best_step)
+    return steps
+
+
+def choose_question(asked: str | None, run: Run) -> str:
+    """The question that is asked.
+
+    Raises:
+        ConfigError: the run was not trained on it, or on none that gives labels.
+    """
+    trained = run.label_types
+    question = asked or next((name for name in QUESTIONS if name in trained), None)
+    if question not in trained:
+        wanted = f"--question={asked}" if asked else f"one of {', '.join(QUESTIONS)}"
+        raise ConfigError(
+            f"{run.workdir} was trained on {', '.join(sorted(trained))}, but not on {wanted}; "
+            "what it would answer means nothing"
+        )
+    return question
+
+
+def _places(arguments: argparse.Namespace, run: Run) -> list[SetPlace]:
+    if arguments.sets:
+        return arguments.sets
+    place = run.config.data.test
+    if not place:
+        raise ConfigError(f"{run.workdir} names no test set; name one as --set NAME=RECORDS")
+    if re.fullmatch(r"demo(:\d+)?", place):
+        return [SetPlace(DEMO, "words", place)]
+    known = BY_KEY.get(Path(place).name)
+    return [SetPlace(known.name, known.task, place) if known else SetPlace("test", "", place)]
+
+
+def open_set(
+    run: Run, place: SetPlace, view: View, max_clips: int | None, say: Callable[[str], None]
+) -> TestSet:
+    """Open the records of a set and read off them what is true.
+
+    Raises:
+        ConfigError: features that do not fit, or clips without a truth of the set's task.
+        RecordError: no intact records.
+    """
+    dataset = build.open_records(run.config, place.place, "test", run.workdir, say)
+    build.check_features(run.config, dataset, view.mode)
+    if max_clips is not None and max_clips < len(dataset):
+        dataset = RecordSubset(dataset, range(max_clips))
+    task = place.task or _task_of(dataset, place)
+    truth = read_truth(dataset, task, place)
+    references = {}
+    world = re.fullmatch(r"demo(?::(\d+))?", place.place)
+    if world and task == "words":
+        seed = run.config.demo_seed if world[1] is None else int(world[1])
+        references = demo_references(seed, view.mode.name)
+    return TestSet(place.name, task, dataset, truth, references)
+
+
+# What a record says that is true, by task.
+TRUTHS: dict[str, Callable[[Any], Any]] = {
+    "fine": lambda entry: [label.strip().lower() for label in entry.labels] or None,
+    "basic": lambda entry: entry.emotion.strip().lower() or None,
+    "words": lambda entry: entry.emotion.strip().lower() or None,
+    "sentiment": lambda entry: entry.valence,
+}
+
+
+def _task_of(dataset: Records, place: SetPlace) -> str:
+    """The first task that all clips have a truth for."""
+    for task in ("basic", "fine", "sentiment"):
+        if all(TRUTHS[task](entry) is not None for entry in dataset.index):
+            return task
+    raise ConfigError(
+        f"{place.place} has clips without emotion, labels or valence; name how it is scored, as in "
+        f"--set mine:fine={place.place}"
+    )
+
+
+def read_truth(dataset: Records, task: str, place: SetPlace) -> Table:
+    """What is true of the clips that say so; the others are left out and listed.
+
+    Raises:
+        ConfigError: no clip says so.
+    """
+    found = {entry.name: TRUTHS[task](entry) for entry in dataset.index}
+    known = {name: value for name, value in found.items() if value is not None}
+    if not known:
+        field = {"fine": "labels", "sentiment": "valence"}.get(task, "emotion")
+        raise ConfigError(f"{place.place}: no record has the {field} that {task} is scored by")
+    without = tuple(name for name in found if name not in known)
+    findings = (Finding("without a truth, left out", without),) if without else ()
+    return Table(place.place, tuple(known), tuple(known.values()), findings)
+
+
+def demo_references(seed: int, mode: str) -> dict[str, float]:
+    """The best hit rates that are possible in the demo's world: of this input mode and parts."""
+    features = demo.features_for(demo.CEILING_MODES[mode])
+    known = demo.ceilings(demo.World(seed).evidence("test", features=features))
+    return {
+        f"ceiling with {name.replace('_', ' + ')}": known[name]
+        for name in dict.fromkeys([mode, *demo.MAIN_CEILINGS])
+    }
+
+
+def make_extractor(
+    arguments: argparse.Namespace,
+    run: Run,
+    lexicon: Lexicon,
+    out: Path,
+    say: Callable[[str], None],
+) -> Extractor:
+    """Who finds labels in descriptions, and the sentiment of labels.
+
+    Raises:
+        ChatError: a server's address or key that cannot be used.
+    """
+    rules = RuleExtractor(lexicon)
+    kind = arguments.extractor
+    if kind == "auto":
+        kind = "rules" if run.config.llm == "tiny" else "llm"
+    if kind == "rules":
+        return rules
+    if kind == "openai":
+        chat = ChatServer(
+            arguments.base_url,
+            arguments.model,
+            api_key=os.environ.get(arguments.api_key_env, ""),
+            concurrency=arguments.concurrency,
+        )
+    else:
+        chat = BaseChat(
+            run.model.qwen2,
+            run.base,
+            run.identity,
+            run.view.tokenizer,
+            run.mesh,
+            batch_size=arguments.batch_size or run.config.generate.batch_size,
+        )
+    cache = ReplyCache(out / "replies.jsonl")
+    return ChatExtractor(chat, cache, rules.in_text, _Counter(say, "replies about labels"))
+
+
+def predict(
+    test: TestSet,
+    answers: inference.Answers,
+    view: View,
+    question: str,
+    extractor: Extractor | None,
+) -> Table:
+    """What the answers say about each clip, as its task counts it."""
+    names = tuple(entry.name for entry in test.dataset.index)
+    findings = [Finding("whose answer was cut off", _where(names, [a.cut for a in answers.each]))]
+    if question == "description":
+        told = [view.prompts.read_answer(question, text) for text in answers.texts]
+        labels = extractor.labels(told)
+        unread = _where(names, [text in extractor.unparsed for text in told])
+        findings.append(Finding("whose labels could not be extracted", unread))
+    else:
+        labels = [view.prompts.read_labels(text, question) for text in answers.texts]
+    values: list[Any] = labels
+    if test.task == "sentiment":
+        values = extractor.sentiments(labels)
+        unread = _where(names, [", ".join(ls) in extractor.unparsed for ls in labels])
+        findings.append(Finding("whose sentiment could not be extracted", unread))
+    return Table("the answers", names, tuple(values), tuple(f for f in findings if f.names))
+
+
+def _where(names: Sequence[str], flags: Sequence[bool]) -> tuple[str, ...]:
+    return tuple(name for name, flag in zip(names, flags, strict=True) if flag)
+
+
+def _answer_file(run: Run, step: int, test: TestSet, view: View, question: str, limit: int) -> str:
+    """A name that changes with everything that an answer depends on."""
+    checkpoint = run.workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
+    parts = [
+        # Written when the checkpoint was, so that a run that is trained anew is another one.
+        checkpoint.read_text("utf-8") if checkpoint.is_file() else "",
+        run.identity.sha256,
+        run.config.to_json(),
+        dataclasses.asdict(test.dataset.manifest),
+        # The first clip's stands for all prompts, so that a trial on a few clips is part of all.
+        view.prompt_examples(RecordSubset(test.dataset, [0]), question)[0].tokens.tolist(),
+        limit,
+    ]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return f"{test.file_name}-step-{step}-{question}-{digest[:12]}.jsonl"
+
+
+def _write_predictions(path: Path, predictions: Table, answers: inference.Answers) -> None:
+    """Name, text and labels or sentiment of every clip, as `score` and `report` read them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for name, value, answer in zip(
+            predictions.names, predictions.values, answers.each, strict=True
+        ):
+            key = "sentiment" if isinstance(value, str) else "labels"
+            file.write(json.dumps({"name": name, "text": answer.text, key: value}) + "\n")
+
+
+def modalities(view: View) -> str:
+    """What the model is given, as tables of the field write it: A, V and T."""
+    slots = set(view.mode.slots)
+    heard, seen = {"audio", "multi", "multi_frame"}, {"face", "frame", "image", "multi"}
+    letters = ("A" if slots & heard else "", "V" if slots & (seen | {"multi_frame"}) else "")
+    return "".join((*letters, "T" if view.mode.text else ""))
+
+
+class _Counter:
+    """Says how far something is, now and then and at its end."""
+
+    def __init__(self, say: Callable[[str], None], what: str, interval_s: float = 5.0):
+        self._say, self._what, self._interval_s = say, what, interval_s
+        self._said_s = -interval_s
+
+    def __call__(self, done: int, total: int) -> None:
+        now_s = time.monotonic()
+        if done == total or now_s - self._said_s >= self._interval_s:
+            self._said_s = now_s
+            self._say(f"{self._what}: {done:,} of {total:,}")
+
+
+def summarise(report: Report, out: Path) -> str:
+    """The closing words: every set's score, and where to look."""
+    lines = []
+    for result in report.sets:
+        fixed = result.fixed
+        score = fixed.score
+        metric, value = next(iter(score.values.items()))
+        interval = fixed.interval
+        ends = f" ({percent(interval.low)} to {percent(interval.high)})" if interval else ""
+        lines.append(
+            f"{result.name}, {result.task}, {score.counts['clips']:,} clips, "
+            f"{fixed.predictions}: {TITLES.get(metric, metric)} {percent(value)}{ends}"
+        )
+        if len(result.results) > 1:
+            both = result.protocols
+            lines.append(
+                f"  best of {both.checkpoints}, chosen on the test set: "
+                f"{percent(both.best_value)} ({both.best})"
+            )
+        lines += [f"  {name}: {percent(share)}" for name, share in result.references.items()]
+        lines += [f"  {finding}" for finding in fixed.pairs.findings]
+    lines += [f"warning: {warning}" for warning in report.warnings]
+    lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Names and words come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    # Orbax warns that checkpoints which are opened to be read cannot be written.
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        report, out = evaluate(arguments, lambda text: print(text, flush=True))
+        print(summarise(report, out))
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(
+            f"error: {error.filename or arguments.workdir}: {error.strerror or error}; the results "
+            "need a place that can be written, with room, as --out"
+        )
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from there")
+
+
+if __name__ == "__main__":
+    main()

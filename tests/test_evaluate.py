@@ -1,0 +1,315 @@
+"""The evaluation command as a user runs it, on a run of one step and few clips."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from affectgpt_jax import evaluate, inference, train
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import write_records
+from affectgpt_jax.evaluation.extract import label_message
+
+CLIPS = 12
+
+
+def clips(**changes):
+    return (
+        dataclasses.replace(record, **changes) for record in demo.World(0).records("test", CLIPS)
+    )
+
+
+def write(directory, records):
+    write_records(directory, records, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two checkpoints of a run that has hardly learned anything."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    records = write(folder / "records", demo.World(0).records("train", 32))
+    test = write(folder / "test", clips())
+    train.main(
+        [
+            f"--workdir={folder / 'run'}",
+            f"--config.data.train={records}",
+            f"--config.data.val={records}",
+            f"--config.data.test={test}",
+            "--config.steps=2",
+            "--config.save_every=1",
+            "--config.batch_size=8",
+            "--config.num_buckets=1",
+            "--config.generate.batch_size=16",
+            "--config.generate.max_new_tokens=4",
+        ]
+    )
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained / "run", tmp_path / "run")
+
+
+def command(run, *flags):
+    evaluate.main([f"--workdir={run}", "--bootstrap=20", "--max-new-tokens=4", *map(str, flags)])
+
+
+def report(run):
+    return json.loads((run / "evaluate" / "report.json").read_text())
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refusal(run, *flags):
+    with pytest.raises(SystemExit) as stopped:
+        command(run, *flags)
+    message = str(stopped.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Let the model write what a function makes of a clip's name; counts the clips asked about."""
+    asked = []
+
+    def install(text_of):
+        def batches(self, trainable, dataset, question, feature_from=None):
+            for number in reversed(range(len(dataset))):
+                name = dataset.index[number].name
+                asked.append(name)
+                yield number, inference.Answer(text_of(name), 3, name.endswith("7"), None)
+
+        monkeypatch.setattr(inference.Generator, "batches", batches)
+        return asked
+
+    return install
+
+
+TRUTH = {r.name: r for r in demo.World(0).records("test", CLIPS)}
+
+
+def test_a_run_is_evaluated_on_its_own_test_set_with_the_checkpoint_of_validation(run, capsys):
+    command(run)
+    out = capsys.readouterr().out
+    best = json.loads((run / "result.json").read_text())["best_step"]
+    [found] = report(run)["sets"]
+    assert (found["name"], found["task"]) == ("test", "basic")
+    assert [r["predictions"] for r in found["results"]] == [f"step {best}"]
+    assert f"test, basic, {CLIPS} clips, step {best}: hit rate " in out
+    for file in ("report.html", "report.md"):
+        assert (run / "evaluate" / file).stat().st_size
+    predictions = lines(run / "evaluate" / f"test-step-{best}.jsonl")
+    # What training wrote about the same clips with the same checkpoint.
+    trained = lines(run / "predictions.jsonl")
+    assert [(p["name"], p["labels"]) for p in predictions] == [
+        (p["name"], p["labels"]) for p in trained
+    ]
+
+
+def test_scores_are_those_of_what_the_model_says(run, says, capsys):
+    """Right about two clips in three; the truth is the words themselves."""
+    names = list(TRUTH)
+    right = {name for number, name in enumerate(names) if number % 3}
+    says(lambda name: f"They feel {TRUTH[name].emotion if name in right else 'zebra'}.")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    command(run, f"--set=mine:words={test}")
+    [found] = report(run)["sets"]
+    assert found["results"][0]["values"]["hit"] == pytest.approx(len(right) / CLIPS)
+    cut = [name for name in names if name.endswith("7")]
+    assert {"what": "whose answer was cut off", "count": 1, "clips": cut} in found["results"][0][
+        "findings"
+    ]
+    assert f"1 clip whose answer was cut off: {cut[0]!r}" in capsys.readouterr().out
+
+
+def test_descriptions_go_through_the_rules_and_sentiment_through_their_labels(run, says, tmp_path):
+    says(lambda name: f"The face is not angry. They feel {TRUTH[name].emotion}.")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    sets = (f"--set=mine:words={test}", f"--set=signs:sentiment={test}")
+    command(run, "--question=description", *sets)
+    words, signs = report(run)["sets"]
+    assert words["results"][0]["values"]["hit"] == 1
+    predictions = {p["name"]: p for p in lines(run / "evaluate" / "signs-step-2.jsonl")}
+    for name, record in TRUTH.items():
+        if record.emotion in ("furious", "lonely", "ashamed", "terrified"):
+            assert predictions[name]["sentiment"] == "negative"
+        if record.emotion in ("joyful", "grateful", "content", "relieved"):
+            assert predictions[name]["sentiment"] == "positive"
+    assert {p["sentiment"] for p in predictions.values()} >= {"positive", "negative"}
+    assert "rules 1 on the " in report(run)["system"]
+
+
+def test_of_several_checkpoints_the_best_on_validation_is_the_fixed_one(run, says):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    command(run, "--steps=all")
+    best = json.loads((run / "result.json").read_text())["best_step"]
+    [found] = report(run)["sets"]
+    assert [r["predictions"] for r in found["results"]] == [f"step {3 - best}", f"step {best}"]
+    assert found["protocols"]["fixed"] == f"step {best}"
+    command(run, "--step", str(3 - best))
+    assert report(run)["sets"][0]["protocols"]["fixed"] == f"step {3 - best}"
+
+
+def test_a_second_run_asks_only_about_what_is_missing(run, says):
+    asked = says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    command(run, "--max_clips=3")
+    assert sorted(asked) == sorted(TRUTH)[:3]
+    [file] = (run / "evaluate" / "answers").iterdir()
+    file.write_bytes(file.read_bytes()[:-7])  # as a kill leaves it
+    command(run)
+    assert len(asked) == 3 + CLIPS - 2 and len(set(asked)) == CLIPS
+    before = report(run)
+    command(run)
+    assert len(asked) == CLIPS + 1
+    assert report(run) == before
+    # Another limit, question or checkpoint is another answer.
+    command(run, "--max-new-tokens=5", "--max-clips=3")
+    assert len(asked) == CLIPS + 4
+    assert len(list((run / "evaluate" / "answers").iterdir())) == 2
+
+
+def test_an_interrupted_run_says_that_it_goes_on(run, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inference.Generator, "batches", interrupt)
+    with pytest.raises(SystemExit, match="interrupted; the same command goes on from there"):
+        command(run)
+
+
+def test_the_llm_and_a_server_extract_and_are_not_asked_again(run, says, monkeypatch, capsys):
+    says(lambda name: f"{name} feels {TRUTH[name].emotion}.")
+    messages = []
+
+    def answer(self, asked):
+        for number, message in enumerate(asked):
+            messages.append(message)
+            name = message.split("Clues: ")[1].split()[0]
+            yield number, f"[{TRUTH[name].emotion}]" if name != "demo-test-00003" else "Hm? Well."
+
+    monkeypatch.setattr(evaluate.BaseChat, "answer", answer)
+    monkeypatch.setattr(evaluate.ChatServer, "answer", answer)
+    monkeypatch.setenv("MY_KEY", "sesame")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    flags = ["--question=description", f"--set=mine:words={test}"]
+    server = ["--base-url=http://localhost:1/v1", "--model=qwen", "--api-key-env=MY_KEY"]
+    for extractor in (["--extractor=llm"], ["--extractor=openai", *server]):
+        for _ in range(2):
+            command(run, *flags, *extractor)
+        found = report(run)["sets"][0]["results"][0]
+        assert found["values"]["hit"] == pytest.approx((CLIPS - 1) / CLIPS)
+        unread = {f["what"]: f["clips"] for f in found["findings"]}
+        assert unread["whose labels could not be extracted"] == ["demo-test-00003"]
+    assert len(messages) == 2 * CLIPS
+    assert messages[0] == label_message(
+        f"demo-test-00000 feels {TRUTH['demo-test-00000'].emotion}."
+    )
+    written = "".join(p.read_text() for p in (run / "evaluate").rglob("*") if p.is_file())
+    assert "sesame" not in written + capsys.readouterr().out
+
+
+def test_clips_without_a_truth_are_left_out_and_named(run, says, trained, tmp_path, capsys):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    records = list(clips())
+    records[4] = dataclasses.replace(records[4], labels=())
+    place = write(tmp_path / "some", records)
+    command(run, f"--set=ovmerdplus={place}")
+    [found] = report(run)["sets"]
+    assert (found["name"], found["task"]) == ("OV-MERD+", "fine")
+    assert found["results"][0]["counts"]["clips"] == CLIPS - 1
+    assert "1 clip without a truth, left out: 'demo-test-00004'" in capsys.readouterr().out
+    none = write(tmp_path / "none", clips(emotion="", labels=(), valence=None, candidates=()))
+    assert "no record has the labels" in refusal(run, f"--set=ovmerdplus={none}")
+    assert "name how it is scored" in refusal(run, f"--set=mine={none}")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--step=7"], "has no checkpoint of step 7, but of 1, 2 (the best"),
+        (["--question=onehot"], "was trained on description, ovlabel, but not on --question=oneh"),
+        (["--set=a:basic=/nowhere"], "/nowhere/manifest.json is missing"),
+        (["--lexicon=/nowhere", "--question=description"], "/nowhere is not a directory"),
+        (["--config.mesh=data:3"], "mesh 'data:3'"),
+    ],
+)
+def test_what_a_user_gets_wrong_is_one_sentence(run, flags, said):
+    assert said in refusal(run, *flags)
+
+
+def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):
+    assert "holds no run: config.json is missing" in refusal(tmp_path)
+    shutil.rmtree(run / "checkpoints")
+    assert "has no checkpoint; a run saves" in refusal(run)
+    (run / "config.json").write_text("{")
+    assert "config.json cannot be read" in refusal(run)
+    (run / "config.json").write_text('{"seed": 0}')
+    assert "is missing; the paper's recipe has" in refusal(run)
+
+
+def test_answers_that_are_damaged_are_named(run, says):
+    says(lambda name: "They feel sad.")
+    command(run, "--max-clips=2")
+    [file] = (run / "evaluate" / "answers").iterdir()
+    file.write_text('{"name": "x"}\n')
+    assert "line 1: expected the answer about a clip" in refusal(run)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(run, says, tmp_path):
+    says(lambda name: "They feel sad.")
+    (tmp_path / "file").write_text("")
+    assert "the results need a place that can be written" in refusal(run, f"--out={tmp_path}/file")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--set=demo"], "is not NAME=RECORDS"),
+        (["--set=mer2024:fine=x"], "'fine' is not the task of mer2024; expected basic"),
+        (["--set=mine:mood=x"], "'mood' is not the task of mine"),
+        (["--set=a=x", "--set=a=y"], "names a data set twice"),
+        (["--steps", "first"], "'first' is neither a number"),
+        (["--max-clips=0"], "--max-clips must be 1 or more"),
+        (["--extractor=openai"], "go together"),
+        (["--model=x"], "go together"),
+        (["--bootstrap=-1"], "must be 0 or more"),
+        (["--api-key=sesame"], "unrecognized arguments"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["--workdir=x", *flags])
+    assert stop.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_modalities_are_those_of_the_input_mode():
+    from affectgpt_jax.data.pipeline import View
+    from affectgpt_jax.data.prompts import INPUT_MODES
+
+    def letters(mode):
+        return evaluate.modalities(View(None, None, INPUT_MODES[mode], {}, {}))
+
+    expected = {
+        "multi_audio_face_text": "AVT", "multi_text": "AVT", "audio_text": "AT", "text": "T",
+        "face": "V", "image": "V", "audio_face": "AV",
+    }  # fmt: skip
+    assert {mode: letters(mode) for mode in expected} == expected
+
+
+def test_the_demos_ceilings_stand_beside_its_score(run, says, monkeypatch):
+    says(lambda name: "They feel sad.")
+    monkeypatch.setattr(demo, "SIZES", {**demo.SIZES, "test": 24})
+    command(run, "--set=demo=demo", "--max-clips=5")
+    [found] = report(run)["sets"]
+    assert (found["name"], found["task"]) == ("demo", "words")
+    share = found["references"]["ceiling with multi + audio + face + text"]
+    assert found["references"]["ceiling with face"] < share <= 1
+    assert np.isfinite(share)
