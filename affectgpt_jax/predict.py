@@ -40,7 +40,7 @@ from affectgpt_jax import build
 from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordError, Records, RecordSubset
-from affectgpt_jax.evaluate import SCORED, Answer, Generator
+from affectgpt_jax.inference import SCORED, Answer, Generator
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.run import LOAD_ERRORS, Run, load_run

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import build, evaluate, predict, train
+from affectgpt_jax import build, inference, predict, train
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
-from affectgpt_jax.evaluate import Generator
+from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.run import load_run
 
@@ -168,7 +168,7 @@ def test_a_stream_shows_whole_characters_and_no_part_of_the_end_mark(workdir, mo
             ended = np.zeros(8, bool) | (count == len(ids))
             yield Generated(tokens, np.full(8, count), ended, np.zeros((8, len(ids))))
 
-    monkeypatch.setattr(evaluate, "stream", scripted)
+    monkeypatch.setattr(inference, "stream", scripted)
     generator = Generator(run.model, run.base, run.view, run.mesh, batch_size=1, max_new_tokens=99)
     clips = predict.choose_clips(predict.open_clips(run, None), None, 1)
     shown = [answer.text for answer in generator.stream(run.trainable, clips, "ovlabel")]
