@@ -13,13 +13,14 @@ import jax
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
 
 
-def describe() -> dict[str, Any]:
+def describe(*more_packages: str) -> dict[str, Any]:
     """Command, machine and versions, as every result file carries them."""
     device = jax.devices()[0]
+    packages = (*PACKAGES, *more_packages)
     return {
         "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": f"{jax.device_count()} x {device.device_kind}",
         "platform": device.platform,
         "cpu": _cpu_name(),

@@ -1,0 +1,628 @@
+"""JAX against PyTorch, part by part: `python -m benchmarks.parity [--llm DIR] [--device cuda]`.
+
+Both models are built from one set of weights and read the same batches. Compared are tokens, soft
+tokens, hidden states, logits, loss, gradients, one update, the learning rate, and every loss of a
+training run. Dropout is off, and float32 products are not rounded to TF32. The error of a tensor is
+`||jax - pytorch|| / ||pytorch||`.
+
+Two float32 programs that add in another order differ by rounding. Two bfloat16 programs differ as
+much as each does from the truth, so there both are measured against PyTorch in float32, and JAX
+must not be further away from it than PyTorch is. For that, the weights of the base and of LoRA are
+numbers that bfloat16 holds, in all precisions.
+
+Prints a table, writes `benchmarks/results/parity.json` and a plot of both training runs beside it,
+and ends with status 1 if a row is red. `--show` prints the table of such a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build
+from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
+from affectgpt_jax.data.demo import DEFAULT_FEATURES, World
+from affectgpt_jax.data.pipeline import Bucket, Source, TrainPipeline, View
+from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER, PLACEHOLDERS, parse_label
+from affectgpt_jax.data.records import RecordDataset, write_records
+from affectgpt_jax.data.tokenizer import Tokenizer
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, init_trainable
+from affectgpt_jax.models.fusers import SLOTS, Fusion, FusionConfig
+from affectgpt_jax.models.qwen2 import Qwen2Config
+from affectgpt_jax.train import USER_ERRORS
+from affectgpt_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
+from affectgpt_jax.training.step import init_key
+from affectgpt_jax.weights.huggingface import load_base
+from benchmarks import environment, probes
+from benchmarks.torch_reference.fusers import Fusers
+from benchmarks.torch_reference.model import AffectGPT as Twin
+from benchmarks.torch_reference.training import learning_rate
+from benchmarks.torch_reference.weights import by_torch_name, load_trainable
+
+RESULTS = Path(__file__).parent / "results" / "parity.json"
+LLM_PREFIX = "llama_model.base_model.model.model."
+ROWS = 4  # of a batch in a draw for bfloat16
+CLIPS = 500  # no multiple of a batch, so that epochs end with filler rows
+
+# Float32 holds 7 digits. Sums of some hundred terms, some tens of operations deep, lose 2 of them,
+# and a gradient may lose one more where it is a small difference of large terms.
+BOUND = 1e-4
+BOUND_OF = {"logits": 1e-5, "loss": 1e-5}
+SCHEDULE = 1e-6  # a handful of float32 operations
+CURVE = 1e-3  # every update feeds the rounding of the steps before back into the next
+BFLOAT16_RATIO = 1.1  # 64 draws leave the ratio uncertain by some 5 %
+
+# Head type -> type of the pre-fusion, and of the image head, which know two types each.
+HEADS = {
+    "attention": ("attention", "mean"),
+    "mean": ("none", "mean"),
+    "qformer": ("qformer", "qformer"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        what: the quantity.
+        errors: relative error of every tensor.
+        value: what is judged.
+        bound: its largest allowed value.
+        note: where the value comes from.
+    """
+
+    what: str
+    errors: dict[str, float]
+    value: float
+    bound: float
+    note: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.bound  # NaN does not pass
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"passed": self.passed}
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray, scale: np.ndarray) -> float:
+    """`||found - expected|| / ||scale||`; 0 without a difference, infinite for other shapes."""
+    found, expected, scale = (np.asarray(x, np.float64) for x in (found, expected, scale))
+    if found.shape != expected.shape:
+        return math.inf
+    difference, size = np.linalg.norm(found - expected), np.linalg.norm(scale)
+    return float(difference / size) if size else math.inf if difference else 0.0
+
+
+def errors_of(
+    found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
+) -> dict[str, float]:
+    """Relative error by tensor; infinite for one that one side lacks."""
+    errors = dict.fromkeys([*found, *expected], math.inf)
+    for name in found.keys() & expected.keys():
+        # A softmax does not see a constant added to all its keys: the gradient of a key's bias is
+        # zero but for rounding, and that of its weight says how much rounding is little.
+        scale = expected[name.replace(".key.bias", ".key.weight")]
+        errors[name] = relative_error(found[name], expected[name], scale)
+    return errors
+
+
+def worst_of(errors: Mapping[str, float]) -> str:
+    """The name of the largest error, or of a NaN."""
+    return max(errors, key=lambda name: (math.isnan(errors[name]), errors[name]))
+
+
+def compare(
+    what: str,
+    found: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    bound: float = BOUND,
+) -> Row:
+    """A row that judges the largest error, or the first NaN."""
+    errors = errors_of(found, expected)
+    worst = worst_of(errors)
+    return Row(what, errors, errors[worst], bound, worst.removeprefix(LLM_PREFIX))
+
+
+def compare_rounding(
+    what: str, ours: Sequence[Mapping[str, float]], theirs: Sequence[Mapping[str, float]]
+) -> Row:
+    """A row that judges the median over tensors of JAX's error over PyTorch's.
+
+    Args:
+        what: the quantity.
+        ours, theirs: for every draw, each tensor's error against the truth. They are averaged
+            geometrically: in one draw, all tensors share the luck of its largest activations.
+    """
+
+    def typical(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        with np.errstate(divide="ignore"):  # what is exact in one draw has the error 0
+            return {k: float(np.exp(np.mean(np.log([d[k] for d in draws])))) for k in draws[0]}
+
+    jax_errors, torch_errors = typical(ours), typical(theirs)
+    ratios = [
+        1.0 if error == torch_errors[k] else error / (torch_errors[k] or math.nan)
+        for k, error in jax_errors.items()
+    ]
+    medians = (statistics.median(side.values()) for side in (jax_errors, torch_errors))
+    note = "median errors: {:.2g} in JAX, {:.2g} in PyTorch".format(*medians)
+    return Row(what, jax_errors, statistics.median(ratios), BFLOAT16_RATIO, note)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A config with the data that it trains on.
+
+    Attributes:
+        config: as `train` reads it.
+        directory: of the base.
+        llm: its shape.
+        view, dataset, pipeline: the demo world through the config's eyes.
+        device: "cpu" or "cuda", for both frameworks.
+    """
+
+    config: ConfigDict
+    directory: Path
+    llm: Qwen2Config
+    view: View
+    dataset: RecordDataset
+    pipeline: TrainPipeline
+    device: str
+
+
+def make_config(llm: str, steps: int, batch_size: int, seed: int, heads: str) -> ConfigDict:
+    """The shipped config that fits a base, on the demo world, without dropout.
+
+    Args:
+        llm: "tiny" or a directory.
+        steps: length of the training run.
+        batch_size: clips in a batch.
+        seed: of initialisation and data order.
+        heads: one of `HEADS`.
+    """
+    config = (demo if llm == "tiny" else affectgpt_qwen25_7b).get_config()
+    config.llm, config.seed, config.data.train = llm, seed, "demo"
+    config.steps, config.batch_size, config.num_buckets = steps, batch_size, 1
+    config.max_tokens = 1024  # a Q-Former writes dozens of tokens
+    config.optimizer.warmup_steps = steps // 10
+    if llm == "tiny":
+        # At the demo's own rate a run is chaotic: two whose starts differ in the last bit have
+        # losses that differ by tens of percent after a hundred updates.
+        config.optimizer.learning_rate /= 20
+        config.optimizer.final_learning_rate /= 20
+    config.lora.dropout = config.qformer.dropout = 0.0
+    config.fusion, config.heads.image = HEADS[heads]
+    config.heads.video = config.heads.audio = heads
+    return config
+
+
+def make_case(config: ConfigDict, records: Path, device: str) -> Case:
+    """Opens the base and the records, which it writes where they are not there yet.
+
+    Raises:
+        One of `affectgpt_jax.train.USER_ERRORS`: a base that cannot be used.
+    """
+    directory = build.base_directory(config.llm)
+    view = build.view(config, Tokenizer(directory))
+    if not records.exists():
+        world, encoders = World(config.demo_seed), dict.fromkeys(DEFAULT_FEATURES, "demo world")
+        write_records(records, world.records("train", CLIPS), encoders=encoders, split="train")
+    dataset = RecordDataset(records)
+    pipeline = TrainPipeline(
+        [Source(dataset, view, config.label)],
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        num_buckets=config.num_buckets,
+        seed=config.seed,
+    )
+    llm = build.base_config(config.llm)
+    return Case(config, directory, llm, view, dataset, pipeline, device)
+
+
+def load_jax(case: Case, dtype: str) -> tuple[AffectGPT, Any]:
+    """The modules, and the base rounded to bfloat16, then held in `dtype`."""
+    torch.cuda.empty_cache()  # of the twin before
+    config = case.config.copy_and_resolve_references()
+    config.dtype = dtype
+    model = build.model(config, case.llm)
+    abstract = jax.eval_shape(lambda key: init_random_base(model, key), jax.random.key(0))
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    base = load_base(case.directory, abstract, jax.tree.map(lambda _: device, abstract))
+    return model, jax.tree.map(lambda x: x.astype(dtype), base)
+
+
+def load_torch(case: Case, dtype: str) -> Twin:
+    """The twin on the same base, with adapters and fusers of its own."""
+    fusion = build.fusion_config(case.config, case.llm.hidden_size)
+    lora = build.model(case.config, case.llm).qwen2.lora
+    twin = Twin.from_pretrained(case.directory, fusion, lora, dtype=torch.bfloat16)
+    return (twin.float() if dtype == "float32" else twin).to(case.device)
+
+
+def random_trainable(model: AffectGPT, seed: int) -> Any:
+    """A `trainable` tree at which every parameter matters, as NumPy arrays.
+
+    A fresh one has zero biases, unit norms and zero `lora_b`, behind which errors hide.
+    """
+    abstract = jax.eval_shape(lambda key: init_trainable(model, key), jax.random.key(0))
+    return random_parameters(abstract, seed)
+
+
+def random_parameters(abstract: Any, seed: int) -> Any:
+    """Normal values for a tree of shapes, of a size that keeps activations of order 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value, name = rng.standard_normal(leaf.shape, np.float32), path[-1].key
+        match name:
+            case "scale":
+                return 1 + 0.1 * value
+            case "bias":
+                return 0.1 * value
+            case "queries" | "positions":
+                return value
+            case "lora_a" | "lora_b":
+                size = leaf.shape[-2] ** -0.5 * (0.05 if name == "lora_b" else 1)
+                return (size * value).astype(jnp.bfloat16).astype(np.float32)
+        return value * np.float32(leaf.shape[-2] ** -0.5)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def compare_tokens(case: Case) -> Row:
+    """Ids, supervised tokens and places of soft tokens of every training example.
+
+    On the other side stands the tokenizer that transformers chooses for the directory, used as the
+    release uses its own.
+    """
+    view, dataset, types = case.view, case.dataset, parse_label(case.config.label)
+    theirs = transformers.AutoTokenizer.from_pretrained(case.directory)
+    theirs.add_tokens(list(PLACEHOLDER_ORDER), special_tokens=True)
+    start, end = theirs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    wrong = dict.fromkeys(("tokens", "supervised tokens", "soft tokens"), 0)
+    for kind in types:
+        examples = view.training_examples(dataset, kind)
+        for clip, example in zip(dataset.index, examples, strict=True):
+            bucket = Bucket(len(example), len(example) - example.answer_start)
+            batch = view.collate(dataset, [(0, example)], bucket)
+            texts = (
+                view.prompts.prompt(view.mode, view.token_counts, clip, kind),
+                view.prompts.answer(kind, clip),
+            )
+            prompt, answer = (theirs(text, add_special_tokens=False).input_ids for text in texts)
+            tokens = [start, *prompt, *answer, end]
+            soft, first = [0] * len(tokens), 1
+            for slot, count in view.token_counts.items():
+                placeholder = theirs.convert_tokens_to_ids(PLACEHOLDERS[slot])
+                at = [i for i, token in enumerate(tokens) if token == placeholder]
+                for i, place in enumerate(at):
+                    soft[place] = first + i
+                first += count
+            wrong["tokens"] += batch["tokens"][0].tolist() != tokens
+            wrong["supervised tokens"] += batch["targets"][0].tolist() != [*answer, end]
+            wrong["soft tokens"] += batch["soft_index"][0].tolist() != soft
+    what = f"tokens of {len(types) * len(dataset):,} examples"
+    return Row(what, wrong, sum(wrong.values()), 0, "examples that differ")
+
+
+def compare_fusers(config: FusionConfig, seed: int) -> list[Row]:
+    """Every slot by every kind of head and pre-fusion, on samples that lack this or that."""
+    rows, samples = [], 8
+    rng = np.random.default_rng(seed)
+    for kind, (pre_fusion, image_head) in HEADS.items():
+        fusion = dataclasses.replace(
+            config,
+            slots=SLOTS,
+            video_head=kind,
+            audio_head=kind,
+            image_head=image_head,
+            pre_fusion="attention" if pre_fusion == "none" else pre_fusion,
+        )
+        features = {
+            name: rng.standard_normal((samples, frames, fusion.feature_width(name)), np.float32)
+            for name, frames in {"audio": 8, "face": 8, "frame": 5, "image": 3}.items()
+        }
+        present = {name: rng.random(samples) < 0.7 for name in fusion.inputs}
+        module = Fusion(fusion)
+        abstract = jax.eval_shape(module.init, jax.random.key(0), features, present)["params"]
+        params = random_parameters(abstract, seed)
+        ours = jax.jit(module.apply)({"params": params}, features, present)
+
+        fusers = Fusers(fusion).eval()
+        load_trainable(fusers, {"fusion": params})
+        with torch.no_grad():
+            theirs = fusers.soft_tokens(
+                *({k: torch.from_numpy(x) for k, x in part.items()} for part in (features, present))
+            )
+        ends = np.cumsum(list(fusion.token_counts().values()))[:-1]
+        by_slot = (
+            dict(zip(fusion.slots, np.split(np.asarray(x), ends, axis=1), strict=True))
+            for x in (ours, theirs)
+        )
+        rows.append(compare(f"soft tokens, {kind} heads", *by_slot))
+    return rows
+
+
+def compare_schedules(run: OptimizerConfig, steps: int) -> Row:
+    """Every learning rate of this run, and some thousand of the published recipe's."""
+    ours, theirs = {}, {}
+    for name, config, length in (
+        ("of this run", run, steps),
+        ("of the recipe", OptimizerConfig(), 300_000),
+    ):
+        at = np.unique(np.linspace(0, length, min(length, 4000) + 1).astype(int))
+        ours[name] = np.asarray(jax.vmap(learning_rate_schedule(config, length))(at))
+        theirs[name] = np.array([learning_rate(config, step, length) for step in at.tolist()])
+    return compare("learning rate", ours, theirs, SCHEDULE)
+
+
+def compare_update(trainable: Any, config: OptimizerConfig, seed: int) -> Row:
+    """What AdamW adds to every parameter, from the same random gradients."""
+    gradient = random_parameters(trainable, seed + 1)
+    parameters, gradients = by_torch_name(trainable), by_torch_name(gradient)
+    return compare(
+        "change by an update from equal gradients",
+        probes.update_jax(trainable, gradient, config),
+        probes.update_torch(parameters, gradients, config),
+    )
+
+
+def compare_models(
+    case: Case, heads: str, seed: int, update: OptimizerConfig | None = None
+) -> list[Row]:
+    """Everything between a batch and its gradients, in float32; then one update, if asked for.
+
+    One framework after the other, so that a large base is in memory once.
+    """
+    batch = case.pipeline.batch(0)
+    model, base = load_jax(case, "float32")
+    trainable = random_trainable(model, seed)
+    ours = probes.make_probe_jax(model)(base, trainable, batch)
+    if update is not None:
+        updated, _ = probes.make_train_jax(model, update, steps=1)(base, trainable, [batch])
+    del base
+
+    twin = load_torch(case, "float32")
+    load_trainable(twin, trainable)
+    theirs = probes.probe_torch(twin, batch)
+    rows = [
+        compare(f"{name}, {heads} heads", ours[name], theirs[name], BOUND_OF.get(name, BOUND))
+        for name in ours
+    ]
+    if update is not None:
+        rows.append(compare_update(trainable, update, seed))
+        probes.train_torch(twin, [batch], update, steps=1)
+        expected = {k: p.numpy(force=True) for k, p in twin.named_parameters() if p.requires_grad}
+        rows.append(compare("parameters after an update", by_torch_name(updated), expected))
+    return rows
+
+
+def compare_bfloat16(case: Case, seed: int, draws: int) -> list[Row]:
+    """Rounding errors of both in bfloat16, against the twin in float32.
+
+    Every draw has parameters and a batch of its own: a few rows, for many draws tell more than
+    many rows.
+    """
+    model, base = load_jax(case, "bfloat16")
+    probe_jax = probes.make_probe_jax(model)
+
+    def inputs(i: int) -> tuple[Any, Batch]:
+        batch = jax.tree.map(lambda x: x[:ROWS], case.pipeline.batch(i))
+        return random_trainable(model, seed + i), batch
+
+    def run(twin: Twin, trainable: Any, batch: Batch) -> probes.Quantities:
+        load_trainable(twin, trainable)
+        return probes.probe_torch(twin, batch)
+
+    def errors(probe: Callable[[Any, Batch], probes.Quantities]) -> list[dict[str, Any]]:
+        found = []
+        for i, true in enumerate(truth):
+            values = probe(*inputs(i))
+            found.append({name: errors_of(values[name], true[name]) for name in true})
+        return found
+
+    twin = load_torch(case, "float32")
+    truth = [run(twin, *inputs(i)) for i in range(draws)]
+    del twin
+    ours = errors(functools.partial(probe_jax, base))
+    del base
+    theirs = errors(functools.partial(run, load_torch(case, "bfloat16")))
+    return [
+        compare_rounding(
+            f"bfloat16: {name}, {draws} draws",
+            *([draw[name] for draw in side] for side in (ours, theirs)),
+        )
+        for name in truth[0]
+        if name != "loss"  # how far a single number is off is luck
+    ]
+
+
+def compare_training(case: Case) -> tuple[Row, dict[str, list[float]]]:
+    """The losses of one run each, from the same start on the same batches, in float32.
+
+    A third run tells what rounding alone does in the course of a run: JAX again, from a start that
+    differs in the last bit.
+    """
+    config, optimizer = case.config, build.optimizer_config(case.config)
+
+    def batches():
+        return case.pipeline.batches(0, config.steps)
+
+    model, base = load_jax(case, "float32")
+    start = jax.device_get(jax.jit(lambda k: init_trainable(model, k))(init_key(config.seed)))
+    nudged = jax.tree.map(lambda x: np.nextafter(x, np.float32(np.inf)), start)
+    train = probes.make_train_jax(model, optimizer, config.steps)
+    ours, control = (train(base, trainable, batches())[1] for trainable in (start, nudged))
+    del base
+    twin = load_torch(case, "float32")
+    load_trainable(twin, start)
+    theirs = probes.train_torch(twin, batches(), optimizer, config.steps)
+
+    apart = {f"step {i}": abs(a - b) / b for i, (a, b) in enumerate(zip(ours, theirs, strict=True))}
+    worst = worst_of(apart)
+    note = f"{worst}; loss {theirs[0]:.3f} -> {theirs[-1]:.3f}"
+    curves = {"jax": ours, "torch": theirs, "jax_nudged": control}
+    return Row(f"losses of {config.steps} updates", apart, apart[worst], CURVE, note), curves
+
+
+def table(report: dict[str, Any]) -> str:
+    """A Markdown table of a report."""
+    s = report["settings"]
+    lines = [
+        f"{s['llm']} on {s['device']}, {s['batch_size']} rows of {s['length']} tokens, "
+        f"seed {s['seed']}, {s['wall_s']:.0f} s",
+        "",
+        "| what | values | bound | judged | median | where | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        verdict = "ok" if row["passed"] else "**red**"
+        lines.append(
+            f"| {row['what']} | {len(row['errors'])} | {row['bound']:.2g} | {row['value']:.2g} "
+            f"| {statistics.median(row['errors'].values()):.2g} | {row['note']} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(curves: Mapping[str, list[float]], png: Path) -> None:
+    """Both training runs, and how far they are apart."""
+    # Without pyplot there is neither a display nor a global figure.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    losses, errors = figure.subplots(1, 2)
+    apart = {
+        name: np.abs(np.subtract(curves[name], curves[other])) / curves[other]
+        for name, other in (("jax", "torch"), ("jax_nudged", "jax"))
+    }
+    losses.plot(curves["torch"], color="tab:orange", linewidth=3, alpha=0.5, label="PyTorch")
+    losses.plot(curves["jax"], color="tab:blue", linewidth=1, label="JAX")
+    losses.set(title="loss", xlabel="step")
+    errors.semilogy(apart["jax_nudged"], color="tab:gray", linewidth=1, label="JAX, last bit moved")
+    errors.semilogy(apart["jax"], color="tab:blue", linewidth=1, label="JAX and PyTorch")
+    errors.axhline(CURVE, color="tab:red", linestyle="--", label=f"bound {CURVE:g}")
+    errors.set(title="relative difference of the loss", xlabel="step")
+    for axes in (losses, errors):
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    FigureCanvasAgg(figure).print_png(png)
+
+
+def use_device(name: str | None) -> str:
+    """Points both frameworks at one kind of device; returns "cpu" or "cuda".
+
+    Args:
+        name: "cpu", "cuda", or None for what both have.
+
+    Raises:
+        SystemExit: one of them has no such device.
+    """
+    if name == "cpu" or (name is None and not torch.cuda.is_available()):
+        jax.config.update("jax_platforms", "cpu")
+        return "cpu"
+    # The two take turns with the GPU's memory, of which JAX's own allocator gives none back.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "platform")
+    found = {"JAX": jax.default_backend() == "gpu", "PyTorch": torch.cuda.is_available()}
+    if all(found.values()):
+        return "cuda"
+    if name == "cuda":
+        lacking = " and ".join(framework for framework, has in found.items() if not has)
+        raise SystemExit(f"error: --device=cuda, but {lacking} found no GPU; use its CUDA build")
+    return "cpu"
+
+
+def check(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Every comparison; returns the report."""
+    began, rows = time.perf_counter(), []
+    torch.manual_seed(args.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        cases = {
+            heads: make_case(
+                make_config(args.llm, args.steps, args.batch_size, args.seed, heads),
+                Path(temporary) / "records",
+                device,
+            )
+            for heads in HEADS
+        }
+        case = cases["attention"]
+        optimizer = build.optimizer_config(case.config)
+        rows.append(compare_tokens(case))
+        rows += compare_fusers(build.fusion_config(case.config, case.llm.hidden_size), args.seed)
+        rows.append(compare_schedules(optimizer, args.steps))
+        for heads, other in cases.items():
+            update = dataclasses.replace(optimizer, warmup_steps=0) if other is case else None
+            rows += compare_models(other, heads, args.seed, update)
+        rows += compare_bfloat16(case, args.seed, args.draws)
+        row, curves = compare_training(case)
+        rows.append(row)
+        settings = {
+            "llm": args.llm if args.llm == "tiny" else Path(args.llm).name,
+            "device": device,
+            "batch_size": args.batch_size,
+            "length": case.pipeline.buckets[-1].length,
+            "seed": args.seed,
+            "wall_s": time.perf_counter() - began,
+        }
+    return {
+        "environment": environment.describe("torch", "peft"),
+        "settings": settings,
+        "rows": [row.as_json() for row in rows],
+        "curves": curves,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 if a row is red, or for trouble that the user can mend."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--llm", default="tiny", help="a base's directory; default: what ships")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if both have it")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=200, help="updates of the training run")
+    parser.add_argument("--draws", type=int, default=64, help="of weights, for bfloat16's errors")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--show", type=Path, help="print the table of a result file and stop")
+    args = parser.parse_args(argv)
+    if args.show:
+        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
+        return
+    transformers.utils.logging.disable_progress_bar()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        device = use_device(args.device)
+        with jax.default_matmul_precision("highest"):
+            report = check(args, device)
+    except USER_ERRORS as error:
+        raise SystemExit(f"error: {error}") from None
+    if args.llm != "tiny":  # where somebody keeps a model says nothing
+        command = report["environment"]["command"]
+        report["environment"]["command"] = command.replace(args.llm, "DIR")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot(report["curves"], args.out.with_suffix(".png"))
+    print(table(report))
+    raise SystemExit(int(not all(row["passed"] for row in report["rows"])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""What a model computes on the way to its loss and its update: the same quantities from JAX and
+from PyTorch, under PyTorch's names, for `benchmarks.parity` to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from affectgpt_jax.models.affectgpt import (
+    AffectGPT,
+    Batch,
+    embed_inputs,
+    hidden_states,
+    loss_sum_and_count,
+)
+from affectgpt_jax.models.qwen2 import unembedding
+from affectgpt_jax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from affectgpt_jax.training.step import make_train_step
+from benchmarks.torch_reference import training
+from benchmarks.torch_reference.model import AffectGPT as Twin
+from benchmarks.torch_reference.model import to_device
+from benchmarks.torch_reference.weights import by_torch_name
+
+# {quantity: {tensor: float32 values}}
+Quantities = dict[str, dict[str, np.ndarray]]
+
+
+def make_probe_jax(model: AffectGPT) -> Callable[[Any, Any, Batch], Quantities]:
+    """`(base, trainable, batch)` to hidden states of real tokens, logits of supervised ones, loss
+    and gradients.
+
+    Hidden states are the embeddings, then what the final norm makes of every layer's output.
+    Dropout is off. The loss is the mean over the supervised tokens.
+    """
+    embed = jax.jit(lambda *inputs: embed_inputs(model, *inputs, dropout_key=None))
+
+    @jax.jit
+    def outputs(base, trainable, batch, depth):
+        base, lora = ({**tree, **_first_layers(tree, depth)} for tree in (base, trainable["lora"]))
+        states = hidden_states(model, base, {**trainable, "lora": lora}, batch)[0]
+        chosen = jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
+        vocabulary = unembedding(base).astype(chosen.dtype)
+        logits = jnp.einsum("bsd,dv->bsv", chosen, vocabulary, preferred_element_type=jnp.float32)
+        return states, logits
+
+    @jax.jit
+    def loss_and_gradient(trainable, base, batch):
+        def loss(trainable):
+            total, count = loss_sum_and_count(model, base, trainable, batch)
+            return total / jnp.maximum(count, 1)
+
+        return jax.value_and_grad(loss)(trainable)
+
+    def probe(base: Any, trainable: Any, batch: Batch) -> Quantities:
+        states = [embed(base, trainable, batch)]
+        for depth in range(1, model.qwen2.config.num_hidden_layers + 1):
+            output, logits = outputs(base, trainable, batch, depth)
+            states.append(output)
+        loss, gradient = loss_and_gradient(trainable, base, batch)
+        states = [np.asarray(x, np.float32) for x in states]
+        return _quantities(batch, states, logits, loss, by_torch_name(gradient))
+
+    return probe
+
+
+def _first_layers(tree: Any, depth: jax.Array) -> Any:
+    """The layers of a base or of adapters, of which those from `depth` on add nothing.
+
+    A layer whose two output projections are zero passes on what it is given. So one program gives
+    the output of every layer, though the scan over layers keeps all but the last to itself.
+    """
+
+    def cut(x: jax.Array) -> jax.Array:
+        keep = jnp.arange(len(x)) < depth
+        return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+
+    layers = {
+        name: jax.tree.map(cut, part) if name in ("o_proj", "down_proj") else part
+        for name, part in tree.get("layers", {}).items()
+    }
+    return {"layers": layers} if layers else {}
+
+
+def probe_torch(twin: Twin, batch: Mapping[str, Any]) -> Quantities:
+    """The same of the twin, which is left without gradients."""
+    tensors = to_device(batch, twin.tuning, twin.causal_lm.device)
+    decoder = twin.eval().causal_lm.model
+    outputs: list[torch.Tensor] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
+        for layer in decoder.layers
+    ]
+    with torch.no_grad():
+        embeds, final = twin.embed_inputs(tensors), twin.hidden_states(tensors)
+        for hook in hooks:
+            hook.remove()
+        states = [embeds, *map(decoder.norm, outputs[:-1]), final]
+        logits = twin.supervised_logits(tensors)
+    loss, count = twin.loss_sum_and_count(tensors)
+    loss = loss / count.clamp(min=1)
+    loss.backward()
+    gradient = {
+        name: _numpy(torch.zeros_like(p) if p.grad is None else p.grad)
+        for name, p in twin.named_parameters()
+        if p.requires_grad
+    }
+    twin.zero_grad()
+    return _quantities(batch, [_numpy(x) for x in states], _numpy(logits), _numpy(loss), gradient)
+
+
+def _quantities(
+    batch: Batch,
+    states: list[np.ndarray],
+    logits: Any,
+    loss: Any,
+    gradient: dict[str, np.ndarray],
+) -> Quantities:
+    real = np.asarray(batch["segment_ids"]) > 0
+    supervised = np.asarray(batch["target_weights"]) > 0
+    logits = np.asarray(logits, np.float32)[supervised]
+    targets = np.asarray(batch["targets"])[supervised]
+    likelihoods = logits[np.arange(len(targets)), targets] - np.logaddexp.reduce(logits, axis=-1)
+    names = ["embeddings", *(f"layer {i}" for i in range(len(states) - 1))]
+    quantities = {
+        "hidden states": {name: x[real] for name, x in zip(names, states, strict=True)},
+        "logits": {"logits": logits, "log-likelihoods": likelihoods},
+        "loss": {"loss": np.asarray(loss, np.float32)},
+        "gradients of LoRA": {k: x for k, x in gradient.items() if ".lora_" in k},
+        "gradients of fusers": {k: x for k, x in gradient.items() if ".lora_" not in k},
+    }
+    return {name: tensors for name, tensors in quantities.items() if tensors}
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().float().cpu().numpy()
+
+
+def update_jax(trainable: Any, gradient: Any, config: OptimizerConfig) -> dict[str, np.ndarray]:
+    """What the first update of optax adds to every parameter, given its gradient."""
+    optimizer = make_optimizer(config, steps=1)
+    change = jax.jit(lambda t, g: optimizer.update(g, optimizer.init(t), t)[0])
+    return by_torch_name(change(trainable, gradient))
+
+
+def update_torch(
+    parameters: Mapping[str, np.ndarray],
+    gradients: Mapping[str, np.ndarray],
+    config: OptimizerConfig,
+) -> dict[str, np.ndarray]:
+    """The same of `torch.optim.AdamW`, in float64: a float32 parameter would round the change."""
+    wide = {name: torch.nn.Parameter(torch.tensor(x).double()) for name, x in parameters.items()}
+    optimizer = training.make_optimizer(wide.items(), config)
+    for name, parameter in wide.items():
+        parameter.grad = torch.tensor(gradients[name]).double()
+    training.apply_gradients(optimizer, training.learning_rate(config, 0, 1), config.clip_norm)
+    return {name: p.detach().numpy() - parameters[name] for name, p in wide.items()}
+
+
+def make_train_jax(
+    model: AffectGPT, config: OptimizerConfig, steps: int
+) -> Callable[[Any, Any, Iterable[Batch]], tuple[Any, list[float]]]:
+    """`(base, trainable, batches)` to `trainable` after an update for every batch of a run of
+    `steps`, and the loss before each."""
+    optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
+    step = make_train_step(model, optimizer, schedule, seed=0)
+    step = jax.jit(step, donate_argnums=0)
+
+    def train(base: Any, trainable: Any, batches: Iterable[Batch]) -> tuple[Any, list[float]]:
+        trainable = jax.tree.map(jnp.array, trainable)  # a copy: a step overwrites its state
+        state = {
+            "trainable": trainable,
+            "opt_state": optimizer.init(trainable),
+            "step": jnp.zeros((), jnp.int32),
+        }
+        losses = []
+        for batch in batches:
+            state, metrics = step(state, base, batch)
+            losses.append(float(metrics["loss"]))
+        return state["trainable"], losses
+
+    return train
+
+
+def train_torch(
+    twin: Twin, batches: Iterable[Batch], config: OptimizerConfig, steps: int
+) -> list[float]:
+    """Updates the twin in place, once for every batch of a run of `steps`; the loss before each."""
+    optimizer = training.make_optimizer(twin.named_parameters(), config)
+    losses = []
+    twin.train()
+    for i, batch in enumerate(batches):
+        loss = training.train_step(
+            twin,
+            optimizer,
+            to_device(batch, twin.tuning, twin.causal_lm.device),
+            learning_rate=training.learning_rate(config, i, steps),
+            clip_norm=config.clip_norm,
+        )
+        losses.append(loss.item())
+    return losses
