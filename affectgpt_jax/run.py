@@ -21,7 +21,7 @@ from affectgpt_jax.data.prompts import PromptError, parse_label
 from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
 from affectgpt_jax.training import sharding
-from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun
 from affectgpt_jax.weights.huggingface import (
     BaseIdentity,
     WeightsError,
@@ -85,11 +85,10 @@ class Run:
         """The same run at another checkpoint, on the base that is loaded.
 
         Raises:
-            RunError: there is none of that step.
-            CheckpointError: it does not fit the config.
+            CheckpointError: there is none of that step, or as for `load_run`.
         """
-        with Checkpoints(self.workdir, self.identity, read_only=True) as checkpoints:
-            trainable = _restore(self.workdir, checkpoints, self.model, self.mesh, step)
+        shapes = sharding.abstract(self.mesh, lambda key: init_trainable(self.model, key))
+        trainable = SavedRun(self.workdir).restore(step, self.identity, shapes)
         return dataclasses.replace(self, trainable=trainable, step=step)
 
 
@@ -136,47 +135,36 @@ def load_run(workdir: Path, step: int | None = None, *, llm: str = "", mesh: str
         mesh: devices, if not those that `config.mesh` names.
 
     Raises:
-        RunError: a workdir without a run or without that checkpoint.
-        CheckpointError: the checkpoint belongs to another base, or does not fit the config.
+        RunError: a workdir without a run.
+        CheckpointError: there is no such checkpoint, or it belongs to another base, does not fit
+            the config, or is damaged.
         ConfigError, MeshError, PromptError, TokenizerError, WeightsError: what the config names
             cannot be used.
     """
     config = load_config(workdir)
     config.llm, config.mesh = llm or config.llm, mesh or config.mesh
-    if not (workdir / "checkpoints").is_dir():
-        raise _no_checkpoint(workdir)
+    saved = SavedRun(workdir)
+    step = saved.best if step is None else step
+    saved.shapes(step)  # a step that is not there shows before the base is read
     device_mesh = sharding.make_mesh(config.mesh)
     directory, llm_shape = build.base_directory(config.llm), build.base_config(config.llm)
     model = build.model(config, llm_shape, sharding.activation_constraint(device_mesh))
     view = build.view(config, build.tokenizer(directory, llm_shape))
     identity = base_identity(directory)
-    with Checkpoints(workdir, identity, read_only=True) as checkpoints:
-        best, steps = checkpoints.best_step(), tuple(checkpoints.steps())
-        if best is None:
-            raise _no_checkpoint(workdir)
-        step = best if step is None else step
-        trainable = _restore(workdir, checkpoints, model, device_mesh, step)
+    shapes = sharding.abstract(device_mesh, lambda key: init_trainable(model, key))
+    trainable = saved.restore(step, identity, shapes)
     shapes = sharding.abstract(device_mesh, lambda key: init_random_base(model, key))
     base = load_base(directory, shapes, sharding.tree_shardings(device_mesh, shapes))
     return Run(
-        workdir, config, model, base, trainable, identity, view, device_mesh, step, steps, best
-    )
-
-
-def _restore(
-    workdir: Path, checkpoints: Checkpoints, model: AffectGPT, mesh: Mesh, step: int
-) -> Any:
-    """The trainable tree of a checkpoint."""
-    if step not in (steps := checkpoints.steps()):
-        raise RunError(
-            f"{workdir} has no checkpoint of step {step}, but of {', '.join(map(str, steps))} "
-            f"(the best on validation is {checkpoints.best_step()})"
-        )
-    shapes = sharding.abstract(mesh, lambda key: init_trainable(model, key))
-    return checkpoints.restore_trainable(step, shapes)
-
-
-def _no_checkpoint(workdir: Path) -> RunError:
-    return RunError(
-        f"{workdir} has no checkpoint; a run saves its first one after config.save_every steps"
+        workdir,
+        config,
+        model,
+        base,
+        trainable,
+        identity,
+        view,
+        device_mesh,
+        step,
+        saved.steps,
+        saved.best,
     )

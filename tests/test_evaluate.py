@@ -233,7 +233,7 @@ def test_clips_without_a_truth_are_left_out_and_named(run, says, trained, tmp_pa
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--step=7"], "has no checkpoint of step 7, but of 1, 2 (the best"),
+        (["--step=7"], "has no checkpoint of step 7; it has [1, 2]"),
         (["--question=onehot"], "was trained on description, ovlabel, but not on --question=oneh"),
         (["--set=a:basic=/nowhere"], "/nowhere/manifest.json is missing"),
         (["--lexicon=/nowhere", "--question=description"], "/nowhere is not a directory"),

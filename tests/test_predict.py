@@ -298,7 +298,7 @@ def refusal(ask, *flags, **settings):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--step=7"], "no checkpoint of step 7, but of 1, 2"),
+        (["--step=7"], "no checkpoint of step 7; it has [1, 2]"),
         (["--name=demo-test-0003"], "did you mean demo-test-00003"),
         (["--name=qqq"], "named 'qqq'; one is demo-test-00000"),
         (["--question=ovlabl"], "did you mean ovlabel?"),
@@ -340,10 +340,10 @@ def test_a_workdir_that_holds_no_usable_run_is_refused(ask, workdir, changed, tm
     (tmp_path / "config.json").write_text("{")
     assert "config.json cannot be read" in refusal(ask, workdir=tmp_path)
     shutil.copy(workdir / "config.json", tmp_path)
-    assert f"{tmp_path} has no checkpoint" in refusal(ask, workdir=tmp_path)
+    assert f"{tmp_path} holds no checkpoint" in refusal(ask, workdir=tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     (tmp_path / "checkpoints").mkdir()
-    assert f"{tmp_path} has no checkpoint" in refusal(ask, workdir=tmp_path)
+    assert f"{tmp_path} holds no checkpoint" in refusal(ask, workdir=tmp_path)
     message = refusal(ask, workdir=changed(**{"fusion": "nonsense"}))
     assert "config.json: config.fusion is 'nonsense'" in message
 

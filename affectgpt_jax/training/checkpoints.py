@@ -39,12 +39,9 @@ class Checkpoints:
         workdir: the run's directory.
         base: identity of the frozen base that this run trains on.
         keep: how many of the newest to keep, beside the best on validation.
-        read_only: create and remove nothing; for a run that somebody else may be training.
     """
 
-    def __init__(
-        self, workdir: Path, base: BaseIdentity, keep: int = 3, *, read_only: bool = False
-    ):
+    def __init__(self, workdir: Path, base: BaseIdentity, keep: int = 3):
         self._base, self._broken = dataclasses.asdict(base), False
         self._directory = (Path(workdir) / "checkpoints").absolute()
         options = ocp.CheckpointManagerOptions(
@@ -62,8 +59,6 @@ class Checkpoints:
             ),
             best_fn=lambda metrics: metrics[METRIC],
             best_mode="min",
-            read_only=read_only,
-            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -74,10 +69,6 @@ class Checkpoints:
             },
             options=options,
         )
-
-    def steps(self) -> list[int]:
-        """All steps that were saved and kept, ascending."""
-        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """The newest step, or None where nothing has been saved."""
@@ -122,41 +113,12 @@ class Checkpoints:
             CheckpointError: it was trained on another base, or its tree is not that of this
                 config; the message names what differs.
         """
-        self._check(step, abstract, lambda name: True)
+        where = self._directory / str(step)
+        saved = self._manager.restore(step, args=ocp.args.Composite(base=ocp.args.JsonRestore()))
+        _check_base(where, saved["base"], self._base)
+        _check_tree(where, self._manager.item_metadata(step)["state"], abstract)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         return self._manager.restore(step, args=args)["state"]
-
-    def restore_trainable(self, step: int, abstract: Any) -> Any:
-        """Read `state["trainable"]` alone, a third of a checkpoint; otherwise as `restore`."""
-        item = {"trainable": abstract}
-        self._check(step, item, lambda name: name.startswith("trainable/"))
-        args = ocp.args.PyTreeRestore(
-            item,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-            partial_restore=True,
-        )
-        with ocp.PyTreeCheckpointer() as reader:
-            return reader.restore(self._directory / str(step) / "state", args=args)["trainable"]
-
-    def _check(self, step: int, abstract: Any, wanted: Callable[[str], bool]) -> None:
-        """Compare base and tree of a checkpoint, as far as its leaves are `wanted`."""
-        where = f"{self._directory / str(step)}"
-        saved = self._manager.restore(step, args=ocp.args.Composite(base=ocp.args.JsonRestore()))
-        if saved["base"]["sha256"] != self._base["sha256"]:
-            raise CheckpointError(
-                f"{where} was trained on the base {saved['base']}, but this run has "
-                f"{self._base}; name that base with --config.llm, or use another --workdir"
-            )
-        # Orbax can fill a tree of other shapes without an error, so they are compared first.
-        found = _describe(self._manager.item_metadata(step)["state"])
-        expected = _describe(abstract)
-        for name in sorted(expected.keys() | set(filter(wanted, found))):
-            if expected.get(name) != found.get(name):
-                raise CheckpointError(
-                    f"{where} does not fit this config: {name} is {found.get(name, 'missing')} "
-                    f"there and {expected.get(name, 'missing')} here; use the config it was "
-                    "trained with, or another --workdir"
-                )
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -233,11 +195,30 @@ class SavedRun:
 
     def trainable(self, step: int) -> Any:
         """The `trainable` tree as NumPy arrays; the optimizer's state is not read."""
-        shapes = {"trainable": self.shapes(step)}
+        shapes = self.shapes(step)
+        how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
+        return self._read_trainable(step, shapes, how)
+
+    def restore(self, step: int, base: BaseIdentity, abstract: Any) -> Any:
+        """Read the `trainable` tree into the shapes, dtypes and shardings of `abstract`.
+
+        Args:
+            step: of the checkpoint.
+            base: identity of the base that it is to be used with.
+            abstract: a tree of `jax.ShapeDtypeStruct`s.
+
+        Raises:
+            CheckpointError: as for `Checkpoints.restore`, or there is no such step.
+        """
+        where = self._directory / str(step)
+        _check_base(where, dataclasses.asdict(self.base(step)), dataclasses.asdict(base))
+        _check_tree(where, {"trainable": self.shapes(step)}, {"trainable": abstract})
+        how = ocp.checkpoint_utils.construct_restore_args(abstract)
+        return self._read_trainable(step, abstract, how)
+
+    def _read_trainable(self, step: int, shapes: Any, how: Any) -> Any:
         args = ocp.args.PyTreeRestore(
-            item=shapes,
-            restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes),
-            partial_restore=True,
+            item={"trainable": shapes}, restore_args={"trainable": how}, partial_restore=True
         )
         args = ocp.args.Composite(state=args)
         read = self._read(step, lambda: self._manager.restore(step, args=args)["state"])
@@ -255,6 +236,26 @@ class SavedRun:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             where = self._directory / str(step)
             raise CheckpointError(f"{where} is damaged: {reason[:200]}") from None
+
+
+def _check_base(where: Path, saved: dict[str, str], mine: dict[str, str]) -> None:
+    if saved["sha256"] != mine["sha256"]:
+        raise CheckpointError(
+            f"{where} was trained on the base {saved}, but this run has {mine}; name that base "
+            "with --config.llm, or use another --workdir"
+        )
+
+
+def _check_tree(where: Path, saved: Any, wanted: Any) -> None:
+    """Compare leaves: Orbax can fill a tree of other shapes without an error."""
+    found, expected = _describe(saved), _describe(wanted)
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"{where} does not fit this config: {name} is {found.get(name, 'missing')} there "
+                f"and {expected.get(name, 'missing')} here; use the config it was trained with, or "
+                "another --workdir"
+            )
 
 
 def _describe(tree: Any) -> dict[str, str]:

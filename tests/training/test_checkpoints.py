@@ -7,7 +7,7 @@ import pytest
 
 from affectgpt_jax import train
 from affectgpt_jax.training import sharding
-from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, SavedRun
 from affectgpt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from affectgpt_jax.weights.huggingface import BaseIdentity
 
@@ -80,11 +80,12 @@ def test_a_sharded_state_is_restored_bit_for_bit_onto_any_layout(tmp_path, mesh)
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
 def test_what_is_trained_is_restored_without_the_rest(saved, mesh):
     wanted = abstract(mesh)["trainable"]
-    with Checkpoints(saved, BASE, read_only=True) as checkpoints:
-        restored = checkpoints.restore_trainable(7, wanted)
+    before = sorted(saved.rglob("*"))
+    restored = SavedRun(saved).restore(7, BASE, wanted)
     assert_same(restored, make_state()["trainable"])
     for leaf, shape in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding == shape.sharding
+    assert sorted(saved.rglob("*")) == before, "reading has written"
 
 
 @pytest.mark.parametrize("part", ["lora", "fusion"])
@@ -93,15 +94,8 @@ def test_a_model_without_adapters_or_without_fusion_is_restored(tmp_path, part):
     with Checkpoints(tmp_path, BASE) as checkpoints:
         checkpoints.save(7, make_state(shapes=shapes), val_loss=None)
         checkpoints.wait()
-        restored = checkpoints.restore_trainable(7, abstract(shapes=shapes)["trainable"])
+    restored = SavedRun(tmp_path).restore(7, BASE, abstract(shapes=shapes)["trainable"])
     assert_same(restored, make_state(shapes=shapes)["trainable"])
-
-
-def test_looking_at_checkpoints_creates_nothing_and_removes_nothing(saved):
-    before = sorted(saved.rglob("*"))
-    with Checkpoints(saved, BASE, keep=1, read_only=True) as checkpoints:
-        assert checkpoints.steps() == [7]
-    assert sorted(saved.rglob("*")) == before
 
 
 def test_a_state_may_be_changed_as_soon_as_save_returns(tmp_path):
@@ -146,15 +140,16 @@ def test_without_validation_the_newest_is_the_best(tmp_path):
 
 def assert_refused(workdir, words, base=BASE, shapes=SHAPES):
     wanted = abstract(shapes=shapes)
+    errors = []
     with Checkpoints(workdir, base) as checkpoints:
-        for restore, shape in (
-            (checkpoints.restore, wanted),
-            (checkpoints.restore_trainable, wanted["trainable"]),
-        ):
-            with pytest.raises(CheckpointError) as error:
-                restore(7, shape)
-            for word in ("checkpoints/7", *words):
-                assert word in str(error.value)
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.restore(7, wanted)
+        errors.append(str(error.value))
+    with pytest.raises(CheckpointError) as error:
+        SavedRun(workdir).restore(7, base, wanted["trainable"])
+    for message in (*errors, str(error.value)):
+        for word in ("checkpoints/7", *words):
+            assert word in message
 
 
 def test_a_checkpoint_of_another_base_is_refused_by_both_identities(saved):
