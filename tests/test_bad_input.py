@@ -183,11 +183,11 @@ TABLE = {
     ),
     "a tensor of another shape": (
         lambda f: spoil_tensors(f, lambda t: t.update({"model.norm.weight": np.ones(3, "f")})), (),
-        "base: the tensor model.norm.weight is (3,); expected (192,)",
+        "base/model.safetensors: the tensor model.norm.weight is (3,); expected (192,)",
     ),
     "a tensor that nobody knows": (
         lambda f: spoil_tensors(f, lambda t: t.update({"extra": np.ones(3, "f")})), (),
-        "base: the tensor extra is not part of this model",
+        "base/model.safetensors: the tensor extra is not part of this model",
     ),
     "truncated weights": (
         lambda f: os.truncate(f / "base" / "model.safetensors", 5000), (),

@@ -247,7 +247,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(run, flags, said):
 def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):
     assert "holds no run: config.json is missing" in refusal(tmp_path)
     shutil.rmtree(run / "checkpoints")
-    assert "has no checkpoint; a run saves" in refusal(run)
+    assert "run holds no checkpoint; expected checkpoints/STEP in it" in refusal(run)
     (run / "config.json").write_text("{")
     assert "config.json cannot be read" in refusal(run)
     (run / "config.json").write_text('{"seed": 0}')
