@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -280,8 +279,8 @@ def open_records(
     Raises:
         RecordError: a directory without intact records.
     """
-    if match := re.fullmatch(r"demo(?::(\d+))?", place):
-        seed = config.demo_seed if match[1] is None else int(match[1])
+    seed = demo.world_seed(place, config.demo_seed)
+    if seed is not None:
         features = demo.features_for(fusion_config(config, llm_width=1).inputs)
         extra = "".join(f"-{name}" for name in features if name not in demo.DEFAULT_FEATURES)
         directory = workdir / "data" / f"demo-{seed}-{split}{extra}"

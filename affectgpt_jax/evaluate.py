@@ -18,7 +18,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import logging
 import os
 import re
 import sys
@@ -48,6 +47,7 @@ from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.report import DEMO, name_and_task
 from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
 from affectgpt_jax.score import TITLES, percent
+from affectgpt_jax.training.checkpoints import silence_threads
 
 # Trouble that a user can mend: shown as one sentence, without a traceback.
 USER_ERRORS = (*LOAD_ERRORS, ChatError, DataError, ReadError, RecordError, ScoreError)
@@ -303,7 +303,7 @@ def _places(arguments: argparse.Namespace, run: Run) -> list[SetPlace]:
     place = run.config.data.test
     if not place:
         raise ConfigError(f"{run.workdir} names no test set; name one as --set NAME=RECORDS")
-    if re.fullmatch(r"demo(:\d+)?", place):
+    if demo.world_seed(place, 0) is not None:
         return [SetPlace(DEMO, "words", place)]
     known = BY_KEY.get(Path(place).name)
     return [SetPlace(known.name, known.task, place) if known else SetPlace("test", "", place)]
@@ -325,10 +325,12 @@ def open_set(
     task = place.task or _task_of(dataset, place)
     truth = read_truth(dataset, task, place)
     references = {}
-    world = re.fullmatch(r"demo(?::(\d+))?", place.place)
-    if world and task == "words":
-        seed = run.config.demo_seed if world[1] is None else int(world[1])
-        references = demo_references(seed, view.mode.name)
+    seed = demo.world_seed(place.place, run.config.demo_seed)
+    if seed is not None and task == "words":
+        references = {
+            f"ceiling with {name.replace('_', ' + ')}": value
+            for name, value in demo.mode_ceilings(seed, view.mode.name).items()
+        }
     return TestSet(place.name, task, dataset, truth, references)
 
 
@@ -366,16 +368,6 @@ def read_truth(dataset: Records, task: str, place: SetPlace) -> Table:
     without = tuple(name for name in found if name not in known)
     findings = (Finding("without a truth, left out", without),) if without else ()
     return Table(place.place, tuple(known), tuple(known.values()), findings)
-
-
-def demo_references(seed: int, mode: str) -> dict[str, float]:
-    """The best hit rates that are possible in the demo's world: of this input mode and parts."""
-    features = demo.features_for(demo.CEILING_MODES[mode])
-    known = demo.ceilings(demo.World(seed).evidence("test", features=features))
-    return {
-        f"ceiling with {name.replace('_', ' + ')}": known[name]
-        for name in dict.fromkeys([mode, *demo.MAIN_CEILINGS])
-    }
 
 
 def make_extractor(
@@ -528,8 +520,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    # Orbax warns that checkpoints which are opened to be read cannot be written.
-    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         report, out = evaluate(arguments, lambda text: print(text, flush=True))
         print(summarise(report, out))
@@ -545,4 +535,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    silence_threads()
     main()

@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-import logging
 import os
 import sys
 import time
@@ -44,6 +43,7 @@ from affectgpt_jax.inference import SCORED, Answer, Generator
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
+from affectgpt_jax.training.checkpoints import silence_threads
 
 
 class PredictError(ValueError):
@@ -444,7 +444,6 @@ class AnswerFile:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that it will not write
     # Answers may hold what not every terminal can show.
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -464,4 +463,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    silence_threads()
     main()

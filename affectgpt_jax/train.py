@@ -8,7 +8,6 @@ checkpoint. `--config.key=value` overrides any key of the config.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import shutil
@@ -44,6 +43,7 @@ from affectgpt_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
     CheckpointWriteError,
+    silence_threads,
 )
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.sharding import abstract
@@ -573,17 +573,10 @@ def answer_test_set(
         )
         scores = inference.score_labels(dataset, shuffled, question)
         result["hit_features_shuffled"] = scores["hit"]
-    if config.data.test == "demo" and question != "sentiment":
-        result["ceilings"] = demo_ceilings(config.demo_seed, view.mode.name)
+    seed = demo.world_seed(config.data.test, config.demo_seed)
+    if seed is not None and question != "sentiment":
+        result["ceilings"] = demo.mode_ceilings(seed, view.mode.name)
     return result
-
-
-def demo_ceilings(seed: int, mode: str) -> dict[str, float]:
-    """The ceilings of the demo's test clips: of this input mode and of the main ones."""
-    seen = demo.CEILING_MODES[mode]
-    evidence = demo.World(seed).evidence("test", features=demo.features_for(seen))
-    known = demo.ceilings(evidence)
-    return {name: known[name] for name in dict.fromkeys([*demo.MAIN_CEILINGS, mode])}
 
 
 def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
@@ -627,7 +620,6 @@ What to run next:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    _silence_orbax_threads()
     workdir = None
     try:
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
@@ -652,20 +644,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ) from None
 
 
-def _silence_orbax_threads() -> None:
-    """Keep what fails in Orbax's threads to the exception that it raises for it in ours.
-
-    It also logs that with the thread's traceback, and leaves coroutines whose loop is closed.
-    """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-    otherwise = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            otherwise(unraisable)
-
-    sys.unraisablehook = hook
-
-
 if __name__ == "__main__":
+    silence_threads()
     main()

@@ -269,10 +269,10 @@ def test_a_record_with_nan_bytes_is_refused_when_it_is_read(tmp_path, monkeypatc
 
 # A file size limit stands in for a full disk: it needs no mount and no privileges.
 LIMITED = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), int(sys.argv[1])))
-from affectgpt_jax import train
-train.main(sys.argv[2:])
+import resource, runpy, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+runpy.run_module("affectgpt_jax.train", run_name="__main__", alter_sys=True)
 """
 
 

@@ -24,6 +24,7 @@ words has to be learned anew for every seed.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -371,6 +372,19 @@ def ceilings(evidence: dict[str, np.ndarray]) -> dict[str, float]:
         for mode, seen in CEILING_MODES.items()
         if evidence.keys() >= set(seen)
     }
+
+
+def mode_ceilings(seed: int, mode: str) -> dict[str, float]:
+    """The ceilings of a world's test clips: the main ones, and that of this input mode."""
+    features = features_for(CEILING_MODES[mode])
+    known = ceilings(World(seed).evidence("test", features=features))
+    return {name: known[name] for name in dict.fromkeys([*MAIN_CEILINGS, mode])}
+
+
+def world_seed(place: str, default: int) -> int | None:
+    """The seed that a source "demo" or "demo:SEED" names; None where it is no demo world."""
+    match = re.fullmatch(r"demo(?::(\d+))?", place)
+    return match and (default if match[1] is None else int(match[1]))
 
 
 def features_for(needed: Sequence[str]) -> tuple[str, ...]:

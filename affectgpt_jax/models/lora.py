@@ -71,8 +71,7 @@ def low_rank(x: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float) -
         `[..., out]` in the dtype of `x`.
 
     The gradients of A and B are sums over all tokens. They are written out because the order of
-    their operands matters: what autodiff emits makes XLA transpose the wide operand on CPUs, which
-    takes a third of the demo's step.
+    their operands matters: what autodiff emits makes XLA transpose the wide operand on CPUs.
     """
     return _low_rank_forward(x, lora_a, lora_b, scale)[0]
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -236,6 +238,23 @@ class SavedRun:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             where = self._directory / str(step)
             raise CheckpointError(f"{where} is damaged: {reason[:200]}") from None
+
+
+def silence_threads() -> None:
+    """Keep what fails in Orbax's threads to the exception that it raises for it in ours.
+
+    It also logs that, with the thread's traceback, remarks that what is only to be read cannot be
+    written, and leaves coroutines whose loop is closed. Changes the whole process, so it is for
+    commands to call.
+    """
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    otherwise = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            otherwise(unraisable)
+
+    sys.unraisablehook = hook
 
 
 def _check_base(where: Path, saved: dict[str, str], mine: dict[str, str]) -> None:

@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun
+from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
 from affectgpt_jax.weights import merge, peft, release, report
 from affectgpt_jax.weights.huggingface import BaseIdentity, WeightsError, base_identity
 
@@ -230,7 +229,6 @@ def _require_lora(checkpoint: Checkpoint) -> LoraConfig:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    logging.set_verbosity(logging.ERROR)  # Orbax remarks that it is only to read
     jax.config.update("jax_platforms", "cpu")
     for stream in (sys.stdout, sys.stderr):  # names come from files
         if hasattr(stream, "reconfigure"):
@@ -241,12 +239,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
 
 
-def _ignore_late_reads(unraisable: Any) -> None:
-    """Say nothing about reads that Orbax left behind when it met the first damaged array."""
-    if "Event loop is closed" not in str(unraisable.exc_value):
-        sys.__unraisablehook__(unraisable)
-
-
 if __name__ == "__main__":
-    sys.unraisablehook = _ignore_late_reads
+    silence_threads()
     main()

@@ -260,6 +260,20 @@ def test_records_tell_what_was_drawn():
     assert valence["furious"] < valence["worried"] < valence["calm"] < valence["joyful"]
 
 
+@pytest.mark.parametrize(
+    ("place", "seed"), [("demo", 5), ("demo:3", 3), ("demo:", None), ("demo:x", None), ("a", None)]
+)
+def test_a_source_names_a_world_or_none(place, seed):
+    assert demo.world_seed(place, 5) == seed
+
+
+def test_a_mode_is_told_beside_the_main_ceilings_of_its_world():
+    found = demo.mode_ceilings(SEEDS[0], "multi_audio_frame_text")
+    assert list(found) == [*demo.MAIN_CEILINGS, "multi_audio_frame_text"]
+    assert found != demo.mode_ceilings(SEEDS[1], "multi_audio_frame_text")
+    assert list(demo.mode_ceilings(SEEDS[0], "face")) == list(demo.MAIN_CEILINGS)
+
+
 def test_materialize_writes_once_and_then_reuses(tmp_path, monkeypatch):
     monkeypatch.setitem(demo.SIZES, "val", 6)
     said = []
