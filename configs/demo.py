@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     c.dtype = "float32"
 
     # A model four orders of magnitude smaller, trained for a minute, wants larger steps.
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 3e-3
     c.optimizer.warmup_learning_rate = 0.0
     c.optimizer.warmup_steps = 30
     c.optimizer.final_learning_rate = 1e-4

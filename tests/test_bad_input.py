@@ -228,7 +228,7 @@ def test_a_workdir_of_another_run_is_left_as_it_is(folder):
     train.main(command(folder))
     before = sorted(p.name for p in (folder / "run" / "checkpoints").iterdir())
     said = refusal(folder, "--config.optimizer.learning_rate=1e-5")
-    assert "run holds a run with config.optimizer.learning_rate=0.002, but now it is 1e-05" in said
+    assert "run holds a run with config.optimizer.learning_rate=0.003, but now it is 1e-05" in said
     assert sorted(p.name for p in (folder / "run" / "checkpoints").iterdir()) == before
 
 
