@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
@@ -22,11 +23,13 @@ from affectgpt_jax.data.prompts import INPUT_MODES, InputMode, load_prompts
 from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
+from affectgpt_jax.models.attention import CausalAttention, Choice, causal, choose, deviation
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.models.qwen2 import PUBLISHED, Execution, Qwen2, Qwen2Config
 from affectgpt_jax.training.optimizer import OptimizerConfig
+from affectgpt_jax.training.sharding import parse_mesh
 from affectgpt_jax.weights.huggingface import read_config
 
 
@@ -104,19 +107,94 @@ def fusion_config(config: ConfigDict, llm_width: int) -> FusionConfig:
     )
 
 
-def model(config: ConfigDict, llm: Qwen2Config, shard: Callable | None = None) -> AffectGPT:
+def device_platform() -> str:
+    """ "cuda", "rocm", "cpu" or "tpu": JAX calls the first two "gpu"."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return device.platform
+    return "cuda" if "cuda" in device.client.platform_version else "rocm"
+
+
+def compute_capability() -> tuple[int, int]:
+    """Of the CUDA device, e.g. (9, 0)."""
+    major, minor = jax.devices()[0].compute_capability.split(".")
+    return int(major), int(minor)
+
+
+def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
+    """The causal attention of a config on the devices that are here.
+
+    A kernel that is not our own is first compared with plain XLA on this very device, with the
+    heads of the base, in a few seconds.
+
+    Raises:
+        ConfigError: `config.attention` names a backend that cannot be used, or that computes
+            something else.
+    """
+    platform, capability, split = device_platform(), (0, 0), True
+    if platform == "cuda":
+        capability = compute_capability()
+        shares = parse_mesh(config.mesh, jax.device_count())[2]
+        # Heads that the devices cannot share stay whole on each (sharding.activation_constraint).
+        split = not llm.num_key_value_heads % shares or llm.num_attention_heads % shares > 0
+    packed = "pack_length" in config and config["pack_length"] > 0
+    where = (platform, capability, llm.head_dim, config.dtype, packed)
+    try:
+        choice = choose(config.attention, *where, kv_heads_split=split)
+    except ValueError as error:
+        raise ConfigError(f"config.{error}; config.attention=auto takes what can") from None
+    if choice.name == "xla":
+        return choice
+    # Whatever the rows of this run are, a kernel that is told where samples end must heed it.
+    doubt = _doubt(choice.attend, llm, config.dtype, choice.name == "cudnn_packed")
+    if not doubt:
+        return choice
+    if config.attention == "auto":
+        return Choice("xla", f"not {choice.name}: {doubt}", causal)
+    raise ConfigError(f"config.attention={choice.name!r} cannot be used: {doubt}")
+
+
+# Rounding to bfloat16 gives a tenth of it, attending to the wrong tokens ten times as much.
+_DEVIATION = 0.05
+
+
+def _doubt(attend: CausalAttention, llm: Qwen2Config, dtype: str, packed: bool) -> str:
+    """Why the result of a kernel on this device cannot be trusted; empty if it can."""
+    heads = llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim
+    try:
+        found = deviation(attend, *heads, dtype, packed)
+    # Whatever a library raises on a GPU that it does not know, there is another backend.
+    except Exception as error:
+        return f"on this device it fails with {type(error).__name__}: {_first_line(error)}"
+    if found <= _DEVIATION:
+        return ""
+    return f"on this device it is {found:.2g} off plain XLA, expected at most {_DEVIATION}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or ["no message"])[0]
+
+
+def model(
+    config: ConfigDict,
+    llm: Qwen2Config,
+    shard: Callable | None = None,
+    attend: CausalAttention | None = None,
+) -> AffectGPT:
     """The modules of a config.
 
     Args:
         config: the run's config.
         llm: shape of the base.
         shard: activation constraint; None on one device.
+        attend: causal attention; None is what `attention` chooses.
 
     Raises:
         ConfigError: values that the modules refuse.
     """
     dtype = jnp.dtype(config.dtype)
-    execution = Execution(dtype=dtype, param_dtype=dtype, remat=config.remat)
+    attend = attend or attention(config, llm).attend
+    execution = Execution(dtype=dtype, param_dtype=dtype, remat=config.remat, attend=attend)
     if shard is not None:
         execution = dataclasses.replace(execution, shard=shard)
     try:

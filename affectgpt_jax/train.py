@@ -38,7 +38,7 @@ from affectgpt_jax.data.records import RecordError
 from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.training import sharding, telemetry
+from affectgpt_jax.training import sharding, telemetry, xla_options
 from affectgpt_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -99,7 +99,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # Everything that can be refused is looked at before data is read or written.
     directory = build.base_directory(config.llm)
     llm = build.base_config(config.llm)
-    model = build.model(config, llm, sharding.activation_constraint(mesh))
+    attention = build.attention(config, llm)
+    progress.line(f"attention: {attention.name} ({attention.reason})")
+    model = build.model(config, llm, sharding.activation_constraint(mesh), attention.attend)
+    compiler_options = train_step_options(config, progress.line)
     optimizer_config = build.optimizer_config(config)
     optimizer = make_optimizer(optimizer_config, config.steps)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
@@ -174,7 +177,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 bucket.length: sharding.abstract_batch(mesh, pipeline.filler_batch(bucket))
                 for bucket in pipeline.buckets
             }
-            steps_by_length = compile_steps(train_step, mesh, abstract_state, abstract_base, shapes)
+            steps_by_length = compile_steps(
+                train_step, mesh, abstract_state, abstract_base, shapes, compiler_options
+            )
     generators = {
         source.view.mode: inference.Generator(
             model,
@@ -418,6 +423,29 @@ def check_disk(workdir: Path, state: State) -> None:
         )
 
 
+def train_step_options(
+    config: ConfigDict, say: Callable[[str], None]
+) -> dict[str, xla_options.Value]:
+    """XLA's options for the update on these devices; `say` is told of each.
+
+    Raises:
+        ConfigError: `config.xla_options` holds something that XLA does not take.
+    """
+    try:
+        options, lines = xla_options.compiler_options(
+            build.device_platform(),
+            jax.device_count(),
+            xla_options.parse(config.xla_options),
+            os.environ.get("XLA_FLAGS", ""),
+            xla_options.refusal_by_xla,
+        )
+    except xla_options.XlaOptionError as error:
+        raise ConfigError(f"config.xla_options: {error}") from None
+    for line in lines:
+        say(f"XLA option {line}")
+    return options
+
+
 def tree_shardings(abstract_tree: Any) -> Any:
     """The shardings of an abstract tree."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract_tree)
@@ -447,11 +475,13 @@ def compile_steps(
     abstract_state: State,
     abstract_base: Any,
     batches: dict[int, Any],
+    compiler_options: Mapping[str, xla_options.Value] | None = None,
 ) -> dict[int, Callable]:
     """The compiled update for every abstract batch, by the same keys."""
 
     def compile_one(batch: Any) -> Callable:
-        return lower_step(train_step, mesh, abstract_state, abstract_base, batch).compile()
+        lowered = lower_step(train_step, mesh, abstract_state, abstract_base, batch)
+        return lowered.compile(compiler_options=dict(compiler_options or {}))
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(batches, pool.map(compile_one, batches.values()), strict=True))
@@ -623,6 +653,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = None
     try:
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
+        xla_options.reserve_gpu_memory()
         train(config, workdir)
     except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from None

@@ -1,16 +1,26 @@
 """Attention over rows that may hold padding and several samples.
 
-Two entry points, because they have different shapes and different fast kernels: `causal` for whole
-rows (training and prefill), where the backend is chosen, and `cached` for one new token against a
-key-value cache (decoding).
+Two entry points, because they have different shapes and different fast kernels: causal attention
+over whole rows (training and prefill), for which `choose` picks a backend, and `cached` for one new
+token against a key-value cache (decoding).
+
+The backends are three functions of one signature. `causal` is plain XLA, for every device. `cudnn`
+is the flash kernel behind `jax.nn.dot_product_attention`, for rows of one sample. `cudnn_packed` is
+the same kernel given where each sample begins, for rows of several. A row that a kernel would
+compute wrongly comes out as NaN, so that no sample ever sees another in silence.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from affectgpt_jax.models import cudnn_packed
 
 # (query [B, T, H, d], key [B, T, K, d], value [B, T, K, d], segment_ids [B, T]) -> [B, T, H, d]
 CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -18,32 +28,22 @@ CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Arr
 # Finite, so that a row without any allowed key gives a uniform average instead of NaN; such rows
 # are padding, and no loss reads them.
 _MASKED = -1e30
-
-
-def _weights(scores: jax.Array, mask: jax.Array, width: int) -> jax.Array:
-    """Masked softmax of query-key products over the last axis."""
-    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, _MASKED), axis=-1)
-
-
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention with an explicit mask `[B, T, S]`; scores and softmax in float32.
-
-    query `[B, T, H, d]`, key and value `[B, S, K, d]` with H a multiple of K: query heads
-    `g*H/K ... (g+1)*H/K - 1` share key head g (Ainslie et al. 2023). Returns `[B, T, H, d]`.
-    """
-    batch, length, heads, width = query.shape
-    kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    weights = _weights(scores, mask[:, None, None], width).astype(value.dtype)
-    return jnp.einsum("bkgts,bskd->btkgd", weights, value).reshape(query.shape)
+# Queries that `causal` takes at a time: small enough to skip most keys that lie in the future,
+# large enough for efficient products. Long rows take larger blocks, since each is compiled.
+_BLOCK = 128
+_MAX_BLOCKS = 8
 
 
 def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Causal self-attention within segments, in plain XLA; runs on every device.
 
+    Queries are taken in blocks, each against the keys up to its end, and the weights of a block are
+    computed again in the backward pass: about half the products of a full square, and memory for
+    one block of scores instead of all `T * T`. Scores and softmax are float32.
+
     Args:
-        query: `[B, T, H, d]`.
+        query: `[B, T, H, d]`; heads `g*H/K ... (g+1)*H/K - 1` share key head g (Ainslie et al.
+            2023).
         key: `[B, T, K, d]`.
         value: `[B, T, K, d]`.
         segment_ids: `[B, T]` int32; a token sees earlier tokens of its own segment only, so samples
@@ -52,10 +52,248 @@ def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.
     Returns:
         `[B, T, H, d]` in the dtype of `value`.
     """
-    positions = jnp.arange(query.shape[1])
-    mask = positions[:, None] >= positions[None, :]
-    mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-    return _attend(query, key, value, mask)
+    batch, length, heads, width = query.shape
+    kv_heads = key.shape[2]
+    # Heads before positions: XLA's CPU backend takes half as long for this layout at 1,024 tokens.
+    query = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    query = query.transpose(0, 2, 3, 1, 4)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    block = max(_BLOCK, -(-length // _MAX_BLOCKS))
+    # Inside the scan over layers nothing can merge the recomputation with the forward pass.
+    attend = jax.checkpoint(_attend_block, prevent_cse=False)
+    blocks = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        at = query[:, :, :, start:end], key[:, :, :end], value[:, :, :end]
+        blocks.append(attend(*at, segment_ids[:, start:end], segment_ids[:, :end]))
+    attended = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4)
+    return attended.reshape(batch, length, heads, width)
+
+
+def _attend_block(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+) -> jax.Array:
+    """Attention of the last t of S tokens: query `[B, K, H/K, t, d]`, key and value `[B, K, S, d]`,
+    segments `[B, t]` and `[B, S]`; returns the shape of `query`."""
+    batch, kv_heads, group, queries, width = query.shape
+    keys = key.shape[2]
+    positions = jnp.arange(keys - queries, keys)
+    mask = positions[:, None] >= jnp.arange(keys)
+    mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
+    flat = query.reshape(batch, kv_heads, group * queries, width)
+    scores = jnp.einsum("bkxd,bksd->bkxs", flat, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, group, queries, keys)
+    weights = _weights(scores, mask[:, None, None], width).astype(value.dtype)
+    weights = weights.reshape(batch, kv_heads, group * queries, keys)
+    return jnp.einsum("bkxs,bksd->bkxd", weights, value).reshape(query.shape)
+
+
+def _weights(scores: jax.Array, mask: jax.Array, width: int) -> jax.Array:
+    """Masked softmax of query-key products over the last axis."""
+    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, _MASKED), axis=-1)
+
+
+def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """`causal` by cuDNN's flash kernel, for rows of one sample and padding at their end.
+
+    Takes bfloat16 and float16 on NVIDIA GPUs. Padding gives zeros. A row of another form, which the
+    kernel cannot express, gives NaN.
+    """
+    valid = segment_ids > 0
+    lengths = valid.sum(axis=1, dtype=jnp.int32)
+    one_sample = (segment_ids == segment_ids[:, :1]) | ~valid
+    first = jnp.arange(segment_ids.shape[1]) < lengths[:, None]
+    fits = (one_sample & (first == valid)).all(axis=1)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        _nan_unless(fits, value),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+
+
+def packed(max_segments: int) -> CausalAttention:
+    """`causal` by cuDNN's flash kernel, for rows of at most `max_segments` samples and padding.
+
+    A row of more, or one in which a sample's tokens do not stand together, gives NaN.
+    """
+    # Padding is attended like a sample: then every token lies in a segment, no memory is left
+    # unwritten, neither in the output nor in gradients, and segments follow without a gap.
+    return functools.partial(_cudnn_packed, max_segments + 1)
+
+
+def _cudnn_packed(
+    max_segments: int,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    segment_ids: jax.Array,
+) -> jax.Array:
+    segments = cudnn_packed.find_segments(segment_ids, max_segments)
+    value = _nan_unless(segments.fit, value)
+    return cudnn_packed.attend(query, key, value, segments)
+
+
+def _nan_unless(fits: jax.Array, value: jax.Array) -> jax.Array:
+    """Values `[B, T, K, d]` with NaN in rows that do not fit.
+
+    Every output is a weighted sum of values, so it is NaN as well; and what multiplies an input is
+    fused with the addition of its bias, where a check of the output would be a pass of its own.
+    """
+    factor = jnp.where(fits, 1.0, jnp.nan).astype(value.dtype)
+    return value * factor[:, None, None, None]
+
+
+class Choice(NamedTuple):
+    """A backend and why it is the one."""
+
+    name: str
+    reason: str
+    attend: CausalAttention
+
+
+BACKENDS = ("auto", "xla", "cudnn", "cudnn_packed")
+
+
+def choose(
+    requested: str,
+    platform: str,
+    compute_capability: tuple[int, int],
+    head_dim: int,
+    dtype: str,
+    packed: bool,
+    *,
+    max_segments: int = 64,
+    kv_heads_split: bool = True,
+) -> Choice:
+    """The causal attention backend of a run.
+
+    Args:
+        requested: one of `BACKENDS`; "auto" takes the fastest that can run.
+        platform: "cpu", "cuda", "rocm" or "tpu".
+        compute_capability: of the CUDA device, e.g. (9, 0); anything elsewhere.
+        head_dim: d.
+        dtype: of activations, by name.
+        packed: whether rows hold several samples.
+        max_segments: samples in a row at most; cuDNN's packed layout stores float32 statistics of
+            `[B * max_segments, H, T]` for the backward pass of every layer.
+        kv_heads_split: whether the devices that share query heads can share key heads as well.
+
+    Raises:
+        ValueError: a backend that cannot run here; the message says why.
+    """
+    refusals = {
+        name: _refusal(name, platform, compute_capability, head_dim, dtype, packed, kv_heads_split)
+        for name in BACKENDS[1:]
+    }
+    if requested == "auto":
+        # Without packing cudnn comes first, since its function is public and needs no offsets.
+        order = ("cudnn", "cudnn_packed", "xla")
+        name = next(name for name in order if not refusals[name])
+        faster = "cudnn_packed" if packed else "cudnn"
+        reason = _REASONS[name] if name != "xla" else f"not {faster}: {refusals[faster]}"
+    else:
+        if refusals[requested]:
+            raise ValueError(f"attention={requested!r} cannot be used: {refusals[requested]}")
+        name, reason = requested, "as asked for"
+    return Choice(name, reason, _attention(name, max_segments))
+
+
+_REASONS = {
+    "cudnn": "rows of one sample, on a GPU with cuDNN's flash attention",
+    "cudnn_packed": "rows of several samples, on a GPU with cuDNN's packed flash attention",
+}
+
+
+def _attention(name: str, max_segments: int) -> CausalAttention:
+    return {"xla": causal, "cudnn": cudnn, "cudnn_packed": packed(max_segments)}[name]
+
+
+def _refusal(
+    name: str,
+    platform: str,
+    compute_capability: tuple[int, int],
+    head_dim: int,
+    dtype: str,
+    packed: bool,
+    kv_heads_split: bool,
+) -> str:
+    """Why a backend cannot run; empty if it can."""
+    if name == "xla":
+        return ""
+    if platform != "cuda":
+        return f"it needs an NVIDIA GPU, and this is {platform}"
+    if compute_capability < (8, 0):
+        return "it needs compute capability 8.0 (Ampere), and this GPU has {}.{}".format(
+            *compute_capability
+        )
+    if dtype not in ("bfloat16", "float16"):
+        return f"it computes in bfloat16 or float16, not in {dtype}"
+    widest = 256 if compute_capability >= (9, 0) else 128
+    if head_dim > widest or head_dim % 8:
+        return (
+            f"it takes heads of up to {widest} in steps of 8 on this GPU, and the base has "
+            f"{head_dim}"
+        )
+    if not kv_heads_split:
+        return "the mesh splits query heads over more devices than there are key heads"
+    if name == "cudnn":
+        return "rows hold several samples, which it cannot tell apart" if packed else ""
+    if compute_capability < (9, 0):
+        return "packed rows need compute capability 9.0 (Hopper), and this GPU has {}.{}".format(
+            *compute_capability
+        )
+    return cudnn_packed.unavailable()
+
+
+def deviation(
+    attend: CausalAttention, heads: int, kv_heads: int, head_dim: int, dtype: str, packed: bool
+) -> float:
+    """How far a backend is from `causal` in float32 on this machine, forward and backward.
+
+    The largest `||found - expected|| / ||expected||` of the output and the three gradients on small
+    random rows: one whole, one with padding, and with `packed` of several samples. NaN if any
+    value is not finite. A sample that sees another one, or misses a part of itself, gives more
+    than 0.3; rounding to bfloat16 less than 0.02.
+    """
+    length = 120
+    ends = [(40, 80, 120), (33, 66, 100)] if packed else [(120,), (70,)]
+    segment_ids = jnp.asarray(np.stack([_segment_row(row, length) for row in ends]))
+    shapes = [(2, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    rng = np.random.default_rng(0)
+    inputs = [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+    real = (segment_ids > 0)[:, :, None, None]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attend, query, key, value, cotangent):
+        def output(*qkv):
+            return jnp.where(real, attend(*qkv, segment_ids), 0)
+
+        out, vjp = jax.vjp(output, query, key, value)
+        return [jnp.where(real, x, 0).astype(jnp.float32) for x in (out, *vjp(cotangent))]
+
+    # float32 products on a GPU are TF32 unless told otherwise.
+    with jax.default_matmul_precision("highest"):
+        expected = run(causal, *(x.astype(jnp.float32) for x in inputs))
+    found = run(attend, *inputs)
+    ratios = [
+        jnp.linalg.norm(f - e) / jnp.linalg.norm(e) for f, e in zip(found, expected, strict=True)
+    ]
+    return float(jnp.max(jnp.stack(ratios)))
+
+
+def _segment_row(ends: tuple[int, ...], length: int) -> np.ndarray:
+    """Segment ids `[T]` of samples 1, 2... that end at these tokens, and padding."""
+    positions = np.arange(length)
+    ids = np.searchsorted(ends, positions, side="right") + 1
+    return np.where(positions < ends[-1], ids, 0).astype(np.int32)
 
 
 def cached(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matmul_flops import matmul_flops
+from plain_attention import plain_attention
 from tiny_model import (
     LLM,
     make_batch,
@@ -144,7 +145,7 @@ def test_bfloat16_states_give_float32_logits():
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed():
-    model = make_model(fusion=None)
+    model = make_model(fusion=None, attend=plain_attention)
     base, trainable = random_base(model), random_trainable(model)
     rows, length, targets = 2, 16, 6
     batch = make_batch([length] * rows, length, targets)

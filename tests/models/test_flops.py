@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matmul_flops import matmul_flops
+from plain_attention import plain_attention
 from tiny_model import LLM
 
 from affectgpt_jax import build
@@ -19,7 +20,7 @@ from affectgpt_jax.models.affectgpt import (
 )
 from affectgpt_jax.models.flops import Flops, train_flops
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2
+from affectgpt_jax.models.qwen2 import PUBLISHED, Execution, Qwen2
 
 QWEN_7B = PUBLISHED["Qwen2.5-7B-Instruct"]
 
@@ -65,14 +66,14 @@ def traced_flops(model: AffectGPT, rows: int, length: int, targets: int) -> int:
     ids=["7B", "7B long", "tied", "two adapters", "one token", "narrow heads"],
 )
 def test_the_formula_counts_the_products_that_are_traced(llm, lora, rows, length, targets):
-    model = AffectGPT(Qwen2(llm, lora), None)
+    model = AffectGPT(Qwen2(llm, lora, Execution(attend=plain_attention)), None)
     expected = rows * train_flops(llm, lora, length, targets, causal=False).total
     assert traced_flops(model, rows, length, targets) == expected
 
 
 def test_what_the_formula_leaves_out_of_the_recipe_is_under_a_thousandth():
     config = affectgpt_qwen25_7b.get_config()
-    model = build.model(config, QWEN_7B)
+    model = build.model(config, QWEN_7B, attend=plain_attention)
     counted = 3 * train_flops(QWEN_7B, model.qwen2.lora, 130, 40, causal=False).total
     traced = traced_flops(model, 3, 130, 40)
     assert counted < traced < 1.001 * counted

@@ -397,7 +397,8 @@ def test_rematerialisation_saves_memory(compiled_gradients):
         remat: gradient.memory_analysis().temp_size_in_bytes
         for remat, gradient in compiled_gradients[1].items()
     }
-    assert temporaries["full"] < 0.7 * temporaries["dots"] < 0.7 * 0.7 * temporaries["none"]
+    # Attention computes its weights again under every policy: "none" keeps the other activations.
+    assert temporaries["full"] < 0.7 * temporaries["dots"] < 0.7 * 0.8 * temporaries["none"]
 
 
 def test_an_unknown_remat_policy_is_refused():

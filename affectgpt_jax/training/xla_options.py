@@ -1,0 +1,140 @@
+"""XLA's settings for a train step on GPUs, beyond its defaults.
+
+They are handed to the compiler with the program, not through the environment: they then hold for
+the train step alone, can follow from the devices that are there, and one that this version of XLA
+does not know is an error that can be caught, where an unknown name in `XLA_FLAGS` ends the process.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+
+Value = str | bool
+
+
+class XlaOptionError(ValueError):
+    """Compiler options that cannot be used."""
+
+
+class Option(NamedTuple):
+    """A setting that differs from XLA's default, and why.
+
+    Attributes:
+        name: of the option, as in `XLA_FLAGS` without dashes.
+        value: as `parse` reads it.
+        devices: the fewest GPUs for which it is worth setting.
+        reason: what it is for and what is known of its effect.
+    """
+
+    name: str
+    value: Value
+    devices: int
+    reason: str
+
+
+# Short on purpose: an entry needs a measurement, or the word of JAX's own guide for this very case
+# (docs.jax.dev/en/latest/gpu_performance_tips.html).
+GPU_OPTIONS = (
+    Option(
+        "xla_gpu_enable_latency_hiding_scheduler",
+        True,
+        2,
+        "moves the gradients' all-reduce beside computation; recommended by JAX's guide for more "
+        "than one GPU, not measured here",
+    ),
+)
+
+# JAX reserves 75 % of a GPU by default, and nothing beyond can be used. What it does not manage
+# (cuBLAS, cuDNN and NCCL workspaces, the CUDA context) fits a tenth; NVIDIA's guide takes 0.9.
+_MEMORY_FRACTION = "0.9"
+_MEMORY_VARIABLES = (
+    "XLA_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION",
+    "XLA_PYTHON_CLIENT_PREALLOCATE",
+    "XLA_PYTHON_CLIENT_ALLOCATOR",
+)
+
+
+def reserve_gpu_memory() -> None:
+    """Let JAX use 90 % of a GPU's memory, unless the environment says anything of it.
+
+    To be called before the first use of a device; without a GPU nobody reads it.
+    """
+    if not any(name in os.environ for name in _MEMORY_VARIABLES):
+        os.environ[_MEMORY_VARIABLES[0]] = _MEMORY_FRACTION
+
+
+def parse(text: str) -> dict[str, Value]:
+    """Options of "NAME=VALUE NAME=VALUE"; "" is none. "true" and "false" are booleans.
+
+    Raises:
+        XlaOptionError: not of that form, or a name twice.
+    """
+    options: dict[str, Value] = {}
+    for part in text.split():
+        match = re.fullmatch(r"(?:--)?(xla_\w+)=(.*)", part)
+        if not match:
+            raise XlaOptionError(
+                f"{part!r} is not NAME=VALUE with the name of an XLA option, as in "
+                "xla_gpu_autotune_level=2"
+            )
+        if match[1] in options:
+            raise XlaOptionError(f"{match[1]} is named twice")
+        options[match[1]] = {"true": True, "false": False}.get(match[2].lower(), match[2])
+    return options
+
+
+def compiler_options(
+    platform: str,
+    device_count: int,
+    asked: Mapping[str, Value],
+    xla_flags: str,
+    refusal: Callable[[str, Value], str],
+) -> tuple[dict[str, Value], list[str]]:
+    """What to compile a train step with.
+
+    Args:
+        platform: "cuda", "cpu"...; `GPU_OPTIONS` are for "cuda" alone.
+        device_count: devices of the run.
+        asked: options that the user asked for; they come first.
+        xla_flags: the environment's `XLA_FLAGS`, of which nothing is overruled.
+        refusal: `(name, value) -> ""`, or why this version of XLA refuses it: `refusal_by_xla`.
+
+    Returns:
+        Options, and a line about each for the user to read.
+
+    Raises:
+        XlaOptionError: an option of `asked` that XLA refuses, or that `xla_flags` also sets.
+    """
+    set_outside = set(re.findall(r"--(xla_\w+)", xla_flags))
+    options, lines = {}, []
+    for name, value in asked.items():
+        if name in set_outside:
+            raise XlaOptionError(f"{name} is also set in XLA_FLAGS; set it in one place")
+        if refused := refusal(name, value):
+            raise XlaOptionError(f"XLA refuses {name}={value}: {refused}")
+        options[name] = value
+        lines.append(f"{name}={value}: as asked for")
+    for option in GPU_OPTIONS if platform == "cuda" else ():
+        if device_count < option.devices or option.name in options or option.name in set_outside:
+            continue
+        if refused := refusal(option.name, option.value):
+            lines.append(f"{option.name} left out: XLA refuses it ({refused})")
+            continue
+        options[option.name] = option.value
+        lines.append(f"{option.name}={option.value}: {option.reason}")
+    return options, lines
+
+
+def refusal_by_xla(name: str, value: Value) -> str:
+    """Why the installed XLA does not take an option; empty if it does."""
+    try:
+        jax.jit(lambda x: x).lower(0).compile(compiler_options={name: value})
+    except jax.errors.JaxRuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""

@@ -1,0 +1,115 @@
+"""Compiler options of the train step: what is set, what the user may say, what XLA refuses."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from affectgpt_jax import train
+from affectgpt_jax.config import ConfigError
+from affectgpt_jax.configs import demo
+from affectgpt_jax.training import sharding, xla_options
+from affectgpt_jax.training.xla_options import GPU_OPTIONS, XlaOptionError, compiler_options
+
+SCHEDULER = "xla_gpu_enable_latency_hiding_scheduler"
+
+
+def accepts(name, value):
+    return ""
+
+
+def test_the_installed_xla_knows_every_option_of_the_table():
+    for option in GPU_OPTIONS:
+        assert xla_options.refusal_by_xla(option.name, option.value) == "", option.name
+
+
+def test_an_option_that_xla_does_not_know_is_refused_and_not_fatal():
+    assert "xla_gpu_no_such_thing" in xla_options.refusal_by_xla("xla_gpu_no_such_thing", True)
+    assert "not a valid" in xla_options.refusal_by_xla("xla_gpu_autotune_level", "high")
+
+
+@pytest.mark.parametrize("platform,devices", [("cpu", 8), ("rocm", 8), ("cuda", 1)])
+def test_nothing_is_set_where_the_table_has_nothing_for_it(platform, devices):
+    assert compiler_options(platform, devices, {}, "", accepts) == ({}, [])
+
+
+def test_several_gpus_get_the_table_with_a_reason_each():
+    options, lines = compiler_options("cuda", 2, {}, "", accepts)
+    assert options == {option.name: option.value for option in GPU_OPTIONS}
+    assert all(f"{o.name}={o.value}: {o.reason}" in lines for o in GPU_OPTIONS)
+
+
+def test_the_user_overrides_the_table_by_config_and_by_environment():
+    options, lines = compiler_options("cuda", 8, {SCHEDULER: False}, "", accepts)
+    assert options == {SCHEDULER: False} and lines == [f"{SCHEDULER}=False: as asked for"]
+    assert compiler_options("cuda", 8, {}, f"--{SCHEDULER}=false", accepts) == ({}, [])
+
+
+def test_an_option_of_the_table_that_xla_has_dropped_is_left_out_and_said():
+    options, lines = compiler_options("cuda", 8, {}, "", lambda name, value: "no such option")
+    assert not options
+    assert lines == [f"{SCHEDULER} left out: XLA refuses it (no such option)"]
+
+
+def test_options_are_read_from_one_line():
+    text = "xla_gpu_autotune_level=2  --xla_gpu_enable_triton_gemm=False xla_dump_to=/tmp/a=b,c"
+    assert xla_options.parse(text) == {
+        "xla_gpu_autotune_level": "2",
+        "xla_gpu_enable_triton_gemm": False,
+        "xla_dump_to": "/tmp/a=b,c",
+    }
+    assert xla_options.parse("") == {}
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("xla_gpu_autotune_level", "'xla_gpu_autotune_level' is not NAME=VALUE"),
+        ("autotune=1", "'autotune=1' is not NAME=VALUE"),
+        ("xla_a=1 xla_a=2", "xla_a is named twice"),
+    ],
+)
+def test_another_form_is_refused_with_the_part_that_has_it(text, message):
+    with pytest.raises(XlaOptionError, match=message):
+        xla_options.parse(text)
+
+
+def test_one_option_in_two_places_is_refused():
+    with pytest.raises(XlaOptionError, match="xla_a is also set in XLA_FLAGS"):
+        compiler_options("cpu", 1, {"xla_a": "1"}, "--xla_b=0 --xla_a=2", accepts)
+
+
+def test_an_unknown_option_of_the_config_is_one_sentence_that_names_the_key():
+    config = demo.get_config()
+    config.xla_options = "xla_gpu_no_such_thing=1"
+    with pytest.raises(ConfigError, match="^config.xla_options: XLA refuses xla_gpu_no_such_thing"):
+        train.train_step_options(config, print)
+
+
+def test_the_train_step_is_compiled_with_the_options():
+    mesh = sharding.make_mesh("data:-1")
+    state = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding.replicated(mesh))}
+
+    def step(state, base, batch):
+        return state, jnp.zeros(())
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_thing"):
+        train.compile_steps(step, mesh, state, {}, {8: {}}, {"xla_no_such_thing": True})
+
+
+def test_gpu_memory_is_reserved_unless_the_environment_says_how(monkeypatch):
+    for name in xla_options._MEMORY_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    xla_options.reserve_gpu_memory()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.9"
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.5")
+    xla_options.reserve_gpu_memory()
+    assert os.environ["XLA_CLIENT_MEM_FRACTION"] == "0.5"
+
+
+def test_memory_reserved_by_the_older_name_is_left_alone(monkeypatch):
+    monkeypatch.delenv("XLA_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # JAX refuses both at once
+    xla_options.reserve_gpu_memory()
+    assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
