@@ -64,7 +64,7 @@ def random_trainable(model: AffectGPT, seed: int = 1):
 
 
 def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LLM, seed: int = 2):
-    """A batch of right-padded rows of these lengths; 0 is a filler row.
+    """A batch of right-padded rows of these lengths, one clip each; 0 is a filler row.
 
     The soft tokens stand at positions 1 to 3 in a random order, and the last tokens of a row, as
     many as fit but at most `targets`, are supervised: rows differ in their share of the loss.
@@ -81,10 +81,10 @@ def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LL
         "targets": np.zeros((rows, targets), np.int32),
         "target_weights": np.zeros((rows, targets), np.float32),
         "features": {
-            "audio": rng.normal(size=(rows, FRAMES, FUSION.audio_width)).astype(np.float16),
-            "face": rng.normal(size=(rows, FRAMES, FUSION.video_width)).astype(np.float16),
+            "audio": rng.normal(size=(rows, 1, FRAMES, FUSION.audio_width)).astype(np.float16),
+            "face": rng.normal(size=(rows, 1, FRAMES, FUSION.video_width)).astype(np.float16),
         },
-        "present": {"audio": lengths > 0, "face": lengths > 0},
+        "present": {"audio": lengths[:, None] > 0, "face": lengths[:, None] > 0},
     }
     for row, length in enumerate(lengths):
         count = max(0, min(targets, length - 4))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import affectgpt_jax
+from affectgpt_jax.data.packing import LENGTH_MULTIPLE
 from affectgpt_jax.data.pipeline import (
-    LENGTH_MULTIPLE,
     DataError,
     Source,
     TrainPipeline,
@@ -412,7 +412,7 @@ def test_a_clip_with_a_placeholder_in_its_texts_is_named(tmp_path, view):
 
 def test_a_feature_that_no_clip_has_is_absent_everywhere(dataset, view):
     batch = make(dataset, dataclasses.replace(view, features=WIDTHS | {"frame": 7})).batch(0)
-    assert batch["features"]["frame"].shape == (BATCH, 1, 7)
+    assert batch["features"]["frame"].shape == (BATCH, 1, 1, 7)
     assert not batch["features"]["frame"].any()
     assert not batch["present"]["frame"].any()
 
@@ -480,7 +480,7 @@ def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(datas
         for row, text in enumerate(answers(view, batch)):
             if text is None:
                 continue
-            source, record = plan.sources[row], plan.records[row]
+            source, record = plan.sources[row, 0], plan.records[row, 0]
             seen.add(source)
             # Soft tokens are numbered over the slots of both: 1-2 multi, 3-5 audio, 6 face, 7-8
             # frame.

@@ -36,7 +36,8 @@ BATCH = make_batch([16, 11, 7, 0])
 def test_soft_tokens_stand_exactly_where_soft_index_says():
     index = np.random.default_rng(0).integers(0, 4, size=BATCH["tokens"].shape, dtype=np.int32)
     batch = BATCH | {"soft_index": index}
-    soft = MODEL.fusion.apply({"params": TRAINABLE["fusion"]}, batch["features"], batch["present"])
+    features, present = ({k: x[:, 0] for k, x in batch[n].items()} for n in ("features", "present"))
+    soft = MODEL.fusion.apply({"params": TRAINABLE["fusion"]}, features, present)
     expected = np.array(BASE["embed_tokens"])[batch["tokens"]]
     for row, column in np.argwhere(index > 0):
         expected[row, column] = soft[row, index[row, column] - 1]
