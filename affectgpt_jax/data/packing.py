@@ -19,9 +19,9 @@ LENGTH_MULTIPLE = 4
 # Visits that a row may choose from. Its last two are chosen to fill it: among the 2,000 pairs of
 # so many, one nearly always does. Few enough that the order stays random.
 LOOKAHEAD = 64
-# Up to so many of a row's first choices are given up again for a pair that fills it better, as
-# long as more than this share of it is empty.
-SWAPPED, EMPTY = 4, 1 / 512
+# How many of a row's first choices give way to a pair, in the order of trial: two for two leaves
+# the most to choose from. Nothing is tried once less than this share of the row is empty.
+SWAPS, EMPTY = (2, 1, 3, 4), 1 / 512
 
 # Clips that a row has room for, in units of what an average row holds. Unused ones cost room for
 # their features and little else.
@@ -119,9 +119,10 @@ def _fill_row(lengths: np.ndarray, targets: np.ndarray, bucket: Bucket) -> list[
             taken.append(i)
             room.append((tokens_left - length, targets_left - supervised))
     best, empty = taken, room[-1][0]
-    for kept in range(len(taken) - 1, max(0, len(taken) - 1 - SWAPPED), -1):
-        if empty <= EMPTY * bucket.length:
-            break
+    for swapped in SWAPS:
+        kept = len(taken) - swapped
+        if kept < 1 or empty <= EMPTY * bucket.length:
+            continue
         head, (tokens_left, targets_left) = taken[:kept], room[kept]
         pair, filled = _best_pair(
             lengths, targets, head, tokens_left, targets_left, bucket.clips - kept
