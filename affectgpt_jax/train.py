@@ -369,7 +369,8 @@ class StepReporter:
 
 def describe_packing(pipeline: TrainPipeline) -> str:
     """What packing makes of the first epoch, in one sentence."""
-    fill, bucket = pipeline.fill(0), pipeline.buckets[0]
+    epoch, _ = pipeline.locate(0)  # small weights may leave epoch 0 empty
+    fill, bucket = pipeline.fill(epoch), pipeline.buckets[0]
     rows, updates = fill.clips_per_row, fill.clips_per_batch
     return (
         f"packed: the first epoch is {len(rows):,} rows of {bucket.length:,} tokens, "

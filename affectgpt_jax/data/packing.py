@@ -140,7 +140,8 @@ def _best_pair(
     targets_left: int,
     clips_left: int,
 ) -> tuple[list[int], int]:
-    """One or two visits that are not taken yet and fill the room that is left best; their sum."""
+    """One or two visits that are not taken yet and fill the room that is left best, and their sum;
+    the sum is 0 where none fits."""
     size = len(lengths)
     # Behind them stands a visit without tokens: who is paired with it, comes alone.
     lengths, targets = np.append(lengths, 0), np.append(targets, 0)

@@ -212,9 +212,7 @@ def buckets_of(ends: Sequence[int], lengths: np.ndarray, targets: np.ndarray) ->
         lengths: tokens of every example, `[N]`.
         targets: supervised tokens of every example, `[N]`.
     """
-    return tuple(
-        Bucket(end, int(round_up(targets[lengths <= end].max(initial=0)))) for end in ends
-    )
+    return tuple(Bucket(end, int(round_up(targets[lengths <= end].max(initial=0)))) for end in ends)
 
 
 def too_long_message(
@@ -394,9 +392,7 @@ class TrainPipeline:
         answers = np.concatenate([v.answers[v.keep] for v in self._visits])
         self._packed: Bucket | None = None
         if pack_length:
-            weights = [
-                np.full(v.keep.sum(), v.source.weight / len(v.types)) for v in self._visits
-            ]
+            weights = [np.full(v.keep.sum(), v.source.weight / len(v.types)) for v in self._visits]
             self._packed = packed_bucket(pack_length, lengths, answers, np.concatenate(weights))
             self.buckets = (self._packed,)
         else:
@@ -482,8 +478,8 @@ class TrainPipeline:
         sources = self.planned(step).sources
         return {v.source.name: int((sources == i).sum()) for i, v in enumerate(self._visits)}
 
-    def fill(self, epoch: int = 0) -> Fill:
-        """How full the rows of an epoch are."""
+    def fill(self, epoch: int) -> Fill:
+        """How full the rows of an epoch are, which must not be empty."""
         plan = self.plan(epoch)
         clips = np.array([batch.clips for batch in plan])
         lengths, answers = self._sizes(self._visits_of(epoch))
@@ -508,9 +504,7 @@ class TrainPipeline:
         ]
         return collate(rows, self._view, self._shapes, self.buckets[planned.bucket])
 
-    def _example(
-        self, source: int, record: int, kind: int
-    ) -> tuple[Records, View, int, Example]:
+    def _example(self, source: int, record: int, kind: int) -> tuple[Records, View, int, Example]:
         visits = self._visits[source]
         return visits.source.dataset, visits.source.view, record, visits.examples[kind][record]
 
