@@ -205,6 +205,11 @@ def validate(config: ConfigDict) -> None:
             f"config.accumulation={config.accumulation} does not divide "
             f"config.batch_size={config.batch_size}"
         )
+    if config.pack_length != 0 and config.pack_length < config.max_tokens:
+        raise ConfigError(
+            f"config.pack_length is {config.pack_length}; expected 0, or at least the "
+            f"{config.max_tokens} of config.max_tokens, so that a row holds any example whole"
+        )
     if not 0 <= config.data.val_share < 1:
         raise ConfigError(
             f"config.data.val_share is {config.data.val_share}; expected a share in [0, 1)"

@@ -120,6 +120,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         max_tokens=config.max_tokens,
         too_long=config.too_long,
         num_buckets=config.num_buckets,
+        pack_length=config.pack_length,
         seed=config.seed,
         process=(jax.process_index(), jax.process_count()),
     )
@@ -135,6 +136,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     lengths = ", ".join(f"{b.length} ({b.targets} supervised)" for b in pipeline.buckets)
     clips, held_out = (sum(len(s.dataset) for s in sources) for sources in (data.train, data.val))
     progress.line(f"{clips:,} training clips, {held_out:,} for validation; row lengths {lengths}")
+    if config.pack_length:
+        progress.line(describe_packing(pipeline))
 
     # State: shapes first, then weights and fresh adapters straight into their shardings.
     abstract_base = abstract(mesh, lambda key: init_random_base(model, key))
@@ -306,16 +309,17 @@ class StepReporter:
             metrics: device scalars of the train step, read when the next step is handed in.
             batch: this process's rows, as NumPy arrays.
             wait_s: s that the batch was waited for.
-            mix: rows from each set of a mixture.
+            mix: clips from each set of a mixture.
 
         Raises:
             TrainingError: the step before had a loss or gradient that is not finite.
         """
         processes = jax.process_count()
-        tokens = batch["segment_ids"] > 0
-        samples = int(tokens.any(axis=1).sum()) * processes
+        segments = batch["segment_ids"]
+        samples = int(segments.max(axis=1).sum()) * processes
+        tokens = int((segments > 0).sum()) * processes
         self.flush()
-        self._pending = (step, metrics, samples, int(tokens.sum()) * processes, wait_s, mix)
+        self._pending = (step, metrics, samples, tokens, wait_s, mix)
 
     def flush(self) -> None:
         """Report the step that was handed in last; waits for the device to finish it.
@@ -329,7 +333,7 @@ class StepReporter:
         self._pending = None
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         scalars = {f"train/{name}": value for name, value in values.items()}
-        scalars |= {f"mix/{name}": rows for name, rows in mix.items()}
+        scalars |= {f"mix/{name}": clips for name, clips in mix.items()}
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
             rates = self._throughput.rates()
             self._writer.write(step, scalars | {f"rate/{k}": v for k, v in rates.items()})
@@ -366,6 +370,19 @@ class StepReporter:
             "config.optimizer.learning_rate, set config.optimizer.clip_norm, or look for bad "
             "features in that step's batch"
         )
+
+
+def describe_packing(pipeline: TrainPipeline) -> str:
+    """What packing makes of the first epoch, in one sentence."""
+    epoch, _ = pipeline.locate(0)  # small weights may leave epoch 0 empty
+    fill, bucket = pipeline.fill(epoch), pipeline.buckets[0]
+    rows, updates = fill.clips_per_row, fill.clips_per_batch
+    return (
+        f"packed: the first epoch is {len(rows):,} rows of {bucket.length:,} tokens, "
+        f"{fill.tokens:.1%} full, in {len(updates):,} updates; clips a row {rows.mean():.1f} "
+        f"({rows.min()} to {rows.max()}, room for {bucket.clips}), an update "
+        f"{updates.mean():.1f} ({updates.min()} to {updates.max()})"
+    )
 
 
 def check_rows(config: ConfigDict, mesh: Mesh) -> None:

@@ -50,9 +50,12 @@ def get_config() -> ConfigDict:
     c.strict_leaks = False  # refuse clips that are in training and evaluation; False reports them
 
     c.steps = 300_000  # 60 epochs of 5,000 steps
-    c.batch_size = 3  # clips in one update, over all devices
+    c.batch_size = 3  # rows in one update, over all devices; a row is a clip, unless packed
     c.accumulation = 1  # parts of a batch that run one after the other
     c.num_buckets = 4  # row lengths that batches come in; each costs one compilation
+    c.pack_length = 0  # tokens of a row that holds as many clips as fit; 0: a clip a row. All
+    # training batches then have this one shape, and num_buckets is for validation and answers. A
+    # row of 2048 holds 8 clips of the paper's lengths on average: divide batch_size accordingly
     c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
     c.remat = "none"  # none | dots | full: what the backward pass computes again

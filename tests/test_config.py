@@ -194,6 +194,10 @@ def test_help_is_printed(capsys):
             "--config.batch_size=64 --config.accumulation=3",
             "config.accumulation=3 does not divide config.batch_size=64",
         ),
+        (
+            "--config.pack_length=63",
+            "config.pack_length is 63; expected 0, or at least the 64 of config.max_tokens",
+        ),
         # an unknown config, flag or argument
         ("--config=nosuch", r"--config=nosuch: no such file, nor .*'affectgpt_qwen25_7b', 'demo'"),
         ("--config nosuch", "--config=nosuch: no such file"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -165,6 +166,37 @@ def get_config():
     assert "weight 2, hybrid from multi_audio_face_text" in said
     run(tmp_path / "again", f"--config={config}", *flags)
     assert losses(tmp_path / "again") == losses(workdir)
+
+
+def test_packed_rows_train_on_the_same_clips_with_the_same_loss(records, tmp_path, capsys):
+    """At rate 0, an epoch's summed loss does not depend on which clips share a row."""
+    frozen = ("learning_rate", "warmup_learning_rate", "final_learning_rate")
+    flags = [f"--config.optimizer.{rate}=0.0" for rate in frozen]
+    run(tmp_path / "padded", *records, *flags, "--config.steps=8")
+    capsys.readouterr()
+    workdir = tmp_path / "packed"
+    result = run(workdir, *records, *flags, "--config.pack_length=100", "--config.steps=8")
+    said = capsys.readouterr().out
+    rows, full, updates = re.search(
+        r"packed: the first epoch is (\d+) rows of 100 tokens, ([\d.]+)% full, in (\d+) updates; "
+        r"clips a row [\d.]+ \(1 to \d, room for \d\), an update [\d.]+ \(\d+ to \d+\)",
+        said,
+    ).groups()
+    assert 64 / 3 < int(rows) <= 8 * int(updates) < 40  # of 8 devices, one row or more each
+    assert 50 < float(full) < 100
+
+    def epoch(workdir, steps):
+        lines = [r for r in read_metrics(workdir / "metrics.jsonl") if "train/loss" in r][:steps]
+        counts = np.array([line["train/supervised_tokens"] for line in lines])
+        return counts @ [line["train/loss"] for line in lines], counts.sum()
+
+    (loss, tokens), (packed_loss, packed_tokens) = (
+        epoch(tmp_path / "padded", 8),
+        epoch(workdir, int(updates)),
+    )
+    assert packed_tokens == tokens
+    np.testing.assert_allclose(packed_loss, loss, rtol=1e-5)  # float32, summed in another order
+    assert result["samples_per_s"] > 0
 
 
 def test_clips_in_training_and_evaluation_are_reported_or_refused(records, tmp_path, capsys):

@@ -64,7 +64,7 @@ def random_trainable(model: AffectGPT, seed: int = 1):
 
 
 def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LLM, seed: int = 2):
-    """A batch of right-padded rows of these lengths; 0 is a filler row.
+    """A batch of right-padded rows of these lengths, one clip each; 0 is a filler row.
 
     The soft tokens stand at positions 1 to 3 in a random order, and the last tokens of a row, as
     many as fit but at most `targets`, are supervised: rows differ in their share of the loss.
@@ -81,10 +81,10 @@ def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LL
         "targets": np.zeros((rows, targets), np.int32),
         "target_weights": np.zeros((rows, targets), np.float32),
         "features": {
-            "audio": rng.normal(size=(rows, FRAMES, FUSION.audio_width)).astype(np.float16),
-            "face": rng.normal(size=(rows, FRAMES, FUSION.video_width)).astype(np.float16),
+            "audio": rng.normal(size=(rows, 1, FRAMES, FUSION.audio_width)).astype(np.float16),
+            "face": rng.normal(size=(rows, 1, FRAMES, FUSION.video_width)).astype(np.float16),
         },
-        "present": {"audio": lengths > 0, "face": lengths > 0},
+        "present": {"audio": lengths[:, None] > 0, "face": lengths[:, None] > 0},
     }
     for row, length in enumerate(lengths):
         count = max(0, min(targets, length - 4))
@@ -94,6 +94,45 @@ def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LL
         batch["targets"][row, :count] = batch["tokens"][row, length - count : length]
         batch["target_weights"][row, :count] = 1
     return batch
+
+
+def pack_rows(batch, rows, width: int, targets: int, clips: int, soft_tokens: int = 3):
+    """The same clips, several a row.
+
+    Args:
+        batch: rows of one clip each.
+        rows: for every new row the clips in it, as rows of `batch`.
+        width, targets, clips: the shape of the new rows.
+        soft_tokens: of every clip.
+    """
+    packed = {
+        name: np.zeros((len(rows), targets if "target" in name else width), batch[name].dtype)
+        for name in batch
+        if name not in ("features", "present")
+    }
+    for part in ("features", "present"):
+        packed[part] = {
+            name: np.zeros((len(rows), clips, *x.shape[2:]), x.dtype)
+            for name, x in batch[part].items()
+        }
+    for row, members in enumerate(rows):
+        first = target = 0
+        for clip, i in enumerate(members):
+            end = first + (batch["segment_ids"][i] > 0).sum()
+            last = target + int(batch["target_weights"][i].sum())
+            for name in ("tokens", "positions", "soft_index"):
+                packed[name][row, first:end] = batch[name][i, : end - first]
+            soft = packed["soft_index"][row, first:end]
+            soft[soft > 0] += clip * soft_tokens
+            packed["segment_ids"][row, first:end] = 1 + clip
+            for name in ("target_positions", "targets", "target_weights"):
+                packed[name][row, target:last] = batch[name][i, : last - target]
+            packed["target_positions"][row, target:last] += first
+            for part in ("features", "present"):
+                for name, x in batch[part].items():
+                    packed[part][name][row, clip] = x[i, 0]
+            first, target = end, last
+    return packed
 
 
 def relative_error(found, expected) -> float:

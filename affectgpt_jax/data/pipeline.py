@@ -3,6 +3,9 @@
 An epoch's plan (which clips, in which order, with which label type, in which batch) follows from
 (seed, epoch) alone. So the state of the data is one integer, the step, and a run continues exactly
 where it stopped, on any number of processes.
+
+Batches come in two kinds: rows of one clip each, padded to one of a few lengths, or packed rows of
+one length (`data.packing`).
 """
 
 from __future__ import annotations
@@ -10,30 +13,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import grain
 import numpy as np
 
 from affectgpt_jax.data.examples import Example, build_examples, soft_index
+from affectgpt_jax.data.packing import Bucket, pack, packed_bucket, round_up
 from affectgpt_jax.data.prompts import InputMode, PromptError, PromptSet, parse_label
 from affectgpt_jax.data.records import Annotations, Records
 from affectgpt_jax.data.tokenizer import Tokenizer
 
-# Lengths are rounded up to multiples of this, for the sake of aligned matrix products.
-LENGTH_MULTIPLE = 4
-
 
 class DataError(ValueError):
     """Data that does not fit the model or the config."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """The static shape of a batch: rows of `length` tokens, `targets` of them supervised."""
-
-    length: int
-    targets: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +80,7 @@ class View:
     def collate(
         self, dataset: Records, rows: Sequence[tuple[int, Example] | None], bucket: Bucket
     ) -> dict[str, object]:
-        """Assemble a batch of rows from one data set; see `collate`.
+        """Assemble a batch of rows of one clip each from one data set; see `collate`.
 
         Args:
             dataset: where features come from.
@@ -94,7 +88,8 @@ class View:
             bucket: the batch's shape.
         """
         shapes = feature_shapes(self.features, [dataset])
-        return collate([row and (dataset, self, *row) for row in rows], self, shapes, bucket)
+        clips = [[(dataset, self, *row)] if row else [] for row in rows]
+        return collate(clips, self, shapes, bucket)
 
 
 def _of_clip(clip: Annotations, render: Callable[[Annotations], str]) -> str:
@@ -130,51 +125,54 @@ def feature_shapes(
 
 
 def collate(
-    rows: Sequence[tuple[Records, View, int, Example] | None],
+    rows: Sequence[Sequence[tuple[Records, View, int, Example]]],
     model_view: View,
     shapes: Mapping[str, tuple[int, int]],
     bucket: Bucket,
 ) -> dict[str, object]:
-    """Assemble a batch (layout: `models.affectgpt`) of right-padded rows, one clip each.
+    """Assemble a batch (layout: `models.affectgpt`) of right-padded rows.
 
     Args:
-        rows: for each row its data set, its view, and record number and example in it; None is a
-            filler row without any target.
+        rows: for each clip of each row its data set, its view, and record number and example in
+            it. Clips stand one behind the other; a row without any is filler.
         model_view: any view of the model, for what all have in common.
         shapes: `(frames, width)` of every feature that the model reads.
         bucket: the batch's shape.
     """
-    size, length, targets = len(rows), bucket.length, bucket.targets
+    size, length, targets, clips = len(rows), bucket.length, bucket.targets, bucket.clips
     batch: dict[str, object] = {
         "tokens": np.full((size, length), model_view.tokenizer.end_id, np.int32),
-        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (size, length)),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (size, 1)),
         "segment_ids": np.zeros((size, length), np.int32),
         "soft_index": np.zeros((size, length), np.int32),
         "target_positions": np.zeros((size, targets), np.int32),
         "targets": np.zeros((size, targets), np.int32),
         "target_weights": np.zeros((size, targets), np.float32),
     }
-    features = {name: np.zeros((size, *shape), np.float16) for name, shape in shapes.items()}
-    present = {name: np.zeros(size, bool) for name in shapes}
+    features = {name: np.zeros((size, clips, *shape), np.float16) for name, shape in shapes.items()}
+    present = {name: np.zeros((size, clips), bool) for name in shapes}
+    soft_tokens = sum(model_view.token_counts.values())  # of every clip
     for i, row in enumerate(rows):
-        if row is None:
-            continue
-        dataset, view, number, example = row
-        tokens, end, start = example.tokens, len(example), example.answer_start
-        batch["tokens"][i, :end] = tokens
-        batch["segment_ids"][i, :end] = 1
-        batch["soft_index"][i, :end] = soft_index(
-            tokens, view.tokenizer, view.token_counts, view.mode.slots
-        )
-        batch["target_positions"][i, : end - start] = np.arange(start - 1, end - 1)
-        batch["targets"][i, : end - start] = tokens[start:]
-        batch["target_weights"][i, : end - start] = 1
-        if shapes:
-            found = dataset[number].features
-            for name in shapes:
-                if name in found:
-                    features[name][i] = found[name]
-                    present[name][i] = True
+        first = target = 0
+        for clip, (dataset, view, number, example) in enumerate(row):
+            tokens, answer = example.tokens, example.tokens[example.answer_start :]
+            here = slice(first, first + len(tokens))
+            soft = soft_index(tokens, view.tokenizer, view.token_counts, view.mode.slots)
+            batch["tokens"][i, here] = tokens
+            batch["positions"][i, here] = np.arange(len(tokens))
+            batch["segment_ids"][i, here] = 1 + clip
+            batch["soft_index"][i, here] = np.where(soft > 0, soft + clip * soft_tokens, 0)
+            there = slice(target, target + len(answer))
+            batch["target_positions"][i, there] = np.arange(here.stop - len(answer), here.stop) - 1
+            batch["targets"][i, there] = answer
+            batch["target_weights"][i, there] = 1
+            first, target = here.stop, there.stop
+            if shapes:
+                found = dataset[number].features
+                for name in shapes:
+                    if name in found:
+                        features[name][i, clip] = found[name]
+                        present[name][i, clip] = True
     return {**batch, "features": features, "present": present}
 
 
@@ -188,7 +186,7 @@ def choose_lengths(lengths: np.ndarray, count: int) -> tuple[int, ...]:
     Returns:
         Multiples of `LENGTH_MULTIPLE`, ascending; the last holds the longest row.
     """
-    rounded = _round_up(lengths)
+    rounded = round_up(lengths)
     sizes, tally = np.unique(rounded, return_counts=True)
     # cost[j] is the padded tokens of the best split of sizes[:j]; one more length a round.
     total = np.concatenate([[0], np.cumsum(tally)])
@@ -214,13 +212,7 @@ def buckets_of(ends: Sequence[int], lengths: np.ndarray, targets: np.ndarray) ->
         lengths: tokens of every example, `[N]`.
         targets: supervised tokens of every example, `[N]`.
     """
-    return tuple(
-        Bucket(end, int(_round_up(targets[lengths <= end].max(initial=0)))) for end in ends
-    )
-
-
-def _round_up(n):
-    return -(-n // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    return tuple(Bucket(end, int(round_up(targets[lengths <= end].max(initial=0)))) for end in ends)
 
 
 def too_long_message(
@@ -305,13 +297,35 @@ class _Visits:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """One batch of an epoch: its bucket, and for each row source, record and label type (-1:
-    filler)."""
+    """One batch of an epoch: its bucket, and for each row's clips source, record and label type,
+    `[B, C]` each (-1: no clip)."""
 
     bucket: int
     sources: np.ndarray
     records: np.ndarray
     label_types: np.ndarray
+
+    @property
+    def clips(self) -> np.ndarray:
+        """How many clips each row holds, `[B]`."""
+        return (self.records >= 0).sum(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fill:
+    """How an epoch fills its rows.
+
+    Attributes:
+        clips_per_row: of every row that holds any, `[R]`.
+        clips_per_batch: `[batches]`.
+        tokens: share of all positions that hold a token.
+        targets: share of all places for supervised tokens that hold one.
+    """
+
+    clips_per_row: np.ndarray
+    clips_per_batch: np.ndarray
+    tokens: float
+    targets: float
 
 
 class TrainPipeline:
@@ -326,13 +340,15 @@ class TrainPipeline:
         batch_size: rows of a global batch.
         max_tokens: limit of an example's length.
         too_long: "error", or "drop" to leave longer examples out and count them.
-        num_buckets: the number of row lengths.
+        num_buckets: the number of row lengths, where rows hold one clip each.
+        pack_length: tokens of a row that holds as many clips as fit; 0 for rows of one clip each.
         seed: of order and label draw.
         process: (index, count) of this process; batches hold its share of the rows.
 
     Raises:
         DataError: an example over the limit, nothing left to train on, data sets whose features
-            differ in shape, or a batch size that the processes cannot share equally.
+            differ in shape, a batch size that the processes cannot share equally, or packed rows
+            shorter than the limit.
         PromptError: a source's label that names no label types.
     """
 
@@ -344,12 +360,18 @@ class TrainPipeline:
         max_tokens: int,
         too_long: str = "error",
         num_buckets: int = 4,
+        pack_length: int = 0,
         seed: int = 0,
         process: tuple[int, int] = (0, 1),
     ):
         self._seed, self._batch_size, self._process = seed, batch_size, process
         if batch_size % process[1]:
             raise DataError(f"batch_size {batch_size} is not a multiple of {process[1]} processes")
+        if 0 < pack_length < max_tokens:
+            raise DataError(
+                f"pack_length {pack_length} is less than max_tokens {max_tokens}: rows must hold "
+                "any example whole"
+            )
         self._view = sources[0].view
         self._shapes = feature_shapes(self._view.features, [s.dataset for s in sources])
         self._visits = [_Visits(s, i, seed, max_tokens) for i, s in enumerate(sources)]
@@ -366,55 +388,83 @@ class TrainPipeline:
                     "tokens; raise config.max_tokens"
                 )
         self.dropped = sum(int((~visits.keep).sum()) for visits in self._visits)
-        # A batch is as long as its longest row. Epoch 0 shows how those lengths are spread, and
-        # the longest example there is fits the last bucket, whatever other epochs draw.
         lengths = np.concatenate([v.lengths[v.keep] for v in self._visits])
         answers = np.concatenate([v.answers[v.keep] for v in self._visits])
-        longest = [self._longest_row(*rows) for rows in self._rows(0)]
-        ends = choose_lengths(np.array([*longest, lengths.max()]), num_buckets)
-        self.buckets = buckets_of(ends, lengths, answers)
+        self._packed: Bucket | None = None
+        if pack_length:
+            weights = [np.full(v.keep.sum(), v.source.weight / len(v.types)) for v in self._visits]
+            self._packed = packed_bucket(pack_length, lengths, answers, np.concatenate(weights))
+            self.buckets = (self._packed,)
+        else:
+            # A batch is as long as its longest row. Epoch 0 shows how those lengths are spread,
+            # and the longest example there is fits the last bucket, whatever other epochs draw.
+            _, _, longest = self._rows(0)
+            ends = choose_lengths(np.append(longest, lengths.max()), num_buckets)
+            self.buckets = buckets_of(ends, lengths, answers)
         self._first_step = [0]  # of every epoch planned so far, and of the next
+        self._planning = threading.Lock()
 
-    def _rows(self, epoch: int) -> list[np.ndarray]:
-        """Source, record and label type `[3, rows]` (-1: filler) of an epoch's batches.
-
-        Batches are cut from one permutation, not from clips of like length: a loss that is the
-        mean over a batch's supervised tokens weighs a label against a description as the published
-        recipe does only if both kinds meet in a batch.
-        """
+    def _visits_of(self, epoch: int) -> np.ndarray:
+        """Source, record and label type `[3, N]` of an epoch's visits, in their order."""
         parts = []
         for source, visits in enumerate(self._visits):
             records, kinds = visits.of_epoch(epoch)
             parts.append(np.stack([np.full(len(records), source), records, kinds]))
-        rows = np.concatenate(parts, axis=1)
+        together = np.concatenate(parts, axis=1)
         if len(parts) > 1:  # the visits of one source are in a random order already
             rng = np.random.default_rng([self._seed, epoch, len(parts)])
-            rows = rows[:, rng.permutation(rows.shape[1])]
-        filler = np.full((3, -rows.shape[1] % self._batch_size), -1)
-        rows = np.concatenate([rows, filler], axis=1)
-        return np.split(rows, rows.shape[1] // self._batch_size, axis=1) if rows.size else []
+            together = together[:, rng.permutation(together.shape[1])]
+        return together
 
-    def _longest_row(self, sources: np.ndarray, records: np.ndarray, kinds: np.ndarray) -> int:
-        return max(
-            int(self._visits[source].lengths[kind, record])
-            for source, record, kind in zip(sources, records, kinds)
-            if record >= 0
-        )
+    def _sizes(self, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and supervised ones, `[N]` each, of visits `[3, N]`."""
+        sizes = np.zeros((2, visits.shape[1]), np.int64)
+        for source, facts in enumerate(self._visits):
+            mine = visits[0] == source
+            _, records, kinds = visits[:, mine]
+            sizes[:, mine] = facts.lengths[kinds, records], facts.answers[kinds, records]
+        return sizes[0], sizes[1]
+
+    def _rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """An epoch's visits, shared out over rows and batches.
+
+        Batches are cut from one permutation, not from clips of like length: a loss that is the
+        mean over a batch's supervised tokens weighs a label against a description as the published
+        recipe does only if both kinds meet in a batch.
+
+        Returns:
+            The visits `[3, N]`; for every batch and row of it the visits there, as columns of
+            these, `[batches, B, C]` (-1: none); tokens of each batch's longest row, `[batches]`.
+        """
+        visits = self._visits_of(epoch)
+        lengths, answers = self._sizes(visits)
+        if self._packed:
+            rows, width = pack(lengths, answers, self._packed), self._packed.clips
+        else:
+            rows, width = np.arange(len(lengths))[:, None], 1
+        table = np.full((-(-len(rows) // self._batch_size) * self._batch_size, width), -1)
+        for row, members in zip(table, rows):
+            row[: len(members)] = members
+        used = np.where(table >= 0, lengths[table], 0).sum(axis=1)
+        longest = used.reshape(-1, self._batch_size).max(axis=1)
+        return visits, table.reshape(-1, self._batch_size, width), longest
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the pipeline lives as long as the run
     def plan(self, epoch: int) -> tuple[PlannedBatch, ...]:
         """The batches of an epoch: every kept visit, the last batch padded with filler."""
-        ends = [bucket.length for bucket in self.buckets]
+        visits, batches, longest = self._rows(epoch)
+        which = np.searchsorted([bucket.length for bucket in self.buckets], longest)
         return tuple(
-            PlannedBatch(int(np.searchsorted(ends, self._longest_row(*rows))), *rows)
-            for rows in self._rows(epoch)
+            PlannedBatch(int(bucket), *np.where(batch >= 0, visits[:, batch], -1))
+            for bucket, batch in zip(which, batches, strict=True)
         )
 
     def locate(self, step: int) -> tuple[int, int]:
         """Epoch of a step, and its place in that epoch's plan."""
-        while self._first_step[-1] <= step:
-            epoch = len(self._first_step) - 1
-            self._first_step.append(self._first_step[-1] + len(self.plan(epoch)))
+        with self._planning:
+            while self._first_step[-1] <= step:
+                epoch = len(self._first_step) - 1
+                self._first_step.append(self._first_step[-1] + len(self.plan(epoch)))
         epoch = int(np.searchsorted(self._first_step, step, side="right")) - 1
         return epoch, step - self._first_step[epoch]
 
@@ -424,9 +474,22 @@ class TrainPipeline:
         return self.plan(epoch)[place]
 
     def mix(self, step: int) -> dict[str, int]:
-        """How many rows of a step's batch come from each source, over all processes."""
+        """How many clips of a step's batch come from each source, over all processes."""
         sources = self.planned(step).sources
         return {v.source.name: int((sources == i).sum()) for i, v in enumerate(self._visits)}
+
+    def fill(self, epoch: int) -> Fill:
+        """How full the rows of an epoch are, which must not be empty."""
+        plan = self.plan(epoch)
+        clips = np.array([batch.clips for batch in plan])
+        lengths, answers = self._sizes(self._visits_of(epoch))
+        buckets = [self.buckets[batch.bucket] for batch in plan]
+        return Fill(
+            clips_per_row=clips[clips > 0],
+            clips_per_batch=clips.sum(axis=1),
+            tokens=lengths.sum() / (self._batch_size * sum(b.length for b in buckets)),
+            targets=answers.sum() / (self._batch_size * sum(b.targets for b in buckets)),
+        )
 
     def batch(self, step: int) -> dict[str, object]:
         """This process's rows of the batch of a step, as NumPy arrays."""
@@ -435,23 +498,22 @@ class TrainPipeline:
         share = self._batch_size // count
         mine = slice(index * share, (index + 1) * share)
         columns = (planned.sources, planned.records, planned.label_types)
-        rows: list[tuple[Records, View, int, Example] | None] = []
-        for source, record, kind in zip(*(column[mine].tolist() for column in columns)):
-            if record < 0:
-                rows.append(None)
-                continue
-            visits = self._visits[source]
-            example = visits.examples[kind][record]
-            rows.append((visits.source.dataset, visits.source.view, record, example))
+        rows = [
+            [self._example(*clip) for clip in zip(*row) if clip[1] >= 0]
+            for row in zip(*(column[mine].tolist() for column in columns))
+        ]
         return collate(rows, self._view, self._shapes, self.buckets[planned.bucket])
+
+    def _example(self, source: int, record: int, kind: int) -> tuple[Records, View, int, Example]:
+        visits = self._visits[source]
+        return visits.source.dataset, visits.source.view, record, visits.examples[kind][record]
 
     def filler_batch(self, bucket: Bucket) -> dict[str, object]:
         """A global batch of this shape without any clip, for compiling."""
-        return collate([None] * self._batch_size, self._view, self._shapes, bucket)
+        return collate([[]] * self._batch_size, self._view, self._shapes, bucket)
 
     def batches(self, start: int, stop: int, threads: int = 2) -> Iterator[dict[str, object]]:
         """The batches of steps `start ... stop - 1`, read ahead by Grain's threads."""
-        self.locate(max(stop - 1, 0))  # threads then only read the table of epochs
         steps = grain.MapDataset.range(start, stop).map(self.batch)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(steps.to_iter_dataset(options))

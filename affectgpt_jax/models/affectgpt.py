@@ -5,17 +5,18 @@ A model is two Flax modules and plain functions over their parameters:
     base       the frozen decoder, `params` of `Qwen2`
     trainable  {"lora": adapters of `Qwen2`, "fusion": `params` of `Fusion`}
 
-Only `trainable` is ever differentiated. A batch is a dict of arrays, B rows of T tokens:
+Only `trainable` is ever differentiated. A batch is a dict of arrays: B rows of T tokens, in each of
+which up to C clips stand one behind the other, each a segment. Every clip has K soft tokens:
 
     tokens            [B, T] int32     ids; those under a soft token do not matter
     positions         [B, T] int32     rotary positions, from 0 in every segment
-    segment_ids       [B, T] int32     0 for padding, 1... for samples
-    soft_index        [B, T] int32     0, or 1 + the row of `soft` [B, K, D] that stands here
+    segment_ids       [B, T] int32     0 for padding, 1 ... C for clips
+    soft_index        [B, T] int32     0, or 1 + c*K + k where token k of a row's clip c stands
     target_positions  [B, S] int32     whose hidden state predicts a supervised token
     targets           [B, S] int32     that token
     target_weights    [B, S] float32   1, or 0 for filler
-    features          name -> [B, F, d] float16
-    present           name -> [B] bool
+    features          name -> [B, C, F, d] float16
+    present           name -> [B, C] bool, all False for a clip that is not there
 """
 
 from __future__ import annotations
@@ -75,15 +76,21 @@ def embed_inputs(
     embeds = model.qwen2.apply({"params": base}, batch["tokens"], method="embed")
     if model.fusion is None:
         return embeds
+    # Rows stay on the devices that hold them: they are the major part of the joint axis.
+    features, present = (
+        {name: x.reshape(-1, *x.shape[2:]) for name, x in batch[part].items()}
+        for part in ("features", "present")
+    )
     soft = model.fusion.apply(
         {"params": trainable["fusion"]},
-        batch["features"],
-        batch["present"],
+        features,
+        present,
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
+    soft = soft.reshape(len(embeds), -1, soft.shape[-1])
     index = batch["soft_index"][..., None]
-    # A gather, so that any number of samples may share a row. Positions without a soft token read
+    # A gather, so that any number of clips may share a row. Positions without a soft token read
     # out of range, which gives a value that the selection discards and a gradient that is dropped.
     source = jnp.where(index > 0, index - 1, soft.shape[1])
     placed = jnp.take_along_axis(soft, source, axis=1, mode="fill", fill_value=0)

@@ -126,7 +126,12 @@ class AffectGPT(Fusers):
         embeds = table(batch["tokens"].clamp(max=table.num_embeddings - 1))
         if self.fusion is None:
             return embeds
-        soft = self.soft_tokens(batch["features"], batch["present"]).to(embeds.dtype)
+        features, present = (
+            {name: x.flatten(0, 1) for name, x in batch[part].items()}
+            for part in ("features", "present")
+        )
+        soft = self.soft_tokens(features, present).to(embeds.dtype)
+        soft = soft.reshape(len(embeds), -1, soft.shape[-1])
         index = batch["soft_index"][..., None]
         placed = soft.gather(1, (index - 1).clamp(min=0).expand_as(embeds))
         return torch.where(index > 0, placed, embeds)

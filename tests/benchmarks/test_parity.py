@@ -4,10 +4,17 @@ import dataclasses
 import json
 import math
 
-import jax
 import numpy as np
 import pytest
-from tiny_model import FUSION, LLM, make_batch, make_model, random_base, random_trainable
+from tiny_model import (
+    FUSION,
+    LLM,
+    make_batch,
+    make_model,
+    pack_rows,
+    random_base,
+    random_trainable,
+)
 
 from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.training.optimizer import OptimizerConfig
@@ -42,20 +49,10 @@ def edge_cases():
 
 
 def packed():
-    """The third and fourth row behind the first: samples that must not see each other."""
-    alone = make_batch([9, 16, 7, 3])
-    batch = jax.tree.map(lambda x: x[:2].copy(), alone)
-    for name, end in (("tokens", 7), ("positions", 7), ("soft_index", 7)):
-        batch[name][0, 9:16] = alone[name][2, :end]
-    batch["segment_ids"][0, 9:16] = 2
-    count = int(alone["target_weights"][2].sum())
-    free = int(batch["target_weights"][0].sum())
-    room = slice(free, free + count)
-    for name in ("targets", "target_positions", "target_weights"):
-        batch[name] = np.pad(batch[name], ((0, 0), (0, 6)))
-        batch[name][0, room] = alone[name][2, :count]
-    batch["target_positions"][0, room] += 9
-    return batch
+    """Clips that must not see each other, one of them without audio; row two has room for more."""
+    alone = make_batch([9, 16, 7, 12])
+    alone["present"]["audio"][2] = False
+    return pack_rows(alone, [[0, 2, 3], [1]], width=32, targets=18, clips=3)
 
 
 @pytest.fixture(scope="module")

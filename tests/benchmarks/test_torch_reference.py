@@ -278,7 +278,7 @@ def test_dropout_acts_in_training_only(directory):
     with torch.no_grad():
         evaluated = [twin.eval().hidden_states(tensors) for _ in range(2)]
         drawn = [twin.train().hidden_states(tensors) for _ in range(2)]
-        soft = [twin.soft_tokens(tensors["features"], tensors["present"]) for _ in range(2)]
+        soft = [twin.embed_inputs(tensors) for _ in range(2)]
     assert torch.equal(*evaluated)
     assert not torch.equal(*drawn)
     assert not torch.equal(*soft)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import affectgpt_jax
+from affectgpt_jax.data.packing import LENGTH_MULTIPLE
 from affectgpt_jax.data.pipeline import (
-    LENGTH_MULTIPLE,
     DataError,
     Source,
     TrainPipeline,
@@ -357,6 +357,143 @@ def test_more_buckets_pad_less(dataset, view, pipeline):
     assert padding(pipeline) < padding(one)
 
 
+# --- several clips a row ------------------------------------------------------------------------
+
+PACK_LENGTH = 256
+
+
+@pytest.fixture(scope="module")
+def packed(dataset, view) -> TrainPipeline:
+    return make(dataset, view, pack_length=PACK_LENGTH)
+
+
+def clips_of(batch) -> list[dict[str, object]]:
+    """Every clip of a batch as a row of its own would hold it, without padding."""
+    found = []
+    for row, segments in enumerate(batch["segment_ids"]):
+        for clip in range(segments.max()):
+            here = np.flatnonzero(segments == 1 + clip)
+            assert here.tolist() == list(range(here[0], here[-1] + 1))
+            soft, at = batch["soft_index"][row, here], batch["target_positions"][row]
+            mine = (batch["target_weights"][row] > 0) & (here[0] <= at) & (at <= here[-1])
+            total = sum(TOKEN_COUNTS.values())
+            assert set((soft[soft > 0] - 1) // total) == {clip}
+            found.append(
+                {
+                    "tokens": batch["tokens"][row, here],
+                    "positions": batch["positions"][row, here],
+                    "soft_index": np.where(soft > 0, soft - clip * total, 0),
+                    "target_positions": at[mine] - here[0],
+                    "targets": batch["targets"][row, mine],
+                    **{f: {k: x[row, clip] for k, x in batch[f].items()} for f in FEATURES},
+                }
+            )
+    return found
+
+
+FEATURES = ("features", "present")
+
+
+def packed_epoch(pipeline: TrainPipeline, epoch: int) -> list[dict[str, object]]:
+    """The batches of an epoch."""
+    first = sum(len(pipeline.plan(e)) for e in range(epoch))
+    return [pipeline.batch(first + i) for i in range(len(pipeline.plan(epoch)))]
+
+
+def test_a_packed_epoch_holds_exactly_the_clips_of_one_without(pipeline, packed):
+    for epoch in range(2):
+        batches = [packed_epoch(p, epoch) for p in (packed, pipeline)]
+        found, expected = (
+            sorted(
+                (clip for batch in part for clip in clips_of(batch)),
+                key=lambda clip: clip["tokens"].tolist(),
+            )
+            for part in batches
+        )
+        assert len(found) == COUNT
+        for one, other in zip(found, expected, strict=True):
+            assert_same(one, other)
+        # No supervised token is left over, and none is there twice.
+        weights = [sum(batch["target_weights"].sum() for batch in part) for part in batches]
+        assert weights[0] == weights[1] == sum(len(clip["targets"]) for clip in found)
+
+
+def test_packed_batches_have_one_shape_and_fewer_rows(pipeline, packed):
+    (bucket,) = packed.buckets
+    assert bucket.length == PACK_LENGTH
+    assert bucket.clips > 1
+    batches = packed_epoch(packed, 0)
+    assert len(batches) < len(pipeline.plan(0))
+    for batch in [*batches, packed.filler_batch(bucket)]:
+        assert batch["tokens"].shape == (BATCH, PACK_LENGTH)
+        assert batch["targets"].shape == (BATCH, bucket.targets)
+        assert batch["features"]["face"].shape == (BATCH, bucket.clips, FRAMES, WIDTHS["face"])
+        assert batch["present"]["face"].shape == (BATCH, bucket.clips)
+        padding = batch["segment_ids"] == 0
+        assert (np.diff(padding.astype(int), axis=1) >= 0).all()  # on the right alone
+
+
+def test_places_without_a_clip_are_absent(packed):
+    spare = 0
+    for batch in packed_epoch(packed, 0):
+        clips = batch["segment_ids"].max(axis=1)
+        empty = np.arange(packed.buckets[0].clips) >= clips[:, None]
+        spare += empty.sum()
+        for name in WIDTHS:
+            assert not batch["present"][name][empty].any()
+            assert not batch["features"][name][empty].any()
+    assert spare
+
+
+def test_a_packed_batch_is_a_pure_function_of_its_step(dataset, view, packed):
+    whole = list(packed.batches(0, 12))
+    fresh = make(dataset, view, pack_length=PACK_LENGTH)
+    for found, expected in zip(fresh.batches(7, 12, threads=1), whole[7:], strict=True):
+        assert_same(found, expected)
+    other = make(dataset, view, pack_length=PACK_LENGTH, seed=1)
+    assert other.batch(0)["tokens"].tobytes() != whole[0]["tokens"].tobytes()
+    epochs = [packed_epoch(packed, epoch)[0]["tokens"].tobytes() for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+
+
+def test_processes_share_packed_rows(dataset, view, packed):
+    shares = [make(dataset, view, pack_length=PACK_LENGTH, process=(i, 2)) for i in range(2)]
+    for step in range(6):
+        parts = [share.batch(step) for share in shares]
+        for key in ("tokens", "segment_ids", "soft_index", "targets"):
+            together = np.concatenate([part[key] for part in parts])
+            np.testing.assert_array_equal(together, packed.batch(step)[key])
+
+
+def test_the_fill_of_an_epoch_is_what_its_batches_show(packed):
+    batches, fill = packed_epoch(packed, 0), packed.fill(0)
+    segments = np.stack([batch["segment_ids"] for batch in batches])
+    weights = np.stack([batch["target_weights"] for batch in batches])
+    assert fill.tokens == pytest.approx((segments > 0).mean(), rel=1e-12)
+    assert fill.targets == pytest.approx(weights.mean(), rel=1e-6)  # a mean of float32
+    clips = segments.max(axis=2)
+    assert fill.clips_per_batch.tolist() == clips.sum(axis=1).tolist()
+    assert sorted(fill.clips_per_row) == sorted(clips[clips > 0])
+    assert fill.clips_per_batch.sum() == COUNT
+
+
+def test_packed_rows_must_hold_the_longest_example_that_is_allowed(dataset, view):
+    with pytest.raises(DataError, match="pack_length 127 is less than max_tokens 128"):
+        make(dataset, view, pack_length=127)
+    make(dataset, view, pack_length=128)
+
+
+def test_examples_that_are_dropped_stand_in_no_packed_row(dataset, view):
+    lengths = [len(example) for example in view.training_examples(dataset, "description")]
+    limit = int(np.median(lengths))
+    changes = {"label": "description", "max_tokens": limit, "too_long": "drop"}
+    pipeline = make(dataset, view, pack_length=128, **changes)
+    found = [clip for batch in packed_epoch(pipeline, 0) for clip in clips_of(batch)]
+    assert sorted(len(clip["tokens"]) for clip in found) == sorted(
+        length for length in lengths if length <= limit
+    )
+
+
 # --- trouble ------------------------------------------------------------------------------------
 
 
@@ -412,7 +549,7 @@ def test_a_clip_with_a_placeholder_in_its_texts_is_named(tmp_path, view):
 
 def test_a_feature_that_no_clip_has_is_absent_everywhere(dataset, view):
     batch = make(dataset, dataclasses.replace(view, features=WIDTHS | {"frame": 7})).batch(0)
-    assert batch["features"]["frame"].shape == (BATCH, 1, 7)
+    assert batch["features"]["frame"].shape == (BATCH, 1, 1, 7)
     assert not batch["features"]["frame"].any()
     assert not batch["present"]["frame"].any()
 
@@ -444,11 +581,12 @@ def mixed(dataset, other, view, first=1.0, second=1.0, **changes) -> TrainPipeli
     return TrainPipeline(sources, **settings)
 
 
+@pytest.mark.parametrize("pack_length", [0, 256])
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (0.5, 1), (2.5, 0.3)])
 def test_an_epoch_of_a_mixture_visits_every_clip_as_often_as_its_weight(
-    dataset, other, view, first, second
+    dataset, other, view, first, second, pack_length
 ):
-    pipeline = mixed(dataset, other, view, first, second)
+    pipeline = mixed(dataset, other, view, first, second, pack_length=pack_length)
     visits = np.zeros(COUNT + 10, int)
     for epoch in range(10):
         plan = pipeline.plan(epoch)
@@ -472,6 +610,17 @@ def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, view):
         assert mix["one"] + mix["two"] == rows
 
 
+def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, view):
+    pipeline = mixed(dataset, other, view, pack_length=256)
+    total = np.zeros(2, int)
+    for step in range(len(pipeline.plan(0))):
+        batch, mix = pipeline.batch(step), pipeline.mix(step)
+        assert sum(mix.values()) == batch["segment_ids"].max(axis=1).sum()
+        assert mix["two"] == batch["present"]["frame"].sum()
+        total += list(mix.values())
+    assert total.tolist() == [COUNT, 10]
+
+
 def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(dataset, other, view):
     pipeline = mixed(dataset, other, view)
     seen = set()
@@ -480,7 +629,7 @@ def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(datas
         for row, text in enumerate(answers(view, batch)):
             if text is None:
                 continue
-            source, record = plan.sources[row], plan.records[row]
+            source, record = plan.sources[row, 0], plan.records[row, 0]
             seen.add(source)
             # Soft tokens are numbered over the slots of both: 1-2 multi, 3-5 audio, 6 face, 7-8
             # frame.

@@ -1,15 +1,22 @@
 """Soft tokens in their places, the loss, and what a gradient step pays for."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from matmul_flops import matmul_flops
 from plain_attention import plain_attention
 from tiny_model import (
+    FUSION,
     LLM,
     make_batch,
     make_model,
+    pack_rows,
     random_base,
     random_trainable,
     relative_error,
@@ -23,6 +30,7 @@ from affectgpt_jax.models.affectgpt import (
     loss_sum_and_count,
 )
 from affectgpt_jax.models.flops import train_flops
+from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.training import sharding
 
 MODEL = make_model()
@@ -37,7 +45,8 @@ BATCH = make_batch([16, 11, 7, 0])
 def test_soft_tokens_stand_exactly_where_soft_index_says():
     index = np.random.default_rng(0).integers(0, 4, size=BATCH["tokens"].shape, dtype=np.int32)
     batch = BATCH | {"soft_index": index}
-    soft = MODEL.fusion.apply({"params": TRAINABLE["fusion"]}, batch["features"], batch["present"])
+    features, present = ({k: x[:, 0] for k, x in batch[n].items()} for n in ("features", "present"))
+    soft = MODEL.fusion.apply({"params": TRAINABLE["fusion"]}, features, present)
     expected = np.array(BASE["embed_tokens"])[batch["tokens"]]
     for row, column in np.argwhere(index > 0):
         expected[row, column] = soft[row, index[row, column] - 1]
@@ -57,6 +66,148 @@ def test_a_text_only_model_has_no_soft_tokens_and_no_fusion():
     assert trainable["fusion"] == {}
     found = embed_inputs(model, BASE, trainable, BATCH, None)
     np.testing.assert_array_equal(found, np.asarray(BASE["embed_tokens"])[BATCH["tokens"]])
+
+
+# --- Several clips a row --------------------------------------------------------------------------
+
+QFORMER = QFormerConfig(width=16, heads=2, layers=1, intermediate=24, dropout=0.0)
+FUSIONS = {
+    "attention": FUSION,
+    "mean": dataclasses.replace(FUSION, video_head="mean", audio_head="mean"),
+    "qformer": dataclasses.replace(
+        FUSION, video_head="qformer", audio_head="qformer", pre_fusion="qformer", qformer=QFORMER
+    ),
+    "none": None,
+}
+CLIPS, WIDTH, TARGETS = 6, 16, 6
+ROWS, ROOM = 3, 3  # rows that hold them all, of up to three each, with room to spare
+# Products and sums of float32 over other numbers of rows and columns, which add in another order.
+FLOAT32 = 1e-5
+
+
+@functools.cache
+def packing_case(fusion):
+    """Loss, gradients and hidden states of a batch, as one compiled function per shape."""
+    model = make_model(fusion=FUSIONS[fusion])
+    base, trainable = random_base(model), random_trainable(model)
+
+    def loss(trainable, batch):
+        return loss_sum_and_count(model, base, trainable, batch)
+
+    @jax.jit
+    def run(batch):
+        (total, count), grads = jax.value_and_grad(loss, has_aux=True)(trainable, batch)
+        states, _ = hidden_states(model, base, trainable, batch)
+        return total, count, grads, states
+
+    return run
+
+
+def soft_counts(fusion):
+    return FUSIONS[fusion].token_counts() if FUSIONS[fusion] else {}
+
+
+def clips_alone(fusion, lengths, seed=0, absent=()):
+    """Rows of one clip each, with one token of every slot in it; `absent` are (feature, clip)."""
+    batch = make_batch(lengths, WIDTH, TARGETS, seed=seed)
+    rng, counts = np.random.default_rng(seed), soft_counts(fusion)
+    batch["soft_index"][:] = 0
+    first = 1
+    for at, count in enumerate(counts.values(), start=1):
+        batch["soft_index"][:, at] = first + rng.integers(count, size=len(lengths))
+        first += count
+    batch["soft_index"] *= batch["segment_ids"]
+    for name, clip in absent:
+        batch["present"][name][clip] = False
+        batch["features"][name][clip] = np.nan  # what stands there must not matter
+    return batch
+
+
+def together(fusion, batch, rows):
+    soft_tokens = sum(soft_counts(fusion).values())
+    return pack_rows(batch, rows, ROOM * WIDTH, ROOM * TARGETS, ROOM, soft_tokens)
+
+
+def assert_same_gradients(found, expected):
+    """In units of the largest entry of a layer: in a Q-Former, gradients of key biases are zero
+    but for rounding."""
+    leaves = jax.tree_util.tree_leaves_with_path(expected)
+    largest = {}
+    for path, leaf in leaves:
+        largest[path[:-1]] = max(largest.get(path[:-1], 0), np.abs(leaf).max())
+    for (path, leaf), other in zip(leaves, jax.tree.leaves(found), strict=True):
+        assert np.abs(leaf - other).max() <= FLOAT32 * largest[path[:-1]], path
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@settings(max_examples=15)
+@given(
+    lengths=st.lists(st.integers(4, WIDTH), min_size=CLIPS, max_size=CLIPS),
+    order=st.permutations(range(CLIPS)),
+    ends=st.sampled_from([(3, 6), (2, 4), (3, 3), (1, 3), (0, 3), (2, 5)]),
+    absent=st.sets(
+        st.tuples(st.sampled_from(["audio", "face"]), st.integers(0, CLIPS - 1)), max_size=8
+    ),
+    seed=st.integers(0, 99),
+)
+def test_packed_equals_unpacked_forward_and_backward(fusion, lengths, order, ends, absent, seed):
+    run = packing_case(fusion)
+    alone = clips_alone(fusion, lengths, seed, absent)
+    rows = [order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] :]]
+    total, count, grads, states = run(alone)
+    packed_total, packed_count, packed_grads, packed_states = run(together(fusion, alone, rows))
+    assert packed_count == count
+    np.testing.assert_allclose(packed_total, total, rtol=FLOAT32)
+    for row, members in enumerate(rows):
+        first = 0
+        for clip in members:
+            end = first + lengths[clip]
+            expected = states[clip, : lengths[clip]]
+            assert relative_error(packed_states[row, first:end], expected) < FLOAT32
+            first = end
+    assert_same_gradients(packed_grads, grads)
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_clip_is_blind_to_those_in_its_row_bit_by_bit(fusion):
+    run, lengths = packing_case(fusion), [9, 13, 7, 16, 5, 12]
+    rows = [[0, 1, 2], [3, 4], [5]]
+    one = clips_alone(fusion, lengths, seed=1)
+    other = clips_alone(fusion, lengths, seed=2)
+    # Clip 1 keeps its own, all others change their tokens, soft tokens and features.
+    for name in ("tokens", "soft_index", "targets"):
+        other[name][1] = one[name][1]
+    for name, x in other["features"].items():
+        x[1] = one["features"][name][1]
+    mine = slice(lengths[0], lengths[0] + lengths[1])
+    found, expected = (run(together(fusion, batch, rows))[-1] for batch in (one, other))
+    np.testing.assert_array_equal(found[0, mine], expected[0, mine])
+    for outside in (found[0, : mine.start], found[0, mine.stop : mine.stop + lengths[2]]):
+        assert not np.isin(outside, expected[0]).all(axis=-1).any()
+
+
+@pytest.mark.parametrize("fusion", ["attention", "mean", "qformer"])
+def test_what_stands_where_no_clip_is_changes_nothing_bit_by_bit(fusion):
+    run = packing_case(fusion)
+    batch = together(fusion, clips_alone(fusion, [9, 13, 7, 16, 5, 12]), [[0, 1], [2, 3, 4], [5]])
+    filled = dict(batch)
+    filled["targets"] = np.where(batch["target_weights"] > 0, batch["targets"], 5)
+    filled["tokens"] = np.where(batch["segment_ids"] > 0, batch["tokens"], 7)
+    filled["features"] = {}
+    for name, x in batch["features"].items():
+        there = batch["present"][name][..., None, None]
+        assert not there.all()
+        filled["features"][name] = np.where(there, x, np.float16(np.nan))
+    for found, expected in zip(run(filled)[:3], run(batch)[:3], strict=True):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+@pytest.mark.parametrize("fusion", ["attention", "mean", "qformer"])
+def test_rows_without_clips_have_no_gradient_at_all(fusion):
+    batch = together(fusion, clips_alone(fusion, [0] * CLIPS), [[]] * ROWS)
+    total, count, grads, _ = packing_case(fusion)(batch)
+    assert total == count == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
 # --- Loss -----------------------------------------------------------------------------------------

@@ -37,10 +37,10 @@ def traced_flops(model: AffectGPT, rows: int, length: int, targets: int) -> int:
         **dict.fromkeys(("target_positions", "targets"), shape(rows, targets)),
         "target_weights": shape(rows, targets, dtype=jnp.float32),
         "features": {
-            name: shape(rows, 8, model.fusion.config.feature_width(name), dtype=jnp.float16)
+            name: shape(rows, 1, 8, model.fusion.config.feature_width(name), dtype=jnp.float16)
             for name in inputs
         },
-        "present": {name: shape(rows, dtype=bool) for name in inputs},
+        "present": {name: shape(rows, 1, dtype=bool) for name in inputs},
     }
     base, trainable = (
         jax.eval_shape(lambda key, init=init: init(model, key), jax.random.key(0))

@@ -177,8 +177,8 @@ def test_the_papers_step_compiles_for_eight_devices_without_its_weights():
     step, state, base = paper(mesh, remat="full")
     batch = make_batch([256] * 8, width=256, targets=64)
     batch["features"] = {
-        "audio": np.zeros((8, 8, 1024), np.float16),
-        "face": np.zeros((8, 8, 768), np.float16),
+        "audio": np.zeros((8, 1, 8, 1024), np.float16),
+        "face": np.zeros((8, 1, 8, 768), np.float16),
     }
     held = {id(x) for x in jax.live_arrays()}
     lowered = train.lower_step(step, mesh, state, base, sharding.abstract_batch(mesh, batch))

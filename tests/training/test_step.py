@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import make_batch, make_model, random_base, random_trainable
+from tiny_model import make_batch, make_model, pack_rows, random_base, random_trainable
 
 from affectgpt_jax import train
 from affectgpt_jax.models.affectgpt import init_random_base
@@ -17,6 +17,14 @@ from affectgpt_jax.training.step import init_state, make_eval_step, make_train_s
 # Rows with 6, 6, 3, 0 ... supervised tokens: a mean of the parts' means would show.
 LENGTHS = [16, 11, 7, 0, 14, 16, 6, 5]
 BATCH = make_batch(LENGTHS)
+# The same clips and more, up to three a row; the last row is filler.
+PACKED = pack_rows(
+    make_batch([*LENGTHS, 9, 13, 16, 8, 5]),
+    [[0, 1, 6], [2, 4], [5], [7, 8], [9], [10, 12], [11], []],
+    width=40,
+    targets=16,
+    clips=3,
+)
 BASE, TRAINABLE = random_base(make_model()), random_trainable(make_model())
 # An update that is linear in the gradient. Adam's is near the gradient's sign at first, which turns
 # a rounding error near zero into a full step.
@@ -68,10 +76,10 @@ def assert_same_update(found, expected):
         assert np.abs(x - y).max() < 3 * FLOAT32 * largest + rounding, path
 
 
-@pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_does_not_change_the_update(accumulation):
-    expected = one_device_step()(new_state())
-    assert_same_update(one_device_step(accumulation)(new_state()), expected)
+@pytest.mark.parametrize(("accumulation", "batch"), [(2, BATCH), (4, BATCH), (2, PACKED)])
+def test_accumulation_does_not_change_the_update(accumulation, batch):
+    expected = one_device_step()(new_state(), batch)
+    assert_same_update(one_device_step(accumulation)(new_state(), batch), expected)
 
 
 def test_the_metrics_describe_the_update():
@@ -108,9 +116,15 @@ DROPOUT = 0.25
 
 
 @pytest.mark.parametrize(
-    ("layout", "dropout"), [("data:8", 0.0), ("fsdp:8", 0.0), ("data:2,fsdp:2,tensor:2", DROPOUT)]
+    ("layout", "dropout", "batch"),
+    [
+        ("data:8", 0.0, BATCH),
+        ("fsdp:8", 0.0, BATCH),
+        ("data:2,fsdp:2,tensor:2", DROPOUT, BATCH),
+        ("data:4,fsdp:2", 0.0, PACKED),
+    ],
 )
-def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout):
+def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout, batch):
     mesh = sharding.make_mesh(layout)
     model = make_model(dropout=dropout, shard=sharding.activation_constraint(mesh))
     abstract_base = train.abstract(mesh, lambda key: init_random_base(model, key))
@@ -120,13 +134,13 @@ def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout)
         mesh,
         abstract_state,
         abstract_base,
-        sharding.abstract_batch(mesh, BATCH),
+        sharding.abstract_batch(mesh, batch),
     ).compile()
     base = jax.device_put(BASE, train.tree_shardings(abstract_base))
     state = jax.device_put(new_state(), train.tree_shardings(abstract_state))
-    found = step(state, base, sharding.shard_batch(mesh, BATCH))
+    found = step(state, base, sharding.shard_batch(mesh, batch))
     # The masks of dropout do not depend on the layout either.
-    assert_same_update(found, one_device_step(dropout=dropout)(new_state()))
+    assert_same_update(found, one_device_step(dropout=dropout)(new_state(), batch))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)), "the state was not donated"
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base))
 
