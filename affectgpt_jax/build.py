@@ -137,7 +137,7 @@ def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
         shares = parse_mesh(config.mesh, jax.device_count())[2]
         # Heads that the devices cannot share stay whole on each (sharding.activation_constraint).
         split = not llm.num_key_value_heads % shares or llm.num_attention_heads % shares > 0
-    packed = "pack_length" in config and config["pack_length"] > 0
+    packed = config.pack_length > 0
     where = (platform, capability, llm.head_dim, config.dtype, packed)
     try:
         choice = choose(config.attention, *where, kv_heads_split=split)

@@ -101,7 +101,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     llm = build.base_config(config.llm)
     attention = build.attention(config, llm)
     progress.line(f"attention: {attention.name} ({attention.reason})")
-    model = build.model(config, llm, sharding.activation_constraint(mesh), attention.attend)
+    shard = sharding.activation_constraint(mesh)
+    model = build.model(config, llm, shard, attention.attend)
     compiler_options = train_step_options(config, progress.line)
     optimizer_config = build.optimizer_config(config)
     optimizer = make_optimizer(optimizer_config, config.steps)
@@ -138,6 +139,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     progress.line(f"{clips:,} training clips, {held_out:,} for validation; row lengths {lengths}")
     if config.pack_length:
         progress.line(describe_packing(pipeline))
+        model = build.model(config, llm, shard, attention.for_rows_of(pipeline.buckets[0].clips))
 
     # State: shapes first, then weights and fresh adapters straight into their shardings.
     abstract_base = abstract(mesh, lambda key: init_random_base(model, key))

@@ -33,6 +33,8 @@ _MASKED = -1e30
 _BLOCK = 128
 _MAX_BLOCKS = 8
 
+DEFAULT_SEGMENTS = 64
+
 
 def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Causal self-attention within segments, in plain XLA; runs on every device.
@@ -152,11 +154,19 @@ def _nan_unless(fits: jax.Array, value: jax.Array) -> jax.Array:
 
 
 class Choice(NamedTuple):
-    """A backend and why it is the one."""
+    """A backend, and why it is the one; its rows hold at most `DEFAULT_SEGMENTS` samples."""
 
     name: str
     reason: str
     attend: CausalAttention
+
+    def for_rows_of(self, samples: int) -> CausalAttention:
+        """The same backend for rows of at most so many samples.
+
+        cuDNN's packed layout stores float32 statistics of `[B * samples, H, T]` for the backward
+        pass of every layer, so the number had better be no larger than needed.
+        """
+        return packed(samples) if self.name == "cudnn_packed" else self.attend
 
 
 BACKENDS = ("auto", "xla", "cudnn", "cudnn_packed")
@@ -170,7 +180,6 @@ def choose(
     dtype: str,
     packed: bool,
     *,
-    max_segments: int = 64,
     kv_heads_split: bool = True,
 ) -> Choice:
     """The causal attention backend of a run.
@@ -182,8 +191,6 @@ def choose(
         head_dim: d.
         dtype: of activations, by name.
         packed: whether rows hold several samples.
-        max_segments: samples in a row at most; cuDNN's packed layout stores float32 statistics of
-            `[B * max_segments, H, T]` for the backward pass of every layer.
         kv_heads_split: whether the devices that share query heads can share key heads as well.
 
     Raises:
@@ -203,7 +210,7 @@ def choose(
         if refusals[requested]:
             raise ValueError(f"attention={requested!r} cannot be used: {refusals[requested]}")
         name, reason = requested, "as asked for"
-    return Choice(name, reason, _attention(name, max_segments))
+    return Choice(name, reason, _attention(name))
 
 
 _REASONS = {
@@ -212,8 +219,8 @@ _REASONS = {
 }
 
 
-def _attention(name: str, max_segments: int) -> CausalAttention:
-    return {"xla": causal, "cudnn": cudnn, "cudnn_packed": packed(max_segments)}[name]
+def _attention(name: str) -> CausalAttention:
+    return {"xla": causal, "cudnn": cudnn, "cudnn_packed": packed(DEFAULT_SEGMENTS)}[name]
 
 
 def _refusal(

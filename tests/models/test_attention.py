@@ -29,12 +29,10 @@ def backend(name, packed):
     platform = build.device_platform()
     capability = build.compute_capability() if platform == "cuda" else (0, 0)
     try:
-        found = choose(
-            name, platform, capability, 64, "bfloat16", packed, max_segments=MAX_SEGMENTS
-        )
+        found = choose(name, platform, capability, 64, "bfloat16", packed)
     except ValueError as error:
         pytest.skip(f"no GPU for this backend: {error}")
-    return found.attend, jnp.bfloat16
+    return found.for_rows_of(MAX_SEGMENTS), jnp.bfloat16
 
 
 def reference(query, key, value, segment_ids, cotangent):
