@@ -116,7 +116,12 @@ def model(config: ConfigDict, llm: Qwen2Config, shard: Callable | None = None) -
         ConfigError: values that the modules refuse.
     """
     dtype = jnp.dtype(config.dtype)
-    execution = Execution(dtype=dtype, param_dtype=dtype, remat=config.remat)
+    execution = Execution(
+        dtype=dtype,
+        param_dtype=dtype,
+        base_precision=config.base_precision,
+        remat=config.remat,
+    )
     if shard is not None:
         execution = dataclasses.replace(execution, shard=shard)
     try:

@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
     c.num_buckets = 4  # row lengths that batches come in; each costs one compilation
     c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
+    c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
     c.remat = "none"  # none | dots | full: what the backward pass computes again
 
     c.optimizer = ConfigDict()
