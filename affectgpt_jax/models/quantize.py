@@ -1,9 +1,13 @@
 """Frozen kernels in 8 or 4 bits, and products with them.
 
-    int8   8-bit integers; the activations too, so that the product runs on integer units
-    fp8    float8 e4m3 in the same way (gradients in e5m2), for GPUs from Hopper on
+    int8   8-bit integers; activations and gradients too, so that products run on integer units
+    fp8    float8 e4m3 in the same way, for GPUs from Hopper on
     nf4    QLoRA's 4-bit NormalFloat (arXiv 2305.14314), widened to the activations' dtype where it
            is used: a quarter of bfloat16's memory, for the speed of bfloat16 at best
+
+Every output of an int8 or fp8 kernel has a scale, and so has every token of what it is multiplied
+with. With scales that fine, gradients need neither more bits than int8 (SwitchBack, arXiv
+2304.13013) nor e5m2's range (DeepSeek-V3, arXiv 2412.19437).
 
 A kernel is quantized once, when it is loaded, and never trained, so a product needs one derivative:
 that by its input. It is written out, since autodiff would keep every layer's widened kernel.
@@ -153,7 +157,7 @@ def frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
 def _quantized_dot(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     if kernel.precision == "nf4":
         return x @ dequantize(kernel, x.dtype)
-    product = _rounded_dot(x, kernel.values, kernel.values.dtype, axis=0)
+    product = _rounded_dot(x, kernel.values, axis=0)
     return (product * kernel.scale).astype(x.dtype)
 
 
@@ -167,17 +171,20 @@ def _backward(kernel, grad):
         return grad @ dequantize(kernel, grad.dtype).T, None
     # The sum runs over the outputs here, so their scales go to the gradient.
     scaled = grad.astype(jnp.float32) * scale
-    dtype = jnp.int8 if kernel.precision == "int8" else jnp.float8_e5m2
-    return _rounded_dot(scaled, values, dtype, axis=1).astype(grad.dtype), None
+    return _rounded_dot(scaled, values, axis=1).astype(grad.dtype), None
 
 
 _quantized_dot.defvjp(_forward, _backward)
 
 
-def _rounded_dot(x: jax.Array, values: jax.Array, dtype: Any, axis: int) -> jax.Array:
-    """`x` `[..., n]`, each token rounded to `dtype`, times `values` summed over `axis`; float32."""
-    x, scale = _scaled(x, dtype, axis=-1)
-    wide = jnp.int32 if dtype == jnp.int8 else jnp.float32
+def _rounded_dot(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
+    """`x` `[..., n]` times a matrix, summed over the matrix's `axis`; float32.
+
+    Every token of `x` is rounded to the matrix's dtype, so that the hardware multiplies numbers of
+    one kind.
+    """
+    x, scale = _scaled(x, values.dtype, axis=-1)
+    wide = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
     contracted = (((x.ndim - 1,), (axis,)), ((), ()))
     product = jax.lax.dot_general(x, values, contracted, preferred_element_type=wide)
     return product.astype(jnp.float32) * scale
