@@ -193,8 +193,13 @@ def model(
         ConfigError: values that the modules refuse.
     """
     dtype = jnp.dtype(config.dtype)
-    attend = attend or attention(config, llm).attend
-    execution = Execution(dtype=dtype, param_dtype=dtype, remat=config.remat, attend=attend)
+    execution = Execution(
+        dtype=dtype,
+        param_dtype=dtype,
+        base_precision=config.base_precision,
+        remat=config.remat,
+        attend=attend or attention(config, llm).attend,
+    )
     if shard is not None:
         execution = dataclasses.replace(execution, shard=shard)
     try:

@@ -27,6 +27,7 @@ MIX = "config.data.mix"
 CHOICES = {
     "too_long": ("error", "drop"),
     "dtype": ("float32", "bfloat16"),
+    "base_precision": ("", "int8", "fp8", "nf4"),
     "remat": ("none", "dots", "full"),
     "attention": ("auto", "xla", "cudnn", "cudnn_packed"),
     "fusion": ("attention", "qformer", "none"),

@@ -38,6 +38,7 @@ from affectgpt_jax.data.records import RecordError
 from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
 from affectgpt_jax.models.lora import LoraConfig
+from affectgpt_jax.models.quantize import QuantizedKernel
 from affectgpt_jax.training import sharding, telemetry, xla_options
 from affectgpt_jax.training.checkpoints import (
     CheckpointError,
@@ -145,8 +146,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     abstract_base = abstract(mesh, lambda key: init_random_base(model, key))
     abstract_state = abstract(mesh, lambda key: init_state(model, optimizer, key))
     check_disk(workdir, abstract_state)
+    held = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract_base))
     progress.line(
-        f"{count(abstract_base):,} frozen parameters ({directory.name}), "
+        f"{count(abstract_base):,} frozen parameters ({directory.name}, {held / 2**30:.2f} GiB in "
+        f"{config.base_precision or config.dtype}), "
         f"{count(abstract_state['trainable']['lora']):,} in LoRA and "
         f"{count(abstract_state['trainable']['fusion']):,} in heads and fusion to train"
     )
@@ -472,7 +475,8 @@ def tree_shardings(abstract_tree: Any) -> Any:
 
 def count(tree: Any) -> int:
     """Number of parameters in a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedKernel))
+    return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
 def lower_step(

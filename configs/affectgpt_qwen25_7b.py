@@ -58,6 +58,7 @@ def get_config() -> ConfigDict:
     # row of 2048 holds 8 clips of the paper's lengths on average: divide batch_size accordingly
     c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
+    c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
     c.remat = "none"  # none | dots | full: what the backward pass computes again
     c.attention = "auto"  # auto | xla | cudnn | cudnn_packed; auto is the fastest that runs here
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"

@@ -302,6 +302,7 @@ def test_the_config_is_remembered_as_json(begun):
         ("batch_size=32", "batch_size"),
         ("optimizer.learning_rate=1.0", "optimizer.learning_rate"),
         ("lora.targets=('q_proj',)", "lora.targets"),
+        ("base_precision=int8", "base_precision"),
     ],
 )
 def test_a_workdir_of_another_run_is_refused(begun, override, key):

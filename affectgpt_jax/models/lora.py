@@ -14,6 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from affectgpt_jax.models.quantize import frozen_dot, initializer
+
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -110,13 +112,13 @@ class Projection(nn.Module):
     lora: LoraConfig | None
     dtype: jnp.dtype
     param_dtype: jnp.dtype
+    precision: str = ""  # of the kernel: one of quantize.PRECISIONS
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        kernel = self.param(
-            "kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), self.param_dtype
-        )
-        y = x @ kernel.astype(self.dtype)
+        init = initializer(nn.initializers.normal(0.02), self.precision)
+        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
+        y = frozen_dot(x, kernel)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)

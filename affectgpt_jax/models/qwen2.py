@@ -22,6 +22,7 @@ import numpy as np
 
 from affectgpt_jax.models import attention
 from affectgpt_jax.models.lora import LoraConfig, Projection
+from affectgpt_jax.models.quantize import PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,17 +190,20 @@ class Execution:
     Attributes:
         dtype: of activations and matrix products; norms and softmax stay float32.
         param_dtype: of the frozen weights.
+        base_precision: of the projections' frozen kernels, one of `quantize.PRECISIONS`; "" leaves
+            them in `param_dtype`.
         remat: "none" keeps every activation; "dots" recomputes all but matrix products in the
             backward pass; "full" keeps only each layer's input.
         attend: the causal attention backend.
         shard: `(x, logical axes) -> x`, called on activations; the identity on one device.
 
     Raises:
-        ValueError: an unknown remat policy.
+        ValueError: an unknown remat policy or base precision.
     """
 
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    base_precision: str = ""
     remat: str = "none"
     attend: attention.CausalAttention = attention.causal
     shard: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = lambda x, axes: x
@@ -207,6 +211,10 @@ class Execution:
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; expected one of {sorted(REMAT_POLICIES)}")
+        if self.base_precision not in PRECISIONS:
+            raise ValueError(
+                f"base_precision is {self.base_precision!r}; expected one of {PRECISIONS}"
+            )
 
 
 REMAT_POLICIES = {
@@ -246,8 +254,8 @@ class DecoderLayer(nn.Module):
 
         def project(name: str, x: jax.Array, features: int, use_bias: bool = False) -> jax.Array:
             lora = self.lora if self.lora and name in self.lora.targets else None
-            layer = Projection(features, use_bias, lora, run.dtype, run.param_dtype, name=name)
-            return layer(x, deterministic)
+            dtypes = run.dtype, run.param_dtype, run.base_precision
+            return Projection(features, use_bias, lora, *dtypes, name=name)(x, deterministic)
 
         def heads(name: str, x: jax.Array, count: int) -> jax.Array:
             y = project(name, x, count * c.head_dim, c.qkv_bias)

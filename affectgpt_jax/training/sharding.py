@@ -25,8 +25,8 @@ BATCH_AXES = ("data", "fsdp")
 PARAMETER_RULES = (
     (r"embed_tokens$", ("tensor", "fsdp")),
     (r"lm_head$", ("fsdp", "tensor")),
-    (r"layers/(q|k|v|gate|up)_proj/kernel$", (None, "fsdp", "tensor")),
-    (r"layers/(o|down)_proj/kernel$", (None, "tensor", "fsdp")),
+    (r"layers/(q|k|v|gate|up)_proj/kernel(/(values|scale))?$", (None, "fsdp", "tensor")),
+    (r"layers/(o|down)_proj/kernel(/(values|scale))?$", (None, "tensor", "fsdp")),
     (r"layers/(q|k|v)_proj/bias$", (None, "tensor")),
     # Adapters are small, yet optimizer state is three times theirs: fsdp splits the long side.
     (r"layers/(q|k|v|gate|up)_proj/lora_a$", (None, "fsdp", None)),

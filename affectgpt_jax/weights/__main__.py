@@ -214,9 +214,11 @@ def export_merged(arguments: argparse.Namespace) -> str:
         )
     trainable = checkpoint.saved.trainable(checkpoint.step)
     merge.save_merged(directory, arguments.out, trainable["lora"], lora.scale)
+    precision = checkpoint.config.get("base_precision")
+    trained = f"; it was trained beside the base in {precision}" if precision else ""
     return (
         f"{arguments.out}: {checkpoint.base.name} with the LoRA of step {checkpoint.step} folded "
-        "in; heads and pre-fusion are not part of it"
+        f"in{trained}; heads and pre-fusion are not part of it"
     )
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from affectgpt_jax.models.quantize import QuantizedKernel, quantize
 from affectgpt_jax.models.qwen2 import Qwen2Config
 from affectgpt_jax.weights.hf_config import from_hf, to_hf
 from affectgpt_jax.weights.streaming import (
@@ -189,7 +191,7 @@ def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
     Args:
         directory: a model directory in Hugging Face layout.
         abstract: the `params` tree of `jax.ShapeDtypeStruct`s to fill; weights are cast to its
-            dtypes.
+            dtypes, or where it has a `QuantizedKernel`, quantized as they are read.
         shardings: a tree of shardings, one a leaf.
 
     Returns:
@@ -202,22 +204,46 @@ def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
     """
     stored = stored_tensors(Path(directory))
     _check_tensors(directory, stored, abstract)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract)
     targets, jobs = [], []
-    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(shardings), strict=True):
+    parameters, treedef = _parameters(abstract)
+    for (path, leaf), placed in zip(parameters, treedef.flatten_up_to(shardings), strict=True):
         keys = _keys(path)
         name, stacked = tensor_name(keys)
-        target = Target(leaf, sharding, stacked=stacked, transposed=_transposed(keys))
+        encode = {"encode": _quantizer(leaf)} if isinstance(leaf, QuantizedKernel) else {}
+        target = Target(leaf, placed, stacked=stacked, transposed=_transposed(keys), **encode)
         targets.append(target)
         layers = range(leaf.shape[0] if stacked else 1)
         jobs += [(target, stored[name.format(layer)], layer) for layer in layers]
     fill_all(jobs)
-    return treedef.unflatten(target.array() for target in targets)
+    return treedef.unflatten(target.value() for target in targets)
+
+
+def _parameters(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    """Paths and values of the parameters of a base, a quantized kernel being one, and its
+    structure."""
+    return jax.tree_util.tree_flatten_with_path(
+        tree, is_leaf=lambda node: isinstance(node, QuantizedKernel)
+    )
+
+
+def _quantizer(kernel: QuantizedKernel) -> Callable[[np.ndarray], QuantizedKernel]:
+    """Quantizes rows `[n, in]` of a stored tensor, on the device that JAX computes on.
+
+    A row holds all that is multiplied for one output, so it shares no scale with other rows.
+    """
+    quantize_rows = _quantize_rows(kernel.precision)
+    # The memory of the rows is about to be used again.
+    return lambda rows: jax.block_until_ready(quantize_rows(rows))
+
+
+@functools.cache
+def _quantize_rows(precision: str) -> Callable[[np.ndarray], QuantizedKernel]:
+    return jax.jit(lambda rows: jax.tree.map(jnp.transpose, quantize(rows.T, precision)))
 
 
 def _check_tensors(directory: Path, stored: Mapping[str, StoredTensor], abstract: Any) -> None:
     expected = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+    for path, leaf in _parameters(abstract)[0]:
         keys = _keys(path)
         name, stacked = tensor_name(keys)
         shape = leaf.shape[1:] if stacked else leaf.shape

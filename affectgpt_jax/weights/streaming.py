@@ -13,9 +13,10 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,58 +124,66 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class Target:
-    """A sharded array that is filled from stored tensors.
+    """A parameter that is filled from stored tensors: a sharded array, or a tree of them.
 
     Args:
-        leaf: its shape and dtype; what is stored is cast to the latter.
-        sharding: where it goes.
-        stacked: whether its first axis counts layers, each a tensor of its own.
+        parameter: the shape and dtype of every array; what is stored is cast to the latter.
+        shardings: a tree of the same structure: where they go.
+        stacked: whether the first axis counts layers, each a tensor of its own.
         transposed: whether a tensor is stored as `[out, in]` where the array is `[..., in, out]`.
+        encode: makes the tree out of rows of a stored tensor, so that each array is given the same
+            rows of its own; for a single array that is stored as it is, the identity.
     """
 
     def __init__(
         self,
-        leaf: jax.ShapeDtypeStruct,
-        sharding: jax.sharding.Sharding,
+        parameter: Any,
+        shardings: Any,
         *,
         stacked: bool,
         transposed: bool,
+        encode: Callable[[np.ndarray], Any] = lambda block: block,
     ):
-        self._leaf, self._sharding = leaf, sharding
+        self._parameter, self._shardings = parameter, shardings
         self._stacked, self._transposed = stacked, transposed
-        # Devices that hold the same part share its reads and, where it can be, its memory.
-        devices: dict[_Bounds, list[jax.Device]] = collections.defaultdict(list)
-        for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
-            bounds = (part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True))
-            devices[tuple(bounds)].append(device)
-        self._shards = {
-            bounds: _make_shard([stop - start for start, stop in bounds], leaf.dtype, group)
-            for bounds, group in devices.items()
-        }
+        self._encode = encode
+        leaves = jax.tree.leaves(parameter)
+        self._shards = [
+            _make_shards(leaf, sharding)
+            for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
+        ]
 
     def fill(self, tensor: StoredTensor, layer: int = 0) -> None:
         """Copy a stored tensor to its place; different layers may be filled at the same time."""
         # What several shards need of the same rows is read once for all of them.
         by_rows = collections.defaultdict(list)
-        for bounds, shard in self._shards.items():
-            lead, part = (bounds[:1], bounds[1:]) if self._stacked else ((), bounds)
-            if all(start <= layer < stop for start, stop in lead):
-                rows, *columns = part[::-1] if self._transposed else part
-                by_rows[rows].append((tuple(layer - start for start, _ in lead), columns, shard))
+        for leaf, shards in enumerate(self._shards):
+            for bounds, shard in shards.items():
+                lead, part = (bounds[:1], bounds[1:]) if self._stacked else ((), bounds)
+                if all(start <= layer < stop for start, stop in lead):
+                    rows, *columns = part[::-1] if self._transposed else part
+                    lead = tuple(layer - start for start, _ in lead)
+                    by_rows[rows].append((leaf, lead, columns, shard))
         for (start, stop), parts in by_rows.items():
-            size = max(shard.block_bytes for _, _, shard in parts)
+            size = max(shard.block_bytes for *_, shard in parts)
             for row, block in tensor.blocks(start, stop, size):
-                for lead, columns, shard in parts:
+                encoded = jax.tree.leaves(self._encode(block))
+                for leaf, lead, columns, shard in parts:
                     at = (row - start, *(0 for _ in columns))
-                    values = block[(slice(None), *(slice(*column) for column in columns))]
+                    values = encoded[leaf][(slice(None), *(slice(*column) for column in columns))]
                     shard.write(
                         (*lead, *(at[::-1] if self._transposed else at)), values, self._transposed
                     )
 
-    def array(self) -> jax.Array:
-        """The array, once every part of it has been filled."""
-        arrays = [array for shard in self._shards.values() for array in shard.arrays()]
-        return jax.make_array_from_single_device_arrays(self._leaf.shape, self._sharding, arrays)
+    def value(self) -> Any:
+        """The array or arrays, once every part of them has been filled."""
+
+        def array(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding, shards):
+            arrays = [array for shard in shards.values() for array in shard.arrays()]
+            return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+        shards = jax.tree.unflatten(jax.tree.structure(self._parameter), self._shards)
+        return jax.tree.map(array, self._parameter, self._shardings, shards)
 
 
 def fill_all(jobs: Iterable[tuple[Target, StoredTensor, int]]) -> None:
@@ -183,6 +192,23 @@ def fill_all(jobs: Iterable[tuple[Target, StoredTensor, int]]) -> None:
     with ThreadPoolExecutor(READERS) as pool:
         for _ in pool.map(lambda job: job[0].fill(*job[1:]), jobs):
             pass
+
+
+def _make_shards(
+    leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+) -> dict[_Bounds, _HostShard | _DeviceShard]:
+    """The parts of an array that this process holds, by their bounds.
+
+    Devices that hold the same part share its reads and, where it can be, its memory.
+    """
+    devices: dict[_Bounds, list[jax.Device]] = collections.defaultdict(list)
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        bounds = (part.indices(n)[:2] for part, n in zip(index, leaf.shape, strict=True))
+        devices[tuple(bounds)].append(device)
+    return {
+        bounds: _make_shard([stop - start for start, stop in bounds], leaf.dtype, group)
+        for bounds, group in devices.items()
+    }
 
 
 def _make_shard(
@@ -213,6 +239,7 @@ class _HostShard:
 
     def write(self, at: tuple[int, ...], block: np.ndarray, transposed: bool) -> None:
         block = _as_part(block, self._values.ndim, transposed)
+        block = np.asarray(block)
         place = self._values[tuple(slice(i, i + n) for i, n in zip(at, block.shape, strict=True))]
         if place.dtype == block.dtype:  # NumPy copies whole numbers several times as fast
             place, block = (x.view(f"u{x.itemsize}") for x in (place, block))

@@ -128,6 +128,19 @@ def test_tensor_splits_heads_feed_forward_and_vocabulary_of_the_7b_model():
     assert 1 <= bytes_per_device(base) / (2 * 7_615_616_512 / 4) < 1.001
 
 
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_the_scales_of_a_quantized_base_lie_where_its_kernels_do(precision):
+    _, _, base = paper(sharding.make_mesh("fsdp:4,tensor:2"), base_precision=precision)
+    found = splits(base)
+    blocks = 4 if precision == "nf4" else 1  # a single block of all inputs cannot be split
+    for name in ("q", "k", "v", "gate", "up"):
+        assert found[f"layers/{name}_proj/kernel/values"] == (1, 4, 2), name
+        assert found[f"layers/{name}_proj/kernel/scale"] == (1, blocks, 2), name
+    for name in ("o", "down"):
+        assert found[f"layers/{name}_proj/kernel/values"] == (1, 2, 4), name
+        assert found[f"layers/{name}_proj/kernel/scale"] == (1, min(blocks, 2), 4), name
+
+
 def test_data_alone_keeps_everything_whole():
     _, state, base = paper(sharding.make_mesh("data:8"))
     assert all(set(split) <= {1} for split in (splits(base) | splits(state)).values())

@@ -14,7 +14,8 @@ from hypothesis import given
 from safetensors.numpy import save_file
 from tiny_model import LLM, random_tree
 
-from affectgpt_jax.models.qwen2 import Qwen2, init_base
+from affectgpt_jax.models.quantize import quantize
+from affectgpt_jax.models.qwen2 import Execution, Qwen2, init_base
 from affectgpt_jax.training.sharding import AXES, make_mesh, tree_shardings
 from affectgpt_jax.weights import streaming
 from affectgpt_jax.weights.huggingface import WeightsError, load_base, save_base
@@ -100,7 +101,7 @@ def test_rows_are_read_once_and_only_where_a_device_holds_them(directory, monkey
     for layer in range(LLM.num_hidden_layers):
         target.fill(stored[f"model.layers.{layer}.mlp.gate_proj.weight"], layer)
     assert len(rows) == LLM.num_hidden_layers * LLM.intermediate_size * share
-    ((index, shard),) = zip(mine.values(), target._shards.values(), strict=True)
+    ((index, shard),) = zip(mine.values(), target._shards[0].values(), strict=True)
     expected = np.asarray(BASE["layers"]["gate_proj"]["kernel"])[index]
     np.testing.assert_array_equal(shard.arrays()[0], expected)
 
@@ -118,6 +119,19 @@ def test_updates_on_a_device_give_the_same_arrays(directory, as_on_an_accelerato
     mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:2], mesh), AXES)
     base = load_base(directory, abstract, tree_shardings(mesh, abstract))
     assert_same(base, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), BASE, abstract))
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_quantized_kernels_on_a_device_are_the_same_arrays(
+    directory, as_on_an_accelerator, precision
+):
+    module = Qwen2(LLM, execution=Execution(base_precision=precision))
+    abstract = jax.eval_shape(lambda key: init_base(module, key), jax.random.key(0))
+    mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:2], (1, 2, 1)), AXES)
+    base = load_base(directory, abstract, tree_shardings(mesh, abstract))
+    for name in ("q_proj", "down_proj"):
+        expected = quantize(BASE["layers"][name]["kernel"], precision)
+        assert_same(base["layers"][name]["kernel"], expected)
 
 
 def test_updates_on_a_device_are_in_place():
@@ -159,7 +173,7 @@ def large(tmp_path):
         leaf = jax.ShapeDtypeStruct((LAYERS, IN, OUT), np.float32)
         target = streaming.Target(leaf, sharding, stacked=True, transposed=True)
         streaming.fill_all([(target, stored[str(i)], i) for i in range(LAYERS)])
-        return target.array()
+        return target.value()
 
     return load, values.swapaxes(1, 2)
 

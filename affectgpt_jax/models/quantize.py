@@ -1,0 +1,190 @@
+"""Frozen kernels in 8 or 4 bits, and products with them.
+
+    int8   8-bit integers; activations and gradients too, so that products run on integer units
+    fp8    float8 e4m3 in the same way, for GPUs from Hopper on
+    nf4    QLoRA's 4-bit NormalFloat (arXiv 2305.14314), widened to the activations' dtype where it
+           is used: a quarter of bfloat16's memory, for the speed of bfloat16 at best
+
+Every output of an int8 or fp8 kernel has a scale, and so has every token of what it is multiplied
+with. With scales that fine, gradients need neither more bits than int8 (SwitchBack, arXiv
+2304.13013) nor e5m2's range (DeepSeek-V3, arXiv 2412.19437).
+
+A kernel is quantized once, when it is loaded, and never trained, so a product needs one derivative:
+that by its input. It is written out, since autodiff would keep every layer's widened kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What holds the values of each; two 4-bit codes share a byte.
+_DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "nf4": jnp.uint8}
+PRECISIONS = ("", *_DTYPES)  # "" keeps a kernel as it is
+
+# Quantiles of a normal distribution, scaled to [-1, 1], zero among them (QLoRA, appendix E).
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    np.float32,
+)
+# Weights that share a scale. The scales are bfloat16: 4.25 bits a weight. QLoRA quantizes them once
+# more and gets 4.13, which of a 7B model would be 0.1 of 5.7 GB.
+NF4_BLOCK = 64
+
+
+class QuantizedKernel(NamedTuple):
+    """A kernel `[..., in, out]`, as numbers of few bits and their scales.
+
+    Attributes:
+        values: `[..., in, out]` int8 or float8_e4m3fn, or `[..., in / 2, out]` uint8, which holds
+            the codes of rows 2i and 2i + 1 in its low and high bits.
+        scale: `[..., blocks, out]`: one block of all rows, float32, or blocks of `NF4_BLOCK` rows,
+            bfloat16.
+    """
+
+    values: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the kernel that this stands for."""
+        *lead, rows, columns = self.values.shape
+        return (*lead, rows * (2 if self.precision == "nf4" else 1), columns)
+
+    @property
+    def precision(self) -> str:
+        """Which one of `PRECISIONS` this is."""
+        return next(name for name, dtype in _DTYPES.items() if self.values.dtype == dtype)
+
+
+def quantize(kernel: jax.Array, precision: str) -> QuantizedKernel:
+    """The nearest `QuantizedKernel` to a kernel `[..., in, out]` of any float dtype.
+
+    Args:
+        kernel: what to quantize.
+        precision: one of `PRECISIONS` but "".
+
+    Raises:
+        ValueError: an odd number of rows for "nf4", which packs two into a byte.
+    """
+    kernel = kernel.astype(jnp.float32)
+    if precision == "nf4":
+        return _quantize_nf4(kernel)
+    return QuantizedKernel(*_scaled(kernel, _DTYPES[precision], axis=-2))
+
+
+def _scaled(x: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, jax.Array]:
+    """`x` as numbers of a dtype, times one float32 scale for every slice along `axis`."""
+    x = x.astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x), axis, keepdims=True)
+    integers = jnp.issubdtype(dtype, jnp.integer)
+    limit = float((jnp.iinfo if integers else jnp.finfo)(dtype).max)
+    # NaN and infinity go into the scale, and so into every product.
+    scale = largest / limit
+    x = _divide(x, scale)
+    return (jnp.rint(x) if integers else x).astype(dtype), scale
+
+
+def _divide(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x / scale`, where the scale of nothing but zeros is zero."""
+    return x / jnp.where(scale == 0, 1, scale)
+
+
+def _quantize_nf4(kernel: jax.Array) -> QuantizedKernel:
+    *lead, rows, columns = kernel.shape
+    if rows % 2:
+        raise ValueError(f"nf4 packs rows in pairs, but a kernel has {rows} of them")
+    filler = [(0, 0)] * len(lead) + [(0, -rows % NF4_BLOCK), (0, 0)]
+    blocks = jnp.pad(kernel, filler).reshape(*lead, -1, NF4_BLOCK, columns)
+    scale = jnp.max(jnp.abs(blocks), axis=-2).astype(jnp.bfloat16)
+    blocks = _divide(blocks, scale[..., None, :].astype(jnp.float32))
+    between = (NF4[1:] + NF4[:-1]) / 2
+    codes = jnp.searchsorted(between, blocks, method="compare_all").astype(jnp.uint8)
+    pairs = codes.reshape(*lead, -1, 2, columns)[..., : rows // 2, :, :]
+    return QuantizedKernel(pairs[..., 0, :] | pairs[..., 1, :] << 4, scale)
+
+
+def dequantize(kernel: QuantizedKernel, dtype: Any) -> jax.Array:
+    """The kernel `[..., in, out]` that a quantized one stands for."""
+    values, scale = kernel.values, kernel.scale.astype(jnp.float32)
+    if kernel.precision == "nf4":
+        pairs = jnp.stack([values & 15, values >> 4], axis=-2)
+        values = jnp.asarray(NF4)[pairs.reshape(kernel.shape)]
+        scale = jnp.repeat(scale, NF4_BLOCK, axis=-2)[..., : kernel.shape[-2], :]
+    return (values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def initializer(init: Callable[..., jax.Array], precision: str) -> Callable[..., Any]:
+    """An initialiser of kernels whose values come quantized; with "" the one that is given."""
+    if not precision:
+        return init
+    return lambda *args: quantize(init(*args), precision)
+
+
+def frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
+    """`x @ kernel` for `[..., in]` and a frozen kernel `[in, out]`, in the dtype of `x`.
+
+    With an "int8" or "fp8" kernel, every token of `x` is rounded to the kernel's format by a scale
+    of its own, and in the backward pass so is every token of the gradient.
+    """
+    if isinstance(kernel, QuantizedKernel):
+        return _quantized_dot(x, kernel)
+    return x @ kernel.astype(x.dtype)
+
+
+@jax.custom_vjp
+def _quantized_dot(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
+    if kernel.precision == "nf4":
+        return x @ dequantize(kernel, x.dtype)
+    product = _rounded_dot(x, kernel.values, axis=0)
+    return (product * kernel.scale).astype(x.dtype)
+
+
+def _forward(x, kernel):
+    return _quantized_dot(x, kernel), kernel
+
+
+def _backward(kernel, grad):
+    values, scale = kernel
+    if kernel.precision == "nf4":
+        return grad @ dequantize(kernel, grad.dtype).T, None
+    # The sum runs over the outputs here, so their scales go to the gradient.
+    scaled = grad.astype(jnp.float32) * scale
+    return _rounded_dot(scaled, values, axis=1).astype(grad.dtype), None
+
+
+_quantized_dot.defvjp(_forward, _backward)
+
+
+def _rounded_dot(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
+    """`x` `[..., n]` times a matrix, summed over the matrix's `axis`; float32.
+
+    Every token of `x` is rounded to the matrix's dtype, so that the hardware multiplies numbers of
+    one kind.
+    """
+    x, scale = _scaled(x, values.dtype, axis=-1)
+    wide = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
+    contracted = (((x.ndim - 1,), (axis,)), ((), ()))
+    product = jax.lax.dot_general(x, values, contracted, preferred_element_type=wide)
+    return product.astype(jnp.float32) * scale
