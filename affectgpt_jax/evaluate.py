@@ -9,7 +9,11 @@ Other clips are named with
     --set mer2024=/records/mer2024 --set mine:fine=/records/mine
 
 by a set of MER-UniBench ({keys}) or any name with its task ({tasks}), and a record directory.
-Run again, it goes on where it stopped.
+
+    --root /records
+
+takes every set of MER-UniBench that has its records in a folder called so there, and says which
+have none. Run again, it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -31,10 +35,10 @@ from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import DataError, View
-from affectgpt_jax.data.records import RecordError, Records, RecordSubset
+from affectgpt_jax.data.records import MANIFEST_FILE, RecordError, Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
-from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME
+from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCache
 from affectgpt_jax.evaluation.files import ReadError
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
@@ -44,6 +48,7 @@ from affectgpt_jax.evaluation.report import write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, score_set
 from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
+from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.report import DEMO, name_and_task
 from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
 from affectgpt_jax.score import TITLES, percent
@@ -134,6 +139,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME[:TASK]=RECORDS",
         help="clips to ask about, once or more; default: the run's own test set",
     )
+    add("--root", metavar="DIR", help="records of sets of MER-UniBench, in folders by their names")
     add("--question", choices=QUESTIONS, help="default: ovlabel, if the run was trained on it")
     add(
         "--extractor",
@@ -160,11 +166,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="N",
         help="of an answer; default: the run's, and for descriptions at least its max_tokens",
     )
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
+    add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
-    add("--seed", type=int, default=0, help="of the resampling and the examples")
+    add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
     add("--out", metavar="DIR", help="default: RUN/evaluate")
     arguments = parser.parse_args(
         [
@@ -179,6 +188,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.bootstrap < 0 or arguments.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
+    if arguments.seed >= 2**32:
+        parser.error("--seed must be below 4294967296")
+    try:
+        arguments.sampling = Sampling(
+            arguments.temperature, arguments.top_p, arguments.repetition_penalty
+        )
+    except ValueError as error:
+        parser.error(str(error))
     for flag in ("batch_size", "max_clips", "max_new_tokens", "concurrency"):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
@@ -205,7 +222,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         limit = max(limit, run.config.max_tokens)  # no description that it learned was longer
     view = run.view
     sets = [
-        open_set(run, place, view, arguments.max_clips, say) for place in _places(arguments, run)
+        open_set(run, place, view, arguments.max_clips, say)
+        for place in choose_sets(arguments, run, say)
     ]
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
@@ -219,6 +237,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         num_buckets=run.config.num_buckets,
         batch_size=arguments.batch_size or run.config.generate.batch_size,
         max_new_tokens=limit,
+        sampling=arguments.sampling,
+        seed=arguments.seed,
     )
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
@@ -226,7 +246,7 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         trainable = (run if step == run.step else run.at_step(step)).trainable
         for test in sets:
             answers = inference.answers_on_disk(
-                out / "answers" / _answer_file(run, step, test, view, question, limit),
+                out / "answers" / _answer_file(run, step, test, question, limit, arguments),
                 generator,
                 trainable,
                 test.dataset,
@@ -252,11 +272,13 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         )
         for test in sets
     ]
+    parts = [run.workdir.name, question, *sampled_how(arguments)]
     report = make_report(
-        f"{run.workdir.name}, {question}" + (f", {extractor.identity}" if extractor else ""),
+        ", ".join([*parts, extractor.identity] if extractor else parts),
         results,
         modalities=modalities(view),
-        peers=any(place.name in BY_NAME for place in sets),
+        # Beside a user's own clips, scores on others say nothing.
+        peers=any(test.name in BY_NAME or test.name == DEMO for test in sets),
         resamples=arguments.bootstrap,
         seed=arguments.seed,
     )
@@ -297,9 +319,27 @@ def choose_question(asked: str | None, run: Run) -> str:
     return question
 
 
-def _places(arguments: argparse.Namespace, run: Run) -> list[SetPlace]:
-    if arguments.sets:
-        return arguments.sets
+def sampled_how(arguments: argparse.Namespace) -> list[str]:
+    """How tokens were chosen, in words; nothing where they were the most probable ones."""
+    sampling = arguments.sampling
+    if sampling == GREEDY:
+        return []
+    settings = [
+        f"{name.replace('_', ' ')} {x:g}" for name, x in dataclasses.asdict(sampling).items()
+    ]
+    return [*settings, f"seed {arguments.seed}"] if sampling.temperature else settings
+
+
+def choose_sets(
+    arguments: argparse.Namespace, run: Run, say: Callable[[str], None]
+) -> list[SetPlace]:
+    """The sets that are named, then those that are found; without either, the run's own.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if arguments.root or arguments.sets:
+        return [*arguments.sets, *find_sets(arguments, say)]
     place = run.config.data.test
     if not place:
         raise ConfigError(f"{run.workdir} names no test set; name one as --set NAME=RECORDS")
@@ -307,6 +347,28 @@ def _places(arguments: argparse.Namespace, run: Run) -> list[SetPlace]:
         return [SetPlace(DEMO, "words", place)]
     known = BY_KEY.get(Path(place).name)
     return [SetPlace(known.name, known.task, place) if known else SetPlace("test", "", place)]
+
+
+def find_sets(arguments: argparse.Namespace, say: Callable[[str], None]) -> list[SetPlace]:
+    """The sets below `--root` that have records and are not named by `--set`.
+
+    Raises:
+        ConfigError: none of them has.
+    """
+    if not arguments.root:
+        return []
+    root = Path(arguments.root).expanduser()
+    named = {place.name for place in arguments.sets}
+    wanted = [dataset for dataset in DATASETS if dataset.name not in named]
+    found = [d for d in wanted if (root / d.key / MANIFEST_FILE).is_file()]
+    if not found:
+        raise ConfigError(
+            f"--root={root}: found no records there; expected one or more of the folders "
+            f"{', '.join(d.key for d in wanted)}, each with a {MANIFEST_FILE}"
+        )
+    if lacking := [d.key for d in wanted if d not in found]:
+        say(f"no records in {root} of {', '.join(lacking)}")
+    return [SetPlace(d.name, d.task, str(root / d.key)) for d in found]
 
 
 def open_set(
@@ -437,8 +499,16 @@ def _where(names: Sequence[str], flags: Sequence[bool]) -> tuple[str, ...]:
     return tuple(name for name, flag in zip(names, flags, strict=True) if flag)
 
 
-def _answer_file(run: Run, step: int, test: TestSet, view: View, question: str, limit: int) -> str:
+def _answer_file(
+    run: Run,
+    step: int,
+    test: TestSet,
+    question: str,
+    limit: int,
+    arguments: argparse.Namespace,
+) -> str:
     """A name that changes with everything that an answer depends on."""
+    sampling = arguments.sampling
     checkpoint = run.workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
     parts = [
         # Written when the checkpoint was, so that a run that is trained anew is another one.
@@ -447,8 +517,10 @@ def _answer_file(run: Run, step: int, test: TestSet, view: View, question: str, 
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.
-        view.prompt_examples(RecordSubset(test.dataset, [0]), question)[0].tokens.tolist(),
+        run.view.prompt_examples(RecordSubset(test.dataset, [0]), question)[0].tokens.tolist(),
         limit,
+        dataclasses.asdict(sampling),
+        arguments.seed if sampling.temperature else None,
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     return f"{test.file_name}-step-{step}-{question}-{digest[:12]}.jsonl"

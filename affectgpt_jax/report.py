@@ -7,10 +7,11 @@ writes report.html, report.json and report.md (the paper's Table 2). A set is a 
 or any other as NAME:TASK=... Several prediction files before the truth are checkpoints, the last of
 them the one that was fixed beforehand.
 
-    python -m affectgpt_jax.report --ablation 5 --run none=a/report.json \\
-        --run qformer=b/report.json --out ablation
+    python -m affectgpt_jax.report --ablation 5 --run none=runs/none --run qformer=runs/qformer \\
+        --out ablation
 
-brings the reports of several runs together in the shape of the paper's Table 4, 5, 6 or 8.
+brings the reports that affectgpt_jax.evaluate has written into several workdirs (or any other
+report.json) together in the shape of the paper's Table 4, 5, 6 or 8.
 """
 
 from __future__ import annotations
@@ -114,17 +115,21 @@ def parse_reference(text: str) -> tuple[str, str, float]:
 
 
 def parse_run(text: str) -> tuple[str, str]:
-    """`LABEL=FILE`.
+    """`LABEL=RUN`: the label and the path of a report.json.
+
+    RUN may be that file, the folder that it is in, or the workdir of an evaluated run.
 
     Raises:
         argparse.ArgumentTypeError: another form.
     """
     label, _, path = text.rpartition("=")
     if not label or not path:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not LABEL=FILE, as in qformer=runs/qformer/report.json"
-        )
-    return label, path
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=RUN, as in qformer=runs/qformer")
+    place = Path(path).expanduser()
+    if place.is_dir():
+        inside = place / "evaluate"
+        place = (inside if inside.is_dir() else place) / "report.json"
+    return label, str(place)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -156,8 +161,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=[],
         type=parse_run,
         dest="runs",
-        metavar="LABEL=FILE",
-        help="a row of --ablation and its report.json",
+        metavar="LABEL=RUN",
+        help="a row of --ablation, and the workdir of an evaluated run or a report.json",
     )
     add("--out", required=True, metavar="DIR", help="where the files go")
     add("--system", default="this system", metavar="NAME", help="what to call it")

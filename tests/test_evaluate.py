@@ -11,6 +11,7 @@ from affectgpt_jax import evaluate, inference, train
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation.extract import label_message
+from affectgpt_jax.models.generate import decode, prefill
 
 CLIPS = 12
 
@@ -175,6 +176,47 @@ def test_a_second_run_asks_only_about_what_is_missing(run, says):
     assert len(list((run / "evaluate" / "answers").iterdir())) == 2
 
 
+def test_sets_are_found_below_a_root_and_the_others_are_named(run, says, tmp_path, capsys):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    root = tmp_path / "records"
+    assert "found no records there; expected one or more of the folders mer2023, " in refusal(
+        run, f"--root={root}"
+    )
+    for key in ("mer2023", "ovmerdplus"):
+        write(root / key, clips())
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    command(run, f"--root={root}", f"--set=signs:sentiment={test}", f"--set=mer2023={test}")
+    assert f"no records in {root} of mer2024, meld, iemocap, mosi, " in capsys.readouterr().out
+    assert [(s["name"], s["task"]) for s in report(run)["sets"]] == [
+        ("signs", "sentiment"), ("MER2023", "basic"), ("OV-MERD+", "fine"),
+    ]  # fmt: skip
+    # In the shape of Table 2, with the published systems beside.
+    table = (run / "evaluate" / "report.md").read_text(encoding="utf-8")
+    heads = next(line for line in table.splitlines() if line.startswith("| System"))
+    assert heads.split(" | ")[2:5] == ["MER2023", "MER2024", "MELD"]
+    assert "| AffectGPT | AVT | 78.54 | 78.80 |" in table and "missing: MER2024, MELD" in table
+
+
+def test_samples_follow_from_the_seed_and_are_not_taken_for_other_answers(run):
+    flags = ("--max-clips=4", "--temperature=2", "--top_p=0.9", "--repetition-penalty=1.2")
+    said = []
+    for seed, size in ((0, 4), (1, 4), (0, 2)):
+        # Of a batch of another size, the same answers: the first file is used again.
+        command(run, *flags, f"--seed={seed}", f"--batch-size={size}")
+        said.append([p["text"] for p in lines(run / "evaluate" / "test-step-2.jsonl")])
+    assert said[0] == said[2] != said[1]
+    assert len(list((run / "evaluate" / "answers").iterdir())) == 2
+    settings = "temperature 2, top p 0.9, repetition penalty 1.2, seed 0"
+    assert settings in report(run)["system"]
+
+
+def test_checkpoints_and_batches_share_one_program_for_each_prompt_length(run):
+    """The run has one length; another limit of new tokens makes programs of its own."""
+    counts = prefill._cache_size(), decode._cache_size()
+    command(run, "--steps=all", "--batch-size=5", "--max-new-tokens=3")
+    assert (prefill._cache_size(), decode._cache_size()) == (counts[0] + 1, counts[1] + 1)
+
+
 def test_an_interrupted_run_says_that_it_goes_on(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -280,6 +322,8 @@ def test_a_place_that_cannot_be_written_is_one_sentence(run, says, tmp_path):
         (["--extractor=openai"], "go together"),
         (["--model=x"], "go together"),
         (["--bootstrap=-1"], "must be 0 or more"),
+        (["--seed=4294967296"], "must be below 4294967296"),
+        (["--top-p=0.9"], "temperature 0 takes the most probable token"),
         (["--api-key=sesame"], "unrecognized arguments"),
     ],
 )
@@ -313,3 +357,8 @@ def test_the_demos_ceilings_stand_beside_its_score(run, says, monkeypatch):
     share = found["references"]["ceiling with multi + audio + face + text"]
     assert found["references"]["ceiling with face"] < share <= 1
     assert np.isfinite(share)
+    # The tenth column of Table 2, above the published systems.
+    table = (run / "evaluate" / "report.md").read_text(encoding="utf-8")
+    heads = next(line for line in table.splitlines() if line.startswith("| System"))
+    assert heads.endswith("| OV-MERD+ | Mean | demo |")
+    assert "| AffectGPT | AVT | 78.54 |" in table

@@ -183,13 +183,18 @@ def test_the_same_files_make_the_same_report(files):
 
 
 def test_runs_become_an_ablation(files, capsys):
-    for name in ("60", "30"):
+    # Where `evaluate` writes into a workdir, and anywhere else.
+    places = {"60": files / "run60" / "evaluate", "30": files / "run30"}
+    for name, place in places.items():
         demo = f"demo={files / name}.jsonl,{files / 'truth.csv'}"
-        run("--set", demo, "--bootstrap=20", "--out", files / f"run{name}")
-    runs = [f"--run=<{n}>={files / f'run{n}' / 'report.json'}" for n in ("60", "30")]
+        run("--set", demo, "--bootstrap=20", "--out", place)
+    runs = [f"--run=<60>={files / 'run60'}", f"--run=<30>={files / 'run30' / 'report.json'}"]
     run("--ablation=5", *runs, "--peers", "--out", files / "out")
     text = check((files / "out" / "ablation.html").read_text(encoding="utf-8"))
     assert "<60>" in text and "qformer" in text
+    whole = (files / "out" / "ablation.json").read_bytes()
+    run("--ablation=5", runs[0], f"--run=<30>={files / 'run30'}", "--peers", "--out", files / "out")
+    assert (files / "out" / "ablation.json").read_bytes() == whole
     table = (files / "out" / "ablation.md").read_text(encoding="utf-8")
     assert "| **\\<60\\>** | – | – | – | – | 70.00 (" in table
     assert json.loads((files / "out" / "ablation.json").read_text())["columns"][-1] == "demo"
@@ -207,7 +212,7 @@ def test_runs_become_an_ablation(files, capsys):
         (["--set=mosi=p,t", "--reference=demo:x=0.5"], "there is no --set demo"),
         (["--set=mosi=p,t", "--reference=mosi:x=5"], "with a share from 0 to 1"),
         (["--ablation=5"], "go together"),
-        (["--ablation=5", "--run=x"], "is not LABEL=FILE"),
+        (["--ablation=5", "--run=x"], "is not LABEL=RUN"),
         (["--ablation=7", "--run=a=b"], "invalid choice"),
         (["--set=mosi=p,t", "--bootstrap=-1"], "must be 0 or more"),
     ],
