@@ -28,7 +28,7 @@ CHOICES = {
     "too_long": ("error", "drop"),
     "dtype": ("float32", "bfloat16"),
     "base_precision": ("", "int8", "fp8", "nf4"),
-    "remat": ("none", "dots", "full"),
+    "remat": ("auto", "none", "dots", "full"),
     "attention": ("auto", "xla", "cudnn", "cudnn_packed"),
     "fusion": ("attention", "qformer", "none"),
     "heads.video": ("attention", "mean", "qformer"),

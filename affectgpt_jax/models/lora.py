@@ -93,8 +93,10 @@ def _low_rank_backward(scale, residuals, grad):
         axes = tuple(range(few.ndim - 1))
         return jax.lax.dot_general(few, many, ((axes, axes), ((), ())))
 
-    grad_a = over_tokens(grad_narrow, x).T.astype(lora_a.dtype)
-    return grad_x, grad_a, over_tokens(narrow, grad).astype(lora_b.dtype)
+    # Without the barrier XLA turns the transposed product into one of swapped operands, for which
+    # CPUs have no fast kernel.
+    grad_a = jax.lax.optimization_barrier(over_tokens(grad_narrow, x)).T
+    return grad_x, grad_a.astype(lora_a.dtype), over_tokens(narrow, grad).astype(lora_b.dtype)
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
