@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from affectgpt_jax.models import attention
-from affectgpt_jax.models.lora import LoraConfig, Projection
+from affectgpt_jax.models.lora import PROJECTED, LoraConfig, Projection
 from affectgpt_jax.models.quantize import PRECISIONS
 
 
@@ -206,8 +206,9 @@ class Execution:
         param_dtype: of the frozen weights.
         base_precision: of the projections' frozen kernels, one of `quantize.PRECISIONS`; "" leaves
             them in `param_dtype`.
-        remat: "none" keeps every activation; "dots" recomputes all but matrix products in the
-            backward pass; "full" keeps only each layer's input.
+        remat: "none" keeps what the backward pass reads; "dots" keeps only what the projections
+            return, of which adapters are a part, and computes attention and the rest again; "full"
+            keeps only each layer's input.
         attend: the causal attention backend.
         shard: `(x, logical axes) -> x`, called on activations; the identity on one device.
 
@@ -233,7 +234,7 @@ class Execution:
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -56,14 +56,17 @@ class Choice(NamedTuple):
     memory: Memory
     limit: int | None
 
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.memory.total <= USABLE * self.limit
+
     def __str__(self) -> str:
         parts = ", ".join(f"{_gib(n)} {name}" for name, n in self.memory._asdict().items())
         if self.limit is None:
             return f"remat {self.policy}: this device knows no memory limit; {parts} GiB"
-        fits = "" if self.memory.total <= USABLE * self.limit else "; it may not fit"
         return (
             f"remat {self.policy}: about {_gib(self.memory.total)} of {_gib(self.limit)} GiB "
-            f"({parts}){fits}"
+            f"({parts})" + ("" if self.fits else "; it may not fit")
         )
 
 
@@ -97,45 +100,49 @@ def choose_remat(
         return jax.ShapeDtypeStruct((max(1, x.shape[0] // part), *x.shape[1:]), x.dtype)
 
     batch = jax.tree.map(rows, batch)
-    for policy in POLICIES:
-        memory = estimate(with_remat(model, policy), abstract_state, abstract_base, batch)
-        if limit is None or memory.total <= USABLE * limit:
+    found = estimates(model, abstract_state, abstract_base, batch)
+    for policy, memory in found:
+        choice = Choice(policy, memory, limit)
+        if choice.fits:
             break
-    return Choice(policy, memory, limit)
+    return choice
 
 
 def with_remat(model: AffectGPT, policy: str) -> AffectGPT:
     """The same model under another rematerialisation policy."""
-    execution = dataclasses.replace(model.qwen2.execution, remat=policy)
+    return _with_execution(model, remat=policy)
+
+
+def _with_execution(model: AffectGPT, **changes: Any) -> AffectGPT:
+    execution = dataclasses.replace(model.qwen2.execution, **changes)
     return dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
 
 
-def estimate(model: AffectGPT, abstract_state: State, abstract_base: Any, batch: Batch) -> Memory:
-    """What an update takes on one device, whose rows are those of the abstract batch."""
+def estimates(
+    model: AffectGPT, abstract_state: State, abstract_base: Any, batch: Batch
+) -> Iterator[tuple[str, Memory]]:
+    """What an update takes on one device, whose rows are those of the abstract batch.
+
+    Yields:
+        Every policy with its memory, in the order of `POLICIES`; each costs about a second.
+    """
     config = model.qwen2.config
-
-    def saved(policy: str) -> int:
-        # The constraint of a mesh says where arrays live, not how many there are.
-        local = with_remat(model, policy)
-        execution = dataclasses.replace(local.qwen2.execution, shard=lambda x, axes: x)
-        local = dataclasses.replace(local, qwen2=local.qwen2.clone(execution=execution))
-
-        def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array) -> Any:
-            return loss_sum_and_count(local, base, trainable, batch, key)
-
-        shapes = (abstract_state["trainable"], abstract_base, batch)
-        return saved_bytes(loss, *shapes, jax.eval_shape(lambda: jax.random.key(0)))
-
     rows, targets = batch["targets"].shape
     logits = min(rows * targets, max(rows, LOSS_CHUNK)) * config.vocab_size * 4
-    layer = saved("none") // config.num_hidden_layers
-    trainable = device_bytes(abstract_state["trainable"])
-    return Memory(
-        base=device_bytes(abstract_base),
-        state=device_bytes(abstract_state) + trainable,
-        saved=saved(model.qwen2.execution.remat),
-        work=max(layer, 2 * logits),
-    )
+    base = device_bytes(abstract_base)
+    state = device_bytes(abstract_state) + device_bytes(abstract_state["trainable"])
+    layer = 0
+    for policy in POLICIES:
+        # A mesh's constraints say where arrays live, not how many there are.
+        saving = _with_execution(model, remat=policy, shard=lambda x, axes: x)
+
+        def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array, saving=saving) -> Any:
+            return loss_sum_and_count(saving, base, trainable, batch, key)
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        saved = saved_bytes(loss, abstract_state["trainable"], abstract_base, batch, key)
+        layer = layer or saved // config.num_hidden_layers  # without rematerialisation
+        yield policy, Memory(base, state, saved, work=max(layer, 2 * logits))
 
 
 def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
@@ -161,17 +168,8 @@ def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
 
 def device_bytes(abstract_tree: Any) -> int:
     """Bytes of one device's share of a tree of shapes with shardings."""
-    return sum(_nbytes(x.shape, x.dtype) for x in jax.tree.leaves(_local(abstract_tree)))
-
-
-def _local(abstract_tree: Any) -> Any:
-    """Shapes of one device's share.
-
-    Not those that a program over one device's rows would read where a parameter is split, but
-    parameters are never among what is saved.
-    """
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype), abstract_tree
+    return sum(
+        _nbytes(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(abstract_tree)
     )
 
 
