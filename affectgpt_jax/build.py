@@ -199,6 +199,7 @@ def model(
         param_dtype=dtype,
         base_precision=config.base_precision,
         remat="none" if config.remat == "auto" else config.remat,
+        unroll=config.unroll_layers,
         attend=attend or attention(config, llm).attend,
     )
     if shard is not None:

@@ -57,6 +57,7 @@ FREE_ON_RESUME = (
     "llm",
     "mesh",
     "remat",
+    "unroll_layers",
     "attention",
     "xla_options",
     "log_every",

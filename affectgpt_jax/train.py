@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, compilation, inference
+from affectgpt_jax import build, inference, process
 from affectgpt_jax.config import ConfigError, check_same_run, parse_command_line
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
@@ -718,8 +718,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = None
     try:
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
+        process.use_compilation_cache()
+        process.keep_freed_memory()
         xla_options.reserve_gpu_memory()
-        compilation.use_cache()
         train(config, workdir)
     except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from None

@@ -61,6 +61,7 @@ def get_config() -> ConfigDict:
     c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
     c.remat = "auto"  # auto | none | dots | full: what the backward pass computes again; auto is
     # the first of these that fits into the device's memory
+    c.unroll_layers = False  # layers in a row instead of a loop: faster on CPUs, longer to compile
     c.attention = "auto"  # auto | xla | cudnn | cudnn_packed; auto is the fastest that runs here
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 

@@ -213,24 +213,27 @@ def _block_log_probs(states: jax.Array, vocabulary: jax.Array, targets: jax.Arra
     the logits or compute them again, and its product would mix float32 with the vocabulary's
     dtype, which GPUs run at a fraction of bfloat16's rate.
     """
-    return _logits_and_log_probs(states, vocabulary, targets)[2]
+    return _log_probs_and_exponentials(states, vocabulary, targets)[0]
 
 
-def _logits_and_log_probs(states, vocabulary, targets):
+def _log_probs_and_exponentials(states, vocabulary, targets):
+    """Log probabilities `[B, S]`; what softmax divides, `[B, S, V]`, and by what, `[B, S, 1]`."""
     logits = jnp.einsum("bsd,dv->bsv", states, vocabulary, preferred_element_type=jnp.float32)
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
-    normaliser = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return logits, normaliser, (chosen - normaliser)[..., 0]
+    return (chosen - largest - jnp.log(total))[..., 0], exponentials, total
 
 
 def _block_forward(states, vocabulary, targets):
     if vocabulary.perturbed:
         raise NotImplementedError("the vocabulary is frozen; it has no gradient")
     states, vocabulary, targets = states.value, vocabulary.value, targets.value
-    logits, normaliser, log_probs = _logits_and_log_probs(states, vocabulary, targets)
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    slope = jnp.where(hit, 1.0, 0.0) - jnp.exp(logits - normaliser)
-    return log_probs, jnp.einsum("bsv,dv->bsd", slope.astype(states.dtype), vocabulary)
+    log_probs, exponentials, total = _log_probs_and_exponentials(states, vocabulary, targets)
+    hit = jnp.arange(vocabulary.shape[1]) == targets[..., None]
+    slope = (jnp.where(hit, 1.0, 0.0) - exponentials / total).astype(states.dtype)
+    return log_probs, jnp.einsum("bsv,dv->bsd", slope, vocabulary)
 
 
 def _block_backward(slope, grad):

@@ -209,6 +209,8 @@ class Execution:
         remat: "none" keeps what the backward pass reads; "dots" keeps only what the projections
             return, of which adapters are a part, and computes attention and the rest again; "full"
             keeps only each layer's input.
+        unroll: put the layers one behind the other into the program, instead of a loop over them.
+            A loop copies each layer's weights in and its activations out, which CPUs feel.
         attend: the causal attention backend.
         shard: `(x, logical axes) -> x`, called on activations; the identity on one device.
 
@@ -220,6 +222,7 @@ class Execution:
     param_dtype: Any = jnp.float32
     base_precision: str = ""
     remat: str = "none"
+    unroll: bool = False
     attend: attention.CausalAttention = attention.causal
     shard: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = lambda x, axes: x
 
@@ -336,12 +339,12 @@ class Qwen2(nn.Module):
             )
         layer = DecoderLayer
         if run.remat != "none":
-            # Inside a scan XLA cannot merge the recomputation with the forward pass, so the
+            # Inside a loop XLA cannot merge the recomputation with the forward pass, so the
             # barriers that prevent it elsewhere would only cost.
             layer = nn.remat(
                 layer,
                 policy=REMAT_POLICIES[run.remat],
-                prevent_cse=False,
+                prevent_cse=run.unroll,
                 static_argnums=(6, 7),
             )
         self.layers = nn.scan(
@@ -350,6 +353,7 @@ class Qwen2(nn.Module):
             split_rngs={"params": True, "lora": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_hidden_layers,
+            unroll=c.num_hidden_layers if run.unroll else 1,
         )(c, self.lora, run)
         self.norm = RMSNorm(c.rms_norm_eps, run.param_dtype)
 

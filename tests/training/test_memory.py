@@ -63,12 +63,12 @@ def one_device():
 
 
 def paper(rows, length=512, targets=256):
-    """Model, mesh, state, base and batch of the 7B recipe without dropout, all abstract.
+    """Model, mesh, state, base and batch of the 7B recipe on text without dropout, all abstract.
 
     Attention is left out: what it saves depends on the backend.
     """
     config = affectgpt_qwen25_7b.get_config()
-    config.lora.dropout = 0.0
+    config.input, config.lora.dropout = "text", 0.0
     model = build.model(config, PUBLISHED["Qwen2.5-7B-Instruct"])
     execution = dataclasses.replace(model.qwen2.execution, attend=lambda q, k, v, segment_ids: q)
     model = dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
@@ -81,11 +81,8 @@ def paper(rows, length=512, targets=256):
         **dict.fromkeys(("tokens", "positions", "segment_ids", "soft_index"), integers),
         **dict.fromkeys(("target_positions", "targets"), shape(rows, targets, dtype=jnp.int32)),
         "target_weights": shape(rows, targets),
-        "features": {
-            "audio": shape(rows, 8, 1024, dtype=jnp.float16),
-            "face": shape(rows, 8, 768, dtype=jnp.float16),
-        },
-        "present": dict.fromkeys(("audio", "face"), shape(rows, dtype=bool)),
+        "features": {},
+        "present": {},
     }
     return model, mesh, state, base, batch
 
@@ -93,36 +90,34 @@ def paper(rows, length=512, targets=256):
 @functools.cache
 def papers_memory():
     model, _, state, base, batch = paper(3)
-    return dict(memory.estimates(model, state, base, batch)), state
+    return dict(memory.estimates(model, state, base, batch))
 
 
 WIDE, NARROW = (28 * 3 * 512 * width * 2 for width in (18944, 3584))  # bytes in all layers
 
 
 def test_the_papers_weights_and_state_take_what_their_shapes_say():
-    found, state = papers_memory()
+    found = papers_memory()
     assert found["full"].base == 2 * 7_615_616_512
-    trained = sum(x.size for x in jax.tree.leaves(state["trainable"]))
-    assert trained > 40_370_176
-    # Parameters, two moments and the gradient in float32, and a few counters.
-    assert found["full"].state == pytest.approx(4 * 4 * trained, rel=1e-6)
+    # Adapters, two moments and the gradient in float32, and a few counters.
+    assert 0 <= found["full"].state - 4 * 4 * 40_370_176 < 100
 
 
 def test_full_rematerialisation_saves_the_input_of_every_layer():
     # Beside it the last norm's input and the loss's gradient, which are one layer's worth each.
-    assert NARROW < papers_memory()[0]["full"].saved < 1.2 * NARROW
+    assert NARROW < papers_memory()["full"].saved < 1.2 * NARROW
 
 
 def test_no_rematerialisation_saves_the_feed_forward_width_three_times():
     # gate, up and their product; of the narrow ones both norms' inputs and outputs, the input of
     # the output projection, rotated queries, and little more.
-    saved = papers_memory()[0]["none"].saved
+    saved = papers_memory()["none"].saved
     assert 3 * WIDE + 4 * NARROW < saved < 3 * WIDE + 7 * NARROW
 
 
 def test_what_the_projections_return_is_saved_once_with_their_adapters():
     # gate, up, queries, the output projection and a layer's input; keys and values are narrow.
-    assert 2 * WIDE + 3 * NARROW < papers_memory()[0]["dots"].saved < 2 * WIDE + 4.5 * NARROW
+    assert 2 * WIDE + 3 * NARROW < papers_memory()["dots"].saved < 2 * WIDE + 4.5 * NARROW
 
 
 def test_many_long_rows_need_rematerialisation_on_an_80_gb_card():
