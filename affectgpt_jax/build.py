@@ -184,7 +184,8 @@ def model(
     """The modules of a config.
 
     Args:
-        config: the run's config.
+        config: the run's config. A remat of "auto" is "none" here: training chooses it anew when
+            it knows the shapes of its batches, and nothing else has a backward pass.
         llm: shape of the base.
         shard: activation constraint; None on one device.
         attend: causal attention; None is what `attention` chooses.
@@ -197,7 +198,8 @@ def model(
         dtype=dtype,
         param_dtype=dtype,
         base_precision=config.base_precision,
-        remat=config.remat,
+        remat="none" if config.remat == "auto" else config.remat,
+        unroll=config.unroll_layers,
         attend=attend or attention(config, llm).attend,
     )
     if shard is not None:

@@ -13,17 +13,18 @@ import os
 import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, inference
+from affectgpt_jax import build, inference, process
 from affectgpt_jax.config import ConfigError, check_same_run, parse_command_line
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
@@ -39,7 +40,7 @@ from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.quantize import QuantizedKernel
-from affectgpt_jax.training import sharding, telemetry, xla_options
+from affectgpt_jax.training import memory, sharding, telemetry, xla_options
 from affectgpt_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -175,16 +176,28 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         progress.line(f"resumed from the checkpoint of step {start}")
 
     # Compile every batch shape before the loop, side by side.
+    shapes = {
+        bucket.length: sharding.abstract_batch(mesh, pipeline.filler_batch(bucket))
+        for bucket in pipeline.buckets
+    }
+    if config.remat == "auto":
+        choice = memory.choose_remat(
+            model,
+            mesh,
+            abstract_state,
+            abstract_base,
+            shapes[max(shapes)],
+            config.accumulation,
+            memory.device_limit(),
+        )
+        model = memory.with_remat(model, choice.policy)
+        progress.line(str(choice))
     train_step = make_train_step(
         model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation
     )
     steps_by_length = {}
     if start < config.steps:
         with clock.measure("compile"):
-            shapes = {
-                bucket.length: sharding.abstract_batch(mesh, pipeline.filler_batch(bucket))
-                for bucket in pipeline.buckets
-            }
             steps_by_length = compile_steps(
                 train_step, mesh, abstract_state, abstract_base, shapes, compiler_options
             )
@@ -202,8 +215,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     }
     validate = make_validation(config, model, base, data.val, mesh, generators)
 
-    # The loop. Batches come from Grain's threads; the metrics of a step are read while the next
-    # one runs, so the device never waits for the host, and at most two steps are in flight.
+    # The loop. Batches come from Grain's threads and go to the device one step ahead; the metrics
+    # of a step are read while the next one runs. So the device never waits for the host, which is
+    # never more than STEPS_IN_FLIGHT ahead of it.
     clock.outside("idle")
     writer = telemetry.MetricsWriter(
         workdir,
@@ -215,18 +229,24 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     reporter = StepReporter(config, workdir, writer, progress, checkpoints)
     with writer, progress, profiler, checkpoints:
         batches = pipeline.batches(start, config.steps)
+        with clock.measure("data_wait"):
+            batch = next(batches, None)  # None where no step is left
+        on_device = batch and sharding.shard_batch(mesh, batch)
         step = start
         for step in range(start + 1, config.steps + 1):
             profiler.step(step)
-            with clock.measure("data_wait"):
-                asked = time.perf_counter()
-                batch = next(batches)
-                wait_s = time.perf_counter() - asked
             with clock.measure("step"):
-                run = steps_by_length[batch["tokens"].shape[1]]
-                state, metrics = run(state, base, sharding.shard_batch(mesh, batch))
+                run, trained = steps_by_length[batch["tokens"].shape[1]], batch
+                began = time.perf_counter()
+                state, metrics = run(state, base, on_device)
+                dispatched = time.perf_counter()
+                with clock.measure("data_wait"):
+                    batch = next(batches, None)
+                fetched = time.perf_counter()
+                on_device = batch and sharding.shard_batch(mesh, batch)
                 mix = pipeline.mix(step - 1) if len(data.train) > 1 else {}
-                reporter.submit(step, metrics, batch, wait_s, mix)
+                times = StepTimes(dispatched - began, fetched - dispatched)
+                reporter.submit(step, metrics, trained, times, mix)
             if step % config.save_every == 0 or step == config.steps:
                 with clock.measure("step"):
                     reporter.flush()
@@ -274,6 +294,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     return result
 
 
+# Steps that may be dispatched before the first of them is waited for: with one running and one
+# queued the device is never idle, and more would only hold more batches in its memory.
+STEPS_IN_FLIGHT = 2
+
+
+class StepTimes(NamedTuple):
+    """Seconds that the loop spent in dispatching a step, and in waiting for the next batch."""
+
+    dispatch_s: float
+    wait_s: float
+
+
 class StepReporter:
     """Logs finished steps, one step late, and stops a run that has left the finite numbers.
 
@@ -295,7 +327,8 @@ class StepReporter:
         self._config, self._workdir = config, workdir
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._throughput = telemetry.Throughput()
-        self._pending: tuple | None = None
+        self._pending: deque[tuple] = deque()
+        self._wait_s = self._dispatch_s = 0.0  # since the last report
         self._samples, self._seconds = 0, 0.0
         self._finished = time.perf_counter()
 
@@ -304,39 +337,46 @@ class StepReporter:
         step: int,
         metrics: dict[str, jax.Array],
         batch: Any,
-        wait_s: float,
+        times: StepTimes,
         mix: Mapping[str, int],
     ) -> None:
-        """Hand in a step that was just dispatched; reports the one before it.
+        """Hand in a step that was just dispatched; waits until few enough are in flight.
 
         Args:
             step: its number, from 1.
-            metrics: device scalars of the train step, read when the next step is handed in.
+            metrics: device scalars of the train step, read `STEPS_IN_FLIGHT - 1` steps later.
             batch: this process's rows, as NumPy arrays.
-            wait_s: s that the batch was waited for.
+            times: what the loop has waited for since the step before was handed in.
             mix: clips from each set of a mixture.
 
         Raises:
-            TrainingError: the step before had a loss or gradient that is not finite.
+            TrainingError: a step before had a loss or gradient that is not finite.
         """
         processes = jax.process_count()
         segments = batch["segment_ids"]
         samples = int(segments.max(axis=1).sum()) * processes
         tokens = int((segments > 0).sum()) * processes
-        self.flush()
-        self._pending = (step, metrics, samples, tokens, wait_s, mix)
+        self._pending.append((step, metrics, samples, tokens, mix))
+        self._dispatch_s += times.dispatch_s
+        self._wait_s += times.wait_s
+        while len(self._pending) >= STEPS_IN_FLIGHT:
+            self._report()
 
     def flush(self) -> None:
-        """Report the step that was handed in last; waits for the device to finish it.
+        """Report all steps that were handed in; waits for the device to finish them.
 
         Raises:
             TrainingError: as for `submit`.
         """
-        if self._pending is None:
-            return
-        step, metrics, samples, tokens, wait_s, mix = self._pending
-        self._pending = None
+        while self._pending:
+            self._report()
+
+    def _report(self) -> None:
+        """Wait for the oldest step and log it."""
+        step, metrics, samples, tokens, mix = self._pending.popleft()
+        asked = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        device_s = time.perf_counter() - asked
         scalars = {f"train/{name}": value for name, value in values.items()}
         scalars |= {f"mix/{name}": clips for name, clips in mix.items()}
         if step % self._config.log_every == 0 or step in (1, self._config.steps):
@@ -346,7 +386,9 @@ class StepReporter:
         now = time.perf_counter()
         step_s, self._finished = now - self._finished, now
         self._samples, self._seconds = self._samples + samples, self._seconds + step_s
-        self._throughput.update(samples, tokens, step_s, wait_s)
+        host_s = step_s - self._wait_s - self._dispatch_s - device_s
+        self._throughput.update(samples, tokens, step_s, self._wait_s, host_s)
+        self._wait_s = self._dispatch_s = 0.0
         self._progress.update(step, values["loss"], self._throughput.rates())
 
     def skip_pause(self) -> None:
@@ -676,6 +718,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = None
     try:
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
+        process.use_compilation_cache()
+        process.keep_freed_memory()
         xla_options.reserve_gpu_memory()
         train(config, workdir)
     except USER_ERRORS as error:

@@ -59,7 +59,9 @@ def get_config() -> ConfigDict:
     c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
     c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
-    c.remat = "none"  # none | dots | full: what the backward pass computes again
+    c.remat = "auto"  # auto | none | dots | full: what the backward pass computes again; auto is
+    # the first of these that fits into the device's memory
+    c.unroll_layers = False  # layers in a row instead of a loop: faster on CPUs, longer to compile
     c.attention = "auto"  # auto | xla | cudnn | cudnn_packed; auto is the fastest that runs here
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 

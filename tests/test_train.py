@@ -3,11 +3,15 @@
 import itertools
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from affectgpt_jax import train
+from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES
 from affectgpt_jax.data.records import RecordDataset, write_records
@@ -104,6 +108,68 @@ def test_a_finished_run_started_again_only_scores(finished, records, capsys):
     assert "resumed from the checkpoint of step 6" in capsys.readouterr().out
     assert again["hit"] == before["hit"]
     assert losses(workdir) == trace
+
+
+def make_reporter():
+    """A reporter, what it has written by step, and a function that hands in the next step."""
+    written, config, steps = {}, demo_config.get_config(), itertools.count(1)
+    writer = SimpleNamespace(write=written.__setitem__)
+    progress = SimpleNamespace(update=lambda *args: None)
+    reporter = train.StepReporter(config, Path("run"), writer, progress, checkpoints=None)
+
+    def submit(dispatch_s=0.0, wait_s=0.0):
+        batch = {"segment_ids": np.ones((2, 3), np.int32)}
+        times = train.StepTimes(dispatch_s, wait_s)
+        reporter.submit(next(steps), {"loss": np.float32(1)}, batch, times, {})
+
+    return reporter, written, submit
+
+
+def test_the_loop_is_at_most_two_steps_ahead_of_what_is_finished():
+    reporter, written, submit = make_reporter()
+    for step in (1, 2, 3):
+        submit()
+        assert list(written) == [*range(1, step)], "one step runs, one is queued"
+    reporter.flush()
+    assert list(written) == [1, 2, 3]
+
+
+def test_the_hosts_time_is_what_is_neither_dispatch_nor_waiting(monkeypatch):
+    now_s = [0.0]
+
+    def spend(seconds, result=None):
+        now_s[0] += seconds
+        return result
+
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    monkeypatch.setattr(jax, "device_get", lambda metrics: spend(0.5, metrics))
+    _, written, submit = make_reporter()
+    for _ in range(5):
+        spend(0.25 + 0.125 + 0.0625)
+        submit(dispatch_s=0.25, wait_s=0.125)
+    rates = {name: value for name, value in written[4].items() if name.endswith("_ms")}
+    assert rates == {"rate/step_ms": 937.5, "rate/data_wait_ms": 125.0, "rate/host_ms": 62.5}
+
+
+def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
+    records, tmp_path, monkeypatch
+):
+    events = []
+    shard_batch, report = train.sharding.shard_batch, train.StepReporter._report
+
+    def copied(mesh, batch):
+        events.append("copy")
+        return shard_batch(mesh, batch)
+
+    def waited(self):
+        events.append("wait")
+        report(self)
+
+    monkeypatch.setattr(train.sharding, "shard_batch", copied)
+    monkeypatch.setattr(train.StepReporter, "_report", waited)
+    # Without a test set, and validated at the end only.
+    run(tmp_path, *records[:2], "--config.data.test=", "--config.save_every=6")
+    assert events[:12] == ["copy"] * 2 + ["copy", "wait"] * 4 + ["wait"] * 2
 
 
 @pytest.mark.parametrize("fusion", ["none", "attention", "qformer"])

@@ -175,35 +175,69 @@ def token_log_probs(
 
     Args:
         states: `[B, S, D]`.
-        vocabulary: `[D, V]`.
+        vocabulary: `[D, V]`, frozen: no gradient reaches it.
         targets: `[B, S]` int32.
-        chunk: positions per block; logits of one block are alive at a time, in the backward pass
-            too, where they are computed again. A block is a few columns of all rows, so that rows
-            stay on the devices that hold them.
+        chunk: positions per block; logits of one block are alive at a time. A block is a few
+            columns of all rows, so that rows stay on the devices that hold them.
 
     Returns:
         `[B, S]` float32.
+
+    Raises:
+        NotImplementedError: a gradient with respect to `vocabulary` is asked for.
     """
     vocabulary = vocabulary.astype(states.dtype)
-
-    def block(states, targets):
-        logits = jnp.einsum("bsd,dv->bsv", states, vocabulary, preferred_element_type=jnp.float32)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
     rows, columns = targets.shape
     if rows * columns <= chunk:
-        return block(states, targets)
+        return _block_log_probs(states, vocabulary, targets)
     width = max(1, chunk // rows)
 
     def blocks(x: jax.Array) -> jax.Array:
         filler = [(0, 0), (0, -columns % width)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, filler).reshape(rows, -1, width, *x.shape[2:]).swapaxes(0, 1)
 
-    recomputed = jax.checkpoint(block, prevent_cse=False)  # within a scan nothing could be merged
-
     def body(_, inputs):
-        return None, recomputed(*inputs)
+        states, targets = inputs
+        return None, _block_log_probs(states, vocabulary, targets)
 
     found = jax.lax.scan(body, None, (blocks(states), blocks(targets)))[1]
     return found.swapaxes(0, 1).reshape(rows, -1)[:, :columns]
+
+
+@jax.custom_vjp
+def _block_log_probs(states: jax.Array, vocabulary: jax.Array, targets: jax.Array) -> jax.Array:
+    """`token_log_probs` of one block.
+
+    Its derivative by a state is `(onehot - softmax) @ vocabulary^T`, which the forward pass can
+    compute while it has the logits: the backward pass only scales it. Autodiff would either keep
+    the logits or compute them again, and its product would mix float32 with the vocabulary's
+    dtype, which GPUs run at a fraction of bfloat16's rate.
+    """
+    return _log_probs_and_exponentials(states, vocabulary, targets)[0]
+
+
+def _log_probs_and_exponentials(states, vocabulary, targets):
+    """Log probabilities `[B, S]`; what softmax divides, `[B, S, V]`, and by what, `[B, S, 1]`."""
+    logits = jnp.einsum("bsd,dv->bsv", states, vocabulary, preferred_element_type=jnp.float32)
+    largest = logits.max(axis=-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+    return (chosen - largest - jnp.log(total))[..., 0], exponentials, total
+
+
+def _block_forward(states, vocabulary, targets):
+    if vocabulary.perturbed:
+        raise NotImplementedError("the vocabulary is frozen; it has no gradient")
+    states, vocabulary, targets = states.value, vocabulary.value, targets.value
+    log_probs, exponentials, total = _log_probs_and_exponentials(states, vocabulary, targets)
+    hit = jnp.arange(vocabulary.shape[1]) == targets[..., None]
+    slope = (jnp.where(hit, 1.0, 0.0) - exponentials / total).astype(states.dtype)
+    return log_probs, jnp.einsum("bsv,dv->bsd", slope, vocabulary)
+
+
+def _block_backward(slope, grad):
+    return slope * grad[..., None].astype(slope.dtype), None, None
+
+
+_block_log_probs.defvjp(_block_forward, _block_backward, symbolic_zeros=True)

@@ -13,10 +13,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from affectgpt_jax.models.quantize import frozen_dot, initializer
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# What rematerialisation policies call a projection's result. Its two products would be twice as
+# much to keep as their sum.
+PROJECTED = "projected"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +97,10 @@ def _low_rank_backward(scale, residuals, grad):
         axes = tuple(range(few.ndim - 1))
         return jax.lax.dot_general(few, many, ((axes, axes), ((), ())))
 
-    grad_a = over_tokens(grad_narrow, x).T.astype(lora_a.dtype)
-    return grad_x, grad_a, over_tokens(narrow, grad).astype(lora_b.dtype)
+    # Without the barrier XLA turns the transposed product into one of swapped operands, for which
+    # CPUs have no fast kernel.
+    grad_a = jax.lax.optimization_barrier(over_tokens(grad_narrow, x)).T
+    return grad_x, grad_a.astype(lora_a.dtype), over_tokens(narrow, grad).astype(lora_b.dtype)
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
@@ -123,7 +129,7 @@ class Projection(nn.Module):
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
             y = y + bias.astype(self.dtype)
         if self.lora is None or not (self.is_initializing() or self.has_variable("lora", "lora_a")):
-            return y
+            return checkpoint_name(y, PROJECTED)
         rank = self.lora.rank
         lora_a = self.variable(
             "lora",
@@ -134,4 +140,4 @@ class Projection(nn.Module):
             "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
         x = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
-        return y + low_rank(x, lora_a, lora_b, self.lora.scale)
+        return checkpoint_name(y + low_rank(x, lora_a, lora_b, self.lora.scale), PROJECTED)

@@ -231,6 +231,7 @@ class _Step(NamedTuple):
     tokens: int
     step_s: float
     data_wait_s: float
+    host_s: float
 
 
 class Throughput:
@@ -245,7 +246,9 @@ class Throughput:
         self._steps: deque[_Step] = deque(maxlen=window)
         self._to_skip = skip
 
-    def update(self, samples: int, tokens: int, step_s: float, data_wait_s: float) -> None:
+    def update(
+        self, samples: int, tokens: int, step_s: float, data_wait_s: float, host_s: float
+    ) -> None:
         """Adds one step.
 
         Args:
@@ -253,14 +256,16 @@ class Throughput:
             tokens: tokens that are not padding, over all processes.
             step_s: s from the end of the step before to the end of this one.
             data_wait_s: s of `step_s` during which the step had no batch to work on.
+            host_s: s of `step_s` in which the loop neither waited, for a batch or for the device,
+                nor dispatched the step.
         """
         if self._to_skip > 0:
             self._to_skip -= 1
             return
-        self._steps.append(_Step(samples, tokens, step_s, data_wait_s))
+        self._steps.append(_Step(samples, tokens, step_s, data_wait_s, host_s))
 
     def rates(self) -> dict[str, float]:
-        """Returns `samples/s`, `tokens/s`, and the means `step_ms` and `data_wait_ms` (ms).
+        """Returns `samples/s`, `tokens/s`, and means of `step_ms`, `data_wait_ms` and `host_ms`.
 
         The dict is empty until a step has been counted: no rate is better than a made-up one.
         """
@@ -268,11 +273,13 @@ class Throughput:
         if total_s <= 0:
             return {}
         data_wait_s = sum(step.data_wait_s for step in self._steps)
+        host_s = sum(step.host_s for step in self._steps)
         return {
             "samples/s": sum(step.samples for step in self._steps) / total_s,
             "tokens/s": sum(step.tokens for step in self._steps) / total_s,
             "step_ms": 1e3 * total_s / len(self._steps),
             "data_wait_ms": 1e3 * data_wait_s / len(self._steps),
+            "host_ms": 1e3 * host_s / len(self._steps),
         }
 
 

@@ -1,6 +1,7 @@
 """The decoder against Hugging Face's, and what packing, caching and rematerialisation promise."""
 
 import dataclasses
+import itertools
 import math
 import tempfile
 from pathlib import Path
@@ -372,33 +373,49 @@ def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
 
 @pytest.fixture(scope="module")
 def compiled_gradients():
-    """By remat policy: the compiled gradient of a sum of squares with respect to the inputs."""
+    """By remat policy, and whether layers are unrolled: the compiled gradient of a sum of squares
+    with respect to the inputs."""
     llm = dataclasses.replace(LLM, num_hidden_layers=6)
     base = random_tree(abstract_base(Qwen2(llm)))
     embeds = random_embeds(4, 32)
     rows = rows_of(32, 4)
 
-    def compile_one(remat):
-        module = Qwen2(llm, execution=Execution(remat=remat))
+    def compile_one(remat, unroll):
+        module = Qwen2(llm, execution=Execution(remat=remat, unroll=unroll))
         gradient = jax.grad(lambda e: (forward(e, *rows, module, base) ** 2).sum())
         return jax.jit(gradient).lower(embeds).compile()
 
-    return embeds, {remat: compile_one(remat) for remat in ("none", "dots", "full")}
+    looped = itertools.product(("none", "dots", "full"), (False,))
+    unrolled = itertools.product(("none", "full"), (True,))
+    return embeds, {how: compile_one(*how) for how in (*looped, *unrolled)}
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_does_not_change_gradients(compiled_gradients, remat):
+@pytest.mark.parametrize(
+    "how", [("dots", False), ("full", False), ("none", True), ("full", True)], ids=str
+)
+def test_neither_rematerialisation_nor_unrolling_changes_gradients(compiled_gradients, how):
     embeds, gradients = compiled_gradients
-    assert relative_error(gradients[remat](embeds), gradients["none"](embeds)) < FLOAT32
+    assert relative_error(gradients[how](embeds), gradients["none", False](embeds)) < FLOAT32
 
 
 def test_rematerialisation_saves_memory(compiled_gradients):
-    temporaries = {
-        remat: gradient.memory_analysis().temp_size_in_bytes
-        for remat, gradient in compiled_gradients[1].items()
+    size = {
+        how: gradient.memory_analysis().temp_size_in_bytes
+        for how, gradient in compiled_gradients[1].items()
     }
     # Attention computes its weights again under every policy: "none" keeps the other activations.
-    assert temporaries["full"] < 0.7 * temporaries["dots"] < 0.7 * 0.8 * temporaries["none"]
+    assert size["full", False] < 0.7 * size["dots", False] < 0.7 * 0.8 * size["none", False]
+
+
+def test_barriers_keep_unrolled_layers_from_being_merged_with_their_recomputation():
+    def barriers(unroll):
+        module = Qwen2(LLM, execution=Execution(remat="full", unroll=unroll))
+        base = random_tree(abstract_base(module))
+        gradient = jax.grad(lambda e: forward(e, *rows_of(8, 2), module, base).sum())
+        return jax.jit(gradient).lower(random_embeds(2, 8)).as_text().count("optimization_barrier")
+
+    assert barriers(unroll=True) > 0
+    assert barriers(unroll=False) == 0, "in a loop they would only cost"
 
 
 def test_an_unknown_remat_policy_is_refused():

@@ -268,28 +268,30 @@ def test_no_metrics_file_is_an_error(tmp_path: Path) -> None:
 
 def test_rates_leave_out_the_steps_that_compile() -> None:
     throughput = Throughput(skip=2)
-    throughput.update(samples=8, tokens=800, step_s=60.0, data_wait_s=5.0)
-    throughput.update(samples=8, tokens=800, step_s=30.0, data_wait_s=0.0)
+    throughput.update(samples=8, tokens=800, step_s=60.0, data_wait_s=5.0, host_s=1.0)
+    throughput.update(samples=8, tokens=800, step_s=30.0, data_wait_s=0.0, host_s=1.0)
     assert throughput.rates() == {}
-    throughput.update(samples=8, tokens=800, step_s=0.25, data_wait_s=0.125)
+    throughput.update(samples=8, tokens=800, step_s=0.25, data_wait_s=0.125, host_s=0.0625)
     assert throughput.rates() == {
         "samples/s": 32.0,
         "tokens/s": 3200.0,
         "step_ms": 250.0,
         "data_wait_ms": 125.0,
+        "host_ms": 62.5,
     }
 
 
 def test_rates_weigh_steps_by_their_time_and_forget_old_ones() -> None:
     throughput = Throughput(window=2, skip=0)
-    throughput.update(samples=1000, tokens=1000, step_s=1.0, data_wait_s=1.0)
-    throughput.update(samples=2, tokens=100, step_s=1.0, data_wait_s=0.0)
-    throughput.update(samples=4, tokens=500, step_s=2.0, data_wait_s=0.5)
+    throughput.update(samples=1000, tokens=1000, step_s=1.0, data_wait_s=1.0, host_s=1.0)
+    throughput.update(samples=2, tokens=100, step_s=1.0, data_wait_s=0.0, host_s=0.5)
+    throughput.update(samples=4, tokens=500, step_s=2.0, data_wait_s=0.5, host_s=0.25)
     assert throughput.rates() == {
         "samples/s": 2.0,
         "tokens/s": 200.0,
         "step_ms": 1500.0,
         "data_wait_ms": 250.0,
+        "host_ms": 375.0,
     }
 
 

@@ -1,0 +1,184 @@
+"""How much device memory an update takes, and the rematerialisation policy that follows.
+
+An estimate from shapes alone, before anything is compiled: the arguments of the step, the
+gradient, what the forward pass saves for the backward pass (read off the program that JAX would
+differentiate, so every policy and attention backend counts itself), and the work of one layer. The
+temporaries of a compiled program would be no better guide where the compiler is another device's: a
+CPU compile of a flash kernel's fallback holds scores that the GPU never does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from affectgpt_jax.models.affectgpt import LOSS_CHUNK, AffectGPT, Batch, loss_sum_and_count
+from affectgpt_jax.training.sharding import BATCH_AXES
+from affectgpt_jax.training.step import State
+
+# From the fastest to the one that saves the least.
+POLICIES = ("none", "dots", "full")
+# Share of the device's memory that a program may be planned for; the rest is for fragmentation and
+# the library's workspaces.
+USABLE = 0.9
+
+
+class Memory(NamedTuple):
+    """Bytes on one device during an update.
+
+    Attributes:
+        base: the frozen weights.
+        state: what is trained, its optimizer state and its gradient.
+        saved: activations from the forward pass for the backward pass.
+        work: the largest thing that is alive for a moment: one layer's activations, while its
+            backward pass runs, or a chunk of logits with its gradient.
+    """
+
+    base: int
+    state: int
+    saved: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Choice(NamedTuple):
+    """A policy, what it takes, and the bytes that there are (None where the device cannot say)."""
+
+    policy: str
+    memory: Memory
+    limit: int | None
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.memory.total <= USABLE * self.limit
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{_gib(n)} {name}" for name, n in self.memory._asdict().items())
+        if self.limit is None:
+            return f"remat {self.policy}: this device knows no memory limit; {parts} GiB"
+        return (
+            f"remat {self.policy}: about {_gib(self.memory.total)} of {_gib(self.limit)} GiB "
+            f"({parts})" + ("" if self.fits else "; it may not fit")
+        )
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f}"
+
+
+def choose_remat(
+    model: AffectGPT,
+    mesh: Mesh,
+    abstract_state: State,
+    abstract_base: Any,
+    batch: Batch,
+    accumulation: int,
+    limit: int | None,
+) -> Choice:
+    """The first of `POLICIES` with which an update fits; the last one if none does.
+
+    Args:
+        model: any policy; the others are tried on copies of it.
+        mesh: the devices. Rows are counted as split over the batch axes; that the tensor axis
+            splits some activations too is left out, which errs on the safe side.
+        abstract_state, abstract_base: shapes with shardings.
+        batch: abstract global batch of the largest shape.
+        accumulation: parts that a batch runs in.
+        limit: bytes of one device's memory; None takes the first policy.
+    """
+    part = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulation
+
+    def rows(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((max(1, x.shape[0] // part), *x.shape[1:]), x.dtype)
+
+    batch = jax.tree.map(rows, batch)
+    found = estimates(model, abstract_state, abstract_base, batch)
+    for policy, memory in found:
+        choice = Choice(policy, memory, limit)
+        if choice.fits:
+            break
+    return choice
+
+
+def with_remat(model: AffectGPT, policy: str) -> AffectGPT:
+    """The same model under another rematerialisation policy."""
+    return _with_execution(model, remat=policy)
+
+
+def _with_execution(model: AffectGPT, **changes: Any) -> AffectGPT:
+    execution = dataclasses.replace(model.qwen2.execution, **changes)
+    return dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
+
+
+def estimates(
+    model: AffectGPT, abstract_state: State, abstract_base: Any, batch: Batch
+) -> Iterator[tuple[str, Memory]]:
+    """What an update takes on one device, whose rows are those of the abstract batch.
+
+    Yields:
+        Every policy with its memory, in the order of `POLICIES`; each costs about a second.
+    """
+    config = model.qwen2.config
+    rows, targets = batch["targets"].shape
+    logits = min(rows * targets, max(rows, LOSS_CHUNK)) * config.vocab_size * 4
+    base = device_bytes(abstract_base)
+    state = device_bytes(abstract_state) + device_bytes(abstract_state["trainable"])
+    layer = 0
+    for policy in POLICIES:
+        # A mesh's constraints say where arrays live, not how many there are.
+        saving = _with_execution(model, remat=policy, shard=lambda x, axes: x)
+
+        def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array, saving=saving) -> Any:
+            return loss_sum_and_count(saving, base, trainable, batch, key)
+
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        saved = saved_bytes(loss, abstract_state["trainable"], abstract_base, batch, key)
+        layer = layer or saved // config.num_hidden_layers  # without rematerialisation
+        yield policy, Memory(base, state, saved, work=max(layer, 2 * logits))
+
+
+def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
+    """Bytes that differentiating `function(differentiated, *others) -> (scalar, aux)` saves.
+
+    Arguments that the backward pass reads again are not counted, since nobody copies them.
+
+    Args:
+        function: traced, not run.
+        differentiated: abstract arrays.
+        others: abstract arrays.
+    """
+
+    def residuals(differentiated: Any, *others: Any) -> Any:
+        # What `jax.vjp` returns is a tree, whose leaves are the residuals.
+        return jax.vjp(lambda x: function(x, *others), differentiated, has_aux=True)[1]
+
+    jaxpr = jax.make_jaxpr(residuals)(differentiated, *others).jaxpr
+    arguments = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
+    kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in arguments}
+    return sum(_nbytes(aval.shape, aval.dtype) for aval in kept.values())
+
+
+def device_bytes(abstract_tree: Any) -> int:
+    """Bytes of one device's share of a tree of shapes with shardings."""
+    return sum(
+        _nbytes(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(abstract_tree)
+    )
+
+
+def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
+    # A key's dtype is as wide as the words that it holds.
+    return math.prod(shape) * dtype.itemsize
+
+
+def device_limit() -> int | None:
+    """Bytes that this process may use on one device; None on a CPU, which shares the host's."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats.get("bytes_limit") if stats else None

@@ -1,0 +1,168 @@
+"""What an update is expected to take, against sizes that follow from the shapes, and the choice."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny_model import make_batch, make_model
+
+from affectgpt_jax import build
+from affectgpt_jax.configs import affectgpt_qwen25_7b
+from affectgpt_jax.models.affectgpt import init_random_base
+from affectgpt_jax.models.qwen2 import PUBLISHED
+from affectgpt_jax.training import memory, sharding
+from affectgpt_jax.training.optimizer import make_optimizer
+from affectgpt_jax.training.step import init_state
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+# --- What is saved --------------------------------------------------------------------------------
+
+
+def test_what_the_backward_pass_reads_again_is_counted_once():
+    def squares(x):
+        return jnp.sum(jnp.sin(x) ** 2), None  # saves sin and cos
+
+    assert memory.saved_bytes(squares, shape(8, 16)) == 2 * 8 * 16 * 4
+
+
+def test_arguments_that_the_backward_pass_reads_are_not_counted():
+    def product(x, weights):
+        return jnp.sum(x @ weights), None
+
+    assert memory.saved_bytes(product, shape(8, 16), shape(16, 32)) == 0
+
+
+def test_a_scan_saves_for_every_layer_in_the_dtype_of_each_value():
+    def layers(x, weights):
+        def layer(x, w):
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(layer, x, weights)[0], dtype=jnp.float32), None
+
+    half = jnp.bfloat16
+    saved = memory.saved_bytes(layers, shape(8, 16, dtype=half), shape(5, 16, 16, dtype=half))
+    assert saved % (5 * 8 * 16 * 2) == 0 and 1 <= saved // (5 * 8 * 16 * 2) <= 2
+
+
+# --- The paper's step -----------------------------------------------------------------------------
+
+
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1),
+        sharding.AXES,
+        devices=jax.devices()[:1],
+        axis_types=(jax.sharding.AxisType.Auto,) * len(sharding.AXES),
+    )
+
+
+def paper(rows, length=512, targets=256):
+    """Model, mesh, state, base and batch of the 7B recipe on text without dropout, all abstract.
+
+    Attention is left out: what it saves depends on the backend.
+    """
+    config = affectgpt_qwen25_7b.get_config()
+    config.input, config.lora.dropout = "text", 0.0
+    model = build.model(config, PUBLISHED["Qwen2.5-7B-Instruct"])
+    execution = dataclasses.replace(model.qwen2.execution, attend=lambda q, k, v, segment_ids: q)
+    model = dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
+    optimizer = make_optimizer(build.optimizer_config(config), config.steps)
+    mesh = one_device()
+    state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
+    base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
+    integers = shape(rows, length, dtype=jnp.int32)
+    batch = {
+        **dict.fromkeys(("tokens", "positions", "segment_ids", "soft_index"), integers),
+        **dict.fromkeys(("target_positions", "targets"), shape(rows, targets, dtype=jnp.int32)),
+        "target_weights": shape(rows, targets),
+        "features": {},
+        "present": {},
+    }
+    return model, mesh, state, base, batch
+
+
+@functools.cache
+def papers_memory():
+    model, _, state, base, batch = paper(3)
+    return dict(memory.estimates(model, state, base, batch))
+
+
+WIDE, NARROW = (28 * 3 * 512 * width * 2 for width in (18944, 3584))  # bytes in all layers
+
+
+def test_the_papers_weights_and_state_take_what_their_shapes_say():
+    found = papers_memory()
+    assert found["full"].base == 2 * 7_615_616_512
+    # Adapters, two moments and the gradient in float32, and a few counters.
+    assert 0 <= found["full"].state - 4 * 4 * 40_370_176 < 100
+
+
+def test_full_rematerialisation_saves_the_input_of_every_layer():
+    # Beside it the last norm's input and the loss's gradient, which are one layer's worth each.
+    assert NARROW < papers_memory()["full"].saved < 1.2 * NARROW
+
+
+def test_no_rematerialisation_saves_the_feed_forward_width_three_times():
+    # gate, up and their product; of the narrow ones both norms' inputs and outputs, the input of
+    # the output projection, rotated queries, and little more.
+    saved = papers_memory()["none"].saved
+    assert 3 * WIDE + 4 * NARROW < saved < 3 * WIDE + 7 * NARROW
+
+
+def test_what_the_projections_return_is_saved_once_with_their_adapters():
+    # gate, up, queries, the output projection and a layer's input; keys and values are narrow.
+    assert 2 * WIDE + 3 * NARROW < papers_memory()["dots"].saved < 2 * WIDE + 4.5 * NARROW
+
+
+def test_many_long_rows_need_rematerialisation_on_an_80_gb_card():
+    limit = 60 * 2**30  # the share of it that JAX takes
+    assert memory.choose_remat(*paper(3), 1, limit).policy == "none"
+    assert memory.choose_remat(*paper(48, 1024), 1, limit).policy == "full"
+
+
+# --- The choice -----------------------------------------------------------------------------------
+
+
+def tiny(mesh=None):
+    mesh, model = mesh or one_device(), make_model()
+    optimizer = make_optimizer(build.optimizer_config(affectgpt_qwen25_7b.get_config()), 10)
+    state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
+    base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
+    return model, mesh, state, base, sharding.abstract_batch(mesh, make_batch([16] * 8))
+
+
+@pytest.mark.parametrize("policy", memory.POLICIES)
+def test_the_first_policy_that_fits_is_chosen(policy):
+    model, mesh, state, base, batch = tiny()
+    need = dict(memory.estimates(model, state, base, batch))[policy].total
+    choice = memory.choose_remat(model, mesh, state, base, batch, 1, int(need / memory.USABLE) + 1)
+    assert choice.policy == policy
+    assert "may not fit" not in str(choice)
+
+
+def test_where_nothing_fits_the_last_policy_is_tried_and_it_says_so():
+    choice = memory.choose_remat(*tiny(), 1, 1000)
+    assert choice.policy == "full"
+    assert str(choice).startswith("remat full: about 0.0 of 0.0 GiB (0.0 base, ")
+    assert str(choice).endswith("; it may not fit")
+
+
+def test_a_device_without_a_limit_keeps_everything():
+    choice = memory.choose_remat(*tiny(), 1, memory.device_limit())
+    assert choice.policy == "none" and choice.limit is None
+    assert "knows no memory limit" in str(choice)
+
+
+def test_devices_and_accumulation_share_the_rows_and_fsdp_the_parameters():
+    one, split = (
+        memory.choose_remat(*tiny(mesh), parts, None).memory
+        for mesh, parts in ((None, 1), (sharding.make_mesh("data:2,fsdp:2,tensor:2"), 2))
+    )
+    assert split.saved == pytest.approx(one.saved / 8, rel=0.05)
+    assert split.base < one.base / 2
