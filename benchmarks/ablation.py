@@ -105,6 +105,8 @@ TABLES = {
     ),
 }
 DEFAULT = Variant()
+# What all runs have in common, so that results stay comparable when the demo's own length changes.
+LENGTH = ("--config.steps=300", "--config.batch_size=64", "--config.save_every=60")
 VARIED = ("fusion", "input", "lora.rank", "lora.alpha", "seed", "demo_seed")
 
 Key = tuple[Variant, int]  # a variant and a seed
@@ -127,7 +129,13 @@ def plan(
         (variant, seed): Run(
             f"{variant.name}, seed {seed}",
             workdir / f"{variant.name}-seed{seed}",
-            (*variant.flags, f"--config.seed={seed}", f"--config.demo_seed={seed}", *overrides),
+            (
+                *variant.flags,
+                *LENGTH,
+                f"--config.seed={seed}",
+                f"--config.demo_seed={seed}",
+                *overrides,
+            ),
         )
         for seed in dict.fromkeys(seeds)
         for variant in variants
