@@ -11,7 +11,16 @@ import pytest
 
 from affectgpt_jax.config import check_same_run, parse_command_line
 from benchmarks import ablation, environment
-from benchmarks.ablation import DEFAULT, TABLES, Variant, markdown, plan, summarise, t_interval
+from benchmarks.ablation import (
+    DEFAULT,
+    LENGTH,
+    TABLES,
+    Variant,
+    markdown,
+    plan,
+    summarise,
+    t_interval,
+)
 from benchmarks.runner import Outcome, Run, RunError, finished, train_all
 
 WORKDIR = Path("runs/ablation")
@@ -29,7 +38,7 @@ def test_a_variant_that_tables_share_is_trained_once(tables, variants):
 
 
 def test_every_run_is_a_config_that_differs_as_the_table_says():
-    base, _ = parse_command_line([], "")
+    base, _ = parse_command_line(LENGTH, "")
     for (variant, seed), run in plan([5, 6, 8], [3, 4], WORKDIR, ["--config.steps=7"]).items():
         config, _ = parse_command_line(run.flags, "")
         assert (config.fusion, config.input, config.lora.rank) == variant
