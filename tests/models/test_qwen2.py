@@ -403,8 +403,9 @@ def test_rematerialisation_saves_memory(compiled_gradients):
         how: gradient.memory_analysis().temp_size_in_bytes
         for how, gradient in compiled_gradients[1].items()
     }
-    # Attention computes its weights again under every policy: "none" keeps the other activations.
-    assert size["full", False] < 0.7 * size["dots", False] < 0.7 * 0.8 * size["none", False]
+    # Attention and elementwise functions compute again under every policy, so that without
+    # adapters "none" keeps little more than "dots"; training/test_memory.py has them with adapters.
+    assert size["full", False] < 0.7 * size["dots", False] < 0.7 * size["none", False]
 
 
 def test_barriers_keep_unrolled_layers_from_being_merged_with_their_recomputation():
