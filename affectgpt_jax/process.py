@@ -41,8 +41,8 @@ def keep_freed_memory() -> bool:
     XLA allocates the temporaries of a program in one block at every call. By default glibc maps
     such a block anew each time, and the kernel clears it page by page: a sixth of a training step.
     The price is that the process keeps the most that it ever held, and, as threads allocate between
-    the blocks, up to a few blocks more. Call it before JAX starts its threads, which otherwise
-    bring heaps of their own that cannot grow to such a size.
+    the blocks, up to a few blocks more. For a process of one's own, before JAX starts its threads,
+    which otherwise bring heaps of their own that cannot grow to such a size.
 
     Returns:
         Whether it was done: not where there may be an accelerator, whose host works for many

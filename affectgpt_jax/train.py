@@ -719,7 +719,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
         process.use_compilation_cache()
-        process.keep_freed_memory()
         xla_options.reserve_gpu_memory()
         train(config, workdir)
     except USER_ERRORS as error:
@@ -744,4 +743,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     silence_threads()
+    process.keep_freed_memory()
     main()

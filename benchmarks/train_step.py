@@ -469,7 +469,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error("--pack is for --workload lengths; the others have rows of one length")
     large = args.workload == "anchor" or args.shape == "7b"
     args.dtype = args.dtype or ("bfloat16" if large else "float32")
-    keep_freed_memory()
     try:
         report = run(args)
     except ConfigError as error:
@@ -493,4 +492,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()

@@ -73,7 +73,6 @@ def test_both_sides_start_from_equal_losses_and_their_steps_are_kept(
 ):
     monkeypatch.setitem(train_step.SHAPES, "small", TINY)
     monkeypatch.setattr(train_step, "BATCHES", 2)
-    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: False)
     out = tmp_path / "out.json"
     train_step.main([*flags, "--steps=2", "--warmup=1", "--pack-length=1024", f"--out={out}"])
     report = json.loads(out.read_text())
@@ -84,7 +83,6 @@ def test_both_sides_start_from_equal_losses_and_their_steps_are_kept(
 
 def test_losses_that_differ_stop_the_comparison(monkeypatch, tmp_path):
     monkeypatch.setitem(train_step.SHAPES, "small", TINY)
-    monkeypatch.setattr(train_step, "keep_freed_memory", lambda: False)
     monkeypatch.setattr(train_step, "_loss_of", lambda ours, batch: 1.0)
     monkeypatch.setattr(train_step, "Theirs", lambda *_: SimpleNamespace(loss=lambda batch: 1.1))
     with pytest.raises(SystemExit, match="losses of the same batch differ"):
