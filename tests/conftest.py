@@ -1,5 +1,6 @@
 """What every test shares, set before JAX is imported: 8 emulated CPU devices, fixed examples."""
 
+import gc
 import os
 import tempfile
 
@@ -22,6 +23,19 @@ jax.config.update("jax_disable_most_optimizations", True)
 _CACHE = tempfile.TemporaryDirectory(prefix="affectgpt-test-cache-")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs_at_a_time():
+    """Forget a file's compiled programs behind it.
+
+    Each one is some dozen memory mappings, of which Linux allows a process 65,530: the programs of
+    the whole suite are more, and loading one too many ends in a segmentation fault.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+
 
 # Deterministic, and patient with the compilation inside an example.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
