@@ -147,10 +147,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     abstract_base = abstract(mesh, lambda key: init_random_base(model, key))
     abstract_state = abstract(mesh, lambda key: init_state(model, optimizer, key))
     check_disk(workdir, abstract_state)
-    held = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract_base))
     progress.line(
-        f"{count(abstract_base):,} frozen parameters ({directory.name}, {held / 2**30:.2f} GiB in "
-        f"{config.base_precision or config.dtype}), "
+        f"{count(abstract_base):,} frozen parameters ({directory.name}, "
+        f"{nbytes(abstract_base) / 2**30:.2f} GiB in {config.base_precision or config.dtype}), "
         f"{count(abstract_state['trainable']['lora']):,} in LoRA and "
         f"{count(abstract_state['trainable']['fusion']):,} in heads and fusion to train"
     )
@@ -478,7 +477,7 @@ def check_disk(workdir: Path, state: State) -> None:
     Raises:
         TrainingError: naming how much is free and how much a checkpoint needs.
     """
-    need = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
+    need = nbytes(state)
     free = shutil.disk_usage(workdir).free
     if free < need:
         raise TrainingError(
@@ -519,6 +518,11 @@ def count(tree: Any) -> int:
     """Number of parameters in a tree of arrays or shapes."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedKernel))
     return sum(math.prod(leaf.shape) for leaf in leaves)
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def lower_step(

@@ -30,7 +30,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType
 
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
@@ -41,10 +40,10 @@ from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2Config
 from affectgpt_jax.process import keep_freed_memory
-from affectgpt_jax.train import compile_steps
+from affectgpt_jax.train import compile_steps, tree_shardings
 from affectgpt_jax.training import memory, sharding
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from affectgpt_jax.training.step import init_state, make_train_step
+from affectgpt_jax.training.step import init_state, make_eval_step, make_train_step
 from affectgpt_jax.weights.huggingface import save_base
 from benchmarks import environment
 
@@ -199,13 +198,7 @@ class Ours:
 
     def __init__(self, args: argparse.Namespace, config: Any, llm: Qwen2Config, work: Work):
         # One device, so that both sides have the same.
-        axes = sharding.AXES
-        self.mesh = jax.make_mesh(
-            (1,) * len(axes),
-            axes,
-            axis_types=(AxisType.Auto,) * len(axes),
-            devices=jax.devices()[:1],
-        )
+        self.mesh = sharding.make_mesh("data:1", jax.devices()[:1])
         choice = build.attention(config, llm)
         self.notes = [f"attention {choice.name}: {choice.reason}"]
         shard = sharding.activation_constraint(self.mesh)
@@ -230,8 +223,7 @@ class Ours:
         step = make_train_step(model, optimizer, schedule, seed=args.seed)
 
         def started(init: Callable, shapes: Any, seed: int) -> Any:
-            places = jax.tree.map(lambda x: x.sharding, shapes)
-            return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+            return jax.jit(init, out_shardings=tree_shardings(shapes))(jax.random.key(seed))
 
         self.base = started(lambda key: init_random_base(model, key), abstract_base, args.seed)
         self.state = started(lambda k: init_state(model, optimizer, k), abstract_state, 1)
@@ -410,8 +402,6 @@ def _never(*_: Any) -> Any:
 
 def _loss_of(ours: Ours, batch: Batch) -> float:
     """The mean loss of a batch under the weights that `ours` has now."""
-    from affectgpt_jax.training.step import make_eval_step
-
     total, count = jax.jit(make_eval_step(ours.model))(
         ours.state["trainable"], ours.base, sharding.shard_batch(ours.mesh, batch)
     )

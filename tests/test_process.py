@@ -1,6 +1,7 @@
 """What a process is set up with: whose word on the cache counts, and that memory stays."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import jax
 import pytest
 
 from affectgpt_jax import process, train
+from affectgpt_jax.training import checkpoints
 
 
 @pytest.fixture
@@ -25,6 +27,19 @@ def test_training_keeps_programs_in_the_users_cache_directory(no_directory, tmp_
     monkeypatch.setattr(train, "train", lambda config, workdir: None)
     train.main([f"--workdir={tmp_path / 'run'}"])
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "affectgpt_jax" / "xla")
+
+
+@pytest.mark.filterwarnings("ignore:'affectgpt_jax.train' found in sys.modules")
+def test_only_a_process_of_its_own_sets_up_malloc(monkeypatch):
+    kept = []
+    monkeypatch.setattr(process, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(checkpoints, "silence_threads", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["train", "--config.no_such_key=1"])
+    for start in (train.main, lambda: runpy.run_module(train.__name__, run_name="__main__")):
+        assert not kept
+        with pytest.raises(SystemExit, match="no_such_key"):
+            start()
+    assert kept == [True]
 
 
 @pytest.mark.parametrize("value", ["", "relative/path"])

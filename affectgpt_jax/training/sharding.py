@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -74,10 +74,15 @@ def parse_mesh(text: str, device_count: int) -> tuple[int, int, int]:
     return tuple(sizes[axis] for axis in AXES)
 
 
-def make_mesh(text: str) -> Mesh:
-    """The mesh over all devices of all processes."""
-    shape = parse_mesh(text, jax.device_count())
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over these devices, by default all of all processes.
+
+    Raises:
+        MeshError: as `parse_mesh`.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = parse_mesh(text, len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def path_name(path) -> str:

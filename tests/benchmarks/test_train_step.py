@@ -71,6 +71,7 @@ def test_rates_are_of_all_steps_and_the_time_is_a_median():
 def test_both_sides_start_from_equal_losses_and_their_steps_are_kept(
     tmp_path, monkeypatch, capsys, flags, peer_mask
 ):
+    pytest.importorskip("torch", reason="the peer runs in PyTorch")
     monkeypatch.setitem(train_step.SHAPES, "small", TINY)
     monkeypatch.setattr(train_step, "BATCHES", 2)
     out = tmp_path / "out.json"

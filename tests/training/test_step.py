@@ -65,15 +65,21 @@ def assert_same_update(found, expected):
         jax.tree_util.tree_leaves_with_path(tree)
         for tree in (TRAINABLE, state["trainable"], expected_state["trainable"])
     )
+    changes = {}
+    for (path, start), (_, y) in zip(before, wanted, strict=True):
+        largest = np.abs(np.asarray(y, np.float64) - start).max()
+        changes[path[:-1]] = max(changes.get(path[:-1], 0), largest)
     for (path, start), (_, x), (_, y) in zip(before, after, wanted, strict=True):
         # Subtracting from a parameter rounds to the spacing of its values.
         rounding = np.spacing(np.abs(np.asarray(start)).max())
         start, x, y = (np.asarray(leaf, np.float64) for leaf in (start, x, y))
         largest = np.abs(y - start).max()
         assert largest > 0, path
-        # Over a dozen draws of parameters, layouts differ by up to 2.3e-5 in the gradient of a
-        # score's bias: one number, a sum that cancels. Everywhere else by less than 1e-5.
-        assert np.abs(x - y).max() < 3 * FLOAT32 * largest + rounding, path
+        if start.size == 1:
+            # A score's bias: its gradient is one number, a sum that cancels, and it is the score's
+            # weights, whose gradients are sums of the same terms, that say what is little.
+            largest = max(largest, changes[path[:-1]])
+        assert np.abs(x - y).max() < FLOAT32 * largest + rounding, path
 
 
 @pytest.mark.parametrize(("accumulation", "batch"), [(2, BATCH), (4, BATCH), (2, PACKED)])
