@@ -193,6 +193,11 @@ def model(
     Raises:
         ConfigError: values that the modules refuse.
     """
+    if config.base_precision == "nf4" and (llm.hidden_size % 2 or llm.intermediate_size % 2):
+        raise ConfigError(
+            f"config.base_precision='nf4' packs inputs in pairs, but this base has a hidden_size "
+            f"of {llm.hidden_size} and an intermediate_size of {llm.intermediate_size}; use int8"
+        )
     dtype = jnp.dtype(config.dtype)
     execution = Execution(
         dtype=dtype,

@@ -212,6 +212,11 @@ def validate(config: ConfigDict) -> None:
             f"config.pack_length is {config.pack_length}; expected 0, or at least the "
             f"{config.max_tokens} of config.max_tokens, so that a row holds any example whole"
         )
+    if config.base_precision == "nf4" and config.unroll_layers:
+        raise ConfigError(
+            "config.base_precision='nf4' with config.unroll_layers=True would hold the widened "
+            "kernels of all layers at once, which is more than a plain base; unset one of the two"
+        )
     if not 0 <= config.data.val_share < 1:
         raise ConfigError(
             f"config.data.val_share is {config.data.val_share}; expected a share in [0, 1)"

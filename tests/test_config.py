@@ -20,6 +20,7 @@ from affectgpt_jax.config import (
     validate,
 )
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
+from affectgpt_jax.models.qwen2 import Qwen2Config
 
 PACKAGE = Path(affectgpt_jax.__file__).parent
 
@@ -198,6 +199,10 @@ def test_help_is_printed(capsys):
             "--config.pack_length=63",
             "config.pack_length is 63; expected 0, or at least the 64 of config.max_tokens",
         ),
+        (
+            "--config.base_precision=nf4 --config.unroll_layers=True",
+            "config.base_precision='nf4' with config.unroll_layers=True would hold",
+        ),
         # an unknown config, flag or argument
         ("--config=nosuch", r"--config=nosuch: no such file, nor .*'affectgpt_qwen25_7b', 'demo'"),
         ("--config nosuch", "--config=nosuch: no such file"),
@@ -254,6 +259,11 @@ def test_a_config_file_that_leaves_the_schema_is_refused(change, message, tmp_pa
     ("use", "argv", "message"),
     [
         (build.input_mode, "--config.input=smell", "config.input is 'smell'; expected one of"),
+        (
+            lambda config: build.model(config, Qwen2Config(intermediate_size=7)),
+            "--config.base_precision=nf4",
+            "config.base_precision='nf4' packs inputs in pairs, .* intermediate_size of 7; use",
+        ),
         (build.optimizer_config, "--config.optimizer.beta1=1", "config.optimizer.beta1 is 1.0"),
         (
             lambda config: build.base_directory(config.llm),
