@@ -55,6 +55,7 @@ from affectgpt_jax.training.optimizer import (
 from affectgpt_jax.training.step import init_key, init_state, make_train_step
 from affectgpt_jax.weights.huggingface import load_base
 from benchmarks import environment, parity, probes
+from benchmarks.train_step import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 LOW = PRECISIONS[1:]
@@ -73,15 +74,9 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "small": Workload(
-        Qwen2Config(16384, 512, 2048, 8, 8, 2, 64, tie_word_embeddings=True),
-        rows=2,
-        length=256,
-        dtype="float32",
-        remat="none",
-    ),
+    "small": Workload(SHAPES["small"], 4, 256, "float32", "none"),
     # Rematerialised, so that two bases and the activations of long rows fit 80 GB.
-    "7b": Workload(PUBLISHED["Qwen2.5-7B-Instruct"], 2, 4096, "bfloat16", "full"),
+    "7b": Workload(SHAPES["7b"], 2, 4096, "bfloat16", "full"),
 }
 
 
