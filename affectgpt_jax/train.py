@@ -149,7 +149,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     check_disk(workdir, abstract_state)
     progress.line(
         f"{count(abstract_base):,} frozen parameters ({directory.name}, "
-        f"{nbytes(abstract_base) / 2**30:.2f} GiB in {config.base_precision or config.dtype}), "
+        f"{nbytes(abstract_base) / 2**20:,.1f} MiB in {config.base_precision or config.dtype}), "
         f"{count(abstract_state['trainable']['lora']):,} in LoRA and "
         f"{count(abstract_state['trainable']['fusion']):,} in heads and fusion to train"
     )
