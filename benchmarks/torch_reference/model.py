@@ -19,10 +19,15 @@ import transformers
 from peft.tuners.lora import LoraLayer
 
 from benchmarks.torch_reference.fusers import Fusers
+from benchmarks.torch_reference.kernels import VARLEN, ChunkedCrossEntropy, Segments
+
+from affectgpt_jax.weights.hf_config import to_hf
+from benchmarks.torch_reference.weights import move_base
 
 if TYPE_CHECKING:
     from affectgpt_jax.models.fusers import FusionConfig
     from affectgpt_jax.models.lora import LoraConfig
+    from affectgpt_jax.models.qwen2 import Qwen2Config
 
 IGNORED = -100  # the label that `F.cross_entropy` leaves out
 
@@ -35,24 +40,28 @@ class Tuning:
         attention: of the decoder, by transformers' name; None is its own choice.
         mask: "padding" hides padding from every query, through a mask `[B, 1, T, T]`; "causal"
             passes none, which is the same for rows that are padded on the right, since no real
-            token looks that way, and admits the fastest kernels; "segments" also keeps apart the
-            samples that share a row.
-        all_logits: project every position onto the vocabulary, not only the supervised ones.
+            token looks that way, and admits the fastest kernels; "segments" says where the samples
+            that share a row lie, for the attention "varlen".
+        all_logits: project every position onto the vocabulary at once, instead of the supervised
+            ones in chunks.
         cast_adapter_inputs: PEFT's float32 copy of the input of every adapter, which autocast
             converts back.
+        compile: compile each decoder layer with `torch.compile`, on a GPU. (On two CPU cores
+            compiled layers of 512 wide took 1.1 to 1.2 times as long.)
     """
 
     attention: str | None
     mask: Literal["padding", "causal", "segments"]
     all_logits: bool
     cast_adapter_inputs: bool
+    compile: bool
 
 
 TUNINGS = {
     # As the release trains: whatever the libraries do by default.
-    "release": Tuning(None, "padding", all_logits=True, cast_adapter_inputs=True),
-    "tuned": Tuning("sdpa", "causal", all_logits=False, cast_adapter_inputs=False),
-    "packed": Tuning("sdpa", "segments", all_logits=False, cast_adapter_inputs=False),
+    "release": Tuning(None, "padding", all_logits=True, cast_adapter_inputs=True, compile=False),
+    "tuned": Tuning("sdpa", "causal", all_logits=False, cast_adapter_inputs=False, compile=True),
+    "packed": Tuning(VARLEN, "segments", all_logits=False, cast_adapter_inputs=False, compile=True),
 }
 
 
@@ -97,16 +106,40 @@ class AffectGPT(Fusers):
         llama_model = transformers.AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, attn_implementation=tuning.attention
         ).requires_grad_(False)
-        if lora is not None:
-            adapters = peft.LoraConfig(
-                task_type="CAUSAL_LM",
-                r=lora.rank,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=list(lora.targets),
-            )
-            llama_model = peft.get_peft_model(llama_model, adapters)
-        return cls(llama_model, fusion, tuning)
+        return cls(with_adapters(llama_model, lora), fusion, tuning)
+
+    @classmethod
+    def from_base(
+        cls,
+        llm: Qwen2Config,
+        base: Mapping[str, Any],
+        fusion: FusionConfig | None,
+        lora: LoraConfig | None,
+        *,
+        dtype: torch.dtype,
+        tuning: Tuning,
+        device: torch.device | str,
+    ) -> AffectGPT:
+        """The same on the frozen parameters that the JAX side holds, copied on the device.
+
+        Args:
+            llm: shape of the decoder.
+            base: its parameters, a tree of JAX arrays, which is emptied as they are copied.
+            fusion, lora, dtype, tuning: as for `from_pretrained`.
+            device: where `base` is.
+        """
+        fields = to_hf(llm, str(dtype).removeprefix("torch."))
+        config = transformers.AutoConfig.for_model(**fields)
+        with torch.device(device):
+            llama_model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=tuning.attention
+            ).requires_grad_(False)
+        move_base(llama_model, base)
+        model = cls(with_adapters(llama_model, lora), fusion, tuning).to(device)
+        if tuning.compile and model.causal_lm.device.type == "cuda":
+            for layer in model.causal_lm.model.layers:
+                layer.compile(dynamic=False)  # a batch has one of a few lengths
+        return model
 
     @property
     def causal_lm(self) -> transformers.PreTrainedModel:
@@ -145,19 +178,16 @@ class AffectGPT(Fusers):
                 attention_mask=self._attention_mask(batch["segment_ids"]),
                 position_ids=batch["positions"],
                 use_cache=False,
+                segments=batch.get("segments"),  # what attention does not know, it leaves
             ).last_hidden_state
 
     def _attention_mask(self, segment_ids: torch.Tensor) -> Any:
         if self.tuning.mask == "padding":
             return segment_ids > 0
-        mask = None
-        if self.tuning.mask == "segments":
-            same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
-            mask = same.tril()
         # Models with several types of layers, Qwen's among them, take a mapping as it is. For a
         # plain None, transformers looks through the positions for packed rows, and waits for them.
         typed = getattr(self.causal_lm.config, "layer_types", None)
-        return {"full_attention": mask} if typed else mask
+        return {"full_attention": None} if typed else None
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """Float32 logits `[..., V]` of hidden states `[..., D]`."""
@@ -166,21 +196,45 @@ class AffectGPT(Fusers):
 
     def supervised_logits(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """`[B, S, V]` float32 at the target positions."""
+        return self.logits(self._target_states(batch))
+
+    def _target_states(self, batch: Mapping[str, Any]) -> torch.Tensor:
         states = self.hidden_states(batch)
-        at = batch["target_positions"][..., None].expand(-1, -1, states.shape[-1])
-        return self.logits(states.gather(1, at))
+        return states.gather(1, batch["target_positions"][..., None].expand(-1, -1, states.shape[-1]))
+
+    def token_losses(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Cross-entropy by position, float32 `[N]`, in the order of the rows; 0 where nothing is
+        supervised. N is all positions or all targets of the batch."""
+        if self.tuning.all_logits:
+            logits, labels = self.logits(self.hidden_states(batch)), next_tokens(batch)
+            return F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            )
+        states, vocabulary = self._target_states(batch), self.causal_lm.lm_head.weight
+        losses = ChunkedCrossEntropy.apply(
+            states.flatten(0, 1).to(vocabulary.dtype), vocabulary, batch["targets"].flatten()
+        )
+        return losses * batch["target_weights"].flatten()
 
     def loss_sum_and_count(self, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed cross-entropy of the supervised tokens, and their number, float32 scalars."""
-        if self.tuning.all_logits:
-            logits, labels = self.logits(self.hidden_states(batch)), next_tokens(batch)
-        else:
-            logits = self.supervised_logits(batch)
-            labels = batch["targets"].where(batch["target_weights"] > 0, IGNORED)
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return loss, batch["target_weights"].sum()
+        return self.token_losses(batch).sum(), batch["target_weights"].sum()
+
+
+def with_adapters(
+    llama_model: transformers.PreTrainedModel, lora: LoraConfig | None
+) -> peft.PeftModel | transformers.PreTrainedModel:
+    """The decoder with fresh adapters of PEFT, or as it is."""
+    if lora is None:
+        return llama_model
+    adapters = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.targets),
+    )
+    return peft.get_peft_model(llama_model, adapters)
 
 
 def next_tokens(batch: Mapping[str, Any]) -> torch.Tensor:
@@ -209,6 +263,11 @@ def to_device(batch: Mapping[str, Any], tuning: Tuning, device: torch.device | s
             return {name: convert(part) for name, part in value.items()}
         tensor = torch.from_numpy(np.ascontiguousarray(value))
         tensor = tensor.long() if tensor.dtype == torch.int32 else tensor
+        # Only from pinned memory does a copy run beside the device's work.
+        tensor = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
         return tensor.to(device, non_blocking=True)
 
-    return {name: convert(value) for name, value in batch.items()}
+    tensors = {name: convert(value) for name, value in batch.items()}
+    if tuning.mask == "segments":
+        tensors["segments"] = Segments.of(torch.tensor(batch["segment_ids"]), device)
+    return tensors

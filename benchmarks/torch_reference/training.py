@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,7 +55,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def train_step(
     model: AffectGPT,
     optimizer: torch.optim.Optimizer,
-    batch: Mapping[str, Any],
+    parts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     learning_rate: float,
     clip_norm: float = 0.0,
@@ -65,16 +65,22 @@ def train_step(
     Args:
         model: in the mode that decides on dropout.
         optimizer: of `make_optimizer`.
-        batch: tensors on the model's device.
+        parts: tensors on the model's device: a batch, or the parts that it runs in one after the
+            other.
         learning_rate: of this update.
         clip_norm: bound on the global gradient norm; 0 is off.
     """
-    loss, count = model.loss_sum_and_count(batch)
-    loss = loss / count.clamp(min=1)
+    parts = [parts] if isinstance(parts, Mapping) else parts
+    count = sum(part["target_weights"].sum() for part in parts).clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    total = 0
+    for part in parts:
+        loss, _ = model.loss_sum_and_count(part)
+        loss = loss / count
+        loss.backward()
+        total = total + loss.detach()
     apply_gradients(optimizer, learning_rate, clip_norm)
-    return loss.detach()
+    return total
 
 
 def apply_gradients(

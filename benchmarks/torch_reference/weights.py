@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from affectgpt_jax.weights import layout
+from affectgpt_jax.weights.huggingface import tensor_name
 from affectgpt_jax.weights.release import release_layout
 
 
@@ -30,6 +31,38 @@ def load_trainable(model: torch.nn.Module, trainable: Mapping[str, Any]) -> None
             one.
     """
     load_named(model, by_torch_name(trainable))
+
+
+def move_base(causal_lm: torch.nn.Module, base: dict[str, Any]) -> None:
+    """Copy frozen parameters into a model of `transformers` on the same device, without the host.
+
+    Args:
+        causal_lm: without adapters.
+        base: a tree of JAX arrays. Each is dropped once it is copied, so that two copies of a large
+            base never exist whole.
+
+    Raises:
+        ValueError: a parameter that the tree does not fill.
+    """
+    unfilled = dict(causal_lm.named_parameters())
+    if causal_lm.config.tie_word_embeddings:
+        unfilled.pop("lm_head.weight", None)
+
+    def move(path: tuple[str, ...], node: dict[str, Any]) -> None:
+        for key in list(node):
+            value = node.pop(key)
+            if isinstance(value, dict):
+                move((*path, key), value)
+                continue
+            name, stacked = tensor_name((*path, key))
+            tensor = torch.from_dlpack(value)
+            for i, part in enumerate(tensor if stacked else [tensor]):
+                parameter = unfilled.pop(name.format(i))
+                parameter.data.copy_(part.T if key in ("kernel", "lm_head") else part)
+
+    move((), base)
+    if unfilled:
+        raise ValueError(f"the base has no {min(unfilled)}, nor {len(unfilled) - 1} more")
 
 
 def load_named(model: torch.nn.Module, values: Mapping[str, np.ndarray]) -> None:
