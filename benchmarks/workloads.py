@@ -1,0 +1,234 @@
+"""What is measured: five workloads, in full on a GPU and at a scale that two CPU cores carry.
+
+    anchor     rows of 4,096 random tokens, all supervised: LoRA of a 7B model as others report it
+    affectgpt  the paper's recipe on its own lengths, from records on a disk through Grain
+    small      rows of 256 tokens, half of them supervised, for ratios on any machine
+    decode     answers of 2,610 clips: labels of two dozen tokens, descriptions of 259
+    input      the input pipeline alone, 31,327 records
+
+Weights are random: nothing here depends on what a model has learned. Every process that is given
+the same arguments sees the same batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build
+from affectgpt_jax.configs import affectgpt_qwen25_7b
+from affectgpt_jax.data.packing import Bucket
+from affectgpt_jax.data.pipeline import Source, TrainPipeline, View
+from affectgpt_jax.data.records import RecordDataset
+from affectgpt_jax.models.affectgpt import Batch
+from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2Config
+from benchmarks import synthetic
+
+NAMES = ("anchor", "affectgpt", "small", "decode", "input")
+# 40 million parameters: a step of 4 x 256 tokens takes two CPU cores about a second.
+SMALL = Qwen2Config(32000, 512, 1408, 8, 8, 2, 64, tie_word_embeddings=True)
+TINY = Qwen2Config(704, 32, 48, 2, 2, 1, 16, tie_word_embeddings=True)
+# Scale -> shape of the base, dtype, records of a training set.
+SCALES = {
+    "full": (PUBLISHED["Qwen2.5-7B-Instruct"], "bfloat16", 31_327),
+    "small": (SMALL, "float32", 4_096),
+    "tiny": (TINY, "float32", 64),  # for tests of the commands themselves
+}
+MEAN_TOKENS = 255  # of an AffectGPT example under hybrid labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What runs, as both sides of a comparison are told it.
+
+    Attributes:
+        name, scale: of `NAMES` and `SCALES`.
+        config: the recipe, as `affectgpt_jax.train` reads it.
+        llm: shape of the base.
+        records: how many the record set has; 0 for rows of random tokens.
+        lengths: of the records' texts.
+        row: tokens and supervised ones of a row of random tokens.
+    """
+
+    name: str
+    scale: str
+    config: ConfigDict
+    llm: Qwen2Config
+    records: int
+    lengths: synthetic.Lengths = synthetic.AFFECTGPT
+    row: tuple[int, int] = (0, 0)
+
+
+def make(
+    name: str,
+    scale: str,
+    *,
+    batch: int = 48,
+    pack_length: int = 0,
+    accumulation: int = 1,
+    dtype: str = "",
+    tokenizer: str = "tiny",
+    settings: Mapping[str, Any] | None = None,
+) -> Workload:
+    """A workload by its name.
+
+    Args:
+        name: of `NAMES`.
+        scale: of `SCALES`.
+        batch: clips in an update of "affectgpt".
+        pack_length: tokens of a row that holds several of them; 0 is a row for each.
+        accumulation: parts that a batch runs in.
+        dtype: of the base and of computation; "" is the scale's.
+        tokenizer: directory of one; "tiny" is the one that ships.
+        settings: keys of the config, dotted, and their values.
+
+    Raises:
+        ValueError: a key that the config does not have.
+    """
+    llm, own_dtype, records = SCALES[scale]
+    config = affectgpt_qwen25_7b.get_config()
+    config.llm = tokenizer
+    # The tokenizer that ships spells words of the default prompts letter by letter.
+    config.prompts = "compact" if tokenizer == "tiny" else "default"
+    config.dtype, config.accumulation = dtype or own_dtype, accumulation
+    workload = Workload(name, scale, config, llm, records)
+    if name == "anchor":
+        config.input, config.lora.dropout = "text", 0.0
+        # The last token predicts nothing that is there.
+        rows, length = {"full": (2, 4096), "small": (1, 4096), "tiny": (2, 64)}[scale]
+        config.batch_size = rows
+        workload = dataclasses.replace(workload, records=0, row=(length, length - 1))
+    elif name == "small":
+        config.batch_size, config.label, config.lora.dropout = 4, "description", 0.0
+        config.num_buckets = 1
+        workload = dataclasses.replace(workload, records=64, lengths=synthetic.EQUAL)
+    elif name == "affectgpt":
+        config.batch_size, config.pack_length = batch, pack_length
+        if pack_length:  # about as many clips an update
+            config.batch_size = max(1, round(batch * MEAN_TOKENS / pack_length))
+    elif name == "decode":
+        config.generate.batch_size = {"full": 256, "small": 32, "tiny": 4}[scale]
+        clips = {"full": 2_610, "small": 256, "tiny": 8}[scale]
+        workload = dataclasses.replace(workload, records=clips)
+    else:
+        config.batch_size, config.pack_length = batch, pack_length
+        if scale != "tiny":
+            workload = dataclasses.replace(workload, records=SCALES["full"][2])
+    for key, value in (settings or {}).items():
+        try:
+            config.update_from_flattened_dict({key: value})
+        except KeyError:
+            raise ValueError(f"the config has no key {key!r}") from None
+    return workload
+
+
+def view(workload: Workload) -> View:
+    """How its records become inputs."""
+    directory = build.base_directory(workload.config.llm)
+    return build.view(workload.config, build.tokenizer(directory, workload.llm))
+
+
+def open_records(workload: Workload, root: Path) -> RecordDataset:
+    """Its record set, which is written where it is not there yet.
+
+    Args:
+        workload: one with records.
+        root: of all record sets.
+    """
+    how, of = view(workload), workload
+    tokenizer = Path(of.config.llm).name
+    kind = "equal" if of.lengths is synthetic.EQUAL else "affectgpt"
+    directory = root / f"{kind}-{of.records}-{tokenizer}"
+    synthetic.write(directory, of.records, of.lengths, how)
+    return RecordDataset(directory)
+
+
+class Feed(Protocol):
+    """Batches by the number of their step, as `TrainPipeline` has them."""
+
+    buckets: tuple[Bucket, ...]
+
+    def batch(self, step: int) -> Batch: ...
+
+    def filler_batch(self, bucket: Bucket) -> Batch: ...
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]: ...
+
+
+def feed(workload: Workload, root: Path) -> Feed:
+    """The batches of a workload that trains."""
+    config = workload.config
+    if not workload.records:
+        return RandomRows(config.batch_size, *workload.row, workload.llm.vocab_size)
+    return TrainPipeline(
+        [Source(open_records(workload, root), view(workload), config.label)],
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        num_buckets=config.num_buckets,
+        pack_length=config.pack_length,
+        seed=config.seed,
+    )
+
+
+class RandomRows:
+    """Rows of random tokens, the last of which are supervised."""
+
+    def __init__(self, rows: int, length: int, targets: int, vocab_size: int):
+        self.buckets = (Bucket(length, targets),)
+        self._rows, self._vocab_size = rows, vocab_size
+
+    def batch(self, step: int) -> Batch:
+        rng = np.random.default_rng(step)
+        (bucket,), rows = self.buckets, self._rows
+        tokens = rng.integers(self._vocab_size, size=(rows, bucket.length), dtype=np.int32)
+        places = np.arange(bucket.length, dtype=np.int32)
+        supervised = places[-bucket.targets :]
+        return {
+            "tokens": tokens,
+            "positions": np.tile(places, (rows, 1)),
+            "segment_ids": np.ones_like(tokens),
+            "soft_index": np.zeros_like(tokens),
+            "target_positions": np.tile(supervised - 1, (rows, 1)),
+            "targets": tokens[:, supervised],
+            "target_weights": np.ones((rows, bucket.targets), np.float32),
+            "features": {},
+            "present": {},
+        }
+
+    def filler_batch(self, bucket: Bucket) -> Batch:
+        return self.batch(0)
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        return map(self.batch, range(start, stop))
+
+
+class Contents(NamedTuple):
+    """What is in a batch.
+
+    Attributes:
+        places: tokens that its rows have room for.
+        samples: tokens and supervised ones of every clip, `[N, 2]`.
+    """
+
+    places: int
+    samples: np.ndarray
+
+
+def contents(batch: Batch) -> Contents:
+    """Count what is in a batch."""
+    segments = np.asarray(batch["segment_ids"])
+    rows, width = len(segments), int(segments.max(initial=0)) + 1
+    of_targets = np.take_along_axis(segments, np.asarray(batch["target_positions"]), axis=1)
+    of_targets = np.where(np.asarray(batch["target_weights"]) > 0, of_targets, 0)
+    start = width * np.arange(rows)[:, None]
+    tokens, targets = (
+        np.bincount((x + start).ravel(), minlength=rows * width).reshape(rows, width)[:, 1:]
+        for x in (segments, of_targets)
+    )
+    there = tokens > 0
+    return Contents(segments.size, np.stack([tokens[there], targets[there]], axis=1))
