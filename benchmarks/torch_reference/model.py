@@ -200,7 +200,9 @@ class AffectGPT(Fusers):
 
     def _target_states(self, batch: Mapping[str, Any]) -> torch.Tensor:
         states = self.hidden_states(batch)
-        return states.gather(1, batch["target_positions"][..., None].expand(-1, -1, states.shape[-1]))
+        return states.gather(
+            1, batch["target_positions"][..., None].expand(-1, -1, states.shape[-1])
+        )
 
     def token_losses(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """Cross-entropy by position, float32 `[N]`, in the order of the rows; 0 where nothing is

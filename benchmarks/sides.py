@@ -1,0 +1,358 @@
+"""The two sides of the train-step benchmark, each for a process of its own (`benchmarks.turns`).
+
+Both have the same methods and the same start: a base drawn from a seed on the device, adapters and
+fusion drawn from another, and the batches of one workload. What they return is plain JSON.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import resource
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from affectgpt_jax import build
+from affectgpt_jax.config import ConfigError
+from affectgpt_jax.models.affectgpt import (
+    AffectGPT,
+    Batch,
+    init_random_base,
+    init_trainable,
+    target_states,
+    token_log_probs,
+)
+from affectgpt_jax.models.attention import causal
+from affectgpt_jax.models.qwen2 import unembedding
+from affectgpt_jax.train import compile_steps, train_step_options
+from affectgpt_jax.training import memory, sharding
+from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from affectgpt_jax.training.step import init_state, make_train_step
+from benchmarks import environment, workloads
+from benchmarks.workloads import Contents, contents
+
+BASE_SEED, TRAINABLE_SEED = 0, 1
+# What has a column for every token, and for every target.
+BY_TOKEN = ("tokens", "positions", "segment_ids", "soft_index")
+BY_TARGET = ("target_positions", "targets", "target_weights")
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of one device, since the other side has no more."""
+    shape, kinds = (1,) * len(sharding.AXES), (AxisType.Auto,) * len(sharding.AXES)
+    return jax.make_mesh(shape, sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
+
+
+def draw_base(model: AffectGPT, mesh: jax.sharding.Mesh) -> Any:
+    """Random frozen parameters, made where they stay."""
+    return _started(lambda key: init_random_base(model, key), mesh, BASE_SEED)
+
+
+def _started(init: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
+    places = jax.tree.map(lambda x: x.sharding, sharding.abstract(mesh, init))
+    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
+
+
+def draw_trainable(model: AffectGPT) -> Any:
+    """Adapters and fusion at which every parameter matters, as NumPy arrays.
+
+    A fresh adapter adds nothing, behind which an error would hide.
+    """
+    rng = np.random.default_rng(TRAINABLE_SEED)
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        name, value = path[-1].key, rng.standard_normal(leaf.shape, np.float32)
+        if name == "scale":
+            return 1 + 0.1 * value
+        size = 0.1 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
+        return np.float32(size * (0.1 if name == "lora_b" else 1)) * value
+
+    abstract = jax.eval_shape(lambda key: init_trainable(model, key), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+def finished(seconds: list[float], wait_s: float, losses: list[float], of: list[Contents]) -> dict:
+    """What a block of steps returns.
+
+    Args:
+        seconds: of every step, from the end of the one before.
+        wait_s: that the loop waited for batches.
+        losses: the mean loss of each.
+        of: what was in each.
+    """
+    return {
+        "seconds": seconds,
+        "wait_s": wait_s,
+        "losses": losses,
+        "places": [found.places for found in of],
+        "samples": [found.samples.tolist() for found in of],
+    }
+
+
+def peak_of_process() -> int:
+    """The largest resident size of this process, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Ours:
+    """The update that `affectgpt_jax.train` compiles, on one device.
+
+    Args:
+        workload: arguments of `workloads.make`.
+        records: folder of record sets.
+    """
+
+    def __init__(self, workload: Mapping[str, Any], records: str):
+        self.workload = workloads.make(**workload)
+        config, llm = self.workload.config, self.workload.llm
+        self.feed = workloads.feed(self.workload, Path(records))
+        self.mesh = one_device()
+        choice = build.attention(config, llm)
+        self.notes = [f"attention {choice.name}: {choice.reason}"]
+        attend = choice.for_rows_of(self.feed.buckets[0].clips)
+        model = build.model(config, llm, sharding.activation_constraint(self.mesh), attend)
+        optimizer_config = build.optimizer_config(config)
+        optimizer = make_optimizer(optimizer_config, config.steps)
+        schedule = learning_rate_schedule(optimizer_config, config.steps)
+
+        def init(key: jax.Array) -> Any:
+            return init_state(model, optimizer, key)
+
+        abstract_state = sharding.abstract(self.mesh, init)
+        abstract_base = sharding.abstract(self.mesh, lambda key: init_random_base(model, key))
+        shapes = {
+            bucket.length: sharding.abstract_batch(self.mesh, self.feed.filler_batch(bucket))
+            for bucket in self.feed.buckets
+        }
+        if config.remat == "auto":
+            chosen = memory.choose_remat(
+                model,
+                self.mesh,
+                abstract_state,
+                abstract_base,
+                shapes[max(shapes)],
+                config.accumulation,
+                memory.device_limit(),
+            )
+            self.notes.append(str(chosen))
+            model = memory.with_remat(model, chosen.policy)
+        self.model = model
+        step = make_train_step(
+            model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation
+        )
+        options = train_step_options(config, self.notes.append)
+        began = time.perf_counter()
+        self.programs = compile_steps(
+            step, self.mesh, abstract_state, abstract_base, shapes, options
+        )
+        self.compile_s = time.perf_counter() - began
+        self.base = draw_base(model, self.mesh)
+        self.state = _started(init, self.mesh, TRAINABLE_SEED)
+        places = jax.tree.map(lambda x: x.sharding, abstract_state["trainable"])
+        self.state["trainable"] = jax.device_put(draw_trainable(model), places)
+
+    def facts(self) -> dict[str, Any]:
+        """What it runs on, and how."""
+        return {
+            "environment": environment.describe(),
+            "notes": self.notes,
+            "compile_s": self.compile_s,
+        }
+
+    def token_losses(self, workload: Mapping[str, Any], records: str) -> list[float]:
+        """Cross-entropy of every supervised token of a workload's first batch, without dropout.
+
+        Args:
+            workload, records: as for the class; rows may be laid out in another way.
+        """
+        batch = workloads.feed(workloads.make(**workload), Path(records)).batch(0)
+        model = self.model
+
+        @jax.jit
+        def losses(base: Any, trainable: Any, batch: Batch) -> jax.Array:
+            states = target_states(model, base, trainable, batch)
+            return -token_log_probs(states, unembedding(base), batch["targets"])
+
+        placed = sharding.shard_batch(self.mesh, batch)
+        found = np.asarray(losses(self.base, self.state["trainable"], placed))
+        return found[batch["target_weights"] > 0].tolist()
+
+    def warm_up(self, steps: int) -> None:
+        """Run updates that do not count."""
+        self.block(0, steps)
+
+    def block(self, first: int, steps: int) -> dict[str, Any]:
+        """Run updates as the training loop does: the next batch goes to the device while one runs,
+        and a step is waited for when the next one is dispatched."""
+        batches = self.feed.batches(first, first + steps)
+        batch = next(batches)
+        on_device = jax.block_until_ready(sharding.shard_batch(self.mesh, batch))
+        ends, wait_s, losses, of = [time.perf_counter()], 0.0, [], []
+        for _ in range(steps):
+            run, trained = self.programs[batch["tokens"].shape[1]], batch
+            with jax.profiler.TraceAnnotation("dispatch"):
+                self.state, metrics = run(self.state, self.base, on_device)
+            asked = time.perf_counter()
+            with jax.profiler.TraceAnnotation("data_wait"):
+                batch = next(batches, None)
+            wait_s += time.perf_counter() - asked
+            on_device = batch and sharding.shard_batch(self.mesh, batch)
+            of.append(contents(trained))
+            if losses:
+                losses[-1].block_until_ready()
+                ends.append(time.perf_counter())
+            losses.append(metrics["loss"])
+        losses[-1].block_until_ready()
+        ends.append(time.perf_counter())
+        return finished(np.diff(ends).tolist(), wait_s, [float(x) for x in losses], of)
+
+    def profile(self, first: int, steps: int, directory: str) -> None:
+        """Trace a block of updates into a folder, beside the programs that ran in it."""
+        jax.profiler.start_trace(directory)
+        try:
+            found = self.block(first, steps)
+        finally:
+            jax.profiler.stop_trace()
+        for length, program in self.programs.items():
+            text = program.as_text()
+            (Path(directory) / f"program-{length}.hlo").write_text(text, encoding="utf-8")
+        (Path(directory) / "block.json").write_text(json.dumps(found), encoding="utf-8")
+
+    def peak_bytes(self) -> int:
+        """The most memory that was in use: the device's, or on a CPU the process's."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats.get("peak_bytes_in_use") or peak_of_process()
+
+
+class Theirs:
+    """The update of the PyTorch twin; methods as of `Ours`.
+
+    Args:
+        workload, records: as for `Ours`.
+        tuning: one of the twin's.
+
+    Raises:
+        ConfigError: PyTorch lacks JAX's device, or the workload asks for what the twin has not.
+    """
+
+    def __init__(self, workload: Mapping[str, Any], records: str, tuning: str):
+        import torch
+
+        from benchmarks.torch_reference import model, training
+        from benchmarks.torch_reference.weights import load_trainable
+
+        self._torch, self._training = torch, training
+        self.workload = workloads.make(**workload)
+        config, llm = self.workload.config, self.workload.llm
+        if config.base_precision:
+            raise ConfigError("the twin has no quantized base; leave config.base_precision empty")
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("JAX has a GPU and PyTorch has none; install PyTorch for CUDA")
+        self.feed = workloads.feed(self.workload, Path(records))
+        self._tuning = model.TUNINGS[tuning]
+        self._compiles = self._tuning.compile and self.device == "cuda"
+        self._to_device = functools.partial(
+            model.to_device, tuning=self._tuning, device=self.device
+        )
+        ours = build.model(config, llm, attend=causal)
+        self.twin = model.AffectGPT.from_base(
+            llm,
+            draw_base(ours, one_device()),
+            ours.fusion and ours.fusion.config,
+            ours.qwen2.lora,
+            dtype=getattr(torch, config.dtype),
+            tuning=self._tuning,
+            device=self.device,
+        )
+        load_trainable(self.twin, draw_trainable(ours))
+        self.optimizer_config = build.optimizer_config(config)
+        self.optimizer = training.make_optimizer(
+            self.twin.named_parameters(), self.optimizer_config
+        )
+
+    def facts(self) -> dict[str, Any]:
+        threads = self._torch.get_num_threads()
+        return {
+            "environment": environment.describe("torch", "peft"),
+            "notes": [f"{self._tuning}, {threads} CPU threads"],
+        }
+
+    def token_losses(self, workload: Mapping[str, Any], records: str) -> list[float]:
+        batch = workloads.feed(workloads.make(**workload), Path(records)).batch(0)
+        with self._torch.no_grad():
+            tensors = self._to_device(batch)
+            found = self.twin.eval().token_losses(tensors).float().cpu().numpy()
+        supervised = batch["target_weights"] > 0
+        if self._tuning.all_logits:  # one loss for every position of the rows
+            by_row = found.reshape(batch["tokens"].shape)
+            found = np.take_along_axis(by_row, batch["target_positions"], axis=1)
+        return found.reshape(supervised.shape)[supervised].tolist()
+
+    def warm_up(self, steps: int) -> None:
+        # `torch.compile` compiles when it first sees a length.
+        for bucket in self.feed.buckets if self._compiles else ():
+            parts = self._parts(self.feed.filler_batch(bucket))
+            self._training.train_step(self.twin, self.optimizer, parts, learning_rate=0.0)
+        self.block(0, steps)
+
+    def block(self, first: int, steps: int) -> dict[str, Any]:
+        self.twin.train()
+        batches = self.feed.batches(first, first + steps)
+        batch = next(batches)
+        parts = self._parts(batch)
+        stamps, wait_s, losses, of = [self._stamp()], 0.0, [], []
+        for i in range(steps):
+            rate = self._training.learning_rate(
+                self.optimizer_config, first + i, self.workload.config.steps
+            )
+            losses.append(
+                self._training.train_step(self.twin, self.optimizer, parts, learning_rate=rate)
+            )
+            stamps.append(self._stamp())
+            of.append(contents(batch))
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            wait_s += time.perf_counter() - asked
+            parts = batch and self._parts(batch)
+        return finished(self._seconds(stamps), wait_s, [x.item() for x in losses], of)
+
+    def _parts(self, batch: Batch) -> list[Any]:
+        """The parts that a batch runs in, on the device; rows as JAX's accumulation takes them."""
+        # Only compiled programs need rows of a few lengths.
+        batch = batch if self._compiles else trimmed(batch)
+        count = self.workload.config.accumulation
+        return [self._to_device(jax.tree.map(lambda x: x[i::count], batch)) for i in range(count)]
+
+    def _stamp(self) -> Any:
+        """A moment on the device's clock, or on a CPU, which nothing runs ahead of, on ours."""
+        if self.device == "cpu":
+            return time.perf_counter()
+        event = self._torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, stamps: list[Any]) -> list[float]:
+        if self.device == "cpu":
+            return np.diff(stamps).tolist()
+        self._torch.cuda.synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in zip(stamps, stamps[1:])]
+
+    def peak_bytes(self) -> int:
+        on_device = self.device == "cuda"
+        return self._torch.cuda.max_memory_allocated() if on_device else peak_of_process()
+
+
+def trimmed(batch: Batch) -> Batch:
+    """A batch without the columns at its end that no row uses."""
+    used = {}
+    for names, marks in ((BY_TOKEN, batch["segment_ids"]), (BY_TARGET, batch["target_weights"])):
+        width = int(np.flatnonzero((marks > 0).any(axis=0)).max(initial=0)) + 1
+        used |= dict.fromkeys(names, width)
+    return {k: x[:, : used[k]] if k in used else x for k, x in batch.items()}
