@@ -328,7 +328,8 @@ class Theirs:
         # Only compiled programs need rows of a few lengths.
         batch = batch if self._compiles else trimmed(batch)
         count = self.workload.config.accumulation
-        return [self._to_device(jax.tree.map(lambda x: x[i::count], batch)) for i in range(count)]
+        shares = [jax.tree.map(lambda x, i=i: x[i::count], batch) for i in range(count)]
+        return [self._to_device(share) for share in shares]
 
     def _stamp(self) -> Any:
         """A moment on the device's clock, or on a CPU, which nothing runs ahead of, on ours."""

@@ -1,486 +1,424 @@
 """An update, measured beside PyTorch's in one run: `python -m benchmarks.train_step`.
 
-    --workload anchor    Qwen2.5-7B, rows of 4,096 tokens, every position supervised, bfloat16
-    --workload lengths   AffectGPT's own mix of lengths, features and heads; padded, or --pack
-    --workload small     a Qwen2 of 40 million parameters and equal rows, for two CPU cores
+    --workload anchor
+    --workload affectgpt --batch 48 --pack --peer torch --tuning release tuned packed
+    --workload small --peer torch
 
-Weights are random and the same on both sides. With `--peer release|tuned|packed` the twin of
-`benchmarks.torch_reference` runs in that tuning on the same device, in turns with JAX, step by
-step; both compute the loss of the same clips first, and must agree. `--shape 7b` puts Qwen2.5-7B
-under the mix of lengths; without it the mix runs on the small shape, whose ratios hold anywhere.
+Workloads are those of `benchmarks.workloads`: in full on a GPU, at a smaller scale elsewhere. Each
+side is a process, and blocks of steps alternate. First, both compute the loss of every supervised
+token of one batch, and must agree. With `--profile DIR`, JAX's steps are traced afterwards, and
+`benchmarks.profile_table` says where their time goes.
 
-A step is an update, from a batch in host memory to a finished device. Batches are made beforehand:
-the input pipeline is not part of it. Prints a table and writes
-`benchmarks/results/train_step_NAME.json`; `--show` prints the table of such files.
+A step lasts from the end of the one before to its own, with batches read, assembled and moved to
+the device as in training. Prints a table and writes `benchmarks/results/train_step_NAME.json`;
+`--show` prints the table of such files.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import contextlib
 import json
 import math
-import resource
+import os
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from affectgpt_jax import build
-from affectgpt_jax.config import ConfigError
-from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.data.packing import Bucket, pack, packed_bucket, round_up
-from affectgpt_jax.data.pipeline import choose_lengths
-from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base
-from affectgpt_jax.models.flops import train_flops
-from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2Config
-from affectgpt_jax.process import keep_freed_memory
-from affectgpt_jax.train import compile_steps, tree_shardings
-from affectgpt_jax.training import memory, sharding
-from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from affectgpt_jax.training.step import init_state, make_eval_step, make_train_step
-from affectgpt_jax.weights.huggingface import save_base
-from benchmarks import environment
+from affectgpt_jax.models.flops import Flops, train_flops
+from affectgpt_jax.models.lora import LoraConfig
+from benchmarks import workloads
+from benchmarks.turns import Side, TurnError
+from benchmarks.workloads import Workload
 
 RESULTS = Path(__file__).parent / "results"
 TUNINGS = ("release", "tuned", "packed")
-SHAPES = {
-    "small": Qwen2Config(32000, 512, 1408, 8, 8, 2, 64, tie_word_embeddings=True),
-    "7b": PUBLISHED["Qwen2.5-7B-Instruct"],
-}
 # Dense bfloat16 FLOP/s of a device, from NVIDIA's data sheets, by a part of its name.
 PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
-BATCHES = 8  # that a run cycles through
-# Float32 rounds to 6e-8, and a loss averages over many tokens; bfloat16 rounds to 4e-3.
-AGREE = {"float32": 1e-5, "bfloat16": 1e-2}
+# How far the losses of single tokens may be apart, in units of their spread. Float32 loses two or
+# three of its seven digits on the way through a decoder; bfloat16 has two to three in all.
+AGREE = {"float32": 1e-3, "bfloat16": 0.1}
+PACK_LENGTH = {"full": 2048, "small": 1024, "tiny": 1024}
+# Parts of an update of 48 clips at full scale, so that activations fit into 80 GB: some 6,000
+# tokens a part, and 4,000 where all logits are held.
+PARTS = {"padded": 6, "release": 8, "packed": 2}
 
 
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """Tokens of one example, the last of which are supervised."""
-
-    length: int
-    targets: int
+class ComparisonError(RuntimeError):
+    """The two sides do not compute the same."""
 
 
-def draw_clips(rng: np.random.Generator, count: int) -> list[Clip]:
-    """Examples of the lengths that AffectGPT trains on under `hybrid` labels.
+def default_scale() -> str:
+    """ "full" where there is an NVIDIA GPU. JAX is not asked: it would take hold of the GPU."""
+    return "full" if os.path.exists("/dev/nvidiactl") else "small"
 
-    The default prompt of 95 (labels) or 98 tokens, a subtitle of 5 to 40, and half of the time
-    labels (mean 13, at most 28 tokens), half a description (mean 259, 90 % from 172 to 340 and
-    beyond, at most 595); an answer ends with two tokens more.
+
+def records_folder() -> Path:
+    """Where record sets are kept between runs."""
+    return Path(tempfile.gettempdir()) / "affectgpt_jax-benchmarks"
+
+
+def agreement(ours: Sequence[float], theirs: Sequence[float], dtype: str) -> dict[str, float]:
+    """Compare the losses of the same tokens.
+
+    Their mean says little: under random weights it is near log(vocabulary) whatever is computed.
+    So single tokens are compared, and differences measured against the spread of the losses.
+
+    Raises:
+        ComparisonError: they are further apart than rounding explains.
     """
-    clips = []
-    for described in rng.random(count) < 0.5:
-        mean, spread, low, high = (259, 66, 60, 595) if described else (13, 4, 4, 28)
-        answer = int(np.clip(round(rng.normal(mean, spread)), low, high)) + 2
-        prompt = (98 if described else 95) + int(rng.integers(5, 41))
-        clips.append(Clip(prompt + answer, answer))
-    return clips
-
-
-def make_batch(
-    rng: np.random.Generator,
-    rows: Sequence[Sequence[Clip]],
-    bucket: Bucket,
-    vocab_size: int,
-    features: dict[str, tuple[int, int]],
-    soft_tokens: int,
-) -> Batch:
-    """Random tokens in rows of clips, one behind the other (layout: `models.affectgpt`)."""
-    size, length, targets = len(rows), bucket.length, bucket.targets
-    batch = {
-        "tokens": rng.integers(vocab_size, size=(size, length), dtype=np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (size, 1)),
-        "segment_ids": np.zeros((size, length), np.int32),
-        "soft_index": np.zeros((size, length), np.int32),
-        "target_positions": np.zeros((size, targets), np.int32),
-        "targets": rng.integers(vocab_size, size=(size, targets), dtype=np.int32),
-        "target_weights": np.zeros((size, targets), np.float32),
-    }
-    present = np.zeros((size, bucket.clips), bool)
-    for i, row in enumerate(rows):
-        first = target = 0
-        for number, clip in enumerate(row):
-            end, stop = first + clip.length, target + clip.targets
-            batch["positions"][i, first:end] = np.arange(clip.length)
-            batch["segment_ids"][i, first:end] = number + 1
-            soft = slice(first + 5, first + 5 + soft_tokens)
-            batch["soft_index"][i, soft] = 1 + number * soft_tokens + np.arange(soft_tokens)
-            batch["target_positions"][i, target:stop] = np.arange(end - clip.targets, end) - 1
-            batch["target_weights"][i, target:stop] = 1
-            present[i, number] = True
-            first, target = end, stop
-    values = {
-        name: rng.standard_normal((size, bucket.clips, *shape)).astype(np.float16)
-        for name, shape in features.items()
-    }
-    return {**batch, "features": values, "present": dict.fromkeys(features, present)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """Batches, and the clips in each."""
-
-    batches: list[Batch]
-    clips: list[list[Clip]]
-
-
-def padded(groups: list[list[Clip]], make: Callable[..., Batch], num_buckets: int) -> Work:
-    """A row for every clip, batches as long as their longest, in a few lengths."""
-    longest = np.array([max(clip.length for clip in group) for group in groups])
-    ends = choose_lengths(longest, num_buckets)
-    batches = []
-    for group, length in zip(groups, longest, strict=True):
-        end = next(end for end in ends if end >= length)
-        # Room for targets is one number for all batches of a length, or each would be compiled.
-        fitting = [c for g, n in zip(groups, longest, strict=True) if n <= end for c in g]
-        targets = int(round_up(max(clip.targets for clip in fitting)))
-        batches.append(make([[clip] for clip in group], Bucket(end, targets)))
-    return Work(batches, groups)
-
-
-def packed(clips: list[Clip], make: Callable[..., Batch], length: int, rows: int) -> Work:
-    """Rows of as many clips as fit; the last rows, which are not full, are left out."""
-    lengths, targets = (np.array([getattr(c, n) for c in clips]) for n in ("length", "targets"))
-    bucket = packed_bucket(length, lengths, targets, np.ones(len(clips)))
-    plan = [[clips[i] for i in row] for row in pack(lengths, targets, bucket)]
-    groups = [plan[i : i + rows] for i in range(0, len(plan) - rows - 1, rows)][:BATCHES]
-    return Work([make(group, bucket) for group in groups], [sum(g, []) for g in groups])
-
-
-def make_config(args: argparse.Namespace) -> Any:
-    """The paper's config, changed as a workload asks."""
-    config = affectgpt_qwen25_7b.get_config()
-    config.dtype, config.lora.dropout = args.dtype, 0.0
-    config.base_precision, config.unroll_layers = args.base_precision, args.unroll
-    config.pack_length = args.pack_length if args.pack else 0
-    config.remat, config.attention = args.remat, args.attention
-    if args.workload != "lengths":
-        config.input = "text"
-    return config
-
-
-def make_work(args: argparse.Namespace, llm: Qwen2Config, model: AffectGPT) -> tuple[Work, Work]:
-    """What JAX and what PyTorch runs: the same clips, packed or padded."""
-    rng = np.random.default_rng(args.seed)
-    fusion = model.fusion and model.fusion.config
-    features = {n: (8, fusion.feature_width(n)) for n in fusion.inputs} if fusion else {}
-    soft = sum(fusion.token_counts().values()) if fusion else 0
-
-    def make(rows: Sequence[Sequence[Clip]], bucket: Bucket) -> Batch:
-        return make_batch(rng, rows, bucket, llm.vocab_size, features, soft)
-
-    if args.workload != "lengths":
-        # The first token has no prediction before it.
-        length, rows, targets = (4096, 2, 4095) if args.workload == "anchor" else (256, 4, 128)
-        groups = [[Clip(length, targets)] * rows] * BATCHES
-        work = Work([make([[c] for c in g], Bucket(length, targets)) for g in groups], groups)
-        return work, work
-    clips = draw_clips(rng, args.batch * (BATCHES + 2))
-    groups = [clips[i : i + args.batch] for i in range(0, args.batch * BATCHES, args.batch)]
-    rows = max(1, round(args.batch * np.mean([c.length for c in clips]) / args.pack_length))
-    ours = theirs = padded(groups, make, num_buckets=4)
-    if args.pack or args.peer == "packed":
-        in_rows = packed(clips, make, args.pack_length, rows)
-        ours = in_rows if args.pack else ours
-        theirs = in_rows if args.peer == "packed" else theirs
-    return ours, theirs
-
-
-class Ours:
-    """The update that `affectgpt_jax.train` compiles."""
-
-    def __init__(self, args: argparse.Namespace, config: Any, llm: Qwen2Config, work: Work):
-        # One device, so that both sides have the same.
-        self.mesh = sharding.make_mesh("data:1", jax.devices()[:1])
-        choice = build.attention(config, llm)
-        self.notes = [f"attention {choice.name}: {choice.reason}"]
-        shard = sharding.activation_constraint(self.mesh)
-        clips = max(batch["segment_ids"].max() for batch in work.batches)
-        model = build.model(config, llm, shard, choice.for_rows_of(int(clips)))
-        optimizer_config = build.optimizer_config(config)
-        optimizer = make_optimizer(optimizer_config, config.steps)
-        schedule = learning_rate_schedule(optimizer_config, config.steps)
-        abstract_base = sharding.abstract(self.mesh, lambda key: init_random_base(model, key))
-        abstract_state = sharding.abstract(self.mesh, lambda key: init_state(model, optimizer, key))
-        abstract = {
-            b["tokens"].shape[1]: sharding.abstract_batch(self.mesh, b) for b in work.batches
-        }
-        if config.remat == "auto":
-            largest, limit = abstract[max(abstract)], memory.device_limit()
-            remat = memory.choose_remat(
-                model, self.mesh, abstract_state, abstract_base, largest, 1, limit
-            )
-            self.notes.append(str(remat))
-            model = memory.with_remat(model, remat.policy)
-        self.model, self.optimizer_config = model, optimizer_config
-        step = make_train_step(model, optimizer, schedule, seed=args.seed)
-
-        def started(init: Callable, shapes: Any, seed: int) -> Any:
-            return jax.jit(init, out_shardings=tree_shardings(shapes))(jax.random.key(seed))
-
-        self.base = started(lambda key: init_random_base(model, key), abstract_base, args.seed)
-        self.state = started(lambda k: init_state(model, optimizer, k), abstract_state, 1)
-        began = time.perf_counter()
-        self.steps = compile_steps(step, self.mesh, abstract_state, abstract_base, abstract)
-        self.compile_s = time.perf_counter() - began
-
-    def step(self, batch: Batch) -> Any:
-        run = self.steps[batch["tokens"].shape[1]]
-        self.state, metrics = run(self.state, self.base, sharding.shard_batch(self.mesh, batch))
-        return metrics["loss"]
-
-    def finish(self, loss: Any) -> float:
-        return float(loss)
-
-
-class Theirs:
-    """The twin's update, from the weights that `ours` starts from."""
-
-    def __init__(self, args: argparse.Namespace, config: Any, llm: Qwen2Config, ours: Ours):
-        # Whoever measures JAX alone needs no PyTorch.
-        import torch
-
-        from benchmarks.torch_reference import training
-        from benchmarks.torch_reference.model import TUNINGS, AffectGPT, to_device
-        from benchmarks.torch_reference.weights import load_trainable
-
-        device = "cuda" if jax.default_backend() == "gpu" else "cpu"
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--peer: JAX has a GPU and PyTorch has none; install its CUDA build")
-        tuning, dtype = TUNINGS[args.peer], getattr(torch, config.dtype)
-        fusion = ours.model.fusion and ours.model.fusion.config
-        with tempfile.TemporaryDirectory() as directory:
-            save_base(Path(directory), llm, jax.device_get(ours.base))
-            twin = AffectGPT.from_pretrained(
-                directory, fusion, ours.model.qwen2.lora, dtype=dtype, tuning=tuning
-            )
-        self.twin = twin.to(device).train()
-        load_trainable(self.twin, jax.device_get(ours.state["trainable"]))
-        self.optimizer = training.make_optimizer(
-            self.twin.named_parameters(), ours.optimizer_config
+    a, b = np.asarray(ours), np.asarray(theirs)
+    if a.shape != b.shape:
+        raise ComparisonError(f"{len(a)} supervised tokens in JAX, {len(b)} in PyTorch")
+    apart = float(np.linalg.norm(a - b) / np.linalg.norm(b - b.mean()))
+    if not apart <= AGREE[dtype]:  # NaN does not pass
+        raise ComparisonError(
+            f"losses of the same {len(a)} tokens are {apart:.2g} of their spread apart, expected "
+            f"at most {AGREE[dtype]} in {dtype} (means: {a.mean():.6g} in JAX, {b.mean():.6g} in "
+            "PyTorch); speeds of different things cannot be compared"
         )
-        self.rate = ours.optimizer_config.learning_rate
-        self._training, self._torch, self._device = training, torch, device
-        self._tensors = lambda batch: to_device(batch, tuning, device)
-
-    def step(self, batch: Batch) -> Any:
-        return self._training.train_step(
-            self.twin, self.optimizer, self._tensors(batch), learning_rate=self.rate
-        )
-
-    def finish(self, loss: Any) -> float:
-        return loss.item()
-
-    def loss(self, batch: Batch) -> float:
-        with self._torch.no_grad():
-            total, count = self.twin.loss_sum_and_count(self._tensors(batch))
-        return (total / count).item()
+    means = {"jax": float(a.mean()), "torch": float(b.mean())}
+    return means | {"tokens": len(a), "apart": apart, "bound": AGREE[dtype]}
 
 
-def cycle(work: Work) -> Iterator[tuple[Batch, list[Clip]]]:
-    while True:
-        yield from zip(work.batches, work.clips, strict=True)
+def flops_of(workload: Workload, samples: Sequence[Sequence[int]]) -> Flops:
+    """Model FLOPs of an update on clips of these `(tokens, supervised tokens)`."""
+    lora = workload.config.lora
+    lora = LoraConfig(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
+    each = [train_flops(workload.llm, lora, length, targets) for length, targets in samples]
+    return Flops(*map(sum, zip(*each, strict=True)))
 
 
-def measure(sides: dict[str, tuple[Any, Work]], steps: int, warmup: int) -> dict[str, list[dict]]:
-    """Every step's seconds and what was in it, the sides in turns; warm-up steps are not kept.
+def summarise(
+    blocks: Sequence[Mapping[str, Any]], workload: Workload, peak: float | None
+) -> dict[str, Any]:
+    """Steps by their median and deciles; rates by block, as median, lowest and highest.
 
-    Who goes first alternates, so that nobody always runs on caches that the other one filled.
+    Args:
+        blocks: as the sides return them.
+        workload: whose FLOPs count.
+        peak: FLOP/s of the device, where that is known.
     """
-    feeds = {name: cycle(work) for name, (_, work) in sides.items()}
-    kept: dict[str, list[dict]] = {name: [] for name in sides}
-    for i in range(warmup + steps):
-        for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
-            batch, clips = next(feeds[name])
-            began = time.perf_counter()
-            side = sides[name][0]
-            loss = side.finish(side.step(batch))
-            seconds = time.perf_counter() - began
-            if not math.isfinite(loss):
-                raise ConfigError(f"{name}: the loss of step {i} is {loss}")
-            if i >= warmup:
-                kept[name].append(
-                    {
-                        "s": seconds,
-                        "samples": len(clips),
-                        "tokens": sum(clip.length for clip in clips),
-                        "places": batch["tokens"].size,
-                        "loss": loss,
-                    }
-                )
-    return kept
-
-
-def summarise(steps: list[dict], flops_per_token: float, peak: float | None) -> dict[str, Any]:
-    """Medians over steps, and rates over all of them."""
-    seconds = [step["s"] for step in steps]
-    total, tokens = sum(seconds), sum(step["tokens"] for step in steps)
+    seconds = [s for block in blocks for s in block["seconds"]]
     deciles = statistics.quantiles(seconds, n=10) if len(seconds) > 1 else seconds * 9
-    rate = tokens * flops_per_token / total
-    return {
-        "steps": len(steps),
+    rates: dict[str, list[float]] = {}
+    total = Flops(0, 0, 0, 0)
+    for block in blocks:
+        samples = [sample for step in block["samples"] for sample in step]
+        flops = flops_of(workload, samples)
+        total = Flops(*map(sum, zip(total, flops, strict=True)))
+        amounts = {
+            "samples_per_s": len(samples),
+            "tokens_per_s": sum(length for length, _ in samples),
+            "places_per_s": sum(block["places"]),
+            "model_flop_per_s": flops.total,
+        }
+        for name, amount in amounts.items():
+            rates.setdefault(name, []).append(amount / sum(block["seconds"]))
+    tokens = sum(length for b in blocks for step in b["samples"] for length, _ in step)
+    found = {
+        "steps": len(seconds),
         "median_s": statistics.median(seconds),
         "p10_s": deciles[0],
         "p90_s": deciles[-1],
-        "samples_per_s": sum(step["samples"] for step in steps) / total,
-        "tokens_per_s": tokens / total,
-        "places_per_s": sum(step["places"] for step in steps) / total,
-        "fill": tokens / sum(step["places"] for step in steps),
-        "model_flop_per_s": rate,
-        "mfu": rate / peak if peak else None,
+        "data_wait": sum(block["wait_s"] for block in blocks) / sum(seconds),
+        "fill": tokens / sum(sum(block["places"]) for block in blocks),
+        "gflop_per_step": {k: v / len(seconds) / 1e9 for k, v in total._asdict().items()},
     }
+    for name, values in rates.items():
+        found |= {name: statistics.median(values), f"{name}_range": [min(values), max(values)]}
+    found["mfu"] = found["model_flop_per_s"] / peak if peak else None
+    return found
+
+
+def ratios(
+    ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Samples/s of JAX over PyTorch's, block by block of the same turn."""
+
+    def rate(block: Mapping[str, Any]) -> float:
+        return sum(map(len, block["samples"])) / sum(block["seconds"])
+
+    each = [rate(a) / rate(b) for a, b in zip(ours, theirs, strict=True)]
+    return {"median": statistics.median(each), "lowest": min(each), "highest": max(each)}
+
+
+def take_turns(
+    sides: Mapping[str, Side], *, steps: int, block: int, warmup: int, leave: bool
+) -> tuple[dict[str, list[dict]], dict[str, dict[str, Any]]]:
+    """Let the sides run in turns; returns the blocks of each, and its facts with peak memory.
+
+    Who goes first alternates, so that nobody always runs on what the other one has warmed.
+
+    Args:
+        sides: by name.
+        steps: that count, of each; rounded up to whole blocks.
+        block: steps of a turn.
+        warmup: steps before the first turn of a process.
+        leave: end a side's process after each turn, where the device has no room for all.
+
+    Raises:
+        TurnError: a side failed, or a loss is not finite.
+    """
+    kept: dict[str, list[dict]] = {name: [] for name in sides}
+    facts: dict[str, dict[str, Any]] = {}
+    warm: set[str] = set()
+    for turn in range(math.ceil(steps / block)):
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            side = sides[name]
+            if name not in warm:
+                side.call("warm_up", steps=warmup)
+                warm.add(name)
+            found = side.call("block", first=warmup + turn * block, steps=block)
+            if not all(map(math.isfinite, found["losses"])):
+                raise TurnError(f"{name}: a loss is not finite: {found['losses']}")
+            kept[name].append(found)
+            now, peak = side.call("facts"), side.call("peak_bytes")
+            known = facts.setdefault(name, now | {"peak_bytes": 0, "compile_again_s": []})
+            known["peak_bytes"] = max(known["peak_bytes"], peak)
+            if leave:
+                if turn and "compile_s" in now:
+                    known["compile_again_s"].append(now["compile_s"])
+                side.leave()
+                warm.discard(name)
+    return kept, facts
+
+
+def environments(gpu: bool, leave: bool, cache: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Environment variables of JAX's process, and of PyTorch's, in which JAX only draws weights."""
+    ours = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_ENABLE_COMPILATION_CACHE": "true"}
+    ours = ours if leave else {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if not gpu:
+        return ours, {}
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9" if leave else "0.45"}
+    return ours | share, {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """One measurement; returns the report."""
-    shape = "7b" if args.workload == "anchor" else args.shape
-    llm = SHAPES[shape]
-    config = make_config(args)
-    # Only the fusion of this model matters here, so no attention is chosen for it.
-    work, peer_work = make_work(args, llm, build.model(config, llm, attend=_never))
-    ours = Ours(args, config, llm, work)
-    sides: dict[str, tuple[Any, Work]] = {"jax": (ours, work)}
-    agreement = None
-    if args.peer:
-        theirs = Theirs(args, config, llm, ours)
-        sides[args.peer] = (theirs, peer_work)
-        # Before anybody's first update, on a batch that both can read.
-        same = work if args.peer == "packed" or not args.pack else peer_work
-        batch = same.batches[0]
-        found, expected = _loss_of(ours, batch), theirs.loss(batch)
-        agreement = {"jax": found, args.peer: expected, "relative": abs(found / expected - 1)}
-        if agreement["relative"] > AGREE[args.dtype]:
-            raise ConfigError(
-                f"losses of the same batch differ: {found} in JAX, {expected} in PyTorch "
-                f"({args.peer}); their speeds cannot be compared"
-            )
-    clips = [clip for group in work.clips for clip in group]
-    lora = ours.model.qwen2.lora
-    flops = sum(train_flops(llm, lora, clip.length, clip.targets).total for clip in clips)
-    per_token = flops / sum(clip.length for clip in clips)
-    name = jax.devices()[0].device_kind
-    peak = (
-        next((v for k, v in PEAKS.items() if k in name), None) if args.dtype != "float32" else None
-    )
-    kept = measure(sides, args.steps, args.warmup)
-    found = {side: summarise(steps, per_token, peak) for side, steps in kept.items()}
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "environment": environment.describe(*(["torch", "peft"] if args.peer else [])),
+    """One measurement; returns the report.
+
+    Raises:
+        ComparisonError: losses differ.
+        TurnError: a side failed.
+        ValueError: an unknown config key.
+    """
+    length = args.pack or PACK_LENGTH[args.scale]
+
+    def arguments(layout: str, accumulation: int) -> dict[str, Any]:
+        in_parts = args.workload == "affectgpt" and args.scale == "full" and args.batch >= 48
+        return {
+            "name": args.workload,
+            "scale": args.scale,
+            "batch": args.batch,
+            "dtype": args.dtype,
+            "tokenizer": args.tokenizer,
+            "settings": dict(args.set),
+            "pack_length": length if layout == "packed" else 0,
+            "accumulation": accumulation or (PARTS[layout] if in_parts else 1),
+        }
+
+    packed = args.pack is not None
+    mine = arguments("packed" if packed else "padded", args.accumulation)
+    layouts = {"release": "release", "tuned": "padded", "packed": "packed"}
+    peers = {
+        tuning: arguments(layouts[tuning], args.peer_accumulation)
+        for tuning in (args.tuning if args.peer else ())
+    }
+    workload = workloads.make(**mine)
+    if workload.records:  # written by one process, before several read them
+        workloads.open_records(workload, args.records)
+    records = str(args.records)
+    with contextlib.ExitStack() as stack:
+        cache = stack.enter_context(tempfile.TemporaryDirectory())
+        ours, theirs = environments(args.scale == "full", args.leave, cache)
+        told = {"workload": mine, "records": records}
+        sides = {"jax": stack.enter_context(Side("jax", "benchmarks.sides:Ours", told, ours))}
+        for tuning, given in peers.items():
+            told = {"workload": given, "records": records, "tuning": tuning}
+            side = Side(tuning, "benchmarks.sides:Theirs", told, theirs)
+            sides[tuning] = stack.enter_context(side)
+        same = {}
+        for tuning, given in peers.items():
+            # Everybody understands rows of one clip, and packed ones who packs.
+            layout = mine if tuning == "packed" and not packed else given
+            values = []
+            for side in (sides["jax"], sides[tuning]):
+                values.append(side.call("token_losses", workload=layout, records=records))
+                if args.leave:
+                    side.leave()
+            same[tuning] = agreement(*values, workload.config.dtype)
+        kept, facts = take_turns(
+            sides, steps=args.steps, block=args.block, warmup=args.warmup, leave=args.leave
+        )
+        if args.profile:
+            args.profile.mkdir(parents=True, exist_ok=True)
+            for name in peers:
+                sides[name].leave()
+            sides["jax"].call("warm_up", steps=args.warmup)
+            sides["jax"].call("profile", first=0, steps=args.block, directory=str(args.profile))
+    last = facts[args.tuning[0] if args.peer else "jax"].get("environment")
+    command = " ".join(["python -m benchmarks.train_step", *args.words])
+    peak = None
+    if workload.config.dtype == "bfloat16":
+        peak = next((flops for name, flops in PEAKS.items() if name in last["device"]), None)
+    report = {
+        "environment": last | {"command": command},
         "settings": {
             "workload": args.workload,
-            "shape": shape,
-            "dtype": args.dtype,
-            "pack_length": config.pack_length,
+            "scale": args.scale,
+            "batch": args.batch if args.workload == "affectgpt" else None,
+            "dtype": workload.config.dtype,
+            "packed": packed,
+            "peak_flop_per_s": peak,
+            "sides": {"jax": mine, **peers},
+            "leave": args.leave,
+            "block": args.block,
             "warmup": args.warmup,
-            "notes": ours.notes,
-            "compile_s": ours.compile_s,
-            "model_gflop_per_token": per_token / 1e9,
-            "peak_bytes": stats.get(
-                "peak_bytes_in_use", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            ),
+            "flags": {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "OMP_NUM_THREADS")},
         },
-        "loss_of_the_same_batch": agreement,
-        "sides": found,
-        "ratio": found["jax"]["samples_per_s"] / found[args.peer]["samples_per_s"]
-        if args.peer
-        else None,
-        "steps": kept,
+        "losses": same,
+        "sides": {
+            name: summarise(blocks, workload, peak)
+            | {k: v for k, v in facts[name].items() if k != "environment"}
+            for name, blocks in kept.items()
+        },
+        "ratios": {name: ratios(kept["jax"], kept[name]) for name in peers},
+        "blocks": {
+            name: [
+                {"seconds": b["seconds"], "samples": [len(s) for s in b["samples"]]} for b in blocks
+            ]
+            for name, blocks in kept.items()
+        },
     }
+    if args.profile:
+        about = {"settings": report["settings"], "device": last["device"]}
+        about["cores"] = len(os.sched_getaffinity(0))
+        (args.profile / "about.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+    return report
 
 
-def _never(*_: Any) -> Any:
-    raise NotImplementedError
-
-
-def _loss_of(ours: Ours, batch: Batch) -> float:
-    """The mean loss of a batch under the weights that `ours` has now."""
-    total, count = jax.jit(make_eval_step(ours.model))(
-        ours.state["trainable"], ours.base, sharding.shard_batch(ours.mesh, batch)
-    )
-    return float(total / count)
-
-
-def table(reports: Sequence[dict[str, Any]]) -> str:
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of reports."""
     lines = [
-        "| workload | side | step, median (10 to 90 %) | samples/s | tokens/s | full | FLOP/s "
-        "| MFU | JAX / PyTorch |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| workload | side | step, median (10 to 90 %) | samples/s | tokens/s | rows full | model "
+        "FLOP/s | MFU | memory | samples/s of JAX over it (by block) |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         settings = report["settings"]
-        what = f"{settings['workload']}, {settings['shape']}, {settings['dtype']}"
+        batch = f" {settings['batch']}" if settings["batch"] else ""
+        what = f"{settings['workload']}{batch}, {settings['scale']}, {settings['dtype']}"
         for side, r in report["sides"].items():
+            name = f"PyTorch, {side}" if side != "jax" else "JAX"
+            name += ", packed" if side == "jax" and settings["packed"] else ""
+            ratio = report["ratios"].get(side)
+            by = "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**ratio) if ratio else ""
             mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
-            ratio = f"{report['ratio']:.2f}" if report["ratio"] and side != "jax" else ""
-            packing = ", packed" if side == "jax" and settings["pack_length"] else ""
             lines.append(
-                f"| {what} | {side}{packing} | {1e3 * r['median_s']:.0f} ms "
-                f"({1e3 * r['p10_s']:.0f} to {1e3 * r['p90_s']:.0f}) | {r['samples_per_s']:.2f} "
-                f"| {r['tokens_per_s']:,.0f} | {r['fill']:.0%} "
-                f"| {r['model_flop_per_s'] / 1e9:,.0f} G | {mfu} | {ratio} |"
+                f"| {what} | {name} | {1e3 * r['median_s']:,.0f} ms ({1e3 * r['p10_s']:,.0f} to "
+                f"{1e3 * r['p90_s']:,.0f}) | {r['samples_per_s']:.2f} | {r['tokens_per_s']:,.0f} | "
+                f"{r['fill']:.0%} | {r['model_flop_per_s'] / 1e12:.3g} T | {mfu} "
+                f"| {r['peak_bytes'] / 2**30:.1f} GiB | {by} |"
             )
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
+def describe(report: Mapping[str, Any]) -> str:
+    """What stands beside the table: losses, FLOPs and their formula, compilation, choices."""
+    ours, lines = report["sides"]["jax"], []
+    for tuning, same in report["losses"].items():
+        lines.append(
+            f"loss of the same {same['tokens']} tokens: {same['jax']:.6f} in JAX, "
+            f"{same['torch']:.6f} in PyTorch ({tuning}); single tokens are {same['apart']:.1e} of "
+            f"their spread apart (bound {same['bound']:g})"
+        )
+    parts = ours["gflop_per_step"]
+    lines.append(
+        f"model FLOPs of a step: {sum(parts.values()):,.4g} G = "
+        + " + ".join(f"{value:,.4g} {name}" for name, value in parts.items())
+        + "; a token takes 4 for a frozen weight and 6 for an adapter's, a pair of positions 12 "
+        "for every head and dimension; padding and what is computed again take none "
+        "(models/flops.py)"
+    )
+    again = ours["compile_again_s"]
+    lines.append(
+        f"compiled in {ours['compile_s']:.1f} s"
+        + (f", from the cache in {min(again):.1f} s" if again else "")
+        + f"; waiting for data: {ours['data_wait']:.2%} of a step"
+    )
+    return "\n".join([*lines, *ours["notes"]])
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """A result file's name, without its ending."""
+    parts = ["train_step", args.workload]
+    parts += [str(args.batch)] if args.workload == "affectgpt" else []
+    parts += ["packed_rows"] if args.pack is not None else []
+    parts += [str(value) for key, value in args.set if key == "base_precision"]
+    parts += ["beside", *args.tuning] if args.peer else []
+    return "_".join([*parts, args.scale])
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE`; the value as JSON, or as it stands."""
+    key, sign, value = text.partition("=")
+    if not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--workload", choices=("anchor", "lengths", "small"), default="small")
-    add("--shape", choices=SHAPES, default="small", help="of the mix of lengths")
-    add("--batch", type=int, default=48, help="clips in an update of the mix of lengths")
-    add("--pack", action="store_true", help="several clips a row on JAX's side")
-    add("--pack-length", type=int, default=2048, help="tokens of a packed row")
-    add("--peer", choices=TUNINGS, help="PyTorch in this tuning, in turns")
+    add("--workload", choices=("anchor", "affectgpt", "small"), default="small")
+    add("--scale", choices=workloads.SCALES, default=default_scale(), help="default: full on a GPU")
+    add("--batch", type=int, default=48, help="clips in an update of affectgpt")
+    add("--pack", type=int, nargs="?", const=0, help="clips share rows, of so many tokens")
+    add("--peer", choices=("torch",), help="measure PyTorch beside it")
+    add("--tuning", nargs="+", choices=TUNINGS, default=["tuned"], help="of PyTorch")
     add("--steps", type=int, default=20)
+    add("--block", type=int, default=5, help="steps of a turn")
     add("--warmup", type=int, default=3)
-    add("--dtype", choices=AGREE, help="default: bfloat16 for 7b, float32 for small")
-    add("--base-precision", choices=("", "int8", "fp8", "nf4"), default="")
-    add("--remat", choices=("auto", "none", "dots", "full"), default="auto")
-    add("--attention", choices=("auto", "xla", "cudnn", "cudnn_packed"), default="auto")
-    add("--unroll", action="store_true", help="layers in a row instead of a loop")
-    add("--seed", type=int, default=0)
-    add("--out", type=Path, help="default: benchmarks/results/train_step_NAME.json")
+    add("--dtype", choices=("", *AGREE), default="", help="default: the scale's")
+    add("--accumulation", type=int, default=0, help="parts of JAX's update; 0 chooses")
+    add("--peer-accumulation", type=int, default=0, help="of PyTorch's")
+    add("--leave", action="store_true", help="a side leaves the device after its turn")
+    add("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="of config")
+    add("--tokenizer", default="tiny", help="directory of one; default: what ships")
+    add("--records", type=Path, default=records_folder(), help="where record sets are kept")
+    add("--profile", type=Path, metavar="DIR", help="trace steps of JAX into this folder")
+    add("--out", type=Path, help="default: benchmarks/results/NAME.json")
     add("--show", type=Path, nargs="+", help="print the table of such files and stop")
     args = parser.parse_args(argv)
+    args.words = list(argv)
+    if args.workload != "affectgpt" and (args.pack is not None or "packed" in args.tuning):
+        parser.error("only the clips of --workload affectgpt can share rows")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence where a side fails or the two differ."""
+    args = parse(sys.argv[1:] if argv is None else argv)
     if args.show:
         print(table([json.loads(path.read_text(encoding="utf-8")) for path in args.show]))
         return
-    if args.pack and args.workload != "lengths":
-        parser.error("--pack is for --workload lengths; the others have rows of one length")
-    large = args.workload == "anchor" or args.shape == "7b"
-    args.dtype = args.dtype or ("bfloat16" if large else "float32")
     try:
         report = run(args)
-    except ConfigError as error:
+    except (ComparisonError, TurnError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    parts = [args.workload, *(["7b"] if args.shape == "7b" else []), args.base_precision]
-    parts += ["packed" if args.pack else "", f"beside_{args.peer}" if args.peer else ""]
-    if args.workload == "lengths":
-        parts.insert(1, str(args.batch))
-    out = args.out or RESULTS / f"train_step_{'_'.join(filter(None, parts))}.json"
+    out = args.out or RESULTS / f"{name_of(args)}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    for note in report["settings"]["notes"]:
-        print(note)
-    print(
-        f"compiled in {report['settings']['compile_s']:.1f} s; "
-        f"{report['settings']['model_gflop_per_token']:.3g} GFLOP a token (models/flops.py)"
-    )
-    if same := report["loss_of_the_same_batch"]:
-        print(f"loss of the same batch: {same}")
-    print(table([report]))
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(describe(report), table([report]), sep="\n\n")
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
     main()

@@ -18,10 +18,9 @@ import torch.nn.functional as F
 import transformers
 from peft.tuners.lora import LoraLayer
 
+from affectgpt_jax.weights.hf_config import to_hf
 from benchmarks.torch_reference.fusers import Fusers
 from benchmarks.torch_reference.kernels import VARLEN, ChunkedCrossEntropy, Segments
-
-from affectgpt_jax.weights.hf_config import to_hf
 from benchmarks.torch_reference.weights import move_base
 
 if TYPE_CHECKING:
