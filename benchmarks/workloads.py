@@ -4,7 +4,7 @@
     affectgpt  the paper's recipe on its own lengths, from records on a disk through Grain
     small      rows of 256 tokens, half of them supervised, for ratios on any machine
     decode     answers of 2,610 clips: labels of two dozen tokens, descriptions of 259
-    input      the input pipeline alone, 31,327 records
+    input      the input pipeline alone, as many records as MER-Caption+ has: 31,327
 
 Weights are random: nothing here depends on what a model has learned. Every process that is given
 the same arguments sees the same batches.
@@ -80,7 +80,7 @@ def make(
     Args:
         name: of `NAMES`.
         scale: of `SCALES`.
-        batch: clips in an update of "affectgpt".
+        batch: clips in an update of "affectgpt" or "input".
         pack_length: tokens of a row that holds several of them; 0 is a row for each.
         accumulation: parts that a batch runs in.
         dtype: of the base and of computation; "" is the scale's.
@@ -107,18 +107,14 @@ def make(
         config.batch_size, config.label, config.lora.dropout = 4, "description", 0.0
         config.num_buckets = 1
         workload = dataclasses.replace(workload, records=64, lengths=synthetic.EQUAL)
-    elif name == "affectgpt":
-        config.batch_size, config.pack_length = batch, pack_length
-        if pack_length:  # about as many clips an update
-            config.batch_size = max(1, round(batch * MEAN_TOKENS / pack_length))
     elif name == "decode":
         config.generate.batch_size = {"full": 256, "small": 32, "tiny": 4}[scale]
         clips = {"full": 2_610, "small": 256, "tiny": 8}[scale]
         workload = dataclasses.replace(workload, records=clips)
     else:
         config.batch_size, config.pack_length = batch, pack_length
-        if scale != "tiny":
-            workload = dataclasses.replace(workload, records=SCALES["full"][2])
+        if pack_length:  # about as many clips an update
+            config.batch_size = max(1, round(batch * MEAN_TOKENS / pack_length))
     for key, value in (settings or {}).items():
         try:
             config.update_from_flattened_dict({key: value})

@@ -186,7 +186,13 @@ def token_log_probs(
     Raises:
         NotImplementedError: a gradient with respect to `vocabulary` is asked for.
     """
-    vocabulary = vocabulary.astype(states.dtype)
+    with jax.named_scope("vocabulary"):
+        return _token_log_probs(states, vocabulary.astype(states.dtype), targets, chunk)
+
+
+def _token_log_probs(
+    states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chunk: int
+) -> jax.Array:
     rows, columns = targets.shape
     if rows * columns <= chunk:
         return _block_log_probs(states, vocabulary, targets)

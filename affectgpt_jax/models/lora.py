@@ -140,4 +140,6 @@ class Projection(nn.Module):
             "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
         x = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
-        return checkpoint_name(y + low_rank(x, lora_a, lora_b, self.lora.scale), PROJECTED)
+        with jax.named_scope("low_rank"):  # profiles tell it from the frozen product
+            adapted = low_rank(x, lora_a, lora_b, self.lora.scale)
+        return checkpoint_name(y + adapted, PROJECTED)

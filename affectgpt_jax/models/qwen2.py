@@ -290,7 +290,8 @@ class DecoderLayer(nn.Module):
             key = RMSNorm(c.rms_norm_eps, run.param_dtype, name="k_norm")(key)
         query, key = rotate(query, rotary), rotate(key, rotary)
         if step is None:
-            attended = run.attend(query, key, value, segment_ids)
+            with jax.named_scope("attention"):
+                attended = run.attend(query, key, value, segment_ids)
             kept = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
         else:
             at = (layer, 0, 0, step.slot, 0)

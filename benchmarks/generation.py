@@ -1,0 +1,338 @@
+"""Answers, measured beside `transformers` in one run: `python -m benchmarks.generation`.
+
+Two kinds of answers about the clips of the workload "decode": label lists of 24 tokens, as long as
+99 of 100 are with the two that end one, and descriptions of 261. No answer ends early, since the
+weights are random. Both frameworks write the same prompts' answers, greedily, from the same
+weights, a batch at a time and one clip at a time (there 15 tokens for labels, the mean); what they
+write is compared.
+
+`transformers` runs its own `generate` on merged adapters; JAX runs what `affectgpt_jax.inference`
+runs, with the adapters beside the base. Prints a table and writes
+`benchmarks/results/generation_SCALE.json`; `--show` prints the table of such files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from affectgpt_jax.data.packing import Bucket, round_up
+from benchmarks import workloads
+from benchmarks.train_step import RESULTS, default_scale, environments, records_folder
+from benchmarks.turns import Side, TurnError
+
+# Kind -> what is asked, tokens of an answer in a batch, and of one that is asked for alone.
+KINDS = {"labels": ("ovlabel", 24, 15), "description": ("description", 261, 261)}
+CLIPS = 2_610  # MELD's test set
+# Rows whose tokens must all be the same. A random model has two words within rounding now and
+# then, and what follows differs; in bfloat16 that is often.
+EQUAL = {"float32": 0.9, "bfloat16": 0.0}
+FIRST_EQUAL = {"float32": 1.0, "bfloat16": 0.5}  # by chance one of thousands
+
+
+class _Writer:
+    """What both sides have in common: prompts in batches.
+
+    Args:
+        workload: arguments of `workloads.make`.
+        records: folder of record sets.
+    """
+
+    def __init__(self, workload: Mapping[str, Any], records: str):
+        self.workload = workloads.make(**workload)
+        self.dataset = workloads.open_records(self.workload, Path(records))
+        self.view = workloads.view(self.workload)
+        self._examples: dict[str, Any] = {}
+
+    def prompts(self, kind: str, rows: int, number: int) -> Any:
+        """A batch of prompts, all padded to one length; clips begin anew when they are used up."""
+        if kind not in self._examples:
+            question = KINDS[kind][0]
+            self._examples[kind] = self.view.prompt_examples(self.dataset, question)
+        examples = self._examples[kind]
+        longest = max(map(len, examples))
+        clips = [(number * rows + i) % len(examples) for i in range(rows)]
+        bucket = Bucket(round_up(longest), 1)
+        return self.view.collate(self.dataset, [(i, examples[i]) for i in clips], bucket)
+
+    def write(self, kind: str, rows: int, numbers: Sequence[int], tokens: int) -> dict[str, Any]:
+        """Write batches of answers: seconds in all, and the tokens of the first one."""
+        batches = [self.prompts(kind, rows, number) for number in numbers]
+        began = time.perf_counter()
+        found = [self._generate(batch, tokens) for batch in batches]
+        return {"s": time.perf_counter() - began, "tokens": found[0].tolist()}
+
+    def _generate(self, batch: Any, tokens: int) -> np.ndarray:
+        raise NotImplementedError
+
+
+class Ours(_Writer):
+    """JAX."""
+
+    def __init__(self, workload: Mapping[str, Any], records: str):
+        import jax
+
+        from affectgpt_jax import build
+        from benchmarks import sides
+
+        super().__init__(workload, records)
+        self.mesh = sides.one_device()
+        self.model = build.model(self.workload.config, self.workload.llm)
+        self.base = sides.draw_base(self.model, self.mesh)
+        self.trainable = jax.device_put(sides.draw_trainable(self.model))
+
+    def _generate(self, batch: Any, tokens: int) -> np.ndarray:
+        from affectgpt_jax.models.generate import Decoding, generate
+        from affectgpt_jax.training.sharding import shard_batch
+
+        # A stop that is never written: an answer of given length takes all steps.
+        decoding = Decoding(tokens, (self.workload.llm.vocab_size,), self.view.tokenizer.end_id)
+        placed = shard_batch(self.mesh, batch)
+        return generate(self.model, self.base, self.trainable, placed, decoding).tokens
+
+    def facts(self) -> dict[str, Any]:
+        from benchmarks import environment
+
+        return environment.describe()
+
+
+class Theirs(_Writer):
+    """`transformers`, with the twin's soft tokens."""
+
+    def __init__(self, workload: Mapping[str, Any], records: str, cache: str):
+        import torch
+
+        from affectgpt_jax import build
+        from benchmarks import sides
+        from benchmarks.torch_reference import model, weights
+
+        super().__init__(workload, records)
+        config, llm = self.workload.config, self.workload.llm
+        ours = build.model(config, llm)
+        self._cache, self._torch = cache, torch
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.twin = model.AffectGPT.from_base(
+            llm,
+            sides.draw_base(ours, sides.one_device()),
+            ours.fusion.config,
+            ours.qwen2.lora,
+            dtype=getattr(torch, config.dtype),
+            tuning=dataclasses.replace(model.TUNINGS["tuned"], compile=False),
+            device=self._device,
+        )
+        weights.load_trainable(self.twin, sides.draw_trainable(ours))
+        self.twin.eval()
+        self.twin.llama_model = self.twin.llama_model.merge_and_unload()
+
+    def _generate(self, batch: Any, tokens: int) -> np.ndarray:
+        from benchmarks.torch_reference.model import to_device
+
+        torch = self._torch
+        with torch.no_grad():
+            tensors = to_device(batch, self.twin.tuning, self._device)
+            embeds = self.twin.embed_inputs(tensors)
+            # Prompts end where answers begin: padding goes to the left.
+            lengths = (tensors["segment_ids"] > 0).sum(dim=1, keepdim=True)
+            places = torch.arange(embeds.shape[1], device=self._device)
+            padding = embeds.shape[1] - lengths
+            at = (places - padding).clamp(min=0)
+            embeds = embeds.gather(1, at[..., None].expand_as(embeds))
+            found = self.twin.llama_model.generate(
+                inputs_embeds=embeds,
+                attention_mask=(places >= padding).long(),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=self.view.tokenizer.end_id,
+                **({"cache_implementation": "static"} if self._cache == "static" else {}),
+            )
+        return found.cpu().numpy()
+
+    def facts(self) -> dict[str, Any]:
+        from benchmarks import environment
+
+        return environment.describe("torch", "peft")
+
+
+def same(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Shares of rows with equal first tokens, and with all tokens equal."""
+    a, b = np.asarray(ours), np.asarray(theirs)
+    return {
+        "first": float((a[:, 0] == b[:, 0]).mean()),
+        "all": float((a == b).all(axis=1).mean()),
+    }
+
+
+class Case(NamedTuple):
+    """Who writes how many answers at a time, of how many tokens."""
+
+    side: str
+    rows: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        who = "JAX" if self.side == "jax" else "transformers"
+        return f"{who}, {'one' if self.rows == 1 else self.rows} at a time"
+
+
+def measure(
+    sides: Mapping[str, Side], kind: str, *, rows: int, turns: int, singles: int, dtype: str
+) -> dict[str, Any]:
+    """Clips/s of every side on one kind of answer, in turns; the first turn only warms up.
+
+    Args:
+        sides: by name, "jax" and perhaps "transformers".
+        kind: of `KINDS`.
+        rows: of a batch.
+        turns: that count.
+        singles: clips of a turn where they come one at a time.
+        dtype: decides how equal answers must be.
+
+    Raises:
+        TurnError: a side failed, or the answers differ.
+    """
+    _, in_batch, alone = KINDS[kind]
+    cases = [Case(name, rows, in_batch) for name in sides] + [Case(n, 1, alone) for n in sides]
+    rates: dict[Case, list[float]] = {case: [] for case in cases}
+    first = {}
+    for turn in range(turns + 1):
+        for case in cases[:: 1 if turn % 2 == 0 else -1]:
+            count = 1 if case.rows > 1 else singles
+            numbers = list(range(turn * count, (turn + 1) * count))
+            told = {"kind": kind, "rows": case.rows, "numbers": numbers, "tokens": case.tokens}
+            found = sides[case.side].call("write", **told)
+            if turn:
+                rates[case].append(case.rows * count / found["s"])
+            else:
+                first[case] = found["tokens"]
+    equal = same(*(first[case] for case in cases[: len(sides)])) if len(sides) > 1 else None
+    if equal and (equal["first"] < FIRST_EQUAL[dtype] or equal["all"] < EQUAL[dtype]):
+        raise TurnError(
+            f"{kind}: of the answers to the same prompts {equal['first']:.0%} start with the same "
+            f"token and {equal['all']:.0%} are equal; expected {FIRST_EQUAL[dtype]:.0%} and "
+            f"{EQUAL[dtype]:.0%} in {dtype}"
+        )
+    return {
+        "equal": equal,
+        "cases": {
+            case.name: {
+                "tokens": case.tokens,
+                "clips_per_s": statistics.median(found),
+                "range": [min(found), max(found)],
+            }
+            for case, found in rates.items()
+        },
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement; returns the report.
+
+    Raises:
+        TurnError: a side failed, or the answers differ.
+    """
+    told = {"name": "decode", "scale": args.scale, "dtype": args.dtype, "tokenizer": args.tokenizer}
+    workload = workloads.make(**told)
+    rows, dtype = args.batch or workload.config.generate.batch_size, workload.config.dtype
+    workloads.open_records(workload, args.records)  # by one process, before several read them
+    given = {"workload": told, "records": str(args.records)}
+    ours, theirs = environments(args.scale == "full", False, "")
+    with contextlib.ExitStack() as stack:
+        sides = {"jax": Side("jax", "benchmarks.generation:Ours", given, ours)}
+        if args.peer:
+            given = given | {"cache": args.cache}
+            target = "benchmarks.generation:Theirs"
+            sides["transformers"] = Side("transformers", target, given, theirs)
+        for side in sides.values():
+            stack.enter_context(side)
+        kinds = {
+            kind: measure(
+                sides, kind, rows=rows, turns=args.turns, singles=args.singles, dtype=dtype
+            )
+            for kind in args.kind
+        }
+        about = sides["transformers" if args.peer else "jax"].call("facts")
+    about["command"] = " ".join(["python -m benchmarks.generation", *args.words])
+    settings = {
+        "scale": args.scale,
+        "dtype": dtype,
+        "batch": rows,
+        "turns": args.turns,
+        "singles": args.singles,
+        "cache": args.cache if args.peer else None,
+    }
+    return {"environment": about, "settings": settings, "kinds": kinds}
+
+
+def table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of reports."""
+    lines = [
+        f"| answers | who | clips/s (range) | new tokens/s | {CLIPS:,} clips | JAX's batches over "
+        "it | same answers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for report in reports:
+        settings = report["settings"]
+        for kind, found in report["kinds"].items():
+            best = next(iter(found["cases"].values()))["clips_per_s"]
+            for i, (who, case) in enumerate(found["cases"].items()):
+                rate, (low, high) = case["clips_per_s"], case["range"]
+                equal = f"{found['equal']['all']:.0%}" if i == 1 and found["equal"] else ""
+                lines.append(
+                    f"| {kind} of {case['tokens']} tokens, {settings['scale']}, "
+                    f"{settings['dtype']} | {who} | {rate:.3g} ({low:.3g} to {high:.3g}) | "
+                    f"{case['tokens'] * rate:,.0f} | {CLIPS / rate / 60:.1f} min | "
+                    f"{f'{best / rate:.1f}' if i else ''} | {equal} |"
+                )
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--scale", choices=workloads.SCALES, default=default_scale(), help="default: full on a GPU")
+    add("--kind", nargs="+", choices=KINDS, default=list(KINDS))
+    add("--no-peer", dest="peer", action="store_false", help="JAX alone")
+    add("--batch", type=int, default=0, help="clips at a time; default: the scale's")
+    add("--turns", type=int, default=5, help="that count, after one that does not")
+    add("--singles", type=int, default=3, help="clips of a turn, where they come one at a time")
+    add("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers")
+    add("--dtype", choices=("", *EQUAL), default="", help="default: the scale's")
+    add("--tokenizer", default="tiny", help="directory of one; default: what ships")
+    add("--records", type=Path, default=records_folder(), help="where record sets are kept")
+    add("--out", type=Path, help="default: benchmarks/results/generation_SCALE.json")
+    add("--show", type=Path, nargs="+", help="print the table of such files and stop")
+    args = parser.parse_args(argv)
+    args.words = list(argv)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence where a side fails or answers differ."""
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args.show:
+        print(table([json.loads(path.read_text(encoding="utf-8")) for path in args.show]))
+        return
+    try:
+        report = run(args)
+    except TurnError as error:
+        raise SystemExit(f"error: {error}") from None
+    out = args.out or RESULTS / f"generation_{args.scale}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table([report]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The input pipeline without a model: `python -m benchmarks.input_pipeline`.
+
+Reads synthetic records of the real feature shapes from a disk whose pages are in memory, and
+assembles batches as training does: in order of the shuffled plan, by Grain's threads, padded and
+packed. Then one thread does the same work part by part, so that the table says what a sample costs
+where. `--step SECONDS` (of an update of as many clips) adds the share of a step that the loop would
+wait.
+
+Prints a table and writes `benchmarks/results/input.json`; `--show` prints the table of such a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.data import pipeline as product
+from affectgpt_jax.data.examples import soft_index
+from affectgpt_jax.data.pipeline import TrainPipeline
+from affectgpt_jax.data.records import decode
+from benchmarks import environment, workloads
+from benchmarks.train_step import RESULTS, records_folder
+
+LAYOUTS = {"padded": 0, "packed": 2048}  # pack_length
+AIM = 5_000  # samples/s
+
+
+def read(feed: TrainPipeline, first: int, count: int, threads: int) -> dict[str, float]:
+    """Read batches through Grain; samples, and the seconds from the first request to the last.
+
+    Args:
+        feed: of training batches.
+        first: step to start at.
+        count: batches.
+        threads: of Grain; 0 is the pipeline's own number.
+    """
+    more = {"threads": threads} if threads else {}
+    began, samples = time.perf_counter(), 0
+    for batch in feed.batches(first, first + count, **more):
+        samples += int(np.asarray(batch["segment_ids"]).max(axis=1).sum())
+    return {"samples": samples, "s": time.perf_counter() - began}
+
+
+def timed(function: Callable[[Any], Any], items: Sequence[Any]) -> float:
+    """Microseconds a call, as the median over ten equal parts."""
+    size, found = max(1, len(items) // 10), []
+    for start in range(0, size * min(10, len(items)), size):
+        part = items[start : start + size]
+        began = time.perf_counter()
+        for item in part:
+            function(item)
+        found.append((time.perf_counter() - began) / len(part))
+    return 1e6 * statistics.median(found)
+
+
+def by_part(feed: TrainPipeline, dataset: Any, how: Any, batches: int) -> dict[str, float]:
+    """Microseconds that a sample costs in each part of making a batch, on one thread.
+
+    Args:
+        feed: of training batches.
+        dataset: its records.
+        how: the view through which they become inputs.
+        batches: how many to take apart.
+    """
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(len(dataset), size=max(200, 48 * batches)).tolist()
+    source = dataset._source  # the reader below the checks, which is what they are measured against
+    stored = [source[i] for i in numbers]
+    examples = how.training_examples(dataset, "ovlabel")
+    slots = how.mode.slots
+    raw, whole = timed(source.__getitem__, numbers), timed(dataset.__getitem__, numbers)
+    decoding = timed(decode, stored)
+    soft = timed(
+        lambda i: soft_index(examples[i].tokens, how.tokenizer, how.token_counts, slots), numbers
+    )
+    steps = list(range(batches))
+    plans = timed(feed.planned, steps)
+    samples = sum(int(feed.planned(step).clips.sum()) for step in steps)
+    batch = timed(feed.batch, steps) * len(steps) / samples
+    return {
+        "read from ArrayRecord": raw,
+        "check and decode": decoding,
+        "compare with the index": max(0.0, whole - raw - decoding),
+        "place soft tokens": soft,
+        "look up the plan": plans * len(steps) / samples,
+        "copy into the batch, and the rest": max(
+            0.0, batch - whole - soft - plans * len(steps) / samples
+        ),
+        "together": batch,
+    }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """One measurement; returns the report."""
+    layouts = {}
+    for layout, pack_length in LAYOUTS.items():
+        workload = workloads.make(
+            "input",
+            args.scale,
+            batch=args.batch,
+            pack_length=pack_length,
+            tokenizer=args.tokenizer,
+        )
+        began = time.perf_counter()
+        dataset = workloads.open_records(workload, args.records)
+        opened = time.perf_counter()
+        feed = workloads.feed(workload, args.records)
+        planned = time.perf_counter()
+        per_epoch = len(feed.plan(0))
+        count = min(args.batches, per_epoch)
+        read(feed, 0, per_epoch, args.threads)  # so that all pages are in memory
+        blocks = [read(feed, i * count, count, args.threads) for i in range(args.blocks)]
+        rates = [block["samples"] / block["s"] for block in blocks]
+        layouts[layout] = {
+            "records": len(dataset),
+            "samples_per_s": statistics.median(rates),
+            "samples_per_s_range": [min(rates), max(rates)],
+            "batch_s": statistics.median(block["s"] / count for block in blocks),
+            "batches": count,
+            "blocks": blocks,
+            "open_s": opened - began,
+            "tokenise_and_plan_s": planned - opened,
+            "us_per_sample": by_part(feed, dataset, workloads.view(workload), min(count, 20)),
+        }
+    about = environment.describe()
+    about["command"] = " ".join(["python -m benchmarks.input_pipeline", *args.words])
+    return {
+        "environment": about,
+        "settings": {
+            "batch": args.batch,
+            "threads": args.threads or product.TrainPipeline.batches.__defaults__[0],
+            "cores": len(os.sched_getaffinity(0)),
+            "step_s": args.step,
+            "aim_samples_per_s": AIM,
+        },
+        "layouts": layouts,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """Markdown tables of a report."""
+    settings = report["settings"]
+    wait = "| share of a step " if settings["step_s"] else ""
+    lines = [
+        f"{settings['batch']} clips a batch, {settings['threads']} threads on {settings['cores']} "
+        f"core(s); the aim is {settings['aim_samples_per_s']:,} samples/s",
+        "",
+        f"| rows | records | samples/s (by block) | a batch {wait}|",
+        "|---|---|---|---|" + ("---|" if wait else ""),
+    ]
+    for name, found in report["layouts"].items():
+        low, high = found["samples_per_s_range"]
+        share = f"| {found['batch_s'] / settings['step_s']:.2%} " if wait else ""
+        lines.append(
+            f"| {name} | {found['records']:,} | {found['samples_per_s']:,.0f} ({low:,.0f} to "
+            f"{high:,.0f}) | {1e3 * found['batch_s']:.1f} ms {share}|"
+        )
+    names = list(report["layouts"])
+    lines += ["", "| one thread, us a sample | " + " | ".join(names) + " |"]
+    lines += ["|---|" + "---|" * len(names)]
+    for part in report["layouts"][names[0]]["us_per_sample"]:
+        values = (report["layouts"][name]["us_per_sample"][part] for name in names)
+        lines.append(f"| {part} | " + " | ".join(f"{value:.0f}" for value in values) + " |")
+    return "\n".join(lines)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--scale", choices=workloads.SCALES, default="full", help="of the record set")
+    add("--batch", type=int, default=48)
+    add("--batches", type=int, default=100, help="of a block")
+    add("--blocks", type=int, default=5)
+    add("--threads", type=int, default=0, help="of Grain; default: as training has them")
+    add("--step", type=float, default=0.0, help="seconds of an update, to compare with")
+    add("--tokenizer", default="tiny", help="directory of one; default: what ships")
+    add("--records", type=Path, default=records_folder(), help="where record sets are kept")
+    add("--out", type=Path, default=RESULTS / "input.json")
+    add("--show", type=Path, help="print the table of such a file and stop")
+    args = parser.parse_args(argv)
+    args.words = list(argv)
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    if args.show:
+        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
+        return
+    report = run(args)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    print(table(report))
+
+
+if __name__ == "__main__":
+    main()
