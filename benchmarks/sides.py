@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
@@ -98,6 +99,26 @@ def finished(seconds: list[float], wait_s: float, losses: list[float], of: list[
 def peak_of_process() -> int:
     """The largest resident size of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ceilings(dtype: str) -> dict[str, float]:
+    """What this device does at best: FLOP/s of a large product, bytes/s of a large copy."""
+    size = 8192 if jax.default_backend() == "gpu" else 2048
+    a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: -x)
+
+    def fastest(function: Any, *inputs: Any) -> float:
+        times = []
+        for _ in range(6):  # the first one compiles
+            began = time.perf_counter()
+            jax.block_until_ready(function(*inputs))
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return {
+        "flop_per_s": 2 * size**3 / fastest(product, a, b),
+        "bytes_per_s": 2 * a.nbytes / fastest(copy, a),
+    }
 
 
 class Ours:
@@ -222,6 +243,7 @@ class Ours:
         for length, program in self.programs.items():
             text = program.as_text()
             (Path(directory) / f"program-{length}.hlo").write_text(text, encoding="utf-8")
+        found["ceilings"] = ceilings(self.workload.config.dtype)
         (Path(directory) / "block.json").write_text(json.dumps(found), encoding="utf-8")
 
     def peak_bytes(self) -> int:

@@ -1,0 +1,356 @@
+"""Where a step's time goes: `python -m benchmarks.profile_table DIR`.
+
+DIR is what `python -m benchmarks.train_step --profile DIR` left there: a trace of steady steps, the
+compiled programs that ran, and what was in their batches. Every operation of the trace is looked up
+in its program, whose metadata says which part of the model it was written for. At every moment the
+operations that run share the time, so that the parts add up to the time of a step.
+
+Beside a part stands the time that its FLOPs would take at the rate of the device's largest matrix
+product: what is above that is the room for improvement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from affectgpt_jax.models.flops import Flops
+from benchmarks import workloads
+from benchmarks.train_step import flops_of
+
+# First match wins, against an operation's kind and the names of the scopes that it comes from.
+PARTS = (
+    ("communication", r"^(all-|reduce-scatter|collective-|send|recv)"),
+    ("host and device", r"^(memcpy|infeed|outfeed|copy-(start|done))"),
+    ("LoRA", r"/low_rank/"),
+    ("dropout", r"Dropout|threefry|bernoulli|random_bits"),
+    ("attention", r"/attention/"),
+    ("vocabulary", r"[/(]vocabulary[/)]"),
+    ("heads and fusion", r"[/(]Fusion[/)]"),
+    ("frozen products", r"^(dot|custom-call|convolution)\b.*_proj/"),
+    ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers|norm)/|[/(]Qwen2\)?\)/(?!while)"),
+    ("loop over layers", r"[/(]Qwen2\)+/while"),
+    ("embedding", r"jvp|transpose"),
+    ("optimizer and metrics", r"train_step"),
+)
+OTHER = "other"
+# Part -> what of the model's FLOPs it computes.
+FLOPS_OF = {
+    "frozen products": "frozen",
+    "LoRA": "adapters",
+    "attention": "attention",
+    "vocabulary": "vocabulary",
+}
+
+
+class Operation(NamedTuple):
+    """One instruction of a compiled program: its kind, scopes, and computation that it calls."""
+
+    kind: str
+    scopes: str
+    calls: str
+
+
+class Event(NamedTuple):
+    """Something that ran from `start` to `end`, in ns."""
+
+    start: float
+    end: float
+    name: str
+
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?\s([a-z][\w\-]*)\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(|\{)")
+_PRODUCTS = ("dot", "custom-call", "convolution")
+
+
+def read_program(text: str) -> dict[str, str]:
+    """Part of the model by name of an operation, from the text of a compiled program.
+
+    An operation that is several in one is what its matrix product is, where it has one.
+    """
+    computations: dict[str, dict[str, Operation]] = defaultdict(dict)
+    inside = ""
+    for line in text.splitlines():
+        if line.startswith("}"):
+            inside = ""
+        elif not line.startswith(" ") and (found := _COMPUTATION.match(line)):
+            inside = found[1]
+        elif inside and (found := _INSTRUCTION.match(line)):
+            scopes = re.search(r'op_name="([^"]*)"', line)
+            calls = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", line)
+            computations[inside][found[1]] = Operation(
+                found[2], scopes[1] if scopes else "", calls[1] if calls else ""
+            )
+
+    def part(operation: Operation) -> str:
+        within = list(computations.get(operation.calls, {}).values())
+        products = [inner for inner in within if inner.kind in _PRODUCTS]
+        products += [p for inner in within for p in _inner_products(computations, inner)]
+        if products:
+            return part_of(products[0].kind, products[0].scopes)
+        named = [operation, *reversed(within)]
+        return part_of(operation.kind, next((o.scopes for o in named if o.scopes), ""))
+
+    return {
+        name: part(operation)
+        for instructions in computations.values()
+        for name, operation in instructions.items()
+    }
+
+
+def _inner_products(computations: Any, operation: Operation) -> list[Operation]:
+    """Products in what a fused operation calls in turn."""
+    within = computations.get(operation.calls, {}).values()
+    return [inner for inner in within if inner.kind in _PRODUCTS]
+
+
+def part_of(kind: str, scopes: str) -> str:
+    """The part of the model that an operation belongs to.
+
+    Args:
+        kind: its opcode.
+        scopes: its `op_name`.
+    """
+    text = f"{kind} {scopes}/"
+    return next((name for name, pattern in PARTS if re.search(pattern, text)), OTHER)
+
+
+def exclusive(events: Iterable[Event]) -> list[Event]:
+    """Events of one thread or stream without the time of those within them."""
+    found: list[Event] = []
+    stack: list[Event] = []
+    clock = 0.0
+
+    def until(time: float) -> None:
+        nonlocal clock
+        while stack:
+            top = stack[-1]
+            end = min(top.end, time)
+            if end > clock:
+                found.append(Event(clock, end, top.name))
+                clock = end
+            if top.end > time:
+                return
+            stack.pop()
+
+    for event in sorted(events, key=lambda e: (e.start, -e.end)):
+        until(event.start)
+        clock = event.start
+        stack.append(event)
+    until(float("inf"))
+    return found
+
+
+def share_out(events: Iterable[Event]) -> tuple[dict[str, float], list[tuple[float, float]]]:
+    """Time by name, every moment shared by the events that run in it, and the gaps between.
+
+    Args:
+        events: of all threads or streams, none within another of its own.
+
+    Returns:
+        ns by name; the intervals between the first start and the last end in which nothing ran.
+    """
+    moments = sorted(
+        [(e.start, 1, e.name) for e in events] + [(e.end, -1, e.name) for e in events],
+        key=lambda m: (m[0], m[1]),
+    )
+    times: dict[str, float] = defaultdict(float)
+    gaps: list[tuple[float, float]] = []
+    running: dict[str, int] = defaultdict(int)
+    count, before = 0, moments[0][0] if moments else 0.0
+    for time, change, name in moments:
+        if time > before:
+            if count:
+                for running_name, number in running.items():
+                    times[running_name] += (time - before) * number / count
+            else:
+                gaps.append((before, time))
+        before = time
+        count += change
+        running[name] += change
+    return dict(times), gaps
+
+
+def overlap(gaps: Iterable[tuple[float, float]], others: Sequence[Event]) -> float:
+    """Time that lies in a gap and in one of the other events, which do not overlap."""
+    return sum(
+        max(0.0, min(end, other.end) - max(start, other.start))
+        for start, end in gaps
+        for other in others
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a trace holds.
+
+    Attributes:
+        lanes: operations of each thread of a CPU or stream of a GPU, named (program, operation).
+        waits: when the loop waited for a batch.
+    """
+
+    lanes: list[list[tuple[str, Event]]]
+    waits: list[Event]
+
+
+def read_trace(directory: Path) -> Trace:
+    """The trace in a folder, by JAX's own reader.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = sorted(directory.glob("**/*.xplane.pb"))
+    if not files:
+        raise ValueError(f"{directory} holds no trace; make one with train_step --profile")
+    lanes, waits = [], []
+    planes = list(jax.profiler.ProfileData.from_file(str(files[-1])).planes)
+    devices = [plane for plane in planes if plane.name.startswith("/device:")]
+    for plane in planes:
+        for line in plane.lines:
+            lane = []
+            for event in line.events:
+                span = Event(event.start_ns, event.start_ns + event.duration_ns, event.name)
+                if event.name == "data_wait":
+                    waits.append(span)
+                # On a GPU the same operations stand in lines derived from those of the streams.
+                elif plane in devices and not line.name.startswith("Stream"):
+                    continue
+                elif bool(devices) == (plane in devices):
+                    stats = dict(event.stats)
+                    if "hlo_op" in stats:
+                        program = f"{stats.get('hlo_module')} {stats.get('program_id')}"
+                        lane.append((program, span._replace(name=str(stats["hlo_op"]))))
+                    elif plane in devices:
+                        lane.append(("", span))
+            if lane:
+                lanes.append(lane)
+    return Trace(lanes, waits)
+
+
+def match(names: set[str], programs: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The program that these operations are of: the one that has most of them."""
+    return max(programs.values(), key=lambda parts: len(names & parts.keys()))
+
+
+def account(trace: Trace, programs: dict[str, dict[str, str]], steps: int) -> dict[str, float]:
+    """Seconds of a step by part, in descending order, then "input wait" and "idle".
+
+    Args:
+        trace: of `steps` steps.
+        programs: name -> part of every operation.
+        steps: in the trace.
+    """
+    names: dict[str, set[str]] = defaultdict(set)
+    for lane in trace.lanes:
+        for program, event in lane:
+            names[program].add(event.name)
+    parts = {program: match(found, programs) for program, found in names.items()}
+    events = []
+    for lane in trace.lanes:
+        named = [
+            event._replace(
+                name=parts[program].get(event.name) or part_of(event.name.lower(), event.name)
+            )
+            for program, event in lane
+        ]
+        events += exclusive(named)
+    times, gaps = share_out(events)
+    idle = sum(end - start for start, end in gaps)
+    waited = overlap(gaps, trace.waits)
+    found = {k: v / steps / 1e9 for k, v in sorted(times.items(), key=lambda item: -item[1])}
+    return found | {"input wait": waited / steps / 1e9, "idle": (idle - waited) / steps / 1e9}
+
+
+def report(directory: Path) -> dict[str, Any]:
+    """What the folder of a profile says.
+
+    Raises:
+        ValueError: it holds no profile.
+    """
+    try:
+        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
+        block = json.loads((directory / "block.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{error.filename} is missing; make a profile with train_step --profile"
+        ) from None
+    programs = {
+        path.name: read_program(path.read_text(encoding="utf-8"))
+        for path in directory.glob("program-*.hlo")
+    }
+    steps = len(block["seconds"])
+    times = account(read_trace(directory), programs, steps)
+    samples = [sample for step in block["samples"] for sample in step]
+    flops = flops_of(workloads.make(**about["settings"]["sides"]["jax"]), samples)
+    flops = Flops(*(count / steps for count in flops))
+    rate = block["ceilings"]["flop_per_s"]
+    floors = {part: getattr(flops, kind) / rate for part, kind in FLOPS_OF.items()}
+    return {
+        "workload": about["settings"]["workload"],
+        "batch": about["settings"]["batch"],
+        "scale": about["settings"]["scale"],
+        "packed": about["settings"]["packed"],
+        "device": about["device"],
+        "steps": steps,
+        "ceilings": block["ceilings"],
+        "seconds": times,
+        "floors": floors,
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """A Markdown table of a profile."""
+    total = sum(found["seconds"].values())
+    batch = f" {found['batch']}" if found["batch"] else ""
+    lines = [
+        f"{found['workload']}{batch}{', packed' if found['packed'] else ''}, {found['scale']}, "
+        f"{found['device']}: {1e3 * total:,.1f} ms a step, over {found['steps']} steps; the "
+        f"largest product runs at {found['ceilings']['flop_per_s'] / 1e12:.3g} TFLOP/s, a copy at "
+        f"{found['ceilings']['bytes_per_s'] / 1e9:,.0f} GB/s",
+        "",
+        "| part | a step | share | its FLOPs at that rate | above it |",
+        "|---|---|---|---|---|",
+    ]
+    for part, seconds in found["seconds"].items():
+        floor = found["floors"].get(part)
+        more = f"{1e3 * floor:,.1f} ms | {1e3 * (seconds - floor):,.1f} ms" if floor else " | "
+        lines.append(f"| {part} | {1e3 * seconds:,.1f} ms | {seconds / total:.1%} | {more} |")
+    return "\n".join([*lines, "", next_bottleneck(found)])
+
+
+def next_bottleneck(found: dict[str, Any]) -> str:
+    """The part with the most time above what its FLOPs take."""
+    room = {k: s - found["floors"].get(k, 0.0) for k, s in found["seconds"].items()}
+    part = max(room, key=room.get)
+    total = sum(found["seconds"].values())
+    return f"The most to gain is in {part}: {room[part] / total:.0%} of a step."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence where there is no profile."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("directory", type=Path, help="what train_step --profile wrote")
+    parser.add_argument("--out", type=Path, help="also write the numbers, as JSON")
+    args = parser.parse_args(argv if argv is not None else sys.argv[1:])
+    try:
+        found = report(args.directory)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
