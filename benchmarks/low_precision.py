@@ -55,7 +55,7 @@ from affectgpt_jax.training.optimizer import (
 from affectgpt_jax.training.step import init_key, init_state, make_train_step
 from affectgpt_jax.weights.huggingface import load_base
 from benchmarks import environment, parity, probes
-from benchmarks.train_step import SHAPES
+from benchmarks.workloads import SCALES
 
 RESULTS = Path(__file__).parent / "results"
 LOW = PRECISIONS[1:]
@@ -74,9 +74,9 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "small": Workload(SHAPES["small"], 4, 256, "float32", "none"),
+    "small": Workload(SCALES["small"][0], 4, 256, "float32", "none"),
     # Rematerialised, so that two bases and the activations of long rows fit 80 GB.
-    "7b": Workload(SHAPES["7b"], 2, 4096, "bfloat16", "full"),
+    "7b": Workload(SCALES["full"][0], 2, 4096, "bfloat16", "full"),
 }
 
 
