@@ -36,12 +36,14 @@ _MAX_BLOCKS = 8
 DEFAULT_SEGMENTS = 64
 
 
+@jax.custom_vjp
 def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Causal self-attention within segments, in plain XLA; runs on every device.
 
     Queries are taken in blocks, each against the keys up to its end, and the weights of a block are
-    computed again in the backward pass: about half the products of a full square, and memory for
-    one block of scores instead of all `T * T`. Scores and softmax are float32.
+    computed again in the backward pass (Dao et al. 2022, without its blocks of keys): about half
+    the products of a full square, and memory for one block of scores instead of all `T * T`. Scores
+    and softmax are float32.
 
     Args:
         query: `[B, T, H, d]`; heads `g*H/K ... (g+1)*H/K - 1` share key head g (Ainslie et al.
@@ -54,44 +56,109 @@ def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.
     Returns:
         `[B, T, H, d]` in the dtype of `value`.
     """
-    batch, length, heads, width = query.shape
-    kv_heads = key.shape[2]
-    # Heads before positions: XLA's CPU backend takes half as long for this layout at 1,024 tokens.
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    query = query.transpose(0, 2, 3, 1, 4)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    block = max(_BLOCK, -(-length // _MAX_BLOCKS))
-    # Inside the scan over layers nothing can merge the recomputation with the forward pass.
-    attend = jax.checkpoint(_attend_block, prevent_cse=False)
-    blocks = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        at = query[:, :, :, start:end], key[:, :, :end], value[:, :, :end]
-        blocks.append(attend(*at, segment_ids[:, start:end], segment_ids[:, :end]))
-    attended = jnp.concatenate(blocks, axis=3).transpose(0, 3, 1, 2, 4)
-    return attended.reshape(batch, length, heads, width)
+    return _causal_forward(query, key, value, segment_ids)[0]
 
 
-def _attend_block(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    query_segments: jax.Array,
-    key_segments: jax.Array,
-) -> jax.Array:
-    """Attention of the last t of S tokens: query `[B, K, H/K, t, d]`, key and value `[B, K, S, d]`,
-    segments `[B, t]` and `[B, S]`; returns the shape of `query`."""
-    batch, kv_heads, group, queries, width = query.shape
-    keys = key.shape[2]
+def _causal_forward(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    q, k, v = _by_head(query, key.shape[2]), key.swapaxes(1, 2), value.swapaxes(1, 2)
+    attended, normalisers = [], []
+    for start, end in _blocks(query.shape[1]):
+        scores = _masked_scores(q[:, :, :, start:end], k[:, :, :end], segment_ids)
+        largest = scores.max(axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = weights.sum(axis=-1, keepdims=True)
+        mixed = _times(weights.astype(value.dtype), v[:, :, :end])
+        attended.append((mixed / total).astype(value.dtype))
+        normalisers.append(largest + jnp.log(total))
+    out = _by_position(jnp.concatenate(attended, axis=3))
+    return out, (query, key, value, segment_ids, out, jnp.concatenate(normalisers, axis=3))
+
+
+def _causal_backward(
+    saved: tuple[jax.Array, ...], grad: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    query, key, value, segment_ids, out, normalisers = saved
+    scale, kv_heads = query.shape[-1] ** -0.5, key.shape[2]
+    k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    q, out, grad = (_by_head(x, kv_heads) for x in (query, out, grad))
+    # What the softmax's normaliser takes back: sum over keys of weight times its gradient.
+    shared = jnp.sum(out * grad, axis=-1, keepdims=True, dtype=jnp.float32)
+    grads_q = []
+    grad_k, grad_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+    for start, end in _blocks(query.shape[1]):
+        here = (slice(None), slice(None), slice(None), slice(start, end))
+        keys, values = k[:, :, :end], v[:, :, :end]
+        weights = jnp.exp(_masked_scores(q[here], keys, segment_ids) - normalisers[here])
+        grad_weights = _times(grad[here], values.swapaxes(2, 3))
+        grad_scores = (weights * (grad_weights - shared[here]) * scale).astype(key.dtype)
+        grads_q.append(_times(grad_scores, keys))
+        grad_k = grad_k.at[:, :, :end].add(_transposed_times(grad_scores, q[here]))
+        grad_v = grad_v.at[:, :, :end].add(
+            _transposed_times(weights.astype(value.dtype), grad[here])
+        )
+    return (
+        _by_position(jnp.concatenate(grads_q, axis=3)).astype(query.dtype),
+        grad_k.swapaxes(1, 2).astype(key.dtype),
+        grad_v.swapaxes(1, 2).astype(value.dtype),
+        None,
+    )
+
+
+causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """First and last query of each block."""
+    size = max(_BLOCK, -(-length // _MAX_BLOCKS))
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _by_head(x: jax.Array, kv_heads: int) -> jax.Array:
+    """`[B, T, H, d]` as `[B, K, H/K, T, d]`: XLA's CPU backend takes half as long for products of
+    this layout at 1,024 tokens."""
+    batch, length, heads, width = x.shape
+    return x.reshape(batch, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _by_position(x: jax.Array) -> jax.Array:
+    """The inverse of `_by_head`."""
+    batch, kv_heads, group, length, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, length, kv_heads * group, width)
+
+
+def _masked_scores(query: jax.Array, key: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Scaled float32 products `[B, K, H/K, t, S]` of queries `[B, K, H/K, t, d]`, which are the
+    last t of the S tokens that keys `[B, K, S, d]` are of; where a token does not see a key, a
+    number that no exponential survives."""
+    queries, keys = query.shape[3], key.shape[2]
     positions = jnp.arange(keys - queries, keys)
     mask = positions[:, None] >= jnp.arange(keys)
-    mask = mask & (query_segments[:, :, None] == key_segments[:, None, :])
-    flat = query.reshape(batch, kv_heads, group * queries, width)
-    scores = jnp.einsum("bkxd,bksd->bkxs", flat, key, preferred_element_type=jnp.float32)
-    scores = scores.reshape(batch, kv_heads, group, queries, keys)
-    weights = _weights(scores, mask[:, None, None], width).astype(value.dtype)
-    weights = weights.reshape(batch, kv_heads, group * queries, keys)
-    return jnp.einsum("bkxs,bksd->bkxd", weights, value).reshape(query.shape)
+    same = segment_ids[:, keys - queries : keys, None] == segment_ids[:, None, :keys]
+    scores = _times(query, key.swapaxes(2, 3))
+    return jnp.where((mask & same)[:, None, None], scores * query.shape[-1] ** -0.5, _MASKED)
+
+
+def _times(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Float32 products `[B, K, G, t, n]` of `[B, K, G, t, m]` and `[B, K, m, n]`."""
+    batch, kv_heads, group, rows, inner = x.shape
+    flat = x.reshape(batch, kv_heads, group * rows, inner)
+    product = jnp.einsum("bkxm,bkmn->bkxn", flat, y, preferred_element_type=jnp.float32)
+    return product.reshape(batch, kv_heads, group, rows, y.shape[-1])
+
+
+def _transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Float32 sums over queries `[B, K, S, d]` of scores `[B, K, G, t, S]` and `[B, K, G, t, d]`.
+
+    As `(y^T x)^T`, which transposes what is narrow: XLA's CPU backend multiplies by a transposed
+    left operand at a third of the speed. Without the barriers it would turn one into the other.
+    """
+    batch, kv_heads, group, queries, keys = x.shape
+    x, y = (a.reshape(batch, kv_heads, group * queries, a.shape[-1]) for a in (x, y))
+    turned = jax.lax.optimization_barrier(y.swapaxes(2, 3))
+    product = jnp.einsum("bkdx,bkxs->bkds", turned, x, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
 
 
 def _weights(scores: jax.Array, mask: jax.Array, width: int) -> jax.Array:

@@ -106,6 +106,19 @@ def _low_rank_backward(scale, residuals, grad):
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zero a share `rate` of the elements and scale the others by `1 / (1 - rate)`.
+
+    Unlike `nn.Dropout`, which turns 32 random bits into a float for every element, it compares 16:
+    drawing masks is a tenth of a step on a CPU. The rate is met to 2^-17.
+    """
+    width = x.shape[-1]
+    pairs = jax.random.bits(key, (*x.shape[:-1], -(-width // 2)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)
+    keep = bits[..., :width] >= min(round(rate * 2**16), 2**16 - 1)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
 class Projection(nn.Module):
     """A linear layer with frozen `params` (kernel `[in, out]`, bias) and an optional adapter.
 
@@ -139,7 +152,8 @@ class Projection(nn.Module):
         lora_b = self.variable(
             "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
-        x = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic)
+        if self.lora.dropout and not deterministic:
+            x = dropout(x, self.lora.dropout, self.make_rng("dropout"))
         with jax.named_scope("low_rank"):  # profiles tell it from the frozen product
             adapted = low_rank(x, lora_a, lora_b, self.lora.scale)
         return checkpoint_name(y + adapted, PROJECTED)

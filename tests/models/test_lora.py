@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_model import LLM, random_tree, relative_error
 
-from affectgpt_jax.models.lora import TARGETS, LoraConfig, low_rank
+from affectgpt_jax.models.lora import TARGETS, LoraConfig, dropout, low_rank
 from affectgpt_jax.models.qwen2 import (
     PUBLISHED,
     Llama3RopeScaling,
@@ -280,3 +280,19 @@ def test_dropout_is_a_function_of_its_key_and_off_without_one(dropped):
         np.testing.assert_array_equal(first[name], again[name])
         assert (first[name] != other[name]).any()
         assert plain[name].all(), "a value was dropped without a key"
+
+
+@pytest.mark.parametrize("rate", [0.05, 1e-3, 0.5, 1 - 1e-6])
+def test_the_two_elements_of_one_random_word_are_dropped_independently(rate):
+    kept = np.asarray(dropout(jnp.ones((1000, 257)), rate, jax.random.key(3)) != 0)
+    # An odd width leaves half a word over.
+    first, second = kept[:, 0:-1:2], kept[:, 1::2]
+    for found, expected in (
+        (first, 1 - rate),
+        (second, 1 - rate),
+        (kept[:, -1], 1 - rate),
+        (first & second, (1 - rate) ** 2),
+    ):
+        # Five standard deviations, and 16 bits: a rate of nearly 1 keeps one of 65,536.
+        spread = math.sqrt(expected * (1 - expected) / found.size)
+        assert abs(found.mean() - expected) < 5 * spread + 2**-15

@@ -423,8 +423,11 @@ def test_rematerialisation_saves_memory():
 
 
 def test_barriers_keep_unrolled_layers_from_being_merged_with_their_recomputation():
+    def attend(query, key, value, segment_ids):  # one without barriers of its own
+        return query
+
     def barriers(unroll):
-        module = Qwen2(LLM, execution=Execution(remat="full", unroll=unroll))
+        module = Qwen2(LLM, execution=Execution(remat="full", unroll=unroll, attend=attend))
         base = random_tree(abstract_base(module))
         gradient = jax.grad(lambda e: forward(e, *rows_of(8, 2), module, base).sum())
         return jax.jit(gradient).lower(random_embeds(2, 8)).as_text().count("optimization_barrier")
