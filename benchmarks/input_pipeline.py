@@ -23,9 +23,8 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.data import pipeline as product
 from affectgpt_jax.data.examples import soft_index
-from affectgpt_jax.data.pipeline import TrainPipeline
+from affectgpt_jax.data.pipeline import THREADS, TrainPipeline
 from affectgpt_jax.data.records import decode
 from benchmarks import environment, workloads
 from benchmarks.train_step import RESULTS, records_folder
@@ -41,11 +40,10 @@ def read(feed: TrainPipeline, first: int, count: int, threads: int) -> dict[str,
         feed: of training batches.
         first: step to start at.
         count: batches.
-        threads: of Grain; 0 is the pipeline's own number.
+        threads: of Grain.
     """
-    more = {"threads": threads} if threads else {}
     began, samples = time.perf_counter(), 0
-    for batch in feed.batches(first, first + count, **more):
+    for batch in feed.batches(first, first + count, threads):
         samples += int(np.asarray(batch["segment_ids"]).max(axis=1).sum())
     return {"samples": samples, "s": time.perf_counter() - began}
 
@@ -137,7 +135,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "environment": about,
         "settings": {
             "batch": args.batch,
-            "threads": args.threads or product.TrainPipeline.batches.__defaults__[0],
+            "threads": args.threads,
             "cores": len(os.sched_getaffinity(0)),
             "step_s": args.step,
             "aim_samples_per_s": AIM,
@@ -151,7 +149,7 @@ def table(report: dict[str, Any]) -> str:
     settings = report["settings"]
     wait = "| share of a step " if settings["step_s"] else ""
     lines = [
-        f"{settings['batch']} clips a batch, {settings['threads']} threads on {settings['cores']} "
+        f"{settings['batch']} clips a batch, {settings['threads']} thread(s) on {settings['cores']} "
         f"core(s); the aim is {settings['aim_samples_per_s']:,} samples/s",
         "",
         f"| rows | records | samples/s (by block) | a batch {wait}|",
@@ -180,7 +178,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--batch", type=int, default=48)
     add("--batches", type=int, default=100, help="of a block")
     add("--blocks", type=int, default=5)
-    add("--threads", type=int, default=0, help="of Grain; default: as training has them")
+    add("--threads", type=int, default=THREADS, help="of Grain; default: as training has them")
     add("--step", type=float, default=0.0, help="seconds of an update, to compare with")
     add("--tokenizer", default="tiny", help="directory of one; default: what ships")
     add("--records", type=Path, default=records_folder(), help="where record sets are kept")

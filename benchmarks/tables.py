@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -242,10 +242,10 @@ def all_tables(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    print(all_tables(parser.parse_args().results))
+    print(all_tables(parser.parse_args(argv).results))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,12 @@ from affectgpt_jax.data.prompts import InputMode, PromptError, PromptSet, parse_
 from affectgpt_jax.data.records import Annotations, Records
 from affectgpt_jax.data.tokenizer import Tokenizer
 
+# Of Grain, and the batches that are ready before they are asked for. Batches are made in Python and
+# NumPy, a record at a time: with a second thread the two wait for each other's lock, and from a
+# disk whose pages are in memory half as many samples come out (benchmarks.input_pipeline).
+THREADS = 1
+AHEAD = 4
+
 
 class DataError(ValueError):
     """Data that does not fit the model or the config."""
@@ -512,10 +518,10 @@ class TrainPipeline:
         """A global batch of this shape without any clip, for compiling."""
         return collate([[]] * self._batch_size, self._view, self._shapes, bucket)
 
-    def batches(self, start: int, stop: int, threads: int = 2) -> Iterator[dict[str, object]]:
+    def batches(self, start: int, stop: int, threads: int = THREADS) -> Iterator[dict[str, object]]:
         """The batches of steps `start ... stop - 1`, read ahead by Grain's threads."""
         steps = grain.MapDataset.range(start, stop).map(self.batch)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD)
         return iter(steps.to_iter_dataset(options))
 
 
@@ -560,5 +566,5 @@ def sequential_batches(
     for i, bucket in enumerate(buckets):
         members = chosen[which == i]
         jobs += [(bucket, members[j : j + batch_size]) for j in range(0, len(members), batch_size)]
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
     yield from grain.MapDataset.source(jobs).map(load).to_iter_dataset(options)

@@ -1,0 +1,91 @@
+"""Where time goes: nested and concurrent operations, parts by name, gaps."""
+
+import pytest
+
+from benchmarks.profile_table import (
+    Event,
+    Trace,
+    account,
+    exclusive,
+    main,
+    next_bottleneck,
+    part_of,
+    read_program,
+    share_out,
+)
+
+PROGRAM = """HloModule jit_train_step
+
+%fused (p: f32[2]) -> f32[2] {
+  %p = f32[2] parameter(0)
+  ROOT %product = f32[2] dot(%p, %p), metadata={op_name="jvp(Qwen2)/layers/q_proj/dot_general"}
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %a = f32[2] parameter(0)
+  %fusion.1 = f32[2] fusion(%a), kind=kOutput, calls=%fused, metadata={op_name="jvp(Qwen2)/layers/add"}
+  %low.2 = f32[2] dot(%a, %a), metadata={op_name="jit(f)/layers/q_proj/low_rank/dot_general"}
+  %reduce.3 = f32[2] all-reduce(%a), metadata={op_name="jit(f)/layers/q_proj/low_rank/add"}
+  ROOT %exp.4 = f32[2] exponential(%a), metadata={op_name="jit(f)/jvp(vocabulary)/exp"}
+}
+"""
+PARTS = {
+    "fusion.1": "frozen products",
+    "low.2": "LoRA",
+    "reduce.3": "communication",
+    "exp.4": "vocabulary",
+}
+
+
+def test_an_operation_belongs_to_the_part_that_it_was_written_for():
+    found = read_program(PROGRAM)
+    assert {name: found[name] for name in PARTS} == PARTS
+
+
+@pytest.mark.parametrize(
+    ("kind", "scopes", "part"),
+    [
+        ("fusion", "jit(f)/transpose(jvp(Qwen2))/while/body/layers/attention/exp", "attention"),
+        ("dot", "jit(f)/jvp(Fusion)/face/dot_general", "heads and fusion"),
+        ("fusion", "jit(f)/jvp(Qwen2)/while/body/layers/mul", "norms, rotary, SwiGLU, residuals"),
+        ("while", "jit(f)/jvp(Qwen2)/while", "loop over layers"),
+        ("copy-start", "", "host and device"),
+        ("add", "", "other"),
+    ],
+)
+def test_parts_go_by_kind_and_scope(kind, scopes, part):
+    assert part_of(kind, scopes) == part
+
+
+def test_a_caller_has_only_the_time_outside_of_what_it_calls():
+    events = [Event(0, 10, "loop"), Event(2, 5, "a"), Event(3, 4, "b"), Event(6, 7, "a")]
+    times = {}
+    for event in exclusive(events):
+        times[event.name] = times.get(event.name, 0) + event.end - event.start
+    assert times == {"loop": 6, "a": 3, "b": 1}
+
+
+def test_a_moment_is_shared_by_what_runs_in_it():
+    times, gaps = share_out([Event(0, 4, "a"), Event(2, 6, "b"), Event(8, 9, "a")])
+    assert times == {"a": 2 + 1 + 1, "b": 1 + 2} and gaps == [(6, 8)]
+
+
+def test_gaps_are_input_wait_or_idle():
+    lane = [("p", Event(0, 2, "fusion.1")), ("p", Event(6, 8, "exp.4"))]
+    found = account(Trace([lane], [Event(3, 5, "data_wait")]), {"p": read_program(PROGRAM)}, 2)
+    assert found == pytest.approx(
+        {
+            k: v / 2e9
+            for k, v in (("frozen products", 2), ("vocabulary", 2), ("input wait", 2), ("idle", 2))
+        }
+    )
+
+
+def test_the_bottleneck_is_the_most_time_above_what_flops_take():
+    found = {"seconds": {"a": 6.0, "b": 4.0}, "floors": {"a": 5.0}}
+    assert next_bottleneck(found) == "The most to gain is in b: 40% of a step."
+
+
+def test_a_folder_without_a_profile_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*about.json is missing; make a profile with"):
+        main([str(tmp_path)])

@@ -1,0 +1,67 @@
+"""The README's tables: what was met, missed and is open."""
+
+import json
+
+import pytest
+
+from benchmarks import tables
+from benchmarks.tables import AIMS, Measured
+
+SIDES = {"jax": {"mfu": 0.56, "tokens_per_s": 17_900.0, "data_wait": 0.002}, "tuned": {"mfu": 0.39}}
+
+
+def trained(ratio):
+    of = {"median": ratio, "lowest": ratio - 0.1, "highest": ratio + 0.1}
+    return {"ratios": {"tuned": of}, "sides": SIDES}
+
+
+@pytest.mark.parametrize(
+    ("read", "report", "expected"),
+    [
+        (tables.over("tuned", 1.2), trained(1.3), Measured("1.30 times (1.20 to 1.40)", True)),
+        (tables.over("tuned", 1.2), trained(1.1), Measured("1.10 times (1.00 to 1.20)", False)),
+        (
+            # A slow twin is no opponent.
+            tables.over("tuned", 1.2, twin_mfu=0.4),
+            trained(1.3),
+            Measured("1.30 times (1.20 to 1.40), the twin at 39% MFU", False),
+        ),
+        (tables.tokens(17_600), trained(1.0), Measured("17,900 tokens/s, 56.0% MFU", True)),
+        (tables.data_wait, trained(1.0), Measured("0.20% of a step", True)),
+        (
+            tables.input_rate,
+            {"layouts": {"padded": {"samples_per_s": 4_999}, "packed": {"samples_per_s": 7_000}}},
+            Measured("4,999 padded, 7,000 packed samples/s", False),
+        ),
+        (
+            tables.generation_over(1, 2.0),
+            {
+                "kinds": {
+                    "labels": {"cases": {n: {"clips_per_s": r} for n, r in zip("abc", (8, 4, 1))}}
+                }
+            },
+            Measured("2.0 times (labels)", True),
+        ),
+        (
+            tables.compiled,
+            {"seconds": {"cold": {"together": [61, 62]}, "from the cache": {"together": [1, 2]}}},
+            Measured("61.5 s cold, 1.5 s from the cache", False),
+        ),
+    ],
+)
+def test_a_measurement_is_compared_with_its_aim(read, report, expected):
+    assert read(report) == expected
+
+
+def test_what_has_no_file_is_open_with_its_reason(tmp_path):
+    (tmp_path / f"{AIMS[0].result}.json").write_text(json.dumps(trained(1.0)))
+    first, *others = tables.targets(tmp_path).splitlines()[2:]
+    assert first.endswith("| 17,900 tokens/s, 56.0% MFU | met |")
+    assert len(others) == len(AIMS) - 1
+    assert all(line.endswith("| open |") for line in others)
+    assert all(aim.why in line for aim, line in zip(AIMS[1:], others, strict=True))
+
+
+def test_the_kept_results_make_the_tables(capsys):
+    tables.main([])
+    assert capsys.readouterr().out.startswith("| what | aim | measured | |")

@@ -1,0 +1,175 @@
+"""The train-step benchmark: its arithmetic, what it refuses, and all of its sides end to end."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from affectgpt_jax.models.flops import train_flops
+from affectgpt_jax.models.lora import LoraConfig
+from benchmarks import profile_table, train_step, workloads
+from benchmarks.train_step import ComparisonError, agreement, ratios, summarise, take_turns
+from benchmarks.turns import TurnError
+
+WORKLOAD = workloads.make("small", "tiny")
+
+
+def block(seconds, clips, places=100, wait_s=0.0):
+    """Steps of these seconds, each with `clips` clips of 10 tokens, 4 of them supervised."""
+    return {
+        "seconds": seconds,
+        "wait_s": wait_s,
+        "losses": [1.0] * len(seconds),
+        "places": [places] * len(seconds),
+        "samples": [[[10, 4]] * clips] * len(seconds),
+    }
+
+
+def test_losses_agree_only_token_by_token():
+    ours = [1.0, 2.0, 3.0, 4.0]
+    same = agreement(ours, [1.0, 2.0, 3.0, 4.00001], "float32")
+    assert same["tokens"] == 4 and 0 < same["apart"] < same["bound"]
+    # Equal means hide what is wrong.
+    with pytest.raises(ComparisonError, match=r"losses of the same 4 tokens are .* expected"):
+        agreement(ours, ours[::-1], "float32")
+    with pytest.raises(ComparisonError, match="4 supervised tokens in JAX, 3 in PyTorch"):
+        agreement(ours, ours[:3], "float32")
+    with pytest.raises(ComparisonError):
+        agreement([1.0, float("nan")], [1.0, 2.0], "bfloat16")
+
+
+def test_times_are_medians_of_steps_and_rates_of_blocks():
+    found = summarise([block([1, 1], 4), block([1, 4], 4), block([2, 2], 4)], WORKLOAD, peak=1e12)
+    assert found["steps"] == 6 and found["median_s"] == 1.5
+    assert found["samples_per_s"] == 2 and found["samples_per_s_range"] == [1.6, 4]
+    assert found["tokens_per_s"] == 20 and found["places_per_s"] == 50 and found["fill"] == 0.4
+    lora = LoraConfig(16, 32.0, 0.0, tuple(WORKLOAD.config.lora.targets))
+    flops = train_flops(WORKLOAD.llm, lora, 10, 4).total
+    assert found["model_flop_per_s"] == pytest.approx(2 * flops)
+    assert found["mfu"] == pytest.approx(2 * flops / 1e12)
+    assert summarise([block([1.0], 1, wait_s=0.25)], WORKLOAD, None)["data_wait"] == 0.25
+
+
+def test_ratios_are_of_the_same_turn():
+    ours, theirs = [block([1, 1], 4), block([2, 2], 4)], [block([2, 2], 4), block([6, 6], 4)]
+    assert ratios(ours, theirs) == {"median": 2.5, "lowest": 2, "highest": 3}
+
+
+class Worker:
+    """A side that records what it is asked."""
+
+    def __init__(self, name, log, loss=1.0):
+        self.name, self.log, self.loss = name, log, loss
+
+    def call(self, method, **arguments):
+        if method == "facts":
+            return {"compile_s": 1.0}
+        if method == "peak_bytes":
+            return 7
+        self.log.append((self.name, method, arguments.get("first", 0)))
+        return block([1.0] * arguments["steps"], 1) | {"losses": [self.loss]}
+
+    def leave(self):
+        self.log.append((self.name, "leave", 0))
+
+
+def test_sides_alternate_who_goes_first_and_run_the_same_steps():
+    log = []
+    sides = {name: Worker(name, log) for name in "ab"}
+    kept, facts = take_turns(sides, steps=5, block=2, warmup=3, leave=False)
+    blocks = [(name, first) for name, method, first in log if method == "block"]
+    assert blocks == [("a", 3), ("b", 3), ("b", 5), ("a", 5), ("a", 7), ("b", 7)]
+    assert [name for name, method, _ in log if method == "warm_up"] == ["a", "b"]
+    assert len(kept["a"]) == len(kept["b"]) == 3 and facts["a"]["peak_bytes"] == 7
+
+
+def test_a_side_that_leaves_warms_up_again():
+    log = []
+    _, facts = take_turns({"a": Worker("a", log)}, steps=2, block=1, warmup=3, leave=True)
+    assert [method for _, method, _ in log] == ["warm_up", "block", "leave"] * 2
+    assert facts["a"]["compile_again_s"] == [1.0]
+
+
+def test_a_loss_that_is_not_finite_ends_the_measurement():
+    with pytest.raises(TurnError, match=r"a: a loss is not finite: \[nan\]"):
+        take_turns({"a": Worker("a", [], float("nan"))}, steps=1, block=1, warmup=0, leave=False)
+
+
+@pytest.mark.parametrize("value", ["1", "KEY"])
+def test_settings_are_pairs(value):
+    with pytest.raises(SystemExit):
+        train_step.parse(["--set", value])
+
+
+def test_only_clips_share_rows(capsys):
+    for flags in (["--pack"], ["--tuning", "packed"]):
+        with pytest.raises(SystemExit):
+            train_step.parse(["--workload", "small", *flags])
+    assert "only the clips of --workload affectgpt" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A packed mix beside every tuning, with a profile: the report, what was printed, the trace."""
+    pytest.importorskip("torch", reason="the peer runs in PyTorch")
+    folder = tmp_path_factory.mktemp("measured")
+    flags = ["--workload", "affectgpt", "--scale", "tiny", "--batch", "8", "--pack"]
+    flags += ["--peer", "torch", "--tuning", "release", "tuned", "packed", "--set", "lora.rank=8"]
+    flags += ["--steps", "2", "--block", "1", "--warmup", "1", "--profile", str(folder / "trace")]
+    out = folder / "report.json"
+    train_step.main([*flags, "--records", str(folder), "--out", str(out)])
+    return SimpleNamespace(report=json.loads(out.read_text()), trace=folder / "trace", out=out)
+
+
+def test_every_tuning_computes_the_same_losses(measured):
+    losses = measured.report["losses"]
+    assert losses.keys() == {"release", "tuned", "packed"}
+    assert all(0 < same["apart"] < 1e-5 and same["tokens"] > 100 for same in losses.values())
+
+
+def test_the_report_has_both_sides_and_who_made_it(measured):
+    report = measured.report
+    assert report["sides"].keys() == {"jax", "release", "tuned", "packed"}
+    assert report["ratios"].keys() == {"release", "tuned", "packed"}
+    assert report["settings"]["sides"]["jax"]["settings"] == {"lora.rank": 8}
+    assert report["environment"]["command"].startswith("python -m benchmarks.train_step --workload")
+    assert "torch" in report["environment"]["versions"]
+    for side in report["sides"].values():
+        assert side["steps"] == 2 and side["peak_bytes"] > 2**20 and side["samples_per_s"] > 0
+    assert report["sides"]["jax"]["fill"] > 0.9 > report["sides"]["tuned"]["fill"]
+    assert report["sides"]["jax"]["compile_s"] > 0
+
+
+def test_reports_are_shown_again(measured, capsys):
+    train_step.main(["--show", str(measured.out)])
+    printed = capsys.readouterr().out
+    assert printed.strip() == train_step.table([measured.report])
+    assert len(printed.strip().splitlines()) == 2 + 4
+
+
+def test_a_profile_accounts_for_every_part_of_a_step(measured, tmp_path, capsys):
+    out = tmp_path / "profile.json"
+    profile_table.main([str(measured.trace), "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert found["steps"] == 1
+    parts = found["seconds"]
+    assert {
+        "frozen products",
+        "attention",
+        "LoRA",
+        "vocabulary",
+        "heads and fusion",
+    } <= parts.keys()
+    assert parts.get("other", 0) < 0.2 * sum(parts.values()), "the names of scopes are not found"
+    # The parts are shares of one step, so together they last as long.
+    block = json.loads((measured.trace / "block.json").read_text())
+    assert sum(parts.values()) == pytest.approx(sum(block["seconds"]), rel=0.5)
+    assert "The most to gain is in" in capsys.readouterr().out
+
+
+def test_what_fails_in_a_side_is_one_sentence(tmp_path):
+    flags = ["--workload", "small", "--scale", "tiny", "--records", str(tmp_path)]
+    with pytest.raises(SystemExit, match="error: the config has no key 'no.such'"):
+        train_step.main([*flags, "--set", "no.such=1"])
+    with pytest.raises(SystemExit, match="error: jax: ConfigError: .*cudnn"):
+        train_step.main([*flags, "--set", "attention=cudnn"])
