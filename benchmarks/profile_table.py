@@ -32,7 +32,7 @@ PARTS = (
     ("communication", r"^(all-|reduce-scatter|collective-|send|recv)"),
     ("host and device", r"^(memcpy|infeed|outfeed|copy-(start|done))"),
     ("LoRA", r"/low_rank/"),
-    ("dropout", r"Dropout|threefry|bernoulli|random_bits"),
+    ("dropout", r"[Dd]ropout|threefry|bernoulli|random_bits"),
     ("attention", r"/attention/"),
     ("vocabulary", r"[/(]vocabulary[/)]"),
     ("heads and fusion", r"[/(]Fusion[/)]"),
@@ -41,6 +41,8 @@ PARTS = (
     ("loop over layers", r"[/(]Qwen2\)+/while"),
     ("embedding", r"jvp|transpose"),
     ("optimizer and metrics", r"train_step"),
+    # The compiler's own: stacks of what layers save start as zeros, and loops copy what they carry.
+    ("copies and zeros", r"^(copy|broadcast|fusion) /$"),
 )
 OTHER = "other"
 # Part -> what of the model's FLOPs it computes.

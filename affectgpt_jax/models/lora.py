@@ -153,7 +153,8 @@ class Projection(nn.Module):
             "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
         if self.lora.dropout and not deterministic:
-            x = dropout(x, self.lora.dropout, self.make_rng("dropout"))
-        with jax.named_scope("low_rank"):  # profiles tell it from the frozen product
+            with jax.named_scope("dropout"):
+                x = dropout(x, self.lora.dropout, self.make_rng("dropout"))
+        with jax.named_scope("low_rank"):  # by which profiles tell it from the frozen product
             adapted = low_rank(x, lora_a, lora_b, self.lora.scale)
         return checkpoint_name(y + adapted, PROJECTED)

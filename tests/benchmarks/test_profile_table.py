@@ -23,7 +23,7 @@ PROGRAM = """HloModule jit_train_step
 
 ENTRY %main (a: f32[2]) -> f32[2] {
   %a = f32[2] parameter(0)
-  %fusion.1 = f32[2] fusion(%a), kind=kOutput, calls=%fused, metadata={op_name="jvp(Qwen2)/layers/add"}
+  %fusion.1 = f32[2] fusion(%a), kind=kOutput, calls=%fused, metadata={op_name="jvp(Qwen2)/add"}
   %low.2 = f32[2] dot(%a, %a), metadata={op_name="jit(f)/layers/q_proj/low_rank/dot_general"}
   %reduce.3 = f32[2] all-reduce(%a), metadata={op_name="jit(f)/layers/q_proj/low_rank/add"}
   ROOT %exp.4 = f32[2] exponential(%a), metadata={op_name="jit(f)/jvp(vocabulary)/exp"}
@@ -50,6 +50,7 @@ def test_an_operation_belongs_to_the_part_that_it_was_written_for():
         ("fusion", "jit(f)/jvp(Qwen2)/while/body/layers/mul", "norms, rotary, SwiGLU, residuals"),
         ("while", "jit(f)/jvp(Qwen2)/while", "loop over layers"),
         ("copy-start", "", "host and device"),
+        ("copy", "", "copies and zeros"),
         ("add", "", "other"),
     ],
 )
