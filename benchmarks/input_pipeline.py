@@ -149,7 +149,7 @@ def table(report: dict[str, Any]) -> str:
     settings = report["settings"]
     wait = "| share of a step " if settings["step_s"] else ""
     lines = [
-        f"{settings['batch']} clips a batch, {settings['threads']} thread(s) beside the main one on "
+        f"{settings['batch']} clips a batch, {settings['threads']} thread(s) beside the main one, "
         f"{settings['cores']} core(s); the aim is {settings['aim_samples_per_s']:,} samples/s",
         "",
         f"| rows | records | samples/s (by block) | a batch {wait}|",

@@ -1,0 +1,30 @@
+"""The input benchmark counts every sample of both layouts."""
+
+import json
+
+from benchmarks import compile_time, input_pipeline
+
+
+def test_both_layouts_are_read_whole_and_taken_apart(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    flags = ["--scale=tiny", "--batch=8", "--blocks=2", "--step=0.5", f"--records={tmp_path}"]
+    input_pipeline.main([*flags, f"--out={out}"])
+    report = json.loads(out.read_text())
+    for found in report["layouts"].values():
+        assert found["records"] == 64
+        assert [block["samples"] for block in found["blocks"]] == [64, 64]
+        parts = dict(found["us_per_sample"])
+        assert parts.pop("together") > 0 and all(value >= 0 for value in parts.values())
+    printed = capsys.readouterr().out
+    assert "| share of a step |" in printed
+    input_pipeline.main([f"--show={out}"])
+    assert capsys.readouterr().out == printed
+
+
+def test_the_second_compilation_comes_from_the_cache(tmp_path):
+    out = tmp_path / "out.json"
+    compile_time.main(["--scale=tiny", "--length=64", "--repeats=1", f"--out={out}"])
+    report = json.loads(out.read_text())
+    seconds = {kind: found["compile_s"] for kind, found in report["seconds"].items()}
+    assert seconds["from the cache"] < seconds["cold"]
+    assert compile_time.table(report).count("\n") == 3
