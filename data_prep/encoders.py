@@ -174,9 +174,8 @@ def find_encoder(text: str, kind: str, download: bool = False) -> EncoderPlace:
     """
     name, _, place = text.partition("=")
     if name not in names(kind):
-        raise EncoderError(
-            f"--{kind} {text}: {name!r} is no encoder for {kind}; known are {', '.join(names(kind))}"
-        )
+        known = ", ".join(names(kind))
+        raise EncoderError(f"--{kind} {text}: {name!r} is no encoder for {kind}; known are {known}")
     published = PUBLISHED.get(name)
     if place:
         directory = Path(place).expanduser()

@@ -1,0 +1,519 @@
+"""Turn a folder of clips into records: decode, find faces, run the encoders, write.
+
+    python -m data_prep.extract --clips DIR --out RECORDS --video clip-vit-l --audio hubert-l
+    python -m data_prep.extract --csv clips.csv --clips DIR --out RECORDS \\
+        --video clip-vit-l=/models/clip --audio hubert-l=/models/hubert
+
+Clips are files of a folder, called NAME with the suffix of a medium; sound may lie beside the video
+or in it. A CSV file names those that count (column name), says what is known of them (subtitle,
+labels, description: the columns of affectgpt_jax.import_arrays) and may name their files (columns
+video, audio, face).
+
+RECORDS then holds the records, and extraction.csv: a row per clip with what became of it, and why.
+A clip counts if all features can be had of it; with --allow-missing, if any can. The same command,
+stopped and run again, goes on where it stopped; what is finished lies in RECORDS/.blocks, which may
+be deleted when nothing is to be added any more. The output is the same, byte by byte, for any
+number of workers and stops.
+
+    video encoders: {video}
+    audio encoders: {audio}
+
+A name alone is looked up in the hub's cache, NAME=DIR is a directory; the bare architectures
+({bare}) take weights of any size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.data.arrays import listed, records_from_csv
+from affectgpt_jax.data.records import (
+    MANIFEST_FILE,
+    Record,
+    RecordDataset,
+    RecordError,
+    sha256_of,
+    write_records,
+)
+from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
+from data_prep import faces
+from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
+from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips, left_out
+from data_prep.decoding import DIED, Decoded, Job, decode_clip, in_order
+from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder
+from data_prep.encoders import names as encoder_names
+
+USER_ERRORS = (ClipError, EncoderError, ReadError, RecordError)
+
+REPORT_FILE = "extraction.csv"
+BLOCKS = ".blocks"
+FINISHED = "finished"  # in there: of what the records are
+FEATURES = {"video": ("face", "frame"), "audio": ("audio",)}
+# Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
+BATCH = {"cpu": 4, "cuda": 16}
+PRECISIONS = {"cpu": ("float32",), "cuda": ("float16", "bfloat16", "float32")}
+# What may change a bit of the features, beside the weights.
+VERSIONS = ("av", "numpy", "opencv-python-headless", "pillow", "torch", "transformers")
+PROGRESS_EVERY = 10.0  # s
+REASONS_SHOWN = 20
+FACTS = ("frames", "width", "height", "seconds", "sha256")
+COLUMNS = ("name", "status", "reason", "face", "frame", "audio", *FACTS)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    described = __doc__.format(
+        video=", ".join(n for n in encoder_names("video") if n not in ARCHITECTURES),
+        audio=", ".join(n for n in encoder_names("audio") if n not in ARCHITECTURES),
+        bare=", ".join(ARCHITECTURES),
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.extract",
+        description=described,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--clips", nargs="+", default=[], type=Path, metavar="DIR", help="folders of media files")
+    add("--csv", type=Path, metavar="FILE", help="which clips, what is known of them, their files")
+    add("--out", type=Path, required=True, metavar="DIR", help="the record directory to write")
+    add("--video", metavar="NAME[=DIR]", help="encoder of faces and frames")
+    add("--audio", metavar="NAME[=DIR]", help="encoder of sound")
+    add(
+        "--features",
+        nargs="+",
+        choices=("face", "frame", "audio"),
+        help="which to extract; default: all that the encoders allow",
+    )
+    add("--faces", type=Path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
+    add(
+        "--face-order",
+        choices=("bgr", "rgb"),
+        default="bgr",
+        help="of the channels in these arrays; default: bgr, as OpenCV wrote the public ones",
+    )
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="a clip that lacks a modality goes without it; default: it is left out",
+    )
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="extractions whose clips must not be here again, as a test set: they are left out",
+    )
+    add("--ignore", nargs="+", default=[], metavar="COLUMN", help="of the CSV file, to leave out")
+    add("--split", metavar="NAME", help="name of the split; default: that of the directory")
+    add("--workers", type=int, metavar="N", help="processes that decode; default: one a core")
+    add("--batch", type=int, metavar="N", help=f"clips at a time; default: {BATCH}")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda, where PyTorch finds it")
+    add(
+        "--precision",
+        choices=PRECISIONS["cuda"],
+        help="of the encoders; default: float32 on a CPU, float16 products on a GPU",
+    )
+    add("--download", action="store_true", help="get weights that are not in the hub's cache")
+    arguments = parser.parse_args(argv)
+    if not arguments.clips and not arguments.csv:
+        parser.error("give --clips DIR, --csv FILE, or both")
+    encoders = {kind: getattr(arguments, kind) for kind in FEATURES}
+    possible = [f for kind, features in FEATURES.items() if encoders[kind] for f in features]
+    if not possible:
+        parser.error("give --video, --audio, or both")
+    for feature in arguments.features or ():
+        if feature not in possible:
+            kind = next(kind for kind, features in FEATURES.items() if feature in features)
+            parser.error(f"--features {feature} needs an encoder: --{kind}")
+    arguments.features = tuple(f for f in possible if f in (arguments.features or possible))
+    for name, least in (("workers", 0), ("batch", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            parser.error(f"--{name} is {value}; expected {least} or more")
+    return arguments
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    """Run the whole extraction; what is finished is used again."""
+    out = arguments.out.expanduser()
+    device = arguments.device or ("cuda" if _has_gpu() else "cpu")
+    precision = arguments.precision or PRECISIONS[device][0]
+    if precision not in PRECISIONS[device]:
+        raise EncoderError(f"--precision {precision} is for a GPU; on a CPU, encoders use float32")
+    batch = arguments.batch or BATCH[device]
+    clips, unnamed = find_clips(
+        [path.expanduser() for path in arguments.clips],
+        arguments.csv and arguments.csv.expanduser(),
+        arguments.faces and arguments.faces.expanduser(),
+    )
+    if arguments.csv:
+        list(annotated(arguments, {}))  # wrong cells must show now, not after hours
+    elsewhere = clips_of_others(arguments.against)
+    places = {
+        kind: find_encoder(getattr(arguments, kind), kind, arguments.download)
+        for kind, features in FEATURES.items()
+        if set(features) & set(arguments.features)
+    }
+    settings = {
+        "features": arguments.features,
+        "encoders": {k: {"name": p.name, "sha256": p.sha256()} for k, p in places.items()},
+        "batch": batch,
+        "device": device,
+        "precision": precision,
+        "faces": arguments.face_order if arguments.faces else faces.DETECTOR,
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+    blocks = {
+        block_key(settings, part): part
+        for part in (clips[i : i + batch] for i in range(0, len(clips), batch))
+    }
+    identity, finished = _identity(arguments, list(blocks), elsewhere), out / BLOCKS / FINISHED
+    if (out / MANIFEST_FILE).exists():
+        if not finished.is_file() or finished.read_text(encoding="utf-8") != identity:
+            raise RecordError(
+                f"{out} holds the records of other clips or settings; write elsewhere, or delete "
+                f"{MANIFEST_FILE} there to make them anew from what is finished in {BLOCKS}"
+            )
+        print(f"{out} is complete: nothing has changed since it was written")
+        return
+    store = BlockStore(out / BLOCKS)
+    missing = {key: part for key, part in blocks.items() if key not in store}
+    if missing:
+        done = sum(len(part) for key, part in blocks.items() if key not in missing)
+        if done:
+            print(f"{done:,} of {len(clips):,} clips are finished", file=sys.stderr)
+        encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
+        workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+        stages = run(missing, store, encoders, arguments, workers, batch)
+    report = clip_report(blocks, store, arguments, elsewhere)
+    write_report(out / REPORT_FILE, report)
+    kept = [row["name"] for row in report if row["status"] == "ok"]
+    if not kept:
+        why = "; ".join(reasons(report))
+        raise ClipError(
+            f"none of {len(clips):,} clips can be used ({why}); see {out / REPORT_FILE}"
+        )
+    names = {f: places[kind].name for kind, fs in FEATURES.items() for f in fs if kind in places}
+    write_records(
+        out,
+        finished_records(arguments, blocks, store, set(kept)),
+        encoders=names,
+        split=arguments.split,
+        extra={"extraction": settings},
+    )
+    finished.write_text(identity, encoding="utf-8")
+    print("\n".join([f"{out}: {len(kept):,} of {len(clips):,} clips", *summary(out, report)]))
+    if unnamed:
+        print(left_out(unnamed))
+    if missing:
+        print("\n".join(stages.lines()))
+
+
+class Stages:
+    """Seconds that stages were busy, and for how long encoders had to wait for clips."""
+
+    def __init__(self, workers: int):
+        self.workers, self.clips = workers, 0
+        self.busy: dict[str, float] = defaultdict(float)
+        self._began = time.perf_counter()
+        self._told = self._began
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.busy[stage] += seconds
+
+    def tell(self, of: int) -> None:
+        """A line now and then."""
+        if (now := time.perf_counter()) - self._told > PROGRESS_EVERY:
+            self._told = now
+            rate = self.clips / (now - self._began)
+            print(f"{self.clips:,} of {of:,} clips, {rate:.1f} clips/s", file=sys.stderr)
+
+    def lines(self) -> list[str]:
+        """Speed, the share of time of each stage, and which of them holds up the others."""
+        wall = time.perf_counter() - self._began
+        parallel = max(self.workers, 1)
+        per_stage = {
+            stage: seconds / (parallel if stage in ("decoding", "faces") else 1)
+            for stage, seconds in self.busy.items()
+            if stage != "waiting"
+        }
+        slowest = max(per_stage, key=per_stage.get)
+        shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in per_stage.items())
+        hint = {
+            "decoding": "more --workers or cores would help",
+            "faces": "more --workers or cores, or --faces with arrays, would help",
+        }.get(slowest, "a faster --device or a smaller encoder would help")
+        return [
+            f"{self.clips / wall:.1f} clips/s; busy: {shares}; the encoders waited "
+            f"{self.busy['waiting']:.1f} of {wall:.1f} s",
+            f"the bottleneck is {slowest}: {hint}",
+        ]
+
+
+def run(
+    missing: Mapping[str, Sequence[Clip]],
+    store: BlockStore,
+    encoders: Mapping[str, Encoder],
+    arguments: argparse.Namespace,
+    workers: int,
+    batch: int,
+) -> Stages:
+    """Compute blocks and store them, in order; worker processes decode ahead."""
+    size = encoders["video"].image_size if "video" in encoders else 0
+    jobs = [
+        Job(clip, arguments.features, size, arguments.face_order)
+        for part in missing.values()
+        for clip in part
+    ]
+    stages = Stages(workers)
+
+    def died() -> Decoded:
+        return Decoded(problems=dict.fromkeys(arguments.features, DIED))
+
+    results = in_order(decode_clip, jobs, workers, ahead=2 * batch + workers, died=died)
+    for key, part in missing.items():
+        start = time.perf_counter()
+        decoded = [next(results) for _ in part]
+        stages.add("waiting", time.perf_counter() - start)
+        for result in decoded:
+            for stage, seconds in result.seconds.items():
+                stages.add(stage, seconds)
+        store.write(key, encode(part, decoded, encoders, arguments.features, batch, stages))
+        stages.clips += len(part)
+        stages.tell(len(jobs))
+    results.close()
+    return stages
+
+
+def encode(
+    clips: Sequence[Clip],
+    decoded: Sequence[Decoded],
+    encoders: Mapping[str, Encoder],
+    features: Sequence[str],
+    batch: int,
+    stages: Stages,
+) -> Block:
+    """The features of a block, as one batch of `batch` clips per feature."""
+    found = {}
+    for feature in features:
+        kind = next(kind for kind, names in FEATURES.items() if feature in names)
+        encoder = encoders[kind]
+        start = time.perf_counter()
+        inputs = encoder.empty(batch)
+        present = [i for i, result in enumerate(decoded) if feature in result.arrays]
+        for i in present:
+            inputs[i] = decoded[i].arrays[feature]
+        values = np.zeros((len(clips), *inputs.shape[1:2], encoder.width), np.float32)
+        if present:
+            values[present] = encoder(inputs)[present]
+        with np.errstate(over="ignore"):
+            half = values.astype("<f2")
+        for i in np.flatnonzero(~np.isfinite(half).all(axis=(1, 2))):
+            decoded[i].problems[feature] = "the encoder's values are not finite in float16"
+            half[i] = 0
+        found[feature] = half
+        stages.add(f"{kind} encoder", time.perf_counter() - start)
+    rows = [
+        {"name": clip.name, "problems": result.problems, "facts": result.facts}
+        for clip, result in zip(clips, decoded, strict=True)
+    ]
+    return Block(rows, found)
+
+
+def clip_report(
+    blocks: Mapping[str, Sequence[Clip]],
+    store: BlockStore,
+    arguments: argparse.Namespace,
+    elsewhere: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """What becomes of each clip: a row of `COLUMNS`, in their order."""
+    report, first = [], {}
+    for key in blocks:
+        for row in store.rows(key):
+            problems, facts = row["problems"], row["facts"]
+            usable = len(problems) < (len(arguments.features) if arguments.allow_missing else 1)
+            reason = _reason(problems, arguments.features)
+            digest = facts.get("sha256")
+            if usable and digest in elsewhere:
+                usable, reason = False, f"the same file is {elsewhere[digest]}"
+            elif usable and digest in first:
+                usable, reason = False, f"the same file is {first[digest]!r}"
+            if usable and digest:
+                first[digest] = row["name"]
+            report.append(
+                {
+                    "name": row["name"],
+                    "status": "ok" if usable else "left out",
+                    "reason": reason,
+                    **{f: "yes" for f in arguments.features if f not in problems},
+                    **{fact: facts[fact] for fact in FACTS if fact in facts},
+                }
+            )
+    return report
+
+
+def _reason(problems: Mapping[str, str], features: Sequence[str]) -> str:
+    """Problems as one text; what hinders every feature stands alone."""
+    causes: dict[str, list[str]] = {}
+    for feature in features:
+        if feature in problems:
+            causes.setdefault(problems[feature], []).append(feature)
+    if len(causes) == 1 and len(problems) == len(features):
+        return next(iter(causes))
+    return "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items())
+
+
+def clips_of_others(directories: Sequence[Path]) -> dict[str, str]:
+    """Where a file is used already, by its hash.
+
+    Raises:
+        ReadError: a directory without the report of an extraction.
+    """
+    found: dict[str, str] = {}
+    for directory in directories:
+        path = directory.expanduser() / REPORT_FILE
+        rows = csv_rows(read_bytes(path), str(path), ("name", "status", "sha256"))
+        for _, row in rows:
+            if row["sha256"] and row["status"] == "ok":
+                found.setdefault(row["sha256"], f"{row['name']!r} in {directory}")
+    return found
+
+
+def annotated(
+    arguments: argparse.Namespace, arrays: Mapping[str, Mapping[str, np.ndarray]]
+) -> Iterator[Record]:
+    """The records of the CSV file.
+
+    Raises:
+        RecordError, ReadError: a CSV file that cannot be used.
+    """
+    path = arguments.csv.expanduser()
+    header = next(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig", "replace"))), [])
+    media = [c for c in MEDIA_COLUMNS if c in [cell.strip() for cell in header]]
+    return records_from_csv(path, arrays, ignore=[*arguments.ignore, *media], allow_missing=True)
+
+
+def finished_records(
+    arguments: argparse.Namespace,
+    blocks: Mapping[str, Sequence[Clip]],
+    store: BlockStore,
+    kept: set[str],
+) -> Iterator[Record]:
+    """The records of the clips that are kept, in the order of the clips."""
+    places: dict[str, dict[str, tuple[str, int]]] = {f: {} for f in arguments.features}
+    for key in blocks:
+        for number, row in enumerate(store.rows(key)):
+            for feature in arguments.features:
+                if row["name"] in kept and feature not in row["problems"]:
+                    places[feature][row["name"]] = key, number
+    arrays = {f: FeatureOf(store, f, where) for f, where in places.items() if where}
+    if arguments.csv:
+        yield from (r for r in annotated(arguments, arrays) if r.name in kept)
+        return
+    for part in blocks.values():
+        for clip in part:
+            if clip.name in kept:
+                features = {f: a[clip.name] for f, a in arrays.items() if clip.name in a}
+                yield Record(name=clip.name, features=features)
+
+
+def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
+    """The CSV file of `COLUMNS`; it appears when it is whole."""
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(stream.getvalue().encode("utf-8", "surrogateescape"))
+    os.replace(temporary, path)
+
+
+def summary(out: Path, report: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Features, and why clips or modalities are missing."""
+    manifest = RecordDataset(out).manifest
+    lines = [
+        f"{feature} [{facts['frames']}, {facts['width']}] of {facts['encoder']}: "
+        f"{facts['present']:,} clips"
+        for feature, facts in manifest.features.items()
+    ]
+    return lines + reasons(report)
+
+
+def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why clips are left out, or lack a modality: a line a kind of reason, most frequent first."""
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in report:
+        if row["reason"]:
+            # Names and numbers differ from clip to clip.
+            kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", "_", row["reason"])
+            kinds[row["status"], kind].append(row["name"])
+    ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"{'left out' if status != 'ok' else 'incomplete'}, {kind}: {len(names):,}: {listed(names)}"
+        for (status, kind), names in ordered[:REASONS_SHOWN]
+    ]
+    if more := ordered[REASONS_SHOWN:]:
+        lines.append(f"and {len(more)} more reasons of {sum(len(n) for _, n in more):,} clips")
+    return lines
+
+
+def _identity(
+    arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Mapping[str, str]
+) -> str:
+    """A hash of all that the output follows from."""
+    table = sha256_of(arguments.csv.expanduser()) if arguments.csv else None
+    facts = [
+        list(keys),
+        table,
+        arguments.ignore,
+        arguments.allow_missing,
+        arguments.split,
+        sorted(elsewhere.items()),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Names come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        extract(arguments)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or arguments.out}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()
