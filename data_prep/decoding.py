@@ -108,9 +108,14 @@ def _look(job: Job, out: Decoded, damage: dict[Path, str | None]) -> None:
     if not search and "frame" not in job.features:
         return
 
+    last: faces.Square | None = None
+
     def convert(image: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        nonlocal last
         start = time.perf_counter()
-        face = faces.crop_face(image) if search else None
+        square = faces.find_face(image, last) if search else None
+        last = square or last
+        face = faces.crop(image, square) if square else None
         out.seconds["faces"] = out.seconds.get("faces", 0) + time.perf_counter() - start
         return face, media.resized(image, size) if "frame" in job.features else None
 

@@ -31,39 +31,59 @@ def _cascade() -> cv2.CascadeClassifier:
     return cv2.CascadeClassifier(f"{cv2.data.haarcascades}{DETECTOR}.xml")
 
 
-def find_face(image: np.ndarray) -> tuple[int, int, int] | None:
-    """Left, top and side of the largest face in uint8 RGB `[H, W, 3]`, in pixels; None without.
+Square = tuple[int, int, int]  # left, top and side, in pixels
 
-    The square has the margin around it, and may reach over the edge of the image.
+
+def find_face(image: np.ndarray, near: Square | None = None) -> Square | None:
+    """The face in uint8 RGB `[H, W, 3]`, as a square with the margin around it; None without one.
+
+    The largest face counts, unless there is one about where it was in an earlier frame: so a track
+    stays with one person, and most frames are searched in a small part only.
+
+    Args:
+        image: a frame.
+        near: the square of an earlier frame.
+
+    Returns:
+        A square, which may reach over the edge of the image.
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     scale = min(1.0, SEARCH_HEIGHT / grey.shape[0])
     if scale < 1:
         grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    smallest = max(24, round(SMALLEST * grey.shape[0]))
-    found = _cascade().detectMultiScale(
-        grey, scaleFactor=1.1, minNeighbors=5, minSize=(smallest, smallest)
-    )
+    found = _search_near(grey, tuple(value * scale for value in near)) if near else None
+    found = found or _search(grey, SMALLEST * grey.shape[0], min(grey.shape))
+    if found is None:
+        return None
+    left, top, side = found
+    margin = side * (MARGIN - 1) / 2
+    return tuple(round(value / scale) for value in (left - margin, top - margin, side * MARGIN))
+
+
+def _search_near(grey: np.ndarray, square: tuple[float, ...]) -> Square | None:
+    """A face of about the size of a square, no farther from it than half its side."""
+    left, top, side = square
+    x, y = max(0, round(left - side / 2)), max(0, round(top - side / 2))
+    part = grey[y : max(0, round(top + 1.5 * side)), x : max(0, round(left + 1.5 * side))]
+    face = side / MARGIN
+    found = _search(part, 0.7 * face, 1.4 * face) if part.size else None
+    return found and (found[0] + x, found[1] + y, found[2])
+
+
+def _search(grey: np.ndarray, smallest: float, largest: float) -> Square | None:
+    """The largest face within bounds for its side."""
+    sizes = {"minSize": (max(24, round(smallest)),) * 2, "maxSize": (round(largest),) * 2}
+    found = _cascade().detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, **sizes)
     if not len(found):
         return None
     # Of two as large, the leftmost, then the upper: an order that does not depend on the search.
     left, top, side, _ = min(found.tolist(), key=lambda box: (-box[2], box[0], box[1]))
-    margin = side * (MARGIN - 1) / 2
-    left, top, side = (
-        round(value / scale) for value in (left - margin, top - margin, side * MARGIN)
-    )
     return left, top, side
 
 
-def crop_face(image: np.ndarray) -> np.ndarray | None:
-    """The largest face, uint8 RGB `[112, 112, 3]`, of uint8 RGB `[H, W, 3]`; None without one.
-
-    Where the square reaches over the edge of the image, the edge is repeated.
-    """
-    box = find_face(image)
-    if box is None:
-        return None
-    left, top, side = box
+def crop(image: np.ndarray, square: Square) -> np.ndarray:
+    """What a square shows, uint8 RGB `[112, 112, 3]`; beyond the edge, the edge is repeated."""
+    left, top, side = square
     rows = np.clip(np.arange(top, top + side), 0, image.shape[0] - 1)
     columns = np.clip(np.arange(left, left + side), 0, image.shape[1] - 1)
     return resized(image[rows[:, None], columns[None]], SIZE)
