@@ -227,7 +227,7 @@ class Encoder:
     Args:
         place: what to load.
         device: of PyTorch.
-        precision: float32, or what matrix products round to on a GPU: float16 or bfloat16.
+        precision: float32, or what matrix products round to: bfloat16, on a GPU also float16.
 
     Raises:
         EncoderError: weights that are damaged, incomplete, or of another width than published.

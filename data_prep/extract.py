@@ -66,7 +66,7 @@ FINISHED = "finished"  # in there: of what the records are
 FEATURES = {"video": ("face", "frame"), "audio": ("audio",)}
 # Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
 BATCH = {"cpu": 4, "cuda": 16}
-PRECISIONS = {"cpu": ("float32",), "cuda": ("float16", "bfloat16", "float32")}
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
 # What may change a bit of the features, beside the weights.
 VERSIONS = ("av", "numpy", "opencv-python-headless", "pillow", "torch", "transformers")
 PROGRESS_EVERY = 10.0  # s
@@ -132,7 +132,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--precision",
         choices=PRECISIONS["cuda"],
-        help="of the encoders; default: float32 on a CPU, float16 products on a GPU",
+        help="of matrix products; default: float32 on a CPU, float16 on a GPU",
     )
     add("--download", action="store_true", help="get weights that are not in the hub's cache")
     arguments = parser.parse_args(argv)
@@ -159,7 +159,8 @@ def extract(arguments: argparse.Namespace) -> None:
     device = arguments.device or ("cuda" if _has_gpu() else "cpu")
     precision = arguments.precision or PRECISIONS[device][0]
     if precision not in PRECISIONS[device]:
-        raise EncoderError(f"--precision {precision} is for a GPU; on a CPU, encoders use float32")
+        known = " or ".join(PRECISIONS[device])
+        raise EncoderError(f"--precision {precision} is for a GPU; a CPU has {known}")
     batch = arguments.batch or BATCH[device]
     clips, unnamed = find_clips(
         [path.expanduser() for path in arguments.clips],

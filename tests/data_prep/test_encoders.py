@@ -110,6 +110,18 @@ def test_a_clip_does_not_depend_on_its_batch_mates(name, directories):
     np.testing.assert_array_equal(encoder(alone)[1], encoder(batch)[1])
 
 
+@pytest.mark.parametrize("name", ["clip", "hubert"])
+def test_bfloat16_products_are_near_float32_ones(name, directories):
+    kind = ARCHITECTURES[name].kind
+    place = find_encoder(f"{name}={directories[name]}", kind)
+    exact, mixed = Encoder(place), Encoder(place, precision="bfloat16")
+    batch = pixels(2, exact.image_size) if kind == "video" else voices(2)
+    expected, found = exact(batch), mixed(batch)
+    assert found.dtype == np.float32
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 0 < error < 0.05  # 8 bits of mantissa, over a few layers
+
+
 def test_normalisation_is_over_all_windows_of_a_clip():
     samples = torch.from_numpy(voices(3))
     found = encoders.normalised(samples).numpy().astype(np.float64)
