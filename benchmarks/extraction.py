@@ -30,7 +30,7 @@ from matplotlib import cbook
 from PIL import Image
 
 from benchmarks import environment
-from data_prep.blocks import BlockStore
+from data_prep.blocks import BlockStore, block_key
 from data_prep.clips import Clip
 from data_prep.decoding import Job, decode_clip
 from data_prep.encoders import Encoder, find_encoder
@@ -130,10 +130,12 @@ def extraction(
 ) -> tuple[float, dict[str, float]]:
     """Seconds of the extraction with its processes, and how long each stage was busy."""
     arguments = argparse.Namespace(features=FEATURES, face_order="bgr")
-    parts = {str(i): clips[i : i + batch] for i in range(0, len(clips), batch)}
+    settings = {"batch": batch}
+    parts = [clips[i : i + batch] for i in range(0, len(clips), batch)]
+    blocks = {block_key(settings, part): part for part in parts}
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        stages = run(parts, BlockStore(Path(folder)), encoders, arguments, workers, batch)
+        stages = run(blocks, BlockStore(Path(folder)), encoders, arguments, settings, workers)
         return time.perf_counter() - began, dict(stages.busy)
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from affectgpt_jax.data.arrays import listed
 from affectgpt_jax.evaluation.files import csv_rows, read_bytes
 
-VIDEO = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".flv", ".m4v", ".mpg", ".mpeg", ".ts", ".wmv")
-AUDIO = (".wav", ".mp3", ".flac", ".m4a", ".ogg", ".opus", ".aac")
+VIDEO = tuple(".mp4 .avi .mkv .mov .webm .flv .m4v .mpg .mpeg .ts .wmv .3gp".split())
+AUDIO = tuple(".wav .mp3 .flac .m4a .ogg .opus .aac .wma".split())
 MEDIA_COLUMNS = ("video", "audio", "face")
 
 
@@ -46,9 +46,33 @@ class Clip:
         return self.audio or self.video
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What there is.
+
+    Attributes:
+        clips: in order.
+        unnamed: names in the folders that the CSV file has no row for.
+        other: files in the folders that are no media by their suffix.
+    """
+
+    clips: list[Clip]
+    unnamed: list[str]
+    other: list[str]
+
+    def remarks(self) -> list[str]:
+        """A line for each kind of file that is not used."""
+        lines = []
+        if self.unnamed:
+            lines.append(f"files without a row in the CSV file, left out: {_counted(self.unnamed)}")
+        if self.other:
+            lines.append(f"files that are no media by their suffix: {_counted(self.other)}")
+        return lines
+
+
 def find_clips(
     folders: Sequence[Path], table: Path | None = None, faces: Path | None = None
-) -> tuple[list[Clip], list[str]]:
+) -> Found:
     """The clips of folders, of a CSV file, or those of the one that the other names.
 
     Args:
@@ -58,14 +82,21 @@ def find_clips(
             Without one, it is all names of the folders, sorted.
         faces: holds NAME.npy, or NAME/NAME.npy.
 
-    Returns:
-        The clips, and the names in the folders that the table leaves out.
-
     Raises:
         ClipError: a folder that is not there, no clips, two files where one is expected.
         ReadError: a CSV file that cannot be used.
     """
-    videos, sounds = _files(folders, VIDEO), _files(folders, AUDIO)
+    videos: dict[str, Path] = {}
+    sounds: dict[str, Path] = {}
+    other = []
+    for folder in folders:
+        for path in _files(folder):
+            suffix = path.suffix.lower()
+            kind = videos if suffix in VIDEO else sounds if suffix in AUDIO else None
+            if kind is None:
+                other.append(path.relative_to(folder).as_posix())
+            else:
+                _add(kind, _name(path, folder), path)
     if faces is not None and not faces.is_dir():
         raise ClipError(f"{faces} is not a folder; expected one with an array NAME.npy per clip")
     found = videos.keys() | sounds.keys()
@@ -88,32 +119,43 @@ def find_clips(
     if not any(clip.sound for clip in clips):
         raise ClipError(
             f"{table} has no clip with a file: expected columns video or audio with paths, or "
-            "--clips DIR with files that are called as the clips are"
+            "--clips DIR where the clip NAME is a file NAME.mp4 or the like"
         )
-    return clips, sorted(found - {clip.name for clip in clips})
+    return Found(clips, sorted(found - {clip.name for clip in clips}), other)
 
 
-def _files(folders: Sequence[Path], suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """The file of each name."""
-    found: dict[str, Path] = {}
-    for folder in folders:
-        if not folder.is_dir():
-            raise ClipError(f"{folder} is not a folder; expected one with a file per clip")
-        for place, below, files in os.walk(folder):
-            # What a system or an extraction hides is not a clip.
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            for file in sorted(files):
-                path = Path(place, file)
-                if file.startswith(".") or path.suffix.lower() not in suffixes:
-                    continue
-                name = path.relative_to(folder).with_suffix("").as_posix()
-                if name in found:
-                    raise ClipError(
-                        f"{found[name]} and {path} would both be the clip {name!r}; keep one, or "
-                        "name the files in a CSV file with columns name, video and audio"
-                    )
-                found[name] = path
-    return found
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, links to folders included, but for what is hidden."""
+    if not folder.is_dir():
+        raise ClipError(f"{folder} is not a folder; expected one with a file per clip")
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        # A link may lead back to where it is.
+        if (real := os.path.realpath(place)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        # What a system or an extraction hides is not a clip.
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(place, file) for file in sorted(files) if not file.startswith("."))
+
+
+def _name(path: Path, folder: Path) -> str:
+    name = path.relative_to(folder).with_suffix("").as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ClipError(f"{ascii(str(path))}: the name is not UTF-8; rename the file") from None
+    return name
+
+
+def _add(found: dict[str, Path], name: str, path: Path) -> None:
+    if name in found:
+        raise ClipError(
+            f"{found[name]} and {path} would both be the clip {name!r}; keep one, or name the "
+            "files in a CSV file with columns name, video and audio"
+        )
+    found[name] = path
 
 
 def _face_file(folder: Path, name: str) -> Path:
@@ -121,6 +163,5 @@ def _face_file(folder: Path, name: str) -> Path:
     return nested if nested.is_file() else folder / f"{name}.npy"
 
 
-def left_out(names: Sequence[str]) -> str:
-    """A line about files that the CSV file has no row for."""
-    return f"files without a row in the CSV file, left out: {len(names):,}: {listed(names)}"
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names):,}: {listed(names)}"

@@ -59,9 +59,10 @@ def decode_clip(job: Job) -> Decoded:
     out = Decoded()
     clip = job.clip
     start = time.perf_counter()
-    damage = {path: _trouble(path) for path in {clip.video, clip.audio} - {None}}
-    if not any(damage.values()):
-        out.facts["sha256"] = media.sha256_of_files(clip.video, clip.audio)
+    damage = {path: _trouble(path) for path in (clip.video, clip.audio) if path}
+    # By what can be used, the same clip is known again under another name.
+    if whole := [path for path, trouble in damage.items() if not trouble]:
+        out.facts["sha256"] = media.sha256_of_files(whole)
     visual = [feature for feature in ("face", "frame") if feature in job.features]
     if visual:
         _attempt(out, visual, lambda: _look(job, out, damage))

@@ -269,7 +269,9 @@ class Encoder:
         mixed = contextlib.nullcontext()
         if self._precision != torch.float32:
             mixed = torch.autocast(self._device.type, self._precision)
-        with torch.inference_mode():
+        # float32 is float32, and the same input the same features, on a GPU as well.
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with torch.inference_mode(), exact:
             inputs = self._inputs(torch.from_numpy(batch).to(self._device))
             with mixed:
                 options = {"output_hidden_states": True} if self._layers else {}

@@ -31,7 +31,6 @@ import importlib.metadata
 import io
 import json
 import os
-import re
 import sys
 import time
 from collections import defaultdict
@@ -45,34 +44,49 @@ from affectgpt_jax.data.arrays import listed, records_from_csv
 from affectgpt_jax.data.records import (
     MANIFEST_FILE,
     Record,
-    RecordDataset,
     RecordError,
+    read_manifest,
     sha256_of,
     write_records,
 )
-from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
-from data_prep import faces
+from affectgpt_jax.evaluation.files import ReadError, read_bytes
 from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
-from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips, left_out
-from data_prep.decoding import DIED, Decoded, Job, decode_clip, in_order
+from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
 from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder
 from data_prep.encoders import names as encoder_names
+from data_prep.report import (
+    OK,
+    REPORT_FILE,
+    Elsewhere,
+    clip_report,
+    read_elsewhere,
+    reasons,
+    write_report,
+)
+
+try:
+    import cv2
+
+    from data_prep import faces
+    from data_prep.decoding import DIED, Decoded, Job, decode_clip, in_order
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: the package {error.name} is missing: pip install -e '.[features]'")
 
 USER_ERRORS = (ClipError, EncoderError, ReadError, RecordError)
 
-REPORT_FILE = "extraction.csv"
 BLOCKS = ".blocks"
 FINISHED = "finished"  # in there: of what the records are
 FEATURES = {"video": ("face", "frame"), "audio": ("audio",)}
 # Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
 BATCH = {"cpu": 4, "cuda": 16}
 PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
+# To be raised with every change of this code that changes features.
+VERSION = 1
 # What may change a bit of the features, beside the weights.
-VERSIONS = ("av", "numpy", "opencv-python-headless", "pillow", "torch", "transformers")
+VERSIONS = ("av", "numpy", "pillow", "torch", "transformers")
 PROGRESS_EVERY = 10.0  # s
-REASONS_SHOWN = 20
-FACTS = ("frames", "width", "height", "seconds", "sha256")
-COLUMNS = ("name", "status", "reason", "face", "frame", "audio", *FACTS)
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -146,6 +160,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         if feature not in possible:
             kind = next(kind for kind, features in FEATURES.items() if feature in features)
             parser.error(f"--features {feature} needs an encoder: --{kind}")
+    if arguments.out.resolve() in [directory.resolve() for directory in arguments.against]:
+        parser.error(f"--against names {arguments.out}, which is to be written")
     arguments.features = tuple(f for f in possible if f in (arguments.features or possible))
     for name, least in (("workers", 0), ("batch", 1)):
         if (value := getattr(arguments, name)) is not None and value < least:
@@ -162,27 +178,31 @@ def extract(arguments: argparse.Namespace) -> None:
         known = " or ".join(PRECISIONS[device])
         raise EncoderError(f"--precision {precision} is for a GPU; a CPU has {known}")
     batch = arguments.batch or BATCH[device]
-    clips, unnamed = find_clips(
+    found = find_clips(
         [path.expanduser() for path in arguments.clips],
         arguments.csv and arguments.csv.expanduser(),
         arguments.faces and arguments.faces.expanduser(),
     )
+    clips = found.clips
     if arguments.csv:
         list(annotated(arguments, {}))  # wrong cells must show now, not after hours
-    elsewhere = clips_of_others(arguments.against)
+    elsewhere = read_elsewhere(arguments.against)
     places = {
         kind: find_encoder(getattr(arguments, kind), kind, arguments.download)
         for kind, features in FEATURES.items()
         if set(features) & set(arguments.features)
     }
     settings = {
+        "version": VERSION,
         "features": arguments.features,
         "encoders": {k: {"name": p.name, "sha256": p.sha256()} for k, p in places.items()},
         "batch": batch,
         "device": device,
         "precision": precision,
-        "faces": arguments.face_order if arguments.faces else faces.DETECTOR,
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "faces": {"detector": faces.DETECTOR, "order of arrays": arguments.face_order},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS}
+        # One module, which several packages bring.
+        | {"opencv": cv2.__version__},
     }
     blocks = {
         block_key(settings, part): part
@@ -205,16 +225,19 @@ def extract(arguments: argparse.Namespace) -> None:
             print(f"{done:,} of {len(clips):,} clips are finished", file=sys.stderr)
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
-        stages = run(missing, store, encoders, arguments, workers, batch)
-    report = clip_report(blocks, store, arguments, elsewhere)
+        stages = run(missing, store, encoders, arguments, settings, workers)
+    rows = (row for key in blocks for row in store.rows(key))
+    report = clip_report(rows, arguments.features, arguments.allow_missing, elsewhere)
     write_report(out / REPORT_FILE, report)
-    kept = [row["name"] for row in report if row["status"] == "ok"]
+    kept = [row["name"] for row in report if row["status"] == OK]
     if not kept:
         why = "; ".join(reasons(report))
         raise ClipError(
             f"none of {len(clips):,} clips can be used ({why}); see {out / REPORT_FILE}"
         )
     names = {f: places[kind].name for kind, fs in FEATURES.items() for f in fs if kind in places}
+    # Before the manifest: records that were written whole must be known again, whenever this ends.
+    finished.write_text(identity, encoding="utf-8")
     write_records(
         out,
         finished_records(arguments, blocks, store, set(kept)),
@@ -222,10 +245,8 @@ def extract(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         extra={"extraction": settings},
     )
-    finished.write_text(identity, encoding="utf-8")
-    print("\n".join([f"{out}: {len(kept):,} of {len(clips):,} clips", *summary(out, report)]))
-    if unnamed:
-        print(left_out(unnamed))
+    lines = [f"{out}: {len(kept):,} of {len(clips):,} clips", *summary(out), *reasons(report)]
+    print("\n".join([*lines, *elsewhere.remarks(report), *found.remarks()]))
     if missing:
         print("\n".join(stages.lines()))
 
@@ -276,17 +297,21 @@ def run(
     store: BlockStore,
     encoders: Mapping[str, Encoder],
     arguments: argparse.Namespace,
+    settings: Mapping[str, Any],
     workers: int,
-    batch: int,
 ) -> Stages:
-    """Compute blocks and store them, in order; worker processes decode ahead."""
+    """Compute blocks and store them, in order; worker processes decode ahead.
+
+    Raises:
+        ClipError: a file that changed while it was read.
+    """
     size = encoders["video"].image_size if "video" in encoders else 0
     jobs = [
         Job(clip, arguments.features, size, arguments.face_order)
         for part in missing.values()
         for clip in part
     ]
-    stages = Stages(workers)
+    stages, batch = Stages(workers), settings["batch"]
 
     def died() -> Decoded:
         return Decoded(problems=dict.fromkeys(arguments.features, DIED))
@@ -299,6 +324,12 @@ def run(
         for result in decoded:
             for stage, seconds in result.seconds.items():
                 stages.add(stage, seconds)
+        # A folder that is copied to, or a drive that went away, must not be remembered as it was.
+        if block_key(settings, part) != key:
+            raise ClipError(
+                f"files of the clips {listed([clip.name for clip in part])} changed while they "
+                "were read; run the command again when nobody writes to them"
+            )
         store.write(key, encode(part, decoded, encoders, arguments.features, batch, stages))
         stages.clips += len(part)
         stages.tell(len(jobs))
@@ -341,65 +372,6 @@ def encode(
     return Block(rows, found)
 
 
-def clip_report(
-    blocks: Mapping[str, Sequence[Clip]],
-    store: BlockStore,
-    arguments: argparse.Namespace,
-    elsewhere: Mapping[str, str],
-) -> list[dict[str, Any]]:
-    """What becomes of each clip: a row of `COLUMNS`, in their order."""
-    report, first = [], {}
-    for key in blocks:
-        for row in store.rows(key):
-            problems, facts = row["problems"], row["facts"]
-            usable = len(problems) < (len(arguments.features) if arguments.allow_missing else 1)
-            reason = _reason(problems, arguments.features)
-            digest = facts.get("sha256")
-            if usable and digest in elsewhere:
-                usable, reason = False, f"the same file is {elsewhere[digest]}"
-            elif usable and digest in first:
-                usable, reason = False, f"the same file is {first[digest]!r}"
-            if usable and digest:
-                first[digest] = row["name"]
-            report.append(
-                {
-                    "name": row["name"],
-                    "status": "ok" if usable else "left out",
-                    "reason": reason,
-                    **{f: "yes" for f in arguments.features if f not in problems},
-                    **{fact: facts[fact] for fact in FACTS if fact in facts},
-                }
-            )
-    return report
-
-
-def _reason(problems: Mapping[str, str], features: Sequence[str]) -> str:
-    """Problems as one text; what hinders every feature stands alone."""
-    causes: dict[str, list[str]] = {}
-    for feature in features:
-        if feature in problems:
-            causes.setdefault(problems[feature], []).append(feature)
-    if len(causes) == 1 and len(problems) == len(features):
-        return next(iter(causes))
-    return "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items())
-
-
-def clips_of_others(directories: Sequence[Path]) -> dict[str, str]:
-    """Where a file is used already, by its hash.
-
-    Raises:
-        ReadError: a directory without the report of an extraction.
-    """
-    found: dict[str, str] = {}
-    for directory in directories:
-        path = directory.expanduser() / REPORT_FILE
-        rows = csv_rows(read_bytes(path), str(path), ("name", "status", "sha256"))
-        for _, row in rows:
-            if row["sha256"] and row["status"] == "ok":
-                found.setdefault(row["sha256"], f"{row['name']!r} in {directory}")
-    return found
-
-
 def annotated(
     arguments: argparse.Namespace, arrays: Mapping[str, Mapping[str, np.ndarray]]
 ) -> Iterator[Record]:
@@ -438,50 +410,16 @@ def finished_records(
                 yield Record(name=clip.name, features=features)
 
 
-def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
-    """The CSV file of `COLUMNS`; it appears when it is whole."""
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(stream.getvalue().encode("utf-8", "surrogateescape"))
-    os.replace(temporary, path)
-
-
-def summary(out: Path, report: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Features, and why clips or modalities are missing."""
-    manifest = RecordDataset(out).manifest
-    lines = [
+def summary(out: Path) -> list[str]:
+    """A line per feature of the records."""
+    return [
         f"{feature} [{facts['frames']}, {facts['width']}] of {facts['encoder']}: "
         f"{facts['present']:,} clips"
-        for feature, facts in manifest.features.items()
+        for feature, facts in read_manifest(out).features.items()
     ]
-    return lines + reasons(report)
 
 
-def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why clips are left out, or lack a modality: a line a kind of reason, most frequent first."""
-    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for row in report:
-        if row["reason"]:
-            # Names and numbers differ from clip to clip.
-            kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", "_", row["reason"])
-            kinds[row["status"], kind].append(row["name"])
-    ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
-    lines = [
-        f"{'left out' if status != 'ok' else 'incomplete'}, {kind}: {len(names):,}: {listed(names)}"
-        for (status, kind), names in ordered[:REASONS_SHOWN]
-    ]
-    if more := ordered[REASONS_SHOWN:]:
-        lines.append(f"and {len(more)} more reasons of {sum(len(n) for _, n in more):,} clips")
-    return lines
-
-
-def _identity(
-    arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Mapping[str, str]
-) -> str:
+def _identity(arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Elsewhere) -> str:
     """A hash of all that the output follows from."""
     table = sha256_of(arguments.csv.expanduser()) if arguments.csv else None
     facts = [
@@ -490,7 +428,7 @@ def _identity(
         arguments.ignore,
         arguments.allow_missing,
         arguments.split,
-        sorted(elsewhere.items()),
+        sorted(elsewhere.files.items()),
     ]
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -512,6 +450,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         extract(arguments)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the package {error.name} is missing: pip install -e '.[features]'")
     except OSError as error:
         sys.exit(f"error: {error.filename or arguments.out}: {error.strerror or error}")
 

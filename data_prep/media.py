@@ -96,9 +96,7 @@ def read_frames(
         MediaError: no video stream, no frames in it, or a damaged file.
     """
     with _open(path) as container:
-        if not container.streams.video:
-            raise MediaError("no video stream")
-        stream = container.streams.video[0]
+        stream = _stream(container, "video")
         expected, rate = stream.frames, stream.average_rate or stream.guessed_rate
         seconds = (container.duration or 0) / av.time_base
     # How many frames there are is known for sure when they are decoded. Most containers say so
@@ -129,8 +127,7 @@ def read_waveform(path: Path) -> np.ndarray:
         MediaError: no audio stream, nothing in it, or a damaged file.
     """
     with _open(path) as container:
-        if not container.streams.audio:
-            raise MediaError("no audio stream")
+        _stream(container, "audio")
     # Channels are averaged here, since FFmpeg's own mix of them depends on the sample format.
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     parts: list[np.ndarray] = []
@@ -171,10 +168,10 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
-def sha256_of_files(*paths: Path | None) -> str:
-    """The hash of what files hold, one after the other; None is skipped."""
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """The hash of the hashes of files, one after the other."""
     digest = hashlib.sha256()
-    for path in filter(None, paths):
+    for path in paths:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
@@ -202,10 +199,20 @@ def _open(path: Path) -> av.container.InputContainer:
         raise MediaError(f"not readable as media: {_reason(error)}") from None
 
 
+def _stream(
+    container: av.container.InputContainer, kind: str
+) -> av.video.stream.VideoStream | av.audio.stream.AudioStream:
+    """The first stream of a kind; the picture on a record's cover is no video."""
+    for stream in getattr(container.streams, kind):
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise MediaError(f"no {kind} stream")
+
+
 def _decoded(path: Path, kind: str) -> Iterator[av.VideoFrame | av.AudioFrame]:
     """The frames of the first stream of a kind, in order of presentation."""
     with _open(path) as container:
-        stream = getattr(container.streams, kind)[0]
+        stream = _stream(container, kind)
         # Clips are decoded side by side, one a process.
         stream.codec_context.thread_count = 1
         yield from _guarded(container.decode(stream))

@@ -31,7 +31,7 @@ from affectgpt_jax.data.records import (
     read_manifest,
 )
 from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
-from data_prep.extract import REPORT_FILE
+from data_prep.report import REPORT_FILE
 
 TOP_LABELS = 30
 WORDS_BIN, SECONDS_BIN = 20, 1

@@ -41,7 +41,7 @@ def test_a_clip_gives_pixels_windows_and_facts(tmp_path):
     assert found.arrays["face"].dtype == found.arrays["frame"].dtype == np.uint8
     np.testing.assert_array_equal(found.arrays["audio"], media.windows(media.read_waveform(path)))
     assert found.facts["frames"] == 60 and found.facts["seconds"] == pytest.approx(2.4)
-    assert found.facts["sha256"] == media.sha256_of_files(path)
+    assert found.facts["sha256"] == media.sha256_of_files([path])
     frames, _ = media.read_frames(path, 8, lambda image: media.resized(image, 64))
     np.testing.assert_array_equal(found.arrays["frame"], np.stack(frames))
 
