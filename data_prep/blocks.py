@@ -55,7 +55,7 @@ class Block:
 
 
 class BlockStore:
-    """A folder of blocks."""
+    """A folder of blocks; it need not be there to be empty."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -66,7 +66,6 @@ class BlockStore:
 
     def write(self, key: str, block: Block) -> None:
         """Add a block; a killed process leaves nothing under its name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         rows = np.frombuffer(json.dumps(block.rows, ensure_ascii=True).encode(), np.uint8)
         temporary = self.folder / f".{key}.{os.getpid()}"
         with open(temporary, "wb") as file:

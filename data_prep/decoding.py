@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections import deque
@@ -206,11 +207,12 @@ def in_order(
 def _pool(workers: int) -> ProcessPoolExecutor:
     # Not forked: a copy of a process with PyTorch's threads in it may hang.
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
 
 
-def _follow_parent() -> None:
-    """End with the process that started this one, even if that is killed."""
+def _start() -> None:
+    """End with the process that started this one, even if that is killed, and not before it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
 
     def follow() -> None:
         multiprocessing.parent_process().join()

@@ -78,20 +78,27 @@ class Architecture:
     """What is true of all sizes of an encoder: its class in transformers, and what is taken."""
 
     kind: str  # video or audio
+    types: tuple[str, ...]  # what config.json calls it
     model: str
     pooling: str
 
 
 ARCHITECTURES = {
-    "clip": Architecture("video", "CLIPVisionModelWithProjection", "image_embeds"),
-    "siglip": Architecture("video", "SiglipVisionModel", "pooler_output"),
-    "dinov2": Architecture("video", "Dinov2Model", "pooler_output"),
+    "clip": Architecture(
+        "video", ("clip", "clip_vision_model"), "CLIPVisionModelWithProjection", "image_embeds"
+    ),
+    "siglip": Architecture(
+        "video", ("siglip", "siglip_vision_model"), "SiglipVisionModel", "pooler_output"
+    ),
+    "dinov2": Architecture("video", ("dinov2",), "Dinov2Model", "pooler_output"),
     # EVA-CLIP's towers are timm's; transformers wraps them, without code from the hub.
-    "timm": Architecture("video", "TimmWrapperModel", "pooler_output"),
-    "hubert": Architecture("audio", "HubertModel", "last 4 layers, mean over time"),
-    "wavlm": Architecture("audio", "WavLMModel", "last 4 layers, mean over time"),
-    "data2vec": Architecture("audio", "Data2VecAudioModel", "last 4 layers, mean over time"),
-    "whisper": Architecture("audio", "WhisperModel", "last layer, mean over time"),
+    "timm": Architecture("video", ("timm_wrapper",), "TimmWrapperModel", "pooler_output"),
+    "hubert": Architecture("audio", ("hubert",), "HubertModel", "last 4 layers, mean over time"),
+    "wavlm": Architecture("audio", ("wavlm",), "WavLMModel", "last 4 layers, mean over time"),
+    "data2vec": Architecture(
+        "audio", ("data2vec-audio",), "Data2VecAudioModel", "last 4 layers, mean over time"
+    ),
+    "whisper": Architecture("audio", ("whisper",), "WhisperModel", "last layer, mean over time"),
 }
 
 
@@ -191,6 +198,13 @@ def find_encoder(text: str, kind: str, download: bool = False) -> EncoderPlace:
         raise EncoderError(
             f"--{kind} {text}: {directory} holds no encoder; expected config.json and weights "
             "(model.safetensors or pytorch_model.bin) in Hugging Face's layout"
+        )
+    # Towers of timm have no type.
+    kept = _json(directory / "config.json").get("model_type")
+    if kept and kept not in (expected := ARCHITECTURES[architecture].types):
+        raise EncoderError(
+            f"--{kind} {text}: {directory} holds a {kept} by its config.json, expected "
+            f"{' or '.join(expected)}"
         )
     return found
 

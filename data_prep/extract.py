@@ -31,6 +31,7 @@ import importlib.metadata
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -50,10 +51,6 @@ from affectgpt_jax.data.records import (
     write_records,
 )
 from affectgpt_jax.evaluation.files import ReadError, read_bytes
-from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
-from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
-from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder
-from data_prep.encoders import names as encoder_names
 from data_prep.report import (
     OK,
     REPORT_FILE,
@@ -68,7 +65,11 @@ try:
     import cv2
 
     from data_prep import faces
+    from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
+    from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
     from data_prep.decoding import DIED, Decoded, Job, decode_clip, in_order
+    from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder
+    from data_prep.encoders import names as encoder_names
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -173,6 +174,8 @@ def extract(arguments: argparse.Namespace) -> None:
     """Run the whole extraction; what is finished is used again."""
     out = arguments.out.expanduser()
     device = arguments.device or ("cuda" if _has_gpu() else "cpu")
+    if device == "cuda" and not _has_gpu():
+        raise EncoderError("--device cuda: PyTorch finds no GPU here; leave the flag out for a CPU")
     precision = arguments.precision or PRECISIONS[device][0]
     if precision not in PRECISIONS[device]:
         known = " or ".join(PRECISIONS[device])
@@ -223,6 +226,7 @@ def extract(arguments: argparse.Namespace) -> None:
         done = sum(len(part) for key, part in blocks.items() if key not in missing)
         if done:
             print(f"{done:,} of {len(clips):,} clips are finished", file=sys.stderr)
+        store.folder.mkdir(parents=True, exist_ok=True)  # not after the first block
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
         stages = run(missing, store, encoders, arguments, settings, workers)
@@ -448,6 +452,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         extract(arguments)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
     except ModuleNotFoundError as error:

@@ -82,3 +82,18 @@ def test_what_is_missing_does_not_take_the_rest_along(tmp_path):
     assert found.problems == {"face": "no face in 10 frames"}
     found = decode_clip(Job(Clip("c", tmp_path / "none.mp4"), ALL, 32))
     assert found.problems == dict.fromkeys(ALL, "no such file")
+
+
+def test_the_hash_is_of_what_can_be_used(tmp_path):
+    video = write_talking(tmp_path / "a.mp4")
+    audio = write_clip(tmp_path / "a.wav", None, tone(1.0), audio_codec="pcm_s16le")
+    (tmp_path / "text.mp4").write_text("words")
+    np.save(tmp_path / "a.npy", np.zeros((8, 112, 112, 3), np.uint8))
+
+    def digest(*files, **more):
+        return decode_clip(Job(Clip("a", *files, **more), ALL, 32)).facts.get("sha256")
+
+    assert digest(video, audio) == media.sha256_of_files([video, audio])
+    assert digest(video, audio) not in (digest(video), digest(None, audio))
+    assert digest(tmp_path / "text.mp4", audio) == digest(None, audio)
+    assert digest(faces=tmp_path / "a.npy") is None

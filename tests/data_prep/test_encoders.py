@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from clip_files import HAS_VOICE, face_frames, spoken, tone
+from safetensors.torch import load_file, save_file
 from small_encoders import MODELS, save_encoder
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -184,6 +185,11 @@ def test_what_a_user_gets_wrong_is_one_sentence(directories, tmp_path):
     shutil.copytree(directories["clip"], tmp_path / "torn")
     weights = tmp_path / "torn" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
+    shutil.copytree(directories["clip"], tmp_path / "less")
+    weights = tmp_path / "less" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["visual_projection.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
     clip, hubert = directories["clip"], directories["hubert"]
     for text, kind, message in [
         ("vgg", "video", "'vgg' is no encoder for video; known are clip-vit-l, "),
@@ -196,7 +202,8 @@ def test_what_a_user_gets_wrong_is_one_sentence(directories, tmp_path):
             f"width 24, clip-vit-l has 768; call it --video clip={clip}",
         ),
         (f"clip={tmp_path / 'torn'}", "video", "torn cannot be loaded as CLIPVision"),
-        (f"wavlm={hubert}", "audio", "cannot be loaded as WavLMModel|lacks .* tensors of WavLM"),
+        (f"wavlm={hubert}", "audio", "hubert holds a hubert by its config.json, expected wavlm"),
+        (f"clip={tmp_path / 'less'}", "video", r"lacks 1 tensors of CLIP.*'visual_projection.wei"),
     ]:
         with pytest.raises(EncoderError, match=message) as refused:
             Encoder(find_encoder(text, kind))

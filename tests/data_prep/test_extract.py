@@ -127,6 +127,8 @@ def test_what_is_finished_is_used_again_and_damage_to_it_is_noticed(
     out = shutil.copytree(extracted, tmp_path / "train")
     (out / "manifest.json").unlink()
     blocks = sorted((out / extract.BLOCKS).glob("*.npz"))
+    store = extract.BlockStore(out / extract.BLOCKS)
+    lost = {row["name"] for path in blocks[:2] for row in store.rows(path.stem)}
     blocks[0].write_bytes(blocks[0].read_bytes()[:-500])
     blocks[1].unlink()
     decoded = []
@@ -135,7 +137,7 @@ def test_what_is_finished_is_used_again_and_damage_to_it_is_noticed(
     )
     run(clips, out, encoders)
     assert contents(out) == contents(extracted)
-    assert len(decoded) == 2 * extract.BATCH["cpu"]
+    assert len(decoded) == len(lost) and set(decoded) == lost
 
 
 def test_clips_without_a_modality_are_records_where_that_is_allowed(
@@ -224,6 +226,8 @@ def test_faces_may_come_as_arrays(encoders, tmp_path):
         (["--csv={table}", "--audio=hubert-l"], "has no clip with a file: expected columns video"),
         (["--clips={clips}", "--csv={wrong}", "--audio=hubert-l"], "the column 'mood' is unknown"),
         (["--clips={clips}", "--audio=hubert-l", "--against={empty}"], "extraction.csv cannot be"),
+        (["--clips={clips}", "--audio=hubert-l", "--device=cuda"], "PyTorch finds no GPU here; le"),
+        (["--clips={clips}", "--audio=hubert-l", "--precision=float16"], "a CPU has float32 or bf"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(flags, message, clips, tmp_path, monkeypatch):
@@ -246,6 +250,32 @@ def test_what_a_user_gets_wrong_is_one_sentence(flags, message, clips, tmp_path,
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--audio=hubert-l"], "give --clips DIR, --csv FILE, or both"),
+        (["--clips=c"], "give --video, --audio, or both"),
+        (["--clips=c", "--audio=hubert-l", "--features", "face"], "face needs an encoder: --video"),
+        (["--clips=c", "--audio=hubert-l", "--batch=0"], "--batch is 0; expected 1 or more"),
+        (["--clips=c", "--audio=hubert-l", "--workers=-1"], "--workers is -1; expected 0 or more"),
+        (["--clips=c", "--audio=hubert-l", "--against=out"], "--against names out, which is to be"),
+    ],
+)
+def test_flags_that_do_not_go_together_end_in_the_usage(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        extract.main(["--out=out", *flags])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_the_extra_the_command_says_how_to_get_it():
+    missing = "import sys, runpy; sys.modules['av'] = None; sys.argv = ['extract']; "
+    code = missing + "runpy.run_module('data_prep.extract', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: the package av is missing: pip install -e '.[features]'\n"
+
+
 def test_no_clip_that_can_be_used_is_one_sentence(encoders, tmp_path):
     write_clip(tmp_path / "clips" / "a.mp4", face_frames(5))
     with pytest.raises(SystemExit, match="none of 1 clips can be used .*audio: no audio stream"):
@@ -253,24 +283,113 @@ def test_no_clip_that_can_be_used_is_one_sentence(encoders, tmp_path):
     assert report(tmp_path / "out")["a"]["status"] == "left out"
 
 
-def kill_and_finish(command, out, times, seed):
-    """Run a command, killed so many times at random moments, and then to its end."""
+class Stopped(BaseException):
+    """Neither caught nor cleaned up after, as little as an end of the process is."""
+
+
+def test_wherever_it_ends_the_same_command_writes_the_same_bytes(
+    extracted, clips, encoders, tmp_path, monkeypatch
+):
+    out = shutil.copytree(extracted, tmp_path / "train")
+    blocks = sorted((out / extract.BLOCKS).glob("*.npz"))
+    for path in [*(p for p in out.iterdir() if p.is_file()), out / extract.BLOCKS / "finished"]:
+        path.unlink()
+    for path in blocks[:2]:
+        path.unlink()
+    # Every file appears by a rename: end before and behind each of them, once.
+    replace, moments, ended = os.replace, set(), 0
+
+    def stopping(source, target):
+        name = Path(target).name
+        for moment in ((name, "before"), (name, "behind")):
+            if moment[1] == "behind":
+                replace(source, target)
+            if moment not in moments:
+                moments.add(moment)
+                raise Stopped
+
+    monkeypatch.setattr(os, "replace", stopping)
+    while True:
+        try:
+            run(clips, out, encoders)
+            break
+        except Stopped:
+            ended += 1
+    # Two blocks, the report, a shard, the index, and the manifest.
+    assert ended == 2 * 6
+    assert contents(out) == contents(extracted)
+
+
+def test_files_that_change_while_they_are_read_are_not_remembered(encoders, tmp_path, monkeypatch):
+    path = write_talking(tmp_path / "clips" / "a.mp4")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:500])  # somebody copies it
+
+    def copied_meanwhile(job):
+        result = decode_clip(job)
+        path.write_bytes(whole)
+        return result
+
+    monkeypatch.setattr(extract, "decode_clip", copied_meanwhile)
+    with pytest.raises(
+        SystemExit, match="files of the clips 'a' changed while they were read; run"
+    ):
+        run(tmp_path / "clips", tmp_path / "out", encoders)
+    monkeypatch.setattr(extract, "decode_clip", decode_clip)
+    run(tmp_path / "clips", tmp_path / "out", encoders)
+    assert report(tmp_path / "out")["a"]["status"] == "ok"
+
+
+def test_the_order_of_channels_counts_where_a_csv_file_names_arrays(encoders, tmp_path):
+    track = np.random.default_rng(0).integers(0, 256, (8, 112, 112, 3), np.uint8)
+    np.save(tmp_path / "a.npy", track)
+    write_clip(tmp_path / "a.wav", None, tone(1.0), audio_codec="pcm_s16le")
+    (tmp_path / "t.csv").write_text("name,audio,face\na,a.wav,a.npy\n", encoding="utf-8")
+    command = [f"--csv={tmp_path / 't.csv'}", f"--out={tmp_path / 'out'}", *encoders]
+    command += ["--features", "face", "audio", "--workers=0"]
+    extract.main(command)
+    (bgr,) = RecordDataset(tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    extract.main([*command, "--face-order=rgb"])
+    (rgb,) = RecordDataset(tmp_path / "out")
+    assert np.abs(bgr.features["face"] - rgb.features["face"]).max() > 0.01
+    np.testing.assert_array_equal(bgr.features["audio"], rgb.features["audio"])
+
+
+def start(command):
+    return subprocess.Popen(
+        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_blocks(out, count, process):
+    """Until so many blocks are finished, or the process is."""
+    until = time.monotonic() + 120
+    while len(list(out.glob(f"{extract.BLOCKS}/*.npz"))) < count:
+        if process.poll() is not None or time.monotonic() > until:
+            break
+        time.sleep(0.02)
+
+
+def kill_and_finish(command, out, blocks, seed):
+    """Run a command, killed at random moments, and then to its end.
+
+    Args:
+        command: what to run.
+        out: where its blocks are.
+        blocks: after how many more blocks to kill it, time by time; a random moment later.
+        seed: of the moments.
+    """
     rng = random.Random(seed)
-    finished_between = []
-    for _ in range(times):
-        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-        # Start-up takes some seconds, within which little can be lost: kill behind it.
-        blocks = len(list(out.glob(f"{extract.BLOCKS}/*.npz")))
-        until = time.monotonic() + 120
-        while len(list(out.glob(f"{extract.BLOCKS}/*.npz"))) == blocks:
-            if process.poll() is not None or time.monotonic() > until:
-                break
-            time.sleep(0.02)
+    for more in blocks:
+        done = len(list(out.glob(f"{extract.BLOCKS}/*.npz")))
+        process = start(command)
+        wait_for_blocks(out, done + more, process)
         time.sleep(rng.uniform(0, 0.5))
-        process.send_signal(signal.SIGKILL)
-        finished_between.append(process.wait() == 0)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return finished_between
 
 
 def command(clips, out, encoders, *flags):
@@ -278,11 +397,20 @@ def command(clips, out, encoders, *flags):
     return [sys.executable, "-m", "data_prep.extract", *flags]
 
 
-def test_a_killed_extraction_goes_on_and_leaves_no_process_behind(
+def test_an_interrupted_and_a_killed_extraction_go_on_and_leave_no_process_behind(
     extracted, clips, encoders, tmp_path
 ):
     out = tmp_path / "train"
-    kill_and_finish(command(clips, out, encoders, "--workers=2"), out, times=1, seed=0)
+    call = command(clips, out, encoders, "--workers=2")
+    process = start(call)
+    wait_for_blocks(out, 1, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert said.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert "Traceback" not in said
+    assert 1 <= len(list(out.glob(f"{extract.BLOCKS}/*.npz"))) < 5
+    kill_and_finish(call, out, [0], seed=0)
     assert contents(out) == contents(extracted)
     deadline = time.monotonic() + 20
     while (left := started_with(str(out))) and time.monotonic() < deadline:
@@ -321,6 +449,6 @@ def test_180_of_200_clips_are_records_and_20_have_names_and_reasons_however_ofte
             kind = name.split("-")[1].replace("_", " ")
             assert row["reason"].startswith(BROKEN[kind][0])
     killed = tmp_path / "killed" / "train"
-    ended = kill_and_finish(command(folder, killed, encoders, "--workers=2"), killed, 5, seed=1)
-    assert not any(ended)
+    again = command(folder, killed, encoders, "--workers=2")
+    kill_and_finish(again, killed, [0, 3, 9, 1, 6], seed=1)
     assert contents(killed) == contents(out)

@@ -3,6 +3,7 @@
 from fractions import Fraction
 from math import floor
 
+import av
 import numpy as np
 import pytest
 from clip_files import brightness, cut, grey_frames, rotate, tone, write_clip
@@ -165,6 +166,26 @@ def test_a_stream_that_is_not_there_has_a_reason(tmp_path):
         media.read_waveform(silent)
     with pytest.raises(MediaError, match="no video stream"):
         media.read_frames(blind, 8, id)
+
+
+def test_the_picture_on_a_cover_is_no_video(tmp_path):
+    path = tmp_path / "song.mp3"
+    with av.open(str(path), "w") as container:
+        voices = container.add_stream("libmp3lame", rate=16_000, layout="mono")
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.height, cover.width, cover.pix_fmt = 48, 64, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(grey_frames(1)[0], format="rgb24")))
+        container.mux(cover.encode())
+        samples = av.AudioFrame.from_ndarray(tone(1.0), "fltp", "mono")
+        samples.sample_rate = 16_000
+        container.mux(voices.encode(samples))
+        container.mux(voices.encode())
+    with av.open(str(path)) as container:
+        assert len(container.streams.video) == 1
+    with pytest.raises(MediaError, match="no video stream"):
+        media.read_frames(path, 8, id)
+    assert len(media.read_waveform(path)) == pytest.approx(16_000, abs=2100)
 
 
 def test_resizing_is_bilinear_and_does_not_keep_the_aspect_ratio():
