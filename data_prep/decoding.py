@@ -142,6 +142,7 @@ def _take_track(job: Job, out: Decoded) -> None:
 
 
 def _add_faces(out: Decoded, track: Any, size: int) -> None:
+    out.facts["faces"] = len(track)
     rows = sample_rows(len(track), FRAMES)
     out.arrays["face"] = np.stack(
         [media.resized(np.ascontiguousarray(track[r]), size) for r in rows]

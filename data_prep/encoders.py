@@ -264,7 +264,7 @@ class Encoder:
             self._prepare_images()
         else:
             self._prepare_sound()
-        self.width = self(self.empty(1)).shape[-1]
+        self.width = self(self.empty(1)[:, :1]).shape[-1]
         if place.width not in (None, self.width):
             raise EncoderError(
                 f"{place.directory} gives features of width {self.width}, {place.name} has "
@@ -290,7 +290,7 @@ class Encoder:
             with mixed:
                 options = {"output_hidden_states": True} if self._layers else {}
                 features = self._pool(self._model(**inputs, **options))
-        return features.float().cpu().numpy().reshape(len(batch), WINDOWS, -1)
+        return features.float().cpu().numpy().reshape(*batch.shape[:2], -1)
 
     def _prepare_images(self) -> None:
         import torch

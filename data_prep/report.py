@@ -16,7 +16,7 @@ from affectgpt_jax.data.arrays import listed
 from affectgpt_jax.evaluation.files import csv_rows, read_bytes
 
 REPORT_FILE = "extraction.csv"
-FACTS = ("frames", "width", "height", "seconds", "sha256")
+FACTS = ("frames", "faces", "width", "height", "seconds", "sha256")
 COLUMNS = ("name", "status", "reason", "face", "frame", "audio", *FACTS)
 OK, LEFT_OUT = "ok", "left out"
 REASONS_SHOWN = 20
