@@ -229,11 +229,12 @@ def main() -> None:
         print(table(json.loads(arguments.show.read_text(encoding="utf-8"))))
         return
     arguments.size = arguments.size or ("large" if arguments.device == "cuda" else "base")
+    described = environment.describe("torch", "av", "opencv-python-headless")
     with tempfile.TemporaryDirectory() as folder:
         cases = measure(arguments, Path(folder))
     is_gpu = arguments.device == "cuda"
     report = {
-        "environment": environment.describe("torch", "av", "opencv-python-headless"),
+        "environment": described,
         "device": torch.cuda.get_device_name() if is_gpu else "CPU",
         "cores": cores,
         "workers": arguments.workers,

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+import struct
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +32,9 @@ WINDOW = 2 * RATE  # samples
 # Containers count a few frames that an edit list hides; what a cut-off file lacks is more.
 WHOLE = 0.95
 # Formats whose header names the duration of the file.
-DECLARED = {"avi", "flac", "matroska", "mov", "wav"}
+DECLARED = {"avi", "flac", "matroska", "mov"}
+# What a wav file names as its length whose writer did not know it, or more: a pipe's.
+UNKNOWN_LENGTH = 0x7FFF_F000
 # Rotation is set down in quarters, and as floating-point numbers.
 QUARTER = 90
 
@@ -63,10 +67,14 @@ class VideoFacts:
 def check_whole(path: Path) -> None:
     """Read a file to its end, decoding nothing.
 
+    Ogg, MP3 and MPEG streams name no length, so that a part of one is as whole as all of it.
+
     Raises:
         MediaError: no media file, or one that ends before the time that its header names.
     """
     with _open(path) as container:
+        if container.format.name == "wav":
+            _check_wav(path)
         declared = (container.duration or 0) / av.time_base
         # In other formats a duration is an estimate, from the bit rate or from what is there.
         if not DECLARED & set(container.format.name.split(",")):
@@ -77,6 +85,20 @@ def check_whole(path: Path) -> None:
                 end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
     if end - start < WHOLE * declared and declared - (end - start) > 0.1:
         raise MediaError(f"damaged: the file ends at {end - start:.2f} of {declared:.2f} s")
+
+
+def _check_wav(path: Path) -> None:
+    """Raises MediaError where samples are missing: FFmpeg takes what there is for the length."""
+    with open(path, "rb") as file:
+        file.seek(12)  # behind RIFF, size and WAVE
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            if name == b"data":
+                there = path.stat().st_size - file.tell()
+                if there < size < UNKNOWN_LENGTH:
+                    raise MediaError(f"damaged: {there:,} of {size:,} bytes of sound are there")
+                return
+            file.seek(size + size % 2, os.SEEK_CUR)
 
 
 def read_frames(

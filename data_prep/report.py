@@ -130,7 +130,7 @@ def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:
     for row in report:
         if row["reason"]:
             # Names and numbers differ from clip to clip.
-            kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+(\.\d+)?", "_", row["reason"])
+            kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+([.,]\d+)*", "_", row["reason"])
             kinds[row["status"], kind].append(row["name"])
     ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
     lines = [

@@ -140,6 +140,29 @@ def test_a_cut_file_is_damaged_wherever_it_is_cut(suffix, share, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("suffix", "codec"), [("wav", "pcm_s16le"), ("flac", "flac"), ("m4a", "aac")]
+)
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_cut_sound_is_damaged_wherever_it_is_cut(suffix, codec, share, tmp_path):
+    path = write_clip(tmp_path / f"sound.{suffix}", None, tone(4.0), audio_codec=codec)
+    media.check_whole(path)
+    cut(path, share)
+    with pytest.raises(MediaError, match="damaged|not readable"):
+        media.check_whole(path)
+
+
+@pytest.mark.parametrize("size", [0xFFFF_FFFF, 0x7FFF_F000, 0])
+def test_a_wav_file_out_of_a_pipe_is_whole(size, tmp_path):
+    path = write_clip(tmp_path / "sound.wav", None, tone(1.0), audio_codec="pcm_s16le")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"data") + 4
+    data[start : start + 4] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    media.check_whole(path)
+    assert len(media.read_waveform(path)) == 16_000
+
+
+@pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
         ("none.mp4", None, "no such file"),

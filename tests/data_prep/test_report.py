@@ -97,10 +97,15 @@ def test_any_name_and_reason_can_be_read_back(tmp_path):
 def test_reasons_are_counted_by_kind_the_most_frequent_first():
     rows = [row("a", audio="no audio stream")]
     rows += [row(f"b{i}", face=f"no face in {i} frames") for i in range(7)]
-    first, second = reasons(report(rows))
+    rows += [
+        row("c1", audio="damaged: 1,234 of 2,000 bytes"),
+        row("c2", audio="damaged: 5 of 6 bytes"),
+    ]
+    first, second, third = reasons(report(rows))
     shown = "'b0', 'b1', 'b2', 'b3', 'b4' and 2 more"
     assert first == f"left out, face: no face in _ frames: 7: {shown}"
-    assert second == "left out, audio: no audio stream: 1: 'a'"
+    assert second == "left out, audio: damaged: _ of _ bytes: 2: 'c1', 'c2'"
+    assert third == "left out, audio: no audio stream: 1: 'a'"
     assert reasons(report(rows, allow_missing=True))[0].startswith("incomplete, face: no face in")
 
 
