@@ -34,7 +34,7 @@ from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
 from data_prep.report import REPORT_FILE
 
 TOP_LABELS = 30
-WORDS_BIN, SECONDS_BIN = 20, 1
+BINS = {"labels per clip": 1, "words per description": 20, "seconds per clip": 1}
 SHOWN_SETS = 6  # in a picture, before lines cannot be told apart
 
 
@@ -65,6 +65,12 @@ class Contents:
         """Lengths of the descriptions, in words between spaces."""
         return [len(entry.description.split()) for entry in self.entries if entry.description]
 
+    @property
+    def numbers(self) -> dict[str, Sequence[float]]:
+        """The quantities of `BINS`, of the clips that have them."""
+        values = [len(words) for words in self.labels], self.words, self.seconds
+        return dict(zip(BINS, values, strict=True))
+
 
 def read_contents(name: str, directory: Path) -> Contents:
     """The index of a record directory, and durations where it was extracted here.
@@ -88,22 +94,17 @@ def read_contents(name: str, directory: Path) -> Contents:
 
 def table_row(contents: Contents) -> dict[str, Any]:
     """A row of `statistics.csv`; empty where no clip has the quantity."""
-    labels, words, seconds = contents.labels, contents.words, contents.seconds
-    counts = [len(each) for each in labels]
+    labels, seconds = contents.labels, contents.seconds
     row: dict[str, Any] = {
         "set": contents.name,
         "clips": len(contents.entries),
         "hours": round(sum(seconds) / 3600, 4) if seconds else "",
         "labelled clips": len(labels),
         "label vocabulary": len({word for each in labels for word in each}),
-        "described clips": len(words),
+        "described clips": len(contents.words),
         "clips with a subtitle": sum(1 for entry in contents.entries if entry.subtitle),
     }
-    for name, values in (
-        ("labels per clip", counts),
-        ("words per description", words),
-        ("seconds per clip", seconds),
-    ):
+    for name, values in contents.numbers.items():
         row[f"{name}, mean"] = round(statistics.fmean(values), 3) if values else ""
         row[f"{name}, median"] = round(statistics.median(values), 3) if values else ""
         row[f"{name}, largest"] = round(max(values), 3) if values else ""
@@ -120,9 +121,7 @@ def distributions(contents: Contents) -> dict[str, dict[str, int]]:
     top = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:TOP_LABELS]
     return {
         "clips with label": dict(top),
-        "labels per clip": _binned([len(each) for each in contents.labels], 1),
-        "words per description": _binned(contents.words, WORDS_BIN),
-        "seconds per clip": _binned(contents.seconds, SECONDS_BIN),
+        **{name: _binned(values, BINS[name]) for name, values in contents.numbers.items()},
     }
 
 
@@ -169,14 +168,18 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
             panel.set_title(f"{first}: most frequent labels")
         else:
             for name in shown:
-                counts = spread[name][quantity]
-                if counts:
-                    x = np.array([float(value) for value in counts])
-                    y = np.array(list(counts.values()))
-                    panel.step(x, y / y.sum(), where="mid", label=name)
+                if counts := spread[name][quantity]:
+                    edges = np.array([float(value) for value in counts])
+                    edges = np.append(edges, edges[-1] + BINS[quantity])
+                    if quantity == "labels per clip":
+                        edges -= 0.5  # whole numbers, in the middle of their bins
+                    values = np.array(list(counts.values()))
+                    panel.stairs(values / values.sum(), edges, label=name, linewidth=1.5)
             panel.set_xlabel(quantity)
             panel.set_title(quantity)
-            if panel.lines:
+            panel.set_ylim(bottom=0)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            if panel.patches:
                 panel.legend()
         panel.set_ylabel("clips" if quantity == "clips with label" else "share of clips")
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -75,6 +75,23 @@ def test_distributions_add_up_to_the_clips(directories):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10
 
 
+def test_a_single_bin_is_seen_and_shares_begin_at_zero(directories, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k)))
+    places = [f"{directories / 'train'}", f"{directories / 'test'}"]
+    statistics.main(["--records", *places, f"--out={directories / 'out'}"])
+    panels = {panel.get_xlabel() or "words": panel for panel in drawn[0].axes}
+    steps = panels["labels per clip"].patches
+    assert [patch.get_label() for patch in steps] == ["train", "test"]
+    values, edges, _ = steps[1].get_data()
+    assert (values.tolist(), edges.tolist()) == ([1.0], [0.5, 1.5])
+    assert panels["labels per clip"].get_ylim()[0] == 0
+    assert [patch.get_label() for patch in panels["seconds per clip"].patches] == ["train"]
+
+
 def test_what_a_user_gets_wrong_is_one_sentence(directories):
     train = directories / "train"
     with pytest.raises(SystemExit, match="manifest.json is missing"):
