@@ -431,6 +431,7 @@ def started_with(text):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # a minute and a half of an idle core
 def test_180_of_200_clips_are_records_and_20_have_names_and_reasons_however_often_it_is_killed(
     encoders, tmp_path
 ):
