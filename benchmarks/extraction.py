@@ -30,11 +30,11 @@ from matplotlib import cbook
 from PIL import Image
 
 from benchmarks import environment
-from data_prep.blocks import BlockStore, block_key
+from data_prep.blocks import BlockStore
 from data_prep.clips import Clip
 from data_prep.decoding import Job, decode_clip
 from data_prep.encoders import Encoder, find_encoder
-from data_prep.extract import BATCH, PRECISIONS, run
+from data_prep.extract import BATCH, PRECISIONS, in_blocks, run
 
 RESULTS = Path(__file__).parent / "results"
 SIZE, FPS, SECONDS = (640, 360), 25, 3
@@ -131,8 +131,7 @@ def extraction(
     """Seconds of the extraction with its processes, and how long each stage was busy."""
     arguments = argparse.Namespace(features=FEATURES, face_order="bgr")
     settings = {"batch": batch}
-    parts = [clips[i : i + batch] for i in range(0, len(clips), batch)]
-    blocks = {block_key(settings, part): part for part in parts}
+    blocks = in_blocks(clips, settings)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         stages = run(blocks, BlockStore(Path(folder)), encoders, arguments, settings, workers)

@@ -172,20 +172,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 def extract(arguments: argparse.Namespace) -> None:
     """Run the whole extraction; what is finished is used again."""
     out = arguments.out.expanduser()
-    device = arguments.device or ("cuda" if _has_gpu() else "cpu")
-    if device == "cuda" and not _has_gpu():
-        raise EncoderError("--device cuda: PyTorch finds no GPU here; leave the flag out for a CPU")
-    precision = arguments.precision or PRECISIONS[device][0]
-    if precision not in PRECISIONS[device]:
-        known = " or ".join(PRECISIONS[device])
-        raise EncoderError(f"--precision {precision} is for a GPU; a CPU has {known}")
-    batch = arguments.batch or BATCH[device]
+    device, precision = placement(arguments.device, arguments.precision)
     found = find_clips(
         [path.expanduser() for path in arguments.clips],
         arguments.csv and arguments.csv.expanduser(),
         arguments.faces and arguments.faces.expanduser(),
     )
-    clips = found.clips
     if arguments.csv:
         list(annotated(arguments, {}))  # wrong cells must show now, not after hours
     elsewhere = read_elsewhere(arguments.against)
@@ -198,7 +190,7 @@ def extract(arguments: argparse.Namespace) -> None:
         "version": VERSION,
         "features": arguments.features,
         "encoders": {k: {"name": p.name, "sha256": p.sha256()} for k, p in places.items()},
-        "batch": batch,
+        "batch": arguments.batch or BATCH[device],
         "device": device,
         "precision": precision,
         "faces": {"detector": faces.DETECTOR, "order of arrays": arguments.face_order},
@@ -206,52 +198,83 @@ def extract(arguments: argparse.Namespace) -> None:
         # One module, which several packages bring.
         | {"opencv": cv2.__version__},
     }
-    blocks = {
-        block_key(settings, part): part
-        for part in (clips[i : i + batch] for i in range(0, len(clips), batch))
-    }
-    identity, finished = _identity(arguments, list(blocks), elsewhere), out / BLOCKS / FINISHED
-    if (out / MANIFEST_FILE).exists():
-        if not finished.is_file() or finished.read_text(encoding="utf-8") != identity:
-            raise RecordError(
-                f"{out} holds the records of other clips or settings; write elsewhere, or delete "
-                f"{MANIFEST_FILE} there to make them anew from what is finished in {BLOCKS}"
-            )
+    blocks = in_blocks(found.clips, settings)
+    identity = _identity(arguments, list(blocks), elsewhere)
+    if is_complete(out, identity):
         print(f"{out} is complete: nothing has changed since it was written")
         return
     store = BlockStore(out / BLOCKS)
+    store.folder.mkdir(parents=True, exist_ok=True)  # trouble with it must show now, too
     missing = {key: part for key, part in blocks.items() if key not in store}
+    if done := sum(len(part) for key, part in blocks.items() if key not in missing):
+        print(f"{done:,} of {len(found.clips):,} clips are finished", file=sys.stderr)
+    stages = None
     if missing:
-        done = sum(len(part) for key, part in blocks.items() if key not in missing)
-        if done:
-            print(f"{done:,} of {len(clips):,} clips are finished", file=sys.stderr)
-        store.folder.mkdir(parents=True, exist_ok=True)  # not after the first block
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = available_cores() if arguments.workers is None else arguments.workers
         stages = run(missing, store, encoders, arguments, settings, workers)
     rows = (row for key in blocks for row in store.rows(key))
     report = clip_report(rows, arguments.features, arguments.allow_missing, elsewhere)
     write_report(out / REPORT_FILE, report)
-    kept = [row["name"] for row in report if row["status"] == OK]
+    kept = {row["name"] for row in report if row["status"] == OK}
     if not kept:
         why = "; ".join(reasons(report))
         raise ClipError(
-            f"none of {len(clips):,} clips can be used ({why}); see {out / REPORT_FILE}"
+            f"none of {len(report):,} clips can be used ({why}); see {out / REPORT_FILE}"
         )
-    names = {f: places[kind].name for kind, fs in FEATURES.items() for f in fs if kind in places}
     # Before the manifest: records that were written whole must be known again, whenever this ends.
-    finished.write_text(identity, encoding="utf-8")
+    (out / BLOCKS / FINISHED).write_text(identity, encoding="utf-8")
     write_records(
         out,
-        finished_records(arguments, blocks, store, set(kept)),
-        encoders=names,
+        finished_records(arguments, blocks, store, kept),
+        encoders={f: p.name for kind, p in places.items() for f in FEATURES[kind]},
         split=arguments.split,
         extra={"extraction": settings},
     )
-    lines = [f"{out}: {len(kept):,} of {len(clips):,} clips", *summary(out), *reasons(report)]
-    print("\n".join([*lines, *elsewhere.remarks(report), *found.remarks()]))
-    if missing:
-        print("\n".join(stages.lines()))
+    lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
+    lines += [*elsewhere.remarks(report), *found.remarks(), *(stages.lines() if stages else ())]
+    print("\n".join(lines))
+
+
+def placement(device: str | None, precision: str | None) -> tuple[str, str]:
+    """Device and precision, where they are not given the best that this machine has.
+
+    Raises:
+        EncoderError: a GPU that is not here, or a precision that a CPU does not have.
+    """
+    has_gpu = _has_gpu()
+    device = device or ("cuda" if has_gpu else "cpu")
+    if device == "cuda" and not has_gpu:
+        raise EncoderError("--device cuda: PyTorch finds no GPU here; leave the flag out for a CPU")
+    precision = precision or PRECISIONS[device][0]
+    if precision not in PRECISIONS[device]:
+        known = " or ".join(PRECISIONS[device])
+        raise EncoderError(f"--precision {precision} is for a GPU; a CPU has {known}")
+    return device, precision
+
+
+def in_blocks(clips: Sequence[Clip], settings: Mapping[str, Any]) -> dict[str, Sequence[Clip]]:
+    """Clips in blocks of a batch, in their order, by `block_key`."""
+    size = settings["batch"]
+    parts = (clips[i : i + size] for i in range(0, len(clips), size))
+    return {block_key(settings, part): part for part in parts}
+
+
+def is_complete(out: Path, identity: str) -> bool:
+    """Whether a directory holds the records that follow from `identity` already.
+
+    Raises:
+        RecordError: it holds others.
+    """
+    if not (out / MANIFEST_FILE).exists():
+        return False
+    finished = out / BLOCKS / FINISHED
+    if finished.is_file() and finished.read_text(encoding="utf-8") == identity:
+        return True
+    raise RecordError(
+        f"{out} holds the records of other clips or settings, or has lost {BLOCKS}; write "
+        f"elsewhere, or delete {MANIFEST_FILE} there to make them anew from what {BLOCKS} has"
+    )
 
 
 class Stages:
