@@ -48,9 +48,18 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.14",
             "setuptools>=77",  # a test builds the wheel
+            # Tests of data_prep make their own clips; PyTorch comes with [parity].
+            "av>=15",
+            "opencv-python-headless>=4.9,<5",
         ],
         "parity": ["torch>=2.9", "peft>=0.17"],
-        "features": ["torch>=2.9", "av>=14", "soundfile>=0.13"],
+        # OpenCV 5 ships no cascades, which find faces.
+        "features": [
+            "torch>=2.9",
+            "av>=15",
+            "opencv-python-headless>=4.9,<5",
+            "pillow>=10",
+        ],
         "wandb": ["wandb>=0.19"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],

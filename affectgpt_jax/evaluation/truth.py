@@ -105,7 +105,7 @@ def read_set(dataset: DataSet, labels: Path, allow_pickle: bool = False) -> SetT
     path, column = folder / dataset.subtitles, dataset.subtitle_column
     source, known = "", {}
     if path.is_file():
-        source, known = f"{path}, column {column}", _read_subtitles(path, column)
+        source, known = f"{path}, column {column}", read_subtitles(path, column)
     elif public_meld:
         source, known = f"{labels}, column {MELD_SUBTITLES}", _read_utterances(labels, table.names)
     else:
@@ -140,7 +140,7 @@ def _names(names: tuple[str, ...], values: tuple[Any, ...], wanted: Any) -> tupl
     return tuple(name for name, value in zip(names, values, strict=True) if wanted(value))
 
 
-def _read_subtitles(path: Path, column: str) -> dict[str, str]:
+def read_subtitles(path: Path, column: str) -> dict[str, str]:
     """Subtitles by clip; the file may hold clips of other splits.
 
     Raises:

@@ -1,0 +1,116 @@
+"""What an extraction has finished: features of a block of clips a file, under a name that says all.
+
+The name is a hash of the settings and of the block's clips (names, paths, sizes and times of their
+files), so a file is used again exactly where computing it again would give the same. It appears
+under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.clips import Clip
+
+
+def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:
+    """The name of what these settings make of these clips."""
+    described = [
+        [clip.name, *(_stamp(path) for path in (clip.video, clip.audio, clip.faces))]
+        for clip in clips
+    ]
+    text = json.dumps([settings, described], sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def _stamp(path: Path | None) -> list[Any] | None:
+    if path is None:
+        return None
+    try:
+        status = path.stat()
+    except OSError:
+        return [str(path)]
+    return [str(path), status.st_size, status.st_mtime_ns]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """Finished clips.
+
+    Attributes:
+        rows: of each clip: name, problems by feature, facts.
+        features: by feature float16 `[clips, 8, d]`; zeros where a clip has a problem with it.
+    """
+
+    rows: list[dict[str, Any]]
+    features: dict[str, np.ndarray]
+
+
+class BlockStore:
+    """A folder of blocks; it need not be there to be empty."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._last: tuple[str, Block] | None = None
+
+    def __contains__(self, key: str) -> bool:
+        return self._path(key).is_file() and self._rows(key) is not None
+
+    def write(self, key: str, block: Block) -> None:
+        """Add a block; a killed process leaves nothing under its name."""
+        rows = np.frombuffer(json.dumps(block.rows, ensure_ascii=True).encode(), np.uint8)
+        temporary = self.folder / f".{key}.{os.getpid()}"
+        with open(temporary, "wb") as file:
+            np.savez(file, rows=rows, **block.features)
+        os.replace(temporary, self._path(key))
+
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        """The rows of a block that is there."""
+        return self._rows(key)
+
+    def read(self, key: str) -> Block:
+        """A block that is there; the one read last is at hand."""
+        if self._last is None or self._last[0] != key:
+            with np.load(self._path(key), allow_pickle=False) as file:
+                features = {name: file[name] for name in file.files if name != "rows"}
+            self._last = key, Block(self.rows(key), features)
+        return self._last[1]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.npz"
+
+    def _rows(self, key: str) -> list[dict[str, Any]] | None:
+        try:
+            with np.load(self._path(key), allow_pickle=False) as file:
+                return json.loads(file["rows"].tobytes())
+        # A disk that was full or lost power leaves what is no archive: not finished.
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+
+class FeatureOf(Mapping[str, np.ndarray]):
+    """One feature of all clips that have it, by name, read from a store when it is asked for."""
+
+    def __init__(self, store: BlockStore, feature: str, places: Mapping[str, tuple[str, int]]):
+        self._store, self._feature, self._places = store, feature, places
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        key, number = self._places[name]
+        return self._store.read(key).features[self._feature][number]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)

@@ -1,0 +1,167 @@
+"""Which clips there are, and in which files: a folder, a CSV file, or both.
+
+A name is a path below the folder without its suffix. The video is NAME with a suffix of `VIDEO`,
+the sound is NAME with one of `AUDIO`, or else what the video file holds. In a CSV file, the columns
+`video`, `audio` and `face` may name files instead, relative to the CSV file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from affectgpt_jax.data.arrays import listed
+from affectgpt_jax.evaluation.files import csv_rows, read_bytes
+
+VIDEO = tuple(".mp4 .avi .mkv .mov .webm .flv .m4v .mpg .mpeg .ts .wmv .3gp".split())
+AUDIO = tuple(".wav .mp3 .flac .m4a .ogg .opus .aac .wma".split())
+MEDIA_COLUMNS = ("video", "audio", "face")
+
+
+class ClipError(ValueError):
+    """Clips that cannot be told from the folder or the CSV file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip's files; None where it has none of a kind.
+
+    Attributes:
+        name: unique among the clips.
+        video: a file with pictures, and with sound if `audio` is None.
+        audio: a file with sound alone.
+        faces: an array of faces, as OpenFace crops them.
+    """
+
+    name: str
+    video: Path | None = None
+    audio: Path | None = None
+    faces: Path | None = None
+
+    @property
+    def sound(self) -> Path | None:
+        """The file that is listened to."""
+        return self.audio or self.video
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What there is.
+
+    Attributes:
+        clips: in order.
+        unnamed: names in the folders that the CSV file has no row for.
+        other: files in the folders that are no media by their suffix.
+    """
+
+    clips: list[Clip]
+    unnamed: list[str]
+    other: list[str]
+
+    def remarks(self) -> list[str]:
+        """A line for each kind of file that is not used."""
+        lines = []
+        if self.unnamed:
+            lines.append(f"files without a row in the CSV file, left out: {_counted(self.unnamed)}")
+        if self.other:
+            lines.append(f"files that are no media by their suffix: {_counted(self.other)}")
+        return lines
+
+
+def find_clips(
+    folders: Sequence[Path], table: Path | None = None, faces: Path | None = None
+) -> Found:
+    """The clips of folders, of a CSV file, or those of the one that the other names.
+
+    Args:
+        folders: searched with all that is below them; a name may have its video in one and its
+            sound in another.
+        table: a CSV file with a column `name`; it decides which clips there are, in its order.
+            Without one, it is all names of the folders, sorted.
+        faces: holds NAME.npy, or NAME/NAME.npy.
+
+    Raises:
+        ClipError: a folder that is not there, no clips, two files where one is expected.
+        ReadError: a CSV file that cannot be used.
+    """
+    videos: dict[str, Path] = {}
+    sounds: dict[str, Path] = {}
+    other = []
+    for folder in folders:
+        for path in _files(folder):
+            suffix = path.suffix.lower()
+            kind = videos if suffix in VIDEO else sounds if suffix in AUDIO else None
+            if kind is None:
+                other.append(path.relative_to(folder).as_posix())
+            else:
+                _add(kind, _name(path, folder), path)
+    if faces is not None and not faces.is_dir():
+        raise ClipError(f"{faces} is not a folder; expected one with an array NAME.npy per clip")
+    found = videos.keys() | sounds.keys()
+    if table is None:
+        if not found:
+            places = ", ".join(map(str, folders))
+            raise ClipError(f"{places}: no file ends in any of {' '.join(VIDEO + AUDIO)}")
+        rows = [{"name": name} for name in sorted(found)]
+    else:
+        rows = [row for _, row in csv_rows(read_bytes(table), str(table), ("name",))]
+    clips = []
+    for row in rows:
+        name = row["name"].strip()
+        files = {c: table.parent / row[c].strip() for c in MEDIA_COLUMNS if row.get(c, "").strip()}
+        if "video" not in row and "audio" not in row:
+            files |= {k: f[name] for k, f in (("video", videos), ("audio", sounds)) if name in f}
+        if "face" not in row and faces is not None:
+            files["face"] = _face_file(faces, name)
+        clips.append(Clip(name, files.get("video"), files.get("audio"), files.get("face")))
+    if not any(clip.sound for clip in clips):
+        raise ClipError(
+            f"{table} has no clip with a file: expected columns video or audio with paths, or "
+            "--clips DIR where the clip NAME is a file NAME.mp4 or the like"
+        )
+    return Found(clips, sorted(found - {clip.name for clip in clips}), other)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, links to folders included, but for what is hidden."""
+    if not folder.is_dir():
+        raise ClipError(f"{folder} is not a folder; expected one with a file per clip")
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        # A link may lead back to where it is.
+        if (real := os.path.realpath(place)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        # What a system or an extraction hides is not a clip.
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        yield from (Path(place, file) for file in sorted(files) if not file.startswith("."))
+
+
+def _name(path: Path, folder: Path) -> str:
+    name = path.relative_to(folder).with_suffix("").as_posix()
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ClipError(f"{ascii(str(path))}: the name is not UTF-8; rename the file") from None
+    return name
+
+
+def _add(found: dict[str, Path], name: str, path: Path) -> None:
+    if name in found:
+        raise ClipError(
+            f"{found[name]} and {path} would both be the clip {name!r}; keep one, or name the "
+            "files in a CSV file with columns name, video and audio"
+        )
+    found[name] = path
+
+
+def _face_file(folder: Path, name: str) -> Path:
+    nested = folder / name / f"{Path(name).name}.npy"
+    return nested if nested.is_file() else folder / f"{name}.npy"
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names):,}: {listed(names)}"

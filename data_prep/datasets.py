@@ -1,0 +1,332 @@
+"""The public data sets in the plain layout that data_prep.extract reads: one CSV file each.
+
+    python -m data_prep.datasets --set mercaptionplus --root datasets --out csv/mercaptionplus.csv
+    python -m data_prep.datasets --all --root datasets --out csv --allow-pickle
+    python -m data_prep.extract --csv csv/mercaptionplus.csv --out records/mercaptionplus ...
+
+A row is a clip: its name, the files of its video, audio and face, and what is said about it. Below
+the root, a set lies in the folder that the AffectGPT release uses, or in one that has its key as
+its name. Test sets are read as affectgpt_jax.truth reads them:
+
+{sets}
+
+MER-Caption has no published file names: name its files with --labels and --descriptions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
+from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
+from affectgpt_jax.evaluation.readers import Finding, read_truth
+from affectgpt_jax.evaluation.truth import find_set, read_set, read_subtitles
+
+COLUMNS = (
+    "name",
+    "video",
+    "audio",
+    "face",
+    "subtitle",
+    "labels",
+    "description",
+    "emotion",
+    "candidates",
+    "valence",
+    "valence_range",
+    "source",
+)
+VIDEO, AUDIO = ("{0}.mp4", "{0}.avi"), ("{0}.wav",)
+FACE = ("{0}.npy", "{0}/{0}.npy")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionSet:
+    """A data set with descriptions, to train on.
+
+    Attributes:
+        name: as the paper writes it.
+        key: what commands call it.
+        folder: the release's folder.
+        labels: its file of label lists (columns name, openset); "" where none is published.
+        descriptions: its file of descriptions (columns name, reason).
+        size: published number of clips.
+        subtitles, subtitle_column: as in `DataSet`.
+        audio, video, face: media folders.
+    """
+
+    name: str
+    key: str
+    folder: str
+    labels: str
+    descriptions: str
+    size: int
+    subtitles: str = "subtitle_chieng.csv"
+    subtitle_column: str = "english"
+    audio: str = "audio"
+    video: str = "video"
+    face: str = "openface_face"
+
+
+CAPTION_SETS = (
+    CaptionSet("MER-Caption", "mercaption", "mer2025-dataset", "", "", 115_595),
+    CaptionSet(
+        "MER-Caption+",
+        "mercaptionplus",
+        "mer2025-dataset",
+        "track2_train_mercaptionplus.csv",
+        "track3_train_mercaptionplus.csv",
+        31_327,
+    ),
+    CaptionSet(
+        "OV-MERD",
+        "ovmerd",
+        "mer2025-dataset",
+        "track2_train_ovmerd.csv",
+        "track3_train_ovmerd.csv",
+        332,
+    ),
+)
+CAPTIONED = {dataset.key: dataset for dataset in CAPTION_SETS}
+# OV-MERD comes with descriptions, so it is read as a set to train on; labels are the same.
+TESTED = {key: dataset for key, dataset in BY_KEY.items() if key not in CAPTIONED}
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainSet:
+    """A data set in the plain layout.
+
+    Attributes:
+        name: as the paper writes it.
+        rows: of `COLUMNS`, those that are not empty.
+        remarks: what is missing or unexpected, a line each.
+    """
+
+    name: str
+    rows: list[dict[str, str]]
+    remarks: list[str]
+
+    def as_csv(self) -> str:
+        """The file's text."""
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        return stream.getvalue()
+
+
+def caption_set(
+    dataset: CaptionSet,
+    folder: Path,
+    labels: Path | None = None,
+    descriptions: Path | None = None,
+) -> PlainSet:
+    """A set with label lists and descriptions.
+
+    Args:
+        dataset: which one.
+        folder: of its files.
+        labels, descriptions: other files than the published ones.
+
+    Raises:
+        ReadError: a file that cannot be used.
+    """
+    if not dataset.labels and not (labels and descriptions):
+        raise ReadError(f"{dataset.name} has no published files; name --labels and --descriptions")
+    table = read_truth(labels or folder / dataset.labels, "fine")
+    words = dict(zip(table.names, table.values, strict=True))
+    texts = _descriptions(descriptions or folder / dataset.descriptions)
+    names = tuple(dict.fromkeys((*words, *texts)))
+    remarks = [] if len(names) == dataset.size else [_size(len(names), dataset.size)]
+    path = folder / dataset.subtitles
+    subtitles: Mapping[str, str] = {}
+    if path.is_file():
+        subtitles = read_subtitles(path, dataset.subtitle_column)
+    else:
+        remarks.append(f"no {path}, so that all clips are without a subtitle")
+    said = {"labels": words, "a description": texts, "a subtitle": subtitles}
+    lacking = [
+        Finding(f"without {what}", tuple(name for name in names if name not in of))
+        for what, of in said.items()
+        if of
+    ]
+    rows = [
+        {
+            "name": name,
+            "subtitle": subtitles.get(name, ""),
+            "labels": _list(words.get(name, ())),
+            "description": texts.get(name, ""),
+            "source": dataset.name,
+        }
+        for name in names
+    ]
+    lacking += _add_media(rows, dataset, folder)
+    return PlainSet(dataset.name, rows, remarks + [str(f) for f in lacking if f.names])
+
+
+def evaluation_set(dataset: DataSet, labels: Path, allow_pickle: bool = False) -> PlainSet:
+    """The test clips of a set of MER-UniBench.
+
+    An emotion's candidates are all emotions that the set's truth names.
+
+    Raises:
+        ReadError: a file that cannot be used.
+    """
+    truth = read_set(dataset, labels, allow_pickle)
+    emotions = _list(sorted(set(truth.values))) if dataset.truth == "emotion" else ""
+    rows = []
+    for name, value, subtitle in zip(truth.names, truth.values, truth.subtitles, strict=True):
+        row = {"name": name, "subtitle": subtitle, "source": dataset.name}
+        match dataset.truth:
+            case "openset":
+                row["labels"] = _list(value)
+            case "emotion":
+                row |= {"emotion": value, "candidates": emotions}
+            case "valence":
+                low, high = dataset.valence
+                row |= {"valence": repr(value), "valence_range": f"{low:g}, {high:g}"}
+        rows.append(row)
+    _add_media(rows, dataset, labels.parent)
+    remarks = [line for line in truth.summary() if not line.startswith("subtitles: ")]
+    return PlainSet(dataset.name, rows, remarks)
+
+
+def _descriptions(path: Path) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for line, row in csv_rows(read_bytes(path), str(path), ("name", "reason")):
+        name = row["name"].strip()
+        if name in found:
+            raise ReadError(f"{path}, line {line}: {name!r} stands there twice; keep one")
+        found[name] = row["reason"].strip()
+    return found
+
+
+def _add_media(
+    rows: Sequence[dict[str, str]], dataset: CaptionSet | DataSet, folder: Path
+) -> list[Finding]:
+    """Name the files that are there; what is not is left to the extraction's report."""
+    findings = []
+    kinds = {
+        "video": (dataset.video, VIDEO),
+        "audio": (dataset.audio, AUDIO),
+        "face": (dataset.face, FACE),
+    }
+    for kind, (below, patterns) in kinds.items():
+        place = (folder / below).resolve()
+        lacking = []
+        for row in rows:
+            files = (place / pattern.format(row["name"]) for pattern in patterns)
+            if found := next((file for file in files if file.is_file()), None):
+                row[kind] = str(found)
+            else:
+                lacking.append(row["name"])
+        findings.append(Finding(f"without {kind} in {folder / below}", tuple(lacking)))
+    return findings
+
+
+def _list(words: Sequence[str]) -> str:
+    return f"[{', '.join(words)}]" if words else ""
+
+
+def _size(found: int, published: int) -> str:
+    return f"size: {found:,} clips, published {published:,}"
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    sets = [(s.key, s.folder, s.labels or "--labels FILE") for s in CAPTION_SETS]
+    sets += [(d.key, d.folder, " or ".join(d.labels)) for d in TESTED.values()]
+    lines = "\n".join(f"    {key:<15}{folder}: {labels}" for key, folder, labels in sets)
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.datasets",
+        description=__doc__.format(sets=lines),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    keys = [*CAPTIONED, *TESTED]
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--set", choices=keys, metavar="KEY", help=f"one of {', '.join(keys)}")
+    which.add_argument("--all", action="store_true", help="every set that lies below the root")
+    add("--root", required=True, type=Path, metavar="DIR", help="where the sets, or the set, lie")
+    add("--out", required=True, type=Path, metavar="PATH", help="the file; with --all, the folder")
+    add("--labels", type=Path, metavar="FILE", help="label lists, if not the published file")
+    add("--descriptions", type=Path, metavar="FILE", help="likewise")
+    add(
+        "--allow-pickle",
+        action="store_true",
+        help="read label files in npz: plain containers, text and numbers; nothing is executed",
+    )
+    arguments = parser.parse_args(argv)
+    if (arguments.labels or arguments.descriptions) and arguments.set not in CAPTIONED:
+        parser.error(f"--labels and --descriptions are for --set {', '.join(CAPTIONED)}")
+    return arguments
+
+
+def build(key: str, arguments: argparse.Namespace) -> PlainSet | None:
+    """One set; None where it does not lie below the root.
+
+    Raises:
+        ReadError: a file that cannot be used.
+    """
+    root = arguments.root.expanduser()
+    if key in TESTED:
+        labels = find_set(TESTED[key], root, alone=not arguments.all)
+        return labels and evaluation_set(TESTED[key], labels, arguments.allow_pickle)
+    dataset = CAPTIONED[key]
+    folders = [root / dataset.folder, root / key, *([] if arguments.all else [root])]
+    if arguments.labels or not dataset.labels:
+        if arguments.all:
+            return None
+        folder = next(folder for folder in folders if folder.is_dir() or folder == root)
+        return caption_set(dataset, folder, arguments.labels, arguments.descriptions)
+    folder = next((f for f in folders if (f / dataset.labels).is_file()), None)
+    return folder and caption_set(dataset, folder, None, arguments.descriptions)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Names and words come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    found = 0
+    path = out = arguments.out.expanduser()
+    try:
+        for key in [*CAPTIONED, *TESTED] if arguments.all else [arguments.set]:
+            plain = build(key, arguments)
+            if plain is None:
+                continue
+            found += 1
+            path = out / f"{key}.csv" if arguments.all else out
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(plain.as_csv(), encoding="utf-8", newline="")
+            print(f"{plain.name}: {len(plain.rows):,} clips -> {path}")
+            print("\n".join(f"  {line}" for line in plain.remarks))
+    except ReadError as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: --out={path} cannot be written: {error.strerror or error}")
+    if not found:
+        folders = {d.folder for d in (*CAPTION_SETS, *DATASETS)}
+        if arguments.set:
+            folders = {(CAPTIONED | TESTED)[arguments.set].folder}
+        sys.exit(
+            f"error: --root={arguments.root}: found no label file there or in its folders "
+            f"{', '.join(sorted(folders))}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""Clips decoded side by side in worker processes, and handed over in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from affectgpt_jax.data.arrays import sample_rows
+from data_prep import faces, media
+from data_prep.clips import Clip
+from data_prep.media import FRAMES, MediaError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+DIED = "its decoding ends the process, as a crash or a lack of memory does"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to take from a clip: face, frame and audio, and the side of pixels for the encoder."""
+
+    clip: Clip
+    features: tuple[str, ...]
+    image_size: int
+    face_order: str = "bgr"
+
+
+@dataclasses.dataclass(eq=False)
+class Decoded:
+    """What encoders get of a clip.
+
+    Attributes:
+        arrays: by feature: pixels uint8 `[8, S, S, 3]`, or samples float32 `[8, 32000]`.
+        problems: by feature, why there is no array.
+        facts: of the clip, for the manifest.
+        seconds: spent, by stage.
+    """
+
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    problems: dict[str, str] = dataclasses.field(default_factory=dict)
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+
+def decode_clip(job: Job) -> Decoded:
+    """Everything of a clip that can be used, and why the rest cannot."""
+    out = Decoded()
+    clip = job.clip
+    start = time.perf_counter()
+    damage = {path: _trouble(path) for path in (clip.video, clip.audio) if path}
+    # By what can be used, the same clip is known again under another name.
+    if whole := [path for path, trouble in damage.items() if not trouble]:
+        out.facts["sha256"] = media.sha256_of_files(whole)
+    visual = [feature for feature in ("face", "frame") if feature in job.features]
+    if visual:
+        _attempt(out, visual, lambda: _look(job, out, damage))
+    if "audio" in job.features:
+        _attempt(out, ["audio"], lambda: _listen(clip, out, damage))
+    # A file that breaks off in one stream is not trusted in the other.
+    if clip.sound == clip.video and "audio" in out.arrays:
+        broken = [text for text in out.problems.values() if text.startswith("damaged")]
+        if broken:
+            del out.arrays["audio"]
+            out.problems["audio"] = broken[0]
+    out.seconds["decoding"] = time.perf_counter() - start - out.seconds.get("faces", 0)
+    return out
+
+
+def _trouble(path: Path) -> str | None:
+    try:
+        media.check_whole(path)
+    except MediaError as error:
+        return str(error)
+    return None
+
+
+def _attempt(out: Decoded, features: list[str], take: Callable[[], None]) -> None:
+    """Note what hinders, for the features that are not there."""
+    try:
+        take()
+    except MediaError as error:
+        lacking = (f for f in features if f not in out.arrays and f not in out.problems)
+        out.problems |= dict.fromkeys(lacking, str(error))
+
+
+def _look(job: Job, out: Decoded, damage: dict[Path, str | None]) -> None:
+    """Add face and frame, as far as they are wanted.
+
+    Raises:
+        MediaError: why those that are not there are missing.
+    """
+    clip, size = job.clip, job.image_size
+    search = "face" in job.features and clip.faces is None
+    if "face" in job.features and clip.faces is not None:
+        # The track needs no video, which may be there for the frames only.
+        _attempt(out, ["face"], lambda: _take_track(job, out))
+    if not search and "frame" not in job.features:
+        return
+
+    last: faces.Square | None = None
+
+    def convert(image: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+        nonlocal last
+        start = time.perf_counter()
+        square = faces.find_face(image, last) if search else None
+        last = square or last
+        face = faces.crop(image, square) if square else None
+        out.seconds["faces"] = out.seconds.get("faces", 0) + time.perf_counter() - start
+        return face, media.resized(image, size) if "frame" in job.features else None
+
+    if clip.video is None:
+        raise MediaError("no video file")
+    if damage[clip.video]:
+        raise MediaError(damage[clip.video])
+    taken, facts = media.read_frames(clip.video, faces.SEARCHED if search else FRAMES, convert)
+    out.facts |= dataclasses.asdict(facts)
+    if "frame" in job.features:
+        rows = sample_rows(len(taken), FRAMES)
+        out.arrays["frame"] = np.stack([taken[row][1] for row in rows])
+    if search:
+        track = [face for face, _ in taken if face is not None]
+        if not track:
+            raise MediaError(f"no face in {len(taken)} frames")
+        _add_faces(out, track, size)
+
+
+def _take_track(job: Job, out: Decoded) -> None:
+    _add_faces(out, faces.read_openface(job.clip.faces, job.face_order), job.image_size)
+
+
+def _add_faces(out: Decoded, track: Any, size: int) -> None:
+    out.facts["faces"] = len(track)
+    rows = sample_rows(len(track), FRAMES)
+    out.arrays["face"] = np.stack(
+        [media.resized(np.ascontiguousarray(track[r]), size) for r in rows]
+    )
+
+
+def _listen(clip: Clip, out: Decoded, damage: dict[Path, str | None]) -> None:
+    if clip.sound is None:
+        raise MediaError("no audio file")
+    if damage[clip.sound]:
+        raise MediaError(damage[clip.sound])
+    waveform = media.read_waveform(clip.sound)
+    out.facts.setdefault("seconds", len(waveform) / media.RATE)
+    out.arrays["audio"] = media.windows(waveform)
+
+
+def available_cores() -> int:
+    """How many this process may use, as far as the system tells."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def in_order(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int,
+    ahead: int,
+    died: Callable[[], Result],
+) -> Iterator[Result]:
+    """`map(function, items)` in worker processes that survive the death of one of them.
+
+    Args:
+        function: of a module, since the processes start anew.
+        items: what it is applied to.
+        workers: processes; 0 stays in this one.
+        ahead: results that may wait for the one that is next.
+        died: the result of an item that ends its process even when it is alone in it.
+    """
+    if not workers:
+        yield from map(function, items)
+        return
+    source = iter(items)
+    pool = _pool(workers)
+    waiting: deque[tuple[Item, Future[Result]]] = deque()
+    try:
+        while True:
+            for item in source:
+                waiting.append((item, _submit(pool, function, item)))
+                if len(waiting) >= ahead:
+                    break
+            if not waiting:
+                return
+            item, future = waiting.popleft()
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                # Somebody ended a process, and all that were under way are lost with it.
+                pool.shutdown(wait=True, cancel_futures=True)
+                result = _alone(function, item, died)
+                pool = _pool(workers)
+                waiting = deque(
+                    (i, f if _succeeded(f) else _submit(pool, function, i)) for i, f in waiting
+                )
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # Not forked: a copy of a process with PyTorch's threads in it may hang.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+
+
+def _start() -> None:
+    """End with the process that started this one, even if that is killed, and not before it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _submit(
+    pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item
+) -> Future[Result]:
+    try:
+        return pool.submit(function, item)
+    except BrokenProcessPool as error:
+        failed: Future[Result] = Future()
+        failed.set_exception(error)
+        return failed
+
+
+def _succeeded(future: Future[Any]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _alone(function: Callable[[Item], Result], item: Item, died: Callable[[], Result]) -> Result:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(function, item).result()
+        except BrokenProcessPool:
+            return died()

@@ -1,0 +1,489 @@
+"""Turn a folder of clips into records: decode, find faces, run the encoders, write.
+
+    python -m data_prep.extract --clips DIR --out RECORDS --video clip-vit-l --audio hubert-l
+    python -m data_prep.extract --csv clips.csv --clips DIR --out RECORDS \\
+        --video clip-vit-l=/models/clip --audio hubert-l=/models/hubert
+
+Clips are files of a folder, called NAME with the suffix of a medium; sound may lie beside the video
+or in it. A CSV file names those that count (column name), says what is known of them (subtitle,
+labels, description: the columns of affectgpt_jax.import_arrays) and may name their files (columns
+video, audio, face).
+
+RECORDS then holds the records, and extraction.csv: a row per clip with what became of it, and why.
+A clip counts if all features can be had of it; with --allow-missing, if any can. The same command,
+stopped and run again, goes on where it stopped; what is finished lies in RECORDS/.blocks, which may
+be deleted when nothing is to be added any more. The output is the same, byte by byte, for any
+number of workers and stops.
+
+    video encoders: {video}
+    audio encoders: {audio}
+
+A name alone is looked up in the hub's cache, NAME=DIR is a directory; the bare architectures
+({bare}) take weights of any size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import importlib.metadata
+import io
+import json
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.data.arrays import listed, records_from_csv
+from affectgpt_jax.data.records import (
+    MANIFEST_FILE,
+    Record,
+    RecordError,
+    read_manifest,
+    sha256_of,
+    write_records,
+)
+from affectgpt_jax.evaluation.files import ReadError, read_bytes
+from data_prep.report import (
+    OK,
+    REPORT_FILE,
+    Elsewhere,
+    clip_report,
+    read_elsewhere,
+    reasons,
+    write_report,
+)
+
+try:
+    import cv2
+
+    from data_prep import faces
+    from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
+    from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
+    from data_prep.decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
+    from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder
+    from data_prep.encoders import names as encoder_names
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"error: the package {error.name} is missing: pip install -e '.[features]'")
+
+USER_ERRORS = (ClipError, EncoderError, ReadError, RecordError)
+
+BLOCKS = ".blocks"
+FINISHED = "finished"  # in there: of what the records are
+FEATURES = {"video": ("face", "frame"), "audio": ("audio",)}
+# Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
+BATCH = {"cpu": 4, "cuda": 16}
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
+# To be raised with every change of this code that changes features.
+VERSION = 1
+# What may change a bit of the features, beside the weights.
+VERSIONS = ("av", "numpy", "pillow", "torch", "transformers")
+PROGRESS_EVERY = 10.0  # s
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help, or one sentence about what is wrong.
+    """
+    described = __doc__.format(
+        video=", ".join(n for n in encoder_names("video") if n not in ARCHITECTURES),
+        audio=", ".join(n for n in encoder_names("audio") if n not in ARCHITECTURES),
+        bare=", ".join(ARCHITECTURES),
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.extract",
+        description=described,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--clips", nargs="+", default=[], type=Path, metavar="DIR", help="folders of media files")
+    add("--csv", type=Path, metavar="FILE", help="which clips, what is known of them, their files")
+    add("--out", type=Path, required=True, metavar="DIR", help="the record directory to write")
+    add("--video", metavar="NAME[=DIR]", help="encoder of faces and frames")
+    add("--audio", metavar="NAME[=DIR]", help="encoder of sound")
+    add(
+        "--features",
+        nargs="+",
+        choices=("face", "frame", "audio"),
+        help="which to extract; default: all that the encoders allow",
+    )
+    add("--faces", type=Path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
+    add(
+        "--face-order",
+        choices=("bgr", "rgb"),
+        default="bgr",
+        help="of the channels in these arrays; default: bgr, as OpenCV wrote the public ones",
+    )
+    add(
+        "--allow-missing",
+        action="store_true",
+        help="a clip that lacks a modality goes without it; default: it is left out",
+    )
+    add(
+        "--against",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="extractions whose clips must not be here again, as a test set: they are left out",
+    )
+    add("--ignore", nargs="+", default=[], metavar="COLUMN", help="of the CSV file, to leave out")
+    add("--split", metavar="NAME", help="name of the split; default: that of the directory")
+    add("--workers", type=int, metavar="N", help="processes that decode; default: one a core")
+    add("--batch", type=int, metavar="N", help=f"clips at a time; default: {BATCH}")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda, where PyTorch finds it")
+    add(
+        "--precision",
+        choices=PRECISIONS["cuda"],
+        help="of matrix products; default: float32 on a CPU, float16 on a GPU",
+    )
+    add("--download", action="store_true", help="get weights that are not in the hub's cache")
+    arguments = parser.parse_args(argv)
+    if not arguments.clips and not arguments.csv:
+        parser.error("give --clips DIR, --csv FILE, or both")
+    encoders = {kind: getattr(arguments, kind) for kind in FEATURES}
+    possible = [f for kind, features in FEATURES.items() if encoders[kind] for f in features]
+    if not possible:
+        parser.error("give --video, --audio, or both")
+    for feature in arguments.features or ():
+        if feature not in possible:
+            kind = next(kind for kind, features in FEATURES.items() if feature in features)
+            parser.error(f"--features {feature} needs an encoder: --{kind}")
+    if arguments.out.resolve() in [directory.resolve() for directory in arguments.against]:
+        parser.error(f"--against names {arguments.out}, which is to be written")
+    arguments.features = tuple(f for f in possible if f in (arguments.features or possible))
+    for name, least in (("workers", 0), ("batch", 1)):
+        if (value := getattr(arguments, name)) is not None and value < least:
+            parser.error(f"--{name} is {value}; expected {least} or more")
+    return arguments
+
+
+def extract(arguments: argparse.Namespace) -> None:
+    """Run the whole extraction; what is finished is used again."""
+    out = arguments.out.expanduser()
+    device, precision = placement(arguments.device, arguments.precision)
+    found = find_clips(
+        [path.expanduser() for path in arguments.clips],
+        arguments.csv and arguments.csv.expanduser(),
+        arguments.faces and arguments.faces.expanduser(),
+    )
+    if arguments.csv:
+        list(annotated(arguments, {}))  # wrong cells must show now, not after hours
+    elsewhere = read_elsewhere(arguments.against)
+    places = {
+        kind: find_encoder(getattr(arguments, kind), kind, arguments.download)
+        for kind, features in FEATURES.items()
+        if set(features) & set(arguments.features)
+    }
+    settings = {
+        "version": VERSION,
+        "features": arguments.features,
+        "encoders": {k: {"name": p.name, "sha256": p.sha256()} for k, p in places.items()},
+        "batch": arguments.batch or BATCH[device],
+        "device": device,
+        "precision": precision,
+        "faces": {"detector": faces.DETECTOR, "order of arrays": arguments.face_order},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS}
+        # One module, which several packages bring.
+        | {"opencv": cv2.__version__},
+    }
+    blocks = in_blocks(found.clips, settings)
+    identity = _identity(arguments, list(blocks), elsewhere)
+    if is_complete(out, identity):
+        print(f"{out} is complete: nothing has changed since it was written")
+        return
+    store = BlockStore(out / BLOCKS)
+    store.folder.mkdir(parents=True, exist_ok=True)  # trouble with it must show now, too
+    missing = {key: part for key, part in blocks.items() if key not in store}
+    if done := sum(len(part) for key, part in blocks.items() if key not in missing):
+        print(f"{done:,} of {len(found.clips):,} clips are finished", file=sys.stderr)
+    stages = None
+    if missing:
+        encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
+        workers = available_cores() if arguments.workers is None else arguments.workers
+        stages = run(missing, store, encoders, arguments, settings, workers)
+    rows = (row for key in blocks for row in store.rows(key))
+    report = clip_report(rows, arguments.features, arguments.allow_missing, elsewhere)
+    write_report(out / REPORT_FILE, report)
+    kept = {row["name"] for row in report if row["status"] == OK}
+    if not kept:
+        why = "; ".join(reasons(report))
+        raise ClipError(
+            f"none of {len(report):,} clips can be used ({why}); see {out / REPORT_FILE}"
+        )
+    # Before the manifest: records that were written whole must be known again, whenever this ends.
+    (out / BLOCKS / FINISHED).write_text(identity, encoding="utf-8")
+    write_records(
+        out,
+        finished_records(arguments, blocks, store, kept),
+        encoders={f: p.name for kind, p in places.items() for f in FEATURES[kind]},
+        split=arguments.split,
+        extra={"extraction": settings},
+    )
+    lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
+    lines += [*elsewhere.remarks(report), *found.remarks(), *(stages.lines() if stages else ())]
+    print("\n".join(lines))
+
+
+def placement(device: str | None, precision: str | None) -> tuple[str, str]:
+    """Device and precision, where they are not given the best that this machine has.
+
+    Raises:
+        EncoderError: a GPU that is not here, or a precision that a CPU does not have.
+    """
+    has_gpu = _has_gpu()
+    device = device or ("cuda" if has_gpu else "cpu")
+    if device == "cuda" and not has_gpu:
+        raise EncoderError("--device cuda: PyTorch finds no GPU here; leave the flag out for a CPU")
+    precision = precision or PRECISIONS[device][0]
+    if precision not in PRECISIONS[device]:
+        known = " or ".join(PRECISIONS[device])
+        raise EncoderError(f"--precision {precision} is for a GPU; a CPU has {known}")
+    return device, precision
+
+
+def in_blocks(clips: Sequence[Clip], settings: Mapping[str, Any]) -> dict[str, Sequence[Clip]]:
+    """Clips in blocks of a batch, in their order, by `block_key`."""
+    size = settings["batch"]
+    parts = (clips[i : i + size] for i in range(0, len(clips), size))
+    return {block_key(settings, part): part for part in parts}
+
+
+def is_complete(out: Path, identity: str) -> bool:
+    """Whether a directory holds the records that follow from `identity` already.
+
+    Raises:
+        RecordError: it holds others.
+    """
+    if not (out / MANIFEST_FILE).exists():
+        return False
+    finished = out / BLOCKS / FINISHED
+    if finished.is_file() and finished.read_text(encoding="utf-8") == identity:
+        return True
+    raise RecordError(
+        f"{out} holds the records of other clips or settings, or has lost {BLOCKS}; write "
+        f"elsewhere, or delete {MANIFEST_FILE} there to make them anew from what {BLOCKS} has"
+    )
+
+
+class Stages:
+    """Seconds that stages were busy, and for how long encoders had to wait for clips."""
+
+    def __init__(self, workers: int):
+        self.workers, self.clips = workers, 0
+        self.busy: dict[str, float] = defaultdict(float)
+        self._began = time.perf_counter()
+        self._told = self._began
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.busy[stage] += seconds
+
+    def tell(self, of: int) -> None:
+        """A line now and then."""
+        if (now := time.perf_counter()) - self._told > PROGRESS_EVERY:
+            self._told = now
+            rate = self.clips / (now - self._began)
+            print(f"{self.clips:,} of {of:,} clips, {rate:.1f} clips/s", file=sys.stderr)
+
+    def lines(self) -> list[str]:
+        """Speed, the share of time of each stage, and which of them holds up the others."""
+        wall = time.perf_counter() - self._began
+        parallel = max(self.workers, 1)
+        per_stage = {
+            stage: seconds / (parallel if stage in ("decoding", "faces") else 1)
+            for stage, seconds in self.busy.items()
+            if stage != "waiting"
+        }
+        slowest = max(per_stage, key=per_stage.get)
+        shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in per_stage.items())
+        hint = {
+            "decoding": "more --workers or cores would help",
+            "faces": "more --workers or cores, or --faces with arrays, would help",
+        }.get(slowest, "a faster --device or a smaller encoder would help")
+        return [
+            f"{self.clips / wall:.1f} clips/s; busy: {shares}; the encoders waited "
+            f"{self.busy['waiting']:.1f} of {wall:.1f} s",
+            f"the bottleneck is {slowest}: {hint}",
+        ]
+
+
+def run(
+    missing: Mapping[str, Sequence[Clip]],
+    store: BlockStore,
+    encoders: Mapping[str, Encoder],
+    arguments: argparse.Namespace,
+    settings: Mapping[str, Any],
+    workers: int,
+) -> Stages:
+    """Compute blocks and store them, in order; worker processes decode ahead.
+
+    Raises:
+        ClipError: a file that changed while it was read.
+    """
+    size = encoders["video"].image_size if "video" in encoders else 0
+    jobs = [
+        Job(clip, arguments.features, size, arguments.face_order)
+        for part in missing.values()
+        for clip in part
+    ]
+    stages, batch = Stages(workers), settings["batch"]
+
+    def died() -> Decoded:
+        return Decoded(problems=dict.fromkeys(arguments.features, DIED))
+
+    results = in_order(decode_clip, jobs, workers, ahead=2 * batch + workers, died=died)
+    for key, part in missing.items():
+        start = time.perf_counter()
+        decoded = [next(results) for _ in part]
+        stages.add("waiting", time.perf_counter() - start)
+        for result in decoded:
+            for stage, seconds in result.seconds.items():
+                stages.add(stage, seconds)
+        # A folder that is copied to, or a drive that went away, must not be remembered as it was.
+        if block_key(settings, part) != key:
+            raise ClipError(
+                f"files of the clips {listed([clip.name for clip in part])} changed while they "
+                "were read; run the command again when nobody writes to them"
+            )
+        store.write(key, encode(part, decoded, encoders, arguments.features, batch, stages))
+        stages.clips += len(part)
+        stages.tell(len(jobs))
+    results.close()
+    return stages
+
+
+def encode(
+    clips: Sequence[Clip],
+    decoded: Sequence[Decoded],
+    encoders: Mapping[str, Encoder],
+    features: Sequence[str],
+    batch: int,
+    stages: Stages,
+) -> Block:
+    """The features of a block, as one batch of `batch` clips per feature."""
+    found = {}
+    for feature in features:
+        kind = next(kind for kind, names in FEATURES.items() if feature in names)
+        encoder = encoders[kind]
+        start = time.perf_counter()
+        inputs = encoder.empty(batch)
+        present = [i for i, result in enumerate(decoded) if feature in result.arrays]
+        for i in present:
+            inputs[i] = decoded[i].arrays[feature]
+        values = np.zeros((len(clips), *inputs.shape[1:2], encoder.width), np.float32)
+        if present:
+            values[present] = encoder(inputs)[present]
+        with np.errstate(over="ignore"):
+            half = values.astype("<f2")
+        for i in np.flatnonzero(~np.isfinite(half).all(axis=(1, 2))):
+            decoded[i].problems[feature] = "the encoder's values are not finite in float16"
+            half[i] = 0
+        found[feature] = half
+        stages.add(f"{kind} encoder", time.perf_counter() - start)
+    rows = [
+        {"name": clip.name, "problems": result.problems, "facts": result.facts}
+        for clip, result in zip(clips, decoded, strict=True)
+    ]
+    return Block(rows, found)
+
+
+def annotated(
+    arguments: argparse.Namespace, arrays: Mapping[str, Mapping[str, np.ndarray]]
+) -> Iterator[Record]:
+    """The records of the CSV file.
+
+    Raises:
+        RecordError, ReadError: a CSV file that cannot be used.
+    """
+    path = arguments.csv.expanduser()
+    header = next(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig", "replace"))), [])
+    media = [c for c in MEDIA_COLUMNS if c in [cell.strip() for cell in header]]
+    return records_from_csv(path, arrays, ignore=[*arguments.ignore, *media], allow_missing=True)
+
+
+def finished_records(
+    arguments: argparse.Namespace,
+    blocks: Mapping[str, Sequence[Clip]],
+    store: BlockStore,
+    kept: set[str],
+) -> Iterator[Record]:
+    """The records of the clips that are kept, in the order of the clips."""
+    places: dict[str, dict[str, tuple[str, int]]] = {f: {} for f in arguments.features}
+    for key in blocks:
+        for number, row in enumerate(store.rows(key)):
+            for feature in arguments.features:
+                if row["name"] in kept and feature not in row["problems"]:
+                    places[feature][row["name"]] = key, number
+    arrays = {f: FeatureOf(store, f, where) for f, where in places.items() if where}
+    if arguments.csv:
+        yield from (r for r in annotated(arguments, arrays) if r.name in kept)
+        return
+    for part in blocks.values():
+        for clip in part:
+            if clip.name in kept:
+                features = {f: a[clip.name] for f, a in arrays.items() if clip.name in a}
+                yield Record(name=clip.name, features=features)
+
+
+def summary(out: Path) -> list[str]:
+    """A line per feature of the records."""
+    return [
+        f"{feature} [{facts['frames']}, {facts['width']}] of {facts['encoder']}: "
+        f"{facts['present']:,} clips"
+        for feature, facts in read_manifest(out).features.items()
+    ]
+
+
+def _identity(arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Elsewhere) -> str:
+    """A hash of all that the output follows from."""
+    table = sha256_of(arguments.csv.expanduser()) if arguments.csv else None
+    facts = [
+        list(keys),
+        table,
+        arguments.ignore,
+        arguments.allow_missing,
+        arguments.split,
+        sorted(elsewhere.files.items()),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    # Names come from files, and not every terminal can show all of Unicode.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        extract(arguments)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+    except USER_ERRORS as error:
+        sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: the package {error.name} is missing: pip install -e '.[features]'")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or arguments.out}: {error.strerror or error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Faces of a clip: OpenCV's frontal cascade, or the arrays that OpenFace wrote.
+
+AffectGPT sees faces as OpenFace crops them, 112 x 112. The detector here is one whose weights come
+with a package; OpenFace's own arrays, which the public data sets carry, go before it.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from data_prep.media import MediaError, check_file, resized
+
+SIZE = 112
+# Sampled from a clip and searched for a face; a multiple of 8, see `media.read_frames`.
+SEARCHED = 16
+DETECTOR = "haarcascade_frontalface_default"
+# The cascade's box ends at brows and chin, OpenFace's shows the whole face.
+MARGIN = 1.2
+# Larger frames are searched at this height: a face worth reading is still large enough there.
+SEARCH_HEIGHT = 360
+SMALLEST = 1 / 9  # of the height of the frame
+
+
+@functools.cache
+def _cascade() -> cv2.CascadeClassifier:
+    cv2.setNumThreads(1)  # clips are searched side by side, one a process
+    return cv2.CascadeClassifier(f"{cv2.data.haarcascades}{DETECTOR}.xml")
+
+
+Square = tuple[int, int, int]  # left, top and side, in pixels
+
+
+def find_face(image: np.ndarray, near: Square | None = None) -> Square | None:
+    """The face in uint8 RGB `[H, W, 3]`, as a square with the margin around it; None without one.
+
+    The largest face counts, unless there is one about where it was in an earlier frame: so a track
+    stays with one person, and most frames are searched in a small part only.
+
+    Args:
+        image: a frame.
+        near: the square of an earlier frame.
+
+    Returns:
+        A square, which may reach over the edge of the image.
+    """
+    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+    scale = min(1.0, SEARCH_HEIGHT / grey.shape[0])
+    if scale < 1:
+        grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    found = _search_near(grey, tuple(value * scale for value in near)) if near else None
+    found = found or _search(grey, SMALLEST * grey.shape[0], min(grey.shape))
+    if found is None:
+        return None
+    left, top, side = found
+    margin = side * (MARGIN - 1) / 2
+    return tuple(round(value / scale) for value in (left - margin, top - margin, side * MARGIN))
+
+
+def _search_near(grey: np.ndarray, square: tuple[float, ...]) -> Square | None:
+    """A face of about the size of a square, no farther from it than half its side."""
+    left, top, side = square
+    x, y = max(0, round(left - side / 2)), max(0, round(top - side / 2))
+    part = grey[y : max(0, round(top + 1.5 * side)), x : max(0, round(left + 1.5 * side))]
+    face = side / MARGIN
+    found = _search(part, 0.7 * face, 1.4 * face) if part.size else None
+    return found and (found[0] + x, found[1] + y, found[2])
+
+
+def _search(grey: np.ndarray, smallest: float, largest: float) -> Square | None:
+    """The largest face within bounds for its side."""
+    sizes = {"minSize": (max(24, round(smallest)),) * 2, "maxSize": (round(largest),) * 2}
+    found = _cascade().detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, **sizes)
+    if not len(found):
+        return None
+    # Of two as large, the leftmost, then the upper: an order that does not depend on the search.
+    left, top, side, _ = min(found.tolist(), key=lambda box: (-box[2], box[0], box[1]))
+    return left, top, side
+
+
+def crop(image: np.ndarray, square: Square) -> np.ndarray:
+    """What a square shows, uint8 RGB `[112, 112, 3]`; beyond the edge, the edge is repeated."""
+    left, top, side = square
+    rows = np.clip(np.arange(top, top + side), 0, image.shape[0] - 1)
+    columns = np.clip(np.arange(left, left + side), 0, image.shape[1] - 1)
+    return resized(image[rows[:, None], columns[None]], SIZE)
+
+
+def read_openface(path: Path, order: str = "bgr") -> np.ndarray:
+    """A face track of `openface_face/NAME.npy`: uint8 RGB `[T, 112, 112, 3]`.
+
+    Args:
+        path: the array.
+        order: of the channels in the file, bgr or rgb; OpenCV, which wrote the public sets, has
+            blue first.
+
+    Raises:
+        MediaError: no file, none that NumPy reads without pickle, or another shape.
+    """
+    check_file(path)
+    try:
+        with open(path, "rb") as file:
+            faces = np.lib.format.read_array(file, allow_pickle=False)
+    # What NumPy makes of a damaged header, down to its tokenizer's errors.
+    except Exception as error:
+        reason = (str(error) or repr(error)).splitlines()[0]
+        raise MediaError(f"not readable as an array: {reason}") from None
+    if faces.dtype != np.uint8 or faces.ndim != 4 or faces.shape[1:] != (SIZE, SIZE, 3):
+        raise MediaError(
+            f"the array is {faces.dtype} {list(faces.shape)}, expected uint8 [T, {SIZE}, {SIZE}, 3]"
+        )
+    if not len(faces):
+        raise MediaError("no face in the array")
+    return faces[..., ::-1] if order == "bgr" else faces

@@ -1,0 +1,260 @@
+"""Pixels and samples of a clip, as AffectGPT looks at it and listens to it (arXiv 2501.16566).
+
+Frames are sampled uniformly over all frames of the video stream, `floor(i * n / min(k, n))`, and
+turned upright. Audio is brought to 16 kHz, its channels averaged, and cut into 8 windows of two
+seconds, of which the i-th starts at `i * (duration - 2) / 7` s; they overlap in short clips, and
+what is shorter than two seconds is padded with zeros.
+
+Decoding is FFmpeg's, through PyAV. What cannot be decoded whole is not used in part: it is a
+`MediaError`, whose text is the reason that a manifest gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import av
+import numpy as np
+from PIL import Image
+
+from affectgpt_jax.data.arrays import sample_rows
+
+FRAMES = 8
+WINDOWS = 8
+RATE = 16_000
+WINDOW = 2 * RATE  # samples
+# Containers count a few frames that an edit list hides; what a cut-off file lacks is more.
+WHOLE = 0.95
+# Formats whose header names the duration of the file.
+DECLARED = {"avi", "flac", "matroska", "mov"}
+# What a wav file names as its length whose writer did not know it, or more: a pipe's.
+UNKNOWN_LENGTH = 0x7FFF_F000
+# Rotation is set down in quarters, and as floating-point numbers.
+QUARTER = 90
+
+Converted = TypeVar("Converted")
+
+# FFmpeg prints to the standard error what its return codes say as well.
+av.logging.set_level(None)
+
+
+class MediaError(ValueError):
+    """A clip, or one of its streams, cannot be used; the text is the reason, for a manifest."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoFacts:
+    """What a video stream is.
+
+    Attributes:
+        frames: how many it has.
+        width, height: of a frame, upright, in pixels.
+        seconds: it lasts, by its average frame rate; 0 where it names none.
+    """
+
+    frames: int
+    width: int
+    height: int
+    seconds: float
+
+
+def check_whole(path: Path) -> None:
+    """Read a file to its end, decoding nothing.
+
+    Ogg, MP3 and MPEG streams name no length, so that a part of one is as whole as all of it.
+
+    Raises:
+        MediaError: no media file, or one that ends before the time that its header names.
+    """
+    with _open(path) as container:
+        if container.format.name == "wav":
+            _check_wav(path)
+        declared = (container.duration or 0) / av.time_base
+        # In other formats a duration is an estimate, from the bit rate or from what is there.
+        if not DECLARED & set(container.format.name.split(",")):
+            return
+        start = end = (container.start_time or 0) / av.time_base
+        for packet in _guarded(container.demux()):
+            if (time := packet.dts if packet.pts is None else packet.pts) is not None:
+                end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
+    if end - start < WHOLE * declared and declared - (end - start) > 0.1:
+        raise MediaError(f"damaged: the file ends at {end - start:.2f} of {declared:.2f} s")
+
+
+def _check_wav(path: Path) -> None:
+    """Raises MediaError where samples are missing: FFmpeg takes what there is for the length."""
+    with open(path, "rb") as file:
+        file.seek(12)  # behind RIFF, size and WAVE
+        while len(header := file.read(8)) == 8:
+            name, size = struct.unpack("<4sI", header)
+            if name == b"data":
+                there = path.stat().st_size - file.tell()
+                if there < size < UNKNOWN_LENGTH:
+                    raise MediaError(f"damaged: {there:,} of {size:,} bytes of sound are there")
+                return
+            file.seek(size + size % 2, os.SEEK_CUR)
+
+
+def read_frames(
+    path: Path, count: int, convert: Callable[[np.ndarray], Converted]
+) -> tuple[list[Converted], VideoFacts]:
+    """The frames that stand for a video, at most `count` of them.
+
+    With `count` a multiple of 8, `sample_rows(len(frames), 8)` of what is returned are the same
+    frames as `sample_rows(n, 8)` of all `n` are.
+
+    Args:
+        path: a file with a video stream.
+        count: frames to sample; all, where there are fewer.
+        convert: applied to each of them, uint8 RGB `[H, W, 3]`, so that not all are held at once.
+
+    Raises:
+        MediaError: no video stream, no frames in it, or a damaged file.
+    """
+    with _open(path) as container:
+        stream = _stream(container, "video")
+        expected, rate = stream.frames, stream.average_rate or stream.guessed_rate
+        seconds = (container.duration or 0) / av.time_base
+    # How many frames there are is known for sure when they are decoded. Most containers say so
+    # beforehand; where they do not, or err, a second pass takes the frames of the true number.
+    known = max(expected or round(seconds * float(rate or 25)), 1)
+    while True:
+        wanted = set(sample_rows(known, min(count, known)).tolist())
+        taken, n, size = [], 0, (0, 0)
+        for frame in _decoded(path, "video"):
+            if n in wanted:
+                image = _upright(frame)
+                size = image.shape[1], image.shape[0]
+                taken.append(convert(image))
+            n += 1
+        if not n:
+            raise MediaError("the video stream has no frames")
+        if n < WHOLE * expected and expected - n > 2:
+            raise MediaError(f"damaged: {n} of {expected} frames can be decoded")
+        if n == known:
+            return taken, VideoFacts(n, *size, float(n / rate) if rate else 0.0)
+        known = n
+
+
+def read_waveform(path: Path) -> np.ndarray:
+    """All sound of a file, float32 `[N]` at 16 kHz, the mean of its channels.
+
+    Raises:
+        MediaError: no audio stream, nothing in it, or a damaged file.
+    """
+    with _open(path) as container:
+        _stream(container, "audio")
+    # Channels are averaged here, since FFmpeg's own mix of them depends on the sample format.
+    resampler = av.AudioResampler(format="fltp", rate=RATE)
+    parts: list[np.ndarray] = []
+    try:
+        for frame in _decoded(path, "audio"):
+            parts += [out.to_ndarray() for out in resampler.resample(frame)]
+        if parts:
+            parts += [out.to_ndarray() for out in resampler.resample(None)]
+        channels = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), np.float32)
+    except MediaError:
+        raise
+    except ValueError as error:  # layout or rate change on the way
+        raise MediaError(f"damaged: {_reason(error)}") from None
+    if not channels.shape[1]:
+        raise MediaError("the audio stream has no samples")
+    waveform = channels.mean(axis=0, dtype=np.float64).astype(np.float32)
+    if not np.isfinite(waveform).all():
+        raise MediaError("damaged: samples that are not finite")
+    return waveform
+
+
+def window_starts(samples: int) -> np.ndarray:
+    """Where each window starts, int `[8]`: `floor(i * (samples - 32000) / 7)`, 0 in short clips."""
+    return np.arange(WINDOWS) * max(samples - WINDOW, 0) // (WINDOWS - 1)
+
+
+def windows(waveform: np.ndarray) -> np.ndarray:
+    """The windows `[8, 32000]` of a waveform `[N]`; below two seconds, zeros follow it."""
+    padded = np.pad(waveform, (0, max(WINDOW - len(waveform), 0)))
+    return np.stack([padded[start : start + WINDOW] for start in window_starts(len(waveform))])
+
+
+def resized(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 `[size, size, 3]`, bilinear, of uint8 `[H, W, 3]`; the aspect ratio is not kept.
+
+    What shrinks is averaged over its area (Pillow's filter widens), so that nothing aliases.
+    """
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """The hash of the hashes of files, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def check_file(path: Path) -> None:
+    """Raises MediaError where there is no file, or an empty one."""
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise MediaError("no such file") from None
+    except OSError as error:
+        raise MediaError(error.strerror or str(error)) from None
+    if not path.is_file():
+        raise MediaError("not a file")
+    if not size:
+        raise MediaError("empty file")
+
+
+def _open(path: Path) -> av.container.InputContainer:
+    check_file(path)
+    try:
+        return av.open(str(path), metadata_errors="ignore")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise MediaError(f"not readable as media: {_reason(error)}") from None
+
+
+def _stream(
+    container: av.container.InputContainer, kind: str
+) -> av.video.stream.VideoStream | av.audio.stream.AudioStream:
+    """The first stream of a kind; the picture on a record's cover is no video."""
+    for stream in getattr(container.streams, kind):
+        if not stream.disposition & av.stream.Disposition.attached_pic:
+            return stream
+    raise MediaError(f"no {kind} stream")
+
+
+def _decoded(path: Path, kind: str) -> Iterator[av.VideoFrame | av.AudioFrame]:
+    """The frames of the first stream of a kind, in order of presentation."""
+    with _open(path) as container:
+        stream = _stream(container, kind)
+        # Clips are decoded side by side, one a process.
+        stream.codec_context.thread_count = 1
+        yield from _guarded(container.decode(stream))
+
+
+def _guarded(items: Iterable[Any]) -> Iterator[Any]:
+    """The same, with FFmpeg's errors as MediaError."""
+    try:
+        yield from items
+    except (av.FFmpegError, OSError) as error:
+        raise MediaError(f"damaged: {_reason(error)}") from None
+
+
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """RGB, turned as the container's display matrix says; a phone's portrait clip needs it."""
+    image = frame.to_ndarray(format="rgb24")
+    turns = round(frame.rotation / QUARTER) % 4  # counterclockwise, as np.rot90
+    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error)
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,143 @@
+"""extraction.csv: a row per clip with what became of it, and why; and the same in a few lines."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from affectgpt_jax.data.arrays import listed
+from affectgpt_jax.evaluation.files import csv_rows, read_bytes
+
+REPORT_FILE = "extraction.csv"
+FACTS = ("frames", "faces", "width", "height", "seconds", "sha256")
+COLUMNS = ("name", "status", "reason", "face", "frame", "audio", *FACTS)
+OK, LEFT_OUT = "ok", "left out"
+REASONS_SHOWN = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """The clips of other extractions, which must not be here again.
+
+    Attributes:
+        files: by the hash of a clip's files, which clip of which directory has them.
+        names: by the name of a clip, the directory that has one of that name.
+    """
+
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def remarks(self, report: Sequence[Mapping[str, Any]]) -> list[str]:
+        """A line about clips that are here, and share no more than a name with others."""
+        shared = [r["name"] for r in report if r["status"] == OK and r["name"] in self.names]
+        if not shared:
+            return []
+        places = ", ".join(sorted({self.names[name] for name in shared}))
+        return [
+            f"kept, though {places} has other files of that name: {len(shared):,}: {listed(shared)}"
+        ]
+
+
+def read_elsewhere(directories: Sequence[Path]) -> Elsewhere:
+    """The clips that the reports of extractions call ok.
+
+    Raises:
+        ReadError: a directory without such a report, or one that cannot be read.
+    """
+    files: dict[str, str] = {}
+    names: dict[str, str] = {}
+    for directory in directories:
+        path = directory.expanduser() / REPORT_FILE
+        for _, row in csv_rows(read_bytes(path), str(path), ("name", "status", "sha256")):
+            if row["status"] == OK:
+                names.setdefault(row["name"], str(directory))
+                if row["sha256"]:
+                    files.setdefault(row["sha256"], f"{row['name']!r} in {directory}")
+    return Elsewhere(files, names)
+
+
+def clip_report(
+    rows: Iterable[Mapping[str, Any]],
+    features: Sequence[str],
+    allow_missing: bool,
+    elsewhere: Elsewhere,
+) -> list[dict[str, Any]]:
+    """What becomes of each clip: a row of `COLUMNS`, in their order.
+
+    Args:
+        rows: of each clip: name, problems by feature, facts.
+        features: that are wanted.
+        allow_missing: whether a clip may lack some of them.
+        elsewhere: what must not be here again.
+    """
+    report, first = [], {}
+    for row in rows:
+        problems, facts = row["problems"], row["facts"]
+        usable = len(problems) < (len(features) if allow_missing else 1)
+        reason = _reason(problems, features)
+        digest = facts.get("sha256")
+        if usable and digest in elsewhere.files:
+            usable, reason = False, f"the same file is {elsewhere.files[digest]}"
+        elif usable and digest in first:
+            usable, reason = False, f"the same file is {first[digest]!r}"
+        if usable and digest:
+            first[digest] = row["name"]
+        report.append(
+            {
+                "name": row["name"],
+                "status": OK if usable else LEFT_OUT,
+                "reason": reason,
+                **{f: "yes" for f in features if f not in problems},
+                **{fact: facts[fact] for fact in FACTS if fact in facts},
+            }
+        )
+    return report
+
+
+def _reason(problems: Mapping[str, str], features: Sequence[str]) -> str:
+    """Problems as one text; what hinders every feature stands alone."""
+    causes: dict[str, list[str]] = {}
+    for feature in features:
+        if feature in problems:
+            causes.setdefault(problems[feature], []).append(feature)
+    if len(causes) == 1 and len(problems) == len(features):
+        return next(iter(causes))
+    return "; ".join(f"{', '.join(names)}: {cause}" for cause, names in causes.items())
+
+
+def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
+    """The CSV file of `COLUMNS`; it appears when it is whole."""
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(stream.getvalue(), encoding="utf-8", newline="")
+    os.replace(temporary, path)
+
+
+def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why clips are left out, or lack a modality: a line a kind of reason, most frequent first."""
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in report:
+        if row["reason"]:
+            # Names and numbers differ from clip to clip.
+            kind = re.sub(r"'[^']*'|\"[^\"]*\"|\d+([.,]\d+)*", "_", row["reason"])
+            kinds[row["status"], kind].append(row["name"])
+    ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    lines = [
+        f"{LEFT_OUT if status == LEFT_OUT else 'incomplete'}, {kind}: {len(names):,}: "
+        f"{listed(names)}"
+        for (status, kind), names in ordered[:REASONS_SHOWN]
+    ]
+    if more := ordered[REASONS_SHOWN:]:
+        lines.append(f"and {len(more)} more reasons of {sum(len(n) for _, n in more):,} clips")
+    return lines

@@ -1,0 +1,219 @@
+"""What record directories hold, in numbers and pictures.
+
+    python -m data_prep.statistics --records train=records/mercaptionplus test=records/mer2024 \\
+        --out statistics
+
+Writes `statistics.csv`, a row per directory in the shape of the paper's Table 1, and, in that of
+its Figures 7 and 8, `distributions.csv` (set, quantity, value or bin, clips) and
+`distributions.png`: most frequent labels, labels per clip, length of descriptions, and durations,
+as extraction.csv has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.data.records import (
+    INDEX_FILE,
+    IndexEntry,
+    RecordError,
+    read_index,
+    read_manifest,
+)
+from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
+from data_prep.report import REPORT_FILE
+
+TOP_LABELS = 30
+BINS = {"labels per clip": 1, "words per description": 20, "seconds per clip": 1}
+SHOWN_SETS = 6  # in a picture, before lines cannot be told apart
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What the clips of a directory have.
+
+    Attributes:
+        name: of the set.
+        entries: its index.
+        seconds: of each clip that the extraction's report has a duration of.
+    """
+
+    name: str
+    entries: Sequence[IndexEntry]
+    seconds: Sequence[float]
+
+    @property
+    def labels(self) -> list[tuple[str, ...]]:
+        """Label lists of the clips that have one; a single true emotion is a list of one."""
+        lists = (
+            entry.labels or ((entry.emotion,) if entry.emotion else ()) for entry in self.entries
+        )
+        return [words for words in lists if words]
+
+    @property
+    def words(self) -> list[int]:
+        """Lengths of the descriptions, in words between spaces."""
+        return [len(entry.description.split()) for entry in self.entries if entry.description]
+
+    @property
+    def numbers(self) -> dict[str, Sequence[float]]:
+        """The quantities of `BINS`, of the clips that have them."""
+        values = [len(words) for words in self.labels], self.words, self.seconds
+        return dict(zip(BINS, values, strict=True))
+
+
+def read_contents(name: str, directory: Path) -> Contents:
+    """The index of a record directory, and durations where it was extracted here.
+
+    Raises:
+        RecordError, ReadError: a directory that is none, or a report that cannot be read.
+    """
+    entries = read_index(directory / INDEX_FILE, read_manifest(directory))
+    path, known = directory / REPORT_FILE, {entry.name for entry in entries}
+    seconds = []
+    if path.is_file():
+        for line, row in csv_rows(read_bytes(path), str(path), ("name", "seconds")):
+            if row["name"] in known and row["seconds"]:
+                try:
+                    seconds.append(float(row["seconds"]))
+                except ValueError:
+                    found = f"expected seconds, found {row['seconds']!r}"
+                    raise ReadError(f"{path}, line {line}: {found}") from None
+    return Contents(name, entries, seconds)
+
+
+def table_row(contents: Contents) -> dict[str, Any]:
+    """A row of `statistics.csv`; empty where no clip has the quantity."""
+    labels, seconds = contents.labels, contents.seconds
+    row: dict[str, Any] = {
+        "set": contents.name,
+        "clips": len(contents.entries),
+        "hours": round(sum(seconds) / 3600, 4) if seconds else "",
+        "labelled clips": len(labels),
+        "label vocabulary": len({word for each in labels for word in each}),
+        "described clips": len(contents.words),
+        "clips with a subtitle": sum(1 for entry in contents.entries if entry.subtitle),
+    }
+    for name, values in contents.numbers.items():
+        row[f"{name}, mean"] = round(statistics.fmean(values), 3) if values else ""
+        row[f"{name}, median"] = round(statistics.median(values), 3) if values else ""
+        row[f"{name}, largest"] = round(max(values), 3) if values else ""
+    for feature in ("face", "frame", "audio", "image"):
+        present = sum(1 for entry in contents.entries if feature in entry.present)
+        row[f"clips with {feature}"] = present
+    return row
+
+
+def distributions(contents: Contents) -> dict[str, dict[str, int]]:
+    """By quantity, clips by value or by bin, which is named by its lower end."""
+    words = Counter(word for each in contents.labels for word in dict.fromkeys(each))
+    # Equally frequent labels in alphabetical order, so that the files do not depend on the clips'.
+    top = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:TOP_LABELS]
+    return {
+        "clips with label": dict(top),
+        **{name: _binned(values, BINS[name]) for name, values in contents.numbers.items()},
+    }
+
+
+def _binned(values: Sequence[float], width: int) -> dict[str, int]:
+    """Counts of every bin from the first to the last that is not empty."""
+    if not values:
+        return {}
+    bins = Counter(int(value // width) for value in values)
+    return {str(i * width): bins[i] for i in range(min(bins), max(bins) + 1)}
+
+
+def write_statistics(sets: Sequence[Contents], out: Path) -> list[dict[str, Any]]:
+    """Write the two CSV files and the picture; returns the rows of the table."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [table_row(contents) for contents in sets]
+    with open(out / "statistics.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    spread = {contents.name: distributions(contents) for contents in sets}
+    with open(out / "distributions.csv", "w", newline="", encoding="utf-8") as file:
+        plain = csv.writer(file, lineterminator="\n")
+        plain.writerow(["set", "quantity", "value", "clips"])
+        for name, quantities in spread.items():
+            for quantity, counts in quantities.items():
+                plain.writerows([name, quantity, *item] for item in counts.items())
+    _draw(spread, out / "distributions.png")
+    return rows
+
+
+def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> None:
+    """A panel per quantity: bars for the labels of the first set, lines for numbers of all."""
+    # Not pyplot, which opens the display that servers lack.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    panels = figure.subplots(2, 2).flat
+    first, shown = next(iter(spread)), list(spread)[:SHOWN_SETS]
+    for panel, quantity in zip(panels, spread[first], strict=True):
+        if quantity == "clips with label":
+            counts = spread[first][quantity]
+            panel.bar(list(counts), list(counts.values()), color="tab:blue")
+            panel.tick_params(axis="x", rotation=90)
+            panel.set_title(f"{first}: most frequent labels")
+        else:
+            for name in shown:
+                if counts := spread[name][quantity]:
+                    edges = np.array([float(value) for value in counts])
+                    edges = np.append(edges, edges[-1] + BINS[quantity])
+                    if quantity == "labels per clip":
+                        edges -= 0.5  # whole numbers, in the middle of their bins
+                    values = np.array(list(counts.values()))
+                    panel.stairs(values / values.sum(), edges, label=name, linewidth=1.5)
+            panel.set_xlabel(quantity)
+            panel.set_title(quantity)
+            panel.set_ylim(bottom=0)
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            if panel.patches:
+                panel.legend()
+        panel.set_ylabel("clips" if quantity == "clips with label" else "share of clips")
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.statistics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--records", nargs="+", required=True, metavar="[NAME=]DIR", help="record directories")
+    add("--out", type=Path, required=True, metavar="DIR", help="where to write")
+    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    places = {}
+    for text in arguments.records:
+        name, equals, place = text.partition("=")
+        directory = Path(place if equals else text).expanduser()
+        name = name if equals else directory.absolute().name
+        if name in places:
+            sys.exit(f"error: two directories are called {name!r}; name them apart, as in b={text}")
+        places[name] = directory
+    try:
+        rows = write_statistics([read_contents(n, d) for n, d in places.items()], arguments.out)
+    except (RecordError, ReadError) as error:
+        sys.exit(f"error: {error}")
+    except OSError as error:
+        sys.exit(f"error: {arguments.out} cannot be written: {error.strerror or error}")
+    for row in rows:
+        print("\n".join(f"{name:>32}  {value}" for name, value in row.items() if value != ""))
+
+
+if __name__ == "__main__":
+    main()

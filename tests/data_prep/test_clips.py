@@ -1,0 +1,88 @@
+"""Which clips a folder and a CSV file mean, and which files are told to be none."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.clips import Clip, ClipError, find_clips
+
+
+def touch(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+
+
+def write_table(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_name_is_the_path_without_its_suffix_and_sound_may_lie_elsewhere(tmp_path):
+    touch(tmp_path / "video", "b.MP4", "film1/a.avi", "c.mkv")
+    touch(tmp_path / "audio", "film1/a.wav", "d.mp3")
+    found = find_clips([tmp_path / "video", tmp_path / "audio"])
+    video, audio = tmp_path / "video", tmp_path / "audio"
+    assert found.clips == [
+        Clip("b", video / "b.MP4"),
+        Clip("c", video / "c.mkv"),
+        Clip("d", None, audio / "d.mp3"),
+        Clip("film1/a", video / "film1/a.avi", audio / "film1/a.wav"),
+    ]
+    assert found.clips[3].sound == audio / "film1/a.wav"
+    assert found.clips[0].sound == video / "b.MP4"
+    assert found.remarks() == []
+
+
+def test_what_is_hidden_is_no_clip_and_what_is_no_medium_is_told(tmp_path):
+    touch(tmp_path, "a.mp4", ".b.mp4", ".blocks/c.mp4", "notes.txt", "film/d.npy")
+    found = find_clips([tmp_path])
+    assert [clip.name for clip in found.clips] == ["a"]
+    remark = "files that are no media by their suffix: 2: 'notes.txt', 'film/d.npy'"
+    assert found.remarks() == [remark]
+
+
+def test_linked_folders_are_searched_and_links_in_a_circle_end(tmp_path):
+    touch(tmp_path / "disk", "a.mp4")
+    touch(tmp_path / "clips", "b.mp4")
+    os.symlink(tmp_path / "disk", tmp_path / "clips" / "more")
+    os.symlink(tmp_path / "clips", tmp_path / "disk" / "back")
+    names = [clip.name for clip in find_clips([tmp_path / "clips"]).clips]
+    assert names == ["b", "more/a"]
+
+
+def test_a_table_decides_which_clips_there_are_and_in_which_order(tmp_path):
+    touch(tmp_path / "clips", "a.mp4", "b.mp4", "c.mp4", "a.wav")
+    table = write_table(tmp_path / "t.csv", "name,labels\nc,x\na,y\nz,y\n")
+    found = find_clips([tmp_path / "clips"], table)
+    assert [clip.name for clip in found.clips] == ["c", "a", "z"]
+    assert found.clips[1].audio == tmp_path / "clips" / "a.wav"
+    assert found.clips[2] == Clip("z")
+    assert found.remarks() == ["files without a row in the CSV file, left out: 1: 'b'"]
+
+
+def test_files_that_a_table_names_lie_relative_to_it(tmp_path):
+    table = write_table(
+        tmp_path / "t.csv", "name,video,audio,face\na,v/1.mp4,,f/1.npy\nb,,/s.wav,\n"
+    )
+    a, b = find_clips([], table, None).clips
+    assert a == Clip("a", tmp_path / "v/1.mp4", None, tmp_path / "f/1.npy")
+    assert b == Clip("b", None, Path("/s.wav"))
+
+
+def test_arrays_of_faces_lie_flat_or_in_a_folder_of_their_own(tmp_path):
+    touch(tmp_path / "clips", "a.mp4", "b.mp4")
+    touch(tmp_path / "faces", "a.npy", "b/b.npy")
+    a, b = find_clips([tmp_path / "clips"], None, tmp_path / "faces").clips
+    assert a.faces == tmp_path / "faces" / "a.npy"
+    assert b.faces == tmp_path / "faces" / "b" / "b.npy"
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="file names are always UTF-8 here")
+def test_a_file_name_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"")
+    with pytest.raises(ClipError, match=r"caf\\udce9.mp4': the name is not UTF-8; rename the"):
+        find_clips([tmp_path])

@@ -1,0 +1,136 @@
+"""Public data sets in the plain layout, from files as their authors lay them out."""
+
+import csv
+
+import numpy as np
+import pytest
+from clip_files import write_talking
+from published_sets import publish, write_rows
+from small_encoders import save_encoder
+
+from affectgpt_jax.data.arrays import records_from_csv
+from affectgpt_jax.data.records import RecordDataset
+from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS
+from data_prep import datasets, extract
+
+MEDIA = ("video", "audio", "face")
+
+
+def plain(path):
+    """The records that a file in the plain layout describes, without features."""
+    return list(records_from_csv(path, {}, ignore=MEDIA))
+
+
+def captioned(root, key="mercaptionplus"):
+    """A set with descriptions: one clip has no description, one no labels, one no subtitle."""
+    folder = root / "mer2025-dataset"
+    folder.mkdir(parents=True)
+    labels = [("a", "[Happy, calm]"), ("b", "[]"), ("c", "['sad']")]
+    write_rows(folder / f"track2_train_{key}.csv", ["name", "openset"], labels)
+    reasons = [("a", "She laughs, twice."), ("b", "He waits."), ("d", "Nobody speaks.")]
+    write_rows(folder / f"track3_train_{key}.csv", ["name", "reason"], reasons)
+    subtitles = [("a", "x", "hello"), ("b", "x", ""), ("c", "x", "no")]
+    write_rows(folder / "subtitle_chieng.csv", ["name", "chinese", "english"], subtitles)
+    return folder
+
+
+@pytest.mark.parametrize("key", ["mercaptionplus", "ovmerd"])
+def test_labels_descriptions_and_subtitles_come_together(key, tmp_path, capsys):
+    captioned(tmp_path, key)
+    out = tmp_path / "csv" / f"{key}.csv"
+    datasets.main(["--set", key, f"--root={tmp_path}", f"--out={out}"])
+    a, b, c, d = plain(out)
+    assert (a.name, a.labels, a.subtitle) == ("a", ("happy", "calm"), "hello")
+    assert a.description == "She laughs, twice."
+    assert (b.labels, b.description, b.subtitle) == ((), "He waits.", "")
+    assert (c.labels, c.description) == (("sad",), "")
+    assert (d.labels, d.description) == ((), "Nobody speaks.")
+    assert {r.source for r in (a, b, c, d)} == {datasets.CAPTIONED[key].name}
+    said = capsys.readouterr().out
+    for line in (
+        f"size: 4 clips, published {datasets.CAPTIONED[key].size:,}",
+        "1 clip without a description: 'c'",
+        "1 clip without labels: 'd'",
+        "1 clip without a subtitle: 'd'",
+        "4 clips without video in",
+    ):
+        assert line in said
+
+
+def test_files_of_mer_caption_are_named(tmp_path):
+    folder = captioned(tmp_path)
+    out = tmp_path / "out.csv"
+    command = ["--set=mercaption", f"--root={tmp_path}", f"--out={out}"]
+    with pytest.raises(SystemExit, match="MER-Caption has no published files; name --labels and"):
+        datasets.main(command)
+    files = [f"--labels={folder / 'track2_train_mercaptionplus.csv'}"]
+    files += [f"--descriptions={folder / 'track3_train_mercaptionplus.csv'}"]
+    datasets.main([*command, *files])
+    assert [record.source for record in plain(out)] == ["MER-Caption"] * 4
+
+
+@pytest.mark.parametrize("key", [d.key for d in DATASETS if d.key != "ovmerd"])
+def test_test_sets_are_as_the_truth_command_reads_them(key, tmp_path):
+    truth = publish(tmp_path, key)
+    out = tmp_path / "out.csv"
+    datasets.main(["--set", key, f"--root={tmp_path}", f"--out={out}", "--allow-pickle"])
+    records = plain(out)
+    dataset = BY_KEY[key]
+    assert [record.name for record in records] == list(truth)
+    for record in records:
+        value = truth[record.name]
+        assert record.source == dataset.name
+        assert record.subtitle.endswith(f"{record.name}") or record.name in record.subtitle
+        if dataset.truth == "openset":
+            assert record.labels == tuple(value)
+        elif dataset.truth == "emotion":
+            assert record.emotion == value
+            assert record.candidates == tuple(sorted(set(truth.values())))
+        else:
+            assert record.valence == pytest.approx(value, abs=1e-6)
+            assert record.valence_range == dataset.valence
+
+
+def test_all_sets_below_a_root_are_found_and_none_is_an_error(tmp_path, capsys):
+    keys = ("meld", "sims", "ovmerdplus")
+    for key in keys:
+        publish(tmp_path / "sets", key)
+    captioned(tmp_path / "sets")
+    datasets.main(["--all", f"--root={tmp_path / 'sets'}", f"--out={tmp_path}", "--allow-pickle"])
+    assert {path.stem for path in tmp_path.glob("*.csv")} == {*keys, "mercaptionplus"}
+    with pytest.raises(SystemExit, match="--allow-pickle"):
+        datasets.main(["--set=meld", f"--root={tmp_path / 'sets'}", f"--out={tmp_path / 'm.csv'}"])
+    (tmp_path / "none").mkdir()
+    for which in ("--all", "--set=meld", "--set=mercaptionplus"):
+        with pytest.raises(SystemExit, match="error: --root=.*none: found no label file there"):
+            datasets.main([which, f"--root={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"])
+
+
+def test_a_clip_described_twice_is_refused(tmp_path):
+    folder = captioned(tmp_path)
+    rows = [("a", "x"), ("a", "y")]
+    write_rows(folder / "track3_train_mercaptionplus.csv", ["name", "reason"], rows)
+    with pytest.raises(SystemExit, match="mercaptionplus.csv, line 3: 'a' stands there twice"):
+        datasets.main(["--set=mercaptionplus", f"--root={tmp_path}", f"--out={tmp_path / 'x.csv'}"])
+
+
+def test_media_of_the_published_folders_become_records(tmp_path):
+    folder = captioned(tmp_path)
+    (folder / "openface_face" / "a").mkdir(parents=True)
+    track = np.random.default_rng(0).integers(0, 256, (9, 112, 112, 3), np.uint8)
+    np.save(folder / "openface_face" / "a" / "a.npy", track)
+    np.save(folder / "openface_face" / "c.npy", track[:4])
+    for seed, name in enumerate("ac"):
+        (folder / "video").mkdir(exist_ok=True)
+        write_talking(folder / "video" / f"{name}.mp4", seed=seed)
+    table, out = tmp_path / "plain.csv", tmp_path / "records"
+    datasets.main(["--set=mercaptionplus", f"--root={tmp_path}", f"--out={table}"])
+    flags = [f"--video=clip={save_encoder('clip', tmp_path)}"]
+    flags += [f"--audio=hubert={save_encoder('hubert', tmp_path)}", "--workers=0"]
+    extract.main([f"--csv={table}", f"--out={out}", *flags])
+    a, c = RecordDataset(out)
+    assert (a.name, a.description, c.labels) == ("a", "She laughs, twice.", ("sad",))
+    assert len(np.unique(c.features["face"], axis=0)) == 4
+    with open(out / "extraction.csv", newline="", encoding="utf-8") as file:
+        reasons = {row["name"]: row["reason"] for row in csv.DictReader(file)}
+    assert reasons["b"] == "face, frame: no video file; audio: no audio file"

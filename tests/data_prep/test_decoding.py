@@ -1,0 +1,99 @@
+"""Work in processes, in order, whatever becomes of the processes; and what is taken of a clip."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+from clip_files import face_frames, grey_frames, tone, write_clip, write_talking
+
+from data_prep import media
+from data_prep.clips import Clip
+from data_prep.decoding import Job, decode_clip, in_order
+
+ALL = ("face", "frame", "audio")
+
+
+def square(number):
+    time.sleep(0.02 * (number % 3))
+    if number < 0:
+        os._exit(1)
+    return number**2
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_results_come_in_the_order_of_the_items(workers):
+    found = in_order(square, range(12), workers, ahead=5, died=lambda: None)
+    assert list(found) == [n**2 for n in range(12)]
+
+
+def test_an_item_that_ends_its_process_costs_no_other_item():
+    items = [1, 2, -1, 3, 4, -2, 5]
+    found = list(in_order(square, items, 2, ahead=4, died=lambda: "died"))
+    assert found == [1, 4, "died", 9, 16, "died", 25]
+
+
+def test_a_clip_gives_pixels_windows_and_facts(tmp_path):
+    path = write_talking(tmp_path / "a.mp4", seconds=2.4)
+    found = decode_clip(Job(Clip("a", path), ALL, 64))
+    assert not found.problems
+    assert found.arrays["face"].shape == found.arrays["frame"].shape == (8, 64, 64, 3)
+    assert found.arrays["face"].dtype == found.arrays["frame"].dtype == np.uint8
+    np.testing.assert_array_equal(found.arrays["audio"], media.windows(media.read_waveform(path)))
+    assert found.facts["frames"] == 60 and found.facts["seconds"] == pytest.approx(2.4)
+    assert found.facts["sha256"] == media.sha256_of_files([path])
+    frames, _ = media.read_frames(path, 8, lambda image: media.resized(image, 64))
+    np.testing.assert_array_equal(found.arrays["frame"], np.stack(frames))
+
+
+def test_faces_are_sampled_from_the_frames_that_have_one(tmp_path):
+    frames = face_frames(32)
+    frames[:16] = grey_frames(16, (320, 240))
+    path = write_clip(tmp_path / "a.mp4", frames)
+    found = decode_clip(Job(Clip("a", path), ("face",), 112))
+    # 8 of the 16 frames that are searched have a face; each is taken, none is made up.
+    assert len(np.unique(found.arrays["face"].reshape(8, -1), axis=0)) == 8
+    assert found.arrays["face"].std(axis=(1, 2, 3)).min() > 20
+
+
+def test_sound_beside_the_video_goes_before_sound_in_it(tmp_path):
+    video = write_talking(tmp_path / "a.mp4")
+    audio = write_clip(tmp_path / "a.wav", None, tone(1.0, hertz=900), audio_codec="pcm_s16le")
+    found = decode_clip(Job(Clip("a", video, audio), ("audio",), 0))
+    np.testing.assert_array_equal(found.arrays["audio"], media.windows(media.read_waveform(audio)))
+
+
+def test_openface_arrays_go_before_the_detector_and_need_no_video(tmp_path):
+    track = np.random.default_rng(0).integers(0, 256, (20, 112, 112, 3), np.uint8)
+    np.save(tmp_path / "a.npy", track)
+    found = decode_clip(Job(Clip("a", faces=tmp_path / "a.npy"), ("face", "frame"), 112))
+    np.testing.assert_array_equal(
+        found.arrays["face"], track[[0, 2, 5, 7, 10, 12, 15, 17], ..., ::-1]
+    )
+    assert found.problems == {"frame": "no video file"}
+
+
+def test_what_is_missing_does_not_take_the_rest_along(tmp_path):
+    silent = write_clip(tmp_path / "a.mp4", face_frames(10))
+    found = decode_clip(Job(Clip("a", silent), ALL, 32))
+    assert found.problems == {"audio": "no audio stream"}
+    faceless = write_clip(tmp_path / "b.mp4", grey_frames(10), tone(0.4))
+    found = decode_clip(Job(Clip("b", faceless), ALL, 32))
+    assert found.problems == {"face": "no face in 10 frames"}
+    found = decode_clip(Job(Clip("c", tmp_path / "none.mp4"), ALL, 32))
+    assert found.problems == dict.fromkeys(ALL, "no such file")
+
+
+def test_the_hash_is_of_what_can_be_used(tmp_path):
+    video = write_talking(tmp_path / "a.mp4")
+    audio = write_clip(tmp_path / "a.wav", None, tone(1.0), audio_codec="pcm_s16le")
+    (tmp_path / "text.mp4").write_text("words")
+    np.save(tmp_path / "a.npy", np.zeros((8, 112, 112, 3), np.uint8))
+
+    def digest(*files, **more):
+        return decode_clip(Job(Clip("a", *files, **more), ALL, 32)).facts.get("sha256")
+
+    assert digest(video, audio) == media.sha256_of_files([video, audio])
+    assert digest(video, audio) not in (digest(video), digest(None, audio))
+    assert digest(tmp_path / "text.mp4", audio) == digest(None, audio)
+    assert digest(faces=tmp_path / "a.npy") is None
