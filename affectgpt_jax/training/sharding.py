@@ -36,7 +36,13 @@ PARAMETER_RULES = (
     (r".*", ()),
 )
 # Logical axes of activations, as the models name them.
-_ACTIVATION_AXES = {"batch": BATCH_AXES, "heads": "tensor", "mlp": "tensor", None: None}
+_ACTIVATION_AXES = {
+    "batch": BATCH_AXES,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocabulary": "tensor",
+    None: None,
+}
 
 
 class MeshError(ValueError):
