@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -172,7 +173,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
         "layout": _summary(asked, tokens),
         "curve": [
             _summary(layout, layout.batch_size * rows.length)
-            for layout in planner.curve(asked, CURVE)
+            for layout in planner.curve(asked, CURVE, config.remat)
         ],
         "recommended": best and _summary(best, tokens) | {"reason": reason(planner, best)},
     }
@@ -231,7 +232,7 @@ def reason(planner: Planner, best: Layout) -> str:
     return "; ".join(clauses)
 
 
-def _against(other: Layout, best: Layout, needs: Any) -> str:
+def _against(other: Layout, best: Layout, needs: Callable[[Layout], str]) -> str:
     if not other.fits:
         return f"too large ({needs(other)})"
     return f"slower by {other.time.expected / best.time.expected - 1:.0%} (remat {other.remat})"
@@ -360,9 +361,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
         plan = make_plan(config, arguments)
+        print(json.dumps(plan, indent=2) if arguments.json else report(plan), flush=True)
     except USER_ERRORS as error:
         raise SystemExit(f"error: {error}") from None
-    print(json.dumps(plan, indent=2) if arguments.json else report(plan))
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

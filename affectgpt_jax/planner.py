@@ -215,6 +215,9 @@ class Planner:
             fitting = (p for p in memory.POLICIES if self.fits(self.memory(shape, rows, p)))
             remat = next(fitting, memory.POLICIES[-1])
         needed = self.memory(shape, rows, remat)
+        # What is not saved is written and read all the same when it is computed again.
+        everything = rows * self._saved(self.attention(shape.tensor).name)["none"]
+        activations = everything + (needed.saved if remat != "none" else 0)
         if sent is None:
             sent = roofline.model_collectives(self.sizes(rows, parts), shape, remat)
         executed = parts * rows * roofline.executed_flops(self.flops(), remat) / shape.tensor
@@ -225,7 +228,7 @@ class Planner:
             weights=needed.base * shape.fsdp,
             gathered=shape.fsdp > 1,
             state=needed.state,
-            saved=parts * needed.saved,
+            activations=parts * activations,
             targets=parts * rows * self.rows.targets,
             passes=parts * (3 if remat == "full" else 2),
         )
@@ -253,8 +256,8 @@ class Planner:
         batch = sharding.abstract_batch(mesh, self.batch(config.batch_size))
         return train.lower_step(step, mesh, *self._abstract_on(mesh), batch)
 
-    def curve(self, asked: Layout, counts: Sequence[int]) -> list[Layout]:
-        """The same rows on each of more or fewer devices.
+    def curve(self, asked: Layout, counts: Sequence[int], remat: str) -> list[Layout]:
+        """The same rows on each of more or fewer devices, under a policy or "auto".
 
         More devices make the data axis longer, fewer the others shorter. A number that the layout
         cannot use is left out.
@@ -265,7 +268,7 @@ class Planner:
             fsdp = min(asked.shape.fsdp, count // tensor)
             if count % (tensor * fsdp) == 0:
                 shape = Shape(count // (tensor * fsdp), fsdp, tensor)
-                found.append(self.layout(shape, asked.parts, asked.rows))
+                found.append(self.layout(shape, asked.parts, asked.rows, remat))
         return found
 
     def candidates(self, devices: int, batch_size: int, tensor: int) -> Iterator[Layout]:

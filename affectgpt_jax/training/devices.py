@@ -28,12 +28,12 @@ class Device(NamedTuple):
 
 
 _GIB = 2**30
-# A100: NVIDIA A100 Tensor Core GPU data sheet (nvidia-1758950-r4), SXM: 312 TFLOPS, 1,555 and 2,039
-# GB/s, NVLink 600 GB/s in both directions; DGX A100 data sheet: eight 200 Gb/s InfiniBand adapters.
-# H100: H100 data sheet, SXM: 1,979 TFLOPS with sparsity, so 989 without; 3.35 TB/s, NVLink 900 GB/s.
-# H200: H200 data sheet: the same, with 4.8 TB/s; DGX H100 and H200: eight 400 Gb/s adapters.
-# B200: DGX B200 data sheet: 64 TB/s and 14.4 TB/s of NVLink for eight GPUs, eight 400 Gb/s adapters;
-# HGX B200: 4.5 PFLOPS a GPU with sparsity, so 2.25 without.
+# A100: NVIDIA's A100 data sheet (nvidia-1758950-r4), SXM: 312 TFLOPS, 1,555 and 2,039 GB/s, NVLink
+# 600 GB/s in both directions together. DGX A100 data sheet: eight 200 Gb/s InfiniBand adapters.
+# H100: H100 data sheet, SXM: 1,979 TFLOPS with sparsity, so 989 without; 3.35 TB/s, NVLink 900.
+# H200: H200 data sheet: the same, with 4.8 TB/s. DGX H100 and H200: eight 400 Gb/s adapters.
+# B200: DGX B200 data sheet, for eight GPUs: 64 TB/s, NVLink 14.4 TB/s, eight 400 Gb/s adapters; HGX
+# B200: 4.5 PFLOPS a GPU with sparsity, so 2.25 without.
 DEVICES = {
     "a100-40g": Device("A100-SXM4-40GB", (8, 0), int(39.4 * _GIB), 312e12, 1.555e12, 300e9, 25e9),
     "a100-80g": Device("A100-SXM4-80GB", (8, 0), int(79.1 * _GIB), 312e12, 2.039e12, 300e9, 25e9),

@@ -82,7 +82,7 @@ def memory_traffic(
     weights: int,
     gathered: bool,
     state: int,
-    saved: int,
+    activations: int,
     targets: int,
     passes: int,
 ) -> int:
@@ -93,13 +93,13 @@ def memory_traffic(
         weights: bytes of the frozen weights that the device multiplies with.
         gathered: whether they come from other devices and are written before they are read.
         state: bytes of what is trained, its optimizer state and gradient, read and written once.
-        saved: bytes of activations, written by the forward and read by the backward pass.
+        activations: bytes of them, written once and read by the backward pass.
         targets: supervised positions. Their float32 logits are written and read once, and so is
             their bfloat16 gradient.
         passes: over the weights: forward and backward for every part of a batch.
     """
     logits = targets * config.vocab_size * (2 * 4 + 2 * 2)
-    return passes * weights * (2 if gathered else 1) + 2 * state + 2 * saved + logits
+    return passes * weights * (2 if gathered else 1) + 2 * state + 2 * activations + logits
 
 
 def network_time(collectives: Sequence[Collective], shape: Shape, device: Device) -> float:
