@@ -200,12 +200,27 @@ class Fleet:
         self.from_chief(lambda: None)
         return compute()
 
-    def gather(self, value: Any) -> list[Any]:
-        """The JSON values of all processes, in their order, on process 0; empty on the others."""
+    def gather(self, value: Any, timeout_s: float | None = None) -> list[Any]:
+        """The JSON values of all processes, in their order, on process 0; empty on the others.
+
+        Raises:
+            LaunchError: on process 0, naming those that gave none within `timeout_s`.
+        """
         if not self.chief:
             self._links[0].send(value)
             return []
-        return [value, *(self._links[i].receive() for i in range(1, self.processes))]
+        found, silent = [value], []
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for number in range(1, self.processes):
+            link = self._links[number]
+            try:
+                left = None if deadline is None else max(0, deadline - time.monotonic())
+                found.append(link.receive(left))
+            except queue.Empty:
+                silent.append(f"process {number} on {link.host}")
+        if silent:
+            raise LaunchError(f"no answer from {', '.join(silent)} within {timeout_s:g} s")
+        return found
 
     def meet(self) -> None:
         """Go on when all have come here."""
@@ -308,9 +323,9 @@ class _Link:
         with self._sending, contextlib.suppress(OSError):
             self._connection.sendall(json.dumps([kind, value]).encode() + b"\n")
 
-    def receive(self) -> Any:
-        """The next value; waits for it."""
-        return self._values.get()
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """The next value; waits for it, and raises `queue.Empty` after `timeout_s`."""
+        return self._values.get(timeout=timeout_s)
 
     def read(self) -> str | None:
         """Take in messages until the other side leaves; why it did, None for a farewell."""
