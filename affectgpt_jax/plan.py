@@ -147,6 +147,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
             "dtype": config.dtype,
             "base_precision": config.base_precision,
             "batch_size": config.batch_size,
+            "steps": config.steps,
         },
         "device": device._asdict(),
         "rows": rows._asdict(),
@@ -162,6 +163,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
             "optimizer": memory.device_bytes(state["opt_state"]),
             "compiled": compiled.memory_analysis().argument_size_in_bytes,
         },
+        "efficiency": arguments.efficiency,
         "usable": int(memory.USABLE * planner.limit),
         "most_rows": {p: planner.most_rows(shape, p) for p in memory.POLICIES},
         "flops": {
@@ -314,8 +316,13 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     )
     yield (
         f"expected: {_ms(seconds['expected'])}, {layout['tokens_per_s']:,.0f} tokens/s, "
-        f"{config['batch_size'] / seconds['expected']:,.1f} rows/s (at most "
+        f"{config['batch_size'] / seconds['expected']:,.1f} rows/s (with the device at "
+        f"{plan['efficiency']:.0%} of its peaks and the network after it; at most "
         f"{layout['tokens_per_s_at_most']:,.0f} tokens/s)"
+    )
+    hours = config["steps"] * seconds["expected"] / 3600
+    yield (
+        f"{config['steps']:,} updates of such rows: {hours:,.1f} h, {count * hours:,.0f} GPU hours"
     )
     yield ""
     yield "the same rows on every device, more or fewer of them"

@@ -97,6 +97,13 @@ class Planner:
         self.model = build.model(config, self.llm, attend=causal)
         # JAX takes this share of a GPU (xla_options), and programs are planned for a share of that.
         self.limit = int(0.9 * device.memory)
+        self._shapes = tuple(
+            jax.eval_shape(init, jax.random.key(0))
+            for init in (
+                lambda key: init_state(self.model, self._optimizer, key),
+                lambda key: init_random_base(self.model, key),
+            )
+        )
         self.abstract = functools.cache(self._abstract)
         self._saved = functools.cache(self._saved_by_a_row)
 
@@ -124,11 +131,12 @@ class Planner:
     def _abstract(self, shape: Shape) -> tuple[State, Any]:
         """Shapes and shardings of state and base on a mesh of this shape."""
         mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
-        return self._abstract_on(mesh)
+        return self.on(mesh)
 
-    def _abstract_on(self, mesh: Mesh | AbstractMesh) -> tuple[State, Any]:
-        state = sharding.abstract(mesh, lambda key: init_state(self.model, self._optimizer, key))
-        return state, sharding.abstract(mesh, lambda key: init_random_base(self.model, key))
+    def on(self, mesh: Mesh | AbstractMesh) -> tuple[State, Any]:
+        """Shapes and shardings of state and base."""
+        state, base = (sharding.with_shardings(mesh, shapes) for shapes in self._shapes)
+        return state, base
 
     def batch(self, rows: int) -> Batch:
         """An abstract batch of so many rows (layout: `models.affectgpt`)."""
@@ -254,7 +262,7 @@ class Planner:
             accumulation=config.accumulation,
         )
         batch = sharding.abstract_batch(mesh, self.batch(config.batch_size))
-        return train.lower_step(step, mesh, *self._abstract_on(mesh), batch)
+        return train.lower_step(step, mesh, *self.on(mesh), batch)
 
     def curve(self, asked: Layout, counts: Sequence[int], remat: str) -> list[Layout]:
         """The same rows on each of more or fewer devices, under a policy or "auto".

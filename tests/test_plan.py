@@ -80,7 +80,7 @@ def test_tensor_parallelism_adds_up_hidden_states_eight_times_a_layer():
 def test_what_a_batch_takes_is_in_proportion_to_its_rows():
     planned = tiny_planner(**{"dtype": "bfloat16"})
     mesh = sharding.make_mesh("data:1", jax.devices()[:1])
-    state, base = planned._abstract_on(mesh)
+    state, base = planned.on(mesh)
     model = memory.with_attention(planned.model, memory.kernel_stand_in("cudnn", 1))
     for policy, found in memory.estimates(model, state, base, planned.batch(6)):
         assert planned.memory(Shape(1, 1, 1), 6, policy).saved == pytest.approx(
