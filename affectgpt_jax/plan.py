@@ -285,8 +285,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f"{plan['usable'] / GIB:.1f} of {plan['device']['memory'] / GIB:.1f} GiB are usable"
     )
     yield (
-        f"  the compiled step's arguments take {exact['compiled'] / GIB:.2f} GiB; room for "
-        + ", ".join(f"{n} rows with remat {p}" for p, n in plan["most_rows"].items())
+        f"  the compiled step's arguments take {exact['compiled'] / GIB:.2f} GiB; room for rows: "
+        + ", ".join(f"{n} with remat {p}" for p, n in plan["most_rows"].items())
     )
     yield ""
     yield (
@@ -325,7 +325,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f"{config['steps']:,} updates of such rows: {hours:,.1f} h, {count * hours:,.0f} GPU hours"
     )
     yield ""
-    yield "the same rows on every device, more or fewer of them"
+    yield "the same rows on every device, more or fewer of them (latency and stragglers left out)"
     yield (
         "  GPUs  mesh                       remat  peak GiB  products   memory  network  "
         "expected    tokens/s  a GPU"
@@ -348,7 +348,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         )
         return
     yield f"recommended: {best['flags']}"
-    yield f"  {best['reason']}; {best['rows']} rows on a device at a time"
+    yield f"  {best['reason']}; rows on a device at a time: {best['rows']}"
     yield f"  expected {_ms(best['seconds']['expected'])}, {best['tokens_per_s']:,.0f} tokens/s"
 
 

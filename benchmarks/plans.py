@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -33,10 +34,16 @@ GIB = 2**30
 
 def make(flags: Sequence[str]) -> dict[str, Any]:
     """One plan, with its command and the seconds that it took."""
-    began = time.perf_counter()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     output = subprocess.check_output([sys.executable, *COMMAND[1:], *flags, "--json"])
-    seconds = time.perf_counter() - began
-    return {"command": " ".join([*COMMAND, *flags]), "seconds": seconds, "plan": json.loads(output)}
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "command": " ".join([*COMMAND, *flags]),
+        "seconds": seconds,
+        # Of all cores together: what others do on the machine leaves it alone.
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "plan": json.loads(output),
+    }
 
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
@@ -80,8 +87,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     report = json.loads(args.out.read_text(encoding="utf-8"))
     print(table(report["plans"]))
-    took = [made["seconds"] for made in report["plans"]]
-    print(f"\neach plan took {min(took):.0f} to {max(took):.0f} s")
+    took, work = ([made[key] for made in report["plans"]] for key in ("seconds", "cpu_seconds"))
+    print(
+        f"\neach plan took {min(took):.0f} to {max(took):.0f} s, of which processors worked "
+        f"{min(work):.0f} to {max(work):.0f} s"
+    )
 
 
 if __name__ == "__main__":
