@@ -134,9 +134,7 @@ def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
     platform, capability, split = device_platform(), (0, 0), True
     if platform == "cuda":
         capability = compute_capability()
-        shares = parse_mesh(config.mesh, jax.device_count())[2]
-        # Heads that the devices cannot share stay whole on each (sharding.activation_constraint).
-        split = not llm.num_key_value_heads % shares or llm.num_attention_heads % shares > 0
+        split = kv_heads_split(llm, parse_mesh(config.mesh, jax.device_count())[2])
     packed = config.pack_length > 0
     where = (platform, capability, llm.head_dim, config.dtype, packed)
     try:
@@ -152,6 +150,12 @@ def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
     if config.attention == "auto":
         return Choice("xla", f"not {choice.name}: {doubt}", causal)
     raise ConfigError(f"config.attention={choice.name!r} cannot be used: {doubt}")
+
+
+def kv_heads_split(llm: Qwen2Config, shares: int) -> bool:
+    """Whether devices that share query heads share key heads as well."""
+    # Heads that the devices cannot share stay whole on each (sharding.activation_constraint).
+    return not llm.num_key_value_heads % shares or llm.num_attention_heads % shares > 0
 
 
 # Rounding to bfloat16 gives a tenth of it, attending to the wrong tokens ten times as much.

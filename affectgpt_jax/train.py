@@ -234,7 +234,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         step = start
         for step in range(start + 1, config.steps + 1):
             profiler.step(step)
-            with clock.measure("step"):
+            # A step moves nothing between host and device but what is moved by name: a NumPy array
+            # or a metric that slips in would wait for the device. Validation and saving may wait.
+            with clock.measure("step"), jax.transfer_guard("disallow"):
                 run, trained = steps_by_length[batch["tokens"].shape[1]], batch
                 began = time.perf_counter()
                 state, metrics = run(state, base, on_device)

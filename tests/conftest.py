@@ -55,6 +55,8 @@ EXPECTED_SKIPS = (
     "no chromium or google-chrome on the PATH",
     # Rebuilding the shipped lexicon takes WordNet's files, which no Python package carries.
     "WordNet is not installed",
+    # A linter for two short scripts, which no Python package needs.
+    "shellcheck is not installed",
     # cuDNN's attention; the same file runs it with JAX_PLATFORMS=cuda where there is a GPU.
     "no GPU for this backend",
     # A Debian package; a voice of its own is made where it is.

@@ -140,7 +140,10 @@ def loss_sum_and_count(
     """
     states = target_states(model, base, trainable, batch, dropout_key)
     weights = batch["target_weights"].astype(jnp.float32)
-    loss = cross_entropy_sum(states, unembedding(base), batch["targets"], weights)
+    # Brought together once, before the loop over chunks: left to itself, the partitioner does so in
+    # every chunk, and moves the gradient of the logits of all rows as well.
+    vocabulary = model.qwen2.execution.shard(unembedding(base), (None, "vocabulary"))
+    loss = cross_entropy_sum(states, vocabulary, batch["targets"], weights)
     return loss, weights.sum()
 
 

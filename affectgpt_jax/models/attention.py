@@ -111,8 +111,13 @@ causal.defvjp(_causal_forward, _causal_backward)
 
 def _blocks(length: int) -> list[tuple[int, int]]:
     """First and last query of each block."""
-    size = max(_BLOCK, -(-length // _MAX_BLOCKS))
+    size = causal_block(length)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def causal_block(length: int) -> int:
+    """Queries that `causal` takes at a time."""
+    return max(_BLOCK, -(-length // _MAX_BLOCKS))
 
 
 def _by_head(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -15,10 +15,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
 from affectgpt_jax.models.affectgpt import LOSS_CHUNK, AffectGPT, Batch, loss_sum_and_count
-from affectgpt_jax.training.sharding import BATCH_AXES
+from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
+from affectgpt_jax.models.qwen2 import Qwen2Config
+from affectgpt_jax.training.sharding import BATCH_AXES, path_name
 from affectgpt_jax.training.step import State
 
 # From the fastest to the one that saves the least.
@@ -37,12 +40,15 @@ class Memory(NamedTuple):
         saved: activations from the forward pass for the backward pass.
         work: the largest thing that is alive for a moment: one layer's activations, while its
             backward pass runs, or a chunk of logits with its gradient.
+        gathered: frozen weights that fsdp brings together for a while: those of a layer and of the
+            next one, whose transfer runs meanwhile, or the vocabulary.
     """
 
     base: int
     state: int
     saved: int
     work: int
+    gathered: int
 
     @property
     def total(self) -> int:
@@ -76,7 +82,7 @@ def _gib(size: int) -> str:
 
 def choose_remat(
     model: AffectGPT,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     abstract_state: State,
     abstract_base: Any,
     batch: Batch,
@@ -94,12 +100,7 @@ def choose_remat(
         accumulation: parts that a batch runs in.
         limit: bytes of one device's memory; None takes the first policy.
     """
-    part = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulation
-
-    def rows(x: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((max(1, x.shape[0] // part), *x.shape[1:]), x.dtype)
-
-    batch = jax.tree.map(rows, batch)
+    batch = rows_of_a_device(batch, mesh, accumulation)
     found = estimates(model, abstract_state, abstract_base, batch)
     for policy, memory in found:
         choice = Choice(policy, memory, limit)
@@ -108,9 +109,24 @@ def choose_remat(
     return choice
 
 
+def rows_of_a_device(batch: Batch, mesh: Mesh | AbstractMesh, accumulation: int) -> Batch:
+    """The rows of an abstract global batch that a device runs at a time."""
+    part = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulation
+
+    def rows(x: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((max(1, x.shape[0] // part), *x.shape[1:]), x.dtype)
+
+    return jax.tree.map(rows, batch)
+
+
 def with_remat(model: AffectGPT, policy: str) -> AffectGPT:
     """The same model under another rematerialisation policy."""
     return _with_execution(model, remat=policy)
+
+
+def with_attention(model: AffectGPT, attend: CausalAttention) -> AffectGPT:
+    """The same model with another backend of its causal attention."""
+    return _with_execution(model, attend=attend)
 
 
 def _with_execution(model: AffectGPT, **changes: Any) -> AffectGPT:
@@ -126,12 +142,33 @@ def estimates(
     Yields:
         Every policy with its memory, in the order of `POLICIES`; each costs about a second.
     """
-    config = model.qwen2.config
+    config, layer = model.qwen2.config, 0
     rows, targets = batch["targets"].shape
-    logits = min(rows * targets, max(rows, LOSS_CHUNK)) * config.vocab_size * 4
-    base = device_bytes(abstract_base)
-    state = device_bytes(abstract_state) + device_bytes(abstract_state["trainable"])
-    layer = 0
+    plain = model.qwen2.execution.attend is causal
+    scores = score_bytes(config, rows, batch["tokens"].shape[1]) if plain else 0
+    found = saved_activations(model, abstract_state["trainable"], abstract_base, batch)
+    for policy, saved in found:
+        layer = layer or saved // config.num_hidden_layers  # without rematerialisation
+        work = max(layer + scores, logit_bytes(config, rows, targets))
+        yield policy, of_update(abstract_state, abstract_base, saved, work)
+
+
+def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) -> Memory:
+    """The memory of an update that saves and works with so many bytes beside its arguments."""
+    return Memory(
+        base=device_bytes(abstract_base),
+        state=device_bytes(abstract_state) + device_bytes(abstract_state["trainable"]),
+        saved=saved,
+        work=work,
+        gathered=gathered_bytes(abstract_base),
+    )
+
+
+def saved_activations(
+    model: AffectGPT, trainable: Any, base: Any, batch: Batch
+) -> Iterator[tuple[str, int]]:
+    """Bytes that a forward pass over an abstract batch saves, under every one of `POLICIES`."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
     for policy in POLICIES:
         # A mesh's constraints say where arrays live, not how many there are.
         saving = _with_execution(model, remat=policy, shard=lambda x, axes: x)
@@ -139,10 +176,66 @@ def estimates(
         def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array, saving=saving) -> Any:
             return loss_sum_and_count(saving, base, trainable, batch, key)
 
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        saved = saved_bytes(loss, abstract_state["trainable"], abstract_base, batch, key)
-        layer = layer or saved // config.num_hidden_layers  # without rematerialisation
-        yield policy, Memory(base, state, saved, work=max(layer, 2 * logits))
+        yield policy, saved_bytes(loss, trainable, base, batch, key)
+
+
+def logit_bytes(config: Qwen2Config, rows: int, targets: int) -> int:
+    """A chunk of float32 logits and its gradient."""
+    return 2 * min(rows * targets, max(rows, LOSS_CHUNK)) * config.vocab_size * 4
+
+
+def score_bytes(config: Qwen2Config, rows: int, length: int) -> int:
+    """Float32 scores, weights and a gradient of one block of queries, as plain XLA holds them."""
+    return 3 * rows * config.num_attention_heads * causal_block(length) * length * 4
+
+
+def gathered_bytes(abstract_base: Any) -> int:
+    """Bytes of frozen weights that fsdp splits, while they are whole."""
+    layers = rest = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_base):
+        shares = [axis if isinstance(axis, tuple) else (axis,) for axis in leaf.sharding.spec]
+        split = [math.prod(leaf.sharding.mesh.shape[a] for a in s if a) for s in shares]
+        if not any("fsdp" in s and n > 1 for s, n in zip(shares, split)):
+            continue
+        others = math.prod(n for s, n in zip(shares, split) if "fsdp" not in s)
+        whole = _nbytes(leaf.shape, leaf.dtype) // others
+        if path_name(path).startswith("layers/"):
+            layers += 2 * whole // leaf.shape[0]
+        elif "lm_head" in abstract_base and path_name(path) == "embed_tokens":
+            pass  # rows of it are looked up where they are
+        else:
+            rest = max(rest, whole)
+    return max(layers, rest)
+
+
+def kernel_stand_in(name: str, samples: int) -> CausalAttention:
+    """Attention that saves what a GPU's kernel saves, for tracing where there is no GPU.
+
+    It adds queries, keys and values in place of attending, so it must never be run.
+
+    Args:
+        name: a backend of `models.attention`; "xla" is itself.
+        samples: that a row has room for. cuDNN's packed layout keeps statistics for each of them
+            and for padding.
+    """
+    if name == "xla":
+        return causal
+    statistics = samples + 1 if name == "cudnn_packed" else 1
+
+    def forward(query, key, value, segment_ids):
+        batch, length, heads, _ = query.shape
+        out = query + jnp.repeat(key + value, heads // key.shape[2], axis=2)
+        softmax = jnp.zeros((batch * statistics, heads, length), jnp.float32)
+        return out, (query, key, value, segment_ids, out, softmax)
+
+    def backward(residuals, grad):
+        key = residuals[1]
+        grouped = grad.reshape(*key.shape[:3], -1, key.shape[3]).sum(axis=3)
+        return grad, grouped, grouped, None
+
+    attend = jax.custom_vjp(lambda *arguments: forward(*arguments)[0])
+    attend.defvjp(forward, backward)
+    return attend
 
 
 def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -36,7 +36,13 @@ PARAMETER_RULES = (
     (r".*", ()),
 )
 # Logical axes of activations, as the models name them.
-_ACTIVATION_AXES = {"batch": BATCH_AXES, "heads": "tensor", "mlp": "tensor", None: None}
+_ACTIVATION_AXES = {
+    "batch": BATCH_AXES,
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocabulary": "tensor",
+    None: None,
+}
 
 
 class MeshError(ValueError):
@@ -90,7 +96,7 @@ def path_name(path) -> str:
     return "/".join(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:
     """A `NamedSharding` for every leaf, by `PARAMETER_RULES`.
 
     The rules match the end of a leaf's path, so they hold for optimizer state as well. A dimension
@@ -113,7 +119,11 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def abstract(mesh: Mesh, init: Callable[[jax.Array], Any]) -> Any:
     """Shapes, dtypes and shardings of what `init(key)` returns, without computing it."""
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    return with_shardings(mesh, jax.eval_shape(init, jax.random.key(0)))
+
+
+def with_shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
+    """A tree of shapes with the shardings that its arrays have on a mesh."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
         shapes,

@@ -1,0 +1,380 @@
+"""What a training run takes, before a node is booked: `python -m affectgpt_jax.plan`.
+
+    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b --device=a100-80g --devices=8 \\
+        --config.batch_size=24
+    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b --config.llm=/models/Qwen3-8B \\
+        --device=a100-40g --devices=8 --config.mesh=fsdp:8 --config.batch_size=24 --json
+
+Compiles the train step of a config for emulated devices, from shapes alone: no weights, no data, no
+GPU. --config.llm is the name of a published model or a directory with a config.json, and
+--config.key=value overrides any key, as in training. Prints for one device the memory of an update
+and what it consists of; FLOPs; what devices send each other; the least time that an update can
+take, and what is to be expected; how that changes from 1 to 512 GPUs; and which layout,
+micro-batch and rematerialisation to take.
+
+Rows are as long as the longest that training may have: config.pack_length, or config.max_tokens
+where a row is one clip. Tokens are places in rows, padding included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from affectgpt_jax import train
+from affectgpt_jax.config import ConfigError, parse_command_line
+from affectgpt_jax.data.packing import CLIP_ROOM, round_up
+from affectgpt_jax.planner import Layout, Planner, Rows
+from affectgpt_jax.training import collectives, memory, sharding
+from affectgpt_jax.training.devices import DEVICES
+from affectgpt_jax.training.roofline import EFFICIENCY, Shape
+from affectgpt_jax.weights.huggingface import WeightsError
+
+# Under `hybrid` labels half of AffectGPT's examples are labels and half descriptions, behind
+# prompts of about 120 tokens: 55 % of their tokens are supervised, and rows have room for more.
+MEAN_CLIP = 255
+SUPERVISED = 0.6
+CURVE = tuple(2**i for i in range(10))
+GIB = 2**30
+
+USER_ERRORS = (ConfigError, WeightsError, sharding.MeshError, collectives.ProgramError)
+
+
+def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
+    """Read the command line: flags of the plan, and those that training has.
+
+    Raises:
+        ConfigError: as `parse_command_line`.
+        SystemExit: after the help, or for a wrong flag of the plan.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m affectgpt_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--device", choices=DEVICES, default="a100-80g", help="default: a100-80g")
+    add("--devices", type=_positive, default=8, metavar="N", help="how many; default: 8")
+    add("--length", type=_positive, metavar="TOKENS", help="of a row; default: the longest")
+    add(
+        "--targets",
+        type=_positive,
+        metavar="TOKENS",
+        help=f"supervised ones of a row; default: {SUPERVISED:.0%} of it",
+    )
+    add(
+        "--efficiency",
+        type=_share,
+        default=EFFICIENCY,
+        metavar="SHARE",
+        help=f"of the device's peaks, to expect; default: {EFFICIENCY}",
+    )
+    add("--json", action="store_true", help="print the plan as JSON")
+    arguments, rest = parser.parse_known_args(argv)
+    config, _ = parse_command_line(rest, __doc__)
+    return arguments, config
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share over 0 and up to 1")
+    return share
+
+
+def rows_of(config: ConfigDict, length: int | None, targets: int | None) -> Rows:
+    """The shape of the longest rows of a config, or of those that are asked for.
+
+    Raises:
+        ConfigError: more supervised tokens than tokens.
+    """
+    length = length or config.pack_length or config.max_tokens
+    targets = targets or int(round_up(int(SUPERVISED * length)))
+    if targets > length:
+        raise ConfigError(f"--targets={targets} are more than the {length} tokens of a row")
+    clips = max(1, round(CLIP_ROOM * length / MEAN_CLIP)) if config.pack_length else 1
+    return Rows(length, targets, clips)
+
+
+def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The plan of a config, of plain values in bytes, seconds and FLOPs.
+
+    Args:
+        config: as training reads it.
+        arguments: of `parse_arguments`; there must be as many emulated devices.
+
+    Raises:
+        ConfigError, WeightsError, MeshError: what training would refuse as well.
+        ProgramError: XLA's program cannot be read.
+    """
+    device = DEVICES[arguments.device]
+    rows = rows_of(config, arguments.length, arguments.targets)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
+    train.check_rows(config, mesh)
+    planner = Planner(config, device, rows, arguments.efficiency)
+    shape, parts = Shape(**mesh.shape), config.accumulation
+    on_device = config.batch_size // (parts * shape.data * shape.fsdp)
+    remat = planner.layout(shape, parts, on_device, config.remat).remat
+    compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
+    asked = planner.layout(shape, parts, on_device, remat, sent)
+    state, base = planner.abstract(shape)
+    flops = planner.flops()
+    best = planner.recommend(mesh.size, config.batch_size, shape.tensor)
+    attention = planner.attention(shape.tensor)
+    tokens = config.batch_size * rows.length
+    return {
+        "config": {
+            "llm": config.llm,
+            "lora_rank": config.lora.rank,
+            "input": config.input,
+            "dtype": config.dtype,
+            "base_precision": config.base_precision,
+            "batch_size": config.batch_size,
+            "steps": config.steps,
+        },
+        "device": device._asdict(),
+        "rows": rows._asdict(),
+        "attention": {"name": attention.name, "reason": attention.reason},
+        "parameters": {
+            "base": train.count(base),
+            "lora": train.count(state["trainable"]["lora"]),
+            "fusion": train.count(state["trainable"]["fusion"]),
+        },
+        "arguments": {
+            "base": memory.device_bytes(base),
+            "trainable": memory.device_bytes(state["trainable"]),
+            "optimizer": memory.device_bytes(state["opt_state"]),
+            "compiled": compiled.memory_analysis().argument_size_in_bytes,
+        },
+        "efficiency": arguments.efficiency,
+        "usable": int(memory.USABLE * planner.limit),
+        "most_rows": {p: planner.most_rows(shape, p) for p in memory.POLICIES},
+        "flops": {
+            **{f"row_{name}": value for name, value in flops._asdict().items()},
+            "step": config.batch_size * flops.total,
+            "token": flops.total / rows.length,
+        },
+        "collectives": [c._asdict() for c in sent],
+        "layout": _summary(asked, tokens),
+        "curve": [
+            _summary(layout, layout.batch_size * rows.length)
+            for layout in planner.curve(asked, CURVE, config.remat)
+        ],
+        "recommended": best and _summary(best, tokens) | {"reason": reason(planner, best)},
+    }
+
+
+def _summary(layout: Layout, tokens: int) -> dict[str, Any]:
+    time = layout.time
+    return {
+        "mesh": layout.shape._asdict(),
+        "devices": layout.shape.data * layout.shape.fsdp * layout.shape.tensor,
+        "accumulation": layout.parts,
+        "rows": layout.rows,
+        "remat": layout.remat,
+        "flags": layout.flags,
+        "memory": layout.memory._asdict() | {"total": layout.memory.total},
+        "fits": layout.fits,
+        "seconds": {
+            "compute": time.compute,
+            "memory": time.memory,
+            "network": time.network,
+            "floor": time.floor,
+            "expected": time.expected,
+        },
+        "tokens_per_s": tokens / time.expected,
+        "tokens_per_s_at_most": tokens / time.floor,
+    }
+
+
+def reason(planner: Planner, best: Layout) -> str:
+    """Why a layout is recommended, in a few clauses."""
+    usable = memory.USABLE * planner.limit
+
+    def needs(layout: Layout) -> str:
+        return f"{layout.memory.total / GIB:.1f} of {usable / GIB:.1f} GiB"
+
+    clauses = []
+    shares = best.shape.data * best.shape.fsdp
+    if best.shape.fsdp == 1:
+        clauses.append("the base fits whole beside the activations")
+        if shares > 1:
+            clauses[0] += ", so devices send each other gradients alone"
+    else:
+        whole = planner.layout(Shape(shares, 1, best.shape.tensor), best.parts, best.rows)
+        clauses.append(
+            f"with the base whole on every device it would be {_against(whole, best, needs)}"
+        )
+    if best.parts > 1:
+        together = planner.layout(best.shape, 1, best.rows * best.parts)
+        clauses.append(f"the batch in one part would be {_against(together, best, needs)}")
+    if best.remat != "none":
+        lighter = memory.POLICIES[memory.POLICIES.index(best.remat) - 1]
+        other = planner.layout(best.shape, best.parts, best.rows, lighter)
+        clauses.append(f"remat {lighter} would take {needs(other)}")
+    else:
+        clauses.append(f"nothing has to be computed again ({needs(best)})")
+    return "; ".join(clauses)
+
+
+def _against(other: Layout, best: Layout, needs: Callable[[Layout], str]) -> str:
+    if not other.fits:
+        return f"too large ({needs(other)})"
+    return f"slower by {other.time.expected / best.time.expected - 1:.0%} (remat {other.remat})"
+
+
+def report(plan: dict[str, Any]) -> str:
+    """A plan for people."""
+    return "\n".join(_lines(plan))
+
+
+def _lines(plan: dict[str, Any]) -> Iterator[str]:
+    config, rows, layout = plan["config"], plan["rows"], plan["layout"]
+    count, seconds = layout["devices"], layout["seconds"]
+    parameters, flops, needed = plan["parameters"], plan["flops"], layout["memory"]
+    base = config["base_precision"] or config["dtype"]
+    adapters = f"LoRA rank {config['lora_rank']}" if config["lora_rank"] else "no LoRA"
+    yield f"{config['llm']} in {base}, {adapters}, input {config['input']}"
+    yield (
+        f"{count} x {plan['device']['name']}, mesh {_mesh(layout['mesh'])}, remat "
+        f"{layout['remat']}, attention {plan['attention']['name']} ({plan['attention']['reason']})"
+    )
+    yield (
+        f"an update: {config['batch_size']} rows of {rows['length']:,} tokens "
+        f"({rows['targets']:,} supervised), {layout['rows']} on a device at a time"
+        + (f", in {layout['accumulation']} parts" if layout["accumulation"] > 1 else "")
+    )
+    yield ""
+    yield "memory of one device                  GiB"
+    exact, gradient = plan["arguments"], plan["arguments"]["trainable"]
+    for name, size, note in (
+        ("frozen base", exact["base"], f"exact; {parameters['base']:,} parameters in all"),
+        (
+            "trained parameters",
+            exact["trainable"],
+            f"exact; {parameters['lora']:,} in LoRA, {parameters['fusion']:,} in heads and fusion",
+        ),
+        ("optimizer state", exact["optimizer"], "exact"),
+        ("gradients", gradient, ""),
+        ("saved activations", needed["saved"], "of the traced program"),
+        ("work of a moment", needed["work"], "a layer's backward pass, or logits"),
+        ("weights brought together", needed["gathered"], "by fsdp, for a layer and the next"),
+    ):
+        if size:
+            yield f"  {name:<32} {size / GIB:6.2f}  {note}".rstrip()
+    verdict = "fits" if layout["fits"] else "DOES NOT FIT"
+    yield (
+        f"  {'peak':<32} {needed['total'] / GIB:6.2f}  {verdict}: "
+        f"{plan['usable'] / GIB:.1f} of {plan['device']['memory'] / GIB:.1f} GiB are usable"
+    )
+    yield (
+        f"  the compiled step's arguments take {exact['compiled'] / GIB:.2f} GiB; room for rows: "
+        + ", ".join(f"{n} with remat {p}" for p, n in plan["most_rows"].items())
+    )
+    yield ""
+    yield (
+        f"FLOPs: {flops['step'] / 1e12:,.1f} T an update, {flops['token'] / 1e9:.1f} G a token "
+        "(model FLOPs, without what is computed again)"
+    )
+    yield ""
+    if plan["collectives"]:
+        yield "sent in an update, before the GPU compiler combines them"
+        for c in plan["collectives"]:
+            if c["bytes"] >= 1e6:
+                yield (
+                    f"  {c['kind']:<18} over {'+'.join(c['axes']):<12} {c['count']:6,} operations "
+                    f"{c['bytes'] / 1e9:9.3f} GB"
+                )
+        small = [c for c in plan["collectives"] if c["bytes"] < 1e6]
+        if small:
+            number, size = (sum(c[key] for c in small) for key in ("count", "bytes"))
+            yield f"  {number:,} smaller ones, {size / 1e6:.3f} MB together"
+    else:
+        yield "nothing is sent: one device"
+    yield ""
+    yield (
+        f"an update takes at least {_ms(seconds['floor'])} (products {_ms(seconds['compute'])}, "
+        f"memory {_ms(seconds['memory'])}, network {_ms(seconds['network'])}, all at once and at "
+        "the makers' peaks)"
+    )
+    yield (
+        f"expected: {_ms(seconds['expected'])}, {layout['tokens_per_s']:,.0f} tokens/s, "
+        f"{config['batch_size'] / seconds['expected']:,.1f} rows/s (with the device at "
+        f"{plan['efficiency']:.0%} of its peaks and the network after it; at most "
+        f"{layout['tokens_per_s_at_most']:,.0f} tokens/s)"
+    )
+    hours = config["steps"] * seconds["expected"] / 3600
+    yield (
+        f"{config['steps']:,} updates of such rows: {hours:,.1f} h, {count * hours:,.0f} GPU hours"
+    )
+    yield ""
+    yield "the same rows on every device, more or fewer of them (latency and stragglers left out)"
+    yield (
+        "  GPUs  mesh                       remat  peak GiB  products   memory  network  "
+        "expected    tokens/s  a GPU"
+    )
+    first = plan["curve"][0]["tokens_per_s"] / plan["curve"][0]["devices"]
+    for point in plan["curve"]:
+        at, rate = point["seconds"], point["tokens_per_s"]
+        yield (
+            f"  {point['devices']:4}  {_mesh(point['mesh']):<25}  {point['remat']:<5} "
+            f"{point['memory']['total'] / GIB:9.1f} {_ms(at['compute']):>9} {_ms(at['memory']):>8} "
+            f"{_ms(at['network']):>8} {_ms(at['expected']):>9} {rate:11,.0f} "
+            f"{rate / point['devices'] / first:6.0%}" + ("" if point["fits"] else "  does not fit")
+        )
+    yield ""
+    best = plan["recommended"]
+    if best is None:
+        yield (
+            "recommended: nothing fits; take more devices, shorter rows, or "
+            "--config.base_precision=nf4"
+        )
+        return
+    yield f"recommended: {best['flags']}"
+    yield f"  {best['reason']}; rows on a device at a time: {best['rows']}"
+    yield f"  expected {_ms(best['seconds']['expected'])}, {best['tokens_per_s']:,.0f} tokens/s"
+
+
+def _mesh(mesh: dict[str, int]) -> str:
+    return ",".join(f"{axis}:{size}" for axis, size in mesh.items() if size > 1) or "data:1"
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:,.{0 if seconds >= 0.1 else 1}f} ms"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    try:
+        arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        # The devices are emulated, and their number is fixed once JAX has started.
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", arguments.devices)
+        plan = make_plan(config, arguments)
+        print(json.dumps(plan, indent=2) if arguments.json else report(plan), flush=True)
+    except USER_ERRORS as error:
+        raise SystemExit(f"error: {error}") from None
+    except BrokenPipeError:  # whoever read the output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""What an update of a config takes on devices that are not here: memory, time, layouts.
+
+The real model and optimizer, traced and compiled from shapes alone. Only attention is replaced by
+what its kernel on the planned device would save (`memory.kernel_stand_in`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build, train
+from affectgpt_jax.config import ConfigError
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base
+from affectgpt_jax.models.attention import Choice, causal, choose
+from affectgpt_jax.models.flops import Flops, train_flops
+from affectgpt_jax.training import memory, roofline, sharding
+from affectgpt_jax.training.collectives import Collective
+from affectgpt_jax.training.devices import Device
+from affectgpt_jax.training.memory import Memory
+from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from affectgpt_jax.training.roofline import Shape, Sizes, StepTime
+from affectgpt_jax.training.step import State, init_state, make_train_step
+
+FRAMES = 8  # of a clip's features, as the extractors make them
+# Layouts whose times differ by less count as equal, and the simpler one is better.
+SAME_TIME = 1.01
+
+
+class Rows(NamedTuple):
+    """The static shape of a row: tokens, those of them that may be supervised, clips."""
+
+    length: int
+    targets: int
+    clips: int
+
+
+class Layout(NamedTuple):
+    """One way to run an update, and what it takes.
+
+    Attributes:
+        shape: of the mesh.
+        parts: of a batch, run one after the other (`config.accumulation`).
+        rows: that a device runs at a time.
+        remat: the rematerialisation policy.
+        memory: of a device.
+        fits: whether it does.
+        time: of an update.
+    """
+
+    shape: Shape
+    parts: int
+    rows: int
+    remat: str
+    memory: Memory
+    fits: bool
+    time: StepTime
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows * self.parts * self.shape.data * self.shape.fsdp
+
+    @property
+    def flags(self) -> str:
+        """As training is told."""
+        axes = [f"{axis}:{size}" for axis, size in self.shape._asdict().items() if size > 1]
+        flags = f"--config.mesh={','.join(axes) or 'data:1'} --config.remat={self.remat}"
+        return flags + (f" --config.accumulation={self.parts}" if self.parts > 1 else "")
+
+
+class Planner:
+    """The abstract update of a config on one kind of device.
+
+    Args:
+        config: as training reads it.
+        device: the GPU to plan for.
+        rows: the shape of every row.
+        efficiency: share of the device's peaks to expect.
+
+    Raises:
+        ConfigError: values that cannot be run.
+        WeightsError: a base that the decoder does not compute.
+    """
+
+    def __init__(self, config: ConfigDict, device: Device, rows: Rows, efficiency: float):
+        self.config, self.device, self.rows = config, device, rows
+        self.llm = build.base_config(config.llm)
+        self._efficiency = efficiency
+        self._optimizer_config = build.optimizer_config(config)
+        self._optimizer = make_optimizer(self._optimizer_config, config.steps)
+        self.model = build.model(config, self.llm, attend=causal)
+        # JAX takes this share of a GPU (xla_options), and programs are planned for a share of that.
+        self.limit = int(0.9 * device.memory)
+        self._shapes = tuple(
+            jax.eval_shape(init, jax.random.key(0))
+            for init in (
+                lambda key: init_state(self.model, self._optimizer, key),
+                lambda key: init_random_base(self.model, key),
+            )
+        )
+        self.abstract = functools.cache(self._abstract)
+        self._saved = functools.cache(self._saved_by_a_row)
+
+    def attention(self, tensor: int) -> Choice:
+        """The backend that training would choose on the device.
+
+        Args:
+            tensor: devices that share the heads.
+
+        Raises:
+            ConfigError: `config.attention` names one that cannot be used.
+        """
+        llm, config = self.llm, self.config
+        where = ("cuda", self.device.compute_capability, llm.head_dim, config.dtype)
+        try:
+            return choose(
+                config.attention,
+                *where,
+                config.pack_length > 0,
+                kv_heads_split=build.kv_heads_split(llm, tensor),
+            )
+        except ValueError as error:
+            raise ConfigError(f"config.{error}; config.attention=auto takes what can") from None
+
+    def _abstract(self, shape: Shape) -> tuple[State, Any]:
+        """Shapes and shardings of state and base on a mesh of this shape."""
+        mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
+        return self.on(mesh)
+
+    def on(self, mesh: Mesh | AbstractMesh) -> tuple[State, Any]:
+        """Shapes and shardings of state and base."""
+        state, base = (sharding.with_shardings(mesh, shapes) for shapes in self._shapes)
+        return state, base
+
+    def batch(self, rows: int) -> Batch:
+        """An abstract batch of so many rows (layout: `models.affectgpt`)."""
+        length, targets, clips = self.rows
+        fusion = self.model.fusion and self.model.fusion.config
+        names = fusion.inputs if fusion else ()
+
+        def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, *sizes), dtype)
+
+        return {
+            **dict.fromkeys(("tokens", "positions", "segment_ids", "soft_index"), shape(length)),
+            **dict.fromkeys(("target_positions", "targets"), shape(targets)),
+            "target_weights": shape(targets, dtype=jnp.float32),
+            "features": {
+                name: shape(clips, FRAMES, fusion.feature_width(name), dtype=jnp.float16)
+                for name in names
+            },
+            "present": {name: shape(clips, dtype=bool) for name in names},
+        }
+
+    def _traceable(self, model: AffectGPT, backend: str) -> AffectGPT:
+        stand_in = memory.kernel_stand_in(backend, self.rows.clips)
+        return memory.with_attention(model, stand_in)
+
+    def _saved_by_a_row(self, backend: str) -> dict[str, int]:
+        """Bytes that one row saves, by policy; several save as many times that."""
+        state, base = self.abstract(Shape(1, 1, 1))
+        model = self._traceable(self.model, backend)
+        found = memory.saved_activations(model, state["trainable"], base, self.batch(1))
+        return dict(found)
+
+    def memory(self, shape: Shape, rows: int, remat: str) -> Memory:
+        """What an update takes on a device that runs so many rows at a time."""
+        state, base = self.abstract(shape)
+        backend, length, targets = self.attention(shape.tensor).name, *self.rows[:2]
+        saved = self._saved(backend)
+        layer = rows * saved["none"] // self.llm.num_hidden_layers
+        if backend == "xla":
+            layer += memory.score_bytes(self.llm, rows, length)
+        work = max(layer, memory.logit_bytes(self.llm, rows, targets))
+        return memory.of_update(state, base, rows * saved[remat], work)
+
+    def fits(self, needed: Memory) -> bool:
+        return needed.total <= memory.USABLE * self.limit
+
+    def flops(self) -> Flops:
+        """Of one row, forward and backward; a packed row is counted as a single sample."""
+        return train_flops(self.llm, self.model.qwen2.lora, self.rows.length, self.rows.targets)
+
+    def sizes(self, rows: int, parts: int) -> Sizes:
+        """What an update's collectives follow from."""
+        state, base = self.abstract(Shape(1, 1, 1))
+        itemsize = jnp.dtype(self.config.dtype).itemsize
+        kernels = [part["kernel"] for part in base["layers"].values() if "kernel" in part]
+        return Sizes(
+            layers=train.nbytes(kernels),
+            vocabulary=train.nbytes(base.get("lm_head", base["embed_tokens"])),
+            adapters=train.count(state["trainable"]["lora"]) * itemsize,
+            fusion=train.nbytes(state["trainable"]["fusion"]),
+            hidden=rows * self.rows.length * self.llm.hidden_size * itemsize,
+            num_layers=self.llm.num_hidden_layers,
+            parts=parts,
+        )
+
+    def layout(
+        self,
+        shape: Shape,
+        parts: int,
+        rows: int,
+        remat: str = "auto",
+        sent: Sequence[Collective] | None = None,
+    ) -> Layout:
+        """What one way to run an update takes.
+
+        Args:
+            shape: of the mesh.
+            parts: of a batch.
+            rows: that a device runs at a time.
+            remat: the policy; "auto" is the first that fits, or the last one.
+            sent: the collectives of an update; those of the formulas if None.
+        """
+        if remat == "auto":
+            fitting = (p for p in memory.POLICIES if self.fits(self.memory(shape, rows, p)))
+            remat = next(fitting, memory.POLICIES[-1])
+        needed = self.memory(shape, rows, remat)
+        # What is not saved is written and read all the same when it is computed again.
+        everything = rows * self._saved(self.attention(shape.tensor).name)["none"]
+        activations = everything + (needed.saved if remat != "none" else 0)
+        if sent is None:
+            sent = roofline.model_collectives(self.sizes(rows, parts), shape, remat)
+        executed = parts * rows * roofline.executed_flops(self.flops(), remat) / shape.tensor
+        # float32 products run as TF32, at half of bfloat16's rate on all of these devices.
+        peak = self.device.flops / (2 if self.config.dtype == "float32" else 1)
+        traffic = roofline.memory_traffic(
+            self.llm,
+            weights=needed.base * shape.fsdp,
+            gathered=shape.fsdp > 1,
+            state=needed.state,
+            activations=parts * activations,
+            targets=parts * rows * self.rows.targets,
+            passes=parts * (3 if remat == "full" else 2),
+        )
+        time = StepTime(
+            compute=executed / peak,
+            memory=traffic / self.device.hbm,
+            network=roofline.network_time(sent, shape, self.device),
+            efficiency=self._efficiency,
+        )
+        return Layout(shape, parts, rows, remat, needed, self.fits(needed), time)
+
+    def lower(self, mesh: Mesh, remat: str) -> Any:
+        """The real train step, lowered for a mesh of emulated devices."""
+        config = self.config
+        shard = sharding.activation_constraint(mesh)
+        model = build.model(config, self.llm, shard, causal)
+        model = self._traceable(model, self.attention(mesh.shape["tensor"]).name)
+        step = make_train_step(
+            memory.with_remat(model, remat),
+            self._optimizer,
+            learning_rate_schedule(self._optimizer_config, config.steps),
+            seed=config.seed,
+            accumulation=config.accumulation,
+        )
+        batch = sharding.abstract_batch(mesh, self.batch(config.batch_size))
+        return train.lower_step(step, mesh, *self.on(mesh), batch)
+
+    def curve(self, asked: Layout, counts: Sequence[int], remat: str) -> list[Layout]:
+        """The same rows on each of more or fewer devices, under a policy or "auto".
+
+        More devices make the data axis longer, fewer the others shorter. A number that the layout
+        cannot use is left out.
+        """
+        found = []
+        for count in counts:
+            tensor = min(asked.shape.tensor, count)
+            fsdp = min(asked.shape.fsdp, count // tensor)
+            if count % (tensor * fsdp) == 0:
+                shape = Shape(count // (tensor * fsdp), fsdp, tensor)
+                found.append(self.layout(shape, asked.parts, asked.rows, remat))
+        return found
+
+    def candidates(self, devices: int, batch_size: int, tensor: int) -> Iterator[Layout]:
+        """Ways to run a batch on so many devices, the simplest first.
+
+        Args:
+            devices: of the mesh.
+            batch_size: rows of an update.
+            tensor: also tried beside 1.
+        """
+        for shape in _shapes(devices, tensor):
+            shares = shape.data * shape.fsdp
+            for parts in range(1, batch_size // shares + 1):
+                if batch_size % (shares * parts) == 0:
+                    rows = batch_size // (shares * parts)
+                    for remat in memory.POLICIES:
+                        yield self.layout(shape, parts, rows, remat)
+
+    def recommend(self, devices: int, batch_size: int, tensor: int) -> Layout | None:
+        """The fastest way that fits, the simplest of those that are as fast; None if none fits."""
+        fitting = [c for c in self.candidates(devices, batch_size, tensor) if c.fits]
+        if not fitting:
+            return None
+        fastest = min(layout.time.expected for layout in fitting)
+        return next(c for c in fitting if c.time.expected <= SAME_TIME * fastest)
+
+    def most_rows(self, shape: Shape, remat: str) -> int:
+        """Rows that a device has room for at a time; 0 if not even one."""
+        fewest, most = 0, 1
+        while self.fits(self.memory(shape, most, remat)):
+            fewest, most = most, 2 * most
+        while most - fewest > 1:
+            middle = (fewest + most) // 2
+            if self.fits(self.memory(shape, middle, remat)):
+                fewest = middle
+            else:
+                most = middle
+        return fewest
+
+
+def _shapes(devices: int, tensor: int) -> Iterator[Shape]:
+    for split in sorted({1, tensor}):
+        fsdp = 1
+        while devices % (split * fsdp) == 0:
+            yield Shape(devices // (split * fsdp), fsdp, split)
+            fsdp *= 2
