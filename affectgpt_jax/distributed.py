@@ -1,0 +1,448 @@
+"""Several processes as one run: how they find each other, and what they tell each other.
+
+A run has as many processes as its launcher starts: `srun`, `mpirun`, or one command a process with
+`--coordinator=HOST:PORT --process=I --processes=N`. Before JAX starts, process 0 listens at the
+coordinator's address and calls the roll, so that a process that is missing, or was started with
+another config, is a sentence that names it. These connections stay open beside JAX's collectives:
+over them process 0 hands out what it alone decides, and each process learns at once when another
+one has failed or gone, where a collective would wait for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import re
+import socket
+import sys
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self, TypeVar
+
+import jax
+from absl import flags
+
+Value = TypeVar("Value")
+
+
+class LaunchError(RuntimeError):
+    """Processes that do not come together as one run."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """Where a process stands among those of its run.
+
+    Attributes:
+        coordinator: "HOST:PORT", where process 0 listens.
+        process, processes: its number, from 0, and how many there are.
+        local: its number among the processes of its machine; None where it has the machine, or the
+            devices that it sees, to itself.
+    """
+
+    coordinator: str
+    process: int
+    processes: int
+    local: int | None = None
+
+
+# --- how a process was launched -------------------------------------------------------------------
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Add the flags of a run of several processes to a command's."""
+    flags.DEFINE_string(
+        "coordinator", "", "HOST:PORT of process 0, where all can reach it", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "process", None, "number of this process, from 0; SLURM and MPI know it", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "processes", None, "how many there are; SLURM and MPI know it", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "join_timeout", 300, "s to wait for all processes at the start", flag_values=values
+    )
+
+
+def find_launch(values: flags.FlagValues, environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """How this process was launched: by flags, else as SLURM or Open MPI say; None if alone.
+
+    Raises:
+        LaunchError: flags that are incomplete or out of range, or no address of process 0.
+    """
+    given = values.process is not None or values.processes is not None
+    if given:
+        if values.process is None or values.processes is None or not values.coordinator:
+            raise LaunchError(
+                "--coordinator=HOST:PORT, --process=I and --processes=N belong together; name all "
+                "three, or none under srun or mpirun"
+            )
+        launch = Launch(values.coordinator, values.process, values.processes)
+    else:
+        found = _slurm(environ) or _open_mpi(environ)
+        if found is None:
+            if values.coordinator:
+                raise LaunchError(
+                    f"--coordinator={values.coordinator} is given, but neither --process and "
+                    "--processes nor SLURM or Open MPI say which process this is"
+                )
+            return None
+        launch = dataclasses.replace(found, coordinator=values.coordinator or found.coordinator)
+    if not 0 <= launch.process < launch.processes:
+        raise LaunchError(
+            f"--process={launch.process} of --processes={launch.processes}; expected 0 to "
+            f"{launch.processes - 1}"
+        )
+    if launch.processes == 1:
+        return None
+    if not re.fullmatch(r"\S+:\d+", launch.coordinator):
+        raise LaunchError(
+            f"the coordinator {launch.coordinator!r} is not HOST:PORT; name the host of process 0 "
+            "and a free port there, as --coordinator=node001:5123"
+        )
+    return launch
+
+
+def _slurm(environ: Mapping[str, str]) -> Launch | None:
+    """What `srun` tells each task. Only a step has these: a batch script around it is alone."""
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
+    if any(name not in environ for name in names):
+        return None
+    tasks, process, nodes, job = (environ[name] for name in names)
+    # "node001", "node001,node007", "node[001-004,009],other3"
+    prefix, number = re.match(r"([^,\[]*)(?:\[(\w+))?", nodes).groups()
+    step = environ.get("SLURM_STEP_ID", "0")
+    return Launch(
+        f"{prefix}{number or ''}:{_port(f'{job}.{step}')}",
+        int(process),
+        int(tasks),
+        _local(environ, environ.get("SLURM_LOCALID"), environ.get("SLURM_STEP_TASKS_PER_NODE")),
+    )
+
+
+def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
+    """What `mpirun` tells each process; of several machines, versions before 5 name the first."""
+    names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
+    if any(name not in environ for name in names):
+        return None
+    size, rank = (environ[name] for name in names)
+    uri = environ.get("OMPI_MCA_orte_hnp_uri", "")
+    neighbours = environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    # "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
+    found = re.search(r"tcp://([^,:]+)", uri)
+    host = "127.0.0.1" if neighbours == size else found[1] if found else ""
+    port = _port(environ.get("PMIX_NAMESPACE") or uri)
+    return Launch(
+        f"{host}:{port}" if host else "",
+        int(rank),
+        int(size),
+        _local(environ, environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), neighbours),
+    )
+
+
+def _port(job: str) -> int:
+    """A port that all processes of a job derive from its name, above those for other services."""
+    return 61440 + zlib.crc32(job.encode()) % 4096
+
+
+def _local(environ: Mapping[str, str], number: str | None, neighbours: str | None) -> int | None:
+    """Which of a machine's devices a process takes; None for all that it sees.
+
+    Launchers that bind devices to processes show each its own alone.
+    """
+    bound = "," not in environ.get("CUDA_VISIBLE_DEVICES", ",")
+    alone = neighbours is None or re.match(r"1(\(x\d+\))?$", neighbours)
+    return None if number is None or alone or bound else int(number)
+
+
+# --- the processes of a run -----------------------------------------------------------------------
+
+
+class Fleet:
+    """The processes of a run, as one of them sees the others. A run of one has no others.
+
+    Attributes:
+        process, processes: as in `Launch`.
+        chief: whether this is process 0, which alone writes.
+    """
+
+    def __init__(self, process: int = 0, processes: int = 1):
+        self.process, self.processes = process, processes
+        self.chief = process == 0
+        self._links: dict[int, _Link] = {}
+        self._ending = threading.Lock()
+
+    def from_chief(self, compute: Callable[[], Value]) -> Value:
+        """What `compute()` gives on process 0, a JSON value, on every process.
+
+        Only process 0 calls it; where it raises there, `fail` ends the others.
+        """
+        if not self.chief:
+            return self._links[0].receive()
+        value = compute()
+        for link in self._links.values():
+            link.send(value)
+        return value
+
+    def chief_first(self, compute: Callable[[], Value]) -> Value:
+        """What `compute()` gives on each process, on the others after process 0 is done with it:
+        for what finds there what it would have to write."""
+        if self.chief:
+            value = compute()
+            self.from_chief(lambda: None)
+            return value
+        self.from_chief(lambda: None)
+        return compute()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON values of all processes, in their order, on process 0; empty on the others."""
+        if not self.chief:
+            self._links[0].send(value)
+            return []
+        return [value, *(self._links[i].receive() for i in range(1, self.processes))]
+
+    def meet(self) -> None:
+        """Go on when all have come here."""
+        self.gather(None)
+        self.from_chief(lambda: None)
+
+    def require_same(self, facts: Mapping[str, str]) -> None:
+        """Refuse a run whose processes differ in one of these.
+
+        Raises:
+            LaunchError: on process 0, naming process and fact.
+        """
+        for number, theirs in enumerate(self.gather(dict(facts))):
+            for name in sorted(facts.keys() | theirs.keys()):
+                if facts.get(name) != theirs.get(name):
+                    raise LaunchError(
+                        f"process {number} on {self._links[number].host} has {name}="
+                        f"{theirs.get(name)}, but process 0 has {facts.get(name)}; start all "
+                        "processes with the same command, code and files"
+                    )
+        self.from_chief(lambda: None)
+
+    def fail(self, sentence: str) -> None:
+        """Tell the others that this process ends, and why; they end with it."""
+        for link in self._links.values():
+            link.send(sentence, kind="failed")
+
+    def close(self) -> None:
+        """Part from the others, who go on with what is left to do."""
+        for link in self._links.values():
+            link.send(None, kind="bye")
+
+    def _watch(self, number: int, link: _Link) -> None:
+        """Follow a link in a thread, and end this process when the other one fails or is gone."""
+
+        def follow() -> None:
+            sentence = link.read()
+            if sentence is not None:
+                self._end(number, f"process {number} on {link.host} {sentence}")
+
+        self._links[number] = link
+        threading.Thread(target=follow, name=f"link to process {number}", daemon=True).start()
+
+    def _end(self, source: int, sentence: str) -> None:
+        with self._ending:  # held until the end: the first sentence is the one that counts
+            for number, link in self._links.items():
+                if number != source:
+                    link.send(sentence, kind="relayed")
+            print(
+                f"error: process {self.process} of {self.processes} stops, since {sentence}; the "
+                "same command resumes from the newest checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            # The main thread may be inside a collective that never ends.
+            os._exit(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: Any, trace: object) -> None:
+        if kind is None or issubclass(kind, SystemExit):
+            self.close()
+        else:
+            self.fail((str(error).splitlines() or [kind.__name__])[0])
+
+
+class _Link:
+    """A connection to another process: JSON messages, one a line."""
+
+    def __init__(self, connection: socket.socket, host: str = ""):
+        # A machine that is lost sends no farewell; without these its silence would last for hours.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        self.host = host
+        self._connection = connection
+        self._lines = connection.makefile("r", encoding="utf-8")
+        self._values: queue.Queue = queue.Queue()
+        self._sending = threading.Lock()
+
+    def hello(self, timeout_s: float = 5.0) -> dict[str, Any] | None:
+        """Who connects; None if it is no process of a run, such as a scanner of ports."""
+        self._connection.settimeout(timeout_s)
+        try:
+            kind, value = json.loads(self._lines.readline(2**16))
+            known = kind == "hello" and {"process", "processes", "host"} <= value.keys()
+        except (OSError, ValueError, TypeError, AttributeError):
+            known = False
+        self._connection.settimeout(None)
+        return value if known else None
+
+    def close(self) -> None:
+        self._lines.close()
+        self._connection.close()
+
+    def send(self, value: Any, kind: str = "value") -> None:
+        # Where the other side is gone, whoever reads from it will say so.
+        with self._sending, contextlib.suppress(OSError):
+            self._connection.sendall(json.dumps([kind, value]).encode() + b"\n")
+
+    def receive(self) -> Any:
+        """The next value; waits for it."""
+        return self._values.get()
+
+    def read(self) -> str | None:
+        """Take in messages until the other side leaves; why it did, None for a farewell."""
+        with contextlib.suppress(OSError, ValueError):
+            for line in self._lines:
+                kind, value = json.loads(line)
+                if kind == "value":
+                    self._values.put(value)
+                elif kind == "bye":
+                    return None
+                else:
+                    return f"failed: {value}" if kind == "failed" else f"reports that {value}"
+        return "is gone without a word (killed, out of memory, or its machine lost)"
+
+
+@contextlib.contextmanager
+def join(
+    launch: Launch | None, facts: Mapping[str, str], timeout_s: float, say: Callable[[str], None]
+) -> Iterator[Fleet]:
+    """Bring the processes of a run together and start JAX on all of them.
+
+    Args:
+        launch: of this process; None for a run of one, which needs none of this.
+        facts: what has to be the same in all processes.
+        timeout_s: to wait for all of them.
+        say: told the roll, on process 0.
+
+    Raises:
+        LaunchError: processes that do not come in time, come twice, or differ; the message names
+            them.
+    """
+    if launch is None:
+        yield Fleet()
+        return
+    deadline = time.monotonic() + timeout_s
+    host, port = launch.coordinator.rsplit(":", 1)
+    fleet = Fleet(launch.process, launch.processes)
+    meet = _call_the_roll if fleet.chief else _report
+    for number, link in meet(launch, host, int(port), deadline).items():
+        fleet._watch(number, link)
+    with fleet:
+        fleet.require_same(facts)
+        service = fleet.from_chief(_free_port)
+        jax.distributed.initialize(
+            f"{host}:{service}",
+            launch.processes,
+            launch.process,
+            local_device_ids=launch.local,
+            cluster_detection_method="deactivate",
+            initialization_timeout=max(1, int(deadline - time.monotonic())),
+            # Later than the links: these say more, and JAX can only abort.
+            heartbeat_timeout_seconds=150,
+            shutdown_timeout_seconds=60,
+        )
+        devices = jax.local_devices()
+        here = f"{socket.gethostname()} (pid {os.getpid()}): {len(devices)} x "
+        for number, line in enumerate(fleet.gather(here + devices[0].device_kind)):
+            say(f"process {number} of {fleet.processes} on {line}")
+        yield fleet
+
+
+def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dict[int, _Link]:
+    """Process 0: links to all the others."""
+    loopback = host in ("localhost", "127.0.0.1")
+    try:
+        # Not the host's own address: its name may mean another one here than elsewhere.
+        server = socket.create_server(("127.0.0.1" if loopback else "", port), backlog=1024)
+    except OSError as error:
+        raise LaunchError(
+            f"process 0 cannot listen at {launch.coordinator}: {error.strerror or error}; name a "
+            "free port with --coordinator=HOST:PORT"
+        ) from None
+    links: dict[int, _Link] = {}
+
+    def refuse(sentence: str) -> LaunchError:
+        for link in links.values():
+            link.send(sentence, kind="failed")
+        return LaunchError(sentence)
+
+    with server:
+        while missing := sorted(set(range(1, launch.processes)) - links.keys()):
+            server.settimeout(max(0.01, deadline - time.monotonic()))
+            try:
+                link = _Link(server.accept()[0])
+            except TimeoutError:
+                names = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
+                raise refuse(
+                    f"process 0 waited at {launch.coordinator} for {launch.processes} processes, "
+                    f"but {names} did not come; look whether they were started and can reach it, "
+                    "or raise --join_timeout"
+                ) from None
+            hello = link.hello()
+            if hello is None:
+                link.close()
+                continue
+            link.host, number = hello["host"], hello["process"]
+            if hello["processes"] != launch.processes or number not in missing:
+                links[-1] = link  # is told as well
+                raise refuse(
+                    f"process {number} of {hello['processes']} came from {link.host}, but process "
+                    f"0 waits for {', '.join(map(str, missing[:10]))} of {launch.processes}; give "
+                    "each process a number of its own, and all the same --processes"
+                )
+            links[number] = link
+    return links
+
+
+def _report(launch: Launch, host: str, port: int, deadline: float) -> dict[int, _Link]:
+    """Every other process: its link to process 0."""
+    hello = {
+        "process": launch.process,
+        "processes": launch.processes,
+        "host": socket.gethostname(),
+    }
+    while True:
+        try:
+            connection = socket.create_connection((host, port), timeout=5)
+            connection.settimeout(None)
+            link = _Link(connection, host)
+            link.send(hello, kind="hello")
+            return {0: link}
+        except OSError as error:  # process 0 may be on its way
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"process {launch.process} of {launch.processes} cannot reach process 0 at "
+                    f"{launch.coordinator}: {error.strerror or error}; look whether it was "
+                    "started, and whether its host and port can be reached from here"
+                ) from None
+            time.sleep(0.2)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
