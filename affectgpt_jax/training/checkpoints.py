@@ -167,6 +167,7 @@ class Checkpoints:
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         if chief:
+            self._folder.path.mkdir(parents=True, exist_ok=True)
             for rest in (_SAVING, _DELETING):
                 for path in self._folder.path.glob(f"{rest}*"):
                     shutil.rmtree(path)
