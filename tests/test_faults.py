@@ -60,6 +60,7 @@ def test_a_run_that_is_killed_at_five_random_moments_repeats_its_losses(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_run_survives_fifty_kills(records, tmp_path):
     flags = (*records, "--config.steps=90", "--config.save_every=2")
     finish(tmp_path / "expected", *flags)
