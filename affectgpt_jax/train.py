@@ -289,7 +289,9 @@ def train(
             # A run that is told to stop saves before it validates.
             if fleet.from_chief(lambda: checkpoints.val_loss(start)) is None:
                 scores = validated(start)
-                if scores and chief:
+                if not scores:
+                    raise stop.stopped()
+                if chief:
                     checkpoints.set_val_loss(start, scores["val/loss"])
         batches = pipeline.batches(start, config.steps)
         with clock.measure("data_wait"):

@@ -163,7 +163,7 @@ def fleet(workdir, count, *flags, settings=None):
 
 
 @contextlib.contextmanager
-def stopping(commands):
+def ending(commands):
     """Leaves no command behind."""
     with contextlib.ExitStack() as stack:
         for command in commands:

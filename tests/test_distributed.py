@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from commands import finish, fleet, stopping, trace
+from commands import ending, finish, fleet, trace
 
 from affectgpt_jax import distributed
 from affectgpt_jax.distributed import Fleet, Launch, LaunchError
@@ -303,7 +303,7 @@ def test_two_processes_train_as_one_until_one_is_killed_and_one_goes_on_alone(
     undisturbed, records, tmp_path
 ):
     workdir = tmp_path / "run"
-    with stopping(fleet(workdir, 2, *records)) as commands:
+    with ending(fleet(workdir, 2, *records)) as commands:
         assert commands[0].until((workdir / "checkpoints" / "6").exists), commands[0].said
         commands[1].signal(signal.SIGKILL)
         assert commands[0].wait(timeout_s=30) == 1
@@ -334,13 +334,27 @@ def test_several_processes_give_the_losses_of_one(
 ):
     flags = (*records, f"--config.mesh={mesh}")
     settings = {"jax_num_cpu_devices": devices}
-    with stopping(fleet(tmp_path / "run", count, *flags, settings=settings)) as commands:
+    with ending(fleet(tmp_path / "run", count, *flags, settings=settings)) as commands:
         for command in commands:
             assert command.wait(timeout_s=300) == 0, command.said
         assert "Where the time went" in commands[0].said
         assert not any("Where the time went" in command.said for command in commands[1:])
     assert_same_losses(tmp_path / "run", undisturbed)
     assert not [*(tmp_path / "run" / "checkpoints").glob(".*")]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes_and_on_any_layout(
+    undisturbed, records, tmp_path
+):
+    workdir = tmp_path / "run"
+    for count, mesh, step in ((1, "data:-1", 3), (2, "fsdp:2", 6), (4, "data:2,tensor:2", 9)):
+        with ending(fleet(workdir, count, *records, f"--config.mesh={mesh}")) as commands:
+            assert commands[0].until((workdir / "checkpoints" / str(step)).exists)
+            for command in commands:
+                command.signal(signal.SIGKILL)
+    finish(workdir, *records)
+    assert_same_losses(workdir, undisturbed)
 
 
 @pytest.mark.slow
@@ -356,7 +370,7 @@ def test_two_processes_write_validate_and_score_what_one_does(records, tmp_path)
         "--config.generate.batch_size=4",
     )
     finish(tmp_path / "one", *records, *flags)
-    with stopping(fleet(tmp_path / "two", 2, *records, *flags)) as commands:
+    with ending(fleet(tmp_path / "two", 2, *records, *flags)) as commands:
         for command in commands:
             assert command.wait(timeout_s=300) == 0, command.said
     assert_same_losses(tmp_path / "two", tmp_path / "one")

@@ -3,6 +3,7 @@ that of a run that nothing happened to, bit by bit."""
 
 import ctypes
 import functools
+import itertools
 import random
 import shutil
 import signal
@@ -15,15 +16,16 @@ import pytest
 from commands import (
     Command,
     assert_undisturbed,
+    ending,
     finish,
     fleet,
     limit_file_size,
     losses,
-    stopping,
 )
 
 from affectgpt_jax.data import pipeline
 from affectgpt_jax.training import step as step_module
+from affectgpt_jax.training import stopping
 from affectgpt_jax.training.checkpoints import SavedRun
 
 # --- Killed ---------------------------------------------------------------------------------------
@@ -104,7 +106,9 @@ def test_a_run_that_is_killed_while_it_writes_its_data_writes_them_again(split, 
 # --- Told to stop ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_told_to_stop_saves_first(number, records, undisturbed, tmp_path):
     workdir = tmp_path / "run"
     with Command(workdir, *records) as command:
@@ -115,10 +119,52 @@ def test_a_run_that_is_told_to_stop_saves_first(number, records, undisturbed, tm
         assert command.wait() == 128 + number, command.said
         assert f"{number.name}: the run ends as soon as it has saved" in command.said
         assert "the same command goes on from there" in command.said
-    (stopped,) = {int(word) for word in command.said.split("stopped after step ")[1].split(";")[:1]}
+    stopped = int(command.said.split("stopped after step ")[1].split(";")[0])
     assert SavedRun(workdir).steps[-1] == stopped < 12
     assert f"resumed from the checkpoint of step {stopped}" in finish(workdir, *records)
     assert_undisturbed(workdir, undisturbed)
+
+
+def stop_at(call):
+    """For a command: a wish to stop that is there when it is asked for the n-th time."""
+    calls = itertools.count(1)
+    stopping.StopSignals.reached = lambda self: next(calls) >= call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("call", [3, 4, 5])  # at the end of step 3, and before each of its batches
+def test_a_run_that_stops_where_it_was_to_validate_does_so_when_it_resumes(
+    call, records, undisturbed, tmp_path
+):
+    workdir = tmp_path / "run"
+    with Command(workdir, *records, before=functools.partial(stop_at, call)) as command:
+        assert command.wait() == 143, command.said
+    run = SavedRun(workdir)
+    assert run.steps == (3,) and run.val_loss(3) is None
+    finish(workdir, *records)
+    assert_undisturbed(workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
+    records, undisturbed, tmp_path
+):
+    workdir = tmp_path / "run"
+    with Command(workdir, *records) as command:
+        assert command.until((workdir / "checkpoints" / "6").exists)
+        command.signal(signal.SIGKILL)
+        command.wait()
+    newest = workdir / "checkpoints" / "6"
+    array = max((newest / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(array.read_bytes())
+    data[len(data) // 2] ^= 1
+    array.write_bytes(data)
+    said = refused(workdir, *records)
+    assert f"{newest} is damaged: {array.relative_to(newest)}: sha256: found" in said
+    assert "the newest intact checkpoint is that of step 3: pass --fallback" in said
+    assert "going on from step 3" in finish(workdir, *records, "--fallback")
+    assert_undisturbed(workdir, undisturbed)
+    assert newest.with_name("6.damaged").exists()
 
 
 def refused(workdir, *flags, **more):
@@ -258,7 +304,7 @@ def test_two_processes_stop_together_whichever_is_told_to(
 ):
     workdir = tmp_path / "run"
     flags = (*records, "--config.steps=2000", "--config.save_every=500")
-    with stopping(fleet(workdir, 2, *flags)) as commands:
+    with ending(fleet(workdir, 2, *flags)) as commands:
         assert commands[0].until(commands[0].at_step(2))
         commands[number].signal(number_of_signal)
         for command in commands:
@@ -272,7 +318,7 @@ def test_two_processes_stop_together_whichever_is_told_to(
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_with_the_stacks_of_its_threads(records, tmp_path):
     flags = (*records, "--config.steps=2000", "--config.save_every=500")
-    with stopping(fleet(tmp_path / "run", 2, *flags, "--config.step_timeout=5.0")) as commands:
+    with ending(fleet(tmp_path / "run", 2, *flags, "--config.step_timeout=5.0")) as commands:
         assert commands[0].until(commands[0].at_step(2))
         commands[1].signal(signal.SIGSTOP)
         assert commands[0].wait() == 1
