@@ -167,8 +167,8 @@ def three():
     fleets = meet([Launch(coordinator, i, 3) for i in (2, 0, 1)])
     fleets.sort(key=lambda fleet: fleet.process)
     yield fleets
-    for one in fleets:
-        one.close()
+    for link in (link for one in fleets for link in one._links.values()):
+        link.send(None, kind="bye")
 
 
 def on_all(fleets, act):
@@ -178,7 +178,7 @@ def on_all(fleets, act):
     def run(i):
         try:
             results[i] = act(fleets[i])
-        except LaunchError as error:
+        except Exception as error:
             results[i] = error
 
     threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(fleets))]
@@ -201,6 +201,19 @@ def test_the_others_begin_after_the_chief_is_done(three):
     order = []
     on_all(three, lambda fleet: fleet.chief_first(lambda: order.append(fleet.process)))
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
+
+
+def test_nobody_parts_before_all_have_come(three, ends):
+    parted = []
+
+    def part(fleet):
+        time.sleep(0.05 * fleet.process)
+        parted.append(len(parted))
+        fleet.close()
+        assert len(parted) == 3
+
+    assert on_all(three, part) == [None] * 3
+    assert not ends
 
 
 def test_the_chief_gathers_in_the_order_of_the_processes(three):
@@ -276,8 +289,7 @@ def test_what_else_knocks_at_the_port_is_let_go():
     (other,) = meet([Launch(coordinator, 1, 2)])
     chief.join()
     assert found[0].processes == other.processes == 2
-    found[0].close()
-    other.close()
+    on_all([found[0], other], lambda fleet: fleet.close())
 
 
 def test_a_taken_port_is_named():
