@@ -18,7 +18,7 @@ from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.generate import Decoding, generate
 from affectgpt_jax.models.qwen2 import Qwen2
-from affectgpt_jax.training.sharding import BATCH_AXES, shard_batch
+from affectgpt_jax.training.sharding import BATCH_AXES, shard_whole_batch
 from affectgpt_jax.weights.huggingface import BaseIdentity
 
 # Tokens that end a reply; Qwen2.5's generation_config.json names these two.
@@ -83,7 +83,7 @@ class BaseChat:
             for first in range(0, len(members), size):
                 numbers = members[first : first + size]
                 batch = self._batch([prompts[n] for n in numbers], size, length)
-                batch = shard_batch(self._mesh, batch)
+                batch = shard_whole_batch(self._mesh, batch)
                 found = generate(self._model, self._base, nothing, batch, self._decoding)
                 for row, number in enumerate(numbers.tolist()):
                     ids = found.tokens[row, : int(found.counts[row])]

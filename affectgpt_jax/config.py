@@ -62,6 +62,7 @@ FREE_ON_RESUME = (
     "xla_options",
     "log_every",
     "keep",
+    "step_timeout",
     "profile_steps",
     "generate",
     "wandb_project",
@@ -74,14 +75,21 @@ class ConfigError(ValueError):
     """A command line or config that cannot be run."""
 
 
-def parse_command_line(argv: Sequence[str], description: str) -> tuple[ConfigDict, Path]:
+def parse_command_line(
+    argv: Sequence[str], description: str, values: flags.FlagValues | None = None
+) -> tuple[ConfigDict, Path]:
     """Read `argv` (without the program's name) into a validated config and the workdir.
+
+    Args:
+        argv: the arguments.
+        description: of the command, for its help.
+        values: flags of its own, which are read as well.
 
     Raises:
         ConfigError: an unknown flag, file, key, type or value, in one sentence.
         SystemExit: after printing the help.
     """
-    values = flags.FlagValues()
+    values = flags.FlagValues() if values is None else values
     argv = ["affectgpt_jax", *_resolve_config_flag(argv)]
     for arg in argv:
         _check_override(arg)
@@ -217,6 +225,10 @@ def validate(config: ConfigDict) -> None:
             "config.base_precision='nf4' with config.unroll_layers=True would hold the widened "
             "kernels of all layers at once, which is more than a plain base; unset one of the two"
         )
+    if not 0 <= config.step_timeout < float("inf"):
+        raise ConfigError(
+            f"config.step_timeout is {config.step_timeout}; expected seconds, or 0 for no limit"
+        )
     if not 0 <= config.data.val_share < 1:
         raise ConfigError(
             f"config.data.val_share is {config.data.val_share}; expected a share in [0, 1)"
@@ -315,6 +327,11 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
             f"{workdir} holds a run of {max(saved)} steps, but config.steps is {config.steps}; "
             "name at least as many, or use another --workdir"
         )
+
+
+def described(config: ConfigDict) -> dict[str, str]:
+    """Every key of a config, as "config.KEY", and its value, as text."""
+    return {f"config.{key}": repr(value) for key, value in _leaves(config.to_dict())}
 
 
 def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -147,7 +147,8 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
 
 
 def _port(job: str) -> int:
-    """A port that all processes of a job derive from its name, above those for other services."""
+    """A port that all processes of a job derive from its name, above those that Linux gives to
+    outgoing connections."""
     return 61440 + zlib.crc32(job.encode()) % 4096
 
 
@@ -223,7 +224,7 @@ class Fleet:
         return found
 
     def meet(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all have come here."""
         self.gather(None)
         self.from_chief(lambda: None)
 
@@ -249,7 +250,9 @@ class Fleet:
             link.send(sentence, kind="failed")
 
     def close(self) -> None:
-        """Part from the others, who go on with what is left to do."""
+        """Part from the others when all have come here: JAX waits for them at the end, but not
+        for long."""
+        self.meet()
         for link in self._links.values():
             link.send(None, kind="bye")
 

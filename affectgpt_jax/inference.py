@@ -27,7 +27,7 @@ from affectgpt_jax.models.generate import (
     identities,
     stream,
 )
-from affectgpt_jax.training.sharding import shard_batch
+from affectgpt_jax.training.sharding import shard_whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +78,7 @@ class Generator:
         seed: of sampling. What is drawn follows from it, the clip's name and the question, not
             from the other clips.
         log_probs: whether answers say how probable they were.
+        pulse: called before every batch; what it raises ends the answers.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class Generator:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         log_probs: bool = False,
+        pulse: Callable[[], None] = lambda: None,
     ):
         self._model, self._base, self._view, self._mesh = model, base, view, mesh
-        self._num_buckets, self._seed = num_buckets, seed
+        self._num_buckets, self._seed, self._pulse = num_buckets, seed, pulse
         # The batch axis must divide over the devices that share it.
         shares = mesh.shape["data"] * mesh.shape["fsdp"]
         self._batch_size = -(-batch_size // shares) * shares
@@ -137,6 +139,7 @@ class Generator:
         """The same, as record numbers and answers that come a batch at a time, in the order of
         `sequential_batches`."""
         for numbers, batch, rows in self._prompts(dataset, question, feature_from):
+            self._pulse()
             settings = {"seed": self._seed, "rows": rows}
             generated = generate(
                 self._model, self._base, trainable, batch, self._decoding, **settings
@@ -175,7 +178,7 @@ class Generator:
         for numbers, batch in batches:
             names = [f"{dataset.index[i].name}\n{question}" for i in numbers]
             names += [""] * (self._batch_size - len(names))
-            yield numbers, *shard_batch(self._mesh, (batch, identities(names)))
+            yield numbers, *shard_whole_batch(self._mesh, (batch, identities(names)))
 
     def _read(self, generated: Generated, row: int) -> Answer:
         count = int(generated.counts[row])

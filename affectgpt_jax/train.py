@@ -2,11 +2,13 @@
 
 Without arguments it trains the demo: a small but complete AffectGPT on generated clips, in minutes,
 on two CPU cores, with a scored result. Run again with the same workdir, it resumes from the newest
-checkpoint. `--config.key=value` overrides any key of the config.
+checkpoint. `--config.key=value` overrides any key of the config. Under srun or mpirun, or with
+`--coordinator=HOST:PORT --process=I --processes=N`, several processes train as one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -17,15 +19,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, inference, process
-from affectgpt_jax.config import ConfigError, check_same_run, parse_command_line
+from affectgpt_jax import build, distributed, inference, process
+from affectgpt_jax.config import ConfigError, check_same_run, described, parse_command_line
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
     DataError,
@@ -55,6 +58,14 @@ from affectgpt_jax.training.step import (
     init_state,
     make_eval_step,
     make_train_step,
+    nonfinite_leaves,
+)
+from affectgpt_jax.training.stopping import (
+    Stopped,
+    StopSignals,
+    Watchdog,
+    WorkdirInUse,
+    lock_workdir,
 )
 from affectgpt_jax.weights.huggingface import WeightsError, base_identity, load_base
 from affectgpt_jax.weights.peft import load_adapter
@@ -75,25 +86,46 @@ USER_ERRORS = (
     TokenizerError,
     TrainingError,
     WeightsError,
+    WorkdirInUse,
+    distributed.LaunchError,
     sharding.MeshError,
     telemetry.TelemetryError,
 )
 
 
-def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Run a config from data to scored result; returns what `workdir/result.json` then holds."""
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    fleet: distributed.Fleet | None = None,
+    fallback: bool = False,
+) -> dict[str, Any]:
+    """Run a config from data to scored result.
+
+    Args:
+        config: of the run.
+        workdir: which this run alone works in; the same for all processes.
+        fleet: the processes of the run; None is this one alone.
+        fallback: go on from an older checkpoint where the newest is damaged.
+
+    Returns:
+        What `workdir/result.json` then holds; empty on all processes but the first.
+
+    Raises:
+        Stopped: a signal has ended the run, after everything was saved.
+    """
     clock = telemetry.TimeBuckets(outside="setup")
-    workdir.mkdir(parents=True, exist_ok=True)
-    check_same_run(config, workdir)
+    fleet = fleet or distributed.Fleet()
+    chief = fleet.chief
+    fleet.from_chief(lambda: check_same_run(config, workdir))
+    check_shared(workdir)
     try:
-        profiler = telemetry.Profiler(config.profile_steps, workdir, config.steps)
+        profiled = config.profile_steps if chief else ""
+        profiler = telemetry.Profiler(profiled, workdir, config.steps)
     except ValueError as error:
         raise ConfigError(f"config.profile_steps: {error}") from None
-    if jax.process_count() > 1:
-        raise ConfigError("training runs in one process so far; start it without a launcher")
     mesh = sharding.make_mesh(config.mesh)
     check_rows(config, mesh)
-    chief = jax.process_index() == 0
+    rows = sharding.row_share(mesh)
     progress = telemetry.Progress(config.steps, enabled=chief)
     kind, shape = jax.devices()[0].device_kind, dict(mesh.shape)
     progress.line(f"workdir {workdir}; {jax.device_count()} x {kind}, mesh {shape}")
@@ -102,6 +134,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     directory = build.base_directory(config.llm)
     llm = build.base_config(config.llm)
     attention = build.attention(config, llm)
+    fleet.require_same({"attention": attention.name})
     progress.line(f"attention: {attention.name} ({attention.reason})")
     shard = sharding.activation_constraint(mesh)
     model = build.model(config, llm, shard, attention.attend)
@@ -110,9 +143,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     optimizer = make_optimizer(optimizer_config, config.steps)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
 
-    # Data: tokenised whole, so that batch shapes are known before anything is compiled.
+    # Data: tokenised whole, so that batch shapes are known before anything is compiled. What is
+    # generated, the first process writes and the others then find.
     tokenizer = build.tokenizer(directory, llm)
-    data = build.data(config, workdir, tokenizer, progress.line)
+    data = fleet.chief_first(lambda: build.data(config, workdir, tokenizer, progress.line))
     question = test_question(config)
     if data.test is not None:
         # Trouble with a clip shows now, not at the end.
@@ -125,7 +159,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         num_buckets=config.num_buckets,
         pack_length=config.pack_length,
         seed=config.seed,
-        process=(jax.process_index(), jax.process_count()),
+        process=rows,
     )
     if pipeline.dropped:
         progress.line(
@@ -154,8 +188,10 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         f"{count(abstract_state['trainable']['fusion']):,} in heads and fusion to train"
     )
     base = load_base(directory, abstract_base, tree_shardings(abstract_base))
-    checkpoints = Checkpoints(workdir, base_identity(directory), config.keep)
-    start = checkpoints.latest_step()
+    identity = base_identity(directory)
+    fleet.require_same({"base": identity.sha256})
+    checkpoints = Checkpoints(workdir, identity, config.keep, chief)
+    start = fleet.from_chief(lambda: checkpoints.step_to_resume(fallback, progress.line))
     if start is None:
         start = 0
         initialise = jax.jit(
@@ -187,7 +223,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             abstract_base,
             shapes[max(shapes)],
             config.accumulation,
-            memory.device_limit(),
+            fleet.from_chief(memory.device_limit),
         )
         model = memory.with_remat(model, choice.policy)
         progress.line(str(choice))
@@ -200,6 +236,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             steps_by_length = compile_steps(
                 train_step, mesh, abstract_state, abstract_base, shapes, compiler_options
             )
+            # Who finds its programs in the cache is early, and a collective waits for seconds only.
+            fleet.meet()
+    stop = StopSignals(progress.line)
+    watchdog = Watchdog(config.step_timeout, fleet.fail)
+
+    def pulse() -> None:
+        """Between the batches of an evaluation, which may take long."""
+        watchdog.beat("a batch of an evaluation")
+        stop.check()
+
     generators = {
         source.view.mode: inference.Generator(
             model,
@@ -209,10 +255,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             num_buckets=config.num_buckets,
             batch_size=config.generate.batch_size,
             max_new_tokens=config.generate.max_new_tokens,
+            pulse=pulse,
         )
         for source in (*data.val, *([data.test] if data.test else []))
     }
-    validate = make_validation(config, model, base, data.val, mesh, generators)
+    validate = make_validation(config, model, base, data.val, mesh, generators, pulse)
 
     # The loop. Batches come from Grain's threads and go to the device one step ahead; the metrics
     # of a step are read while the next one runs. So the device never waits for the host, which is
@@ -225,8 +272,27 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         wandb_project=config.wandb_project,
         config=config.to_dict(),
     )
-    reporter = StepReporter(config, workdir, writer, progress, checkpoints)
-    with writer, progress, profiler, checkpoints:
+    reporter = StepReporter(config, workdir, writer, progress, checkpoints, shares=rows[1])
+
+    def validated(step: int) -> dict[str, float]:
+        """Scores of the state, logged; empty if the run is told to stop meanwhile."""
+        with clock.measure("evaluate"), contextlib.suppress(Stopped):
+            scores = validate(state["trainable"])
+            writer.write(step, scores)
+            reporter.require_finite(step, scores)
+            progress.line(f"step {step}: {' '.join(f'{k} {v:.4f}' for k, v in scores.items())}")
+            return scores
+        return {}
+
+    with writer, progress, profiler, checkpoints, stop, watchdog:
+        if start and (start % config.save_every == 0 or start == config.steps):
+            # A run that is told to stop saves before it validates.
+            if fleet.from_chief(lambda: checkpoints.val_loss(start)) is None:
+                scores = validated(start)
+                if not scores:
+                    raise stop.stopped()
+                if chief:
+                    checkpoints.set_val_loss(start, scores["val/loss"])
         batches = pipeline.batches(start, config.steps)
         with clock.measure("data_wait"):
             batch = next(batches, None)  # None where no step is left
@@ -248,34 +314,38 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 mix = pipeline.mix(step - 1) if len(data.train) > 1 else {}
                 times = StepTimes(dispatched - began, fetched - dispatched)
                 reporter.submit(step, metrics, trained, times, mix)
-            if step % config.save_every == 0 or step == config.steps:
+                watchdog.beat(f"step {step}")
+            stopping = stop.reached()
+            if stopping or step % config.save_every == 0 or step == config.steps:
                 with clock.measure("step"):
                     reporter.flush()
-                with clock.measure("evaluate"):
-                    scores = validate(state["trainable"])
-                writer.write(step, scores)
-                reporter.require_finite(step, scores)
-                progress.line(f"step {step}: {' '.join(f'{k} {v:.4f}' for k, v in scores.items())}")
+                    reporter.require_finite_state(step, state)
+                scores = {} if stopping else validated(step)
                 with clock.measure("save"):
-                    checkpoints.save(step, state, scores["val/loss"])
+                    checkpoints.save(step, state, scores.get("val/loss"))
+                if not scores:
+                    checkpoints.wait()
+                    progress.line(f"stopped after step {step}; the same command goes on from there")
+                    raise stop.stopped()
                 reporter.skip_pause()
         profiler.step(step + 1)  # ends a trace that reaches to the last step
         with clock.measure("save"):
             checkpoints.wait()
-        best = checkpoints.best_step()
+        best = fleet.from_chief(checkpoints.best_step)
         if best != int(state["step"]):
             state = checkpoints.restore(best, abstract_state)
 
         # Score the held-out clips with the checkpoint that validation chose.
-        result = summarise_losses(workdir) | {"steps": config.steps, "best_step": best}
-        result |= reporter.totals()
+        result = {"steps": config.steps, "best_step": best} | reporter.totals()
+        if chief:
+            result = summarise_losses(workdir) | result
         if data.test is not None:
             progress.line(
                 f"asking about {len(data.test.dataset):,} held-out clips with step {best}"
             )
             with clock.measure("evaluate"):
                 generator = generators[data.test.view.mode]
-                result |= answer_test_set(config, workdir, state, generator, data.test)
+                result |= answer_test_set(config, workdir, state, generator, data.test, chief)
             if "hit" in result:
                 writer.write(config.steps, {"test/hit": result["hit"]})
             else:
@@ -292,7 +362,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
         print(clock.table())
         print(final_report(config, workdir, result))
-    return result
+    return result if chief else {}
 
 
 # Steps that may be dispatched before the first of them is waited for: with one running and one
@@ -315,6 +385,7 @@ class StepReporter:
         workdir: named in errors.
         writer, progress: where metrics go.
         checkpoints: asked for the last good one when a run fails.
+        shares: how many processes share the rows of a batch.
     """
 
     def __init__(
@@ -324,7 +395,9 @@ class StepReporter:
         writer: telemetry.MetricsWriter,
         progress: telemetry.Progress,
         checkpoints: Checkpoints,
+        shares: int = 1,
     ):
+        self._shares = shares
         self._config, self._workdir = config, workdir
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._throughput = telemetry.Throughput()
@@ -353,10 +426,9 @@ class StepReporter:
         Raises:
             TrainingError: a step before had a loss or gradient that is not finite.
         """
-        processes = jax.process_count()
         segments = batch["segment_ids"]
-        samples = int(segments.max(axis=1).sum()) * processes
-        tokens = int((segments > 0).sum()) * processes
+        samples = int(segments.max(axis=1).sum()) * self._shares
+        tokens = int((segments > 0).sum()) * self._shares
         self._pending.append((step, metrics, samples, tokens, mix))
         self._dispatch_s += times.dispatch_s
         self._wait_s += times.wait_s
@@ -407,16 +479,28 @@ class StepReporter:
             TrainingError: naming the scalars, the step and the last good checkpoint.
         """
         bad = {name: value for name, value in scalars.items() if not math.isfinite(value)}
-        if not bad:
-            return
+        if bad:
+            raise self._not_finite(step, ", ".join(f"{name} {bad[name]}" for name in bad))
+
+    def require_finite_state(self, step: int, state: State) -> None:
+        """Stop the run rather than save a state that holds NaN or infinite values.
+
+        Raises:
+            TrainingError: naming arrays of it, the step and the last good checkpoint.
+        """
+        if bad := nonfinite_leaves(state):
+            more = f" and {len(bad) - 3} more arrays" if len(bad) > 3 else ""
+            raise self._not_finite(
+                step, f"values that are not finite in {', '.join(bad[:3])}{more}"
+            )
+
+    def _not_finite(self, step: int, what: str) -> TrainingError:
         good = self._checkpoints.latest_step()
         where = self._workdir / "checkpoints" / str(good) if good else "none yet"
-        raise TrainingError(
-            f"step {step} of {self._config.steps} gave "
-            + ", ".join(f"{name} {value}" for name, value in bad.items())
-            + f", and every step before it was finite (last good checkpoint: {where}); lower "
-            "config.optimizer.learning_rate, set config.optimizer.clip_norm, or look for bad "
-            "features in that step's batch"
+        return TrainingError(
+            f"step {step} of {self._config.steps} gave {what}, and the losses before it were "
+            f"finite (last good checkpoint: {where}); lower config.optimizer.learning_rate, set "
+            "config.optimizer.clip_norm, or look for bad features in that step's batch"
         )
 
 
@@ -431,6 +515,19 @@ def describe_packing(pipeline: TrainPipeline) -> str:
         f"({rows.min()} to {rows.max()}, room for {bucket.clips}), an update "
         f"{updates.mean():.1f} ({updates.min()} to {updates.max()})"
     )
+
+
+def check_shared(workdir: Path) -> None:
+    """Refuse a workdir that is another directory here than on the first process.
+
+    Raises:
+        LaunchError: what that has just written there is missing.
+    """
+    if not (workdir / "config.json").exists():
+        raise distributed.LaunchError(
+            f"{workdir} is not the directory that process 0 writes to; name a --workdir on a file "
+            "system that all machines share"
+        )
 
 
 def check_rows(config: ConfigDict, mesh: Mesh) -> None:
@@ -571,11 +668,12 @@ def make_validation(
     sources: Sequence[Source],
     mesh: Mesh,
     generators: Mapping[InputMode, inference.Generator],
+    pulse: Callable[[], None],
 ) -> Callable[[Any], dict[str, float]]:
     """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true answer.
 
     Of several sets, the loss is that of all tokens together, and every set has its own beside it,
-    `val/loss/NAME` and `val/hit/NAME`.
+    `val/loss/NAME` and `val/hit/NAME`. `pulse` is called before every batch.
     """
     parts = {source.name: _validation_of(config, source, generators) for source in sources}
     eval_step = jax.jit(make_eval_step(model))
@@ -583,9 +681,11 @@ def make_validation(
     def validate(trainable: Any) -> dict[str, float]:
         sums, scores = {}, {}
         for name, (batches, hit) in parts.items():
-            device_sums = [
-                eval_step(trainable, base, sharding.shard_batch(mesh, batch)) for batch in batches()
-            ]
+            device_sums = []
+            for batch in batches():
+                pulse()
+                batch = sharding.shard_whole_batch(mesh, batch)
+                device_sums.append(eval_step(trainable, base, batch))
             sums[name] = np.sum(jax.device_get(device_sums), axis=0)
             suffix = f"/{name}" if len(parts) > 1 else ""
             if hit is not None:
@@ -648,19 +748,26 @@ def summarise_losses(workdir: Path) -> dict[str, float]:
 
 
 def answer_test_set(
-    config: ConfigDict, workdir: Path, state: State, generator: inference.Generator, test: Source
+    config: ConfigDict,
+    workdir: Path,
+    state: State,
+    generator: inference.Generator,
+    test: Source,
+    chief: bool = True,
 ) -> dict[str, Any]:
     """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
 
     Where clips name no true answer, or no label type of the model has one, the answers are written
-    without a score, and `not_scored` says why.
+    without a score, and `not_scored` says why. All processes compute the answers, which takes all
+    devices; the chief writes them.
     """
     trainable, dataset, view = state["trainable"], test.dataset, test.view
     question = test_question(config)
     scored = question in inference.SCORED
     answers = generator.answer(trainable, dataset, question)
     labels = inference.read_labels(view, answers, question) if scored else None
-    inference.write_predictions(workdir, dataset, answers, labels)
+    if chief:
+        inference.write_predictions(workdir, dataset, answers, labels)
     result: dict[str, Any] = {"clips": len(dataset), "answers_cut": answers.cut}
     if labels is None:
         return result | {"not_scored": f"config.label={config.label} has no answer to score"}
@@ -721,30 +828,53 @@ What to run next:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    workdir = None
+    workdir = launch = None
+    own = flags.FlagValues()
+    distributed.define_flags(own)
+    flags.DEFINE_bool(
+        "fallback",
+        False,
+        "where the newest checkpoint is damaged, set it aside and resume from one that is whole",
+        flag_values=own,
+    )
     try:
-        config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__)
+        config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__, own)
+        launch = distributed.find_launch(own)
         process.use_compilation_cache()
         xla_options.reserve_gpu_memory()
-        train(config, workdir)
+        facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}
+        with distributed.join(launch, facts, own.join_timeout, print) as fleet:
+            with lock_workdir(workdir) if fleet.chief else contextlib.nullcontext():
+                train(config, workdir, fleet, own.fallback)
     except USER_ERRORS as error:
-        raise SystemExit(f"error: {error}") from None
+        leave(launch, f"error: {error}")
     except CheckpointWriteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Orbax's threads still hold half of the checkpoint and would fill the terminal at exit.
         os._exit(1)
     except BrokenPipeError:  # whoever read the output has left; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        leave(launch, 1)
     except OSError as error:  # a full disk, a folder that may not be written
-        raise SystemExit(
+        leave(
+            launch,
             f"error: {error.filename or workdir}: {error.strerror or error}; the run needs a "
-            "--workdir that it can write to, with room"
-        ) from None
+            "--workdir that it can write to, with room",
+        )
     except KeyboardInterrupt:
-        raise SystemExit(
-            "interrupted; the same command resumes from the newest checkpoint"
-        ) from None
+        leave(launch, "interrupted; the same command resumes from the newest checkpoint")
+
+
+def leave(launch: distributed.Launch | None, status: str | int) -> NoReturn:
+    """End with a status, or with 1 and a sentence."""
+    if launch is None:
+        raise SystemExit(status) from None
+    if isinstance(status, str):
+        print(f"process {launch.process} of {launch.processes}: {status}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # JAX's own way out waits for the other processes, which may hang in a collective.
+    os._exit(status if isinstance(status, int) else 1)
 
 
 if __name__ == "__main__":

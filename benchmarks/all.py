@@ -56,14 +56,15 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     full = scale == "full"
     # A 7B base and its activations take most of 80 GB: one side at a time.
     alone = ("--leave", "--block", "10") if full else ()
-    mix = ("--workload", "affectgpt", "--batch", "48", "--pack", "--peer", "torch", "--tuning")
+    clips = "48" if full else "12"  # of which two CPU cores take a few seconds
+    mix = ("--workload", "affectgpt", "--batch", clips, "--pack", "--peer", "torch", "--tuning")
     train("anchor", "--workload", "anchor", bound_s=240, profile=True)
     if full:  # elsewhere its rows of 4,096 tokens are too long for two sides
         beside = ("--workload", "anchor", "--peer", "torch", *alone)
         train("anchor_beside_tuned", *beside, bound_s=560)
     for tuning in ("packed", "tuned", "release"):
-        train(f"affectgpt_48_beside_{tuning}", *mix, tuning, *alone, bound_s=560)
-    train("affectgpt_48", *mix[:5], bound_s=240, profile=True)
+        train(f"affectgpt_{clips}_beside_{tuning}", *mix, tuning, *alone, bound_s=560)
+    train(f"affectgpt_{clips}", *mix[:5], bound_s=240, profile=True)
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
     add("generation", generation, 560)
     three = ("--workload", "affectgpt", "--batch", "3")

@@ -153,9 +153,9 @@ AIMS = (
         why="not measured on an idle machine",
     ),
     Aim(
-        "affectgpt, 48 clips, CPU: over the tuned twin",
+        "affectgpt, 12 clips, CPU: over the tuned twin",
         "2 times",
-        "train_step_affectgpt_48_beside_tuned_small",
+        "train_step_affectgpt_12_beside_tuned_small",
         over("tuned", 2.0),
         why="not measured on an idle machine",
     ),

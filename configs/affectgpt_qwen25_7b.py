@@ -113,6 +113,9 @@ def get_config() -> ConfigDict:
     c.log_every = 10  # steps between lines of metrics.jsonl
     c.save_every = 5000  # steps between validations, each followed by a checkpoint
     c.keep = 12  # newest checkpoints kept, beside the best on validation
+    c.step_timeout = (
+        900.0  # s without progress after which a run shows its threads and ends; 0: none
+    )
     c.wandb_project = ""  # also log to this project of Weights & Biases; "" does not
     c.profile_steps = ""  # "10:15" traces steps 10 to 14
     return c

@@ -37,6 +37,24 @@ def _few_programs_at_a_time():
     gc.collect()
 
 
+@pytest.fixture(scope="session")
+def records(tmp_path_factory):
+    """Flags that name the records of `commands`."""
+    from commands import write_small_records
+
+    return write_small_records(tmp_path_factory.mktemp("records"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(records, tmp_path_factory):
+    """The workdir of a training command to which nothing has happened."""
+    from commands import finish
+
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    finish(workdir, *records)
+    return workdir
+
+
 # Deterministic, and patient with the compilation inside an example.
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci")

@@ -26,9 +26,14 @@ FRAMES = 3
 
 
 def make_model(
-    llm: Qwen2Config = LLM, dropout: float = 0.0, fusion: FusionConfig | None = FUSION, **execution
+    llm: Qwen2Config = LLM,
+    dropout: float = 0.0,
+    fusion: FusionConfig | None = FUSION,
+    lora: bool = True,
+    **execution,
 ) -> AffectGPT:
-    qwen2 = Qwen2(llm, LoraConfig(rank=4, alpha=2.0, dropout=dropout), Execution(**execution))
+    adapters = LoraConfig(rank=4, alpha=2.0, dropout=dropout) if lora else None
+    qwen2 = Qwen2(llm, adapters, Execution(**execution))
     return AffectGPT(qwen2, fusion and Fusion(fusion, qwen2.execution.dtype))
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -402,6 +403,8 @@ def materialize(
     """Open a split's record directory, after writing it where it is not there yet."""
     if not (directory / MANIFEST_FILE).exists():
         say(f"writing {SIZES[split]:,} generated clips to {directory}")
+        for left in directory.glob(".writing-*"):  # by a run that was killed here
+            shutil.rmtree(left)
         write_records(
             directory,
             World(seed).records(split, features=features),

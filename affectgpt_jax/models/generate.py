@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from affectgpt_jax.models.affectgpt import (
     AffectGPT,
@@ -392,8 +393,7 @@ def stream(
     room, limit = min(FIRST_ROOM, decoding.max_new_tokens), decoding.max_new_tokens
     state = prefill(model, base, trainable, batch, decoding, room, np.uint32(seed), rows)
     while True:
-        # Copies: the arrays themselves are consumed by the next call.
-        generated, step, done = jax.tree.map(np.array, (state.generated, state.step, state.done))
+        generated, step, done = jax.tree.map(_on_host, (state.generated, state.step, state.done))
         yield generated
         if step == limit or done.all():
             return
@@ -401,6 +401,13 @@ def stream(
             room = min(GROWTH * room, limit)
             state = grow(state, decoding, room)
         state = decode(model, base, trainable, state, decoding, every)
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """A copy, since the array itself is consumed by the next call; of all processes' rows."""
+    if not (array.is_fully_addressable or array.is_fully_replicated):
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.array(array)
 
 
 def generate(

@@ -1,29 +1,42 @@
 """Checkpoints of what is trained: adapters, fusion, optimizer state and step, through Orbax.
 
-The frozen base is not saved; its identity is, and a run resumed on another base is refused.
-Orbax writes under a temporary name and renames, so a checkpoint is whole or not there.
+A checkpoint is a directory `checkpoints/STEP`:
+
+    manifest.json   the base that it belongs to, its validation loss, size and sha256 of every file
+    state/          what Orbax writes: each process its own part of every array
+
+It is written under another name and renamed when all of it, the manifest last, is on disk: so one
+that is there is complete, and one that has been damaged since is told from it by its hashes. The
+frozen base is not saved; its identity is, and a run resumed on another base is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from affectgpt_jax.training.sharding import path_name
 from affectgpt_jax.training.step import State
 from affectgpt_jax.weights.huggingface import BaseIdentity
 
-METRIC = "val_loss"
+MANIFEST = "manifest.json"
+STATE = "state"
+# What a run that was killed may leave, and the next one removes; and what it sets aside.
+_SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", ".damaged"
 
 
 class CheckpointError(ValueError):
@@ -34,51 +47,199 @@ class CheckpointWriteError(RuntimeError):
     """A checkpoint that cannot be written."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    Attributes:
+        step: the number of updates.
+        base: identity of the base that it was trained on.
+        val_loss: None where it was not validated.
+        files: `[bytes, sha256]` of every file, by its path in the checkpoint.
+    """
+
+    step: int
+    base: dict[str, str]
+    val_loss: float | None
+    files: dict[str, list[Any]]
+
+    def write(self, directory: Path) -> None:
+        """Write or replace the manifest of a directory, at once and durably."""
+        fields = dataclasses.asdict(self)
+        text = json.dumps(fields | {"sha256": _digest(fields)}, indent=1) + "\n"
+        beside = directory / f"{MANIFEST}.tmp"
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(directory / MANIFEST)
+        _sync(directory)
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """The manifest of a checkpoint.
+
+        Raises:
+            CheckpointError: it is missing, or not as it was written.
+        """
+        try:
+            fields = json.loads((directory / MANIFEST).read_bytes())
+            digest = fields.pop("sha256")
+            manifest = cls(**fields)
+        except FileNotFoundError:
+            raise _damaged(directory, f"{MANIFEST} is missing") from None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            raise _damaged(directory, f"{MANIFEST} cannot be read") from None
+        if digest != _digest(fields):
+            raise _damaged(directory, f"{MANIFEST}: its own sha256 does not match")
+        return manifest
+
+
+class _Folder:
+    """The checkpoints in a directory: which there are, and whether they are whole.
+
+    Args:
+        workdir: the run's directory.
+    """
+
+    def __init__(self, workdir: Path):
+        self.path = (Path(workdir) / "checkpoints").absolute()
+        self._intact: set[int] = set()
+
+    def at(self, step: int) -> Path:
+        return self.path / str(step)
+
+    def steps(self) -> list[int]:
+        """Ascending."""
+        return sorted(int(entry.name) for entry in self.path.glob("*") if entry.name.isdigit())
+
+    def best(self) -> int | None:
+        """The step with the lowest validation loss; the newest where none was validated."""
+        losses = {step: Manifest.read(self.at(step)).val_loss for step in self.steps()}
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        return (
+            min(known, key=lambda step: (known[step], -step))
+            if known
+            else max(losses, default=None)
+        )
+
+    def verify(self, step: int) -> Manifest:
+        """Compare a checkpoint's files with its manifest; each is hashed once in a process's life.
+
+        Raises:
+            CheckpointError: one is missing, truncated or changed; the message names it.
+        """
+        where = self.at(step)
+        manifest = Manifest.read(where)
+        if step in self._intact:
+            return manifest
+        for name, (size, digest) in manifest.files.items():
+            file = where / name
+            found = file.stat().st_size if file.is_file() else "no such file"
+            if found != size:
+                raise _damaged(where, f"{name}: size in bytes: found {found}, expected {size}")
+            found = _sha256_of(file)
+            if found != digest:
+                raise _damaged(where, f"{name}: sha256: found {found}, expected {digest}")
+        self._intact.add(step)
+        return manifest
+
+
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints/<step>`.
+
+    All processes of a run take part in `save` and `restore`; what else is on disk, only the chief
+    looks at and changes.
 
     Args:
         workdir: the run's directory.
         base: identity of the frozen base that this run trains on.
         keep: how many of the newest to keep, beside the best on validation.
+        chief: whether this is process 0.
     """
 
-    def __init__(self, workdir: Path, base: BaseIdentity, keep: int = 3):
-        self._base, self._broken = dataclasses.asdict(base), False
-        self._directory = (Path(workdir) / "checkpoints").absolute()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=AnyPreservationPolicy(
-                [
-                    LatestN(keep),
-                    # Sorted in reverse, the lowest validation loss counts as the best.
-                    BestN(
-                        get_metric_fn=lambda metrics: metrics[METRIC],
-                        reverse=True,
-                        n=1,
-                        keep_checkpoints_without_metrics=False,
-                    ),
-                ]
-            ),
-            best_fn=lambda metrics: metrics[METRIC],
-            best_mode="min",
-        )
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            # Named here so that a fresh process can read a checkpoint's shapes before its values.
-            item_handlers={
-                "state": ocp.StandardCheckpointHandler(),
-                "base": ocp.JsonCheckpointHandler(),
-            },
-            options=options,
-        )
+    def __init__(self, workdir: Path, base: BaseIdentity, keep: int = 3, chief: bool = True):
+        self._base, self._keep, self._chief = dataclasses.asdict(base), keep, chief
+        self._folder = _Folder(workdir)
+        self._broken = False
+        self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+        # Finishes a checkpoint while training goes on; one at a time.
+        self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        if chief:
+            self._folder.path.mkdir(parents=True, exist_ok=True)
+            for rest in (_SAVING, _DELETING):
+                for path in self._folder.path.glob(f"{rest}*"):
+                    shutil.rmtree(path)
 
     def latest_step(self) -> int | None:
-        """The newest step, or None where nothing has been saved."""
-        return self._manager.latest_step()
+        """The newest step, once it is written; None where nothing has been saved."""
+        self.wait()
+        return max(self._folder.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none was validated."""
-        return self._manager.best_step() or self._manager.latest_step()
+        """The step with the lowest validation loss; the newest where none was validated.
+
+        Raises:
+            CheckpointError: a manifest is damaged.
+        """
+        return self._folder.best()
+
+    def val_loss(self, step: int) -> float | None:
+        """A step's validation loss; None where it was not validated."""
+        return Manifest.read(self._folder.at(step)).val_loss
+
+    def set_val_loss(self, step: int, val_loss: float) -> None:
+        """Add the validation loss of a checkpoint that was saved without one."""
+        where = self._folder.at(step)
+        dataclasses.replace(Manifest.read(where), val_loss=val_loss).write(where)
+
+    def step_to_resume(
+        self, fallback: bool = False, say: Callable[[str], None] = print
+    ) -> int | None:
+        """The newest step, after a look at its files; None where nothing has been saved.
+
+        Args:
+            fallback: where the newest is damaged, set it aside, under the name `STEP.damaged`, and
+                take the newest that is whole.
+            say: told of it.
+
+        Raises:
+            CheckpointError: the newest is damaged; the message names what is, and the newest that
+                is whole.
+        """
+        *older, newest = self._folder.steps() or [None]
+        if newest is None:
+            return None
+        try:
+            self._folder.verify(newest)
+            return newest
+        except CheckpointError as error:
+            damage = error
+        damaged, whole = [newest], None
+        for step in reversed(older):
+            with contextlib.suppress(CheckpointError):
+                self._folder.verify(step)
+                whole = step
+                break
+            damaged.append(step)
+        if whole is None:
+            raise CheckpointError(
+                f"{damage}; no older checkpoint is intact: use another --workdir, or delete "
+                f"{self._folder.path} to start anew"
+            ) from None
+        if not fallback:
+            raise CheckpointError(
+                f"{damage}; the newest intact checkpoint is that of step {whole}: pass --fallback "
+                "to go on from there"
+            ) from None
+        for step in damaged:
+            aside = self._folder.at(step).with_name(f"{step}{_DAMAGED}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            self._folder.at(step).rename(aside)
+        say(f"warning: {damage}; set aside, going on from step {whole}")
+        return whole
 
     def save(self, step: int, state: State, val_loss: float | None) -> None:
         """Write a checkpoint in the background; returns when the state may be donated again.
@@ -86,25 +247,43 @@ class Checkpoints:
         Raises:
             CheckpointWriteError: this one or the one before could not be written.
         """
+        self.wait()
         with self._write_errors():
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), base=ocp.args.JsonSave(self._base)
-                ),
-                metrics=None if val_loss is None else {METRIC: val_loss},
-            )
+            staging = self._folder.path / f"{_SAVING}{step}"
+            self._orbax.save(staging / STATE, args=ocp.args.StandardSave(state))
+            self._pending = self._finisher.submit(self._finish, staging, step, val_loss)
+
+    def _finish(self, staging: Path, step: int, val_loss: float | None) -> None:
+        """Wait for what all processes write, then let it count as a checkpoint."""
+        self._orbax.wait_until_finished()
+        if not self._chief:
+            return
+        files = {}
+        for path in sorted(staging.rglob("*")):
+            _sync(path)
+            if path.is_file():
+                name = str(path.relative_to(staging))
+                files[name] = [path.stat().st_size, _sha256_of(path)]
+        Manifest(step, self._base, val_loss, files).write(staging)
+        staging.rename(self._folder.at(step))
+        _sync(self._folder.path)
+        steps = self._folder.steps()
+        for old in set(steps) - {*steps[-self._keep :], self._folder.best()}:
+            # Renamed first: what is half deleted must not look like a checkpoint.
+            gone = self._folder.path / f"{_DELETING}{old}"
+            self._folder.at(old).rename(gone)
+            shutil.rmtree(gone)
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Orbax's errors, of many types and of its background threads too, as one of ours."""
+        """Errors of many types, of Orbax's threads and ours, as one of ours."""
         try:
             yield
         except Exception as error:
             self._broken = True
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointWriteError(
-                f"a checkpoint cannot be written to {self._directory}; is the disk full? Those "
+                f"a checkpoint cannot be written to {self._folder.path}; is the disk full? Those "
                 f"before it are whole, and the same command resumes from them ({reason})"
             ) from error
 
@@ -112,15 +291,14 @@ class Checkpoints:
         """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-            CheckpointError: it was trained on another base, or its tree is not that of this
-                config; the message names what differs.
+            CheckpointError: it is damaged, was trained on another base, or its tree is not that of
+                this config; the message names what differs.
         """
-        where = self._directory / str(step)
-        saved = self._manager.restore(step, args=ocp.args.Composite(base=ocp.args.JsonRestore()))
-        _check_base(where, saved["base"], self._base)
-        _check_tree(where, self._manager.item_metadata(step)["state"], abstract)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        return self._manager.restore(step, args=args)["state"]
+        where = self._folder.at(step)
+        if self._chief:
+            _check_base(where, self._folder.verify(step).base, self._base)
+        _check_tree(where, self._orbax.metadata(where / STATE).item_metadata, abstract)
+        return self._orbax.restore(where / STATE, args=ocp.args.StandardRestore(abstract))
 
     def wait(self) -> None:
         """Wait until everything is on disk.
@@ -128,13 +306,17 @@ class Checkpoints:
         Raises:
             CheckpointWriteError: something could not be written.
         """
-        with self._write_errors():
-            self._manager.wait_until_finished()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with self._write_errors():
+                pending.result()
 
     def close(self) -> None:
         """Wait and release everything; does nothing after a failed write."""
         if not self._broken:
-            self._manager.close()
+            self.wait()
+            self._finisher.shutdown()
+            self._orbax.close()
 
     def __enter__(self) -> Self:
         return self
@@ -154,43 +336,37 @@ class SavedRun:
         best: the one with the lowest validation loss; the newest where none was validated.
 
     Raises:
-        CheckpointError: there is no checkpoint.
+        CheckpointError: there is no checkpoint, or a manifest is damaged.
     """
 
     def __init__(self, workdir: Path):
-        self._directory = (Path(workdir) / "checkpoints").absolute()
-        # A manager would create what is missing, and log that it does.
-        if not any(path.name.isdigit() for path in self._directory.glob("*")):
+        self._folder = _Folder(workdir)
+        self.steps = tuple(self._folder.steps())
+        if not self.steps:
             raise CheckpointError(f"{workdir} holds no checkpoint; expected checkpoints/STEP in it")
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            # What a standard handler has written, this one can also read in part.
-            item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(),
-                "base": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                read_only=True, best_fn=lambda metrics: metrics[METRIC], best_mode="min"
-            ),
-        )
-        self.steps = tuple(sorted(self._manager.all_steps()))
-        self.best = self._manager.best_step() or self.steps[-1]
+        self.best = self._folder.best()
+        # What a standard handler has written, this one can also read in part.
+        self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
     def base(self, step: int) -> BaseIdentity:
         """The base that the checkpoint was trained on."""
-        args = ocp.args.Composite(base=ocp.args.JsonRestore())
-        return BaseIdentity(
-            **self._read(step, lambda: self._manager.restore(step, args=args)["base"])
-        )
+        return BaseIdentity(**self._manifest(step).base)
 
     def val_loss(self, step: int) -> float | None:
         """Its validation loss; None where it was not validated."""
-        metrics = self._read(step, lambda: self._manager.metrics(step))
-        return (metrics or {}).get(METRIC)
+        return self._manifest(step).val_loss
+
+    def _manifest(self, step: int) -> Manifest:
+        """That of a checkpoint whose files are whole."""
+        if step not in self.steps:
+            raise CheckpointError(
+                f"{self._folder.path} has no checkpoint of step {step}; it has {list(self.steps)}"
+            )
+        return self._folder.verify(step)
 
     def shapes(self, step: int) -> Any:
         """The `trainable` tree as `jax.ShapeDtypeStruct`s; no value is read."""
-        metadata = self._read(step, lambda: self._manager.item_metadata(step)["state"].tree)
+        metadata = self._read(step, lambda state: self._orbax.metadata(state).item_metadata.tree)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), metadata["trainable"]
         )
@@ -212,7 +388,7 @@ class SavedRun:
         Raises:
             CheckpointError: as for `Checkpoints.restore`, or there is no such step.
         """
-        where = self._directory / str(step)
+        where = self._folder.at(step)
         _check_base(where, dataclasses.asdict(self.base(step)), dataclasses.asdict(base))
         _check_tree(where, {"trainable": self.shapes(step)}, {"trainable": abstract})
         how = ocp.checkpoint_utils.construct_restore_args(abstract)
@@ -222,22 +398,18 @@ class SavedRun:
         args = ocp.args.PyTreeRestore(
             item={"trainable": shapes}, restore_args={"trainable": how}, partial_restore=True
         )
-        args = ocp.args.Composite(state=args)
-        read = self._read(step, lambda: self._manager.restore(step, args=args)["state"])
+        read = self._read(step, lambda state: self._orbax.restore(state, args=args))
         return read["trainable"]
 
-    def _read(self, step: int, read: Callable[[], Any]) -> Any:
-        if step not in self.steps:
-            raise CheckpointError(
-                f"{self._directory} has no checkpoint of step {step}; it has {list(self.steps)}"
-            )
+    def _read(self, step: int, read: Callable[[Path], Any]) -> Any:
+        self._manifest(step)
+        where = self._folder.at(step)
         try:
-            return read()
-        # Damage fails in any of Orbax's layers.
+            return read(where / STATE)
+        # Whatever Orbax makes of files that are as they were written, but not by this version.
         except Exception as error:
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            where = self._directory / str(step)
-            raise CheckpointError(f"{where} is damaged: {reason[:200]}") from None
+            raise CheckpointError(f"{where} cannot be read: {reason[:200]}") from None
 
 
 def silence_threads() -> None:
@@ -255,6 +427,29 @@ def silence_threads() -> None:
             otherwise(unraisable)
 
     sys.unraisablehook = hook
+
+
+def _damaged(where: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{where} is damaged: {what}")
+
+
+def _digest(fields: dict[str, Any]) -> str:
+    """The hash of a manifest's fields."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a loss of power."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def _check_base(where: Path, saved: dict[str, str], mine: dict[str, str]) -> None:

@@ -151,11 +151,45 @@ def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, 
     return shard
 
 
+def row_share(mesh: Mesh) -> tuple[int, int]:
+    """Which share of a batch's rows this process holds: its number, and how many there are.
+
+    There are as many as processes, unless `tensor` spans several, which then hold the same rows.
+
+    Raises:
+        MeshError: a process would hold rows that are no share of their own.
+    """
+    count = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    rows = NamedSharding(mesh, P(BATCH_AXES)).devices_indices_map((count,))
+    held: dict[int, set[int]] = {}
+    for device, (part,) in rows.items():
+        held.setdefault(device.process_index, set()).add(part.indices(count)[0])
+    mine = held[jax.process_index()]
+    size = len(mine)
+    shares = {tuple(range(first, first + size)) for first in range(0, count, size)}
+    if not {tuple(sorted(parts)) for parts in held.values()} <= shares:
+        raise MeshError(
+            f"mesh {dict(mesh.shape)}: {jax.process_count()} processes cannot share a batch's rows "
+            "equally; let the size of the last axis divide, or be a multiple of, the "
+            f"{jax.local_device_count()} devices of a process"
+        )
+    return min(mine) // size, count // size
+
+
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """This process's rows of a batch (NumPy) as global arrays, split along the first axis."""
+    """This process's share of the rows of a batch (NumPy) as global arrays, split along the first
+    axis."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )
+
+
+def shard_whole_batch(mesh: Mesh, batch: Any) -> Any:
+    """The same of a batch of which every process has all rows."""
+    sharding = NamedSharding(mesh, P(BATCH_AXES))
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__), batch
     )
 
 

@@ -114,3 +114,19 @@ def make_eval_step(
         return loss_sum_and_count(model, base, trainable, batch)
 
     return eval_step
+
+
+def nonfinite_leaves(state: State) -> list[str]:
+    """Paths of the state's arrays that hold a NaN or infinite value."""
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(state))
+    finite = jax.device_get(_each_finite(leaves))
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, good in zip(paths, finite, strict=True)
+        if not good
+    ]
+
+
+@jax.jit
+def _each_finite(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
+    return [jnp.isfinite(leaf).all() for leaf in leaves]

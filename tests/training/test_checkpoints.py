@@ -1,5 +1,8 @@
 """Checkpoints: what comes back is what was saved, and only where it belongs."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,12 @@ import pytest
 
 from affectgpt_jax import train
 from affectgpt_jax.training import sharding
-from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, SavedRun
+from affectgpt_jax.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointWriteError,
+    SavedRun,
+)
 from affectgpt_jax.training.optimizer import OptimizerConfig, make_optimizer
 from affectgpt_jax.weights.huggingface import BaseIdentity
 
@@ -58,6 +66,13 @@ def saved(tmp_path):
 
 def steps(workdir):
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def save(workdir, *numbers, losses=None, **options):
+    """Checkpoints of these steps, each of its own state."""
+    with Checkpoints(workdir, BASE, keep=9, **options) as checkpoints:
+        for step in numbers:
+            checkpoints.save(step, make_state(step), (losses or {}).get(step))
 
 
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
@@ -133,6 +148,134 @@ def test_without_validation_the_newest_is_the_best(tmp_path):
         checkpoints.wait()
         assert checkpoints.best_step() == 2
     assert steps(tmp_path) == [2]
+
+
+# --- What a kill leaves ---------------------------------------------------------------------------
+
+
+def test_what_a_killed_run_has_left_is_no_checkpoint_and_is_removed(saved):
+    folder = saved / "checkpoints"
+    shutil.copytree(folder / "7", folder / ".saving-9")
+    (folder / ".saving-9" / "manifest.json").unlink()
+    shutil.copytree(folder / "7", folder / ".deleting-5")
+    assert SavedRun(saved).steps == (7,)
+    Checkpoints(saved, BASE, chief=False).close()
+    assert (folder / ".saving-9").exists(), "only the first process cleans up"
+    with Checkpoints(saved, BASE) as checkpoints:
+        assert checkpoints.step_to_resume() == 7
+    assert [path.name for path in folder.iterdir()] == ["7"]
+
+
+def test_a_checkpoint_that_was_not_validated_can_be_later(tmp_path):
+    save(tmp_path, 1, 2, losses={1: 0.5})
+    with Checkpoints(tmp_path, BASE) as checkpoints:
+        assert checkpoints.val_loss(2) is None and checkpoints.best_step() == 1
+        checkpoints.set_val_loss(2, 0.25)
+        assert checkpoints.val_loss(2) == 0.25 and checkpoints.best_step() == 2
+        assert_same(checkpoints.restore(2, abstract()), make_state(2))
+
+
+# --- What is damaged ------------------------------------------------------------------------------
+
+
+def flip(path, place=None):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if place is None else place] ^= 1
+    path.write_bytes(data)
+
+
+def files(folder):
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def test_a_flipped_byte_in_any_file_is_refused_by_its_name(saved):
+    where = saved / "checkpoints" / "7"
+    found = files(where)
+    assert len(found) > 8
+    for path in found:
+        whole = path.read_bytes()
+        for place in {0, len(whole) // 2, len(whole) - 1}:
+            flip(path, place)
+            for read in (
+                lambda: Checkpoints(saved, BASE).step_to_resume(),
+                lambda: SavedRun(saved).trainable(7),
+            ):
+                with pytest.raises(CheckpointError) as error:
+                    read()
+                assert f"{where} is damaged: {path.relative_to(where)}" in str(error.value)
+            path.write_bytes(whole)
+    assert_same(SavedRun(saved).trainable(7), make_state()["trainable"])
+
+
+def test_a_truncated_or_missing_file_is_refused_by_its_name(saved):
+    where = saved / "checkpoints" / "7"
+    for path in files(where):
+        whole = path.read_bytes()
+        for damage in (lambda p, w: p.write_bytes(w[: len(w) // 2]), lambda p, w: p.unlink()):
+            damage(path, whole)
+            with pytest.raises(CheckpointError) as error:
+                Checkpoints(saved, BASE).step_to_resume()
+            assert f"{where} is damaged: {path.relative_to(where)}" in str(error.value)
+            path.write_bytes(whole)
+
+
+def test_a_value_changed_in_the_manifest_is_noticed(saved):
+    path = saved / "checkpoints" / "7" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"val_loss": 0.1}))
+    with pytest.raises(CheckpointError, match="manifest.json: its own sha256 does not match"):
+        SavedRun(saved)
+
+
+def test_the_newest_intact_checkpoint_is_offered_and_with_a_flag_used(tmp_path):
+    save(tmp_path, 3, 5, 7, 9, losses={5: 0.1})
+    folder = tmp_path / "checkpoints"
+    flip(folder / "9" / "state" / "_METADATA")
+    (folder / "7" / "manifest.json").unlink()
+    with Checkpoints(tmp_path, BASE, keep=9) as checkpoints:
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.step_to_resume()
+        assert f"{folder / '9'} is damaged: state/_METADATA: sha256" in str(error.value)
+        assert "the newest intact checkpoint is that of step 5: pass --fallback" in str(error.value)
+        assert "\n" not in str(error.value)
+        said = []
+        assert checkpoints.step_to_resume(fallback=True, say=said.append) == 5
+        assert "set aside, going on from step 5" in said[0]
+        assert checkpoints.latest_step() == checkpoints.best_step() == 5
+        assert_same(checkpoints.restore(5, abstract()), make_state(5))
+        checkpoints.save(7, make_state(7), 0.5)  # as the run comes there again
+        checkpoints.wait()
+        assert_same(checkpoints.restore(7, abstract()), make_state(7))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "3",
+        "5",
+        "7",
+        "7.damaged",
+        "9.damaged",
+    ]
+
+
+def test_where_no_checkpoint_is_intact_the_flag_does_not_help(saved):
+    flip(saved / "checkpoints" / "7" / "state" / "_METADATA")
+    with Checkpoints(saved, BASE) as checkpoints:
+        for fallback in (False, True):
+            with pytest.raises(CheckpointError, match="no older checkpoint is intact"):
+                checkpoints.step_to_resume(fallback)
+    assert steps(saved) == [7]
+
+
+def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(saved, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(saved, BASE)
+    monkeypatch.setattr("affectgpt_jax.training.checkpoints.Manifest.write", full)
+    checkpoints.save(9, make_state(9), 0.5)
+    with pytest.raises(CheckpointWriteError, match="is the disk full.*No space left on device"):
+        checkpoints.wait()
+    monkeypatch.undo()
+    with Checkpoints(saved, BASE) as again:
+        assert again.step_to_resume() == 7
+    assert steps(saved) == [7]
 
 
 # --- What is refused ------------------------------------------------------------------------------

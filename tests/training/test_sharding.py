@@ -1,6 +1,7 @@
 """The mesh and the rules, on the shapes of the 7B model: nothing here holds its weights."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,67 @@ def test_a_batch_is_split_by_rows_over_data_and_fsdp():
     ):
         assert array.sharding.shard_shape(array.shape) == (2, *array.shape[1:])
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (array.shape, array.dtype, array.sharding)
+
+
+class _Device:
+    """A device of a process that is not this one."""
+
+    def __init__(self, number, process):
+        self.id, self.process_index = number, process
+
+
+@pytest.mark.parametrize(
+    ("shape", "devices_each", "shares"),
+    [
+        ((4, 1, 1), 2, [(0, 2), (1, 2)]),
+        ((1, 8, 1), 2, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 2, 2), 4, [(0, 2), (1, 2)]),
+        ((1, 1, 4), 2, [(0, 1), (0, 1)]),  # all rows on all devices
+        ((2, 1, 4), 2, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+    ],
+)
+def test_processes_share_the_rows_of_a_batch(shape, devices_each, shares, monkeypatch):
+    count = math.prod(shape)
+    devices = [_Device(i, i // devices_each) for i in range(count)]
+    mesh = SimpleNamespace(shape=dict(zip(sharding.AXES, shape)))
+    rows = shape[0] * shape[1]
+
+    class Placed:
+        def __init__(self, *_):
+            pass
+
+        def devices_indices_map(self, _):
+            each = count // rows
+            return {d: (slice(d.id // each, d.id // each + 1),) for d in devices}
+
+    monkeypatch.setattr(sharding, "NamedSharding", Placed)
+    for process, share in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert sharding.row_share(mesh) == share
+
+
+def test_processes_that_cannot_share_rows_equally_are_refused(monkeypatch):
+    mesh = SimpleNamespace(shape={"data": 4, "fsdp": 1, "tensor": 1})
+    owners = [0, 1, 0, 1]  # neighbouring rows on different processes
+
+    class Placed:
+        def __init__(self, *_):
+            pass
+
+        def devices_indices_map(self, _):
+            return {_Device(i, owner): (slice(i, i + 1),) for i, owner in enumerate(owners)}
+
+    monkeypatch.setattr(sharding, "NamedSharding", Placed)
+    with pytest.raises(MeshError, match="cannot share a batch's rows equally"):
+        sharding.row_share(mesh)
+
+
+def test_a_whole_batch_is_placed_as_its_shares_are():
+    mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+    batch = make_batch([16] * 8)
+    whole, shares = sharding.shard_whole_batch(mesh, batch), sharding.shard_batch(mesh, batch)
+    jax.tree.map(np.testing.assert_array_equal, whole, batch)
+    assert jax.tree.map(lambda x: x.sharding, whole) == jax.tree.map(lambda x: x.sharding, shares)
 
 
 # --- The paper's step -----------------------------------------------------------------------------

@@ -1,18 +1,32 @@
 """One update: what it may not depend on (accumulation, layout, filler) and what it must (seed)."""
 
+import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny_model import make_batch, make_model, pack_rows, random_base, random_trainable
+from tiny_model import (
+    LLM,
+    make_batch,
+    make_model,
+    pack_rows,
+    random_base,
+    random_trainable,
+)
 
 from affectgpt_jax import train
 from affectgpt_jax.models.affectgpt import init_random_base
 from affectgpt_jax.training import sharding
-from affectgpt_jax.training.step import init_state, make_eval_step, make_train_step
+from affectgpt_jax.training.step import (
+    init_state,
+    make_eval_step,
+    make_train_step,
+    nonfinite_leaves,
+)
 
 # Rows with 6, 6, 3, 0 ... supervised tokens: a mean of the parts' means would show.
 LENGTHS = [16, 11, 7, 0, 14, 16, 6, 5]
@@ -55,15 +69,15 @@ def jitted_step(accumulation=1, dropout=0.0):
 one_device_step = functools.cache(jitted_step)
 
 
-def assert_same_update(found, expected):
-    """Compare states and metrics; the gradient is what the update subtracted."""
+def assert_same_update(found, expected, start=TRAINABLE):
+    """Compare states and metrics; the gradient is what the update subtracted from `start`."""
     (state, metrics), (expected_state, expected_metrics) = found, expected
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=FLOAT32, err_msg=name)
     assert state["step"] == expected_state["step"] == 1
     before, after, wanted = (
         jax.tree_util.tree_leaves_with_path(tree)
-        for tree in (TRAINABLE, state["trainable"], expected_state["trainable"])
+        for tree in (start, state["trainable"], expected_state["trainable"])
     )
     changes = {}
     for (path, start), (_, y) in zip(before, wanted, strict=True):
@@ -98,6 +112,14 @@ def test_the_metrics_describe_the_update():
     assert metrics["supervised_tokens"] == BATCH["target_weights"].sum() == 30
     total, count = jax.jit(make_eval_step(make_model()))(TRAINABLE, BASE, BATCH)
     np.testing.assert_allclose(metrics["loss"], total / count, rtol=FLOAT32)
+
+
+def test_what_is_not_finite_in_a_state_is_named():
+    state = {"trainable": {"lora": {"a": jnp.ones(3)}, "fusion": {}}, "step": jnp.int32(1)}
+    assert nonfinite_leaves(state) == []
+    for value in (np.nan, np.inf, -np.inf):
+        state["opt_state"] = (jnp.ones(2), {"mu": jnp.ones((2, 2)).at[1, 0].set(value)})
+        assert nonfinite_leaves(state) == ["opt_state/1/mu"]
 
 
 # --- Filler rows ----------------------------------------------------------------------------------
@@ -149,6 +171,70 @@ def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout,
     assert_same_update(found, one_device_step(dropout=dropout)(new_state(), batch))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state)), "the state was not donated"
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(base))
+
+
+# What eight devices can form, and one that leaves axes out.
+LAYOUTS = (
+    "data:8",
+    "fsdp:8",
+    "tensor:8",
+    "data:2,fsdp:4",
+    "data:4,fsdp:2",
+    "data:4,tensor:2",
+    "data:2,tensor:4",
+    "fsdp:4,tensor:2",
+    "fsdp:2,tensor:4",
+    "data:2,fsdp:2,tensor:2",
+)
+
+
+def tied_or_not(tied, lora):
+    """The tiny model with a head of its own or without, with LoRA on every projection or none."""
+    llm = dataclasses.replace(LLM, tie_word_embeddings=tied)
+    return functools.partial(make_model, llm, lora=lora)
+
+
+@functools.cache
+def case(tied, lora, accumulation):
+    """A model, its weights, its batch, and what one device makes of them."""
+    new_model = tied_or_not(tied, lora)
+    # Rows for eight devices in each part.
+    batch = make_batch(LENGTHS * accumulation)
+    base, trainable = random_base(new_model()), random_trainable(new_model())
+    step = jax.jit(
+        make_train_step(new_model(), SGD, SCHEDULE, seed=0, accumulation=accumulation),
+    )
+    state = {"trainable": trainable, "opt_state": SGD.init(trainable), "step": jnp.int32(0)}
+    return new_model, base, state, batch, step(state, base, batch)
+
+
+QUICK = {
+    ("tensor:8", True, True, 1),
+    ("fsdp:4,tensor:2", False, True, 2),
+    ("data:2,fsdp:2,tensor:2", True, False, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "tied", "lora", "accumulation"),
+    [
+        pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow)
+        for row in itertools.product(LAYOUTS, (True, False), (True, False), (1, 2))
+    ],
+)
+def test_every_layout_gives_the_loss_and_the_gradient_of_one_device(
+    layout, tied, lora, accumulation
+):
+    new_model, base, state, batch, expected = case(tied, lora, accumulation)
+    mesh = sharding.make_mesh(layout)
+    model = new_model(shard=sharding.activation_constraint(mesh))
+    step = make_train_step(model, SGD, SCHEDULE, seed=0, accumulation=accumulation)
+    found = jax.jit(step)(
+        jax.device_put(state, sharding.tree_shardings(mesh, state)),
+        jax.device_put(base, sharding.tree_shardings(mesh, base)),
+        sharding.shard_batch(mesh, batch),
+    )
+    assert_same_update(found, expected, state["trainable"])
 
 
 # --- Seed -----------------------------------------------------------------------------------------

@@ -260,7 +260,7 @@ def test_a_run_without_its_config_is_refused(run, tmp_path, text):
     assert "is not the config of a run" in refused("export-peft", copy, tmp_path / "out")
 
 
-@pytest.mark.parametrize("file", ["state/_METADATA", "base/metadata"])
+@pytest.mark.parametrize("file", ["state/_METADATA", "manifest.json"])
 def test_a_damaged_checkpoint_is_refused_by_name(run, tmp_path, file):
     copy = copy_run(run, tmp_path)
     # (Not the arrays: Orbax closes its event loop on the first error, and the reads that are still

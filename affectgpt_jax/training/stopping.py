@@ -1,0 +1,198 @@
+"""Why a run ends before its last step, other than by an error: signals, a hang, a lock."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import faulthandler
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Self
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Stopped(SystemExit):
+    """A run ends because it was told to; its status is 128 and the signal's number, as a shell's
+    is for a command that the signal has ended."""
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as a wish to stop, which the training loop fulfils when it has saved.
+
+    The first of them is remembered; a second SIGINT ends the process at once. Several processes
+    agree on where to stop, whichever of them was told to.
+
+    Args:
+        say: told that a signal has come.
+    """
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, object] = {}
+        self._calls, self._agreed = 0, False
+
+    def reached(self) -> bool:
+        """Whether to stop here. Several processes must all call it equally often."""
+        if jax.process_count() == 1:
+            return self._signal is not None
+        self._calls += 1
+        if not self._agreed:
+            self._agreed = multihost_utils.reached_preemption_sync_point(self._calls)
+        return self._agreed
+
+    def check(self) -> None:
+        """Calls `reached`.
+
+        Raises:
+            Stopped: if so.
+        """
+        if self.reached():
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        """What to raise once everything is saved."""
+        return Stopped(128 + (self._signal or signal.SIGTERM))
+
+    def _handle(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self._signal is not None:
+            # Not through Python's way out, which waits for threads.
+            os.write(2, b"interrupted again: stopped at once; the newest checkpoint is whole\n")
+            os._exit(128 + number)
+        first, self._signal = self._signal is None, signal.Signals(number)
+        if not first:
+            return
+        self._say(
+            f"{self._signal.name}: the run ends as soon as it has saved; a second Ctrl-C ends it "
+            "at once"
+        )
+        if number == signal.SIGINT and jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)  # for JAX, which lets the processes agree
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only the main thread may handle signals
+        # JAX itself listens to SIGTERM where there are several processes.
+        alone = jax.process_count() == 1
+        for number in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+
+class Watchdog:
+    """Ends a process that makes no progress, after it has shown where each of its threads is.
+
+    Args:
+        limit_s: the longest that may pass between two calls of `beat`; 0 is for ever.
+        tell: called with a sentence before the process ends.
+    """
+
+    def __init__(self, limit_s: float, tell: Callable[[str], None] = lambda sentence: None):
+        self._limit_s, self._tell = limit_s, tell
+        self._what, self._since_s = "the start", time.monotonic()
+        self._done = threading.Event()
+
+    def beat(self, what: str) -> None:
+        """There is progress, now at `what`."""
+        self._what, self._since_s = what, time.monotonic()
+
+    def _watch(self) -> None:
+        interval_s = min(self._limit_s / 4, 10.0)
+        while not self._done.wait(interval_s):
+            # For a thread that keeps the interpreter to itself, so that this one never runs.
+            if _has_descriptor(sys.__stderr__):
+                faulthandler.dump_traceback_later(
+                    2 * self._limit_s + 60, exit=True, file=sys.__stderr__
+                )
+            if time.monotonic() - self._since_s > self._limit_s:
+                self._end()
+
+    def _end(self) -> None:
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        sentence = (
+            f"no progress for {self._limit_s:g} s since {self._what}, the stacks of all threads "
+            "are above"
+        )
+        self._tell(sentence)
+        print(
+            f"error: {sentence}; the same command resumes from the newest checkpoint. Where this "
+            "takes so long by its nature, raise config.step_timeout",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    def __enter__(self) -> Self:
+        self.beat("the start of training")
+        if self._limit_s:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _has_descriptor(stream: object) -> bool:
+    try:
+        return stream.fileno() >= 0
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+class WorkdirInUse(RuntimeError):
+    """Another run is at work in a workdir."""
+
+
+LOCK_FILE = "run.lock"
+
+
+@contextlib.contextmanager
+def lock_workdir(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Keep other runs out of a workdir, which is made if it is not there.
+
+    The lock is the kernel's, so it ends with the process, however that ends.
+
+    Raises:
+        WorkdirInUse: another run holds it; the message names its host and process.
+        OSError: the workdir cannot be written to.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            try:
+                holder = json.loads(file.read())
+                who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+            except (ValueError, KeyError, TypeError):  # it is just writing that
+                who = "another process"
+            raise WorkdirInUse(
+                f"{workdir} is in use by {who}; wait for it, stop it, or name another --workdir"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            say(f"warning: {workdir} is on a file system without locks; see that one run uses it")
+        file.truncate(0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+        file.write(json.dumps(holder) + "\n")
+        file.flush()
+        yield

@@ -1,0 +1,400 @@
+"""Several processes as one run: how they are launched, meet, agree and part."""
+
+import signal
+import socket
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from commands import ending, finish, fleet, trace
+
+from affectgpt_jax import distributed
+from affectgpt_jax.distributed import Fleet, Launch, LaunchError
+
+# --- How a process was launched -------------------------------------------------------------------
+
+
+def launch(*argv, environ=None):
+    values = flags.FlagValues()
+    distributed.define_flags(values)
+    values(["train", *argv])
+    return distributed.find_launch(values, environ or {})
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[007-008,011]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "PMIX_NAMESPACE": "prterun-node-1@1",
+}
+
+
+def test_a_process_without_a_launcher_is_alone():
+    assert launch() is None
+    assert launch(environ={"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}) is None  # a batch script
+    assert launch("--coordinator=a:1", "--process=0", "--processes=1") is None
+
+
+def test_flags_say_where_a_process_stands_and_come_before_the_launcher():
+    named = ("--coordinator=node001:5123", "--process=2", "--processes=4")
+    assert launch(*named) == launch(*named, environ=SLURM) == Launch("node001:5123", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("node001", "node001"),
+        ("node001,node007", "node001"),
+        ("gpu[007-008,011]", "gpu007"),
+        ("gpu[3,5]", "gpu3"),
+        ("a-b[01-04],c9", "a-b01"),
+    ],
+)
+def test_slurm_names_the_first_node_of_the_step(nodes, host):
+    found = launch(environ=SLURM | {"SLURM_STEP_NODELIST": nodes})
+    assert found.coordinator.rsplit(":")[0] == host
+    assert (found.process, found.processes) == (5, 8)
+
+
+def test_all_tasks_of_a_step_derive_one_port_and_other_steps_another():
+    ports = {
+        launch(environ=SLURM | {"SLURM_PROCID": str(i), "SLURM_STEP_ID": step}).coordinator
+        for i in range(8)
+        for step in "01"
+    }
+    assert len(ports) == 2
+    assert all(61440 <= int(port.rsplit(":")[1]) < 65536 for port in ports)
+    assert launch("--coordinator=other:99", environ=SLURM).coordinator == "other:99"
+
+
+@pytest.mark.parametrize(
+    ("changes", "local"),
+    [
+        ({}, 1),  # four tasks a node, each of which sees all devices
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 1),
+        ({"CUDA_VISIBLE_DEVICES": "2"}, None),  # bound by the launcher
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x8)"}, None),  # a task with a node to itself
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+    ],
+)
+def test_tasks_of_one_node_share_its_devices(changes, local):
+    assert launch(environ=SLURM | changes).local == local
+
+
+def test_open_mpi_on_one_machine_and_on_several():
+    found = launch(environ=OPEN_MPI)
+    assert found.coordinator.startswith("127.0.0.1:") and found.local == 3
+    assert (found.process, found.processes) == (3, 4)
+    several = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with pytest.raises(LaunchError, match="is not HOST:PORT; name the host of process 0"):
+        launch(environ=several)
+    several["OMPI_MCA_orte_hnp_uri"] = "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
+    assert launch(environ=several).coordinator.startswith("10.96.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--process=1"], "name all three"),
+        (["--process=1", "--processes=2"], "name all three"),
+        (["--coordinator=a:1"], "neither --process and --processes nor SLURM"),
+        (["--coordinator=a:1", "--process=2", "--processes=2"], "expected 0 to 1"),
+        (["--coordinator=a", "--process=1", "--processes=2"], "'a' is not HOST:PORT"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(argv, said):
+    with pytest.raises(LaunchError, match=said):
+        launch(*argv)
+
+
+# --- How they meet --------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def ends(monkeypatch):
+    """What would have ended a process; here, several are threads of one."""
+    found = []
+    monkeypatch.setattr(Fleet, "_end", lambda self, source, sentence: found.append(sentence))
+    return found
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def meet(launches, timeout_s=10.0):
+    """What each process gets that meets the others, or the error; in threads of this one."""
+    results = [None] * len(launches)
+
+    def join(i, launch):
+        host, port = launch.coordinator.split(":")
+        how = distributed._report if launch.process else distributed._call_the_roll
+        try:
+            links = how(launch, host, int(port), distributed.time.monotonic() + timeout_s)
+        except LaunchError as error:
+            results[i] = error
+            return
+        results[i] = Fleet(launch.process, launch.processes)
+        for number, link in links.items():
+            results[i]._watch(number, link)
+
+    threads = [threading.Thread(target=join, args=pair) for pair in enumerate(launches)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@pytest.fixture
+def three():
+    coordinator = f"127.0.0.1:{free_port()}"
+    fleets = meet([Launch(coordinator, i, 3) for i in (2, 0, 1)])
+    fleets.sort(key=lambda fleet: fleet.process)
+    yield fleets
+    for link in (link for one in fleets for link in one._links.values()):
+        link.send(None, kind="bye")
+
+
+def on_all(fleets, act):
+    """What `act(fleet)` gives on each, run side by side."""
+    results = [None] * len(fleets)
+
+    def run(i):
+        try:
+            results[i] = act(fleets[i])
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(fleets))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        # Those who wait for a chief that has failed are left behind.
+        thread.join(0 if isinstance(results[0], LaunchError) else 10)
+    return results
+
+
+def test_what_the_chief_decides_all_get(three):
+    values = iter([{"step": 7}, None, "text"])
+    for expected in ({"step": 7}, None, "text"):
+        found = on_all(three, lambda fleet: fleet.from_chief(lambda: next(values)))
+        assert found == [expected] * 3
+
+
+def test_the_others_begin_after_the_chief_is_done(three):
+    order = []
+    on_all(three, lambda fleet: fleet.chief_first(lambda: order.append(fleet.process)))
+    assert order[0] == 0 and sorted(order) == [0, 1, 2]
+
+
+def test_nobody_parts_before_all_have_come(three, ends):
+    parted = []
+
+    def part(fleet):
+        time.sleep(0.05 * fleet.process)
+        parted.append(len(parted))
+        fleet.close()
+        assert len(parted) == 3
+
+    assert on_all(three, part) == [None] * 3
+    assert not ends
+
+
+def test_the_chief_gathers_in_the_order_of_the_processes(three):
+    found = on_all(three, lambda fleet: fleet.gather(fleet.process * 10))
+    assert found == [[0, 10, 20], [], []]
+
+
+def test_a_difference_between_processes_is_named(three):
+    facts = [{"config.seed": "0", "jax": "1"}, {"config.seed": "0", "jax": "1"}, {"jax": "1"}]
+    error, *_ = on_all(three, lambda fleet: fleet.require_same(facts[fleet.process]))
+    assert "process 2 on " in str(error)
+    assert "has config.seed=None, but process 0 has 0" in str(error)
+
+
+def test_a_process_that_fails_or_leaves_without_a_word_ends_the_others(three, ends):
+    three[1].fail("config.seed is wrong")
+    three[2]._links[0]._connection.shutdown(socket.SHUT_RDWR)
+    for _ in range(500):
+        if len(ends) == 3:
+            break
+        time.sleep(0.01)
+    host = socket.gethostname()
+    assert f"process 1 on {host} failed: config.seed is wrong" in ends
+    assert f"process 2 on {host} is gone without a word (killed, out of memory, or its" in str(ends)
+
+
+def test_missing_processes_are_named(ends):
+    coordinator = f"127.0.0.1:{free_port()}"
+    (chief, other) = meet([Launch(coordinator, 0, 4), Launch(coordinator, 2, 4)], timeout_s=1.0)
+    assert "but 1, 3 did not come" in str(chief)
+    assert other.process == 2
+    (lonely,) = meet([Launch(coordinator, 1, 2)], timeout_s=0.5)
+    assert f"cannot reach process 0 at {coordinator}: Connection refused" in str(lonely)
+
+
+@pytest.mark.parametrize(
+    ("number", "count", "said"),
+    [(1, 3, "process 1 of 3 came from"), (0, 2, "process 0 of 2 came from")],
+)
+def test_a_process_that_does_not_belong_is_named(number, count, said):
+    coordinator = f"127.0.0.1:{free_port()}"
+    stranger = Launch(coordinator, number, count)
+    results = [None]
+
+    def report():
+        host, port = coordinator.split(":")
+        (results[0],) = distributed._report(
+            stranger, host, int(port), distributed.time.monotonic() + 10
+        ).values()
+
+    thread = threading.Thread(target=report)
+    thread.start()
+    (chief,) = meet([Launch(coordinator, 0, 2)])
+    thread.join()
+    assert said in str(chief) and "give each process a number of its own" in str(chief)
+    assert said in results[0].read()
+
+
+def test_what_else_knocks_at_the_port_is_let_go():
+    coordinator = f"127.0.0.1:{free_port()}"
+    found = []
+    chief = threading.Thread(target=lambda: found.extend(meet([Launch(coordinator, 0, 2)])))
+    chief.start()
+    host, port = coordinator.split(":")
+    for noise in (b"GET / HTTP/1.1\r\n\r\n", b'["hello", 3]\n', b""):
+        while True:
+            try:
+                with socket.create_connection((host, int(port))) as stranger:
+                    stranger.sendall(noise)
+                break
+            except ConnectionRefusedError:
+                continue
+    (other,) = meet([Launch(coordinator, 1, 2)])
+    chief.join()
+    assert found[0].processes == other.processes == 2
+    on_all([found[0], other], lambda fleet: fleet.close())
+
+
+def test_a_taken_port_is_named():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        coordinator = f"127.0.0.1:{taken.getsockname()[1]}"
+        (error,) = meet([Launch(coordinator, 0, 2)])
+    assert f"process 0 cannot listen at {coordinator}: Address already in use" in str(error)
+
+
+# --- Training -------------------------------------------------------------------------------------
+
+
+def assert_same_losses(found, expected):
+    """Across layouts the same numbers are added in another order; a dozen updates in float32
+    carry that on."""
+    found, expected = trace(found), trace(expected)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=2e-4, err_msg=str(key))
+
+
+def test_two_processes_train_as_one_until_one_is_killed_and_one_goes_on_alone(
+    undisturbed, records, tmp_path
+):
+    workdir = tmp_path / "run"
+    with ending(fleet(workdir, 2, *records)) as commands:
+        assert commands[0].until((workdir / "checkpoints" / "6").exists), commands[0].said
+        commands[1].signal(signal.SIGKILL)
+        assert commands[0].wait(timeout_s=30) == 1
+        said = commands[0].said
+        assert "process 0 of 2 on " in said and "process 1 of 2 on " in said
+        assert "(pid " in said and "): 1 x cpu" in said
+        assert "error: process 0 of 2 stops, since process 1 on " in said
+        assert "is gone without a word" in said
+        assert "workdir" not in commands[1].said, "only the first process reports"
+    assert "resumed from the checkpoint of step" in finish(workdir, *records)
+    assert_same_losses(workdir, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"),
+    [
+        (2, 1, "data:-1"),
+        (2, 2, "data:2,tensor:2"),
+        (2, 2, "tensor:4"),
+        (2, 2, "fsdp:4"),
+        (4, 1, "data:-1"),
+        (4, 1, "fsdp:2,tensor:2"),
+    ],
+)
+def test_several_processes_give_the_losses_of_one(
+    count, devices, mesh, undisturbed, records, tmp_path
+):
+    flags = (*records, f"--config.mesh={mesh}")
+    settings = {"jax_num_cpu_devices": devices}
+    with ending(fleet(tmp_path / "run", count, *flags, settings=settings)) as commands:
+        for command in commands:
+            assert command.wait(timeout_s=300) == 0, command.said
+        assert "Where the time went" in commands[0].said
+        assert not any("Where the time went" in command.said for command in commands[1:])
+    assert_same_losses(tmp_path / "run", undisturbed)
+    assert not [*(tmp_path / "run" / "checkpoints").glob(".*")]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_any_number_of_processes_and_on_any_layout(
+    undisturbed, records, tmp_path
+):
+    workdir = tmp_path / "run"
+    for count, mesh, step in ((1, "data:-1", 3), (2, "fsdp:2", 6), (4, "data:2,tensor:2", 9)):
+        with ending(fleet(workdir, count, *records, f"--config.mesh={mesh}")) as commands:
+            assert commands[0].until((workdir / "checkpoints" / str(step)).exists)
+            for command in commands:
+                command.signal(signal.SIGKILL)
+    finish(workdir, *records)
+    assert_same_losses(workdir, undisturbed)
+
+
+@pytest.mark.slow
+def test_two_processes_write_validate_and_score_what_one_does(records, tmp_path):
+    """Generated clips, hit rates in validation, answers to the test set and packed rows."""
+    flags = (
+        "--config.label=ovlabel",
+        "--config.steps=4",
+        "--config.save_every=2",
+        f"--config.data.test={records[1].split('=')[1]}",
+        "--config.pack_length=200",
+        "--config.generate.max_new_tokens=4",
+        "--config.generate.batch_size=4",
+    )
+    finish(tmp_path / "one", *records, *flags)
+    with ending(fleet(tmp_path / "two", 2, *records, *flags)) as commands:
+        for command in commands:
+            assert command.wait(timeout_s=300) == 0, command.said
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    for file in ("predictions.jsonl", "truth.csv"):
+        assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
+
+
+def test_a_fleet_of_one_needs_nobody():
+    one = Fleet()
+    assert one.from_chief(lambda: 3) == one.chief_first(lambda: 3) == 3
+    assert one.gather(4) == [4]
+    one.meet()
+    one.require_same({"a": "b"})
+    one.fail("nobody hears")
+    assert jax.process_count() == 1

@@ -1,0 +1,174 @@
+"""Signals, the watchdog and the lock, in processes that do nothing else."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from affectgpt_jax.training.stopping import (
+    LOCK_FILE,
+    Stopped,
+    StopSignals,
+    Watchdog,
+    WorkdirInUse,
+    lock_workdir,
+)
+
+
+def python(code, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_a_wish_until_the_loop_asks(number):
+    said, before = [], signal.getsignal(number)
+    with StopSignals(said.append) as stop:
+        assert not stop.reached()
+        stop.check()
+        os.kill(os.getpid(), number)
+        assert stop.reached()
+        with pytest.raises(Stopped) as stopped:
+            stop.check()
+    assert stopped.value.code == 128 + number
+    assert said == [
+        f"{number.name}: the run ends as soon as it has saved; a second Ctrl-C ends it at once"
+    ]
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("first", ["SIGINT", "SIGTERM"])
+def test_a_second_interrupt_ends_the_process_at_once(first):
+    code = """
+import time
+from affectgpt_jax.training.stopping import StopSignals
+with StopSignals(lambda text: print(text, flush=True)):
+    print("ready", flush=True)
+    while True:  # a step that never ends
+        time.sleep(0.01)
+"""
+    with python(code) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.Signals[first])
+        assert process.stdout.readline().startswith(f"{first}: the run ends as soon as it has sav")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert "stopped at once" in process.stderr.read()
+
+
+# --- The watchdog ---------------------------------------------------------------------------------
+
+HANG = """
+import sys, threading
+from affectgpt_jax.training.stopping import Watchdog
+
+def stuck_in_here(event):
+    event.wait()
+
+event = threading.Event()
+threading.Thread(target=stuck_in_here, args=[event], daemon=True).start()
+with Watchdog(0.5, lambda sentence: print("told:", sentence, flush=True)) as watchdog:
+    watchdog.beat("step 7")
+    event.wait()
+"""
+
+
+def test_a_hang_shows_all_stacks_and_ends_the_process():
+    with python(HANG) as process:
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert out.startswith("told: no progress for 0.5 s since step 7")
+    assert err.count("most recent call first") >= 3
+    assert "stuck_in_here" in err
+    (sentence,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "no progress for 0.5 s since step 7" in sentence
+    assert "raise config.step_timeout" in sentence
+
+
+def test_a_process_that_goes_on_is_left_alone(monkeypatch):
+    def bite(self):
+        raise AssertionError("it bit")
+
+    monkeypatch.setattr(Watchdog, "_end", bite)
+    now = [0.0]
+    monkeypatch.setattr("affectgpt_jax.training.stopping.time.monotonic", lambda: now[0])
+    watchdog = Watchdog(10.0)
+    ticks = iter(range(100))
+
+    def tick(interval_s):
+        now[0] += interval_s
+        if (count := next(ticks)) % 3 == 0:
+            watchdog.beat(f"step {count}")
+        return count > 30
+
+    monkeypatch.setattr(watchdog._done, "wait", tick)
+    watchdog._watch()
+    assert now[0] > 70
+
+
+def test_no_limit_is_no_watch():
+    with Watchdog(0.0) as watchdog:
+        assert not [t for t in threading.enumerate() if t.name == "watchdog"]
+        watchdog.beat("anything")
+
+
+# --- The lock -------------------------------------------------------------------------------------
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from affectgpt_jax.training.stopping import lock_workdir
+with lock_workdir(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_run_is_refused_by_host_and_process_until_the_first_is_gone(tmp_path):
+    with python(HOLD, tmp_path / "run") as first:
+        assert first.stdout.readline() == "locked\n"
+        with pytest.raises(WorkdirInUse) as error:
+            with lock_workdir(tmp_path / "run"):
+                raise AssertionError("two at once")
+        assert re.fullmatch(
+            rf"{tmp_path}/run is in use by process {first.pid} on {socket.gethostname()}, since "
+            r"[-\d]+ [:\d]+; wait for it, stop it, or name another --workdir",
+            str(error.value),
+        )
+        first.kill()
+        first.wait()
+        with lock_workdir(tmp_path / "run"):
+            holder = json.loads((tmp_path / "run" / LOCK_FILE).read_text())
+    assert holder["pid"] == os.getpid()
+
+
+def test_a_lock_that_says_nothing_yet_still_holds(tmp_path):
+    with lock_workdir(tmp_path):
+        (tmp_path / LOCK_FILE).write_text("")
+        with pytest.raises(WorkdirInUse, match="in use by another process"):
+            with lock_workdir(tmp_path):
+                raise AssertionError("two at once")
+    with lock_workdir(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("affectgpt_jax.training.stopping.fcntl.flock", no_locks)
+    said = []
+    with lock_workdir(tmp_path, said.append):
+        pass
+    assert "a file system without locks" in said[0]
