@@ -45,6 +45,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",  # two files of tests at a time
             "hypothesis>=6.100",
             "ruff>=0.14",
             "setuptools>=77",  # a test builds the wheel
