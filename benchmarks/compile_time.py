@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import environment
 from benchmarks.train_step import RESULTS
 from benchmarks.turns import Side
 
@@ -47,7 +48,7 @@ class Compiler:
         from affectgpt_jax.training import sharding
         from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
         from affectgpt_jax.training.step import init_state, make_train_step
-        from benchmarks import environment, sides, synthetic, workloads
+        from benchmarks import sides, synthetic, workloads
 
         config = self.workload.config
         mesh = sides.one_device()
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 with Side(kind, "benchmarks.compile_time:Compiler", arguments, variables) as side:
                     runs.append(side.call("compile"))
     about = found["cold"][0]["environment"]
-    about["command"] = " ".join(["python -m benchmarks.compile_time", *args.words])
+    about["command"] = environment.command("benchmarks.compile_time", args.words)
     return {
         "environment": about,
         "settings": {"scale": args.scale, "length": args.length},

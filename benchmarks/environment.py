@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ def describe(*more_packages: str) -> dict[str, Any]:
     device = jax.devices()[0]
     packages = (*PACKAGES, *more_packages)
     return {
-        "command": " ".join(["python", "-m", _module_name(), *sys.argv[1:]]),
+        "command": command(_module_name(), sys.argv[1:]),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "device": f"{jax.device_count()} x {device.device_kind}",
@@ -26,6 +27,21 @@ def describe(*more_packages: str) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_cores": os.cpu_count(),
     }
+
+
+# Flags that say where files are, which is nobody else's business.
+_PLACES = ("--records", "--out", "--profile", "--tokenizer")
+
+
+def command(module: str, words: Sequence[str]) -> str:
+    """A command as a result file names it: without folders of this machine."""
+    kept, skip = [], False
+    for word in words:
+        place = word.split("=", 1)[0] in _PLACES
+        if not place and not skip:
+            kept.append(word)
+        skip = place and "=" not in word
+    return " ".join(["python", "-m", module, *kept])
 
 
 def _module_name() -> str:

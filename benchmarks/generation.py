@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from affectgpt_jax.data.packing import Bucket, round_up
-from benchmarks import workloads
+from benchmarks import environment, workloads
 from benchmarks.train_step import RESULTS, default_scale, environments, records_folder
 from benchmarks.turns import Side, TurnError
 
@@ -101,8 +101,6 @@ class Ours(_Writer):
         return generate(self.model, self.base, self.trainable, placed, decoding).tokens
 
     def facts(self) -> dict[str, Any]:
-        from benchmarks import environment
-
         return environment.describe()
 
 
@@ -159,8 +157,6 @@ class Theirs(_Writer):
         return found.cpu().numpy()
 
     def facts(self) -> dict[str, Any]:
-        from benchmarks import environment
-
         return environment.describe("torch", "peft")
 
 
@@ -263,7 +259,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for kind in args.kind
         }
         about = sides["transformers" if args.peer else "jax"].call("facts")
-    about["command"] = " ".join(["python -m benchmarks.generation", *args.words])
+    about["command"] = environment.command("benchmarks.generation", args.words)
     settings = {
         "scale": args.scale,
         "dtype": dtype,

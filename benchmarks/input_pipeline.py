@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "us_per_sample": by_part(feed, dataset, workloads.view(workload), min(count, 20)),
         }
     about = environment.describe()
-    about["command"] = " ".join(["python -m benchmarks.input_pipeline", *args.words])
+    about["command"] = environment.command("benchmarks.input_pipeline", args.words)
     return {
         "environment": about,
         "settings": {

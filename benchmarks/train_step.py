@@ -32,7 +32,7 @@ import numpy as np
 
 from affectgpt_jax.models.flops import Flops, train_flops
 from affectgpt_jax.models.lora import LoraConfig
-from benchmarks import workloads
+from benchmarks import environment, workloads
 from benchmarks.turns import Side, TurnError
 from benchmarks.workloads import Workload
 
@@ -262,7 +262,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             sides["jax"].call("warm_up", steps=args.warmup)
             sides["jax"].call("profile", first=0, steps=args.block, directory=str(args.profile))
     last = facts[args.tuning[0] if args.peer else "jax"].get("environment")
-    command = " ".join(["python -m benchmarks.train_step", *args.words])
+    command = environment.command("benchmarks.train_step", args.words)
     peak = None
     if workload.config.dtype == "bfloat16":
         peak = next((flops for name, flops in PEAKS.items() if name in last["device"]), None)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import environment, tables
 from benchmarks.tables import AIMS, Measured
 
 SIDES = {"jax": {"mfu": 0.56, "tokens_per_s": 17_900.0, "data_wait": 0.002}, "tuned": {"mfu": 0.39}}
@@ -65,3 +65,9 @@ def test_what_has_no_file_is_open_with_its_reason(tmp_path):
 def test_the_kept_results_make_the_tables(capsys):
     tables.main([])
     assert capsys.readouterr().out.startswith("| what | aim | measured | |")
+
+
+def test_a_result_names_no_folder_of_the_machine():
+    words = ["--records", "/a/b", "--batch", "12", "--out=/c", "--pack", "--profile", "/d"]
+    found = environment.command("benchmarks.train_step", words)
+    assert found == "python -m benchmarks.train_step --batch 12 --pack"
