@@ -224,22 +224,51 @@ def targets(folder: Path) -> str:
     return "\n".join(lines)
 
 
+# Heading, files, and the function that makes a table of their reports.
+SECTIONS: tuple[tuple[str, str, Callable[[list[Report]], str]], ...] = (
+    ("Training beside PyTorch", "train_step_*.json", train_step.table),
+    ("Generation", "generation_*.json", generation.table),
+    ("Input", "input_*.json", lambda found: "\n\n".join(map(input_pipeline.table, found))),
+    ("Compilation", "compile_time_*.json", lambda f: "\n\n".join(map(compile_time.table, f))),
+    (
+        "Where a step's time goes",
+        "profile_*.json",
+        lambda f: "\n\n".join(map(profile_table.table, f)),
+    ),
+)
+
+
 def all_tables(folder: Path) -> str:
-    """Every table that the files of a folder give."""
-
-    def group(pattern: str) -> list[Report]:
+    """Every table that the files of a folder give, with the commands that made them."""
+    parts = ["# Results", "Printed by `python -m benchmarks.tables`.", targets(folder)]
+    for heading, pattern, table in SECTIONS:
         files = sorted(folder.glob(pattern))
-        return [json.loads(path.read_text(encoding="utf-8")) for path in files]
-
-    parts = [targets(folder)]
-    if trained := group("train_step_*.json"):
-        parts.append(train_step.table(trained))
-    if generated := group("generation_*.json"):
-        parts.append(generation.table(generated))
-    parts += [input_pipeline.table(found) for found in group("input_*.json")]
-    parts += [compile_time.table(found) for found in group("compile_time_*.json")]
-    parts += [profile_table.table(found) for found in group("profile_*.json")]
+        reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        if reports:
+            parts += [f"## {heading}", made_by(files, reports), table(reports)]
     return "\n\n".join(parts)
+
+
+def made_by(files: Sequence[Path], reports: Sequence[Report]) -> str:
+    """Command, device and versions of every report that has them."""
+    lines = []
+    for path, report in zip(files, reports, strict=True):
+        if about := report.get("environment"):
+            versions = ", ".join(
+                f"{name} {about['versions'][name]}"
+                for name in ("jax", "torch", "transformers")
+                if name in about["versions"]
+            )
+            where = f"{about['device']}, {about['cpu_cores']} cores"
+            made = (
+                f"- `{about['command']}` ({where}; {versions}; [{path.name}](results/{path.name}))"
+            )
+            lines.append(made)
+        else:
+            lines.append(
+                f"- `python -m benchmarks.profile_table` ([{path.name}](results/{path.name}))"
+            )
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -64,7 +64,9 @@ def test_what_has_no_file_is_open_with_its_reason(tmp_path):
 
 def test_the_kept_results_make_the_tables(capsys):
     tables.main([])
-    assert capsys.readouterr().out.startswith("| what | aim | measured | |")
+    printed = capsys.readouterr().out
+    assert "| what | aim | measured | |" in printed
+    assert (tables.RESULTS.parent / "RESULTS.md").read_text(encoding="utf-8") == printed
 
 
 def test_a_result_names_no_folder_of_the_machine():
