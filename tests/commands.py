@@ -95,6 +95,7 @@ class Command:
     def __init__(self, workdir, *flags, settings=None, before=None):
         self.workdir = workdir
         self._said = workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.txt"
+        self._said.touch()
         arguments = [f"--workdir={workdir}", *SMALL, *flags]
         cache = jax.config.jax_compilation_cache_dir
         self.process = _SERVER.Process(
@@ -102,7 +103,7 @@ class Command:
         )
         self.process.start()
 
-    def wait(self, timeout_s=180):
+    def wait(self, timeout_s=400):
         """Its status, when it has ended."""
         self.process.join(timeout_s)
         status = self.process.exitcode
@@ -117,7 +118,7 @@ class Command:
     def said(self):
         return self._said.read_text()
 
-    def until(self, happened, timeout_s=120):
+    def until(self, happened, timeout_s=400):
         """Wait for what `happened()` tells, or for the end of the command; whether it happened."""
         for _ in range(int(timeout_s / 0.002)):
             if happened():
