@@ -310,9 +310,7 @@ def train(
                 with clock.measure("data_wait"):
                     batch = next(batches, None)
                 fetched = time.perf_counter()
-                # Of several processes, JAX counts even this as a move that nobody asked for.
-                with jax.transfer_guard_host_to_device("allow"):
-                    on_device = batch and sharding.shard_batch(mesh, batch)
+                on_device = batch and sharding.shard_batch(mesh, batch)
                 mix = pipeline.mix(step - 1) if len(data.train) > 1 else {}
                 times = StepTimes(dispatched - began, fetched - dispatched)
                 reporter.submit(step, metrics, trained, times, mix)
