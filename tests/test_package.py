@@ -85,9 +85,9 @@ def test_the_gate_runs_the_commands_of_the_readme():
     readme, gate = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
     blocks = re.findall(r"```sh\n(.*?)```", readme, re.DOTALL)
     assert blocks[0].strip() == "pip install -e . && python -m affectgpt_jax.train"
-    assert blocks[1].strip() == "pip install -e '.[test]' && pytest"
+    assert blocks[1].strip() == "pip install -e '.[test]' && pytest -n 2 --dist=loadfile"
     assert "-e '.[test]'" in gate
-    assert re.search(r"^AFFECTGPT_STRICT_SKIPS=1 pytest", gate, re.MULTILINE)
+    assert re.search(r"^AFFECTGPT_STRICT_SKIPS=1 pytest -n 2 --dist=loadfile", gate, re.MULTILINE)
     assert "python -m affectgpt_jax.train" in gate
 
 

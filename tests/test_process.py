@@ -24,7 +24,7 @@ def no_directory():
 
 def test_training_keeps_programs_in_the_users_cache_directory(no_directory, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(train, "train", lambda config, workdir: None)
+    monkeypatch.setattr(train, "train", lambda *_: None)
     train.main([f"--workdir={tmp_path / 'run'}"])
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "affectgpt_jax" / "xla")
 
