@@ -52,6 +52,7 @@ from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.report import DEMO, name_and_task
 from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
 from affectgpt_jax.score import TITLES, percent
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 from affectgpt_jax.training.checkpoints import silence_threads
 
 # Trouble that a user can mend: shown as one sentence, without a traceback.
@@ -588,10 +589,7 @@ def summarise(report: Report, out: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Names and words come from files, and not every terminal can show all of Unicode.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     try:
         report, out = evaluate(arguments, lambda text: print(text, flush=True))
         print(summarise(report, out))

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from affectgpt_jax.data.arrays import COLUMNS, Arrays, listed, open_arrays, records_from_csv
 from affectgpt_jax.data.records import FEATURES, RecordDataset, RecordError, write_records
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 MOST_FREQUENT = 5
 
@@ -119,10 +120,7 @@ def _facts(column: str, values: list) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Names and labels come from files, and not every terminal can show all of Unicode.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     given = {f: path for f in FEATURES if (path := getattr(arguments, f)) is not None}
     try:
         names = encoders(arguments.encoder, given)

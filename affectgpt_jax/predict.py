@@ -43,6 +43,7 @@ from affectgpt_jax.inference import SCORED, Answer, Generator
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -444,10 +445,7 @@ class AnswerFile:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Answers may hold what not every terminal can show.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     try:
         predict(arguments)
     except USER_ERRORS as error:

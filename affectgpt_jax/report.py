@@ -32,6 +32,7 @@ from affectgpt_jax.evaluation.report import write_ablation, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, SetResult, score_set
 from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.evaluation.tables import ABLATIONS, ablation_table, read_run
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 # The world that `train` generates; its words are its own, so that no lexicon is asked.
 DEMO = "demo"
@@ -243,10 +244,7 @@ def score_files(arguments: argparse.Namespace) -> list[SetResult]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Names come from files, and not every terminal can show all of Unicode.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     out = Path(arguments.out).expanduser()
     warnings: Sequence[str] = ()
     try:

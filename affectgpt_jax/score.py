@@ -22,6 +22,7 @@ from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, Result, protocols, score_checkpoints
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weighted F1"}
 UNKNOWN_SHOWN = 10
@@ -209,10 +210,7 @@ def as_dict(
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Clip names and words come from files, and not every terminal can show all of Unicode.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     try:
         results, told = score_files(arguments)
         if arguments.json:

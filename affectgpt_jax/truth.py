@@ -19,6 +19,7 @@ from pathlib import Path
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS
 from affectgpt_jax.evaluation.files import ReadError
 from affectgpt_jax.evaluation.truth import SetTruth, find_set, read_set
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -67,10 +68,7 @@ def _write(truth: SetTruth, path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Names and words come from files, and not every terminal can show all of Unicode.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     root, out = Path(arguments.root).expanduser(), Path(arguments.out).expanduser()
     wanted = DATASETS if arguments.all else (BY_KEY[arguments.set],)
     found = {dataset: find_set(dataset, root, alone=not arguments.all) for dataset in wanted}

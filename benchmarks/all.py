@@ -75,6 +75,8 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
         for precision in ("int8", "fp8"):
             words = ("--workload", "anchor", "--set", f"base_precision={precision}")
             train(f"anchor_{precision}", *words, bound_s=240)
+        add("low_precision", ["benchmarks.low_precision", "--shape", "7b"], 560)
+        add("extraction", ["benchmarks.extraction", "--device", "cuda"], 560)
     # Neither needs a GPU or a model's weights, so that both are measured in full everywhere.
     size = ["--scale", "tiny"] if scale == "tiny" else []
     add("input", ["benchmarks.input_pipeline", *size, "--records", str(records)], 560)

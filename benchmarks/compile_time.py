@@ -8,7 +8,6 @@ one has filled. Writes `benchmarks/results/compile_time.json`.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -39,7 +38,9 @@ class Compiler:
         self.length, self.targets = length, targets
 
     def compile(self) -> dict[str, Any]:
-        """Seconds of lowering and of compiling."""
+        """Seconds of lowering and of compiling, and how many programs the cache had."""
+        import jax
+
         from affectgpt_jax import build
         from affectgpt_jax.data.packing import Bucket
         from affectgpt_jax.data.pipeline import collate
@@ -63,6 +64,8 @@ class Compiler:
         step = make_train_step(model, optimizer, schedule, seed=0)
         abstract_state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
         abstract_base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
+        events: list[str] = []
+        jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
         began = time.perf_counter()
         lowered = lower_step(
             step, mesh, abstract_state, abstract_base, sharding.abstract_batch(mesh, batch)
@@ -73,6 +76,7 @@ class Compiler:
         return {
             "lower_s": traced - began,
             "compile_s": done - traced,
+            "hits": events.count("/jax/compilation_cache/cache_hits"),
             "environment": environment.describe(),
         }
 
@@ -99,7 +103,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 name: statistics.median(run[name] for run in runs)
                 for name in ("lower_s", "compile_s")
             }
-            | {"together": [run["lower_s"] + run["compile_s"] for run in runs]}
+            | {
+                "together": [run["lower_s"] + run["compile_s"] for run in runs],
+                "hits": [run["hits"] for run in runs],
+            }
             for kind, runs in found.items()
         },
     }
@@ -126,8 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.words = list(argv)
     report = run(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    environment.save(report, args.out)
     print(table(report))
 
 

@@ -75,8 +75,7 @@ def main() -> None:
             {"demo_seed": seed, **outcome.result} for seed, outcome in zip(args.seeds, outcomes)
         ],
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    environment.save(report, args.out)
     print(table(report))
     print(f"same seed, same losses, bit by bit: {repeats}")
 

@@ -243,7 +243,7 @@ def main() -> None:
         "cases": cases,
     }
     out = arguments.out or RESULTS / f"extraction_{arguments.device}.json"
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    environment.save(report, out)
     print(table(report))
 
 

@@ -325,8 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except TurnError as error:
         raise SystemExit(f"error: {error}") from None
     out = args.out or RESULTS / f"generation_{args.scale}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    environment.save(report, out)
     print(table([report]))
 
 

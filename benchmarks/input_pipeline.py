@@ -195,8 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table(json.loads(args.show.read_text(encoding="utf-8"))))
         return
     report = run(args)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    environment.save(report, args.out)
     print(table(report))
 
 

@@ -274,8 +274,7 @@ def main() -> None:
         "files": len(files),
         "cases": cases,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    environment.save(report, args.out)
     print(table(report))
 
 

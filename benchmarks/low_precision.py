@@ -310,8 +310,7 @@ def main() -> None:
     }
     suffix = "" if args.shape == "small" else f"_{args.shape}"
     out = args.out or RESULTS / f"low_precision{suffix}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    environment.save(report, out)
     plot(measured, out.with_suffix(".png"))
     print(tables(report))
 

@@ -616,8 +616,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.llm != "tiny":  # where somebody keeps a model says nothing
         command = report["environment"]["command"]
         report["environment"]["command"] = command.replace(args.llm, "DIR")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    environment.save(report, args.out)
     plot(report["curves"], args.out.with_suffix(".png"))
     print(table(report))
     raise SystemExit(int(not all(row["passed"] for row in report["rows"])))

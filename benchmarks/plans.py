@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not args.show:
         report = {"environment": environment.describe(), "plans": [make(flags) for flags in PLANS]}
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        environment.save(report, args.out)
     report = json.loads(args.out.read_text(encoding="utf-8"))
     print(table(report["plans"]))
     took, work = ([made[key] for made in report["plans"]] for key in ("seconds", "cpu_seconds"))

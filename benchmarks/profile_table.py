@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 
 from affectgpt_jax.models.flops import Flops
-from benchmarks import workloads
+from benchmarks import environment, workloads
 from benchmarks.train_step import flops_of
 
 # First match wins, against an operation's kind and the names of the scopes that it comes from.
@@ -349,8 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        environment.save(found, args.out)
     print(table(found))
 
 

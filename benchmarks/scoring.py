@@ -149,8 +149,7 @@ def main() -> None:
     report["environment"]["command"] = "python -m benchmarks.scoring" + (
         " --lexicon=DIR" if args.lexicon else ""
     )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    environment.save(report, args.out)
     print(table(report))
 
 

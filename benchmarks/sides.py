@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType
 
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
@@ -46,8 +45,7 @@ BY_TARGET = ("target_positions", "targets", "target_weights")
 
 def one_device() -> jax.sharding.Mesh:
     """A mesh of one device, since the other side has no more."""
-    shape, kinds = (1,) * len(sharding.AXES), (AxisType.Auto,) * len(sharding.AXES)
-    return jax.make_mesh(shape, sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
+    return sharding.make_mesh("data:1", jax.devices()[:1])
 
 
 def draw_base(model: AffectGPT, mesh: jax.sharding.Mesh) -> Any:

@@ -27,6 +27,7 @@ from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
 from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
 from affectgpt_jax.evaluation.readers import Finding, read_truth
 from affectgpt_jax.evaluation.truth import find_set, read_set, read_subtitles
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 COLUMNS = (
     "name",
@@ -297,10 +298,7 @@ def build(key: str, arguments: argparse.Namespace) -> PlainSet | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Names and words come from files, and not every terminal can show all of Unicode.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     found = 0
     path = out = arguments.out.expanduser()
     try:

@@ -50,6 +50,7 @@ from affectgpt_jax.data.records import (
     write_records,
 )
 from affectgpt_jax.evaluation.files import ReadError, read_bytes
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 from data_prep.report import (
     OK,
     REPORT_FILE,
@@ -468,10 +469,7 @@ def _has_gpu() -> bool:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    # Names come from files, and not every terminal can show all of Unicode.
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     try:
         extract(arguments)
     except KeyboardInterrupt:

@@ -57,6 +57,14 @@ def kill_at_random_moments(workdir, kills, rng, *flags):
     return killed
 
 
+def kill_at_checkpoint(workdir, step, *flags):
+    """Start a run, and kill it when it has saved this step."""
+    with Command(workdir, *flags) as command:
+        assert command.until((workdir / "checkpoints" / str(step)).exists)
+        command.signal(signal.SIGKILL)
+        command.wait()
+
+
 def has_done(workdir, step):
     return max(losses(workdir), default=0) >= step
 
@@ -161,10 +169,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     records, undisturbed, tmp_path
 ):
     workdir = tmp_path / "run"
-    with Command(workdir, *records) as command:
-        assert command.until((workdir / "checkpoints" / "6").exists)
-        command.signal(signal.SIGKILL)
-        command.wait()
+    kill_at_checkpoint(workdir, 6, *records)
     newest = workdir / "checkpoints" / "6"
     array = max((newest / "state").rglob("*"), key=lambda path: path.stat().st_size)
     data = bytearray(array.read_bytes())
@@ -195,10 +200,7 @@ def test_a_disk_that_is_full_stops_the_run_and_a_larger_one_lets_it_go_on(
     records, undisturbed, tmp_path
 ):
     workdir = tmp_path / "run"
-    with Command(workdir, *records) as command:
-        assert command.until((workdir / "checkpoints" / "3").exists)
-        command.signal(signal.SIGKILL)
-        command.wait()
+    kill_at_checkpoint(workdir, 3, *records)
     said = refused(workdir, *records, before=functools.partial(limit_file_size, 100_000))
     assert "checkpoint cannot be written" in said and "is the disk full?" in said
     assert "resumed from the checkpoint of step 3" in finish(workdir, *records)

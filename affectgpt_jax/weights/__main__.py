@@ -25,6 +25,7 @@ import jax
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.models.lora import LoraConfig
+from affectgpt_jax.terminal import escape_what_cannot_be_shown
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
 from affectgpt_jax.weights import merge, peft, release, report
 from affectgpt_jax.weights.huggingface import BaseIdentity, WeightsError, base_identity
@@ -232,9 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     jax.config.update("jax_platforms", "cpu")
-    for stream in (sys.stdout, sys.stderr):  # names come from files
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    escape_what_cannot_be_shown()
     try:
         print(arguments.run(arguments))
     except (CheckpointError, ConfigError, WeightsError) as error:

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from affectgpt_jax.data.examples import build_examples
+from affectgpt_jax.data.records import Annotations
 from benchmarks import synthetic, workloads
 from benchmarks.workloads import contents
 
@@ -33,7 +35,28 @@ def test_lengths_are_those_of_the_published_recipe():
     assert drawn["subtitle"].min() == 5 and drawn["subtitle"].max() == 40
 
 
-def test_records_have_the_tokens_that_were_drawn(root):
+def test_texts_have_the_tokens_that_are_asked_for():
+    how, rng = workloads.view(workloads.make("affectgpt", "tiny")), np.random.default_rng(0)
+    texts, start = synthetic.Texts(how), how.prompts.prompt
+
+    def tokens(question, **annotations):
+        clip = Annotations(name="clip", **annotations)
+        prompt = start(how.mode, how.token_counts, clip, question)
+        answers = [how.prompts.answer(question, clip)]
+        (example,) = build_examples(how.tokenizer, [prompt], answers)
+        return example.answer_start, len(example) - example.answer_start
+
+    for count in range(70, 600, 53):
+        description = texts.description(rng, count)
+        assert tokens("description", description=description)[1] == count
+    for count in range(6, 31):
+        assert tokens("ovlabel", labels=texts.labels(rng, count))[1] == count
+    for count in range(103, 140):
+        subtitle = texts.subtitle(rng, count)
+        assert tokens("description", subtitle=subtitle, description="calm")[0] == count
+
+
+def test_records_have_lengths_in_the_range_of_the_recipe(root):
     workload = workloads.make("affectgpt", "tiny")
     how, dataset = workloads.view(workload), workloads.open_records(workload, root)
     lengths, end = synthetic.AFFECTGPT, synthetic.END_TOKENS
