@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-import torch
 import transformers
+from needs_torch import torch
 from torch.nn import functional
 
 TYPES = {0: "<f4", 1: "<i1", 2: "<i2", 3: "<i4", 4: "<f2"}  # CTranslate2's numbers

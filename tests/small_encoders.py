@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 import transformers
 
 CONVOLUTIONS = {
@@ -68,6 +67,8 @@ MODELS = {
 
 def save_encoder(architecture: str, folder: Path) -> Path:
     """The directory of an encoder; its weights are large enough to tell layers apart."""
+    from needs_torch import torch  # here, so that only what makes an encoder is skipped without it
+
     torch.manual_seed(sum(map(ord, architecture)))
     model = MODELS[architecture]().eval()
     with torch.no_grad():

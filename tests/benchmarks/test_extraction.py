@@ -3,7 +3,11 @@
 import json
 import sys
 
-from benchmarks import extraction
+import pytest
+
+pytest.importorskip("torch", reason="the encoders run in PyTorch")
+
+from benchmarks import extraction  # noqa: E402
 
 SMALL = {
     "hidden_size": 32,

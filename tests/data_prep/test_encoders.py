@@ -8,9 +8,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from clip_files import HAS_VOICE, face_frames, spoken, tone
+from needs_torch import torch
 from safetensors.torch import load_file, save_file
 from small_encoders import MODELS, save_encoder
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 import transformers
 from clip_files import portrait, write_clip
+from needs_torch import torch
 from PIL import Image
 from real_media import EMOTIONS, emotions_of, heard, packaged, whisper_tiny
 from small_encoders import save_encoder
