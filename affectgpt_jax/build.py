@@ -138,10 +138,10 @@ def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
     packed = config.pack_length > 0
     where = (platform, capability, llm.head_dim, config.dtype, packed)
     try:
-        choice = choose(config.attention, *where, kv_heads_split=split)
+        choice = choose(config.attention, *where, kv_heads_split=split, devices=jax.device_count())
     except ValueError as error:
         raise ConfigError(f"config.{error}; config.attention=auto takes what can") from None
-    if choice.name == "xla":
+    if choice.name.startswith("xla"):
         return choice
     # Whatever the rows of this run are, a kernel that is told where samples end must heed it.
     doubt = _doubt(choice.attend, llm, config.dtype, choice.name == "cudnn_packed")

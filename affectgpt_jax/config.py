@@ -29,7 +29,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "base_precision": ("", "int8", "fp8", "nf4"),
     "remat": ("auto", "none", "dots", "full"),
-    "attention": ("auto", "xla", "cudnn", "cudnn_packed"),
+    "attention": ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed"),
     "fusion": ("attention", "qformer", "none"),
     "heads.video": ("attention", "mean", "qformer"),
     "heads.audio": ("attention", "mean", "qformer"),

@@ -31,8 +31,8 @@ from benchmarks.train_step import flops_of
 PARTS = (
     ("communication", r"^(all-|reduce-scatter|collective-|send|recv)"),
     ("host and device", r"^(memcpy|infeed|outfeed|copy-(start|done))"),
-    ("LoRA", r"/low_rank/"),
     ("dropout", r"[Dd]ropout|threefry|bernoulli|random_bits"),
+    ("LoRA", r"/low_rank/"),
     ("attention", r"/attention/"),
     ("vocabulary", r"[/(]vocabulary[/)]"),
     ("heads and fusion", r"[/(]Fusion[/)]"),

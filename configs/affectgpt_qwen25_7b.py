@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
     c.remat = "auto"  # auto | none | dots | full: what the backward pass computes again; auto is
     # the first of these that fits into the device's memory
     c.unroll_layers = False  # layers in a row instead of a loop: faster on CPUs, longer to compile
-    c.attention = "auto"  # auto | xla | cudnn | cudnn_packed; auto is the fastest that runs here
+    # auto | xla | xla_packed | cudnn | cudnn_packed; auto is the fastest that runs here
+    c.attention = "auto"
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 
     c.optimizer = ConfigDict()

@@ -4,10 +4,11 @@ Two entry points, because they have different shapes and different fast kernels:
 over whole rows (training and prefill), for which `choose` picks a backend, and `cached` for one new
 token against a key-value cache (decoding).
 
-The backends are three functions of one signature. `causal` is plain XLA, for every device. `cudnn`
-is the flash kernel behind `jax.nn.dot_product_attention`, for rows of one sample. `cudnn_packed` is
-the same kernel given where each sample begins, for rows of several. A row that a kernel would
-compute wrongly comes out as NaN, so that no sample ever sees another in silence.
+The backends are four functions of one signature. `causal` is plain XLA, for every device, and
+`xla_packed` a loop that skips what packed rows do not need, for a CPU. `cudnn` is the flash kernel
+behind `jax.nn.dot_product_attention`, for rows of one sample. `cudnn_packed` is the same kernel
+given where each sample begins, for rows of several. A row that a kernel would compute wrongly comes
+out as NaN, so that no sample ever sees another in silence.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from affectgpt_jax.models import cudnn_packed
+from affectgpt_jax.models import cudnn_packed, xla_packed
 
 # (query [B, T, H, d], key [B, T, K, d], value [B, T, K, d], segment_ids [B, T]) -> [B, T, H, d]
 CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -241,7 +242,7 @@ class Choice(NamedTuple):
         return packed(samples) if self.name == "cudnn_packed" else self.attend
 
 
-BACKENDS = ("auto", "xla", "cudnn", "cudnn_packed")
+BACKENDS = ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed")
 
 
 def choose(
@@ -253,6 +254,7 @@ def choose(
     packed: bool,
     *,
     kv_heads_split: bool = True,
+    devices: int = 1,
 ) -> Choice:
     """The causal attention backend of a run.
 
@@ -264,19 +266,21 @@ def choose(
         dtype: of activations, by name.
         packed: whether rows hold several samples.
         kv_heads_split: whether the devices that share query heads can share key heads as well.
+        devices: of the run, all processes together.
 
     Raises:
         ValueError: a backend that cannot run here; the message says why.
     """
-    refusals = {
-        name: _refusal(name, platform, compute_capability, head_dim, dtype, packed, kv_heads_split)
-        for name in BACKENDS[1:]
-    }
+    where = platform, compute_capability, head_dim, dtype, packed, kv_heads_split
+    refusals = {name: _refusal(name, *where) for name in BACKENDS[1:]}
+    refusals["xla_packed"] = _refusal_of_xla_packed(platform, packed, devices)
     if requested == "auto":
         # Without packing cudnn comes first, since its function is public and needs no offsets.
-        order = ("cudnn", "cudnn_packed", "xla")
+        order = ("cudnn", "cudnn_packed", "xla_packed", "xla")
         name = next(name for name in order if not refusals[name])
-        faster = "cudnn_packed" if packed else "cudnn"
+        faster = "cudnn"
+        if packed:
+            faster = "xla_packed" if platform == "cpu" else "cudnn_packed"
         reason = _REASONS[name] if name != "xla" else f"not {faster}: {refusals[faster]}"
     else:
         if refusals[requested]:
@@ -288,11 +292,13 @@ def choose(
 _REASONS = {
     "cudnn": "rows of one sample, on a GPU with cuDNN's flash attention",
     "cudnn_packed": "rows of several samples, on a GPU with cuDNN's packed flash attention",
+    "xla_packed": "rows of several samples, on a CPU: what no sample sees is skipped",
 }
 
 
 def _attention(name: str) -> CausalAttention:
-    return {"xla": causal, "cudnn": cudnn, "cudnn_packed": packed(DEFAULT_SEGMENTS)}[name]
+    backends = {"xla": causal, "xla_packed": xla_packed.attend, "cudnn": cudnn}
+    return backends.get(name) or packed(DEFAULT_SEGMENTS)
 
 
 def _refusal(
@@ -305,7 +311,7 @@ def _refusal(
     kv_heads_split: bool,
 ) -> str:
     """Why a backend cannot run; empty if it can."""
-    if name == "xla":
+    if name.startswith("xla"):
         return ""
     if platform != "cuda":
         return f"it needs an NVIDIA GPU, and this is {platform}"
@@ -330,6 +336,14 @@ def _refusal(
             *compute_capability
         )
     return cudnn_packed.unavailable()
+
+
+def _refusal_of_xla_packed(platform: str, packed: bool, devices: int) -> str:
+    if platform != "cpu":
+        return f"it is a loop over small blocks, for CPUs, and this is {platform}"
+    if not packed:
+        return "rows hold one sample each, of which it would skip nothing"
+    return f"its loop runs on one device, and there are {devices}" if devices > 1 else ""
 
 
 def deviation(

@@ -13,6 +13,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from affectgpt_jax.models.quantize import frozen_dot, initializer
@@ -63,34 +64,45 @@ def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def low_rank(x: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:
-    """`scale * x A B`, computed in the dtype of `x`.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def low_rank(
+    x: jax.Array,
+    lora_a: jax.Array,
+    lora_b: jax.Array,
+    scale: float,
+    rate: float = 0.0,
+    seed: jax.Array | None = None,
+) -> jax.Array:
+    """`scale * dropout(x) A B`, computed in the dtype of `x`.
 
     Args:
         x: `[..., in]`.
         lora_a: `[in, r]`, of any float dtype.
         lora_b: `[r, out]`.
         scale: applied where it is narrow, so that no array of the output's width is passed over.
+        rate, seed: of `dropout`; none without a seed.
 
     Returns:
         `[..., out]` in the dtype of `x`.
 
-    The gradients of A and B are sums over all tokens. They are written out because the order of
-    their operands matters: what autodiff emits makes XLA transpose the wide operand on CPUs.
+    Gradients are written out for two reasons. Those of A and B are sums over all tokens, and what
+    autodiff emits makes XLA transpose the wide operand on CPUs. And masks are drawn again in the
+    backward pass: kept, they and what they leave of `x` are a third of what a layer saves.
     """
-    return _low_rank_forward(x, lora_a, lora_b, scale)[0]
+    return _low_rank_forward(x, lora_a, lora_b, scale, rate, seed)[0]
 
 
-def _low_rank_forward(x, lora_a, lora_b, scale):
-    narrow = x @ lora_a.astype(x.dtype) * jnp.asarray(scale, x.dtype)
-    return narrow @ lora_b.astype(x.dtype), (x, narrow, lora_a, lora_b)
+def _low_rank_forward(x, lora_a, lora_b, scale, rate, seed):
+    dropped = dropout(x, rate, seed)
+    narrow = dropped @ lora_a.astype(x.dtype) * jnp.asarray(scale, x.dtype)
+    return narrow @ lora_b.astype(x.dtype), (x, narrow, lora_a, lora_b, seed)
 
 
-def _low_rank_backward(scale, residuals, grad):
-    x, narrow, lora_a, lora_b = residuals
+def _low_rank_backward(scale, rate, residuals, grad):
+    x, narrow, lora_a, lora_b, seed = residuals
     grad_narrow = grad @ lora_b.T.astype(x.dtype) * jnp.asarray(scale, x.dtype)
-    grad_x = grad_narrow @ lora_a.T.astype(x.dtype)
+    # Dropout is a product with its mask: its own transpose.
+    grad_x = dropout(grad_narrow @ lora_a.T.astype(x.dtype), rate, seed)
 
     def over_tokens(few: jax.Array, many: jax.Array) -> jax.Array:
         """`few^T many` `[r, n]` for `[..., r]` and `[..., n]`; only `few` is transposed."""
@@ -99,24 +111,60 @@ def _low_rank_backward(scale, residuals, grad):
 
     # Without the barrier XLA turns the transposed product into one of swapped operands, for which
     # CPUs have no fast kernel.
-    grad_a = jax.lax.optimization_barrier(over_tokens(grad_narrow, x)).T
-    return grad_x, grad_a.astype(lora_a.dtype), over_tokens(narrow, grad).astype(lora_b.dtype)
+    grad_a = jax.lax.optimization_barrier(over_tokens(grad_narrow, dropout(x, rate, seed))).T
+    grad_b = over_tokens(narrow, grad)
+    return grad_x, grad_a.astype(lora_a.dtype), grad_b.astype(lora_b.dtype), None
 
 
 low_rank.defvjp(_low_rank_forward, _low_rank_backward)
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Zero a share `rate` of the elements and scale the others by `1 / (1 - rate)`.
+def dropout(x: jax.Array, rate: float, seed: jax.Array | None) -> jax.Array:
+    """Zero a share `rate` of the elements of `x` and scale the others by `1 / (1 - rate)`.
 
-    Unlike `nn.Dropout`, which turns 32 random bits into a float for every element, it compares 16:
-    drawing masks is a tenth of a step on a CPU. The rate is met to 2^-17.
+    Args:
+        x: `[..., n]`.
+        rate: a share in [0, 1).
+        seed: `[2]` uint32, on which alone the mask depends, and on the shape; None drops nothing.
     """
-    width = x.shape[-1]
-    pairs = jax.random.bits(key, (*x.shape[:-1], -(-width // 2)), jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(pairs, jnp.uint16).reshape(*x.shape[:-1], -1)
-    keep = bits[..., :width] >= min(round(rate * 2**16), 2**16 - 1)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    if seed is None:
+        return x
+    with jax.named_scope("dropout"):
+        keep = hashed_bits(seed, x.shape) >= np.uint32(min(round(rate * 2**32), 2**32 - 1))
+        return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def hashed_bits(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random uint32 of this shape, `[..., n]`, as a hash of each element's place.
+
+    JAX's generator, threefry, is made to withstand analysis; a mask only has to look random. Two
+    rounds of a hash with avalanche cost a seventh of it, little more than the pass over memory.
+    An element depends on its own place only, so all layouts of devices draw the same.
+
+    Args:
+        seed: `[2]` uint32, itself random.
+        shape: of at least one axis; every row along the last has two random words of its own.
+    """
+    first, second = seed
+    for axis in range(len(shape) - 1):
+        places = jax.lax.broadcasted_iota(jnp.uint32, shape[:-1], axis) * _STRIDE
+        first, second = _mix(first + places), _mix(second + places)
+    places = jax.lax.iota(jnp.uint32, shape[-1]) * _STRIDE
+    return _mix(_mix(first[..., None] + places) ^ second[..., None])
+
+
+_STRIDE = np.uint32(0x9E3779B9)  # 2^32 over the golden ratio: neighbours are far apart
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of uint32 in which each bit of the input changes half of the output's.
+
+    C. Wellons's search for such of two multiplications (github.com/skeeto/hash-prospector) found
+    the constants.
+    """
+    x = (x ^ (x >> 16)) * np.uint32(0x21F0AAAD)
+    x = (x ^ (x >> 15)) * np.uint32(0xD35A2D97)
+    return x ^ (x >> 15)
 
 
 class Projection(nn.Module):
@@ -152,9 +200,9 @@ class Projection(nn.Module):
         lora_b = self.variable(
             "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
+        seed = None
         if self.lora.dropout and not deterministic:
-            with jax.named_scope("dropout"):
-                x = dropout(x, self.lora.dropout, self.make_rng("dropout"))
+            seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
         with jax.named_scope("low_rank"):  # by which profiles tell it from the frozen product
-            adapted = low_rank(x, lora_a, lora_b, self.lora.scale)
+            adapted = low_rank(x, lora_a, lora_b, self.lora.scale, self.lora.dropout, seed)
         return checkpoint_name(y + adapted, PROJECTED)

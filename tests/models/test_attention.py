@@ -13,7 +13,7 @@ from jax._src.cudnn import fused_attention_stablehlo as private
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.models import attention, cudnn_packed
+from affectgpt_jax.models import attention, cudnn_packed, xla_packed
 from affectgpt_jax.models.attention import choose
 from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2Config
 
@@ -24,8 +24,8 @@ SMALL = Qwen2Config(16, 16, 16, 1, num_attention_heads=2, num_key_value_heads=1,
 
 def backend(name, packed):
     """A backend and its dtype, or a skip where the machine cannot run it."""
-    if name == "xla":
-        return attention.causal, jnp.float32
+    if name.startswith("xla"):
+        return choose(name, "cpu", (0, 0), 64, "float32", packed).attend, jnp.float32
     platform = build.device_platform()
     capability = build.compute_capability() if platform == "cuda" else (0, 0)
     try:
@@ -106,7 +106,7 @@ def rows(length):
 SHAPES = [(2, 1, 2, 2, 64), (2, 37, 4, 1, 64), (2, 131, 7, 1, 64), (2, 300, 4, 2, 64)]
 
 
-@pytest.mark.parametrize("name", ["xla", "cudnn_packed"])
+@pytest.mark.parametrize("name", ["xla", "xla_packed", "cudnn_packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_rows_equal_float64_forward_and_backward(name, shape):
     attend, dtype = backend(name, packed=True)
@@ -129,7 +129,7 @@ def test_padded_rows_equal_float64_forward_and_backward(name, shape):
         assert_equal_reference(attend, dtype, shape, segment_ids)
 
 
-@pytest.mark.parametrize("name", ["xla", "cudnn_packed"])
+@pytest.mark.parametrize("name", ["xla", "xla_packed", "cudnn_packed"])
 def test_packed_equals_unpacked_forward_and_backward(name):
     attend, dtype = backend(name, packed=True)
     lengths = (101, 50, 140)
@@ -147,6 +147,31 @@ def test_packed_equals_unpacked_forward_and_backward(name):
             bound = 1e-5 if dtype == jnp.float32 else 2e-2
             difference = np.asarray(p[:, start:end], np.float32) - np.asarray(a, np.float32)
             assert np.linalg.norm(difference) <= bound * np.linalg.norm(np.asarray(a, np.float32))
+
+
+@pytest.mark.parametrize("ids", ["descending", "in turns", "with holes"])
+def test_xla_packed_asks_no_order_of_segments(ids):
+    shape = (2, 300, 4, 2, 64)
+    row = {
+        "descending": 9 - segment_row((90, 130, 290), 300),
+        "in turns": np.arange(300, dtype=np.int32) % 3 + 1,
+        "with holes": np.where(np.arange(300) % 7 == 0, 0, segment_row((100, 300), 300)),
+    }[ids]
+    segment_ids = np.stack([row, np.roll(row, 17)]).astype(np.int32)
+    assert_equal_reference(xla_packed.attend, jnp.float32, shape, segment_ids)
+
+
+def test_xla_packed_visits_what_samples_need_and_nothing_else():
+    block, row = xla_packed.BLOCK, np.ones(1024, np.int32)
+    whole = xla_packed.find_pairs(jnp.asarray(row.reshape(1, -1, block)))
+    assert whole.count == 16 * 17 // 2
+    # Four samples of four blocks each, and a row whose second sample begins within a block.
+    four = np.repeat(np.arange(1, 5, dtype=np.int32), 256)
+    across = np.where(np.arange(1024) < block + 1, 1, 2).astype(np.int32)
+    pairs = xla_packed.find_pairs(jnp.asarray(np.stack([four, across]).reshape(2, -1, block)))
+    assert pairs.count == 4 * 4 * 5 // 2 + 16 * 17 // 2 - 14  # 14 blocks do not see the first
+    first = np.asarray(pairs.first)[: pairs.count]
+    assert first.sum() == 2 * 16  # every block of queries begins once
 
 
 def test_xla_keeps_no_square_of_scores_for_the_backward_pass():
@@ -324,6 +349,7 @@ def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(hopper):
         (("cuda", AMPERE, 128, "bfloat16"), False, "cudnn", "rows of one sample"),
         (("cuda", HOPPER, 256, "float16"), False, "cudnn", "rows of one sample"),
         (("cuda", HOPPER, 128, "bfloat16"), True, "cudnn_packed", "rows of several samples"),
+        (("cpu", (0, 0), 128, "float32"), True, "xla_packed", "what no sample sees is skipped"),
     ],
 )
 def test_auto_takes_the_fastest_that_can_run_and_says_why(where, packed, name, reason):
@@ -340,6 +366,16 @@ def test_packed_rows_are_never_given_to_cudnn_for_single_samples():
 def test_xla_can_always_be_asked_for():
     found = choose("xla", "cuda", HOPPER, 128, "bfloat16", packed=True)
     assert found == ("xla", "as asked for", attention.causal)
+
+
+def test_the_loop_over_blocks_is_for_packed_rows_on_one_cpu():
+    where = ("cpu", (0, 0), 64, "float32")
+    found = choose("auto", *where, packed=True, devices=8)
+    assert found.name == "xla" and "one device, and there are 8" in found.reason
+    with pytest.raises(ValueError, match="'xla_packed' cannot be used: rows hold one sample"):
+        choose("xla_packed", *where, packed=False)
+    with pytest.raises(ValueError, match="for CPUs, and this is cuda"):
+        choose("xla_packed", "cuda", HOPPER, 64, "bfloat16", packed=True)
 
 
 def test_a_mesh_that_splits_query_heads_but_not_key_heads_takes_xla():

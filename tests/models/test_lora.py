@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_model import LLM, random_tree, relative_error
 
-from affectgpt_jax.models.lora import TARGETS, LoraConfig, dropout, low_rank
+from affectgpt_jax.models.lora import TARGETS, LoraConfig, dropout, hashed_bits, low_rank
 from affectgpt_jax.models.qwen2 import (
     PUBLISHED,
     Llama3RopeScaling,
@@ -282,17 +282,73 @@ def test_dropout_is_a_function_of_its_key_and_off_without_one(dropped):
         assert plain[name].all(), "a value was dropped without a key"
 
 
+def seed_of(number):
+    return jax.random.bits(jax.random.key(number), (2,), jnp.uint32)
+
+
 @pytest.mark.parametrize("rate", [0.05, 1e-3, 0.5, 1 - 1e-6])
-def test_the_two_elements_of_one_random_word_are_dropped_independently(rate):
-    kept = np.asarray(dropout(jnp.ones((1000, 257)), rate, jax.random.key(3)) != 0)
-    # An odd width leaves half a word over.
-    first, second = kept[:, 0:-1:2], kept[:, 1::2]
-    for found, expected in (
-        (first, 1 - rate),
-        (second, 1 - rate),
-        (kept[:, -1], 1 - rate),
-        (first & second, (1 - rate) ** 2),
-    ):
-        # Five standard deviations, and 16 bits: a rate of nearly 1 keeps one of 65,536.
-        spread = math.sqrt(expected * (1 - expected) / found.size)
-        assert abs(found.mean() - expected) < 5 * spread + 2**-15
+def test_neighbours_are_dropped_independently_along_every_axis(rate):
+    kept = np.asarray(dropout(jnp.ones((40, 50, 257)), rate, seed_of(3)) != 0)
+    for axis in range(3):
+        rows = np.moveaxis(kept, axis, 0)
+        for apart in (1, 2, 8):
+            both = rows[apart:] & rows[:-apart]
+            for found, expected in ((kept, 1 - rate), (both, (1 - rate) ** 2)):
+                # Five standard deviations of a share.
+                spread = math.sqrt(expected * (1 - expected) / found.size)
+                assert abs(found.mean() - expected) < 5 * spread, (axis, apart)
+
+
+def test_the_bits_behind_a_mask_look_random():
+    """Of several seeds, two of them one bit apart: bytes are uniform, bits of two are unrelated."""
+    seed = seed_of(0)
+    seeds = [
+        seed,
+        seed_of(1),
+        seed ^ jnp.array([1, 0], "uint32"),
+        seed ^ jnp.array([0, 1], "uint32"),
+    ]
+    drawn = [np.asarray(hashed_bits(s, (16, 128, 64))) for s in seeds]
+    drawn.append(drawn[0].swapaxes(0, 1).reshape(drawn[0].shape))  # the same bits elsewhere
+    for words in drawn[:4]:
+        for shift in (0, 8, 16, 24):
+            counts = np.bincount((words >> shift & 255).ravel(), minlength=256)
+            expected = words.size / 256
+            chi_square = ((counts - expected) ** 2 / expected).sum()
+            # 255 degrees of freedom: five standard deviations.
+            assert abs(chi_square - 255) < 5 * math.sqrt(2 * 255)
+        assert len(np.unique(words)) > 0.999 * words.size  # by chance 1 of 66,000 twice
+    for i, a in enumerate(drawn):
+        for b in drawn[:i]:
+            changed = np.unpackbits((a ^ b).view(np.uint8))
+            assert abs(changed.mean() - 0.5) < 5 * 0.5 / math.sqrt(changed.size)
+
+
+def test_gradients_through_dropout_are_those_of_the_plain_product():
+    rng = np.random.default_rng(5)
+    x, a, b, cotangent = (rng.normal(size=s) for s in [(3, 7, 12), (12, 4), (4, 9), (3, 7, 9)])
+    seed, rate, scale = seed_of(9), 0.3, 2.0
+    with jax.enable_x64(True):
+        x, a, b, cotangent = map(jnp.asarray, (x, a, b, cotangent))
+        mask = dropout(jnp.ones_like(x), rate, seed)
+        assert 0 < int((mask == 0).sum()) < mask.size
+
+        def plain(x, a, b):
+            return scale * (x * mask) @ a @ b
+
+        found, pull_found = jax.vjp(lambda *args: low_rank(*args, scale, rate, seed), x, a, b)
+        expected, pull = jax.vjp(plain, x, a, b)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        for ours, theirs in zip(pull_found(cotangent), pull(cotangent), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_keeps_nothing_for_the_backward_pass():
+    def saved(seed):
+        x, a, b = jnp.ones((8, 32)), jnp.ones((32, 4)), jnp.ones((4, 16))
+        pull = jax.eval_shape(
+            lambda *p: jax.vjp(lambda *q: low_rank(*q, 1.0, 0.1, seed), *p)[1], x, a, b
+        )
+        return sum(leaf.size for leaf in jax.tree.leaves(pull))
+
+    assert saved(seed_of(0)) == saved(None) + 2  # the seed
