@@ -208,7 +208,7 @@ def model(
         param_dtype=dtype,
         base_precision=config.base_precision,
         remat="none" if config.remat == "auto" else config.remat,
-        unroll=config.unroll_layers,
+        unroll=_unroll(config, llm),
         attend=attend or attention(config, llm).attend,
     )
     if shard is not None:
@@ -227,6 +227,19 @@ def model(
         )
     # The fusion costs next to nothing, and bfloat16 would round features that float16 holds.
     return AffectGPT(Qwen2(llm, lora, execution), Fusion(fusion) if fusion.slots else None)
+
+
+# A loop copies each layer's weights in and its activations out, 7 % of a step on a CPU; every layer
+# in a row is compiled anew.
+_MOST_UNROLLED = 12
+
+
+def _unroll(config: ConfigDict, llm: Qwen2Config) -> bool:
+    """Whether layers are compiled in a row."""
+    if config.unroll_layers != "auto":
+        return config.unroll_layers == "true"
+    one_cpu = device_platform() == "cpu" and jax.device_count() == 1
+    return one_cpu and llm.num_hidden_layers <= _MOST_UNROLLED and config.base_precision != "nf4"
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

@@ -29,6 +29,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "base_precision": ("", "int8", "fp8", "nf4"),
     "remat": ("auto", "none", "dots", "full"),
+    "unroll_layers": ("auto", "true", "false"),
     "attention": ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed"),
     "fusion": ("attention", "qformer", "none"),
     "heads.video": ("attention", "mean", "qformer"),
@@ -220,9 +221,9 @@ def validate(config: ConfigDict) -> None:
             f"config.pack_length is {config.pack_length}; expected 0, or at least the "
             f"{config.max_tokens} of config.max_tokens, so that a row holds any example whole"
         )
-    if config.base_precision == "nf4" and config.unroll_layers:
+    if config.base_precision == "nf4" and config.unroll_layers == "true":
         raise ConfigError(
-            "config.base_precision='nf4' with config.unroll_layers=True would hold the widened "
+            "config.base_precision='nf4' with config.unroll_layers='true' would hold the widened "
             "kernels of all layers at once, which is more than a plain base; unset one of the two"
         )
     if not 0 <= config.step_timeout < float("inf"):

@@ -40,6 +40,7 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the temporaries of a program in one block at every call. By default glibc maps
     such a block anew each time, and the kernel clears it page by page: a sixth of a training step.
+    Nor may the end of the heap be given back, of whatever size (a threshold of -1).
     The price is that the process keeps the most that it ever held, and, as threads allocate between
     the blocks, up to a few blocks more. For a process of one's own, before JAX starts its threads,
     which otherwise bring heaps of their own that cannot grow to such a size.
@@ -51,7 +52,7 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if _may_have_accelerator() or not hasattr(libc, "gnu_get_libc_version"):
         return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1))
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
     return all([libc.mallopt(name, value) for name, value in settings])
 
 

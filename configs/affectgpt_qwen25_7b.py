@@ -61,7 +61,9 @@ def get_config() -> ConfigDict:
     c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
     c.remat = "auto"  # auto | none | dots | full: what the backward pass computes again; auto is
     # the first of these that fits into the device's memory
-    c.unroll_layers = False  # layers in a row instead of a loop: faster on CPUs, longer to compile
+    # auto | true | false: layers in a row instead of a loop. Faster on a CPU, longer to compile;
+    # auto does so for up to 12 layers on one CPU.
+    c.unroll_layers = "auto"
     # auto | xla | xla_packed | cudnn | cudnn_packed; auto is the fastest that runs here
     c.attention = "auto"
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"

@@ -200,8 +200,8 @@ def test_help_is_printed(capsys):
             "config.pack_length is 63; expected 0, or at least the 64 of config.max_tokens",
         ),
         (
-            "--config.base_precision=nf4 --config.unroll_layers=True",
-            "config.base_precision='nf4' with config.unroll_layers=True would hold",
+            "--config.base_precision=nf4 --config.unroll_layers=true",
+            "config.base_precision='nf4' with config.unroll_layers='true' would hold",
         ),
         # an unknown config, flag or argument
         ("--config=nosuch", r"--config=nosuch: no such file, nor .*'affectgpt_qwen25_7b', 'demo'"),
