@@ -90,7 +90,7 @@ class Planner:
 
     def __init__(self, config: ConfigDict, device: Device, rows: Rows, efficiency: float):
         if config.unroll_layers == "auto":  # it asks what runs here; a GPU has a loop
-            config = config.copy_and_resolve_references()
+            config = ConfigDict(config)
             config.unroll_layers = "false"
         self.config, self.device, self.rows = config, device, rows
         self.llm = build.base_config(config.llm)
