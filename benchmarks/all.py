@@ -58,7 +58,7 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     alone = ("--leave", "--block", "10") if full else ()
     clips = "48" if full else "12"  # of which two CPU cores take a few seconds
     mix = ("--workload", "affectgpt", "--batch", clips, "--pack", "--peer", "torch", "--tuning")
-    train("anchor", "--workload", "anchor", bound_s=240, profile=True)
+    train("anchor", "--workload", "anchor", bound_s=240 if full else 560, profile=True)
     if full:  # elsewhere its rows of 4,096 tokens are too long for two sides
         beside = ("--workload", "anchor", "--peer", "torch", *alone)
         train("anchor_beside_tuned", *beside, bound_s=560)

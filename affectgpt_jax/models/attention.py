@@ -272,8 +272,12 @@ def choose(
         ValueError: a backend that cannot run here; the message says why.
     """
     where = platform, compute_capability, head_dim, dtype, packed, kv_heads_split
-    refusals = {name: _refusal(name, *where) for name in BACKENDS[1:]}
-    refusals["xla_packed"] = _refusal_of_xla_packed(platform, packed, devices)
+    refusals = {
+        "xla": "",
+        "xla_packed": _refusal_of_loop(platform, packed, devices),
+        "cudnn": _refusal_of_cudnn("cudnn", *where),
+        "cudnn_packed": _refusal_of_cudnn("cudnn_packed", *where),
+    }
     if requested == "auto":
         # Without packing cudnn comes first, since its function is public and needs no offsets.
         order = ("cudnn", "cudnn_packed", "xla_packed", "xla")
@@ -301,7 +305,7 @@ def _attention(name: str) -> CausalAttention:
     return backends.get(name) or packed(DEFAULT_SEGMENTS)
 
 
-def _refusal(
+def _refusal_of_cudnn(
     name: str,
     platform: str,
     compute_capability: tuple[int, int],
@@ -310,9 +314,7 @@ def _refusal(
     packed: bool,
     kv_heads_split: bool,
 ) -> str:
-    """Why a backend cannot run; empty if it can."""
-    if name.startswith("xla"):
-        return ""
+    """Why one of cuDNN's two layouts cannot run; empty if it can."""
     if platform != "cuda":
         return f"it needs an NVIDIA GPU, and this is {platform}"
     if compute_capability < (8, 0):
@@ -338,7 +340,8 @@ def _refusal(
     return cudnn_packed.unavailable()
 
 
-def _refusal_of_xla_packed(platform: str, packed: bool, devices: int) -> str:
+def _refusal_of_loop(platform: str, packed: bool, devices: int) -> str:
+    """Why `xla_packed` cannot run, or has no point; empty otherwise."""
     if platform != "cpu":
         return f"it is a loop over small blocks, for CPUs, and this is {platform}"
     if not packed:
