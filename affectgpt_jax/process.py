@@ -40,7 +40,7 @@ def keep_freed_memory() -> bool:
 
     XLA allocates the temporaries of a program in one block at every call. By default glibc maps
     such a block anew each time, and the kernel clears it page by page: a sixth of a training step.
-    Nor may the end of the heap be given back, of whatever size (a threshold of -1).
+    The end of the heap is never given back either, however large (a threshold of -1).
     The price is that the process keeps the most that it ever held, and, as threads allocate between
     the blocks, up to a few blocks more. For a process of one's own, before JAX starts its threads,
     which otherwise bring heaps of their own that cannot grow to such a size.

@@ -84,6 +84,26 @@ def test_temporaries_are_not_cleared_anew_at_every_call():
     assert page_faults(keep=True) < 64
 
 
+_MORE_THAN_2_GIB = """
+import resource
+import numpy as np
+from affectgpt_jax import process
+assert process.keep_freed_memory()
+np.ones(5 * 2**26)  # 2.5 GiB, freed at once
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(5 * 2**26)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the settings are glibc's")
+def test_what_is_larger_than_glibcs_largest_threshold_is_kept_too():
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    code = [sys.executable, "-c", _MORE_THAN_2_GIB]
+    # Given back, there would be a fault for each page of at most 2 MiB: 1,280.
+    assert int(subprocess.check_output(code, env=env, text=True)) < 64
+
+
 @pytest.mark.parametrize("platforms", ["cuda", "cuda,cpu", "tpu"])
 def test_where_there_may_be_an_accelerator_malloc_stays_as_it_is(platforms, monkeypatch):
     before = jax.config.jax_platforms
