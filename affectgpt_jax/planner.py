@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from affectgpt_jax import build, train
 from affectgpt_jax.config import ConfigError
-from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, with_execution
 from affectgpt_jax.models.attention import Choice, causal, choose
 from affectgpt_jax.models.flops import Flops, train_flops
 from affectgpt_jax.training import memory, roofline, sharding
@@ -163,7 +163,7 @@ class Planner:
 
     def _traceable(self, model: AffectGPT, backend: str) -> AffectGPT:
         stand_in = memory.kernel_stand_in(backend, self.rows.clips)
-        return memory.with_attention(model, stand_in)
+        return with_execution(model, attend=stand_in)
 
     def _saved_by_a_row(self, backend: str) -> dict[str, int]:
         """Bytes that one row saves, by policy; several save as many times that."""
@@ -258,7 +258,7 @@ class Planner:
         model = build.model(config, self.llm, shard, causal)
         model = self._traceable(model, self.attention(mesh.shape["tensor"]).name)
         step = make_train_step(
-            memory.with_remat(model, remat),
+            with_execution(model, remat=remat),
             self._optimizer,
             learning_rate_schedule(self._optimizer_config, config.steps),
             seed=config.seed,

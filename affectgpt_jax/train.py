@@ -40,7 +40,7 @@ from affectgpt_jax.data.pipeline import (
 from affectgpt_jax.data.prompts import InputMode, PromptError, parse_label
 from affectgpt_jax.data.records import RecordError
 from affectgpt_jax.data.tokenizer import TokenizerError
-from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
+from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, with_execution
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.quantize import QuantizedKernel
 from affectgpt_jax.training import memory, sharding, telemetry, xla_options
@@ -225,7 +225,7 @@ def train(
             config.accumulation,
             fleet.from_chief(memory.device_limit),
         )
-        model = memory.with_remat(model, choice.policy)
+        model = with_execution(model, remat=choice.policy)
         progress.line(str(choice))
     train_step = make_train_step(
         model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation

@@ -27,6 +27,7 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     target_states,
     token_log_probs,
+    with_execution,
 )
 from affectgpt_jax.models.attention import causal
 from affectgpt_jax.models.qwen2 import unembedding
@@ -160,7 +161,7 @@ class Ours:
                 memory.device_limit(),
             )
             self.notes.append(str(chosen))
-            model = memory.with_remat(model, chosen.policy)
+            model = with_execution(model, remat=chosen.policy)
         self.model = model
         step = make_train_step(
             model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation

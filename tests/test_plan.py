@@ -13,6 +13,7 @@ import pytest
 
 from affectgpt_jax import plan, planner
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
+from affectgpt_jax.models.affectgpt import with_execution
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.qwen2 import PUBLISHED
@@ -81,7 +82,7 @@ def test_what_a_batch_takes_is_in_proportion_to_its_rows():
     planned = tiny_planner(**{"dtype": "bfloat16"})
     mesh = sharding.make_mesh("data:1", jax.devices()[:1])
     state, base = planned.on(mesh)
-    model = memory.with_attention(planned.model, memory.kernel_stand_in("cudnn", 1))
+    model = with_execution(planned.model, attend=memory.kernel_stand_in("cudnn", 1))
     for policy, found in memory.estimates(model, state, base, planned.batch(6)):
         assert planned.memory(Shape(1, 1, 1), 6, policy).saved == pytest.approx(
             found.saved, rel=0.01

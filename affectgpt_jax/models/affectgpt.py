@@ -52,6 +52,12 @@ class AffectGPT:
     fusion: Fusion | None
 
 
+def with_execution(model: AffectGPT, **changes: Any) -> AffectGPT:
+    """The same model, run in another way; changes are of fields of `qwen2.Execution`."""
+    execution = dataclasses.replace(model.qwen2.execution, **changes)
+    return dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
+
+
 def init_trainable(model: AffectGPT, key: jax.Array) -> dict[str, Any]:
     """Fresh `trainable` tree, float32."""
     lora_key, fusion_key = jax.random.split(key)

@@ -22,13 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from affectgpt_jax.models import cudnn_packed, xla_packed
+from affectgpt_jax.models.xla_packed import MASKED, transposed_times
 
 # (query [B, T, H, d], key [B, T, K, d], value [B, T, K, d], segment_ids [B, T]) -> [B, T, H, d]
 CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
-# Finite, so that a row without any allowed key gives a uniform average instead of NaN; such rows
-# are padding, and no loss reads them.
-_MASKED = -1e30
 # Queries that `causal` takes at a time: small enough to skip most keys that lie in the future,
 # large enough for efficient products. Long rows take larger blocks, since each is compiled.
 _BLOCK = 128
@@ -143,7 +141,7 @@ def _masked_scores(query: jax.Array, key: jax.Array, segment_ids: jax.Array) -> 
     mask = positions[:, None] >= jnp.arange(keys)
     same = segment_ids[:, keys - queries : keys, None] == segment_ids[:, None, :keys]
     scores = _times(query, key.swapaxes(2, 3))
-    return jnp.where((mask & same)[:, None, None], scores * query.shape[-1] ** -0.5, _MASKED)
+    return jnp.where((mask & same)[:, None, None], scores * query.shape[-1] ** -0.5, MASKED)
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -155,21 +153,15 @@ def _times(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Float32 sums over queries `[B, K, S, d]` of scores `[B, K, G, t, S]` and `[B, K, G, t, d]`.
-
-    As `(y^T x)^T`, which transposes what is narrow: XLA's CPU backend multiplies by a transposed
-    left operand at a third of the speed. Without the barriers it would turn one into the other.
-    """
-    batch, kv_heads, group, queries, keys = x.shape
+    """`transposed_times` `[B, K, S, d]` of scores `[B, K, G, t, S]` and `[B, K, G, t, d]`."""
+    batch, kv_heads, group, queries, _ = x.shape
     x, y = (a.reshape(batch, kv_heads, group * queries, a.shape[-1]) for a in (x, y))
-    turned = jax.lax.optimization_barrier(y.swapaxes(2, 3))
-    product = jnp.einsum("bkdx,bkxs->bkds", turned, x, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(product).swapaxes(2, 3)
+    return transposed_times(x, y)
 
 
 def _weights(scores: jax.Array, mask: jax.Array, width: int) -> jax.Array:
     """Masked softmax of query-key products over the last axis."""
-    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, _MASKED), axis=-1)
+    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, MASKED), axis=-1)
 
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -301,8 +293,12 @@ _REASONS = {
 
 
 def _attention(name: str) -> CausalAttention:
-    backends = {"xla": causal, "xla_packed": xla_packed.attend, "cudnn": cudnn}
-    return backends.get(name) or packed(DEFAULT_SEGMENTS)
+    return {
+        "xla": causal,
+        "xla_packed": xla_packed.attend,
+        "cudnn": cudnn,
+        "cudnn_packed": packed(DEFAULT_SEGMENTS),
+    }[name]
 
 
 def _refusal_of_cudnn(

@@ -9,7 +9,6 @@ CPU compile of a flash kernel's fallback holds scores that the GPU never does.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,7 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from affectgpt_jax.models.affectgpt import LOSS_CHUNK, AffectGPT, Batch, loss_sum_and_count
+from affectgpt_jax.models.affectgpt import (
+    LOSS_CHUNK,
+    AffectGPT,
+    Batch,
+    loss_sum_and_count,
+    with_execution,
+)
 from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
 from affectgpt_jax.models.qwen2 import Qwen2Config
 from affectgpt_jax.training.sharding import BATCH_AXES, path_name
@@ -119,21 +124,6 @@ def rows_of_a_device(batch: Batch, mesh: Mesh | AbstractMesh, accumulation: int)
     return jax.tree.map(rows, batch)
 
 
-def with_remat(model: AffectGPT, policy: str) -> AffectGPT:
-    """The same model under another rematerialisation policy."""
-    return _with_execution(model, remat=policy)
-
-
-def with_attention(model: AffectGPT, attend: CausalAttention) -> AffectGPT:
-    """The same model with another backend of its causal attention."""
-    return _with_execution(model, attend=attend)
-
-
-def _with_execution(model: AffectGPT, **changes: Any) -> AffectGPT:
-    execution = dataclasses.replace(model.qwen2.execution, **changes)
-    return dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
-
-
 def estimates(
     model: AffectGPT, abstract_state: State, abstract_base: Any, batch: Batch
 ) -> Iterator[tuple[str, Memory]]:
@@ -171,7 +161,7 @@ def saved_activations(
     key = jax.eval_shape(lambda: jax.random.key(0))
     for policy in POLICIES:
         # A mesh's constraints say where arrays live, not how many there are.
-        saving = _with_execution(model, remat=policy, shard=lambda x, axes: x)
+        saving = with_execution(model, remat=policy, shard=lambda x, axes: x)
 
         def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array, saving=saving) -> Any:
             return loss_sum_and_count(saving, base, trainable, batch, key)

@@ -1,6 +1,5 @@
 """What an update is expected to take, against sizes that follow from the shapes, and the choice."""
 
-import dataclasses
 import functools
 
 import jax
@@ -10,7 +9,7 @@ from tiny_model import make_batch, make_model
 
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.models.affectgpt import init_random_base
+from affectgpt_jax.models.affectgpt import init_random_base, with_execution
 from affectgpt_jax.models.qwen2 import PUBLISHED
 from affectgpt_jax.training import memory, sharding
 from affectgpt_jax.training.optimizer import make_optimizer
@@ -70,8 +69,7 @@ def paper(rows, length=512, targets=256):
     config = affectgpt_qwen25_7b.get_config()
     config.input, config.lora.dropout = "text", 0.0
     model = build.model(config, PUBLISHED["Qwen2.5-7B-Instruct"])
-    execution = dataclasses.replace(model.qwen2.execution, attend=lambda q, k, v, segment_ids: q)
-    model = dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
+    model = with_execution(model, attend=lambda q, k, v, segment_ids: q)
     optimizer = make_optimizer(build.optimizer_config(config), config.steps)
     mesh = one_device()
     state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
