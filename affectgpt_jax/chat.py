@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from affectgpt_jax.data.pipeline import choose_lengths
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
-from affectgpt_jax.models.generate import Decoding, generate
+from affectgpt_jax.models.generate import Decoding, Prompts, generate_all, rows_and_turn
 from affectgpt_jax.models.qwen2 import Qwen2
 from affectgpt_jax.training.sharding import BATCH_AXES, shard_whole_batch
 from affectgpt_jax.weights.huggingface import BaseIdentity
@@ -65,29 +65,33 @@ class BaseChat:
         )
 
     def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str]]:
-        """Yield the number and the reply of each message, a batch at a time, short ones first.
+        """Yield the number and the reply of each message, a few at a time as they are complete.
 
         Raises:
             TokenizerError: the base's chat template cannot be used.
         """
         prompts = self._tokenizer.encode([self._tokenizer.chat_prompt(m) for m in messages])
+        nothing = {"lora": {}, "fusion": {}}
+        # No more rows than messages: empty ones cost as much as others.
+        shares = math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
+        size, turn = rows_and_turn(min(self._batch_size, len(messages)), shares)
+        asked = self._prompts(prompts, turn)
+        found = generate_all(self._model, self._base, nothing, asked, self._decoding, size)
+        for number, generated in found:
+            ids = generated.tokens[: int(generated.counts)]
+            yield number, self._tokenizer.decode(ids).strip()
+
+    def _prompts(self, prompts: Sequence[np.ndarray], size: int) -> Iterator[Prompts]:
+        """All of them, `size` at a time, in rows of a few lengths, the longest ones first."""
         lengths = np.array([len(ids) for ids in prompts])
         ends = choose_lengths(lengths, self._num_buckets)
         which = np.searchsorted(ends, lengths)
-        nothing = {"lora": {}, "fusion": {}}
-        # Empty rows cost as much as others, and the batch axis must divide over the devices.
-        shares = math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
-        size = -(-min(self._batch_size, len(messages)) // shares) * shares
-        for bucket, length in enumerate(ends):
+        for bucket in reversed(range(len(ends))):
             members = np.flatnonzero(which == bucket)
             for first in range(0, len(members), size):
                 numbers = members[first : first + size]
-                batch = self._batch([prompts[n] for n in numbers], size, length)
-                batch = shard_whole_batch(self._mesh, batch)
-                found = generate(self._model, self._base, nothing, batch, self._decoding)
-                for row, number in enumerate(numbers.tolist()):
-                    ids = found.tokens[row, : int(found.counts[row])]
-                    yield number, self._tokenizer.decode(ids).strip()
+                batch = self._batch([prompts[n] for n in numbers], size, ends[bucket])
+                yield Prompts(numbers, shard_whole_batch(self._mesh, batch))
 
     def _batch(self, prompts: Sequence[np.ndarray], size: int, length: int) -> dict[str, Any]:
         """Right-padded rows, empty ones after the last prompt; what `models.generate` reads."""

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
 from affectgpt_jax.data.pipeline import View, sequential_batches
@@ -22,9 +21,11 @@ from affectgpt_jax.models.generate import (
     GREEDY,
     Decoding,
     Generated,
+    Prompts,
     Sampling,
-    generate,
+    generate_all,
     identities,
+    rows_and_turn,
     stream,
 )
 from affectgpt_jax.training.sharding import shard_whole_batch
@@ -71,14 +72,14 @@ class Generator:
         base: frozen weights.
         view: how clips become prompts.
         mesh: batches are split over it.
-        batch_size: prompts at a time.
+        batch_size: answers that are written at a time.
         max_new_tokens: an answer is cut off there.
         num_buckets: the number of prompt lengths, each of which costs compilation.
         sampling: how tokens are chosen; the most probable ones by default.
         seed: of sampling. What is drawn follows from it, the clip's name and the question, not
             from the other clips.
         log_probs: whether answers say how probable they were.
-        pulse: called before every batch; what it raises ends the answers.
+        pulse: called before prompts are read; what it raises ends the answers.
     """
 
     def __init__(
@@ -98,9 +99,8 @@ class Generator:
     ):
         self._model, self._base, self._view, self._mesh = model, base, view, mesh
         self._num_buckets, self._seed, self._pulse = num_buckets, seed, pulse
-        # The batch axis must divide over the devices that share it.
         shares = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._batch_size = -(-batch_size // shares) * shares
+        self._rows, self._turn = rows_and_turn(batch_size, shares)
         tokenizer, end = view.tokenizer, view.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
         self._decoding = Decoding(
@@ -126,26 +126,28 @@ class Generator:
         Raises:
             DataError: a clip that cannot be asked; the message names it.
         """
-        found = dict(self.batches(trainable, dataset, question, feature_from))
+        found = dict(self.answers(trainable, dataset, question, feature_from))
         return Answers([found[number] for number in range(len(dataset))])
 
-    def batches(
+    def answers(
         self,
         trainable: Any,
         dataset: Records,
         question: str,
         feature_from: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
-        """The same, as record numbers and answers that come a batch at a time, in the order of
-        `sequential_batches`."""
-        for numbers, batch, rows in self._prompts(dataset, question, feature_from):
-            self._pulse()
-            settings = {"seed": self._seed, "rows": rows}
-            generated = generate(
-                self._model, self._base, trainable, batch, self._decoding, **settings
-            )
-            for row, number in enumerate(numbers.tolist()):
-                yield number, self._read(generated, row)
+        """The same, as record numbers and answers, a few at a time as they are complete."""
+        found = generate_all(
+            self._model,
+            self._base,
+            trainable,
+            self._prompts(dataset, question, feature_from),
+            self._decoding,
+            self._rows,
+            seed=self._seed,
+        )
+        for number, generated in found:
+            yield number, self._read(generated)
 
     def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
         """Ask about a data set of one clip and show the answer as it is written.
@@ -157,39 +159,41 @@ class Generator:
         Raises:
             DataError: the clip cannot be asked.
         """
-        [(_, batch, rows)] = self._prompts(clip, question)
+        [(_, batch, rows, _)] = self._prompts(clip, question)
         settings = {"seed": self._seed, "rows": rows}
         for generated in stream(
             self._model, self._base, trainable, batch, self._decoding, **settings
         ):
-            answer = self._read(generated, 0)
-            complete = generated.ended[0] or answer.tokens == self._decoding.max_new_tokens
+            first = generated.row(0)
+            answer = self._read(first)
+            complete = first.ended or answer.tokens == self._decoding.max_new_tokens
             settled = _settled(answer.text, self._view.prompts.end)
             yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
 
     def _prompts(
         self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
-    ) -> Iterator[tuple[np.ndarray, Any, Any]]:
-        """Record numbers, batches, and what stands for their rows in random keys."""
+    ) -> Iterator[Prompts]:
         examples = self._view.prompt_examples(dataset, question)
         batches = sequential_batches(
-            dataset, self._view, examples, self._batch_size, self._num_buckets, feature_from
+            dataset, self._view, examples, self._turn, self._num_buckets, feature_from
         )
         for numbers, batch in batches:
+            self._pulse()
             names = [f"{dataset.index[i].name}\n{question}" for i in numbers]
-            names += [""] * (self._batch_size - len(names))
-            yield numbers, *shard_whole_batch(self._mesh, (batch, identities(names)))
+            names += [""] * (self._turn - len(names))
+            yield Prompts(numbers, *shard_whole_batch(self._mesh, (batch, identities(names))))
 
-    def _read(self, generated: Generated, row: int) -> Answer:
-        count = int(generated.counts[row])
-        text = self._view.tokenizer.decode(generated.tokens[row, :count])
+    def _read(self, generated: Generated) -> Answer:
+        """The answer in one row."""
+        count = int(generated.counts)
+        text = self._view.tokenizer.decode(generated.tokens[:count])
         text, mark, _ = text.partition(self._view.prompts.end)
         log_probs = generated.log_probs
         return Answer(
             text=text,
             tokens=count,
-            cut=not (generated.ended[row] or mark),
-            log_prob=None if log_probs is None else float(log_probs[row].sum()),
+            cut=not (generated.ended or mark),
+            log_prob=None if log_probs is None else float(log_probs.sum()),
         )
 
 
@@ -238,7 +242,7 @@ def answers_on_disk(
         path.parent.mkdir(parents=True, exist_ok=True)
         rest = RecordSubset(dataset, missing)
         with path.open("a", encoding="utf-8", buffering=1) as file:
-            asked = enumerate(generator.batches(trainable, rest, question), start=1)
+            asked = enumerate(generator.answers(trainable, rest, question), start=1)
             for done, (number, answer) in asked:
                 name = rest.index[number].name
                 file.write(json.dumps({"name": name} | dataclasses.asdict(answer)) + "\n")

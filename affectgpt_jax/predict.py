@@ -274,7 +274,7 @@ def ask(
     for question, part in parts.items():
         if not len(part):
             continue
-        for number, answer in generator.batches(run.trainable, part, question):
+        for number, answer in generator.answers(run.trainable, part, question):
             yield part.index[number].name, question, answer
             progress.advance()
 

@@ -87,7 +87,7 @@ def says(monkeypatch):
                 asked.append(name)
                 yield number, inference.Answer(text_of(name), 3, name.endswith("7"), None)
 
-        monkeypatch.setattr(inference.Generator, "batches", batches)
+        monkeypatch.setattr(inference.Generator, "answers", batches)
         return asked
 
     return install
@@ -221,7 +221,7 @@ def test_an_interrupted_run_says_that_it_goes_on(run, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inference.Generator, "batches", interrupt)
+    monkeypatch.setattr(inference.Generator, "answers", interrupt)
     with pytest.raises(SystemExit, match="interrupted; the same command goes on from there"):
         command(run)
 

@@ -547,7 +547,8 @@ def sequential_batches(
         numbers: the clips to visit; all if None.
 
     Yields:
-        Record numbers of the rows, int `[n]` with n at most `batch_size`, and the batch.
+        Record numbers of the rows, int `[n]` with n at most `batch_size`, and the batch; the
+        longest rows first, so that what does not fit fails at once.
     """
     chosen = np.arange(len(examples)) if numbers is None else np.asarray(numbers)
     lengths = np.array([len(examples[i]) for i in chosen])
@@ -563,7 +564,7 @@ def sequential_batches(
         return numbers, view.collate(dataset, rows, bucket)
 
     jobs = []
-    for i, bucket in enumerate(buckets):
+    for i, bucket in reversed(list(enumerate(buckets))):
         members = chosen[which == i]
         jobs += [(bucket, members[j : j + batch_size]) for j in range(0, len(members), batch_size)]
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)

@@ -1,11 +1,14 @@
 """Answers with a key-value cache: greedy or sampled, whole or a few tokens at a time.
 
-    state = prefill(model, base, trainable, batch, decoding, room)   # prompts in, first token out
+    state = prefill(model, base, trainable, batch, decoding)         # prompts in, first token out
+    state = grow(state, decoding, room)                              # slots for more tokens
     state = decode(model, base, trainable, state, decoding, steps)   # up to `steps` tokens more
-    state = grow(state, decoding, room)                              # where they stand in the way
+    state = refill(model, state, fresh, decoding, rows)              # other prompts in some rows
 
-are three compiled functions of static shapes; the device runs through `steps` tokens without the
-host. `stream` drives them, `generate` runs them to the end.
+are four compiled functions of static shapes; the device runs through `steps` tokens without the
+host. `stream` and `generate` drive them for one batch. `generate_all` does for a data set, in which
+a row whose answer has ended takes the next prompt while the others go on (continuous batching, Yu
+et al. 2022, "Orca"): no row waits for the longest answer.
 
 A row's answer depends on its own prompt, seed and identity only, not on the batch that it stands
 in, nor on the order or the padding of that batch. (Up to rounding: programs of other shapes may add
@@ -18,7 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +44,13 @@ from affectgpt_jax.models.qwen2 import DecodeStep, KVCache, unembedding
 # whole cache, used or not; each size costs one compilation.
 FIRST_ROOM = 64
 GROWTH = 4
+
+# Rows that take their next prompts together are one in so many: more wait longer for the slowest of
+# them, fewer make narrower products of prompts.
+TURNS = 8
+
+# Named, since a batch changes what rbg, which a user may have made the default, draws in a row.
+GENERATOR = "threefry2x32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Decoding:
 
 
 class Generated(NamedTuple):
-    """What a batch of B rows has written.
+    """What B rows have written.
 
     Attributes:
         tokens: `[B, N]` int32, `pad_id` from a row's end on.
@@ -116,22 +126,27 @@ class Generated(NamedTuple):
     ended: jax.Array
     log_probs: jax.Array | None
 
+    def row(self, number: int) -> Generated:
+        """What one row has written: the same without the axis B."""
+        return jax.tree.map(lambda x: x[number], self)
+
 
 class DecodeState(NamedTuple):
     """Where decoding stands, between two calls.
 
     Attributes:
         generated: what is written; N is the room for new tokens.
-        step: int32 scalar, tokens that rows which go on have written.
-        lengths: `[B]` int32, tokens of each prompt; 0 for a filler row, which writes nothing.
-        cache: of T + N - 1 slots: the last token is never fed.
+        lengths: `[B]` int32, tokens of each prompt; 0 for a row without one, which writes nothing.
+        limits: `[B]` int32, tokens that each row may write.
+        cache: of T + N - 1 slots: the last token is never fed. A row's tokens lie side by side,
+            each in the slot of its position.
         seen: `[B, V]` bool, tokens to penalise; None without a penalty.
-        keys: `[B]` random keys; None at temperature 0.
+        keys: `[B, 2]` uint32, the data of random keys; None at temperature 0.
     """
 
     generated: Generated
-    step: jax.Array
     lengths: jax.Array
+    limits: jax.Array
     cache: KVCache
     seen: jax.Array | None
     keys: jax.Array | None
@@ -139,7 +154,24 @@ class DecodeState(NamedTuple):
     @property
     def done(self) -> jax.Array:
         """`[B]` bool, rows that write no more."""
-        return self.generated.ended | (self.lengths == 0)
+        written = self.generated.counts >= self.limits
+        return self.generated.ended | written | (self.lengths == 0)
+
+
+class Prompts(NamedTuple):
+    """Prompts that go into rows together.
+
+    Attributes:
+        numbers: of the samples, by which their answers are known; `[n]` for the first n of P rows.
+        batch: P prompts, right-padded, one sample a row; targets are not read.
+        rows: `[P, 2]` uint32, `identities`; needed with a temperature.
+        limits: `[P]` int32, tokens that each may be answered with; None is `max_new_tokens`.
+    """
+
+    numbers: np.ndarray
+    batch: Batch
+    rows: Any = None
+    limits: Any = None
 
 
 # --- from logits to a token ---------------------------------------------------------------------
@@ -193,12 +225,12 @@ def adjust_logits(logits: jax.Array, sampling: Sampling, seen: jax.Array | None)
 def choose_tokens(logits: jax.Array, keys: jax.Array | None, position: jax.Array) -> jax.Array:
     """The next token of every row, `[B]` int32, from adjusted logits `[B, V]`.
 
-    Drawn with the rows' keys `[B]` and the number of tokens before this one, an int32 scalar; the
-    most probable one where there are no keys.
+    Drawn with the rows' keys `[B, 2]` and the numbers of their tokens before this one, `[B]` int32;
+    the most probable one where there are no keys.
     """
     if keys is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys, impl=GENERATOR), position)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
@@ -212,36 +244,34 @@ def identities(names: Sequence[str]) -> np.ndarray:
 
 
 def _row_keys(seed: jax.Array, rows: jax.Array) -> jax.Array:
-    # Named, since a batch changes what rbg, which a user may have made the default, draws in a row.
-    key = jax.random.key(seed, impl="threefry2x32")
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row[0]), row[1]))(rows)
+    key = jax.random.key(seed, impl=GENERATOR)
+    fold = jax.random.fold_in
+    return jax.vmap(lambda row: jax.random.key_data(fold(fold(key, row[0]), row[1])))(rows)
 
 
 # --- compiled parts -----------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("model", "decoding", "room"))
+@functools.partial(jax.jit, static_argnames=("model", "decoding"))
 def prefill(
     model: AffectGPT,
     base: Any,
     trainable: Any,
     batch: Batch,
     decoding: Decoding,
-    room: int,
     seed: jax.Array | int = 0,
     rows: jax.Array | None = None,
+    limits: jax.Array | None = None,
 ) -> DecodeState:
-    """Run the prompts and write the first token of every answer.
+    """Run the prompts and write the first token of every answer, for which alone there is room.
 
     Args:
         model: the modules.
         base: frozen weights.
         trainable: adapters and fusion.
-        batch: prompts, right-padded, one sample a row; targets are not read.
+        batch, rows, limits: see `Prompts`.
         decoding: how to write.
-        room: N, new tokens that the state has slots for.
         seed: uint32, of sampling.
-        rows: `[B, 2]` uint32, `identities` of the rows; needed with a temperature.
 
     Raises:
         ValueError: a temperature without `rows`.
@@ -253,23 +283,23 @@ def prefill(
     size = len(batch["tokens"])
     lengths = (batch["segment_ids"] > 0).sum(axis=1, dtype=jnp.int32)
     states, cache = hidden_states(model, base, trainable, batch, keep_cache=True)
-    slots = [(0, 0), (0, 0), (0, 0), (0, room - 1), (0, 0)]
     state = DecodeState(
         generated=Generated(
-            tokens=jnp.full((size, room), decoding.pad_id, jnp.int32),
+            tokens=jnp.full((size, 1), decoding.pad_id, jnp.int32),
             counts=jnp.zeros(size, jnp.int32),
             ended=jnp.zeros(size, bool),
-            log_probs=jnp.zeros((size, room), jnp.float32) if decoding.log_probs else None,
+            log_probs=jnp.zeros((size, 1), jnp.float32) if decoding.log_probs else None,
         ),
-        step=jnp.int32(0),
         lengths=lengths,
-        cache=KVCache(*(jnp.pad(x, slots) for x in cache)),
+        limits=jnp.full(size, decoding.max_new_tokens, jnp.int32) if limits is None else limits,
+        cache=cache,
         seen=_prompt_tokens(model, batch) if sampling.repetition_penalty != 1 else None,
         keys=_row_keys(seed, rows) if sampling.temperature else None,
     )
-    # A filler row has no last token; position 0 stands in, and nobody reads what follows.
+    # A row without a prompt has no last token; position 0 stands in, and nobody reads what follows.
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return _write(state, jnp.take_along_axis(states, last, axis=1)[:, 0], base, decoding)
+    state = _write(state, jnp.take_along_axis(states, last, axis=1)[:, 0], base, decoding)
+    return _laid_out(model, state)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding"), donate_argnames="state")
@@ -280,82 +310,131 @@ def decode(
     state: DecodeState,
     decoding: Decoding,
     steps: jax.Array | int,
+    enough: jax.Array | int | None = None,
 ) -> DecodeState:
-    """Write up to `steps` tokens more to every answer that has not ended.
+    """Write up to `steps` tokens more to every answer that is not complete.
 
-    Stops where all have ended, or the state's room is used up. The state that comes in is consumed.
+    Stops where `enough` rows write no more (None: all of them), or where one of the others has used
+    up the state's room. The state that comes in is consumed.
     """
     model = with_execution(model, unroll=False)  # as in `prefill`
-    room = state.generated.tokens.shape[1]
+    size, room = state.generated.tokens.shape
     slots = jnp.arange(state.cache.key.shape[3])
-    length = len(slots) - (room - 1)  # of the prompts' rows
-    in_prompt = slots < state.lengths[:, None]
-    end = jnp.minimum(state.step + steps, room)
+    enough = size if enough is None else enough
 
-    def unfinished(state: DecodeState) -> jax.Array:
-        return (state.step < end) & ~state.done.all()
+    def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
+        step, state = carry
+        full = ~state.done & (state.generated.counts == room)
+        return (step < steps) & (state.done.sum() < enough) & ~full.any()
 
-    def write(state: DecodeState) -> DecodeState:
-        """Feed token i - 1 and write token i."""
-        fed = state.step - 1
-        # All rows share a slot, whatever their prompt's length; the rotary position continues each
-        # row's own count, and the gap between stays masked.
-        slot = length + fed
-        mask = in_prompt | ((slots >= length) & (slots <= slot))
-        token = jax.lax.dynamic_slice_in_dim(state.generated.tokens, fed, 1, axis=1)
+    def write(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
+        """Feed the last token of every answer and write the next one."""
+        step, state = carry
+        last = jnp.maximum(state.generated.counts - 1, 0)
+        token = jnp.take_along_axis(state.generated.tokens, last[:, None], axis=1)
+        position = state.lengths + last
         states, cache = model.qwen2.apply(
             {"params": base, "lora": trainable["lora"]},
             model.qwen2.apply({"params": base}, token, method="embed"),
-            (state.lengths + fed)[:, None],
+            position[:, None],
             cache=state.cache,
-            step=DecodeStep(slot, mask),
+            step=DecodeStep(position, slots <= position[:, None]),
         )
-        return _write(state._replace(cache=cache), states[:, 0], base, decoding)
+        return step + 1, _write(state._replace(cache=cache), states[:, 0], base, decoding)
 
-    return jax.lax.while_loop(unfinished, write, state)
+    return _laid_out(model, jax.lax.while_loop(unfinished, write, (jnp.int32(0), state))[1])
 
 
 @functools.partial(jax.jit, static_argnames=("decoding", "room"))
 def grow(state: DecodeState, decoding: Decoding, room: int) -> DecodeState:
-    """The same state with room for more new tokens."""
-    generated = state.generated
-    more = room - generated.tokens.shape[1]
-    columns, slots = [(0, 0), (0, more)], [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]
-    log_probs = generated.log_probs
+    """The same state with room for `room` new tokens, no fewer than it has."""
+    more = room - state.generated.tokens.shape[1]
+    slots = [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]
     return state._replace(
-        generated=generated._replace(
-            tokens=jnp.pad(generated.tokens, columns, constant_values=decoding.pad_id),
-            log_probs=None if log_probs is None else jnp.pad(log_probs, columns),
-        ),
+        generated=_with_room(state.generated, room, decoding.pad_id),
         cache=KVCache(*(jnp.pad(x, slots) for x in state.cache)),
     )
 
 
+@functools.partial(jax.jit, static_argnames=("model", "decoding"), donate_argnames="state")
+def refill(
+    model: AffectGPT,
+    state: DecodeState,
+    fresh: DecodeState,
+    decoding: Decoding,
+    rows: jax.Array,
+) -> DecodeState:
+    """The same state with other prompts and the beginnings of their answers in some of its rows.
+
+    Args:
+        model: the modules.
+        state: of B rows; consumed.
+        fresh: P rows as `prefill` returns them, of prompts no longer than those of `state`.
+        decoding: how to write.
+        rows: `[P]` int32, where they go. Those of `fresh` that are sent to row B go nowhere.
+    """
+    room = state.generated.tokens.shape[1]
+    fresh = fresh._replace(generated=_with_room(fresh.generated, room, decoding.pad_id))
+
+    def put(x: jax.Array, new: jax.Array) -> jax.Array:
+        return x.at[rows].set(new, mode="drop", unique_indices=True)
+
+    # What a row's cache holds behind its prompt is written before it is read.
+    length = fresh.cache.key.shape[3]
+    cache = (
+        x.at[:, rows, :, :length].set(new, mode="drop", unique_indices=True)
+        for x, new in zip(state.cache, fresh.cache, strict=True)
+    )
+    placed = jax.tree.map(put, state._replace(cache=None), fresh._replace(cache=None))
+    return _laid_out(model, placed._replace(cache=KVCache(*cache)))
+
+
+def _laid_out(model: AffectGPT, state: DecodeState) -> DecodeState:
+    """The same state, its rows and key heads split over devices as those of activations are.
+
+    Left to itself, the partitioner chooses for every program anew, and those that read the result
+    are compiled for each choice.
+    """
+    shard = model.qwen2.execution.shard
+    cache = (shard(x, (None, "batch", "heads", None, None)) for x in state.cache)
+    rest = state._replace(cache=None)
+    rest = jax.tree.map(lambda x: shard(x, ("batch",) + (None,) * (x.ndim - 1)), rest)
+    return rest._replace(cache=KVCache(*cache))
+
+
+def _with_room(generated: Generated, room: int, pad_id: int) -> Generated:
+    columns = [(0, 0), (0, room - generated.tokens.shape[1])]
+    log_probs = generated.log_probs
+    return generated._replace(
+        tokens=jnp.pad(generated.tokens, columns, constant_values=pad_id),
+        log_probs=None if log_probs is None else jnp.pad(log_probs, columns),
+    )
+
+
 def _write(state: DecodeState, states: jax.Array, base: Any, decoding: Decoding) -> DecodeState:
-    """Choose and write token `state.step` of every row from its hidden state `[B, D]`."""
+    """Choose and write the next token of every row from its hidden state `[B, D]`."""
     vocabulary = unembedding(base).astype(states.dtype)
     logits = jnp.einsum("bd,dv->bv", states, vocabulary, preferred_element_type=jnp.float32)
     adjusted = adjust_logits(logits, decoding.sampling, state.seen)
-    token = choose_tokens(adjusted, state.keys, state.step)
-    done, generated, seen = state.done, state.generated, state.seen
+    generated, done, seen = state.generated, state.done, state.seen
+    token = choose_tokens(adjusted, state.keys, generated.counts)
+    rows, room = jnp.arange(len(token)), generated.tokens.shape[1]
+    # What a row that is done would write falls out of range.
+    at = rows, jnp.where(done, room, generated.counts)
     log_probs = generated.log_probs
     if log_probs is not None:
         chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        value = jnp.where(done, 0, chosen - jax.nn.logsumexp(logits, axis=-1))
-        log_probs = log_probs.at[:, state.step].set(value)
-    if seen is not None:
-        seen = seen.at[jnp.arange(len(token)), token].set(True)
-    token = jnp.where(done, decoding.pad_id, token)
+        value = chosen - jax.nn.logsumexp(logits, axis=-1)
+        log_probs = log_probs.at[at].set(value, mode="drop")
     stops = jnp.isin(token, jnp.asarray(decoding.stop_ids, jnp.int32))
     return state._replace(
         generated=Generated(
-            tokens=generated.tokens.at[:, state.step].set(token),
+            tokens=generated.tokens.at[at].set(token, mode="drop"),
             counts=generated.counts + ~done,
             ended=generated.ended | (stops & ~done),
             log_probs=log_probs,
         ),
-        step=state.step + 1,
-        seen=seen,
+        seen=None if seen is None else seen.at[rows, token].set(True),
     )
 
 
@@ -394,13 +473,14 @@ def stream(
         until every row has ended or has `max_new_tokens`. N grows, up to `max_new_tokens`.
     """
     room, limit = min(FIRST_ROOM, decoding.max_new_tokens), decoding.max_new_tokens
-    state = prefill(model, base, trainable, batch, decoding, room, np.uint32(seed), rows)
+    state = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
+    state = grow(state, decoding, room)
     while True:
-        generated, step, done = jax.tree.map(_on_host, (state.generated, state.step, state.done))
+        generated, done = jax.tree.map(_on_host, (state.generated, state.done))
         yield generated
-        if step == limit or done.all():
+        if done.all():
             return
-        if step == room:
+        if (generated.counts[~done] == room).any():
             room = min(GROWTH * room, limit)
             state = grow(state, decoding, room)
         state = decode(model, base, trainable, state, decoding, every)
@@ -427,6 +507,90 @@ def generate(
     settings = {"seed": seed, "rows": rows, "every": decoding.max_new_tokens}
     *_, generated = stream(model, base, trainable, batch, decoding, **settings)
     return generated
+
+
+def rows_and_turn(wanted: int, shares: int) -> tuple[int, int]:
+    """Rows that write at a time, and how many of them take their next prompts together.
+
+    Args:
+        wanted: rows that the caller asked for; there may be a few more.
+        shares: devices over which both numbers must divide.
+    """
+    turn = -(-wanted // (TURNS * shares)) * shares
+    return -(-wanted // turn) * turn, turn
+
+
+def generate_all(
+    model: AffectGPT,
+    base: Any,
+    trainable: Any,
+    prompts: Iterable[Prompts],
+    decoding: Decoding,
+    size: int,
+    *,
+    seed: int = 0,
+) -> Iterator[tuple[int, Generated]]:
+    """Answer all prompts, in rows that take the next ones as soon as their answers are complete.
+
+    Args:
+        model, base, trainable, decoding: as for `prefill`.
+        prompts: P at a time, P being the same throughout. None may be longer than the first ones.
+            They are asked for while the device is at work.
+        size: rows that write at a time, P or more; when P of them are free, they are refilled.
+            `rows_and_turn` chooses both.
+        seed: of sampling, 0 to 2^32 - 1.
+
+    Yields:
+        A prompt's number and its answer, a row of NumPy arrays, when P more are complete.
+
+    Raises:
+        ValueError: a batch of more than `size` prompts, or of longer ones than the first.
+    """
+    owners = np.full(size, -1)  # whose answer each row writes
+    room, limit = min(FIRST_ROOM, decoding.max_new_tokens), decoding.max_new_tokens
+    state, prompts = None, iter(prompts)
+    upcoming = next(prompts, None)
+    while upcoming is not None or (owners >= 0).any():
+        free = np.flatnonzero(owners < 0)
+        while upcoming is not None:
+            numbers, batch, rows, limits = upcoming
+            turn, length = batch["tokens"].shape
+            if state is not None and turn > len(free):
+                break
+            fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
+            if state is None:
+                longest, state = length, grow(_vacant(fresh, size), decoding, room)
+            if turn > size or length > longest:
+                raise ValueError(
+                    f"a batch of {turn} prompts of {length} tokens; expected at most {size}, and "
+                    f"no longer ones than the {longest} tokens of the first batch"
+                )
+            places = np.full(turn, size, np.int32)
+            places[: len(numbers)] = free[: len(numbers)]
+            state = refill(model, state, fresh, decoding, places)
+            owners[places[: len(numbers)]] = numbers
+            free = free[len(numbers) :]
+            upcoming = next(prompts, None)
+        enough = min(size, turn + (len(free) if upcoming is None else 0))
+        state = decode(model, base, trainable, state, decoding, limit, enough)
+        generated, done = jax.tree.map(_on_host, (state.generated, state.done))
+        for row in np.flatnonzero(done & (owners >= 0)):
+            yield int(owners[row]), generated.row(row)
+            owners[row] = -1
+        if (generated.counts[~done] == room).any():
+            room = min(GROWTH * room, limit)
+            state = grow(state, decoding, room)
+
+
+def _vacant(fresh: DecodeState, size: int) -> DecodeState:
+    """`size` rows without prompts, of the shape and on the devices of those of `fresh`."""
+
+    def zeros(x: jax.Array, axis: int) -> jax.Array:
+        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
+        return jnp.zeros(shape, x.dtype, device=x.sharding)
+
+    rest = jax.tree.map(lambda x: zeros(x, 0), fresh._replace(cache=None))
+    return rest._replace(cache=KVCache(*(zeros(x, 1) for x in fresh.cache)))
 
 
 def score_answers(

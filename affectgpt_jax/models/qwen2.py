@@ -129,8 +129,8 @@ class KVCache(NamedTuple):
 
 
 class DecodeStep(NamedTuple):
-    """Where one decode step stands: `slot` (int32 scalar) is where every row writes its new key
-    and value, `key_mask` `[B, S]` says which slots each row may read, `slot` included."""
+    """Where one decode step stands: `slot` `[B]` int32 is where each row writes its new key and
+    value, `key_mask` `[B, S]` says which slots it may read, `slot` included."""
 
     slot: jax.Array
     key_mask: jax.Array
@@ -245,9 +245,9 @@ REMAT_POLICIES = {
 class DecoderLayer(nn.Module):
     """One pre-norm block, as a step of the scan over layers.
 
-    It carries the hidden states, and in decoding the whole cache, of which it changes one slot of
-    its own layer: XLA updates a carry in place, where a cache that came in and went out layer by
-    layer would be copied for every new token.
+    It carries the hidden states, and in decoding the whole cache, of which it changes one slot a
+    row, of its own layer: XLA updates a carry in place, where a cache that came in and went out
+    layer by layer would be copied for every new token.
     """
 
     config: Qwen2Config
@@ -294,10 +294,10 @@ class DecoderLayer(nn.Module):
                 attended = run.attend(query, key, value, segment_ids)
             kept = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
         else:
-            at = (layer, 0, 0, step.slot, 0)
+            at = (layer, jnp.arange(batch), slice(None), step.slot)
             cache = KVCache(
-                jax.lax.dynamic_update_slice(cache.key, key.swapaxes(1, 2)[None], at),
-                jax.lax.dynamic_update_slice(cache.value, value.swapaxes(1, 2)[None], at),
+                cache.key.at[at].set(key[:, 0], mode="drop", unique_indices=True),
+                cache.value.at[at].set(value[:, 0], mode="drop", unique_indices=True),
             )
             kept = None
             attended = attention.cached(query, cache.key[layer], cache.value[layer], step.key_mask)
@@ -386,7 +386,7 @@ class Qwen2(nn.Module):
             positions: `[B, T]` int32 rotary positions, counted from 0 in every segment.
             segment_ids: `[B, T]` int32, 0 for padding; needed unless `step` is given.
             cache: keys and values so far, with `step`.
-            step: set for decoding: `T` is 1 and the new token goes to `step.slot`.
+            step: set for decoding: `T` is 1 and a row's new token goes to its `step.slot`.
             keep_cache: without `step`: return the keys and values of the rows, S = T slots.
             deterministic: no LoRA dropout.
 

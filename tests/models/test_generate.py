@@ -1,6 +1,8 @@
 """Decoding against full passes without a cache, against Hugging Face, and against probabilities."""
 
 import dataclasses
+import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +13,16 @@ import scipy.stats
 from tiny_model import LLM, make_batch, make_model, random_base, random_trainable
 
 from affectgpt_jax.models import generate as module
-from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count
+from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count, with_execution
 from affectgpt_jax.models.generate import (
     Decoding,
+    Prompts,
     Sampling,
     adjust_logits,
     decode,
     generate,
+    generate_all,
+    grow,
     identities,
     keep_top_p,
     penalize_repetition,
@@ -128,15 +133,15 @@ def test_decoding_needs_no_host_between_tokens():
     """Moving anything to or from the device implicitly, or by `print`, would raise."""
     rows, batch, seed, steps = jax.device_put((identities(NAMES), BATCH, np.uint32(0), NEW))
     with jax.transfer_guard("disallow"):
-        state = prefill(MODEL, BASE, TRAINABLE, batch, SAMPLED, NEW, seed, rows)
+        state = grow(prefill(MODEL, BASE, TRAINABLE, batch, SAMPLED, seed, rows), SAMPLED, NEW)
         state = decode(MODEL, BASE, TRAINABLE, state, SAMPLED, steps)
-    assert int(state.step) == NEW
+    assert state.generated.counts.tolist() == [NEW] * 3
 
 
 def test_decoding_updates_the_cache_where_it_lies():
     prompts = make_batch([16] * 64)
     settings = dataclasses.replace(PLAIN, max_new_tokens=512)
-    state = prefill(MODEL, BASE, TRAINABLE, prompts, settings, 512)
+    state = grow(prefill(MODEL, BASE, TRAINABLE, prompts, settings), settings, 512)
     held = sum(x.nbytes for x in state.cache)
     compiled = decode.lower(MODEL, BASE, TRAINABLE, state, settings, 9).compile()
     memory = compiled.memory_analysis()
@@ -217,9 +222,136 @@ def test_an_answer_is_cut_at_max_new_tokens(answers, new):
 def test_decoding_stops_early_when_every_row_has_ended(answers):
     stops = tuple(answers.tokens[:, 1].tolist())  # every row ends at its second token, or before
     settings = dataclasses.replace(PLAIN, stop_ids=stops)
-    state = prefill(MODEL, BASE, TRAINABLE, BATCH, settings, NEW)
+    state = grow(prefill(MODEL, BASE, TRAINABLE, BATCH, settings), settings, NEW)
     state = decode(MODEL, BASE, TRAINABLE, state, settings, NEW)
-    assert int(state.step) == 2
+    assert state.generated.counts.max() == 2
+
+
+# --- Many prompts ---------------------------------------------------------------------------------
+
+MANY = 13
+MANY_NAMES = [f"clip {i}" for i in range(MANY)]
+
+
+def many_prompts():
+    """As many prompts, the longest ones first, as one batch."""
+    lengths = np.random.default_rng(5).integers(4, 13, size=MANY)
+    return make_batch(sorted(lengths.tolist(), reverse=True), width=12, seed=3)
+
+
+def in_turns(turn, limits=None, batch=None, place=lambda x: x):
+    """The prompts `turn` at a time, the rows of the last ones filled up, without needless padding.
+
+    Numbers are no places, so that one for the other would show.
+    """
+    batch = many_prompts() if batch is None else batch
+    for start in range(0, MANY, turn):
+        count = min(turn, MANY - start)
+        at = np.minimum(start + np.arange(turn), MANY - 1)
+        part = jax.tree.map(operator.itemgetter(at), batch)
+        part["segment_ids"] = part["segment_ids"] * (np.arange(turn) < count)[:, None]
+        longest = 4 * -(-int(part["segment_ids"].sum(axis=1).max()) // 4)
+        for name in ("tokens", "positions", "segment_ids", "soft_index"):
+            part[name] = part[name][:, :longest]
+        rows = identities([MANY_NAMES[i] for i in at])
+        some = None if limits is None else np.asarray(limits, np.int32)[at]
+        yield Prompts(100 + np.arange(start, start + count), *place((part, rows, some)))
+
+
+def run_all(decoding, size, turn, limits=None, **settings):
+    prompts = in_turns(turn, limits, **settings)
+    found = list(generate_all(MODEL, BASE, TRAINABLE, prompts, decoding, size))
+    assert sorted(number for number, _ in found) == [100 + i for i in range(MANY)]
+    return found
+
+
+def assert_same(found, expected):
+    """Answers by number against those of one batch."""
+    for number, answer in found:
+        row = expected.row(number - 100)
+        written = len(answer.tokens)
+        np.testing.assert_array_equal(answer.tokens, row.tokens[:written])
+        assert (row.tokens[written:] == PAD).all()
+        assert (answer.counts, answer.ended) == (row.counts, row.ended)
+        # Float32, sums of another length.
+        np.testing.assert_allclose(answer.log_probs, row.log_probs[:written], atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def ending():
+    """Options by which answers end at different tokens, as a stop id of a random model does."""
+    tokens = run(SAMPLED, many_prompts(), MANY_NAMES).tokens
+    stop = np.bincount(tokens.ravel()).argmax()
+    return {
+        "greedy": dataclasses.replace(PLAIN, stop_ids=(int(stop),)),
+        "sampled": dataclasses.replace(SAMPLED, stop_ids=(int(stop),)),
+    }
+
+
+class TestAll:
+    @pytest.mark.parametrize(("size", "turn"), [(1, 1), (4, 1), (5, 2), (4, 4), (16, 4), (3, 3)])
+    @pytest.mark.parametrize("how", ["greedy", "sampled"])
+    def test_rows_that_are_refilled_write_what_they_write_in_one_batch(
+        self, how, size, turn, ending
+    ):
+        decoding = ending[how]
+        expected = run(decoding, many_prompts(), MANY_NAMES)
+        assert how == "greedy" or len(np.unique(expected.counts)) > 3
+        assert_same(run_all(decoding, size, turn), expected)
+
+    def test_a_cache_that_grows_under_answers_of_all_ages_changes_nothing(
+        self, ending, monkeypatch
+    ):
+        expected = run(ending["sampled"], many_prompts(), MANY_NAMES)
+        assert expected.counts.max() > 6, "too short to grow twice"
+        monkeypatch.setattr(module, "FIRST_ROOM", 2)
+        monkeypatch.setattr(module, "GROWTH", 3)
+        assert_same(run_all(ending["sampled"], 4, 2), expected)
+
+    def test_each_answer_has_its_limit(self):
+        limits = np.arange(MANY) % NEW + 1
+        expected = run(SAMPLED, many_prompts(), MANY_NAMES)
+        for number, answer in run_all(SAMPLED, 4, 2, limits):
+            row, limit = number - 100, limits[number - 100]
+            assert (answer.counts, answer.ended) == (limit, False)
+            np.testing.assert_array_equal(answer.tokens[:limit], expected.tokens[row, :limit])
+            assert (answer.tokens[limit:] == PAD).all()
+
+    def test_short_answers_do_not_wait_for_a_long_one(self):
+        limits = [NEW] + [1] * (MANY - 1)
+        numbers = [number for number, _ in run_all(PLAIN, 2, 1, limits)]
+        # The last one finds no successor; the long one is complete when the next ones are told.
+        assert numbers[:-2] == [*range(101, 99 + MANY)]
+
+    def test_prompts_are_read_ahead_but_not_all_at_once(self):
+        read = []
+
+        def reading():
+            for prompts in in_turns(2):
+                read.append(len(prompts.numbers))
+                yield prompts
+
+        next(generate_all(MODEL, BASE, TRAINABLE, reading(), PLAIN, 4))
+        assert sum(read) == 6  # in four rows, and two that wait
+
+    def test_rows_on_eight_devices_write_what_one_device_does(self, ending):
+        expected = run(ending["sampled"], many_prompts(), MANY_NAMES)
+        mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
+        model = with_execution(MODEL, shard=sharding.activation_constraint(mesh))
+        trees = (jax.device_put(x, sharding.tree_shardings(mesh, x)) for x in (BASE, TRAINABLE))
+        prompts = in_turns(4, place=functools.partial(sharding.shard_batch, mesh))
+        found = list(generate_all(model, *trees, prompts, ending["sampled"], 8))
+        assert len(found) == MANY
+        assert_same(found, expected)
+
+    def test_no_prompts_have_no_answers(self):
+        assert list(generate_all(MODEL, BASE, TRAINABLE, [], PLAIN, 4)) == []
+
+    @pytest.mark.parametrize(("size", "reverse"), [(3, False), (8, True)])
+    def test_prompts_that_do_not_fit_are_refused(self, size, reverse):
+        prompts = list(in_turns(4))[:: -1 if reverse else 1]
+        with pytest.raises(ValueError, match="a batch of 4 prompts of .* expected at most"):
+            list(generate_all(MODEL, BASE, TRAINABLE, prompts, PLAIN, size))
 
 
 # --- Choosing a token -----------------------------------------------------------------------------
