@@ -1,14 +1,14 @@
 """Answers, measured beside `transformers` in one run: `python -m benchmarks.generation`.
 
-Two kinds of answers about the clips of the workload "decode": label lists of 24 tokens, as long as
-99 of 100 are with the two that end one, and descriptions of 261. No answer ends early, since the
-weights are random. Both frameworks write the same prompts' answers, greedily, from the same
-weights, a batch at a time and one clip at a time (there 15 tokens for labels, the mean); what they
-write is compared.
+Two kinds of answers about the clips of the workload "decode": label lists and descriptions, each as
+long as its clip's own answer is. Weights are random, so that no answer ends by itself; it is cut
+there. Both frameworks answer the same clips, greedily, from the same weights: many at a time and
+one at a time. What they write is compared.
 
-`transformers` runs its own `generate` on merged adapters; JAX runs what `affectgpt_jax.inference`
-runs, with the adapters beside the base. Prints a table and writes
-`benchmarks/results/generation_SCALE.json`; `--show` prints the table of such files.
+`transformers` runs its own `generate` on merged adapters, a batch after the other, each until its
+longest answer is complete. JAX runs what `affectgpt_jax.inference` runs, with the adapters beside
+the base. Prints a table and writes `benchmarks/results/generation_SCALE.json`; `--show` prints the
+table of such files.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from affectgpt_jax.data.packing import Bucket, round_up
+from affectgpt_jax.data.pipeline import sequential_batches
 from benchmarks import environment, workloads
 from benchmarks.train_step import RESULTS, default_scale, environments, records_folder
 from benchmarks.turns import Side, TurnError
 
-# Kind -> what is asked, tokens of an answer in a batch, and of one that is asked for alone.
-KINDS = {"labels": ("ovlabel", 24, 15), "description": ("description", 261, 261)}
+# Kind -> what is asked, and batches that a turn has clips for: with fewer, the last answers, beside
+# which rows stand empty, would be too large a part; with more, turns would take minutes.
+KINDS = {"labels": ("ovlabel", 8), "description": ("description", 4)}
 CLIPS = 2_610  # MELD's test set
 # Rows whose tokens must all be the same. A random model has two words within rounding now and
 # then, and what follows differs; in bfloat16 that is often.
@@ -41,7 +43,7 @@ FIRST_EQUAL = {"float32": 1.0, "bfloat16": 0.5}  # by chance one of thousands
 
 
 class _Writer:
-    """What both sides have in common: prompts in batches.
+    """What both sides have in common: clips, their prompts and how long their answers are.
 
     Args:
         workload: arguments of `workloads.make`.
@@ -52,27 +54,26 @@ class _Writer:
         self.workload = workloads.make(**workload)
         self.dataset = workloads.open_records(self.workload, Path(records))
         self.view = workloads.view(self.workload)
-        self._examples: dict[str, Any] = {}
+        self._asked: dict[str, tuple[list[Any], np.ndarray]] = {}
 
-    def prompts(self, kind: str, rows: int, number: int) -> Any:
-        """A batch of prompts, all padded to one length; clips begin anew when they are used up."""
-        if kind not in self._examples:
-            question = KINDS[kind][0]
-            self._examples[kind] = self.view.prompt_examples(self.dataset, question)
-        examples = self._examples[kind]
-        longest = max(map(len, examples))
-        clips = [(number * rows + i) % len(examples) for i in range(rows)]
-        bucket = Bucket(round_up(longest), 1)
-        return self.view.collate(self.dataset, [(i, examples[i]) for i in clips], bucket)
+    def asked(self, kind: str) -> tuple[list[Any], np.ndarray]:
+        """The prompt of every clip, and the tokens of its answer, `[N]` int32."""
+        if kind not in self._asked:
+            question, _ = KINDS[kind]
+            whole = self.view.training_examples(self.dataset, question)
+            limits = np.array([len(x) - x.answer_start for x in whole], np.int32)
+            self._asked[kind] = self.view.prompt_examples(self.dataset, question), limits
+        return self._asked[kind]
 
-    def write(self, kind: str, rows: int, numbers: Sequence[int], tokens: int) -> dict[str, Any]:
-        """Write batches of answers: seconds in all, and the tokens of the first one."""
-        batches = [self.prompts(kind, rows, number) for number in numbers]
+    def write(self, kind: str, rows: int, clips: int) -> dict[str, Any]:
+        """Answer the first clips, `rows` at a time: seconds, and the tokens of each answer."""
+        self.asked(kind)
+        numbers = [number % len(self.dataset) for number in range(clips)]
         began = time.perf_counter()
-        found = [self._generate(batch, tokens) for batch in batches]
-        return {"s": time.perf_counter() - began, "tokens": found[0].tolist()}
+        found = self._write(kind, rows, numbers)
+        return {"s": time.perf_counter() - began, "tokens": found}
 
-    def _generate(self, batch: Any, tokens: int) -> np.ndarray:
+    def _write(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
         raise NotImplementedError
 
 
@@ -91,14 +92,38 @@ class Ours(_Writer):
         self.base = sides.draw_base(self.model, self.mesh)
         self.trainable = jax.device_put(sides.draw_trainable(self.model))
 
-    def _generate(self, batch: Any, tokens: int) -> np.ndarray:
-        from affectgpt_jax.models.generate import Decoding, generate
+    def _write(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
+        from affectgpt_jax.models import generate
         from affectgpt_jax.training.sharding import shard_batch
 
-        # A stop that is never written: an answer of given length takes all steps.
-        decoding = Decoding(tokens, (self.workload.llm.vocab_size,), self.view.tokenizer.end_id)
-        placed = shard_batch(self.mesh, batch)
-        return generate(self.model, self.base, self.trainable, placed, decoding).tokens
+        examples, limits = self.asked(kind)
+        # A stop that is never written: an answer takes all the tokens that it may.
+        never = self.workload.llm.vocab_size
+        end = self.view.tokenizer.end_id
+        decoding = generate.Decoding(int(limits.max()), (never,), end)
+        size, turn = generate.rows_and_turn(rows, 1)
+        chosen = [examples[number] for number in numbers]
+        batches = sequential_batches(
+            self.dataset,
+            self.view,
+            chosen,
+            turn,
+            self.workload.config.num_buckets,
+            feature_from=numbers,
+        )
+
+        def prompts() -> Iterator[generate.Prompts]:
+            for places, batch in batches:
+                of = np.zeros(turn, np.int32)
+                of[: len(places)] = limits[[numbers[place] for place in places]]
+                batch, of = shard_batch(self.mesh, (batch, of))
+                yield generate.Prompts(places, batch, limits=of)
+
+        found = generate.generate_all(
+            self.model, self.base, self.trainable, prompts(), decoding, size
+        )
+        answers = {place: answer.tokens[: answer.counts].tolist() for place, answer in found}
+        return [answers[place] for place in range(len(numbers))]
 
     def facts(self) -> dict[str, Any]:
         return environment.describe()
@@ -132,7 +157,19 @@ class Theirs(_Writer):
         self.twin.eval()
         self.twin.llama_model = self.twin.llama_model.merge_and_unload()
 
-    def _generate(self, batch: Any, tokens: int) -> np.ndarray:
+    def _write(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
+        examples, limits = self.asked(kind)
+        answers: list[list[int]] = []
+        for start in range(0, len(numbers), rows):
+            chosen = numbers[start : start + rows]
+            bucket = Bucket(round_up(max(len(examples[number]) for number in chosen)), 1)
+            batch = self.view.collate(self.dataset, [(n, examples[n]) for n in chosen], bucket)
+            found = self._generate(batch, limits[chosen]).tolist()
+            answers += [tokens[: limits[number]] for tokens, number in zip(found, chosen)]
+        return answers
+
+    def _generate(self, batch: Any, limits: np.ndarray) -> np.ndarray:
+        """A batch of answers `[B, N]`, of which each row's first `limits` `[B]` count."""
         from benchmarks.torch_reference.model import to_device
 
         torch = self._torch
@@ -148,7 +185,7 @@ class Theirs(_Writer):
             found = self.twin.llama_model.generate(
                 inputs_embeds=embeds,
                 attention_mask=(places >= padding).long(),
-                max_new_tokens=tokens,
+                max_new_tokens=int(limits.max()),
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=self.view.tokenizer.end_id,
@@ -161,20 +198,19 @@ class Theirs(_Writer):
 
 
 def same(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Shares of rows with equal first tokens, and with all tokens equal."""
-    a, b = np.asarray(ours), np.asarray(theirs)
+    """Shares of answers with equal first tokens, and with all tokens equal."""
+    pairs = list(zip(ours, theirs, strict=True))
     return {
-        "first": float((a[:, 0] == b[:, 0]).mean()),
-        "all": float((a == b).all(axis=1).mean()),
+        "first": statistics.fmean(a[0] == b[0] for a, b in pairs),
+        "all": statistics.fmean(list(a) == list(b) for a, b in pairs),
     }
 
 
 class Case(NamedTuple):
-    """Who writes how many answers at a time, of how many tokens."""
+    """Who writes how many answers at a time."""
 
     side: str
     rows: int
-    tokens: int
 
     @property
     def name(self) -> str:
@@ -183,7 +219,14 @@ class Case(NamedTuple):
 
 
 def measure(
-    sides: Mapping[str, Side], kind: str, *, rows: int, turns: int, singles: int, dtype: str
+    sides: Mapping[str, Side],
+    kind: str,
+    *,
+    rows: int,
+    turns: int,
+    clips: int,
+    singles: int,
+    dtype: str,
 ) -> dict[str, Any]:
     """Clips/s of every side on one kind of answer, in turns; the first turn only warms up.
 
@@ -192,27 +235,25 @@ def measure(
         kind: of `KINDS`.
         rows: of a batch.
         turns: that count.
+        clips: of a turn.
         singles: clips of a turn where they come one at a time.
         dtype: decides how equal answers must be.
 
     Raises:
         TurnError: a side failed, or the answers differ.
     """
-    _, in_batch, alone = KINDS[kind]
-    cases = [Case(name, rows, in_batch) for name in sides] + [Case(n, 1, alone) for n in sides]
+    cases = {Case(name, rows): clips for name in sides}
+    cases |= {Case(name, 1): singles for name in sides}
     rates: dict[Case, list[float]] = {case: [] for case in cases}
     first = {}
     for turn in range(turns + 1):
-        for case in cases[:: 1 if turn % 2 == 0 else -1]:
-            count = 1 if case.rows > 1 else singles
-            numbers = list(range(turn * count, (turn + 1) * count))
-            told = {"kind": kind, "rows": case.rows, "numbers": numbers, "tokens": case.tokens}
-            found = sides[case.side].call("write", **told)
+        for case in list(cases)[:: 1 if turn % 2 == 0 else -1]:
+            found = sides[case.side].call("write", kind=kind, rows=case.rows, clips=cases[case])
             if turn:
-                rates[case].append(case.rows * count / found["s"])
+                rates[case].append(cases[case] / found["s"])
             else:
                 first[case] = found["tokens"]
-    equal = same(*(first[case] for case in cases[: len(sides)])) if len(sides) > 1 else None
+    equal = same(*(first[Case(name, rows)] for name in sides)) if len(sides) > 1 else None
     if equal and (equal["first"] < FIRST_EQUAL[dtype] or equal["all"] < EQUAL[dtype]):
         raise TurnError(
             f"{kind}: of the answers to the same prompts {equal['first']:.0%} start with the same "
@@ -223,7 +264,9 @@ def measure(
         "equal": equal,
         "cases": {
             case.name: {
-                "tokens": case.tokens,
+                "clips": cases[case],
+                "tokens": statistics.fmean(map(len, first[case])),
+                "longest": max(map(len, first[case])),
                 "clips_per_s": statistics.median(found),
                 "range": [min(found), max(found)],
             }
@@ -254,7 +297,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             stack.enter_context(side)
         kinds = {
             kind: measure(
-                sides, kind, rows=rows, turns=args.turns, singles=args.singles, dtype=dtype
+                sides,
+                kind,
+                rows=rows,
+                turns=args.turns,
+                clips=rows * (args.batches or KINDS[kind][1]),
+                singles=args.singles,
+                dtype=dtype,
             )
             for kind in args.kind
         }
@@ -274,8 +323,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of reports."""
     lines = [
-        f"| answers | who | clips/s (range) | new tokens/s | {CLIPS:,} clips | JAX's batches over "
-        "it | same answers |",
+        f"| answers | who | clips/s (range) | new tokens/s | {CLIPS:,} clips | JAX's many "
+        "at a time over it | same answers |",
         "|---|---|---|---|---|---|---|",
     ]
     for report in reports:
@@ -286,8 +335,9 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
                 rate, (low, high) = case["clips_per_s"], case["range"]
                 equal = f"{found['equal']['all']:.0%}" if i == 1 and found["equal"] else ""
                 lines.append(
-                    f"| {kind} of {case['tokens']} tokens, {settings['scale']}, "
-                    f"{settings['dtype']} | {who} | {rate:.3g} ({low:.3g} to {high:.3g}) | "
+                    f"| {case['clips']} x {kind}, {case['tokens']:.0f} tokens (longest "
+                    f"{case['longest']}), {settings['scale']}, {settings['dtype']} | {who} | "
+                    f"{rate:.3g} ({low:.3g} to {high:.3g}) | "
                     f"{case['tokens'] * rate:,.0f} | {CLIPS / rate / 60:.1f} min | "
                     f"{f'{best / rate:.1f}' if i else ''} | {equal} |"
                 )
@@ -301,7 +351,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     add("--no-peer", dest="peer", action="store_false", help="JAX alone")
     add("--batch", type=int, default=0, help="clips at a time; default: the scale's")
-    add("--turns", type=int, default=5, help="that count, after one that does not")
+    add("--turns", type=int, default=3, help="that count, after one that does not")
+    add("--batches", type=int, default=0, help="of a turn; default: 8 of labels, 4 of descriptions")
     add("--singles", type=int, default=3, help="clips of a turn, where they come one at a time")
     add("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers")
     add("--dtype", choices=("", *EQUAL), default="", help="default: the scale's")
