@@ -154,7 +154,7 @@ def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
 
 def kv_heads_split(llm: Qwen2Config, shares: int) -> bool:
     """Whether devices that share query heads share key heads as well."""
-    # Heads that the devices cannot share stay whole on each (sharding.activation_constraint).
+    # Heads that the devices cannot share stay whole on each (sharding.ActivationConstraint).
     return not llm.num_key_value_heads % shares or llm.num_attention_heads % shares > 0
 
 
@@ -182,7 +182,7 @@ def _first_line(error: Exception) -> str:
 def model(
     config: ConfigDict,
     llm: Qwen2Config,
-    shard: Callable | None = None,
+    shard: Any = None,
     attend: CausalAttention | None = None,
 ) -> AffectGPT:
     """The modules of a config.
@@ -191,7 +191,7 @@ def model(
         config: the run's config. A remat of "auto" is "none" here: training chooses it anew when
             it knows the shapes of its batches, and nothing else has a backward pass.
         llm: shape of the base.
-        shard: activation constraint; None on one device.
+        shard: `sharding.ActivationConstraint`; None on one device.
         attend: causal attention; None is what `attention` chooses.
 
     Raises:

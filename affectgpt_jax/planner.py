@@ -254,7 +254,7 @@ class Planner:
     def lower(self, mesh: Mesh, remat: str) -> Any:
         """The real train step, lowered for a mesh of emulated devices."""
         config = self.config
-        shard = sharding.activation_constraint(mesh)
+        shard = sharding.ActivationConstraint(mesh)
         model = build.model(config, self.llm, shard, causal)
         model = self._traceable(model, self.attention(mesh.shape["tensor"]).name)
         step = make_train_step(

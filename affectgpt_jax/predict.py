@@ -7,7 +7,7 @@
     python -m affectgpt_jax.predict --workdir runs/paper --records /records/mine \\
         --question ovlabel --out answers.jsonl
 
-One clip is answered as you watch, many a batch at a time. With --json every answer is a line of
+One clip is answered as you watch, several side by side. With --json every answer is a line of
 JSON on the standard output; with --out these lines go to a file, and the same command, interrupted
 and run again, goes on where it stopped. A line is
 
@@ -263,7 +263,7 @@ def ask(
     questions: Sequence[str],
     file: AnswerFile | None = None,
 ) -> Iterator[tuple[str, str, Answer]]:
-    """Clip names, questions and answers, a batch at a time, but for those that `file` holds."""
+    """Clip names, questions and answers, as they are complete, but for those that `file` holds."""
     parts, answered = {}, file.answered if file else ()
     for question in questions:
         left = [i for i, e in enumerate(clips.index) if (e.name, question) not in answered]

@@ -148,7 +148,7 @@ def load_run(workdir: Path, step: int | None = None, *, llm: str = "", mesh: str
     saved.shapes(step)  # a step that is not there shows before the base is read
     device_mesh = sharding.make_mesh(config.mesh)
     directory, llm_shape = build.base_directory(config.llm), build.base_config(config.llm)
-    model = build.model(config, llm_shape, sharding.activation_constraint(device_mesh))
+    model = build.model(config, llm_shape, sharding.ActivationConstraint(device_mesh))
     view = build.view(config, build.tokenizer(directory, llm_shape))
     identity = base_identity(directory)
     shapes = sharding.abstract(device_mesh, lambda key: init_trainable(model, key))

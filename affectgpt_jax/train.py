@@ -136,7 +136,7 @@ def train(
     attention = build.attention(config, llm)
     fleet.require_same({"attention": attention.name})
     progress.line(f"attention: {attention.name} ({attention.reason})")
-    shard = sharding.activation_constraint(mesh)
+    shard = sharding.ActivationConstraint(mesh)
     model = build.model(config, llm, shard, attention.attend)
     compiler_options = train_step_options(config, progress.line)
     optimizer_config = build.optimizer_config(config)

@@ -65,8 +65,10 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     for tuning in ("packed", "tuned", "release"):
         train(f"affectgpt_{clips}_beside_{tuning}", *mix, tuning, *alone, bound_s=560)
     train(f"affectgpt_{clips}", *mix[:5], bound_s=240, profile=True)
+    brief = ("--turns", "2", "--singles", "1") if full else ()
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
-    add("generation", generation, 560)
+    # Descriptions take a turn half a minute there, and minutes on two cores.
+    add("generation", [*generation, *brief], 560 if full else 1200)
     three = ("--workload", "affectgpt", "--batch", "3")
     train("affectgpt_3", *three, "--peer", "torch", "--tuning", "release", "tuned", bound_s=560)
     beside = ("--workload", "small", "--peer", "torch")
@@ -75,6 +77,10 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
         for precision in ("int8", "fp8"):
             words = ("--workload", "anchor", "--set", f"base_precision={precision}")
             train(f"anchor_{precision}", *words, bound_s=240)
+        # Off by default in this XLA: products that read a layer's weights where they lie in the
+        # stack, instead of from a copy.
+        slices = "xla_options=xla_gpu_enable_dynamic_slice_fusion=true"
+        train("anchor_slices", "--workload", "anchor", "--set", slices, bound_s=240)
         add("low_precision", ["benchmarks.low_precision", "--shape", "7b"], 560)
         add("extraction", ["benchmarks.extraction", "--device", "cuda"], 560)
     # Neither needs a GPU or a model's weights, so that both are measured in full everywhere.

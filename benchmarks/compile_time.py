@@ -53,7 +53,7 @@ class Compiler:
 
         config = self.workload.config
         mesh = sides.one_device()
-        model = build.model(config, self.workload.llm, sharding.activation_constraint(mesh))
+        model = build.model(config, self.workload.llm, sharding.ActivationConstraint(mesh))
         optimizer_config = build.optimizer_config(config)
         optimizer = make_optimizer(optimizer_config, config.steps)
         schedule = learning_rate_schedule(optimizer_config, config.steps)

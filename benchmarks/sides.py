@@ -136,7 +136,7 @@ class Ours:
         choice = build.attention(config, llm)
         self.notes = [f"attention {choice.name}: {choice.reason}"]
         attend = choice.for_rows_of(self.feed.buckets[0].clips)
-        model = build.model(config, llm, sharding.activation_constraint(self.mesh), attend)
+        model = build.model(config, llm, sharding.ActivationConstraint(self.mesh), attend)
         optimizer_config = build.optimizer_config(config)
         optimizer = make_optimizer(optimizer_config, config.steps)
         schedule = learning_rate_schedule(optimizer_config, config.steps)

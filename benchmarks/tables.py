@@ -259,7 +259,7 @@ def made_by(files: Sequence[Path], reports: Sequence[Report]) -> str:
                 for name in ("jax", "torch", "transformers")
                 if name in about["versions"]
             )
-            where = f"{about['device']}, {about['cpu_cores']} cores"
+            where = f"{about['device']}, {about['cpu_cores']} cores of {about['cpu']}"
             made = (
                 f"- `{about['command']}` ({where}; {versions}; [{path.name}](results/{path.name}))"
             )

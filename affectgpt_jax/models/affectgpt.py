@@ -22,6 +22,7 @@ which up to C clips stand one behind the other, each a segment. Every clip has K
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,13 +145,40 @@ def loss_sum_and_count(
     batch. Hidden states are gathered at the supervised positions before the vocabulary projection:
     prompts are most of a batch, and their logits are never needed.
     """
-    states = target_states(model, base, trainable, batch, dropout_key)
-    weights = batch["target_weights"].astype(jnp.float32)
+    states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
+    shard = model.qwen2.execution.shard
+    positions, targets, weights = supervised(batch, shard.row_shares)
+    states = states.reshape(len(positions), -1, states.shape[-1])
+    states = jnp.take_along_axis(states, positions[..., None], axis=1)
     # Brought together once, before the loop over chunks: left to itself, the partitioner does so in
     # every chunk, and moves the gradient of the logits of all rows as well.
-    vocabulary = model.qwen2.execution.shard(unembedding(base), (None, "vocabulary"))
-    loss = cross_entropy_sum(states, vocabulary, batch["targets"], weights)
+    vocabulary = shard(unembedding(base), (None, "vocabulary"))
+    loss = cross_entropy_sum(states, vocabulary, targets, weights)
     return loss, weights.sum()
+
+
+def supervised(batch: Batch, row_shares: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The supervised tokens of the rows that a device holds, one behind the other, filler last.
+
+    Rows have room for as many as the longest answer has. Brought together, what is filler in all of
+    them fills whole chunks of the cross-entropy, which leaves those out.
+
+    Args:
+        batch: see the module's head.
+        row_shares: devices that share its rows.
+
+    Returns:
+        `[G, N]` each, for G devices of B / G rows: positions in the tokens of these rows, laid end
+        to end; targets; weights, float32.
+    """
+    rows, length = batch["tokens"].shape
+    groups = math.gcd(rows, row_shares)
+    start = length * (jnp.arange(rows, dtype=jnp.int32) % (rows // groups))
+    weights = batch["target_weights"].astype(jnp.float32)
+    positions = batch["target_positions"] + start[:, None]
+    found = [x.reshape(groups, -1) for x in (positions, batch["targets"], weights)]
+    order = jnp.argsort(found[-1] == 0, axis=1, stable=True)
+    return tuple(jnp.take_along_axis(x, order, axis=1) for x in found)
 
 
 def target_states(
@@ -174,11 +202,16 @@ def cross_entropy_sum(
 ) -> jax.Array:
     """Sum of `-log softmax(states @ vocabulary)[target]`, weighted by `weights` `[B, S]`, as a
     float32 scalar; the other arguments are those of `token_log_probs`."""
-    return -jnp.sum(token_log_probs(states, vocabulary, targets, chunk) * weights)
+    found = token_log_probs(states, vocabulary, targets, chunk, needed=weights != 0)
+    return -jnp.sum(found * weights)
 
 
 def token_log_probs(
-    states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chunk: int = LOSS_CHUNK
+    states: jax.Array,
+    vocabulary: jax.Array,
+    targets: jax.Array,
+    chunk: int = LOSS_CHUNK,
+    needed: jax.Array | None = None,
 ) -> jax.Array:
     """`log softmax(states @ vocabulary)[target]`, with float32 logits.
 
@@ -188,6 +221,7 @@ def token_log_probs(
         targets: `[B, S]` int32.
         chunk: positions per block; logits of one block are alive at a time. A block is a few
             columns of all rows, so that rows stay on the devices that hold them.
+        needed: `[B, S]` bool; a block without any is left out, and its values are 0. None: all.
 
     Returns:
         `[B, S]` float32.
@@ -195,12 +229,15 @@ def token_log_probs(
     Raises:
         NotImplementedError: a gradient with respect to `vocabulary` is asked for.
     """
+    if needed is None:
+        needed = jnp.ones(targets.shape, bool)
     with jax.named_scope("vocabulary"):
-        return _token_log_probs(states, vocabulary.astype(states.dtype), targets, chunk)
+        vocabulary = vocabulary.astype(states.dtype)
+        return _token_log_probs(states, vocabulary, targets, chunk, needed)
 
 
 def _token_log_probs(
-    states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chunk: int
+    states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chunk: int, needed: jax.Array
 ) -> jax.Array:
     rows, columns = targets.shape
     if rows * columns <= chunk:
@@ -211,11 +248,16 @@ def _token_log_probs(
         filler = [(0, 0), (0, -columns % width)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, filler).reshape(rows, -1, width, *x.shape[2:]).swapaxes(0, 1)
 
-    def body(_, inputs):
-        states, targets = inputs
-        return None, _block_log_probs(states, vocabulary, targets)
+    def nothing(states, vocabulary, targets):
+        return jnp.zeros(targets.shape, jnp.float32)
 
-    found = jax.lax.scan(body, None, (blocks(states), blocks(targets)))[1]
+    def body(_, inputs):
+        states, targets, needed = inputs
+        branches = _block_log_probs, nothing
+        return None, jax.lax.cond(needed, *branches, states, vocabulary, targets)
+
+    inputs = blocks(states), blocks(targets), blocks(needed).any(axis=(1, 2))
+    found = jax.lax.scan(body, None, inputs)[1]
     return found.swapaxes(0, 1).reshape(rows, -1)[:, :columns]
 
 

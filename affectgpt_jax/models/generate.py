@@ -610,5 +610,5 @@ def score_answers(
     """
     states = target_states(model, base, trainable, batch)
     weights = batch["target_weights"].astype(jnp.float32)
-    log_probs = token_log_probs(states, unembedding(base), batch["targets"])
-    return (log_probs * weights).sum(axis=1), weights.sum(axis=1)
+    found = token_log_probs(states, unembedding(base), batch["targets"], needed=weights != 0)
+    return (found * weights).sum(axis=1), weights.sum(axis=1)

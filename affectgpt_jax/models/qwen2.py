@@ -198,6 +198,16 @@ class RMSNorm(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
+class OneDevice:
+    """The `Execution.shard` of a device that holds everything."""
+
+    row_shares: int = 1
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
 class Execution:
     """How a decoder runs, as opposed to what it computes.
 
@@ -212,7 +222,8 @@ class Execution:
         unroll: put the layers one behind the other into the program, instead of a loop over them.
             A loop copies each layer's weights in and its activations out, which CPUs feel.
         attend: the causal attention backend.
-        shard: `(x, logical axes) -> x`, called on activations; the identity on one device.
+        shard: `(x, logical axes) -> x`, called on activations; its `row_shares` is the number of
+            devices that share the rows of a batch.
 
     Raises:
         ValueError: an unknown remat policy or base precision.
@@ -224,7 +235,7 @@ class Execution:
     remat: str = "none"
     unroll: bool = False
     attend: attention.CausalAttention = attention.causal
-    shard: Callable[[jax.Array, tuple[str | None, ...]], jax.Array] = lambda x, axes: x
+    shard: Any = OneDevice()
 
     def __post_init__(self):
         if self.remat not in REMAT_POLICIES:

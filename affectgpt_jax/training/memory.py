@@ -25,7 +25,7 @@ from affectgpt_jax.models.affectgpt import (
     with_execution,
 )
 from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
-from affectgpt_jax.models.qwen2 import Qwen2Config
+from affectgpt_jax.models.qwen2 import OneDevice, Qwen2Config
 from affectgpt_jax.training.sharding import BATCH_AXES, path_name
 from affectgpt_jax.training.step import State
 
@@ -161,7 +161,7 @@ def saved_activations(
     key = jax.eval_shape(lambda: jax.random.key(0))
     for policy in POLICIES:
         # A mesh's constraints say where arrays live, not how many there are.
-        saving = with_execution(model, remat=policy, shard=lambda x, axes: x)
+        saving = with_execution(model, remat=policy, shard=OneDevice())
 
         def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array, saving=saving) -> Any:
             return loss_sum_and_count(saving, base, trainable, batch, key)

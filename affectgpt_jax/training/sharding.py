@@ -7,6 +7,7 @@ replicated, so `data:-1` (all devices) is the default: one all-reduce of the ada
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -135,20 +136,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def activation_constraint(mesh: Mesh) -> Callable[[jax.Array, tuple[str | None, ...]], jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class ActivationConstraint:
     """The `shard(x, axes)` that models call on activations."""
 
-    def shard(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    mesh: Mesh | AbstractMesh
+
+    @property
+    def row_shares(self) -> int:
+        """Devices that share the rows of a batch."""
+        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         spec = []
         for size, axis in zip(x.shape, axes, strict=True):
             names = _ACTIVATION_AXES[axis]
             parts = math.prod(
-                mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
+                self.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names or ())
             )
             spec.append(names if size % parts == 0 else None)
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec)))
-
-    return shard
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
 
 
 def row_share(mesh: Mesh) -> tuple[int, int]:

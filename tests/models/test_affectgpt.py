@@ -28,6 +28,7 @@ from affectgpt_jax.models.affectgpt import (
     hidden_states,
     init_trainable,
     loss_sum_and_count,
+    supervised,
 )
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.qformer import QFormerConfig
@@ -258,10 +259,45 @@ def test_cross_entropy_and_its_gradient_are_exact(columns, chunk):
     assert relative_error(gradient, expected_gradient) < 1e-6
 
 
-def test_a_gradient_of_the_frozen_vocabulary_is_refused():
+@pytest.mark.parametrize("chunk", [1000, 2], ids=["one block", "many blocks"])
+def test_a_gradient_of_the_frozen_vocabulary_is_refused(chunk):
     inputs = cross_entropy_inputs(2, 3)
     with pytest.raises(NotImplementedError, match="vocabulary is frozen"):
-        jax.grad(cross_entropy_sum, argnums=1)(*inputs)
+        jax.grad(cross_entropy_sum, argnums=1)(*inputs, chunk)
+
+
+def test_blocks_of_filler_are_left_out():
+    """What is not a number there would be none in the sum, were it only weighted with 0."""
+    states, table, targets, weights = cross_entropy_inputs(2, 16)
+    weights[:, 4:] = 0  # of blocks of four columns all but the first
+    weights[1, 9] = 1  # and one
+    expected = jax.value_and_grad(cross_entropy_sum)(states, table, targets, weights, 8)
+    for block in (4, 12):
+        states[:, block : block + 4] = np.nan
+    found = jax.value_and_grad(cross_entropy_sum)(states, table, targets, weights, 8)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert not found[1][:, 4:8].any() and found[1][1, 9].all()
+
+
+@pytest.mark.parametrize("shares", [1, 2, 4])
+def test_supervised_tokens_of_a_devices_rows_come_together_in_order(shares):
+    lengths, targets = [16, 5, 9, 0], 6
+    batch = make_batch(lengths, targets=targets)
+    positions, found, weights = supervised(batch, shares)
+    assert positions.shape == found.shape == weights.shape == (shares, 4 // shares * targets)
+    states = np.arange(4 * 16).reshape(shares, -1)
+    for group in range(shares):
+        rows = np.arange(4).reshape(shares, -1)[group]
+        real = [(r, s) for r in rows for s in range(targets) if batch["target_weights"][r, s]]
+        at = [16 * r + batch["target_positions"][r, s] for r, s in real]
+        count = len(real)
+        np.testing.assert_array_equal(states[group, positions[group, :count]], at)
+        np.testing.assert_array_equal(found[group, :count], [batch["targets"][x] for x in real])
+        np.testing.assert_array_equal(weights[group], np.arange(weights.shape[1]) < count)
+
+
+def test_rows_that_devices_cannot_share_evenly_are_brought_together_as_they_can():
+    assert supervised(make_batch([8] * 6), 4)[0].shape == (2, 3 * 6)
 
 
 def test_chunked_cross_entropy_never_holds_all_logits():

@@ -337,7 +337,7 @@ class TestAll:
     def test_rows_on_eight_devices_write_what_one_device_does(self, ending):
         expected = run(ending["sampled"], many_prompts(), MANY_NAMES)
         mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
-        model = with_execution(MODEL, shard=sharding.activation_constraint(mesh))
+        model = with_execution(MODEL, shard=sharding.ActivationConstraint(mesh))
         trees = (jax.device_put(x, sharding.tree_shardings(mesh, x)) for x in (BASE, TRAINABLE))
         prompts = in_turns(4, place=functools.partial(sharding.shard_batch, mesh))
         found = list(generate_all(model, *trees, prompts, ending["sampled"], 8))

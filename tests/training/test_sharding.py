@@ -70,7 +70,7 @@ def paper(mesh, **changes):
     """Train step and abstract state and base of the paper's config on a mesh."""
     config = affectgpt_qwen25_7b.get_config()
     config.update(changes)
-    model = build.model(config, LLM, sharding.activation_constraint(mesh))
+    model = build.model(config, LLM, sharding.ActivationConstraint(mesh))
     optimizer_config = build.optimizer_config(config)
     optimizer = make_optimizer(optimizer_config, config.steps)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
@@ -162,7 +162,7 @@ def test_a_dimension_that_does_not_divide_stays_whole():
     head = jnp.ones((10, 6))
     placed = jax.device_put({"lm_head": head}, sharding.tree_shardings(mesh, {"lm_head": head}))
     assert splits(placed) == {"lm_head": (1, 2)}
-    shard = sharding.activation_constraint(mesh)
+    shard = sharding.ActivationConstraint(mesh)
     constrain = jax.jit(lambda x: shard(x, ("batch", None, "heads", None)))
     assert splits([constrain(jnp.ones((8, 3, 4, 5)))]) == {"0": (4, 1, 2, 1)}
     assert splits([constrain(jnp.ones((6, 3, 5, 5)))]) == {"0": (1, 1, 1, 1)}

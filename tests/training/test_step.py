@@ -154,7 +154,7 @@ DROPOUT = 0.25
 )
 def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout, batch):
     mesh = sharding.make_mesh(layout)
-    model = make_model(dropout=dropout, shard=sharding.activation_constraint(mesh))
+    model = make_model(dropout=dropout, shard=sharding.ActivationConstraint(mesh))
     abstract_base = train.abstract(mesh, lambda key: init_random_base(model, key))
     abstract_state = train.abstract(mesh, lambda key: init_state(model, SGD, key))
     step = train.lower_step(
@@ -227,7 +227,7 @@ def test_every_layout_gives_the_loss_and_the_gradient_of_one_device(
 ):
     new_model, base, state, batch, expected = case(tied, lora, accumulation)
     mesh = sharding.make_mesh(layout)
-    model = new_model(shard=sharding.activation_constraint(mesh))
+    model = new_model(shard=sharding.ActivationConstraint(mesh))
     step = make_train_step(model, SGD, SCHEDULE, seed=0, accumulation=accumulation)
     found = jax.jit(step)(
         jax.device_put(state, sharding.tree_shardings(mesh, state)),

@@ -18,7 +18,7 @@ from tiny_model import LLM, random_tree, relative_error
 
 from affectgpt_jax.models.quantize import PRECISIONS, quantize
 from affectgpt_jax.models.qwen2 import Execution, Llama3RopeScaling, Qwen2, init_base, unembedding
-from affectgpt_jax.training.sharding import activation_constraint, make_mesh, tree_shardings
+from affectgpt_jax.training.sharding import ActivationConstraint, make_mesh, tree_shardings
 from affectgpt_jax.weights import streaming
 from affectgpt_jax.weights.huggingface import (
     WeightsError,
@@ -177,7 +177,7 @@ def test_every_mesh_computes_the_same_with_a_quantized_base(saved, precision):
     for mesh in ("data:8", "data:2,fsdp:2,tensor:2"):
         abstract = abstract_base(precision=precision)
         base = load_base(saved, abstract, tree_shardings(make_mesh(mesh), abstract))
-        shard = activation_constraint(make_mesh(mesh))
+        shard = ActivationConstraint(make_mesh(mesh))
         found.append(logits_of(base, LLM, tokens, shard, precision))
     # Sums in another order, and where that moves a number over the edge between two steps of int8
     # or float8, one step of that one of hundreds.
@@ -190,7 +190,7 @@ def test_a_mesh_splits_what_it_loads(saved):
     assert_same(base, BASE)
 
 
-def logits_of(base, llm, tokens, shard=lambda x, axes: x, precision=""):
+def logits_of(base, llm, tokens, shard=Execution.shard, precision=""):
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
     module = Qwen2(llm, execution=Execution(base_precision=precision, shard=shard))
 
@@ -217,7 +217,7 @@ def test_transformers_reads_a_saved_base_and_every_mesh_computes_the_same(tmp_pa
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
     found = logits_of(
-        load(tmp_path, llm, mesh=mesh), llm, tokens, activation_constraint(make_mesh(mesh))
+        load(tmp_path, llm, mesh=mesh), llm, tokens, ActivationConstraint(make_mesh(mesh))
     )
     # Float32 sums of some tens of terms, two layers deep, added in another order.
     assert relative_error(found, expected) < 1e-5
