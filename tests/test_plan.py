@@ -201,13 +201,15 @@ def test_the_papers_recipe_on_eight_devices():
     flops = train_flops(PUBLISHED[config.llm], LoraConfig(16), 1024, 616)
     assert found["flops"]["step"] == 24 * flops.total
     assert found["layout"]["seconds"]["compute"] == pytest.approx(3 * flops.total / 312e12)
-    # LoRA's gradients in bfloat16, as their products are; heads and pre-fusion in float32.
+    # LoRA's gradients in bfloat16, as their products are; heads and pre-fusion in float32. And which
+    # chunks of 64 supervised tokens a device any device needs, a byte each.
+    chunks = -(-3 * 616 // 64)
     assert found["collectives"] == [
         {
             "kind": "all-reduce",
             "axes": ("data",),
-            "count": 28 * 14 + 20,
-            "bytes": 2 * lora + 4 * fusion + 8,
+            "count": 28 * 14 + 20 + 1,
+            "bytes": 2 * lora + 4 * fusion + 8 + chunks,
         }
     ]
     assert found["recommended"]["flags"] == "--config.mesh=data:8 --config.remat=none"
