@@ -401,12 +401,15 @@ def command(clips, out, encoders, *flags):
 def test_an_interrupted_and_a_killed_extraction_go_on_and_leave_no_process_behind(
     extracted, clips, encoders, tmp_path
 ):
-    out = tmp_path / "train"
-    call = command(clips, out, encoders, "--workers=2")
-    process = start(call)
-    wait_for_blocks(out, 1, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, said = process.communicate(timeout=60)
+    for attempt in range(5):
+        out = tmp_path / str(attempt) / "train"
+        call = command(clips, out, encoders, "--workers=2")
+        process = start(call)
+        wait_for_blocks(out, 1, process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+        _, said = process.communicate(timeout=60)
+        if process.returncode != 0:  # on a busy machine it may be over before the signal comes
+            break
     assert process.returncode == 128 + signal.SIGINT
     assert said.splitlines()[-1] == "stopped; the same command goes on from here"
     assert "Traceback" not in said
