@@ -371,7 +371,7 @@ def refill(
         state: of B rows; consumed.
         fresh: P rows as `prefill` returns them, of prompts no longer than those of `state`.
         decoding: how to write.
-        rows: `[P]` int32, where they go. Those of `fresh` that are sent to row B go nowhere.
+        rows: `[P]` int32, all different, where they go; nowhere, from row B on.
     """
     room = state.generated.tokens.shape[1]
     fresh = fresh._replace(generated=_with_room(fresh.generated, room, decoding.pad_id))
@@ -565,11 +565,11 @@ def generate_all(
                     f"a batch of {turn} prompts of {length} tokens; expected at most {size}, and "
                     f"no longer ones than the {longest} tokens of the first batch"
                 )
-            places = np.full(turn, size, np.int32)
-            places[: len(numbers)] = free[: len(numbers)]
+            taken, free = np.split(free, [len(numbers)])
+            places = size + np.arange(turn, dtype=np.int32)  # nowhere, for filler
+            places[: len(taken)] = taken
             state = refill(model, state, fresh, decoding, places)
-            owners[places[: len(numbers)]] = numbers
-            free = free[len(numbers) :]
+            owners[taken] = numbers
             upcoming = next(prompts, None)
         enough = min(size, turn + (len(free) if upcoming is None else 0))
         state = decode(model, base, trainable, state, decoding, limit, enough)
