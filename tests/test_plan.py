@@ -201,8 +201,8 @@ def test_the_papers_recipe_on_eight_devices():
     flops = train_flops(PUBLISHED[config.llm], LoraConfig(16), 1024, 616)
     assert found["flops"]["step"] == 24 * flops.total
     assert found["layout"]["seconds"]["compute"] == pytest.approx(3 * flops.total / 312e12)
-    # LoRA's gradients in bfloat16, as their products are; heads and pre-fusion in float32. And which
-    # chunks of 64 supervised tokens a device any device needs, a byte each.
+    # LoRA's gradients in bfloat16, as their products are; heads and pre-fusion in float32; and a
+    # byte for each chunk of 64 supervised tokens a device: whether any device needs it.
     chunks = -(-3 * 616 // 64)
     assert found["collectives"] == [
         {

@@ -15,6 +15,11 @@ def trained(ratio):
     return {"ratios": {"tuned": of}, "sides": SIDES}
 
 
+ANSWERED = {
+    "kinds": {"labels": {"cases": {n: {"clips_per_s": r} for n, r in zip("abcd", (9, 4.5, 3, 2))}}}
+}
+
+
 @pytest.mark.parametrize(
     ("read", "report", "expected"),
     [
@@ -34,13 +39,16 @@ def trained(ratio):
             Measured("4,999 padded, 7,000 packed samples/s", False),
         ),
         (
-            tables.generation_over(1, 2.0),
-            {
-                "kinds": {
-                    "labels": {"cases": {n: {"clips_per_s": r} for n, r in zip("abc", (8, 4, 1))}}
-                }
-            },
+            tables.generation_over({"": (0, 1)}, 2.0),
+            ANSWERED,
             Measured("2.0 times (labels)", True),
+        ),
+        (
+            tables.generation_over(tables.EQUAL_BATCH, 2.0),
+            ANSWERED,
+            Measured(
+                "2.0 times (labels, many at a time), 1.5 times (labels, one at a time)", False
+            ),
         ),
         (
             tables.compiled,
