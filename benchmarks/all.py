@@ -68,7 +68,7 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     brief = ("--turns", "2", "--singles", "1") if full else ()
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
     # Descriptions take a turn half a minute there, and minutes on two cores.
-    add("generation", [*generation, *brief], 560 if full else 1200)
+    add("generation", [*generation, *brief], 560 if full else 1800)
     three = ("--workload", "affectgpt", "--batch", "3")
     train("affectgpt_3", *three, "--peer", "torch", "--tuning", "release", "tuned", bound_s=560)
     beside = ("--workload", "small", "--peer", "torch")
