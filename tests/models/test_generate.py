@@ -27,6 +27,7 @@ from affectgpt_jax.models.generate import (
     keep_top_p,
     penalize_repetition,
     prefill,
+    rows_and_turn,
     score_answers,
     stream,
 )
@@ -352,6 +353,14 @@ class TestAll:
         prompts = list(in_turns(4))[:: -1 if reverse else 1]
         with pytest.raises(ValueError, match="a batch of 4 prompts of .* expected at most"):
             list(generate_all(MODEL, BASE, TRAINABLE, prompts, PLAIN, size))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shares", "expected"),
+    [(256, 1, (256, 32)), (1, 1, (1, 1)), (9, 1, (10, 2)), (16, 8, (16, 8)), (3, 8, (8, 8))],
+)
+def test_rows_and_those_of_a_turn_divide_over_devices(wanted, shares, expected):
+    assert rows_and_turn(wanted, shares) == expected
 
 
 # --- Choosing a token -----------------------------------------------------------------------------
