@@ -6,7 +6,6 @@ It extracts labels (`evaluation.extract`) with the weights that are loaded anywa
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.generate import Decoding, Prompts, generate_all, rows_and_turn
 from affectgpt_jax.models.qwen2 import Qwen2
-from affectgpt_jax.training.sharding import BATCH_AXES, shard_whole_batch
+from affectgpt_jax.training.sharding import row_shares, shard_whole_batch
 from affectgpt_jax.weights.huggingface import BaseIdentity
 
 # Tokens that end a reply; Qwen2.5's generation_config.json names these two.
@@ -73,8 +72,8 @@ class BaseChat:
         prompts = self._tokenizer.encode([self._tokenizer.chat_prompt(m) for m in messages])
         nothing = {"lora": {}, "fusion": {}}
         # No more rows than messages: empty ones cost as much as others.
-        shares = math.prod(self._mesh.shape[axis] for axis in BATCH_AXES)
-        size, turn = rows_and_turn(min(self._batch_size, len(messages)), shares)
+        wanted = min(self._batch_size, len(messages))
+        size, turn = rows_and_turn(wanted, row_shares(self._mesh))
         asked = self._prompts(prompts, turn)
         found = generate_all(self._model, self._base, nothing, asked, self._decoding, size)
         for number, generated in found:

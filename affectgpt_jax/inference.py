@@ -28,7 +28,7 @@ from affectgpt_jax.models.generate import (
     rows_and_turn,
     stream,
 )
-from affectgpt_jax.training.sharding import shard_whole_batch
+from affectgpt_jax.training.sharding import row_shares, shard_whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +99,7 @@ class Generator:
     ):
         self._model, self._base, self._view, self._mesh = model, base, view, mesh
         self._num_buckets, self._seed, self._pulse = num_buckets, seed, pulse
-        shares = mesh.shape["data"] * mesh.shape["fsdp"]
-        self._rows, self._turn = rows_and_turn(batch_size, shares)
+        self._rows, self._turn = rows_and_turn(batch_size, row_shares(mesh))
         tokenizer, end = view.tokenizer, view.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
         self._decoding = Decoding(

@@ -536,7 +536,7 @@ def check_rows(config: ConfigDict, mesh: Mesh) -> None:
     Raises:
         ConfigError: a part of a batch is not a multiple of the devices that split it.
     """
-    shares = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    shares = sharding.row_shares(mesh)
     rows = config.batch_size // config.accumulation
     if rows % shares:
         raise ConfigError(

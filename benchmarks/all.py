@@ -65,9 +65,8 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     for tuning in ("packed", "tuned", "release"):
         train(f"affectgpt_{clips}_beside_{tuning}", *mix, tuning, *alone, bound_s=560)
     train(f"affectgpt_{clips}", *mix[:5], bound_s=240, profile=True)
-    brief = ("--turns", "2", "--singles", "1") if full else ()
+    brief = ("--turns", "2", "--singles", "1") if full else ()  # a lent GPU's time is short
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
-    # Descriptions take a turn half a minute there, and minutes on two cores.
     add("generation", [*generation, *brief], 560 if full else 1800)
     three = ("--workload", "affectgpt", "--batch", "3")
     train("affectgpt_3", *three, "--peer", "torch", "--tuning", "release", "tuned", bound_s=560)

@@ -221,7 +221,8 @@ def token_log_probs(
         targets: `[B, S]` int32.
         chunk: positions per block; logits of one block are alive at a time. A block is a few
             columns of all rows, so that rows stay on the devices that hold them.
-        needed: `[B, S]` bool; a block without any is left out, and its values are 0. None: all.
+        needed: `[B, S]` bool; of several blocks those without any are left out, and their values
+            are 0. None: all.
 
     Returns:
         `[B, S]` float32.

@@ -6,9 +6,9 @@
     state = refill(model, state, fresh, decoding, rows)              # other prompts in some rows
 
 are four compiled functions of static shapes; the device runs through `steps` tokens without the
-host. `stream` and `generate` drive them for one batch. `generate_all` does for a data set, in which
-a row whose answer has ended takes the next prompt while the others go on (continuous batching, Yu
-et al. 2022, "Orca"): no row waits for the longest answer.
+host. `stream` drives them for one batch. `generate_all` does for a data set, in which a row whose
+answer has ended takes the next prompt while the others go on (continuous batching, Yu et al. 2022,
+"Orca"): no row waits for the longest answer.
 
 A row's answer depends on its own prompt, seed and identity only, not on the batch that it stands
 in, nor on the order or the padding of that batch. (Up to rounding: programs of other shapes may add
@@ -472,18 +472,26 @@ def stream(
         NumPy arrays of what is written so far: the first token, then up to `every` more each time,
         until every row has ended or has `max_new_tokens`. N grows, up to `max_new_tokens`.
     """
-    room, limit = min(FIRST_ROOM, decoding.max_new_tokens), decoding.max_new_tokens
     state = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
-    state = grow(state, decoding, room)
+    state = grow(state, decoding, min(FIRST_ROOM, decoding.max_new_tokens))
     while True:
         generated, done = jax.tree.map(_on_host, (state.generated, state.done))
         yield generated
         if done.all():
             return
-        if (generated.counts[~done] == room).any():
-            room = min(GROWTH * room, limit)
-            state = grow(state, decoding, room)
+        state = _grow_if_full(state, decoding, generated, done)
         state = decode(model, base, trainable, state, decoding, every)
+
+
+def _grow_if_full(
+    state: DecodeState, decoding: Decoding, generated: Generated, done: np.ndarray
+) -> DecodeState:
+    """A state with room for what its rows write next; the other arguments are its own, on the
+    host."""
+    room = generated.tokens.shape[1]
+    if not (generated.counts[~done] == room).any():
+        return state
+    return grow(state, decoding, min(GROWTH * room, decoding.max_new_tokens))
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -491,22 +499,6 @@ def _on_host(array: jax.Array) -> np.ndarray:
     if not (array.is_fully_addressable or array.is_fully_replicated):
         array = multihost_utils.process_allgather(array, tiled=True)
     return np.array(array)
-
-
-def generate(
-    model: AffectGPT,
-    base: Any,
-    trainable: Any,
-    batch: Batch,
-    decoding: Decoding,
-    *,
-    seed: int = 0,
-    rows: Any = None,
-) -> Generated:
-    """Write whole answers, as NumPy arrays; arguments as for `stream`."""
-    settings = {"seed": seed, "rows": rows, "every": decoding.max_new_tokens}
-    *_, generated = stream(model, base, trainable, batch, decoding, **settings)
-    return generated
 
 
 def rows_and_turn(wanted: int, shares: int) -> tuple[int, int]:
@@ -547,7 +539,7 @@ def generate_all(
         ValueError: a batch of more than `size` prompts, or of longer ones than the first.
     """
     owners = np.full(size, -1)  # whose answer each row writes
-    room, limit = min(FIRST_ROOM, decoding.max_new_tokens), decoding.max_new_tokens
+    limit = decoding.max_new_tokens
     state, prompts = None, iter(prompts)
     upcoming = next(prompts, None)
     while upcoming is not None or (owners >= 0).any():
@@ -557,14 +549,16 @@ def generate_all(
             turn, length = batch["tokens"].shape
             if state is not None and turn > len(free):
                 break
-            fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
             if state is None:
-                longest, state = length, grow(_vacant(fresh, size), decoding, room)
+                longest = length
             if turn > size or length > longest:
                 raise ValueError(
                     f"a batch of {turn} prompts of {length} tokens; expected at most {size}, and "
                     f"no longer ones than the {longest} tokens of the first batch"
                 )
+            fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
+            if state is None:
+                state = grow(_vacant(fresh, size), decoding, min(FIRST_ROOM, limit))
             taken, free = np.split(free, [len(numbers)])
             places = size + np.arange(turn, dtype=np.int32)  # nowhere, for filler
             places[: len(taken)] = taken
@@ -577,9 +571,7 @@ def generate_all(
         for row in np.flatnonzero(done & (owners >= 0)):
             yield int(owners[row]), generated.row(row)
             owners[row] = -1
-        if (generated.counts[~done] == room).any():
-            room = min(GROWTH * room, limit)
-            state = grow(state, decoding, room)
+        state = _grow_if_full(state, decoding, generated, done)
 
 
 def _vacant(fresh: DecodeState, size: int) -> DecodeState:

@@ -26,7 +26,7 @@ from affectgpt_jax.models.affectgpt import (
 )
 from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
 from affectgpt_jax.models.qwen2 import OneDevice, Qwen2Config
-from affectgpt_jax.training.sharding import BATCH_AXES, path_name
+from affectgpt_jax.training.sharding import path_name, row_shares
 from affectgpt_jax.training.step import State
 
 # From the fastest to the one that saves the least.
@@ -116,7 +116,7 @@ def choose_remat(
 
 def rows_of_a_device(batch: Batch, mesh: Mesh | AbstractMesh, accumulation: int) -> Batch:
     """The rows of an abstract global batch that a device runs at a time."""
-    part = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulation
+    part = row_shares(mesh) * accumulation
 
     def rows(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((max(1, x.shape[0] // part), *x.shape[1:]), x.dtype)

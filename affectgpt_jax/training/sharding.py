@@ -136,6 +136,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def row_shares(mesh: Mesh | AbstractMesh) -> int:
+    """Devices that share the rows of a batch."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 @dataclasses.dataclass(frozen=True)
 class ActivationConstraint:
     """The `shard(x, axes)` that models call on activations."""
@@ -144,8 +149,7 @@ class ActivationConstraint:
 
     @property
     def row_shares(self) -> int:
-        """Devices that share the rows of a batch."""
-        return math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        return row_shares(self.mesh)
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         spec = []
@@ -166,7 +170,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         MeshError: a process would hold rows that are no share of their own.
     """
-    count = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    count = row_shares(mesh)
     rows = NamedSharding(mesh, P(BATCH_AXES)).devices_indices_map((count,))
     held: dict[int, set[int]] = {}
     for device, (part,) in rows.items():

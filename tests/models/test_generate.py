@@ -20,7 +20,6 @@ from affectgpt_jax.models.generate import (
     Sampling,
     adjust_logits,
     decode,
-    generate,
     generate_all,
     grow,
     identities,
@@ -44,6 +43,13 @@ PLAIN = Decoding(NEW, (NEVER,), PAD, log_probs=True)
 NAMES = ("a", "b", "c")
 # Everything at once, at values that change what is drawn.
 SAMPLED = dataclasses.replace(PLAIN, sampling=Sampling(1.5, 0.9, 1.2))
+
+
+def generate(model, base, trainable, batch, decoding, **settings):
+    """Whole answers to one batch."""
+    settings = {"every": decoding.max_new_tokens, **settings}
+    *_, generated = stream(model, base, trainable, batch, decoding, **settings)
+    return generated
 
 
 def run(decoding=PLAIN, batch=BATCH, names=NAMES, **settings):
@@ -240,12 +246,12 @@ def many_prompts():
     return make_batch(sorted(lengths.tolist(), reverse=True), width=12, seed=3)
 
 
-def in_turns(turn, limits=None, batch=None, place=lambda x: x):
+def in_turns(turn, limits=None, place=lambda x: x):
     """The prompts `turn` at a time, the rows of the last ones filled up, without needless padding.
 
     Numbers are no places, so that one for the other would show.
     """
-    batch = many_prompts() if batch is None else batch
+    batch = many_prompts()
     for start in range(0, MANY, turn):
         count = min(turn, MANY - start)
         at = np.minimum(start + np.arange(turn), MANY - 1)
@@ -259,8 +265,8 @@ def in_turns(turn, limits=None, batch=None, place=lambda x: x):
         yield Prompts(100 + np.arange(start, start + count), *place((part, rows, some)))
 
 
-def run_all(decoding, size, turn, limits=None, **settings):
-    prompts = in_turns(turn, limits, **settings)
+def run_all(decoding, size, turn, limits=None):
+    prompts = in_turns(turn, limits)
     found = list(generate_all(MODEL, BASE, TRAINABLE, prompts, decoding, size))
     assert sorted(number for number, _ in found) == [100 + i for i in range(MANY)]
     return found
