@@ -31,6 +31,8 @@ CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Arr
 # large enough for efficient products. Long rows take larger blocks, since each is compiled.
 _BLOCK = 128
 _MAX_BLOCKS = 8
+# Slots of the cache that a CPU reads at a time.
+_CACHE_BLOCK = 128
 
 DEFAULT_SEGMENTS = 64
 
@@ -157,11 +159,6 @@ def _transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
     batch, kv_heads, group, queries, _ = x.shape
     x, y = (a.reshape(batch, kv_heads, group * queries, a.shape[-1]) for a in (x, y))
     return transposed_times(x, y)
-
-
-def _weights(scores: jax.Array, mask: jax.Array, width: int) -> jax.Array:
-    """Masked softmax of query-key products over the last axis."""
-    return jax.nn.softmax(jnp.where(mask, scores * width**-0.5, MASKED), axis=-1)
 
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -389,22 +386,96 @@ def _segment_row(ends: tuple[int, ...], length: int) -> np.ndarray:
 
 
 def cached(
-    query: jax.Array, key_cache: jax.Array, value_cache: jax.Array, key_mask: jax.Array
+    query: jax.Array,
+    key_cache: jax.Array,
+    value_cache: jax.Array,
+    layer: jax.Array | int,
+    key_mask: jax.Array,
 ) -> jax.Array:
-    """Attention of new tokens to all valid cache slots.
+    """Attention of new tokens to all valid slots of a layer's cache.
 
     Args:
         query: `[B, 1, H, d]`.
-        key_cache: `[B, K, S, d]`, the new token's key already written.
-        value_cache: `[B, K, S, d]`.
-        key_mask: `[B, S]` bool, True for slots that hold a token of this row, the new one included.
+        key_cache: `[L, B, K, S, d]` of all layers, the new token's key already written.
+        value_cache: `[L, B, K, S, d]`.
+        layer: int32, which of the L.
+        key_mask: `[B, W]` bool, True for slots that hold a token of this row, the new one included.
+            Slots from W on are not read.
 
     Returns:
         `[B, 1, H, d]`.
     """
     batch, _, heads, width = query.shape
-    kv_heads = key_cache.shape[1]
+    kv_heads = key_cache.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, key_cache, preferred_element_type=jnp.float32)
-    weights = _weights(scores, key_mask[:, None, None], width).astype(value_cache.dtype)
-    return jnp.einsum("bkgs,bksd->bkgd", weights, value_cache).reshape(query.shape)
+    attended = jax.lax.platform_dependent(
+        grouped,
+        key_cache,
+        value_cache,
+        layer,
+        key_mask,
+        cpu=_cached_in_blocks,
+        default=_cached_at_once,
+    )
+    return attended.reshape(query.shape)
+
+
+def _cached_at_once(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, key_mask: jax.Array
+) -> jax.Array:
+    """`cached` of queries `[B, K, H/K, d]`."""
+    slots = key_mask.shape[1]
+    key, value = (_slots(x, layer, 0, slots) for x in (keys, values))
+    weights = jax.nn.softmax(_cached_scores(query, key, key_mask), axis=-1)
+    return _mixed(weights, value).astype(values.dtype)
+
+
+def _cached_in_blocks(
+    query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, key_mask: jax.Array
+) -> jax.Array:
+    """The same in a loop over blocks of slots, up to the last one that any row may read.
+
+    A CPU copies what a product reads out of the stack of all layers. A block's copy is still in a
+    core's cache when it is read. On a GPU the host would have to learn the number of blocks first.
+    """
+    slots = key_mask.shape[1]
+    size = min(_CACHE_BLOCK, slots)
+    used = jnp.max(jnp.where(key_mask, jnp.arange(1, slots + 1), 0))
+
+    def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest, total, mixed = carry
+        start = jnp.minimum(i * size, slots - size)  # the last block may overlap the one before
+        mask = jax.lax.dynamic_slice_in_dim(key_mask, start, size, axis=1)
+        mask &= start + jnp.arange(size) >= i * size
+        key, value = (_slots(x, layer, start, size) for x in (keys, values))
+        scores = _cached_scores(query, key, mask)
+        larger = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        shrink, weights = jnp.exp(largest - larger), jnp.exp(scores - larger)
+        total = total * shrink + weights.sum(axis=-1, keepdims=True)
+        return larger, total, mixed * shrink + _mixed(weights, value)
+
+    row = (*query.shape[:3], 1)
+    nothing = jnp.zeros(query.shape, jnp.float32)
+    carry = jnp.full(row, MASKED, jnp.float32), jnp.zeros(row, jnp.float32), nothing
+    blocks = jnp.maximum((used + size - 1) // size, 1)
+    _, total, mixed = jax.lax.fori_loop(0, blocks, add, carry)
+    return (mixed / total).astype(values.dtype)
+
+
+def _slots(cache: jax.Array, layer: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
+    """Some slots `[B, K, size, d]` of a layer, out of `[L, B, K, S, d]`."""
+    _, batch, kv_heads, _, width = cache.shape
+    at, shape = (layer, 0, 0, start, 0), (1, batch, kv_heads, size, width)
+    return jax.lax.dynamic_slice(cache, at, shape)[0]
+
+
+def _cached_scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled float32 products `[B, K, H/K, S]` of `[B, K, H/K, d]` and `[B, K, S, d]`."""
+    scores = jnp.einsum("bkgd,bksd->bkgs", query, key, preferred_element_type=jnp.float32)
+    return jnp.where(mask[:, None, None], scores * query.shape[-1] ** -0.5, MASKED)
+
+
+def _mixed(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """Float32 sums `[B, K, H/K, d]` of values `[B, K, S, d]` by their weights `[B, K, H/K, S]`."""
+    weights = weights.astype(value.dtype)
+    return jnp.einsum("bkgs,bksd->bkgd", weights, value, preferred_element_type=jnp.float32)

@@ -1,11 +1,11 @@
 """Answers with a key-value cache: greedy or sampled, whole or a few tokens at a time.
 
-    state = prefill(model, base, trainable, batch, decoding)         # prompts in, first token out
-    state = grow(state, decoding, room)                              # slots for more tokens
+    fresh = prefill(model, base, trainable, batch, decoding)         # prompts in, first token out
+    state = vacant(fresh, size, decoding)                            # rows, and room for answers
+    state = refill(model, state, fresh, decoding, rows)              # which go into some rows
     state = decode(model, base, trainable, state, decoding, steps)   # up to `steps` tokens more
-    state = refill(model, state, fresh, decoding, rows)              # other prompts in some rows
 
-are four compiled functions of static shapes; the device runs through `steps` tokens without the
+are of static shapes, the last three compiled; the device runs through `steps` tokens without the
 host. `stream` drives them for one batch. `generate_all` does for a data set, in which a row whose
 answer has ended takes the next prompt while the others go on (continuous batching, Yu et al. 2022,
 "Orca"): no row waits for the longest answer.
@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,11 +39,10 @@ from affectgpt_jax.models.affectgpt import (
 )
 from affectgpt_jax.models.qwen2 import DecodeStep, KVCache, unembedding
 
-# New tokens that the cache has slots for at first, and the factor by which it grows when they are
-# used up. A list of labels has a dozen tokens, a description hundreds, and every token reads the
-# whole cache, used or not; each size costs one compilation.
-FIRST_ROOM = 64
-GROWTH = 4
+# Slots of the cache that a token reads at the least; when they are used up, twice as many. A list
+# of labels has a dozen tokens, a description hundreds, and a GPU reads slots whether they are used
+# or not. Each number of slots costs one compilation.
+WINDOW = 256
 
 # Rows that take their next prompts together are one in so many: more wait longer for the slowest of
 # them, fewer make narrower products of prompts.
@@ -302,7 +301,9 @@ def prefill(
     return _laid_out(model, state)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "decoding"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("model", "decoding", "window"), donate_argnames="state"
+)
 def decode(
     model: AffectGPT,
     base: Any,
@@ -311,20 +312,21 @@ def decode(
     decoding: Decoding,
     steps: jax.Array | int,
     enough: jax.Array | int | None = None,
+    window: int | None = None,
 ) -> DecodeState:
     """Write up to `steps` tokens more to every answer that is not complete.
 
     Stops where `enough` rows write no more (None: all of them), or where one of the others has used
-    up the state's room. The state that comes in is consumed.
+    up the first `window` slots of the cache (None: all slots), beyond which nothing is read. The
+    state that comes in is consumed.
     """
     model = with_execution(model, unroll=False)  # as in `prefill`
-    size, room = state.generated.tokens.shape
-    slots = jnp.arange(state.cache.key.shape[3])
-    enough = size if enough is None else enough
+    slots = jnp.arange(state.cache.key.shape[3] if window is None else window)
+    enough = len(state.lengths) if enough is None else enough
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         step, state = carry
-        full = ~state.done & (state.generated.counts == room)
+        full = ~state.done & (state.lengths + state.generated.counts > len(slots))
         return (step < steps) & (state.done.sum() < enough) & ~full.any()
 
     def write(carry: tuple[jax.Array, DecodeState]) -> tuple[jax.Array, DecodeState]:
@@ -345,14 +347,20 @@ def decode(
     return _laid_out(model, jax.lax.while_loop(unfinished, write, (jnp.int32(0), state))[1])
 
 
-@functools.partial(jax.jit, static_argnames=("decoding", "room"))
-def grow(state: DecodeState, decoding: Decoding, room: int) -> DecodeState:
-    """The same state with room for `room` new tokens, no fewer than it has."""
-    more = room - state.generated.tokens.shape[1]
-    slots = [(0, 0), (0, 0), (0, 0), (0, more), (0, 0)]
-    return state._replace(
-        generated=_with_room(state.generated, room, decoding.pad_id),
-        cache=KVCache(*(jnp.pad(x, slots) for x in state.cache)),
+def vacant(fresh: DecodeState, size: int, decoding: Decoding) -> DecodeState:
+    """`size` rows without prompts, with room for whole answers to prompts as long as those of
+    `fresh`, a state as `prefill` returns it, and laid out over devices as it is."""
+
+    def zeros(x: jax.Array, sizes: Mapping[int, int]) -> jax.Array:
+        shape = [sizes.get(axis, size) for axis, size in enumerate(x.shape)]
+        return jnp.zeros(shape, x.dtype, device=x.sharding)
+
+    room = decoding.max_new_tokens
+    rest = fresh._replace(generated=None, cache=None)
+    slots = fresh.cache.key.shape[3] + room - 1
+    return jax.tree.map(lambda x: zeros(x, {0: size}), rest)._replace(
+        generated=jax.tree.map(lambda x: zeros(x, {0: size, 1: room}), fresh.generated),
+        cache=jax.tree.map(lambda x: zeros(x, {1: size, 3: slots}), fresh.cache),
     )
 
 
@@ -369,7 +377,8 @@ def refill(
     Args:
         model: the modules.
         state: of B rows; consumed.
-        fresh: P rows as `prefill` returns them, of prompts no longer than those of `state`.
+        fresh: P rows as `prefill` returns them, of prompts no longer than those that `state` was
+            made for.
         decoding: how to write.
         rows: `[P]` int32, all different, where they go; nowhere, from row B on.
     """
@@ -470,28 +479,34 @@ def stream(
 
     Yields:
         NumPy arrays of what is written so far: the first token, then up to `every` more each time,
-        until every row has ended or has `max_new_tokens`. N grows, up to `max_new_tokens`.
+        until every row has ended or has `max_new_tokens`, which is N.
     """
-    state = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
-    state = grow(state, decoding, min(FIRST_ROOM, decoding.max_new_tokens))
+    size = len(batch["tokens"])
+    fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
+    state = vacant(fresh, size, decoding)
+    state = refill(model, state, fresh, decoding, np.arange(size, dtype=np.int32))
     while True:
-        generated, done = jax.tree.map(_on_host, (state.generated, state.done))
+        generated, done, needed = _progress(state)
         yield generated
         if done.all():
             return
-        state = _grow_if_full(state, decoding, generated, done)
-        state = decode(model, base, trainable, state, decoding, every)
+        window = _window(state, needed)
+        state = decode(model, base, trainable, state, decoding, every, window=window)
 
 
-def _grow_if_full(
-    state: DecodeState, decoding: Decoding, generated: Generated, done: np.ndarray
-) -> DecodeState:
-    """A state with room for what its rows write next; the other arguments are its own, on the
-    host."""
-    room = generated.tokens.shape[1]
-    if not (generated.counts[~done] == room).any():
-        return state
-    return grow(state, decoding, min(GROWTH * room, decoding.max_new_tokens))
+def _progress(state: DecodeState) -> tuple[Generated, np.ndarray, int]:
+    """What is written, which rows are done, and how many slots the next token of the others needs;
+    on the host."""
+    generated, lengths, done = jax.tree.map(_on_host, (state.generated, state.lengths, state.done))
+    return generated, done, int((lengths + generated.counts)[~done].max(initial=0))
+
+
+def _window(state: DecodeState, needed: int) -> int:
+    """The least number of slots, of those that `decode` is compiled for, that is enough."""
+    window = WINDOW
+    while window < needed:
+        window *= 2
+    return min(window, state.cache.key.shape[3])
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -540,6 +555,7 @@ def generate_all(
     """
     owners = np.full(size, -1)  # whose answer each row writes
     limit = decoding.max_new_tokens
+    needed = 0  # slots, for the next token
     state, prompts = None, iter(prompts)
     upcoming = next(prompts, None)
     while upcoming is not None or (owners >= 0).any():
@@ -558,31 +574,21 @@ def generate_all(
                 )
             fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
             if state is None:
-                state = grow(_vacant(fresh, size), decoding, min(FIRST_ROOM, limit))
+                state = vacant(fresh, size, decoding)
             taken, free = np.split(free, [len(numbers)])
             places = size + np.arange(turn, dtype=np.int32)  # nowhere, for filler
             places[: len(taken)] = taken
             state = refill(model, state, fresh, decoding, places)
             owners[taken] = numbers
+            needed = max(needed, length + 1)
             upcoming = next(prompts, None)
         enough = min(size, turn + (len(free) if upcoming is None else 0))
-        state = decode(model, base, trainable, state, decoding, limit, enough)
-        generated, done = jax.tree.map(_on_host, (state.generated, state.done))
+        window = _window(state, needed)
+        state = decode(model, base, trainable, state, decoding, limit, enough, window=window)
+        generated, done, needed = _progress(state)
         for row in np.flatnonzero(done & (owners >= 0)):
             yield int(owners[row]), generated.row(row)
             owners[row] = -1
-        state = _grow_if_full(state, decoding, generated, done)
-
-
-def _vacant(fresh: DecodeState, size: int) -> DecodeState:
-    """`size` rows without prompts, of the shape and on the devices of those of `fresh`."""
-
-    def zeros(x: jax.Array, axis: int) -> jax.Array:
-        shape = (*x.shape[:axis], size, *x.shape[axis + 1 :])
-        return jnp.zeros(shape, x.dtype, device=x.sharding)
-
-    rest = jax.tree.map(lambda x: zeros(x, 0), fresh._replace(cache=None))
-    return rest._replace(cache=KVCache(*(zeros(x, 1) for x in fresh.cache)))
 
 
 def score_answers(

@@ -130,7 +130,7 @@ class KVCache(NamedTuple):
 
 class DecodeStep(NamedTuple):
     """Where one decode step stands: `slot` `[B]` int32 is where each row writes its new key and
-    value, `key_mask` `[B, S]` says which slots it may read, `slot` included."""
+    value, `key_mask` `[B, W]` says which of the first W slots it may read, `slot` included."""
 
     slot: jax.Array
     key_mask: jax.Array
@@ -311,7 +311,7 @@ class DecoderLayer(nn.Module):
                 cache.value.at[at].set(value[:, 0], mode="drop", unique_indices=True),
             )
             kept = None
-            attended = attention.cached(query, cache.key[layer], cache.value[layer], step.key_mask)
+            attended = attention.cached(query, *cache, layer, step.key_mask)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
         hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
 

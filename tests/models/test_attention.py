@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo as private
@@ -127,6 +128,40 @@ def test_padded_rows_equal_float64_forward_and_backward(name, shape):
     for lengths in [(length, length), (length, length // 2), (1, 0)]:
         segment_ids = (np.arange(length) < np.array(lengths)[:, None]).astype(np.int32)
         assert_equal_reference(attend, dtype, shape, segment_ids)
+
+
+# Slots that are there, slots that may be read: none behind them, some, less and more than a block.
+CACHES = [(1, 1), (37, 20), (128, 128), (400, 300)]
+
+
+@pytest.mark.parametrize("how", [attention._cached_at_once, attention._cached_in_blocks])
+@pytest.mark.parametrize(("slots", "window"), CACHES)
+def test_cached_attention_equals_float64(how, slots, window, monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: how(*args))
+    layers, layer, batch, heads, kv_heads, width = 3, 1, 4, 4, 2, 16
+    rng = np.random.default_rng(slots)
+    query = rng.standard_normal((batch, 1, heads, width))
+    keys, values = rng.standard_normal((2, layers, batch, kv_heads, slots, width))
+    for x in (keys, values):  # nothing of another layer, or from beyond the window, is read
+        x[[0, 2]], x[:, :, :, window:] = np.nan, np.nan
+    cached = jax.jit(attention.cached)
+
+    @settings(max_examples=8)
+    @given(st.lists(st.sets(st.integers(0, window - 1), min_size=1), min_size=4, max_size=4))
+    def check(readable):
+        mask = np.zeros((batch, window), bool)
+        for row, at in zip(mask, readable):
+            row[list(at)] = True
+        given = (jnp.asarray(x, jnp.float32) for x in (query, keys, values))
+        found = cached(*given, jnp.int32(layer), mask)
+        key, value = (np.repeat(x[layer], 2, axis=1)[:, :, :window] for x in (keys, values))
+        scores = np.einsum("bhd,bhsd->bhs", query[:, 0], key) / np.sqrt(width)
+        weights = scipy.special.softmax(np.where(mask[:, None], scores, -np.inf), axis=-1)
+        expected = np.einsum("bhs,bhsd->bhd", weights, value)
+        # Sums over up to 300 slots in float32.
+        np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
+
+    check()
 
 
 @pytest.mark.parametrize("name", ["xla", "xla_packed", "cudnn_packed"])

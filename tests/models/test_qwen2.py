@@ -331,9 +331,7 @@ def test_a_query_that_may_read_no_key_stays_finite():
     query, key, value = random_embeds(3, 1, 4)[..., :8].reshape(3, 1, 2, 4, 4)
     nothing = jnp.zeros((1, 4), bool)
     query = query[:, :, :1].swapaxes(1, 2)
-    out, pullback = jax.vjp(lambda *qkv: attention.cached(*qkv, nothing), query, key, value)
-    for x in (out, *pullback(out)):
-        assert np.isfinite(x).all()
+    assert np.isfinite(attention.cached(query, key[None], value[None], 0, nothing)).all()
 
 
 def test_a_single_token_equals_the_first_of_a_longer_row():
