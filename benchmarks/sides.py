@@ -126,12 +126,17 @@ class Ours:
     Args:
         workload: arguments of `workloads.make`.
         records: folder of record sets.
+        without: what it does not do, of what has no setting: "gather", the choice of supervised
+            positions before the vocabulary; "overlap" of a step with what the next one needs.
     """
 
-    def __init__(self, workload: Mapping[str, Any], records: str):
+    def __init__(self, workload: Mapping[str, Any], records: str, without: str = ""):
         self.workload = workloads.make(**workload)
         config, llm = self.workload.config, self.workload.llm
         self.feed = workloads.feed(self.workload, Path(records))
+        if without == "gather":
+            self.feed = workloads.EveryPosition(self.feed)
+        self._overlap = without != "overlap"
         self.mesh = one_device()
         choice = build.attention(config, llm)
         self.notes = [f"attention {choice.name}: {choice.reason}"]
@@ -218,6 +223,8 @@ class Ours:
             run, trained = self.programs[batch["tokens"].shape[1]], batch
             with jax.profiler.TraceAnnotation("dispatch"):
                 self.state, metrics = run(self.state, self.base, on_device)
+            if not self._overlap:
+                metrics["loss"].block_until_ready()
             asked = time.perf_counter()
             with jax.profiler.TraceAnnotation("data_wait"):
                 batch = next(batches, None)

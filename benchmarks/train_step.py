@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -200,6 +201,35 @@ def environments(gpu: bool, leave: bool, cache: str) -> tuple[dict[str, str], di
     return ours | share, {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
 
 
+def workload_arguments(
+    name: str,
+    scale: str,
+    batch: int,
+    layout: str,
+    *,
+    pack_length: int | None = None,
+    accumulation: int = 0,
+    **others: Any,
+) -> dict[str, Any]:
+    """What `workloads.make` is given for rows of a layout, one of `PARTS`.
+
+    Args:
+        pack_length: tokens of a packed row; None or 0 is the scale's.
+        accumulation: parts of an update; 0 chooses.
+
+    The others are those of `workloads.make`.
+    """
+    in_parts = name == "affectgpt" and scale == "full" and batch >= 48
+    return {
+        "name": name,
+        "scale": scale,
+        "batch": batch,
+        "pack_length": (pack_length or PACK_LENGTH[scale]) if layout == "packed" else 0,
+        "accumulation": accumulation or (PARTS[layout] if in_parts else 1),
+        **others,
+    }
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """One measurement; returns the report.
 
@@ -208,26 +238,21 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         TurnError: a side failed.
         ValueError: an unknown config key.
     """
-    length = args.pack or PACK_LENGTH[args.scale]
-
-    def arguments(layout: str, accumulation: int) -> dict[str, Any]:
-        in_parts = args.workload == "affectgpt" and args.scale == "full" and args.batch >= 48
-        return {
-            "name": args.workload,
-            "scale": args.scale,
-            "batch": args.batch,
-            "dtype": args.dtype,
-            "tokenizer": args.tokenizer,
-            "settings": dict(args.set),
-            "pack_length": length if layout == "packed" else 0,
-            "accumulation": accumulation or (PARTS[layout] if in_parts else 1),
-        }
-
+    arguments = functools.partial(
+        workload_arguments,
+        args.workload,
+        args.scale,
+        args.batch,
+        pack_length=args.pack,
+        dtype=args.dtype,
+        tokenizer=args.tokenizer,
+        settings=dict(args.set),
+    )
     packed = args.pack is not None
-    mine = arguments("packed" if packed else "padded", args.accumulation)
+    mine = arguments("packed" if packed else "padded", accumulation=args.accumulation)
     layouts = {"release": "release", "tuned": "padded", "packed": "packed"}
     peers = {
-        tuning: arguments(layouts[tuning], args.peer_accumulation)
+        tuning: arguments(layouts[tuning], accumulation=args.peer_accumulation)
         for tuning in (args.tuning if args.peer else ())
     }
     workload = workloads.make(**mine)

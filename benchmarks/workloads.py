@@ -203,6 +203,37 @@ class RandomRows:
         return map(self.batch, range(start, stop))
 
 
+class EveryPosition:
+    """The batches of a feed, with a target at every position: what the vocabulary costs where
+    supervised positions are not chosen first."""
+
+    def __init__(self, feed: Feed):
+        self._feed = feed
+        self.buckets = tuple(Bucket(b.length, b.length, b.clips) for b in feed.buckets)
+
+    def batch(self, step: int) -> Batch:
+        return self._all(self._feed.batch(step))
+
+    def filler_batch(self, bucket: Bucket) -> Batch:
+        same = next(b for b in self._feed.buckets if b.length == bucket.length)
+        return self._all(self._feed.filler_batch(same))
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        return map(self._all, self._feed.batches(start, stop))
+
+    @staticmethod
+    def _all(batch: Batch) -> Batch:
+        # A soft token's placeholder may be no word of the base.
+        tokens = np.where(np.asarray(batch["soft_index"]) > 0, 0, batch["tokens"])
+        places = np.arange(tokens.shape[1], dtype=np.int32)
+        return {
+            **batch,
+            "target_positions": np.tile(places, (len(tokens), 1)),
+            "targets": np.roll(tokens, -1, axis=1),
+            "target_weights": np.ones(tokens.shape, np.float32),
+        }
+
+
 class Contents(NamedTuple):
     """What is in a batch.
 
