@@ -35,6 +35,7 @@ CHOICES = {
     "heads.video": ("attention", "mean", "qformer"),
     "heads.audio": ("attention", "mean", "qformer"),
     "heads.image": ("mean", "qformer"),
+    "generate.merge_lora": ("auto", "true", "false"),
 }
 POSITIVE = (
     "steps",
@@ -220,6 +221,11 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.pack_length is {config.pack_length}; expected 0, or at least the "
             f"{config.max_tokens} of config.max_tokens, so that a row holds any example whole"
+        )
+    if config.base_precision and config.generate.merge_lora == "true":
+        raise ConfigError(
+            "config.generate.merge_lora='true' cannot add LoRA to quantized weights, and "
+            f"config.base_precision is {config.base_precision!r}; use auto"
         )
     if config.base_precision == "nf4" and config.unroll_layers == "true":
         raise ConfigError(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from affectgpt_jax.models.generate import (
     rows_and_turn,
     stream,
 )
+from affectgpt_jax.models.lora import merge
+from affectgpt_jax.training.memory import device_limit
 from affectgpt_jax.training.sharding import row_shares, shard_whole_batch
 
 
@@ -79,6 +83,7 @@ class Generator:
         seed: of sampling. What is drawn follows from it, the clip's name and the question, not
             from the other clips.
         log_probs: whether answers say how probable they were.
+        merge_lora: "true", "false" or "auto", as `merges` reads it.
         pulse: called before prompts are read; what it raises ends the answers.
     """
 
@@ -95,10 +100,12 @@ class Generator:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         log_probs: bool = False,
+        merge_lora: str = "auto",
         pulse: Callable[[], None] = lambda: None,
     ):
         self._model, self._base, self._view, self._mesh = model, base, view, mesh
         self._num_buckets, self._seed, self._pulse = num_buckets, seed, pulse
+        self._merges = merges(merge_lora, model, base)
         self._rows, self._turn = rows_and_turn(batch_size, row_shares(mesh))
         tokenizer, end = view.tokenizer, view.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
@@ -138,8 +145,7 @@ class Generator:
         """The same, as record numbers and answers, a few at a time as they are complete."""
         found = generate_all(
             self._model,
-            self._base,
-            trainable,
+            *self._weights(trainable),
             self._prompts(dataset, question, feature_from),
             self._decoding,
             self._rows,
@@ -159,15 +165,20 @@ class Generator:
             DataError: the clip cannot be asked.
         """
         [(_, batch, rows, _)] = self._prompts(clip, question)
-        settings = {"seed": self._seed, "rows": rows}
-        for generated in stream(
-            self._model, self._base, trainable, batch, self._decoding, **settings
-        ):
+        weights, settings = self._weights(trainable), {"seed": self._seed, "rows": rows}
+        for generated in stream(self._model, *weights, batch, self._decoding, **settings):
             first = generated.row(0)
             answer = self._read(first)
             complete = first.ended or answer.tokens == self._decoding.max_new_tokens
             settled = _settled(answer.text, self._view.prompts.end)
             yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
+
+    def _weights(self, trainable: Any) -> tuple[Any, Any]:
+        """Base and trainable from which answers are written."""
+        if not self._merges:
+            return self._base, trainable
+        merged = merge(self._base, trainable["lora"], self._model.qwen2.lora.scale)
+        return merged, {**trainable, "lora": {}}
 
     def _prompts(
         self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
@@ -194,6 +205,27 @@ class Generator:
             cut=not (generated.ended or mark),
             log_prob=None if log_probs is None else float(log_probs.sum()),
         )
+
+
+def merges(how: str, model: AffectGPT, base: Any) -> bool:
+    """Whether adapters are added to the base's kernels before answers are written.
+
+    Beside them, two narrow products for each of the base's take longer than their FLOPs, and a
+    token has seven in every layer. The kernels are rounded once more.
+
+    Args:
+        how: "true" or "false"; "auto" merges where the second copy of the kernels takes no more
+            than a quarter of the memory of the device, or of the host.
+        model: the modules.
+        base: frozen weights. Quantized kernels are never merged.
+    """
+    lora, quantized = model.qwen2.lora, model.qwen2.execution.base_precision
+    if lora is None or quantized or how != "auto":
+        return how == "true" and lora is not None and not quantized
+    kernels = [base["layers"][name]["kernel"] for name in lora.targets]
+    copy = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
+    limit = device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 4 * copy <= limit
 
 
 def _settled(text: str, end: str) -> str:

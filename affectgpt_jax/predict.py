@@ -143,6 +143,7 @@ def predict(arguments: argparse.Namespace) -> None:
         batch_size=min(arguments.batch_size or run.config.generate.batch_size, len(clips)),
         max_new_tokens=arguments.max_new_tokens or run.config.generate.max_new_tokens,
         num_buckets=run.config.num_buckets,
+        merge_lora=run.config.generate.merge_lora,
         sampling=arguments.sampling,
         seed=arguments.seed,
         log_probs=True,

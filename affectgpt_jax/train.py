@@ -255,6 +255,7 @@ def train(
             num_buckets=config.num_buckets,
             batch_size=config.generate.batch_size,
             max_new_tokens=config.generate.max_new_tokens,
+            merge_lora=config.generate.merge_lora,
             pulse=pulse,
         )
         for source in (*data.val, *([data.test] if data.test else []))

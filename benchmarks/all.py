@@ -67,11 +67,15 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     train(f"affectgpt_{clips}", *mix[:5], bound_s=240, profile=True)
     brief = ("--turns", "2", "--singles", "1") if full else ()  # a lent GPU's time is short
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
-    add("generation", [*generation, *brief], 560 if full else 1800)
+    add("generation", [*generation, *brief], 560 if full else 3600)
     three = ("--workload", "affectgpt", "--batch", "3")
     train("affectgpt_3", *three, "--peer", "torch", "--tuning", "release", "tuned", bound_s=560)
     beside = ("--workload", "small", "--peer", "torch")
     train("small", *beside, bound_s=400, profile=True)
+    # There each side leaves after its turn, so that turns are long and few.
+    few = ("--only", "packing", "gather", "attention", "--steps", "10", "--block", "10")
+    single = ["benchmarks.savings", "--scale", scale, "--records", str(records)]
+    add("savings", [*single, *(few if full else ())], 560 if full else 3600)
     if full:
         for precision in ("int8", "fp8"):
             words = ("--workload", "anchor", "--set", f"base_precision={precision}")

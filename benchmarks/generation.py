@@ -2,13 +2,14 @@
 
 Two kinds of answers about the clips of the workload "decode": label lists and descriptions, each as
 long as its clip's own answer is. Weights are random, so that no answer ends by itself; it is cut
-there. Both frameworks answer the same clips, greedily, from the same weights: many at a time and
-one at a time. What they write is compared.
+there. A third kind is the first token of a label list, which says what prompts alone take. Both
+frameworks answer the same clips, greedily, from the same weights: many at a time and one at a time.
+What they write is compared.
 
-`transformers` runs its own `generate` on merged adapters, a batch after the other, each until its
-longest answer is complete. JAX runs what `affectgpt_jax.inference` runs, with the adapters beside
-the base. Prints a table and writes `benchmarks/results/generation_SCALE.json`; `--show` prints the
-table of such files.
+`transformers` runs its own `generate`, a batch after the other, each until its longest answer is
+complete. JAX runs what `affectgpt_jax.inference` runs. Both merge adapters into the base. Prints a
+table and writes `benchmarks/results/generation_SCALE.json`; `--show` prints the table of such
+files.
 """
 
 from __future__ import annotations
@@ -32,9 +33,12 @@ from benchmarks import environment, workloads
 from benchmarks.train_step import RESULTS, default_scale, environments, records_folder
 from benchmarks.turns import Side, TurnError
 
-# Kind -> what is asked, and batches that a turn has clips for: with fewer, the last answers, beside
-# which rows stand empty, would be too large a part; with more, turns would take minutes.
-KINDS = {"labels": ("ovlabel", 8), "description": ("description", 4)}
+FIRST = "first token"
+# Kind -> what is asked.
+KINDS = {FIRST: "ovlabel", "labels": "ovlabel", "description": "description"}
+# Of a turn. With fewer, the last answers, beside which rows stand empty, would be too large a part;
+# with more, turns would take many minutes.
+BATCHES = 8
 CLIPS = 2_610  # MELD's test set
 # Rows whose tokens must all be the same. A random model has two words within rounding now and
 # then, and what follows differs; in bfloat16 that is often.
@@ -59,9 +63,10 @@ class _Writer:
     def asked(self, kind: str) -> tuple[list[Any], np.ndarray]:
         """The prompt of every clip, and the tokens of its answer, `[N]` int32."""
         if kind not in self._asked:
-            question, _ = KINDS[kind]
+            question = KINDS[kind]
             whole = self.view.training_examples(self.dataset, question)
             limits = np.array([len(x) - x.answer_start for x in whole], np.int32)
+            limits = np.ones_like(limits) if kind == FIRST else limits
             self._asked[kind] = self.view.prompt_examples(self.dataset, question), limits
         return self._asked[kind]
 
@@ -84,6 +89,8 @@ class Ours(_Writer):
         import jax
 
         from affectgpt_jax import build
+        from affectgpt_jax.inference import merges
+        from affectgpt_jax.models import lora
         from benchmarks import sides
 
         super().__init__(workload, records)
@@ -91,6 +98,10 @@ class Ours(_Writer):
         self.model = build.model(self.workload.config, self.workload.llm)
         self.base = sides.draw_base(self.model, self.mesh)
         self.trainable = jax.device_put(sides.draw_trainable(self.model))
+        if merges("auto", self.model, self.base):  # as the command that answers does
+            scale = self.model.qwen2.lora.scale
+            self.base = lora.merge(self.base, self.trainable["lora"], scale)
+            self.trainable = {**self.trainable, "lora": {}}
 
     def _write(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
         from affectgpt_jax.models import generate
@@ -301,7 +312,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 kind,
                 rows=rows,
                 turns=args.turns,
-                clips=rows * (args.batches or KINDS[kind][1]),
+                clips=rows * args.batches,
                 singles=args.singles,
                 dtype=dtype,
             )
@@ -352,7 +363,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--no-peer", dest="peer", action="store_false", help="JAX alone")
     add("--batch", type=int, default=0, help="clips at a time; default: the scale's")
     add("--turns", type=int, default=3, help="that count, after one that does not")
-    add("--batches", type=int, default=0, help="of a turn; default: 8 of labels, 4 of descriptions")
+    add("--batches", type=int, default=BATCHES, help="of a turn")
     add("--singles", type=int, default=3, help="clips of a turn, where they come one at a time")
     add("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers")
     add("--dtype", choices=("", *EQUAL), default="", help="default: the scale's")

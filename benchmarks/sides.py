@@ -120,20 +120,26 @@ def ceilings(dtype: str) -> dict[str, float]:
     }
 
 
+# What has no setting: supervised positions are chosen before the vocabulary; what the next step
+# needs is read and moved while one runs.
+WITHOUT = ("", "gather", "overlap")
+
+
 class Ours:
     """The update that `affectgpt_jax.train` compiles, on one device.
 
     Args:
         workload: arguments of `workloads.make`.
         records: folder of record sets.
-        without: what it does not do, of what has no setting: "gather", the choice of supervised
-            positions before the vocabulary; "overlap" of a step with what the next one needs.
+        without: what it does not do, of `WITHOUT`.
     """
 
     def __init__(self, workload: Mapping[str, Any], records: str, without: str = ""):
         self.workload = workloads.make(**workload)
         config, llm = self.workload.config, self.workload.llm
         self.feed = workloads.feed(self.workload, Path(records))
+        if without not in WITHOUT:
+            raise ValueError(f"without is {without!r}; expected one of {WITHOUT}")
         if without == "gather":
             self.feed = workloads.EveryPosition(self.feed)
         self._overlap = without != "overlap"

@@ -13,7 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import compile_time, generation, input_pipeline, profile_table, train_step
+from benchmarks import (
+    compile_time,
+    generation,
+    input_pipeline,
+    profile_table,
+    savings,
+    train_step,
+)
 from benchmarks.train_step import RESULTS
 
 Report = Mapping[str, Any]
@@ -85,7 +92,7 @@ def data_wait(report: Report) -> Measured:
 def generation_over(
     pairs: Mapping[str, tuple[int, int]], aim: float
 ) -> Callable[[Report], Measured]:
-    """One row of the generation table over another, for each kind of answer.
+    """One row of the generation table over another, for each kind of whole answers.
 
     Args:
         pairs: what to call it, and the two rows. 0 is JAX with many clips at a time and 1
@@ -95,8 +102,9 @@ def generation_over(
 
     def read(report: Report) -> Measured:
         found = {}
+        kinds = {kind: of for kind, of in report["kinds"].items() if kind != generation.FIRST}
         for name, (ours, other) in pairs.items():
-            for kind, of in report["kinds"].items():
+            for kind, of in kinds.items():
                 rates = [case["clips_per_s"] for case in of["cases"].values()]
                 found[f"{kind}{name}"] = rates[ours] / rates[other]
         words = ", ".join(f"{ratio:.1f} times ({kind})" for kind, ratio in found.items())
@@ -234,6 +242,7 @@ def targets(folder: Path) -> str:
 # Heading, files, and the function that makes a table of their reports.
 SECTIONS: tuple[tuple[str, str, Callable[[list[Report]], str]], ...] = (
     ("Training beside PyTorch", "train_step_*.json", train_step.table),
+    ("Single savings", "savings_*.json", lambda found: "\n\n".join(map(savings.table, found))),
     ("Generation", "generation_*.json", generation.table),
     ("Input", "input_*.json", lambda found: "\n\n".join(map(input_pipeline.table, found))),
     ("Compilation", "compile_time_*.json", lambda f: "\n\n".join(map(compile_time.table, f))),

@@ -112,6 +112,9 @@ def get_config() -> ConfigDict:
     c.generate = ConfigDict()
     c.generate.batch_size = 32
     c.generate.max_new_tokens = 1200
+    # auto | true | false: LoRA is added to the base's weights before answers are written: faster,
+    # and rounded once more; auto does so where a second copy of them fits easily.
+    c.generate.merge_lora = "auto"
 
     c.log_every = 10  # steps between lines of metrics.jsonl
     c.save_every = 5000  # steps between validations, each followed by a checkpoint

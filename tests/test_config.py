@@ -203,6 +203,10 @@ def test_help_is_printed(capsys):
             "--config.base_precision=nf4 --config.unroll_layers=true",
             "config.base_precision='nf4' with config.unroll_layers='true' would hold",
         ),
+        (
+            "--config.base_precision=int8 --config.generate.merge_lora=true",
+            "config.generate.merge_lora='true' cannot add LoRA to quantized weights",
+        ),
         # an unknown config, flag or argument
         ("--config=nosuch", r"--config=nosuch: no such file, nor .*'affectgpt_qwen25_7b', 'demo'"),
         ("--config nosuch", "--config=nosuch: no such file"),

@@ -16,6 +16,7 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.generate import Generated
+from affectgpt_jax.models.qwen2 import Execution
 from affectgpt_jax.run import load_run
 
 FLAGS = (
@@ -153,6 +154,38 @@ def test_the_answers_do_not_depend_on_the_mesh(ask):
     assert {k: line["text"] for k, line in split.items()} == {
         k: line["text"] for k, line in whole.items()
     }
+
+
+def test_answers_from_merged_weights_are_those_with_adapters_beside_them(ask, workdir, changed):
+    run = load_run(workdir)
+    assert inference.merges("auto", run.model, run.base)
+    assert any(np.any(x) for x in jax.tree.leaves(run.trainable["lora"]))
+    flags = ("--json", "--question=ovlabel", *WANDER)
+    apart = changed(**{"generate.merge_lora": "false"})
+    merged, beside = (by_name(parsed(ask(*flags, workdir=w)[0])) for w in (workdir, apart))
+    for key, line in merged.items():
+        assert line["text"] == beside[key]["text"]
+        # Sums of float32 in another order.
+        assert line["logprob"] == pytest.approx(beside[key]["logprob"], abs=1e-4)
+    assert [x["logprob"] for x in merged.values()] != [x["logprob"] for x in beside.values()]
+
+
+def test_adapters_are_merged_where_a_copy_of_the_weights_fits(workdir, monkeypatch):
+    run = load_run(workdir)
+    kernels = [run.base["layers"][name]["kernel"] for name in run.model.qwen2.lora.targets]
+    copy = sum(x.addressable_shards[0].data.nbytes for x in kernels)
+
+    def found(limit, **changes):
+        monkeypatch.setattr(inference, "device_limit", lambda: limit)
+        model = dataclasses.replace(run.model, qwen2=run.model.qwen2.copy(**changes))
+        return {how: inference.merges(how, model, run.base) for how in ("auto", "true", "false")}
+
+    assert found(4 * copy) == {"auto": True, "true": True, "false": False}
+    assert found(4 * copy - 1) == {"auto": False, "true": True, "false": False}
+    assert found(None)["auto"], "a host has room for a tiny base"
+    nothing = dict.fromkeys(("auto", "true", "false"), False)
+    assert found(4 * copy, lora=None) == nothing
+    assert found(4 * copy, execution=Execution(base_precision="int8")) == nothing
 
 
 def test_a_stream_shows_whole_characters_and_no_part_of_the_end_mark(workdir, monkeypatch):

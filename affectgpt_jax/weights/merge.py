@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from affectgpt_jax.weights.files import new_directory
@@ -36,18 +35,6 @@ def merge_kernel(
     merged = (np.asarray(lora_a, wide) * wide.type(scale)) @ np.asarray(lora_b, wide)
     merged += kernel
     return merged.astype(kernel.dtype)
-
-
-def merge_lora(base: Any, lora: Any, scale: float) -> Any:
-    """A `base` tree with a `lora` tree folded in; every other leaf is the same array.
-
-    The kernels are merged on the host, one after the other.
-    """
-    layers = dict(base["layers"])
-    for target, factors in lora.get("layers", {}).items():
-        kernel = merge_kernel(layers[target]["kernel"], factors["lora_a"], factors["lora_b"], scale)
-        layers[target] = {**layers[target], "kernel": jnp.asarray(kernel)}
-    return {**base, "layers": layers}
 
 
 def save_merged(

@@ -117,7 +117,9 @@ def measured(tmp_path_factory):
     flags += ["--peer", "torch", "--tuning", "release", "tuned", "packed", "--set", "lora.rank=8"]
     flags += ["--steps", "2", "--block", "1", "--warmup", "1", "--profile", str(folder / "trace")]
     out = folder / "report.json"
-    train_step.main([*flags, "--records", str(folder), "--out", str(out)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compilation takes longest
+        train_step.main([*flags, "--records", str(folder), "--out", str(out)])
     return SimpleNamespace(report=json.loads(out.read_text()), trace=folder / "trace", out=out)
 
 

@@ -13,11 +13,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_model import FUSION, LLM, make_model, random_base, random_trainable
 
 from affectgpt_jax.configs import demo
-from affectgpt_jax.models.lora import LoraConfig
+from affectgpt_jax.models.lora import LoraConfig, merge
 from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, SavedRun
 from affectgpt_jax.weights.__main__ import main
 from affectgpt_jax.weights.huggingface import base_identity, save_base
-from affectgpt_jax.weights.merge import merge_lora
 from affectgpt_jax.weights.peft import load_adapter
 from affectgpt_jax.weights.release import load_release
 
@@ -203,7 +202,7 @@ def test_what_is_exported_comes_back_bit_for_bit(run, tmp_path, capsys, argument
 def test_a_merged_base_holds_base_and_adapter(run, tmp_path, capsys):
     command(capsys, "merge", run / "work", tmp_path / "merged")
     lora = random_trainable(MODEL, seed=5)["lora"]
-    save_base(tmp_path / "tree", LLM, merge_lora(random_base(MODEL), lora, LORA.scale))
+    save_base(tmp_path / "tree", LLM, merge(random_base(MODEL), lora, LORA.scale))
     found, expected = (load_file(tmp_path / d / "model.safetensors") for d in ("merged", "tree"))
     for name, value in expected.items():
         # One product of all layers against one of each may differ in the last bit.

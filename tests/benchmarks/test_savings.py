@@ -1,0 +1,72 @@
+"""The benchmark of single savings: what each side leaves out, and that it runs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import savings, sides, workloads
+from benchmarks.train_step import workload_arguments
+
+
+class Here:
+    """A `turns.Side` in this process, of a class whose instances are kept."""
+
+    made = []
+
+    def __init__(self, name, target, arguments, environment=None):
+        self.arguments, self.side = arguments, None
+
+    def call(self, method, **arguments):
+        if self.side is None:
+            self.side = sides.Ours(**self.arguments)
+            self.made.append(self.side)
+        return json.loads(json.dumps(getattr(self.side, method)(**arguments)))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def test_a_saving_is_measured_with_it_and_without(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(savings, "Side", Here)
+    out = tmp_path / "savings.json"
+    small = ["--scale=tiny", "--batch=4", "--steps=2", "--block=1", "--warmup=1"]
+    savings.main([*small, "--only", "gather", f"--records={tmp_path}", f"--out={out}"])
+    on, off = Here.made
+    supervised, everything = (side.feed.buckets[0].targets for side in (on, off))
+    assert supervised < everything == on.feed.buckets[0].length == off.feed.buckets[0].length
+    report = json.loads(out.read_text())
+    assert report["environment"]["command"].startswith("python -m benchmarks.savings --scale=tiny")
+    found = report["savings"]["gather"]
+    assert found["ratio"]["lowest"] <= found["ratio"]["median"] <= found["ratio"]["highest"]
+    assert found["sides"]["on"]["steps"] == found["sides"]["off"]["steps"] == 2
+    printed = capsys.readouterr().out.strip()
+    savings.main(["--show", str(out)])
+    assert capsys.readouterr().out.strip() == printed == savings.table(report)
+    assert len(printed.splitlines()) == 3
+
+
+@pytest.mark.parametrize("name", savings.SAVINGS)
+def test_every_side_without_a_saving_is_one_that_can_be_made(name):
+    saving = savings.SAVINGS[name]
+    told = workload_arguments("affectgpt", "tiny", 4, saving.layout, settings=saving.settings)
+    config = workloads.make(**told).config
+    assert (config.pack_length == 0) == (name == "packing")
+    assert saving.without in sides.WITHOUT
+    assert saving.without or saving.settings or saving.layout != "packed", "nothing is left out"
+    with pytest.raises(ValueError, match="without is 'sleep'; expected one of"):
+        sides.Ours(told, "nowhere", without="sleep")
+
+
+def test_every_position_is_a_target_and_what_it_predicts_is_the_next_token():
+    workload = workloads.make("small", "tiny")
+    rows = workloads.RandomRows(2, 8, 3, workload.llm.vocab_size)
+    batch, plain = workloads.EveryPosition(rows).batch(5), rows.batch(5)
+    assert batch["targets"].shape == (2, 8) and (batch["target_weights"] == 1).all()
+    np.testing.assert_array_equal(batch["targets"][:, :-1], plain["tokens"][:, 1:])
+    np.testing.assert_array_equal(batch["targets"][:, 4:7], plain["targets"])
+    for name in ("tokens", "positions", "segment_ids"):
+        np.testing.assert_array_equal(batch[name], plain[name])
