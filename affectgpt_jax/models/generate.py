@@ -5,10 +5,10 @@
     state = refill(model, state, fresh, decoding, rows)              # which go into some rows
     state = decode(model, base, trainable, state, decoding, steps)   # up to `steps` tokens more
 
-are of static shapes, the last three compiled; the device runs through `steps` tokens without the
-host. `stream` drives them for one batch. `generate_all` does for a data set, in which a row whose
-answer has ended takes the next prompt while the others go on (continuous batching, Yu et al. 2022,
-"Orca"): no row waits for the longest answer.
+are of static shapes and, but for `vacant`, compiled; the device runs through `steps` tokens without
+the host. `stream` drives them for one batch. `generate_all` does for a data set, in which a row
+whose answer has ended takes the next prompt while the others go on (continuous batching, Yu et al.
+2022, "Orca"): no row waits for the longest answer.
 
 A row's answer depends on its own prompt, seed and identity only, not on the batch that it stands
 in, nor on the order or the padding of that batch. (Up to rounding: programs of other shapes may add
@@ -334,7 +334,8 @@ def decode(
         step, state = carry
         last = jnp.maximum(state.generated.counts - 1, 0)
         token = jnp.take_along_axis(state.generated.tokens, last[:, None], axis=1)
-        position = state.lengths + last
+        # A row that is done reads one slot, and overwrites what is of no use any more.
+        position = jnp.where(state.done, 0, state.lengths + last)
         states, cache = model.qwen2.apply(
             {"params": base, "lora": trainable["lora"]},
             model.qwen2.apply({"params": base}, token, method="embed"),
