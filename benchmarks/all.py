@@ -86,9 +86,10 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
         train("anchor_slices", "--workload", "anchor", "--set", slices, bound_s=240)
         add("low_precision", ["benchmarks.low_precision", "--shape", "7b"], 560)
         add("extraction", ["benchmarks.extraction", "--device", "cuda"], 560)
-    # Neither needs a GPU or a model's weights, so that both are measured in full everywhere.
+    # None of them needs a GPU or a large model's weights: they are measured in full everywhere.
     size = ["--scale", "tiny"] if scale == "tiny" else []
     add("input", ["benchmarks.input_pipeline", *size, "--records", str(records)], 560)
+    add("loop_overhead", ["benchmarks.loop_overhead"], 300)
     add("compile_time", ["benchmarks.compile_time", *size], 300)
     return found
 

@@ -17,6 +17,7 @@ from benchmarks import (
     compile_time,
     generation,
     input_pipeline,
+    loop_overhead,
     profile_table,
     savings,
     train_step,
@@ -82,6 +83,11 @@ def input_rate(report: Report) -> Measured:
     rates = {name: found["samples_per_s"] for name, found in report["layouts"].items()}
     words = ", ".join(f"{rate:,.0f} {name}" for name, rate in rates.items())
     return Measured(f"{words} samples/s", min(rates.values()) >= input_pipeline.AIM)
+
+
+def host_time(report: Report) -> Measured:
+    milliseconds = report["milliseconds"]["host"]["median"]
+    return Measured(f"{milliseconds:.1f} ms", milliseconds < loop_overhead.AIM_MS)
 
 
 def data_wait(report: Report) -> Measured:
@@ -216,6 +222,13 @@ AIMS = (
         compiled,
         why="not measured on an idle machine",
     ),
+    Aim(
+        "the training loop's host time, beyond dispatch",
+        "under 2 ms a step",
+        "loop_overhead_small",
+        host_time,
+        why="not measured on an idle machine",
+    ),
 )
 
 
@@ -245,6 +258,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[list[Report]], str]], ...] = (
     ("Single savings", "savings_*.json", lambda found: "\n\n".join(map(savings.table, found))),
     ("Generation", "generation_*.json", generation.table),
     ("Input", "input_*.json", lambda found: "\n\n".join(map(input_pipeline.table, found))),
+    ("The loop", "loop_overhead_*.json", lambda f: "\n\n".join(map(loop_overhead.table, f))),
     ("Compilation", "compile_time_*.json", lambda f: "\n\n".join(map(compile_time.table, f))),
     (
         "Where a step's time goes",
