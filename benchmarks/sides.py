@@ -135,11 +135,11 @@ class Ours:
     """
 
     def __init__(self, workload: Mapping[str, Any], records: str, without: str = ""):
+        if without not in WITHOUT:
+            raise ValueError(f"without is {without!r}; expected one of {WITHOUT}")
         self.workload = workloads.make(**workload)
         config, llm = self.workload.config, self.workload.llm
         self.feed = workloads.feed(self.workload, Path(records))
-        if without not in WITHOUT:
-            raise ValueError(f"without is {without!r}; expected one of {WITHOUT}")
         if without == "gather":
             self.feed = workloads.EveryPosition(self.feed)
         self._overlap = without != "overlap"

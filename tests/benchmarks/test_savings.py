@@ -57,8 +57,13 @@ def test_every_side_without_a_saving_is_one_that_can_be_made(name):
     assert (config.pack_length == 0) == (name == "packing")
     assert saving.without in sides.WITHOUT
     assert saving.without or saving.settings or saving.layout != "packed", "nothing is left out"
+
+
+def test_a_side_without_something_unknown_is_refused_before_anything_is_written(tmp_path):
+    told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
     with pytest.raises(ValueError, match="without is 'sleep'; expected one of"):
-        sides.Ours(told, "nowhere", without="sleep")
+        sides.Ours(told, str(tmp_path / "records"), without="sleep")
+    assert not (tmp_path / "records").exists()
 
 
 def test_every_position_is_a_target_and_what_it_predicts_is_the_next_token():
