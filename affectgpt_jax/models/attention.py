@@ -392,7 +392,7 @@ def cached(
     layer: jax.Array | int,
     key_mask: jax.Array,
 ) -> jax.Array:
-    """Attention of new tokens to all valid slots of a layer's cache.
+    """Attention of new tokens to all valid slots of a layer's cache; it has no gradient on a CPU.
 
     Args:
         query: `[B, 1, H, d]`.
