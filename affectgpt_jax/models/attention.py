@@ -31,8 +31,9 @@ CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Arr
 # large enough for efficient products. Long rows take larger blocks, since each is compiled.
 _BLOCK = 128
 _MAX_BLOCKS = 8
-# Slots of the cache that a CPU reads at a time.
+# Slots of the cache that a CPU reads at a time, and of how many rows where they differ in length.
 _CACHE_BLOCK = 128
+_CACHE_ROWS = 8
 
 DEFAULT_SEGMENTS = 64
 
@@ -391,6 +392,7 @@ def cached(
     value_cache: jax.Array,
     layer: jax.Array | int,
     key_mask: jax.Array,
+    row_shares: int = 1,
 ) -> jax.Array:
     """Attention of new tokens to all valid slots of a layer's cache; it has no gradient on a CPU.
 
@@ -401,6 +403,7 @@ def cached(
         layer: int32, which of the L.
         key_mask: `[B, W]` bool, True for slots that hold a token of this row, the new one included.
             Slots from W on are not read.
+        row_shares: devices that share the rows.
 
     Returns:
         `[B, 1, H, d]`.
@@ -408,13 +411,15 @@ def cached(
     batch, _, heads, width = query.shape
     kv_heads = key_cache.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
+    # Rows that lie on several devices cannot be chosen by their length without being moved.
+    rows = _CACHE_ROWS if row_shares == 1 else batch
     attended = jax.lax.platform_dependent(
         grouped,
         key_cache,
         value_cache,
         layer,
         key_mask,
-        cpu=_cached_in_blocks,
+        cpu=functools.partial(_cached_in_blocks, rows),
         default=_cached_at_once,
     )
     return attended.reshape(query.shape)
@@ -431,23 +436,53 @@ def _cached_at_once(
 
 
 def _cached_in_blocks(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, key_mask: jax.Array
+    rows: int,
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: jax.Array,
+    key_mask: jax.Array,
 ) -> jax.Array:
-    """The same in a loop over blocks of slots, up to the last one that any row may read.
+    """The same, of so many rows at a time, the shortest first, in blocks of slots up to the last
+    one that any of these rows may read.
 
     A CPU copies what a product reads out of the stack of all layers. A block's copy is still in a
     core's cache when it is read. On a GPU the host would have to learn the number of blocks first.
     """
+    batch, slots = key_mask.shape
+    used = jnp.max(jnp.where(key_mask, jnp.arange(1, slots + 1), 0), axis=1)
+    if batch <= rows:
+        return _attend_blocks(query, keys, values, layer, key_mask, used.max(), None)
+    # The longest row comes again where the last rows are fewer.
+    order = jnp.pad(jnp.argsort(used), (0, -batch % rows), mode="edge")
+
+    def attend(i: jax.Array, attended: jax.Array) -> jax.Array:
+        chosen = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
+        of = query[chosen], keys, values, layer, key_mask[chosen], used[chosen].max()
+        return attended.at[chosen].set(_attend_blocks(*of, chosen))
+
+    return jax.lax.fori_loop(0, len(order) // rows, attend, jnp.zeros(query.shape, values.dtype))
+
+
+def _attend_blocks(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: jax.Array,
+    key_mask: jax.Array,
+    used: jax.Array,
+    rows: jax.Array | None,
+) -> jax.Array:
+    """What queries `[R, K, H/K, d]` of some rows find in the first `used` slots of these rows."""
     slots = key_mask.shape[1]
     size = min(_CACHE_BLOCK, slots)
-    used = jnp.max(jnp.where(key_mask, jnp.arange(1, slots + 1), 0))
 
     def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest, total, mixed = carry
         start = jnp.minimum(i * size, slots - size)  # the last block may overlap the one before
         mask = jax.lax.dynamic_slice_in_dim(key_mask, start, size, axis=1)
         mask &= start + jnp.arange(size) >= i * size
-        key, value = (_slots(x, layer, start, size) for x in (keys, values))
+        key, value = (_slots(x, layer, start, size, rows) for x in (keys, values))
         scores = _cached_scores(query, key, mask)
         larger = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
         shrink, weights = jnp.exp(largest - larger), jnp.exp(scores - larger)
@@ -462,11 +497,23 @@ def _cached_in_blocks(
     return (mixed / total).astype(values.dtype)
 
 
-def _slots(cache: jax.Array, layer: jax.Array, start: jax.Array | int, size: int) -> jax.Array:
-    """Some slots `[B, K, size, d]` of a layer, out of `[L, B, K, S, d]`."""
+def _slots(
+    cache: jax.Array,
+    layer: jax.Array,
+    start: jax.Array | int,
+    size: int,
+    rows: jax.Array | None = None,
+) -> jax.Array:
+    """Some slots `[R, K, size, d]` of a layer, out of `[L, B, K, S, d]`; `rows` `[R]` None: all."""
     _, batch, kv_heads, _, width = cache.shape
-    at, shape = (layer, 0, 0, start, 0), (1, batch, kv_heads, size, width)
-    return jax.lax.dynamic_slice(cache, at, shape)[0]
+
+    def read(row: jax.Array | int, count: int) -> jax.Array:
+        at, shape = (layer, row, 0, start, 0), (1, count, kv_heads, size, width)
+        return jax.lax.dynamic_slice(cache, at, shape)[0]
+
+    if rows is None:
+        return read(0, batch)
+    return jnp.concatenate([read(row, 1) for row in rows])
 
 
 def _cached_scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:

@@ -311,7 +311,8 @@ class DecoderLayer(nn.Module):
                 cache.value.at[at].set(value[:, 0], mode="drop", unique_indices=True),
             )
             kept = None
-            attended = attention.cached(query, *cache, layer, step.key_mask)
+            of = query, *cache, layer, step.key_mask
+            attended = attention.cached(*of, row_shares=run.shard.row_shares)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
         hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
 

@@ -130,24 +130,27 @@ def test_padded_rows_equal_float64_forward_and_backward(name, shape):
         assert_equal_reference(attend, dtype, shape, segment_ids)
 
 
-# Slots that are there, slots that may be read: none behind them, some, less and more than a block.
-CACHES = [(1, 1), (37, 20), (128, 128), (400, 300)]
+# Rows; slots that are there; slots that may be read. None behind them, some, less and more than a
+# block; as many rows as are read together, more, and a last part of fewer.
+CACHES = [(4, 1, 1), (4, 37, 20), (8, 128, 128), (16, 400, 300), (11, 400, 400)]
 
 
-@pytest.mark.parametrize("how", [attention._cached_at_once, attention._cached_in_blocks])
-@pytest.mark.parametrize(("slots", "window"), CACHES)
-def test_cached_attention_equals_float64(how, slots, window, monkeypatch):
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: how(*args))
-    layers, layer, batch, heads, kv_heads, width = 3, 1, 4, 4, 2, 16
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+@pytest.mark.parametrize("row_shares", [1, 2])
+@pytest.mark.parametrize(("batch", "slots", "window"), CACHES)
+def test_cached_attention_equals_float64(platform, row_shares, batch, slots, window, monkeypatch):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **how: how[platform](*args))
+    layers, layer, heads, kv_heads, width = 3, 1, 4, 2, 16
     rng = np.random.default_rng(slots)
     query = rng.standard_normal((batch, 1, heads, width))
     keys, values = rng.standard_normal((2, layers, batch, kv_heads, slots, width))
     for x in (keys, values):  # nothing of another layer, or from beyond the window, is read
         x[[0, 2]], x[:, :, :, window:] = np.nan, np.nan
-    cached = jax.jit(attention.cached)
+    cached = jax.jit(functools.partial(attention.cached, row_shares=row_shares))
+    of_row = st.sets(st.integers(0, window - 1), min_size=1)
 
     @settings(max_examples=8)
-    @given(st.lists(st.sets(st.integers(0, window - 1), min_size=1), min_size=4, max_size=4))
+    @given(st.lists(of_row, min_size=batch, max_size=batch))
     def check(readable):
         mask = np.zeros((batch, window), bool)
         for row, at in zip(mask, readable):
@@ -162,6 +165,19 @@ def test_cached_attention_equals_float64(how, slots, window, monkeypatch):
         np.testing.assert_allclose(found[:, 0], expected, atol=1e-5)
 
     check()
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices read all slots at once")
+def test_a_cpu_reads_no_further_for_short_rows_than_they_reach():
+    size, rows = attention._CACHE_BLOCK, attention._CACHE_ROWS
+    lengths = np.tile([size, 3 * size], rows)  # short and long in turns
+    mask = jnp.asarray(np.arange(3 * size) < lengths[:, None])
+    # One that is read makes the whole row NaN, though its weight be 0.
+    cache = np.where(mask[:, None, :, None], np.float32(1), np.nan)[None]
+    query = jnp.ones((2 * rows, 1, 1, 8))
+    cache = jnp.broadcast_to(cache, (*cache.shape[:-1], 8))
+    found = attention.cached(query, cache, cache, 0, mask)
+    np.testing.assert_allclose(found, 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["xla", "xla_packed", "cudnn_packed"])
