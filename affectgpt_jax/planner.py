@@ -180,7 +180,7 @@ class Planner:
         layer = rows * saved["none"] // self.llm.num_hidden_layers
         if backend == "xla":
             layer += memory.score_bytes(self.llm, rows, length)
-        work = max(layer, memory.logit_bytes(self.llm, rows, targets))
+        work = max(layer, memory.logit_bytes(self.model, rows, targets))
         return memory.of_update(state, base, rows * saved[remat], work)
 
     def fits(self, needed: Memory) -> bool:

@@ -55,6 +55,11 @@ SAVINGS = {
         "logits at every position",
         without="gather",
     ),
+    "chunks": Saving(
+        "logits of 512 positions at a time, none of filler alone",
+        "of all at once",
+        without="chunks",
+    ),
     "attention": Saving(
         "attention skips what no sample sees", "plain XLA", settings={"attention": "xla"}
     ),

@@ -120,9 +120,9 @@ def ceilings(dtype: str) -> dict[str, float]:
     }
 
 
-# What has no setting: supervised positions are chosen before the vocabulary; what the next step
-# needs is read and moved while one runs.
-WITHOUT = ("", "gather", "overlap")
+# What has no setting: supervised positions are chosen before the vocabulary, and their logits made
+# in chunks; what the next step needs is read and moved while one runs.
+WITHOUT = ("", "gather", "chunks", "overlap")
 
 
 class Ours:
@@ -148,6 +148,9 @@ class Ours:
         self.notes = [f"attention {choice.name}: {choice.reason}"]
         attend = choice.for_rows_of(self.feed.buckets[0].clips)
         model = build.model(config, llm, sharding.ActivationConstraint(self.mesh), attend)
+        if without == "chunks":
+            positions = max(b.targets for b in self.feed.buckets) * self.workload.config.batch_size
+            model = with_execution(model, loss_chunk=positions)
         optimizer_config = build.optimizer_config(config)
         optimizer = make_optimizer(optimizer_config, config.steps)
         schedule = learning_rate_schedule(optimizer_config, config.steps)

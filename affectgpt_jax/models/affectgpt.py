@@ -31,6 +31,7 @@ import jax.numpy as jnp
 
 from affectgpt_jax.models.fusers import Fusion
 from affectgpt_jax.models.qwen2 import (
+    LOSS_CHUNK,
     KVCache,
     Qwen2,
     init_base,
@@ -39,10 +40,6 @@ from affectgpt_jax.models.qwen2 import (
 )
 
 Batch = Mapping[str, Any]
-
-# Positions whose logits are alive at once: 512 x 152,064 float32 logits take 0.3 GiB, and the
-# product with the vocabulary is still large enough to run at full speed.
-LOSS_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +143,15 @@ def loss_sum_and_count(
     prompts are most of a batch, and their logits are never needed.
     """
     states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
-    shard = model.qwen2.execution.shard
+    execution = model.qwen2.execution
+    shard = execution.shard
     positions, targets, weights = supervised(batch, shard.row_shares)
     states = states.reshape(len(positions), -1, states.shape[-1])
     states = jnp.take_along_axis(states, positions[..., None], axis=1)
     # Brought together once, before the loop over chunks: left to itself, the partitioner does so in
     # every chunk, and moves the gradient of the logits of all rows as well.
     vocabulary = shard(unembedding(base), (None, "vocabulary"))
-    loss = cross_entropy_sum(states, vocabulary, targets, weights)
+    loss = cross_entropy_sum(states, vocabulary, targets, weights, execution.loss_chunk)
     return loss, weights.sum()
 
 

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from affectgpt_jax.models.affectgpt import (
-    LOSS_CHUNK,
     AffectGPT,
     Batch,
     loss_sum_and_count,
@@ -139,7 +138,7 @@ def estimates(
     found = saved_activations(model, abstract_state["trainable"], abstract_base, batch)
     for policy, saved in found:
         layer = layer or saved // config.num_hidden_layers  # without rematerialisation
-        work = max(layer + scores, logit_bytes(config, rows, targets))
+        work = max(layer + scores, logit_bytes(model, rows, targets))
         yield policy, of_update(abstract_state, abstract_base, saved, work)
 
 
@@ -169,9 +168,10 @@ def saved_activations(
         yield policy, saved_bytes(loss, trainable, base, batch, key)
 
 
-def logit_bytes(config: Qwen2Config, rows: int, targets: int) -> int:
+def logit_bytes(model: AffectGPT, rows: int, targets: int) -> int:
     """A chunk of float32 logits and its gradient."""
-    return 2 * min(rows * targets, max(rows, LOSS_CHUNK)) * config.vocab_size * 4
+    chunk = max(rows, model.qwen2.execution.loss_chunk)
+    return 2 * min(rows * targets, chunk) * model.qwen2.config.vocab_size * 4
 
 
 def score_bytes(config: Qwen2Config, rows: int, length: int) -> int:

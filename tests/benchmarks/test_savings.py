@@ -49,6 +49,13 @@ def test_a_saving_is_measured_with_it_and_without(tmp_path, monkeypatch, capsys)
     assert len(printed.splitlines()) == 3
 
 
+def test_a_side_without_chunks_makes_all_logits_at_once(tmp_path):
+    told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
+    side = sides.Ours(told, str(tmp_path), without="chunks")
+    rows, targets = side.workload.config.batch_size, side.feed.buckets[0].targets
+    assert side.model.qwen2.execution.loss_chunk == rows * targets
+
+
 @pytest.mark.parametrize("name", savings.SAVINGS)
 def test_every_side_without_a_saving_is_one_that_can_be_made(name):
     saving = savings.SAVINGS[name]

@@ -29,6 +29,7 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     loss_sum_and_count,
     supervised,
+    with_execution,
 )
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.qformer import QFormerConfig
@@ -310,6 +311,19 @@ def test_chunked_cross_entropy_never_holds_all_logits():
     compiled = jax.jit(gradient).lower(states).compile()
     # Logits, their softmax and its gradient: a few blocks of a sixteenth of all logits.
     assert compiled.memory_analysis().temp_size_in_bytes < 0.5 * rows * columns * vocabulary * 4
+
+
+def test_a_models_loss_holds_the_logits_of_as_many_positions_as_its_execution_says():
+    rows, targets = np.shape(BATCH["targets"])
+    found = {}
+    for chunk in (rows, rows * targets):
+        model = with_execution(MODEL, loss_chunk=chunk)
+        run = functools.partial(loss_sum_and_count, model)
+        traced = str(jax.make_jaxpr(run)(BASE, TRAINABLE, BATCH))
+        logits = f"f32[1,{rows * targets},{MODEL.qwen2.config.vocab_size}]"
+        assert (logits in traced) == (chunk == rows * targets)
+        found[chunk], _ = run(BASE, TRAINABLE, BATCH)
+    np.testing.assert_allclose(*found.values(), rtol=1e-6)  # sums in another order
 
 
 def test_chunked_cross_entropy_leaves_rows_on_their_devices():
