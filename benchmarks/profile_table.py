@@ -295,14 +295,15 @@ def report(directory: Path) -> dict[str, Any]:
     samples = [sample for step in block["samples"] for sample in step]
     flops = flops_of(workloads.make(**about["settings"]["sides"]["jax"]), samples)
     flops = Flops(*(count / steps for count in flops))
+    made = f"{about['environment']['command']} && python -m benchmarks.profile_table DIR"
     rate = block["ceilings"]["flop_per_s"]
     floors = {part: getattr(flops, kind) / rate for part, kind in FLOPS_OF.items()}
     return {
+        "environment": about["environment"] | {"command": made},
         "workload": about["settings"]["workload"],
         "batch": about["settings"]["batch"],
         "scale": about["settings"]["scale"],
         "packed": about["settings"]["packed"],
-        "device": about["device"],
         "steps": steps,
         "ceilings": block["ceilings"],
         "seconds": times,
@@ -314,9 +315,10 @@ def table(found: dict[str, Any]) -> str:
     """A Markdown table of a profile."""
     total = sum(found["seconds"].values())
     batch = f" {found['batch']}" if found["batch"] else ""
+    device = found["environment"]["device"]
     lines = [
         f"{found['workload']}{batch}{', packed' if found['packed'] else ''}, {found['scale']}, "
-        f"{found['device']}: {1e3 * total:,.1f} ms a step, over {found['steps']} steps; the "
+        f"{device}: {1e3 * total:,.1f} ms a step, over {found['steps']} steps; the "
         f"largest product runs at {found['ceilings']['flop_per_s'] / 1e12:.3g} TFLOP/s, a copy at "
         f"{found['ceilings']['bytes_per_s'] / 1e9:,.0f} GB/s",
         "",

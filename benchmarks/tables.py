@@ -280,24 +280,18 @@ def all_tables(folder: Path) -> str:
 
 
 def made_by(files: Sequence[Path], reports: Sequence[Report]) -> str:
-    """Command, device and versions of every report that has them."""
+    """Command, device and versions of every report."""
     lines = []
     for path, report in zip(files, reports, strict=True):
-        if about := report.get("environment"):
-            versions = ", ".join(
-                f"{name} {about['versions'][name]}"
-                for name in ("jax", "torch", "transformers")
-                if name in about["versions"]
-            )
-            where = f"{about['device']}, {about['cpu_cores']} cores of {about['cpu']}"
-            made = (
-                f"- `{about['command']}` ({where}; {versions}; [{path.name}](results/{path.name}))"
-            )
-            lines.append(made)
-        else:
-            lines.append(
-                f"- `python -m benchmarks.profile_table` ([{path.name}](results/{path.name}))"
-            )
+        about = report["environment"]
+        versions = ", ".join(
+            f"{name} {about['versions'][name]}"
+            for name in ("jax", "torch", "transformers")
+            if name in about["versions"]
+        )
+        where = f"{about['device']}, {about['cpu_cores']} cores of {about['cpu']}"
+        file = f"[{path.name}](results/{path.name})"
+        lines.append(f"- `{about['command']}` ({where}; {versions}; {file})")
     return "\n".join(lines)
 
 

@@ -322,8 +322,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         },
     }
     if args.profile:
-        about = {"settings": report["settings"], "device": last["device"]}
-        about["cores"] = len(os.sched_getaffinity(0))
+        made = report["environment"] | {"command": f"{command} --profile DIR"}
+        about = {"environment": made, "settings": report["settings"]}
         (args.profile / "about.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
     return report
 

@@ -155,6 +155,10 @@ def test_a_profile_accounts_for_every_part_of_a_step(measured, tmp_path, capsys)
     profile_table.main([str(measured.trace), "--out", str(out)])
     found = json.loads(out.read_text())
     assert found["steps"] == 1
+    made = found["environment"]["command"]
+    assert made.startswith("python -m benchmarks.train_step --workload affectgpt")
+    assert made.endswith("--profile DIR && python -m benchmarks.profile_table DIR")
+    assert str(measured.trace) not in made
     parts = found["seconds"]
     assert {
         "frozen products",
