@@ -50,9 +50,9 @@ from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.report import DEMO, name_and_task
-from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
+from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, load_run
 from affectgpt_jax.score import TITLES, percent
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
+from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
 from affectgpt_jax.training.checkpoints import silence_threads
 
 # Trouble that a user can mend: shown as one sentence, without a traceback.
@@ -173,15 +173,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
+    add_merge_lora(parser)
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
     add("--out", metavar="DIR", help="default: RUN/evaluate")
-    arguments = parser.parse_args(
-        [
-            re.sub(r"^--[\w-]+(?![\w.-])", lambda flag: flag[0].replace("_", "-"), arg)
-            for arg in argv
-        ]
-    )
+    arguments = parser.parse_args(flags_with_hyphens(argv))
     _check_arguments(parser, arguments)
     return arguments
 
@@ -214,7 +210,12 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
 
 def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Report, Path]:
     """Do what the command line asks for; returns the report and the folder that it is in."""
-    run = load_run(Path(arguments.workdir).expanduser(), llm=arguments.llm, mesh=arguments.mesh)
+    run = load_run(
+        Path(arguments.workdir).expanduser(),
+        llm=arguments.llm,
+        mesh=arguments.mesh,
+        merge_lora=arguments.merge_lora,
+    )
     out = Path(arguments.out).expanduser() if arguments.out else run.workdir / "evaluate"
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)

@@ -3,7 +3,7 @@
     python -m affectgpt_jax.predict --workdir runs/demo --name demo-test-00000
     python -m affectgpt_jax.predict --workdir runs/demo --first 3 --question ovlabel
     python -m affectgpt_jax.predict --workdir runs/paper --records /records/mine \\
-        --question "Does the voice fit the face?" --temperature 1 --top_p 0.9
+        --question "Does the voice fit the face?" --temperature 1 --top-p 0.9
     python -m affectgpt_jax.predict --workdir runs/paper --records /records/mine \\
         --question ovlabel --out answers.jsonl
 
@@ -14,7 +14,7 @@ and run again, goes on where it stopped. A line is
     {"name", "question", "text", "labels", "tokens", "cut", "logprob"}
 
 where labels is a list for questions that ask for labels and otherwise null, tokens counts the end
-mark, cut says that the answer reached --max_new_tokens, and logprob is the natural logarithm of the
+mark, cut says that the answer reached --max-new-tokens, and logprob is the natural logarithm of the
 probability that the model itself gives to the answer. A file with one question can be scored:
 python -m affectgpt_jax.score --task fine --predictions answers.jsonl --truth ...
 
@@ -42,8 +42,8 @@ from affectgpt_jax.data.records import RecordError, Records, RecordSubset
 from affectgpt_jax.inference import SCORED, Answer, Generator
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.run import LOAD_ERRORS, Run, load_run
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
+from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, load_run
+from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -58,7 +58,7 @@ DEFAULT_QUESTIONS = ("description", "ovlabel")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line.
+    """Read the command line; in names of flags, `_` is as good as `-`.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
@@ -74,6 +74,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--step", type=int, metavar="N", help="of the checkpoint; default: the best on validation")
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
+    add_merge_lora(parser)
     add("--records", metavar="DIR", help="clips, as config.data.test; default: that of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -91,15 +92,15 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     where.add_argument("--json", action="store_true", help="a line of JSON per answer")
     where.add_argument("--out", type=Path, metavar="FILE", help="the same into a file; resumes")
     add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
-    add("--top_p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
-    add("--repetition_penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
     add("--seed", type=int, default=0, help="of sampling; default: 0")
-    add("--max_new_tokens", type=int, metavar="N", help="default: the run's")
-    add("--batch_size", type=int, metavar="N", help="clips at a time; default: the run's")
-    arguments = parser.parse_args(argv)
+    add("--max-new-tokens", type=int, metavar="N", help="default: the run's")
+    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    arguments = parser.parse_args(flags_with_hyphens(argv))
     for name in ("step", "first", "max_new_tokens", "batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
-            parser.error(f"--{name} is {value}; expected 1 or more")
+            parser.error(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
     for name in ("name", "question"):
         values = getattr(arguments, name) or ()
         for value in values:
@@ -127,7 +128,13 @@ def predict(arguments: argparse.Namespace) -> None:
     check_questions(arguments.question or ())
     if arguments.out and not arguments.out.parent.is_dir():
         raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
-    run = load_run(arguments.workdir, arguments.step, llm=arguments.llm, mesh=arguments.mesh)
+    run = load_run(
+        arguments.workdir,
+        arguments.step,
+        llm=arguments.llm,
+        mesh=arguments.mesh,
+        merge_lora=arguments.merge_lora,
+    )
     best = ", the best on validation" if run.step == run.best_step else ""
     say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.view.mode.name}")
     questions = choose_questions(run, arguments.question)
@@ -301,7 +308,7 @@ def remarks(run: Run, question: str, answer: Answer) -> str:
     if labels is not None:
         lines.append(f"  labels: {', '.join(labels) or 'none'}\n")
     if answer.cut:
-        lines.append(f"  cut at {answer.tokens} tokens; --max_new_tokens allows more\n")
+        lines.append(f"  cut at {answer.tokens} tokens; --max-new-tokens allows more\n")
     return "".join(lines)
 
 

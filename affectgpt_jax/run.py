@@ -5,6 +5,7 @@ Shared by the commands that use a run, so that each sees the model as it was tra
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build
-from affectgpt_jax.config import ConfigError, validate
+from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import View
 from affectgpt_jax.data.prompts import PromptError, parse_label
@@ -125,7 +126,25 @@ def _like(schema: Any, value: Any) -> Any:
     return tuple(value) if isinstance(schema, tuple) and isinstance(value, list) else value
 
 
-def load_run(workdir: Path, step: int | None = None, *, llm: str = "", mesh: str = "") -> Run:
+def add_merge_lora(parser: argparse.ArgumentParser) -> None:
+    """The flag `load_run` is given as `merge_lora`, of every command that writes answers."""
+    parser.add_argument(
+        "--config.generate.merge_lora",
+        dest="merge_lora",
+        default="",
+        choices=CHOICES["generate.merge_lora"],
+        help="add LoRA to a copy of the weights first; default: as the run does",
+    )
+
+
+def load_run(
+    workdir: Path,
+    step: int | None = None,
+    *,
+    llm: str = "",
+    mesh: str = "",
+    merge_lora: str = "",
+) -> Run:
     """Load the model of a run, which may still be training; nothing is written.
 
     Args:
@@ -133,6 +152,7 @@ def load_run(workdir: Path, step: int | None = None, *, llm: str = "", mesh: str
         step: of the checkpoint; the best on validation if None.
         llm: directory of the base, if not where `config.llm` says: checkpoints know it by its hash.
         mesh: devices, if not those that `config.mesh` names.
+        merge_lora: instead of `config.generate.merge_lora`.
 
     Raises:
         RunError: a workdir without a run.
@@ -143,6 +163,8 @@ def load_run(workdir: Path, step: int | None = None, *, llm: str = "", mesh: str
     """
     config = load_config(workdir)
     config.llm, config.mesh = llm or config.llm, mesh or config.mesh
+    config.generate.merge_lora = merge_lora or config.generate.merge_lora
+    validate(config)
     saved = SavedRun(workdir)
     step = saved.best if step is None else step
     saved.shapes(step)  # a step that is not there shows before the base is read

@@ -29,7 +29,7 @@ FLAGS = (
     "--config.num_buckets=1",
 )
 # A model of two steps says the same about every clip, unless it is made to wander.
-WANDER = ("--temperature=1.5", "--top_p=0.95", "--repetition_penalty=1.1", "--seed=3")
+WANDER = ("--temperature=1.5", "--top-p=0.95", "--repetition_penalty=1.1", "--seed=3")
 CLIPS = 10
 
 
@@ -140,7 +140,7 @@ def test_an_answer_streamed_alone_is_the_one_in_a_batch(ask, sampling):
 
 def test_samples_do_not_depend_on_the_size_of_a_batch_nor_on_the_order(ask):
     whole = by_name(parsed(ask("--json", *WANDER)[0]))
-    for flags in (["--batch_size=1"], ["--first=4", "--batch_size=3"], names(9, 0, 3)):
+    for flags in (["--batch-size=1"], ["--first=4", "--batch_size=3"], names(9, 0, 3)):
         for key, line in by_name(parsed(ask("--json", *WANDER, *flags)[0])).items():
             # Log-probabilities in float32, from programs of other shapes.
             assert line | {"logprob": 0} == whole[key] | {"logprob": 0}
@@ -163,6 +163,8 @@ def test_answers_from_merged_weights_are_those_with_adapters_beside_them(ask, wo
     flags = ("--json", "--question=ovlabel", *WANDER)
     apart = changed(**{"generate.merge_lora": "false"})
     merged, beside = (by_name(parsed(ask(*flags, workdir=w)[0])) for w in (workdir, apart))
+    told = ask(*flags, "--config.generate.merge_lora=false")[0]
+    assert by_name(parsed(told)) == beside
     for key, line in merged.items():
         assert line["text"] == beside[key]["text"]
         # Sums of float32 in another order.
@@ -355,6 +357,8 @@ def test_what_a_user_gets_wrong_is_one_sentence(ask, workdir, flags, said):
         (["--top_p=0.9"], "top_p is 0.9, but temperature 0"),
         (["--seed=-1"], "--seed is -1"),
         (["--first=0"], "--first is 0"),
+        (["--batch_size=0"], "--batch-size is 0; expected 1 or more"),
+        (["--config.generate.merge_lora=no"], "invalid choice: 'no' (choose from"),
         (["--question="], "--question is empty"),
         (["--name=a", "--name=a"], "--name 'a' is given twice"),
         (["--json", "--out=x"], "not allowed with"),
@@ -365,6 +369,13 @@ def test_flags_that_cannot_be_meant_are_refused_before_anything_starts(ask, caps
         ask(*flags, workdir="/nowhere")
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_adapters_that_cannot_be_merged_are_refused_where_one_insists(ask, changed):
+    message = refusal(
+        ask, "--config.generate.merge_lora=true", workdir=changed(base_precision="int8")
+    )
+    assert "config.generate.merge_lora='true' cannot add LoRA to quantized weights" in message
 
 
 def test_a_workdir_that_holds_no_usable_run_is_refused(ask, workdir, changed, tmp_path):
