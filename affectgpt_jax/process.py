@@ -56,6 +56,14 @@ def keep_freed_memory() -> bool:
     return all([libc.mallopt(name, value) for name, value in settings])
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of XLA's says that a device has no memory left.
+
+    It has no type of its own: a `jax.errors.JaxRuntimeError` whose text names the status.
+    """
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def _may_have_accelerator() -> bool:
     """Whether JAX could find one, told without starting it."""
     if platforms := jax.config.jax_platforms:

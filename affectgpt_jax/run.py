@@ -53,7 +53,8 @@ class Run:
 
     Attributes:
         workdir: the run's directory.
-        config: what it was trained with.
+        config: what it was trained with; but prompts stand one a row, and are attended by what
+            this device has.
         model, base, trainable: modules, frozen weights, adapters and fusion.
         identity: of the base.
         view: how clips become inputs, in the mode `config.input`.
@@ -81,6 +82,14 @@ class Run:
         entries = self.config.data.mix.values()
         labels = [entry.label or self.config.label for entry in entries] or [self.config.label]
         return tuple(dict.fromkeys(kind for label in labels for kind in parse_label(label)))
+
+    def fingerprint(self, step: int) -> str:
+        """What tells its checkpoint of a step from that of any other training, in hex.
+
+        Raises:
+            CheckpointError: there is none of that step, or it is damaged.
+        """
+        return SavedRun(self.workdir).fingerprint(step)
 
     def at_step(self, step: int) -> Run:
         """The same run at another checkpoint, on the base that is loaded.
@@ -164,6 +173,10 @@ def load_run(
     config = load_config(workdir)
     config.llm, config.mesh = llm or config.llm, mesh or config.mesh
     config.generate.merge_lora = merge_lora or config.generate.merge_lora
+    # Prompts stand in rows of one sample each, and this device may be another than was trained on.
+    config.pack_length = 0
+    if config.attention != "xla":
+        config.attention = "auto"
     validate(config)
     saved = SavedRun(workdir)
     step = saved.best if step is None else step
@@ -178,15 +191,15 @@ def load_run(
     shapes = sharding.abstract(device_mesh, lambda key: init_random_base(model, key))
     base = load_base(directory, shapes, sharding.tree_shardings(device_mesh, shapes))
     return Run(
-        workdir,
-        config,
-        model,
-        base,
-        trainable,
-        identity,
-        view,
-        device_mesh,
-        step,
-        saved.steps,
-        saved.best,
+        workdir=workdir,
+        config=config,
+        model=model,
+        base=base,
+        trainable=trainable,
+        identity=identity,
+        view=view,
+        mesh=device_mesh,
+        step=step,
+        steps=saved.steps,
+        best_step=saved.best,
     )

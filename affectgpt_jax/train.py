@@ -246,6 +246,10 @@ def train(
         watchdog.beat("a batch of an evaluation")
         stop.check()
 
+    # The chief's memory decides: all run the same program.
+    merged = fleet.from_chief(
+        lambda: inference.merges(config.generate.merge_lora, model, base),
+    )
     generators = {
         source.view.mode: inference.Generator(
             model,
@@ -255,7 +259,7 @@ def train(
             num_buckets=config.num_buckets,
             batch_size=config.generate.batch_size,
             max_new_tokens=config.generate.max_new_tokens,
-            merge_lora=config.generate.merge_lora,
+            merge_lora="true" if merged else "false",
             pulse=pulse,
         )
         for source in (*data.val, *([data.test] if data.test else []))
@@ -273,7 +277,7 @@ def train(
         wandb_project=config.wandb_project,
         config=config.to_dict(),
     )
-    reporter = StepReporter(config, workdir, writer, progress, checkpoints, shares=rows[1])
+    reporter = StepReporter(config, workdir, writer, progress, checkpoints)
 
     def validated(step: int) -> dict[str, float]:
         """Scores of the state, logged; empty if the run is told to stop meanwhile."""
@@ -304,7 +308,7 @@ def train(
             # A step moves nothing between host and device but what is moved by name: a NumPy array
             # or a metric that slips in would wait for the device. Validation and saving may wait.
             with clock.measure("step"), jax.transfer_guard("disallow"):
-                run, trained = steps_by_length[batch["tokens"].shape[1]], batch
+                run = steps_by_length[batch["tokens"].shape[1]]
                 began = time.perf_counter()
                 state, metrics = run(state, base, on_device)
                 dispatched = time.perf_counter()
@@ -314,7 +318,7 @@ def train(
                 on_device = batch and sharding.shard_batch(mesh, batch)
                 mix = pipeline.mix(step - 1) if len(data.train) > 1 else {}
                 times = StepTimes(dispatched - began, fetched - dispatched)
-                reporter.submit(step, metrics, trained, times, mix)
+                reporter.submit(step, metrics, pipeline.size(step - 1), times, mix)
                 watchdog.beat(f"step {step}")
             stopping = stop.reached()
             if stopping or step % config.save_every == 0 or step == config.steps:
@@ -386,7 +390,6 @@ class StepReporter:
         workdir: named in errors.
         writer, progress: where metrics go.
         checkpoints: asked for the last good one when a run fails.
-        shares: how many processes share the rows of a batch.
     """
 
     def __init__(
@@ -396,9 +399,7 @@ class StepReporter:
         writer: telemetry.MetricsWriter,
         progress: telemetry.Progress,
         checkpoints: Checkpoints,
-        shares: int = 1,
     ):
-        self._shares = shares
         self._config, self._workdir = config, workdir
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._throughput = telemetry.Throughput()
@@ -411,7 +412,7 @@ class StepReporter:
         self,
         step: int,
         metrics: dict[str, jax.Array],
-        batch: Any,
+        size: tuple[int, int],
         times: StepTimes,
         mix: Mapping[str, int],
     ) -> None:
@@ -420,17 +421,14 @@ class StepReporter:
         Args:
             step: its number, from 1.
             metrics: device scalars of the train step, read `STEPS_IN_FLIGHT - 1` steps later.
-            batch: this process's rows, as NumPy arrays.
+            size: clips and tokens of its batch, over all processes.
             times: what the loop has waited for since the step before was handed in.
             mix: clips from each set of a mixture.
 
         Raises:
             TrainingError: a step before had a loss or gradient that is not finite.
         """
-        segments = batch["segment_ids"]
-        samples = int(segments.max(axis=1).sum()) * self._shares
-        tokens = int((segments > 0).sum()) * self._shares
-        self._pending.append((step, metrics, samples, tokens, mix))
+        self._pending.append((step, metrics, size, mix))
         self._dispatch_s += times.dispatch_s
         self._wait_s += times.wait_s
         while len(self._pending) >= STEPS_IN_FLIGHT:
@@ -447,7 +445,7 @@ class StepReporter:
 
     def _report(self) -> None:
         """Wait for the oldest step and log it."""
-        step, metrics, samples, tokens, mix = self._pending.popleft()
+        step, metrics, (samples, tokens), mix = self._pending.popleft()
         asked = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         device_s = time.perf_counter() - asked
@@ -739,12 +737,17 @@ def _validation_of(
 
 
 def summarise_losses(workdir: Path) -> dict[str, float]:
-    """First and last training loss of the whole run, resumed or not."""
-    losses = [
-        record["train/loss"]
-        for record in telemetry.read_metrics(workdir / "metrics.jsonl")
-        if "train/loss" in record
-    ]
+    """First and last training loss of the whole run, resumed or not.
+
+    Raises:
+        TelemetryError: its log is gone or damaged.
+    """
+    path = workdir / "metrics.jsonl"
+    losses = [r["train/loss"] for r in telemetry.read_metrics(path) if "train/loss" in r]
+    if not losses:
+        raise telemetry.TelemetryError(
+            f"{path} holds no training loss of this finished run, whose log it is; put it back"
+        )
     return {"loss_first": losses[0], "loss_last": losses[-1]}
 
 
@@ -853,6 +856,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Orbax's threads still hold half of the checkpoint and would fill the terminal at exit.
         os._exit(1)
+    except jax.errors.JaxRuntimeError as error:
+        if not process.out_of_memory(error):
+            raise
+        leave(
+            launch,
+            "error: the device has no memory left; lower config.batch_size, raise "
+            "config.accumulation, or let config.remat=full compute more again",
+        )
     except BrokenPipeError:  # whoever read the output has left; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(launch, 1)

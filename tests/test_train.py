@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES
 from affectgpt_jax.data.records import RecordDataset, write_records
+from affectgpt_jax.models import attention
+from affectgpt_jax.run import load_run
 from affectgpt_jax.training.telemetry import read_metrics
 from affectgpt_jax.weights import __main__ as weights
 from affectgpt_jax.weights.release import read_release
@@ -118,9 +121,8 @@ def make_reporter():
     reporter = train.StepReporter(config, Path("run"), writer, progress, checkpoints=None)
 
     def submit(dispatch_s=0.0, wait_s=0.0):
-        batch = {"segment_ids": np.ones((2, 3), np.int32)}
         times = train.StepTimes(dispatch_s, wait_s)
-        reporter.submit(next(steps), {"loss": np.float32(1)}, batch, times, {})
+        reporter.submit(next(steps), {"loss": np.float32(1)}, (2, 6), times, {})
 
     return reporter, written, submit
 
@@ -377,6 +379,37 @@ def test_what_a_user_gets_wrong_is_one_sentence(flags, said, records, tmp_path):
     assert message.startswith("error: ")
     assert said in message
     assert "\n" not in message
+
+
+def test_a_device_without_memory_is_one_sentence(monkeypatch, tmp_path):
+    text = "RESOURCE_EXHAUSTED: Out of memory"
+
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(text)
+
+    monkeypatch.setattr(train, "train", fail)
+    with pytest.raises(SystemExit, match=r"error: the device has no memory left; lower config\."):
+        run(tmp_path)
+    text = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        run(tmp_path)
+
+
+def test_a_finished_run_without_its_log_is_refused_in_one_sentence(finished, records, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    (workdir / "metrics.jsonl").unlink()
+    with pytest.raises(SystemExit, match=r"error: .*metrics\.jsonl holds no training loss"):
+        run(workdir, *records, "--config.lora.dropout=0.1", "--config.profile_steps=2:4")
+
+
+def test_a_run_is_asked_where_its_attention_cannot_run(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    path = workdir / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"attention": "cudnn_packed", "pack_length": 4096}))
+    asked = load_run(workdir)
+    assert asked.model.qwen2.execution.attend is attention.causal
+    assert asked.fingerprint(6) != asked.fingerprint(3)
 
 
 def test_a_workdir_of_another_run_is_refused(finished, records):

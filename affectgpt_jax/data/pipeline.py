@@ -479,6 +479,13 @@ class TrainPipeline:
         epoch, place = self.locate(step)
         return self.plan(epoch)[place]
 
+    def size(self, step: int) -> tuple[int, int]:
+        """Clips and tokens of a step's batch, over all processes."""
+        planned = self.planned(step)
+        visits = np.stack([planned.sources, planned.records, planned.label_types])
+        lengths, _ = self._sizes(visits[:, planned.records >= 0])
+        return len(lengths), int(lengths.sum())
+
     def mix(self, step: int) -> dict[str, int]:
         """How many clips of a step's batch come from each source, over all processes."""
         sources = self.planned(step).sources

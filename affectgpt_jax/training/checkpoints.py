@@ -356,6 +356,10 @@ class SavedRun:
         """Its validation loss; None where it was not validated."""
         return self._manifest(step).val_loss
 
+    def fingerprint(self, step: int) -> str:
+        """Sha256, in hex, over the hashes of its files: of another training, it is another one."""
+        return _digest(self._manifest(step).files)
+
     def _manifest(self, step: int) -> Manifest:
         """That of a checkpoint whose files are whole."""
         if step not in self.steps:

@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 
 
 class TelemetryError(RuntimeError):
-    """Something that a run was asked to report to is not there."""
+    """Something that a run reports to is not there, or is damaged."""
 
 
 # --- metrics on disk ----------------------------------------------------------------------------
@@ -52,7 +52,7 @@ class MetricsWriter:
         config: of the run, for Weights & Biases.
 
     Raises:
-        ValueError: the `metrics.jsonl` to continue is damaged (see `read_metrics`).
+        TelemetryError: the `metrics.jsonl` to continue is damaged (see `read_metrics`).
         TelemetryError: Weights & Biases is asked for, but not installed.
     """
 
@@ -203,12 +203,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: any other line is not a JSON object with an integer `step`.
+        TelemetryError: any other line is not a JSON object with an integer `step`.
     """
     *lines, tail = path.read_bytes().split(b"\n")
     records = [_parse_record(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
     # Every whole line ends in a newline, so what follows the last one may be half a line.
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(TelemetryError):
         records.append(_parse_record(tail, str(path)))
     return records
 
@@ -217,9 +217,14 @@ def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{where}: expected one JSON object, got {line[:80]!r}.") from error
+        raise TelemetryError(
+            f"{where}: expected one JSON object, got {line[:80]!r}; mend or delete that line"
+        ) from error
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise ValueError(f"{where}: expected an object with an integer 'step', got {line[:80]!r}.")
+        raise TelemetryError(
+            f"{where}: expected an object with an integer 'step', got {line[:80]!r}; mend or "
+            "delete that line"
+        )
     return record
 
 
@@ -589,7 +594,7 @@ def plot_run(metrics_file: Path, png: Path, *, ceilings: Mapping[str, float] | N
 
     Raises:
         FileNotFoundError: there is no `metrics_file`.
-        ValueError: `metrics_file` is damaged (see `read_metrics`).
+        TelemetryError: `metrics_file` is damaged (see `read_metrics`).
     """
     # Imported late: only plots need it. Without pyplot no display and no global figure either.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

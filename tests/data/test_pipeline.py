@@ -606,8 +606,9 @@ def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, view):
     assert mixes[::-1] == [again.mix(step) for step in reversed(range(40))]
     assert sum(0 < mix["one"] < BATCH for mix in mixes) > 5  # both kinds meet in a batch
     for step, mix in enumerate(mixes):
-        rows = pipeline.batch(step)["segment_ids"].any(axis=1).sum()
-        assert mix["one"] + mix["two"] == rows
+        segments = pipeline.batch(step)["segment_ids"]
+        assert mix["one"] + mix["two"] == segments.any(axis=1).sum()
+        assert pipeline.size(step) == (segments.any(axis=1).sum(), (segments > 0).sum())
 
 
 def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, view):
@@ -616,6 +617,7 @@ def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, view):
     for step in range(len(pipeline.plan(0))):
         batch, mix = pipeline.batch(step), pipeline.mix(step)
         assert sum(mix.values()) == batch["segment_ids"].max(axis=1).sum()
+        assert pipeline.size(step) == (sum(mix.values()), (batch["segment_ids"] > 0).sum())
         assert mix["two"] == batch["present"]["frame"].sum()
         total += list(mix.values())
     assert total.tolist() == [COUNT, 10]
