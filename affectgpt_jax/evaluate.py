@@ -30,7 +30,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax import build, inference
+import jax
+
+from affectgpt_jax import build, inference, process
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
@@ -53,6 +55,7 @@ from affectgpt_jax.report import DEMO, name_and_task
 from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, load_run
 from affectgpt_jax.score import TITLES, percent
 from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
+from affectgpt_jax.training import xla_options
 from affectgpt_jax.training.checkpoints import silence_threads
 
 # Trouble that a user can mend: shown as one sentence, without a traceback.
@@ -89,9 +92,10 @@ class TestSet:
     truth: Table
     references: Mapping[str, float]
 
-    @property
-    def file_name(self) -> str:
-        return re.sub(r"[^\w.-]+", "-", self.name)
+
+def file_name(name: str) -> str:
+    """How the names of a set's files begin."""
+    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def parse_set(text: str) -> SetPlace:
@@ -201,11 +205,20 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
     if any(server) and not all(server):
         parser.error("--extractor=openai, --base-url and --model go together")
     for step in arguments.steps:
-        if not (step.isdigit() or step in ("best", "all")):
+        if not (step.isdecimal() or step in ("best", "all")):
             parser.error(f"--steps: {step!r} is neither a number, nor 'best', nor 'all'")
     names = [place.name for place in arguments.sets]
     if len(set(names)) != len(names):
         parser.error("--set names a data set twice")
+    try:
+        check_file_names(arguments.sets)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    """Where all that is written goes."""
+    return Path(arguments.out or Path(arguments.workdir, "evaluate")).expanduser()
 
 
 def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Report, Path]:
@@ -216,7 +229,7 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         mesh=arguments.mesh,
         merge_lora=arguments.merge_lora,
     )
-    out = Path(arguments.out).expanduser() if arguments.out else run.workdir / "evaluate"
+    out = output_folder(arguments)
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
@@ -227,6 +240,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         open_set(run, place, view, arguments.max_clips, say)
         for place in choose_sets(arguments, run, say)
     ]
+    for test in sets:
+        view.prompt_examples(test.dataset, question)  # trouble with a clip shows before any answer
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
@@ -247,9 +262,12 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
     texts: dict[str, dict[str, str]] = {}
     for step in steps:
         trainable = (run if step == run.step else run.at_step(step)).trainable
+        checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test in sets:
             answers = inference.answers_on_disk(
-                out / "answers" / _answer_file(run, step, test, question, limit, arguments),
+                out
+                / "answers"
+                / _answer_file(run, step, checkpoint, test, question, limit, arguments),
                 generator,
                 trainable,
                 test.dataset,
@@ -260,7 +278,9 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
             predictions = predict(test, answers, view, question, extractor)
             pairs[test.name][f"step {step}"] = pair(predictions, test.truth)
             texts[test.name] = dict(zip(names, answers.texts, strict=True))
-            _write_predictions(out / f"{test.file_name}-step-{step}.jsonl", predictions, answers)
+            _write_predictions(
+                out / f"{file_name(test.name)}-step-{step}.jsonl", predictions, answers
+            )
     results = [
         score_set(
             test.name,
@@ -294,10 +314,18 @@ def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
 
     That is the best on validation, which has not seen the test set; if it was not asked for, the
     last one named.
+
+    Raises:
+        ConfigError: the run has no such checkpoint.
     """
     steps: list[int] = []
     for step in asked:
         steps += run.steps if step == "all" else [run.best_step if step == "best" else int(step)]
+    for step in steps:
+        if step not in run.steps:
+            raise ConfigError(
+                f"--steps: {run.workdir} has no checkpoint of step {step}; it has {[*run.steps]}"
+            )
     steps = list(dict.fromkeys(steps))
     if run.best_step in steps:
         steps.remove(run.best_step)
@@ -339,10 +367,12 @@ def choose_sets(
     """The sets that are named, then those that are found; without either, the run's own.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or two that would share their files.
     """
     if arguments.root or arguments.sets:
-        return [*arguments.sets, *find_sets(arguments, say)]
+        places = [*arguments.sets, *find_sets(arguments, say)]
+        check_file_names(places)
+        return places
     place = run.config.data.test
     if not place:
         raise ConfigError(f"{run.workdir} names no test set; name one as --set NAME=RECORDS")
@@ -350,6 +380,22 @@ def choose_sets(
         return [SetPlace(DEMO, "words", place)]
     known = BY_KEY.get(Path(place).name)
     return [SetPlace(known.name, known.task, place) if known else SetPlace("test", "", place)]
+
+
+def check_file_names(places: Sequence[SetPlace]) -> None:
+    """Refuse sets of which one would overwrite what the other has written.
+
+    Raises:
+        ConfigError: two names that become the same name of a file.
+    """
+    names: dict[str, str] = {}
+    for place in places:
+        file = file_name(place.name)
+        if (other := names.setdefault(file, place.name)) != place.name:
+            raise ConfigError(
+                f"the sets {other!r} and {place.name!r} would both be written to "
+                f"{file}-step-STEP.jsonl; give one of them another name in --set"
+            )
 
 
 def find_sets(arguments: argparse.Namespace, say: Callable[[str], None]) -> list[SetPlace]:
@@ -505,6 +551,7 @@ def _where(names: Sequence[str], flags: Sequence[bool]) -> tuple[str, ...]:
 def _answer_file(
     run: Run,
     step: int,
+    checkpoint: str,
     test: TestSet,
     question: str,
     limit: int,
@@ -512,10 +559,9 @@ def _answer_file(
 ) -> str:
     """A name that changes with everything that an answer depends on."""
     sampling = arguments.sampling
-    checkpoint = run.workdir / "checkpoints" / str(step) / "_CHECKPOINT_METADATA"
     parts = [
-        # Written when the checkpoint was, so that a run that is trained anew is another one.
-        checkpoint.read_text("utf-8") if checkpoint.is_file() else "",
+        # A run that is trained anew in the same place has the same steps.
+        checkpoint,
         run.identity.sha256,
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
@@ -526,7 +572,7 @@ def _answer_file(
         arguments.seed if sampling.temperature else None,
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return f"{test.file_name}-step-{step}-{question}-{digest[:12]}.jsonl"
+    return f"{file_name(test.name)}-step-{step}-{question}-{digest[:12]}.jsonl"
 
 
 def _write_predictions(path: Path, predictions: Table, answers: inference.Answers) -> None:
@@ -588,24 +634,46 @@ def summarise(report: Report, out: Path) -> str:
     return "\n".join(lines)
 
 
+def describe(error: OSError, out: Path) -> str:
+    """Which file, and why; and what to do, where it is the results that cannot be written."""
+    # Files are opened by name, so what has none failed later: while it was written to, as a rule.
+    file = Path(os.path.abspath(error.filename or out))
+    folder = Path(os.path.abspath(out))
+    what = f"{error.filename or out}: {error.strerror or error}"
+    # Where the folder cannot be made, it may be one above it that is named.
+    if file.is_relative_to(folder) or folder.is_relative_to(file):
+        return f"{what}; the results need a place that can be written, with room, as --out"
+    return what
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     escape_what_cannot_be_shown()
+    process.use_compilation_cache()
+    xla_options.reserve_gpu_memory()
     try:
         report, out = evaluate(arguments, lambda text: print(text, flush=True))
         print(summarise(report, out))
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
-    except OSError as error:
+    except jax.errors.JaxRuntimeError as error:
+        if not process.out_of_memory(error):
+            raise
         sys.exit(
-            f"error: {error.filename or arguments.workdir}: {error.strerror or error}; the results "
-            "need a place that can be written, with room, as --out"
+            "error: the devices have no memory left; pass a smaller --batch-size, or "
+            "--config.generate.merge_lora=false, which saves a second copy of the weights"
         )
+    except BrokenPipeError:  # whoever read the output has left; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        sys.exit(f"error: {describe(error, output_folder(arguments))}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from there")
 
 
 if __name__ == "__main__":
     silence_threads()
+    process.keep_freed_memory()
     main()

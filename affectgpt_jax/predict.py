@@ -35,15 +35,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from affectgpt_jax import build
+import jax
+
+from affectgpt_jax import build, process
 from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordError, Records, RecordSubset
+from affectgpt_jax.evaluation.files import ReadError, whole_lines
 from affectgpt_jax.inference import SCORED, Answer, Generator
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, load_run
 from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
+from affectgpt_jax.training import xla_options
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -51,10 +55,15 @@ class PredictError(ValueError):
     """A question or an output file that cannot be used."""
 
 
-USER_ERRORS = (*LOAD_ERRORS, DataError, PredictError, RecordError)
+USER_ERRORS = (*LOAD_ERRORS, DataError, PredictError, ReadError, RecordError)
 
 # Asked by default, as far as the run has been trained on them.
 DEFAULT_QUESTIONS = ("description", "ovlabel")
+
+
+def path_from_flag(text: str) -> Path:
+    """A path in which `~` is the home directory: in `--flag=~/x`, bash leaves it as it is."""
+    return Path(os.path.expanduser(text))
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -70,7 +79,13 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--workdir", required=True, type=Path, metavar="RUN", help="directory of a training run")
+    add(
+        "--workdir",
+        required=True,
+        type=path_from_flag,
+        metavar="RUN",
+        help="directory of a training run",
+    )
     add("--step", type=int, metavar="N", help="of the checkpoint; default: the best on validation")
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
@@ -90,7 +105,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--json", action="store_true", help="a line of JSON per answer")
-    where.add_argument("--out", type=Path, metavar="FILE", help="the same into a file; resumes")
+    where.add_argument(
+        "--out", type=path_from_flag, metavar="FILE", help="the same into a file; resumes"
+    )
     add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
     add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
@@ -370,6 +387,8 @@ def file_settings(run: Run, clips: Records, arguments: argparse.Namespace) -> di
     return {
         "run": str(run.workdir.resolve()),
         "step": run.step,
+        # A run that is trained anew in the same place has the same steps.
+        "checkpoint": run.fingerprint(run.step),
         "records": clips.manifest.index_sha256,
         "max_new_tokens": arguments.max_new_tokens or run.config.generate.max_new_tokens,
         "temperature": arguments.temperature,
@@ -393,6 +412,7 @@ class AnswerFile:
 
     Raises:
         PredictError: the file was not written by this command, or with other settings.
+        ReadError: it is not UTF-8.
         OSError: it cannot be read or written.
     """
 
@@ -416,10 +436,12 @@ class AnswerFile:
         try:
             theirs = json.loads(beside.read_bytes())
         except (OSError, ValueError):
+            theirs = None
+        if not isinstance(theirs, dict):
             raise PredictError(
                 f"{path} is there, but no {beside.name} that says how it was made; name another "
                 "--out"
-            ) from None
+            )
         for key, mine in settings.items():
             if theirs.get(key) != mine:
                 raise PredictError(
@@ -428,9 +450,8 @@ class AnswerFile:
                 )
 
     def _read(self, path: Path) -> None:
-        data = path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
+        size = path.stat().st_size
+        for number, line in enumerate(whole_lines(path), start=1):
             try:
                 fields = json.loads(line)
                 self.answered.add((fields["name"], fields["question"]))
@@ -438,8 +459,7 @@ class AnswerFile:
                 raise PredictError(
                     f"{path}, line {number} is not an answer; mend it, or name another --out"
                 ) from None
-        if whole < len(data):
-            os.truncate(path, whole)
+        if path.stat().st_size < size:
             say(f"{path}: the last line was half written; that answer is asked for again")
         say(f"{path}: {len(self.answered):,} answers are there already")
 
@@ -454,15 +474,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     escape_what_cannot_be_shown()
+    process.use_compilation_cache()
+    xla_options.reserve_gpu_memory()
     try:
         predict(arguments)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if not process.out_of_memory(error):
+            raise
+        sys.exit(
+            "error: the devices have no memory left; pass a smaller --batch-size, or "
+            "--config.generate.merge_lora=false, which saves a second copy of the weights"
+        )
     except BrokenPipeError:  # whoever read the answers has left; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        sys.exit(f"error: {error.filename or arguments.out}: {error.strerror or error}")
+        sys.exit(
+            f"error: {error.filename or arguments.out or 'the output'}: {error.strerror or error}"
+        )
     except KeyboardInterrupt:
         goes_on = "; the same command goes on where it stopped" if arguments.out else ""
         sys.exit(f"\ninterrupted{goes_on}")
@@ -470,4 +501,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     silence_threads()
+    process.keep_freed_memory()
     main()

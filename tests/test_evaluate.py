@@ -1,17 +1,24 @@
 """The evaluation command as a user runs it, on a run of one step and few clips."""
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
+import runpy
 import shutil
+import sys
 
+import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import evaluate, inference, train
+from affectgpt_jax import evaluate, inference, process, train
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation.extract import label_message
 from affectgpt_jax.models.generate import decode, prefill
+from affectgpt_jax.training import checkpoints, xla_options
 
 CLIPS = 12
 
@@ -176,6 +183,17 @@ def test_a_second_run_asks_only_about_what_is_missing(run, says):
     assert len(list((run / "evaluate" / "answers").iterdir())) == 2
 
 
+def test_answers_of_a_run_that_has_been_trained_anew_are_not_used(run, says):
+    asked = says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    command(run, "--step=2", "--max-clips=2")
+    # Another training would leave another checkpoint of step 2; here, it is that of step 1.
+    shutil.rmtree(run / "checkpoints" / "2")
+    shutil.copytree(run / "checkpoints" / "1", run / "checkpoints" / "2")
+    command(run, "--step=2", "--max-clips=2")
+    assert len(asked) == 4
+    assert len(list((run / "evaluate" / "answers").iterdir())) == 2
+
+
 def test_sets_are_found_below_a_root_and_the_others_are_named(run, says, tmp_path, capsys):
     says(lambda name: f"They feel {TRUTH[name].emotion}.")
     root = tmp_path / "records"
@@ -185,6 +203,9 @@ def test_sets_are_found_below_a_root_and_the_others_are_named(run, says, tmp_pat
     for key in ("mer2023", "ovmerdplus"):
         write(root / key, clips())
     test = json.loads((run / "config.json").read_text())["data"]["test"]
+    assert "'OV-MERD-' and 'OV-MERD+' would both be written to OV-MERD--step-STEP" in refusal(
+        run, f"--root={root}", f"--set=OV-MERD-:words={test}"
+    )
     command(run, f"--root={root}", f"--set=signs:sentiment={test}", f"--set=mer2023={test}")
     assert f"no records in {root} of mer2024, meld, iemocap, mosi, " in capsys.readouterr().out
     assert [(s["name"], s["task"]) for s in report(run)["sets"]] == [
@@ -286,6 +307,19 @@ def test_what_a_user_gets_wrong_is_one_sentence(run, flags, said):
     assert said in refusal(run, *flags)
 
 
+def test_what_is_wrong_with_a_later_step_or_set_shows_before_the_first_answer(run, says, tmp_path):
+    asked = says(lambda name: "They feel sad.")
+    message = refusal(run, "--steps", "1", "99999")
+    assert "--steps: " in message and "has no checkpoint of step 99999; it has [1, 2]" in message
+    good, bad = (
+        write(tmp_path / name, clips(**changes))
+        for name, changes in (("good", {}), ("bad", {"subtitle": "<FaceHere>"}))
+    )
+    message = refusal(run, f"--set=a:basic={good}", f"--set=b:basic={bad}")
+    assert "record 'demo-test-00000': the subtitle holds the reserved text <FaceHere>" in message
+    assert not asked
+
+
 def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):
     assert "holds no run: config.json is missing" in refusal(tmp_path)
     shutil.rmtree(run / "checkpoints")
@@ -307,7 +341,68 @@ def test_answers_that_are_damaged_are_named(run, says):
 def test_a_place_that_cannot_be_written_is_one_sentence(run, says, tmp_path):
     says(lambda name: "They feel sad.")
     (tmp_path / "file").write_text("")
-    assert "the results need a place that can be written" in refusal(run, f"--out={tmp_path}/file")
+    advice = "; the results need a place that can be written, with room, as --out"
+    assert advice in refusal(run, f"--out={tmp_path}/file")
+    assert advice in refusal(run, f"--out={tmp_path}/file/below/it")
+    # A write to a full disk fails without the file's name.
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "write_report", raises(full))
+        assert refusal(run) == f"error: {run / 'evaluate'}: No space left on device{advice}"
+    unreadable = PermissionError(errno.EACCES, "Permission denied", "/records/manifest.json")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "open_set", raises(unreadable))
+        assert refusal(run) == "error: /records/manifest.json: Permission denied"
+
+
+def raises(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
+
+
+def test_whoever_has_stopped_reading_is_told_nothing(run, says):
+    says(lambda name: "They feel sad.")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as pipe, contextlib.redirect_stdout(pipe):
+        with pytest.raises(SystemExit) as stopped:
+            command(run)
+    assert stopped.value.code == 1
+
+
+def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(run, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(inference.Generator, "answers", fail)
+    said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.\n"
+    message = refusal(run)
+    assert "--batch-size" in message and "--config.generate.merge_lora=false" in message
+    said = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        command(run)
+
+
+@pytest.mark.filterwarnings("ignore:'affectgpt_jax.evaluate' found in sys.modules")
+def test_programs_are_kept_and_a_process_of_its_own_keeps_its_memory(tmp_path, monkeypatch):
+    called = []
+    for module, name in (
+        (process, "keep_freed_memory"),
+        (process, "use_compilation_cache"),
+        (xla_options, "reserve_gpu_memory"),
+    ):
+        monkeypatch.setattr(module, name, lambda name=name: called.append(name))
+    monkeypatch.setattr(checkpoints, "silence_threads", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit, match="holds no run"):
+        evaluate.main()
+    assert called == ["use_compilation_cache", "reserve_gpu_memory"]
+    called.clear()
+    with pytest.raises(SystemExit, match="holds no run"):
+        runpy.run_module(evaluate.__name__, run_name="__main__")
+    assert called == ["keep_freed_memory", "use_compilation_cache", "reserve_gpu_memory"]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +412,9 @@ def test_a_place_that_cannot_be_written_is_one_sentence(run, says, tmp_path):
         (["--set=mer2024:fine=x"], "'fine' is not the task of mer2024; expected basic"),
         (["--set=mine:mood=x"], "'mood' is not the task of mine"),
         (["--set=a=x", "--set=a=y"], "names a data set twice"),
+        (["--set=a b=x", "--set=a-b=y"], "'a b' and 'a-b' would both be written to a-b-step-STEP"),
         (["--steps", "first"], "'first' is neither a number"),
+        (["--steps", "²"], "'²' is neither a number"),
         (["--max-clips=0"], "--max-clips must be 1 or more"),
         (["--extractor=openai"], "go together"),
         (["--model=x"], "go together"),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,13 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import build, inference, predict, train
+from affectgpt_jax import build, inference, predict, process, train
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.models.qwen2 import Execution
 from affectgpt_jax.run import load_run
+from affectgpt_jax.training import checkpoints, xla_options
 
 FLAGS = (
     "--config.mesh=data:-1",
@@ -269,6 +271,33 @@ def test_the_command_answers_on_one_device_with_nothing_but_answers_on_its_outpu
     }
 
 
+@pytest.mark.filterwarnings("ignore:'affectgpt_jax.predict' found in sys.modules")
+def test_programs_are_kept_and_a_process_of_its_own_keeps_its_memory(tmp_path, monkeypatch):
+    called = []
+    for module, name in (
+        (process, "keep_freed_memory"),
+        (process, "use_compilation_cache"),
+        (xla_options, "reserve_gpu_memory"),
+    ):
+        monkeypatch.setattr(module, name, lambda name=name: called.append(name))
+    monkeypatch.setattr(checkpoints, "silence_threads", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["predict", f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit, match="holds no run"):
+        predict.main()
+    assert called == ["use_compilation_cache", "reserve_gpu_memory"]
+    called.clear()
+    with pytest.raises(SystemExit, match="holds no run"):
+        runpy.run_module(predict.__name__, run_name="__main__")
+    assert called == ["keep_freed_memory", "use_compilation_cache", "reserve_gpu_memory"]
+
+
+def test_a_tilde_that_the_shell_leaves_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    arguments = predict.parse_arguments(["--workdir=~/run", "--out=~/answers.jsonl"])
+    assert str(arguments.workdir) == "/home/someone/run"
+    assert str(arguments.out) == "/home/someone/answers.jsonl"
+
+
 # --- A file of answers ----------------------------------------------------------------------------
 
 
@@ -328,6 +357,19 @@ def refusal(ask, *flags, **settings):
     message = str(stopped.value)
     assert message.startswith("error: ") and "\n" not in message
     return message
+
+
+def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(ask, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(inference.Generator, "answers", fail)
+    said = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes.\n"
+    message = refusal(ask, "--json")
+    assert "--batch-size" in message and "--config.generate.merge_lora=false" in message
+    said = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        ask("--json")
 
 
 @pytest.mark.parametrize(
@@ -424,7 +466,21 @@ def test_a_file_with_other_answers_is_left_alone(ask, tmp_path):
     assert out.read_text() == mine
     out.write_text(mine + "something else\n")
     assert "line 3 is not an answer" in refusal(ask, f"--out={out}")
+    out.write_bytes(mine.encode() + b"\xff\n")
+    assert "line 3: byte 0xff is not UTF-8" in refusal(ask, f"--out={out}")
     other = tmp_path / "notes.txt"
     other.write_text("mine\n")
     assert "that says how it was made" in refusal(ask, f"--out={other}")
+    (tmp_path / "notes.txt.settings.json").write_text("[]")
+    assert "that says how it was made" in refusal(ask, f"--out={other}")
     assert other.read_text() == "mine\n"
+
+
+def test_a_file_is_not_gone_on_with_by_a_run_that_has_been_trained_anew(ask, changed, tmp_path):
+    run = changed()
+    flags = (f"--out={tmp_path / 'answers.jsonl'}", "--step=2", "--first=1")
+    ask(*flags, workdir=run)
+    # Another training would leave another checkpoint of step 2; here, it is that of step 1.
+    shutil.rmtree(run / "checkpoints" / "2")
+    shutil.copytree(run / "checkpoints" / "1", run / "checkpoints" / "2")
+    assert "holds answers with checkpoint '" in refusal(ask, *flags, workdir=run)
