@@ -9,6 +9,9 @@ for machines that are lent by the minute. Ends with the table of what was met an
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +22,8 @@ from typing import NamedTuple
 from benchmarks import workloads
 from benchmarks.train_step import RESULTS, default_scale, records_folder
 
+GRACE_S = 5.0  # for a process to end in, once it is asked to
+
 
 class Step(NamedTuple):
     """A measurement.
@@ -27,11 +32,15 @@ class Step(NamedTuple):
         result: name of its file, without ending.
         command: words after `python -m`.
         bound_s: seconds after which it is stopped.
+        leaves: the last file of the profile that it leaves beside its result.
+        reads: that file of another step, without which it cannot start.
     """
 
     result: str
     command: tuple[str, ...]
     bound_s: int
+    leaves: Path | None = None
+    reads: Path | None = None
 
 
 def steps(scale: str, records: Path, out: Path) -> list[Step]:
@@ -41,17 +50,18 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     def train(name: str, *words: str, bound_s: int, profile: bool = False) -> None:
         command = ["benchmarks.train_step", *words, "--records", str(records)]
         command += ["--scale", scale]
-        if profile:
-            command += ["--profile", str(records / f"profile_{name}_{scale}")]
-        add(f"train_step_{name}", command, bound_s)
-        if profile:
-            folder = str(records / f"profile_{name}_{scale}")
-            add(f"profile_{name}", ["benchmarks.profile_table", folder], 60)
+        if not profile:
+            add(f"train_step_{name}", command, bound_s)
+            return
+        folder = records / f"profile_{name}_{scale}"
+        last = folder / "about.json"
+        add(f"train_step_{name}", [*command, "--profile", str(folder)], bound_s, leaves=last)
+        add(f"profile_{name}", ["benchmarks.profile_table", str(folder)], 60, reads=last)
 
-    def add(name: str, command: Sequence[str], bound_s: int) -> None:
+    def add(name: str, command: Sequence[str], bound_s: int, **files: Path) -> None:
         result = f"{name}_{scale}"
         target = ("--out", str(out / f"{result}.json"))
-        found.append(Step(result, (*command, *target), bound_s))
+        found.append(Step(result, (*command, *target), bound_s, **files))
 
     full = scale == "full"
     # A 7B base and its activations take most of 80 GB: one side at a time.
@@ -114,17 +124,29 @@ def run(
         say: told of each step.
     """
     began, complete = time.perf_counter(), True
+    made = {step: (out / f"{step.result}.json").exists() and not again for step in planned}
+    wanted = {step.reads for step in planned if step.reads and not made[step]}
     for step in planned:
         path = out / f"{step.result}.json"
-        if path.exists() and not again:
+        gone = step.leaves in wanted and not step.leaves.exists()
+        if made[step] and not gone:
             say(f"{step.result}: there already")
+            continue
+        if step.reads and not step.reads.exists():
+            maker = step.result.replace("profile_", "train_step_", 1)
+            say(
+                f"{step.result}: {step.reads} is missing, of the profile that {maker} leaves; make "
+                f"it with --only {maker} --again; not started"
+            )
+            complete = False
             continue
         left = budget_s - (time.perf_counter() - began)
         if budget_s and step.bound_s > left:
             say(f"{step.result}: may take {step.bound_s} s, {left:.0f} s are left; not started")
             complete = False
             continue
-        say(f"{step.result}: python -m {' '.join(step.command)}")
+        why = "its profile is gone; " if made[step] else ""
+        say(f"{step.result}: {why}python -m {' '.join(step.command)}")
         at = time.perf_counter()
         status = start(step)
         # A file of an earlier call must not pass for the result of one that failed.
@@ -136,15 +158,29 @@ def run(
 
 
 def start(step: Step) -> int:
-    """Run a step as a process of its own."""
-    process = subprocess.Popen([sys.executable, "-m", *step.command])
+    """Run a step as a process group of its own, of which nothing is left afterwards."""
+    process = subprocess.Popen([sys.executable, "-m", *step.command], start_new_session=True)
     try:
         return process.wait(step.bound_s)
     except subprocess.TimeoutExpired:
-        process.terminate()
         return 124
     finally:
-        process.wait()
+        end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process with all of its group: a worker that goes on would slow what comes next."""
+    with contextlib.suppress(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            until = time.monotonic() + GRACE_S
+            while time.monotonic() < until:
+                process.poll()  # an ended process is of its group until it is waited for
+                os.killpg(process.pid, 0)
+                time.sleep(0.05)
+        finally:  # Ctrl-C may come again
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,11 +194,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--records", type=Path, default=records_folder(), help="of record sets and traces")
     add("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    args.records.mkdir(parents=True, exist_ok=True)
     planned = steps(args.scale, args.records, args.out)
+    for part in args.only:
+        if not any(part in step.result for step in planned):
+            names = ", ".join(step.result for step in planned)
+            parser.error(f"--only {part} is in the name of no result; there are {names}")
     if args.only:
         planned = [step for step in planned if any(part in step.result for part in args.only)]
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.records.mkdir(parents=True, exist_ok=True)
     complete = run(planned, args.out, again=args.again, budget_s=args.budget, start=start)
     from benchmarks import tables
 
@@ -171,4 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # Steps are sessions of their own: what ends this process does not reach them by itself.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` keeps its word
+            signal.signal(number, lambda got, _: sys.exit(128 + got))
     main()

@@ -2,7 +2,8 @@
 
 The 28 layers of Qwen2.5-7B from shapes alone, so that no memory is needed: each time a process of
 its own lowers and compiles the update of three rows, cold, and then from the cache that the cold
-one has filled. Writes `benchmarks/results/compile_time.json`.
+one has filled. Writes `benchmarks/results/compile_time_...`, under the name of the machine's scale
+as `benchmarks.all` has it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import environment
-from benchmarks.train_step import RESULTS
+from benchmarks.train_step import RESULTS, at_least, default_scale
 from benchmarks.turns import Side
 
 
@@ -126,14 +127,16 @@ def table(report: Mapping[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", choices=("full", "small", "tiny"), default="full")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS / "compile_time.json")
+    parser.add_argument("--length", type=at_least(2), default=512, help="tokens of a row")
+    parser.add_argument("--repeats", type=at_least(1), default=3)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/compile_time_...")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.words = list(argv)
     report = run(args)
-    environment.save(report, args.out)
+    # The full shapes are compiled everywhere; only a trial has others.
+    name = default_scale() if args.scale == "full" else f"{args.scale}_model"
+    environment.save(report, args.out or RESULTS / f"compile_time_{name}.json")
     print(table(report))
 
 

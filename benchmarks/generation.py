@@ -7,9 +7,10 @@ frameworks answer the same clips, greedily, from the same weights: many at a tim
 What they write is compared.
 
 `transformers` runs its own `generate`, a batch after the other, each until its longest answer is
-complete. JAX runs what `affectgpt_jax.inference` runs. Both merge adapters into the base. Prints a
-table and writes `benchmarks/results/generation_SCALE.json`; `--show` prints the table of such
-files.
+complete, with adapters merged into the base. JAX runs what `affectgpt_jax.inference` runs, and
+merges where that does; the report says whether it did. Prints a table and writes
+`benchmarks/results/generation_SCALE.json`, or another file where not all of that is asked for;
+`--show` prints the table of such files.
 """
 
 from __future__ import annotations
@@ -30,7 +31,13 @@ import numpy as np
 from affectgpt_jax.data.packing import Bucket, round_up
 from affectgpt_jax.data.pipeline import sequential_batches
 from benchmarks import environment, workloads
-from benchmarks.train_step import RESULTS, default_scale, environments, records_folder
+from benchmarks.train_step import (
+    RESULTS,
+    at_least,
+    default_scale,
+    environments,
+    records_folder,
+)
 from benchmarks.turns import Side, TurnError
 
 FIRST = "first token"
@@ -135,6 +142,10 @@ class Ours(_Writer):
         )
         answers = {place: answer.tokens[: answer.counts].tolist() for place, answer in found}
         return [answers[place] for place in range(len(numbers))]
+
+    def merged(self) -> bool:
+        """Whether adapters are in the base."""
+        return not self.trainable["lora"]
 
     def facts(self) -> dict[str, Any]:
         return environment.describe()
@@ -319,6 +330,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for kind in args.kind
         }
         about = sides["transformers" if args.peer else "jax"].call("facts")
+        merged = sides["jax"].call("merged")
     about["command"] = environment.command("benchmarks.generation", args.words)
     settings = {
         "scale": args.scale,
@@ -327,6 +339,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "turns": args.turns,
         "singles": args.singles,
         "cache": args.cache if args.peer else None,
+        "merged": merged,
     }
     return {"environment": about, "settings": settings, "kinds": kinds}
 
@@ -334,25 +347,36 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of reports."""
     lines = [
-        f"| answers | who | clips/s (range) | new tokens/s | {CLIPS:,} clips | JAX's many "
-        "at a time over it | same answers |",
+        f"| answers | who | clips/s (range) | new tokens/s | {CLIPS:,} clips, by arithmetic | "
+        "JAX's many at a time over it | same answers |",
         "|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         settings = report["settings"]
+        best, peer = (Case(side, settings["batch"]).name for side in ("jax", "transformers"))
         for kind, found in report["kinds"].items():
-            best = next(iter(found["cases"].values()))["clips_per_s"]
-            for i, (who, case) in enumerate(found["cases"].items()):
+            highest = found["cases"][best]["clips_per_s"]
+            for who, case in found["cases"].items():
                 rate, (low, high) = case["clips_per_s"], case["range"]
-                equal = f"{found['equal']['all']:.0%}" if i == 1 and found["equal"] else ""
+                equal = f"{found['equal']['all']:.0%}" if who == peer else ""
                 lines.append(
                     f"| {case['clips']} x {kind}, {case['tokens']:.0f} tokens (longest "
                     f"{case['longest']}), {settings['scale']}, {settings['dtype']} | {who} | "
                     f"{rate:.3g} ({low:.3g} to {high:.3g}) | "
                     f"{case['tokens'] * rate:,.0f} | {CLIPS / rate / 60:.1f} min | "
-                    f"{f'{best / rate:.1f}' if i else ''} | {equal} |"
+                    f"{f'{highest / rate:.1f}' if who != best else ''} | {equal} |"
                 )
     return "\n".join(lines)
+
+
+def name_of(args: argparse.Namespace) -> str:
+    """A result file's name, without its ending; the plain one is of what runs by default."""
+    parts = [] if args.peer else ["jax"]
+    parts += [kind for kind in KINDS if kind in args.kind] if {*args.kind} != {*KINDS} else []
+    parts += [f"{args.batch}_rows"] if args.batch else []
+    parts += [args.dtype] if args.dtype else []
+    parts += [args.cache] if args.peer and args.cache != "dynamic" else []
+    return "_".join(["generation", *parts, args.scale]).replace(" ", "_")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -361,18 +385,20 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--scale", choices=workloads.SCALES, default=default_scale(), help="default: full on a GPU")
     add("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     add("--no-peer", dest="peer", action="store_false", help="JAX alone")
-    add("--batch", type=int, default=0, help="clips at a time; default: the scale's")
-    add("--turns", type=int, default=3, help="that count, after one that does not")
-    add("--batches", type=int, default=BATCHES, help="of a turn")
-    add("--singles", type=int, default=3, help="clips of a turn, where they come one at a time")
+    add("--batch", type=at_least(0), default=0, help="clips at a time; default: the scale's")
+    add("--turns", type=at_least(1), default=3, help="that count, after one that does not")
+    add("--batches", type=at_least(1), default=BATCHES, help="of a turn")
+    add("--singles", type=at_least(1), default=3, help="clips of a turn that come one at a time")
     add("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers")
     add("--dtype", choices=("", *EQUAL), default="", help="default: the scale's")
     add("--tokenizer", default="tiny", help="directory of one; default: what ships")
     add("--records", type=Path, default=records_folder(), help="where record sets are kept")
-    add("--out", type=Path, help="default: benchmarks/results/generation_SCALE.json")
+    add("--out", type=Path, help="default: benchmarks/results/generation_...")
     add("--show", type=Path, nargs="+", help="print the table of such files and stop")
     args = parser.parse_args(argv)
     args.words = list(argv)
+    if args.batch == 1:
+        parser.error("--batch is 1; expected 2 or more, since one at a time is measured beside it")
     return args
 
 
@@ -386,7 +412,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report = run(args)
     except TurnError as error:
         raise SystemExit(f"error: {error}") from None
-    out = args.out or RESULTS / f"generation_{args.scale}.json"
+    out = args.out or RESULTS / f"{name_of(args)}.json"
     environment.save(report, out)
     print(table([report]))
 

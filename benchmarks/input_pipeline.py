@@ -6,7 +6,8 @@ packed. Then one thread does the same work part by part, so that the table says 
 where. `--step SECONDS` (of an update of as many clips) adds the share of a step that the loop would
 wait.
 
-Prints a table and writes `benchmarks/results/input.json`; `--show` prints the table of such a file.
+Prints a table and writes `benchmarks/results/input_...`, under the name of the machine's scale as
+`benchmarks.all` has it; `--show` prints the table of such a file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from affectgpt_jax.data.examples import soft_index
 from affectgpt_jax.data.pipeline import THREADS, TrainPipeline
 from affectgpt_jax.data.records import decode
 from benchmarks import environment, workloads
-from benchmarks.train_step import RESULTS, records_folder
+from benchmarks.train_step import RESULTS, at_least, default_scale, records_folder
 
 LAYOUTS = {"padded": 0, "packed": 2048}  # pack_length
 AIM = 5_000  # samples/s
@@ -175,14 +176,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--scale", choices=workloads.SCALES, default="full", help="of the record set")
-    add("--batch", type=int, default=48)
-    add("--batches", type=int, default=100, help="of a block")
-    add("--blocks", type=int, default=5)
-    add("--threads", type=int, default=THREADS, help="of Grain; default: as training has them")
+    add("--batch", type=at_least(1), default=48)
+    add("--batches", type=at_least(1), default=100, help="of a block")
+    add("--blocks", type=at_least(1), default=5)
+    add("--threads", type=at_least(0), default=THREADS, help="of Grain; default: as in training")
     add("--step", type=float, default=0.0, help="seconds of an update, to compare with")
     add("--tokenizer", default="tiny", help="directory of one; default: what ships")
     add("--records", type=Path, default=records_folder(), help="where record sets are kept")
-    add("--out", type=Path, default=RESULTS / "input.json")
+    add("--out", type=Path, help="default: benchmarks/results/input_...")
     add("--show", type=Path, help="print the table of such a file and stop")
     args = parser.parse_args(argv)
     args.words = list(argv)
@@ -195,7 +196,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table(json.loads(args.show.read_text(encoding="utf-8"))))
         return
     report = run(args)
-    environment.save(report, args.out)
+    # All records are read everywhere; only a trial has fewer.
+    name = default_scale() if args.scale == "full" else f"{args.scale}_records"
+    environment.save(report, args.out or RESULTS / f"input_{name}.json")
     print(table(report))
 
 

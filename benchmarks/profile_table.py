@@ -290,6 +290,10 @@ def report(directory: Path) -> dict[str, Any]:
         path.name: read_program(path.read_text(encoding="utf-8"))
         for path in directory.glob("program-*.hlo")
     }
+    if not programs:
+        raise ValueError(
+            f"{directory} holds no program-*.hlo; make a profile with train_step --profile"
+        )
     steps = len(block["seconds"])
     times = account(read_trace(directory), programs, steps)
     samples = [sample for step in block["samples"] for sample in step]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 from benchmarks import environment, workloads
 from benchmarks.train_step import (
     RESULTS,
+    at_least,
     default_scale,
     environments,
     ratios,
@@ -167,10 +168,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--only", nargs="+", choices=SAVINGS, default=[], help="default: all")
     add("--scale", choices=workloads.SCALES, default=default_scale(), help="default: full on a GPU")
-    add("--batch", type=int, default=0, help="clips in an update; default: 48 in full, 12 else")
-    add("--steps", type=int, default=20)
-    add("--block", type=int, default=5, help="steps of a turn")
-    add("--warmup", type=int, default=3)
+    clips = "clips in an update; default: 48 in full, 12 else"
+    add("--batch", type=at_least(0), default=0, help=clips)
+    add("--steps", type=at_least(1), default=20)
+    add("--block", type=at_least(1), default=5, help="steps of a turn")
+    add("--warmup", type=at_least(0), default=3)
     add("--records", type=Path, default=records_folder(), help="where record sets are kept")
     add("--out", type=Path, help="default: benchmarks/results/savings_SCALE.json")
     add("--show", type=Path, nargs="+", help="print the table of such files and stop")

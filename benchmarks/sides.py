@@ -219,12 +219,16 @@ class Ours:
 
     def warm_up(self, steps: int) -> None:
         """Run updates that do not count."""
-        self.block(0, steps)
+        if steps:
+            self.block(0, steps)
 
     def block(self, first: int, steps: int) -> dict[str, Any]:
         """Run updates as the training loop does: the next batch goes to the device while one runs,
         and a step is waited for when the next one is dispatched."""
-        batches = self.feed.batches(first, first + steps)
+        if self._overlap:
+            batches = self.feed.batches(first, first + steps)
+        else:  # that one reads ahead
+            batches = map(self.feed.batch, range(first, first + steps))
         batch = next(batches)
         on_device = jax.block_until_ready(sharding.shard_batch(self.mesh, batch))
         ends, wait_s, losses, of = [time.perf_counter()], 0.0, [], []
@@ -250,6 +254,10 @@ class Ours:
 
     def profile(self, first: int, steps: int, directory: str) -> None:
         """Trace a block of updates into a folder, beside the programs that ran in it."""
+        # Names of operations are looked up in every program there is: none of before may stay.
+        for pattern in ("program-*.hlo", "block.json", "about.json"):
+            for path in Path(directory).glob(pattern):
+                path.unlink()
         jax.profiler.start_trace(directory)
         try:
             found = self.block(first, steps)
@@ -337,7 +345,8 @@ class Theirs:
         for bucket in self.feed.buckets if self._compiles else ():
             parts = self._parts(self.feed.filler_batch(bucket))
             self._training.train_step(self.twin, self.optimizer, parts, learning_rate=0.0)
-        self.block(0, steps)
+        if steps:
+            self.block(0, steps)
 
     def block(self, first: int, steps: int) -> dict[str, Any]:
         self.twin.train()

@@ -22,10 +22,11 @@ import functools
 import json
 import math
 import os
+import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def summarise(
 def ratios(
     ours: Sequence[Mapping[str, Any]], theirs: Sequence[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Samples/s of JAX over PyTorch's, block by block of the same turn."""
+    """Samples/s of one side over the other's, block by block of the same turn."""
 
     def rate(block: Mapping[str, Any]) -> float:
         return sum(map(len, block["samples"])) / sum(block["seconds"])
@@ -236,7 +237,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ComparisonError: losses differ.
         TurnError: a side failed.
-        ValueError: an unknown config key.
+        ValueError: an unknown config key, or a value of another type.
     """
     arguments = functools.partial(
         workload_arguments,
@@ -339,6 +340,7 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
         settings = report["settings"]
         batch = f" {settings['batch']}" if settings["batch"] else ""
         what = f"{settings['workload']}{batch}, {settings['scale']}, {settings['dtype']}"
+        what += "".join(f", {words}" for words in in_words(settings["sides"]["jax"]["settings"]))
         for side, r in report["sides"].items():
             name = f"PyTorch, {side}" if side != "jax" else "JAX"
             name += ", packed" if side == "jax" and settings["packed"] else ""
@@ -380,14 +382,33 @@ def describe(report: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *ours["notes"]])
 
 
+def in_words(settings: Mapping[str, Any]) -> list[str]:
+    """Changed keys of the config, as `--set` takes them."""
+    plain = {k: v if isinstance(v, str) else json.dumps(v) for k, v in settings.items()}
+    return [f"{key}={value}" for key, value in plain.items()]
+
+
 def name_of(args: argparse.Namespace) -> str:
-    """A result file's name, without its ending."""
+    """A result file's name, without its ending; what a trial changes is in it."""
     parts = ["train_step", args.workload]
-    parts += [str(args.batch)] if args.workload == "affectgpt" else []
-    parts += ["packed_rows"] if args.pack is not None else []
-    parts += [str(value) for key, value in args.set if key == "base_precision"]
+    if args.workload == "affectgpt":
+        rows = "padded" if args.pack is None else f"packed_{args.pack}" if args.pack else ""
+        parts += [str(args.batch), *([f"{rows}_rows"] if rows else [])]
+    parts += [args.dtype] if args.dtype else []
+    parts += [re.sub(r"[^\w.]+", "-", words).strip("-") for words in in_words(dict(args.set))]
     parts += ["beside", *args.tuning] if args.peer else []
     return "_".join([*parts, args.scale])
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse reads a whole number with."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r"-?\d+", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} given; expected {least} or more")
+        return int(text)
+
+    return read
 
 
 def setting(text: str) -> tuple[str, Any]:
@@ -406,16 +427,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--workload", choices=("anchor", "affectgpt", "small"), default="small")
     add("--scale", choices=workloads.SCALES, default=default_scale(), help="default: full on a GPU")
-    add("--batch", type=int, default=48, help="clips in an update of affectgpt")
-    add("--pack", type=int, nargs="?", const=0, help="clips share rows, of so many tokens")
+    add("--batch", type=at_least(1), default=48, help="clips in an update of affectgpt")
+    add("--pack", type=at_least(0), nargs="?", const=0, help="clips share rows, of so many tokens")
     add("--peer", choices=("torch",), help="measure PyTorch beside it")
-    add("--tuning", nargs="+", choices=TUNINGS, default=["tuned"], help="of PyTorch")
-    add("--steps", type=int, default=20)
-    add("--block", type=int, default=5, help="steps of a turn")
-    add("--warmup", type=int, default=3)
+    add("--tuning", nargs="+", choices=TUNINGS, help="of PyTorch; default: tuned")
+    add("--steps", type=at_least(1), default=20)
+    add("--block", type=at_least(1), default=5, help="steps of a turn")
+    add("--warmup", type=at_least(0), default=3)
     add("--dtype", choices=("", *AGREE), default="", help="default: the scale's")
-    add("--accumulation", type=int, default=0, help="parts of JAX's update; 0 chooses")
-    add("--peer-accumulation", type=int, default=0, help="of PyTorch's")
+    add("--accumulation", type=at_least(0), default=0, help="parts of JAX's update; 0 chooses")
+    add("--peer-accumulation", type=at_least(0), default=0, help="of PyTorch's")
     add("--leave", action="store_true", help="a side leaves the device after its turn")
     add("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="of config")
     add("--tokenizer", default="tiny", help="directory of one; default: what ships")
@@ -425,6 +446,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--show", type=Path, nargs="+", help="print the table of such files and stop")
     args = parser.parse_args(argv)
     args.words = list(argv)
+    for flag in ("tuning", "peer_accumulation"):
+        if getattr(args, flag) and not args.peer:
+            name = flag.replace("_", "-")
+            parser.error(f"--{name} is of PyTorch, which does not run; add --peer torch")
+    args.tuning = args.tuning or ["tuned"]
     if args.workload != "affectgpt" and (args.pack is not None or "packed" in args.tuning):
         parser.error("only the clips of --workload affectgpt can share rows")
     return args

@@ -13,6 +13,7 @@ the same arguments sees the same batches.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -88,7 +89,7 @@ def make(
         settings: keys of the config, dotted, and their values.
 
     Raises:
-        ValueError: a key that the config does not have.
+        ValueError: a key that the config does not have, or a value of another type.
     """
     llm, own_dtype, records = SCALES[scale]
     config = affectgpt_qwen25_7b.get_config()
@@ -120,6 +121,9 @@ def make(
             config.update_from_flattened_dict({key: value})
         except KeyError:
             raise ValueError(f"the config has no key {key!r}") from None
+        except TypeError:
+            kind = type(functools.reduce(getattr, key.split("."), config)).__name__
+            raise ValueError(f"config.{key} is {value!r}; expected a value of {kind}") from None
     return workload
 
 

@@ -1,6 +1,11 @@
 """One command for all measurements: what runs, in which order, and what a limit of time does."""
 
+import _thread
+import os
 import re
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -71,12 +76,103 @@ def test_every_command_is_one_that_its_module_takes(scale, tmp_path):
 
 def test_every_aim_is_answered_by_a_measurement_that_is_made(tmp_path):
     made = {s.result for scale in ("full", "small") for s in steps(scale, tmp_path, tmp_path)}
-    assert {aim.result for aim in tables.AIMS} <= made
+    assert {name for aim in tables.AIMS for name in (aim.result, aim.otherwise) if name} <= made
 
 
-def test_a_process_beyond_its_bound_is_stopped():
-    command = ("timeit", "-n1", "-r1", "__import__('time').sleep(60)")
-    assert everything.start(Step("a", command, 1)) == 124
+def lives(number):
+    """Whether a process is there and not only waited for."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def with_a_child(told):
+    """A step whose child does not end when it is asked to, and tells its number in a file."""
+    script = f"trap '' TERM; echo $$ > {told}; sleep 60"
+    return Step("a", ("timeit", "-n1", "-r1", f"__import__('os').system({script!r})"), 2)
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="children are looked up in /proc")
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_step_that_is_stopped_leaves_no_process_behind(tmp_path, monkeypatch, interrupted):
+    monkeypatch.setattr(everything, "GRACE_S", 0.2)
+    told = tmp_path / "number"
+    if interrupted:  # Ctrl-C
+        timer = threading.Timer(1, _thread.interrupt_main)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            everything.start(with_a_child(told)._replace(bound_s=60))
+    else:
+        assert everything.start(with_a_child(told)) == 124
+    number = int(told.read_text())
+    until = time.monotonic() + 5
+    while lives(number) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not lives(number)
+
+
+def test_a_step_has_time_to_end_by_itself(tmp_path):
+    """A training run writes a checkpoint then."""
+    left = tmp_path / "left"
+    code = f"signal.signal(signal.SIGTERM, lambda *_: (open({str(left)!r}, 'w'), exit(1)))"
+    command = ("timeit", "-n1", "-r1", "-s", f"import signal, time; {code}", "time.sleep(60)")
+    assert everything.start(Step("a", command, 2)) == 124
+    assert left.exists()
+
+
+def profiled(tmp_path):
+    last = tmp_path / "profile" / "about.json"
+    return last, [
+        Step("train_step_a", ("true",), 10, leaves=last),
+        Step("profile_a", ("true",), 10, reads=last),
+    ]
+
+
+def test_a_profile_that_is_gone_is_made_again_where_it_is_wanted(tmp_path):
+    last, planned = profiled(tmp_path)
+    make(tmp_path, "train_step_a", "profile_a")
+    log, start = started(tmp_path)
+    run(planned, tmp_path, again=False, budget_s=0, start=start, say=list)
+    assert log == [], "its table is there"
+    (tmp_path / "profile_a.json").unlink()
+
+    def trace(step):
+        last.parent.mkdir(exist_ok=True)
+        last.touch()
+        return start(step)
+
+    said = []
+    assert run(planned, tmp_path, again=False, budget_s=0, start=trace, say=said.append)
+    assert log == ["train_step_a", "profile_a"]
+    assert said[0].startswith("train_step_a: its profile is gone; python -m")
+
+
+def test_a_table_without_a_profile_is_one_sentence(tmp_path):
+    last, planned = profiled(tmp_path)
+    said, (log, start) = [], started(tmp_path)
+    assert not run(planned[1:], tmp_path, again=False, budget_s=0, start=start, say=said.append)
+    assert log == []
+    assert said == [
+        f"profile_a: {last} is missing, of the profile that train_step_a leaves; make it with "
+        "--only train_step_a --again; not started"
+    ]
+
+
+def test_a_trace_is_read_where_it_is_left(tmp_path):
+    for scale in workloads.SCALES:
+        planned = steps(scale, tmp_path, tmp_path)
+        left = [step.leaves for step in planned if step.leaves]
+        assert left == [step.reads for step in planned if step.reads] and len(left) == 3
+
+
+def test_what_no_result_is_called_is_refused(tmp_path, capsys):
+    flags = ["--scale=tiny", f"--out={tmp_path / 'out'}", f"--records={tmp_path}"]
+    with pytest.raises(SystemExit) as ended:
+        everything.main([*flags, "--only", "savings", "typo"])
+    assert ended.value.code == 2 and not (tmp_path / "out").exists()
+    told = capsys.readouterr().err
+    assert "--only typo is in the name of no result; there are train_step_anchor_tiny, " in told
 
 
 def test_a_call_without_all_results_fails(tmp_path, capsys):

@@ -1,10 +1,11 @@
 """The generation benchmark: what it compares, what it refuses, and a run of both sides."""
 
 import json
+import re
 
 import pytest
 
-from benchmarks import generation
+from benchmarks import generation, tables
 from benchmarks.generation import measure, same, table
 from benchmarks.turns import TurnError
 
@@ -48,6 +49,54 @@ def test_different_answers_are_refused():
         measured(sides)
 
 
+def test_a_table_compares_what_there_is():
+    """Cases are found by their names: a run without the peer has the same columns."""
+    settings = {"scale": "small", "dtype": "float32", "batch": 4}
+    both = measured({"jax": Writer(8.0), "transformers": Writer(2.0)})
+    one = measured({"jax": Writer(8.0)})
+
+    def ends(found):
+        lines = table([{"settings": settings, "kinds": {"labels": found}}]).splitlines()
+        return [[cell.strip() for cell in line.split("|")[-3:-1]] for line in lines[2:]]
+
+    assert ends(both) == [["", ""], ["4.0", "100%"], ["1.0", ""], ["4.0", ""]]
+    assert ends(one) == [["", ""], ["1.0", ""]]
+    both["cases"] = dict(reversed(both["cases"].items()))
+    assert ends(both) == [["4.0", ""], ["1.0", ""], ["4.0", "100%"], ["", ""]]
+
+
+def test_only_what_runs_by_default_has_the_file_that_an_aim_reads():
+    names = {
+        generation.name_of(generation.parse(["--scale=small", *flags]))
+        for flags in (
+            [],
+            ["--turns=2"],
+            ["--no-peer"],
+            ["--kind", "first token"],
+            ["--batch=8"],
+            ["--dtype=bfloat16"],
+            ["--cache=static"],
+        )
+    }
+    assert names == {
+        "generation_small",
+        "generation_jax_small",
+        "generation_first_token_small",
+        "generation_8_rows_small",
+        "generation_bfloat16_small",
+        "generation_static_small",
+    }
+
+
+@pytest.mark.parametrize(
+    "flags", [["--batch=1"], ["--batch=-2"], ["--turns=0"], ["--batches=0"], ["--singles=0"]]
+)
+def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        generation.parse(flags)
+    assert re.search(r"expected \d or more", capsys.readouterr().err)
+
+
 def test_answers_are_as_long_as_those_of_the_clips(tmp_path):
     """Those of the record set, end marks included, whatever the order in which they are written."""
     ours = generation.Ours({"name": "decode", "scale": "tiny"}, str(tmp_path))
@@ -74,4 +123,11 @@ def test_both_sides_write_the_same_answers(tmp_path, capsys, monkeypatch):
     report = json.loads(out.read_text())
     assert report["kinds"]["labels"]["equal"]["all"] == 1.0
     assert len(report["kinds"]["labels"]["cases"]) == 4
+    assert report["settings"]["merged"] is True
+    aim = tables.generation_over(tables.EQUAL_BATCH, 2.0)
+    assert aim(report) == tables.Measured(
+        "measured without description of JAX, 4 at a time, description of transformers, 4 at a "
+        "time, description of JAX, one at a time, description of transformers, one at a time",
+        None,
+    )
     assert capsys.readouterr().out.strip() == table([report])

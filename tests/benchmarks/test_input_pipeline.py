@@ -2,7 +2,9 @@
 
 import json
 
-from benchmarks import compile_time, input_pipeline
+import pytest
+
+from benchmarks import compile_time, input_pipeline, tables
 
 
 def test_both_layouts_are_read_whole_and_taken_apart(tmp_path, capsys):
@@ -28,3 +30,22 @@ def test_the_second_compilation_comes_from_the_cache(tmp_path):
     hits = {kind: found["hits"] for kind, found in report["seconds"].items()}
     assert hits["cold"] == [0] and hits["from the cache"][0] > 0
     assert compile_time.table(report).count("\n") == 3
+
+
+@pytest.mark.parametrize("scale", ["small", "full"])  # of the machine
+@pytest.mark.parametrize(
+    ("module", "result"), [(input_pipeline, "input"), (compile_time, "compile_time")]
+)
+def test_alone_they_write_what_the_tables_read(module, result, scale, monkeypatch):
+    written = []
+    monkeypatch.setattr(module, "run", lambda args: {})
+    monkeypatch.setattr(module, "table", lambda report: "")
+    monkeypatch.setattr(module, "default_scale", lambda: scale)
+    monkeypatch.setattr(module.environment, "save", lambda report, path: written.append(path))
+    for flags in ([], ["--scale=tiny"]):
+        module.main(flags)
+    (aim,) = (aim for aim in tables.AIMS if aim.result == f"{result}_small")
+    whole, trial = written
+    assert whole == tables.RESULTS / f"{result}_{scale}.json"
+    assert whole.stem in (aim.result, aim.otherwise)
+    assert trial.stem not in (aim.result, aim.otherwise)

@@ -38,7 +38,7 @@ def test_host_time_is_of_windows_that_do_not_overlap_after_the_first(tmp_path, m
     host = {"median": 2.0, "lowest": 1.0, "highest": 3.0, "windows": 3}
     assert report["milliseconds"]["host"] == host
     assert "2.00 ms (1.00 to 3.00)" in capsys.readouterr().out
-    assert tables.host_time(report) == tables.Measured("2.0 ms", False)
+    assert tables.host_time(report) == tables.Measured("2.0 ms (1.0 to 3.0)", False)
 
 
 def test_what_fails_is_one_sentence(monkeypatch, capsys):

@@ -90,3 +90,10 @@ def test_the_bottleneck_is_the_most_time_above_what_flops_take():
 def test_a_folder_without_a_profile_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*about.json is missing; make a profile with"):
         main([str(tmp_path)])
+
+
+def test_a_profile_without_programs_is_refused(tmp_path):
+    for name in ("about", "block"):
+        (tmp_path / f"{name}.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"error: .* holds no program-\*.hlo; make a profile with"):
+        main([str(tmp_path)])

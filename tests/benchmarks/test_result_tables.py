@@ -15,12 +15,29 @@ def trained(ratio):
     return {"ratios": {"tuned": of}, "sides": SIDES}
 
 
-ANSWERED = {
-    "kinds": {
-        kind: {"cases": {n: {"clips_per_s": r} for n, r in zip("abcd", rates)}}
-        for kind, rates in {"first token": (1, 1, 1, 1), "labels": (9, 4.5, 3, 2)}.items()
+# As `benchmarks.generation` calls them, in another order.
+CASES = (
+    "transformers, one at a time",
+    "JAX, one at a time",
+    "transformers, 32 at a time",
+    "JAX, 32 at a time",
+)
+RATES = {"first token": (1, 1, 1, 1), "labels": (2, 3, 4.5, 9), "description": (1, 2, 3, 9)}
+
+
+def answered(kinds=tuple(RATES), cases=CASES):
+    return {
+        "settings": {"batch": 32},
+        "kinds": {
+            kind: {
+                "cases": {n: {"clips_per_s": r} for n, r in zip(CASES, RATES[kind]) if n in cases}
+            }
+            for kind in kinds
+        },
     }
-}
+
+
+OURS = CASES[1::2]
 
 
 @pytest.mark.parametrize(
@@ -42,21 +59,55 @@ ANSWERED = {
             Measured("4,999 padded, 7,000 packed samples/s", False),
         ),
         (
-            tables.generation_over({"": (0, 1)}, 2.0),
-            ANSWERED,
-            Measured("2.0 times (labels)", True),
+            tables.generation_over(tables.BATCHED, 3.0),
+            answered(),
+            Measured("3.0 times (labels), 4.5 times (description)", True),
         ),
         (
             tables.generation_over(tables.EQUAL_BATCH, 2.0),
-            ANSWERED,
+            answered(),
             Measured(
-                "2.0 times (labels, many at a time), 1.5 times (labels, one at a time)", False
+                "2.0 times (labels, many at a time), 3.0 times (description, many at a time), "
+                "1.5 times (labels, one at a time), 2.0 times (description, one at a time)",
+                False,
+            ),
+        ),
+        (  # without the peer
+            tables.generation_over(tables.BATCHED, 3.0),
+            answered(cases=OURS),
+            Measured("3.0 times (labels), 4.5 times (description)", True),
+        ),
+        (
+            tables.generation_over(tables.EQUAL_BATCH, 2.0),
+            answered(cases=OURS),
+            Measured(
+                "measured without labels of transformers, 32 at a time, description of "
+                "transformers, 32 at a time, labels of transformers, one at a time, description "
+                "of transformers, one at a time",
+                None,
             ),
         ),
         (
+            tables.generation_over(tables.BATCHED, 3.0),
+            answered(kinds=("first token", "labels")),
+            Measured(
+                "measured without description of JAX, 32 at a time, description of JAX, one at a "
+                "time",
+                None,
+            ),
+        ),
+        (
+            tables.over("packed", 1.1),
+            trained(1.3),
+            Measured("measured without the packed twin", None),
+        ),
+        (
             tables.compiled,
-            {"seconds": {"cold": {"together": [61, 62]}, "from the cache": {"together": [1, 2]}}},
-            Measured("61.5 s cold, 1.5 s from the cache", False),
+            {
+                "environment": {"device": "1 x cpu"},
+                "seconds": {"cold": {"together": [61, 62]}, "from the cache": {"together": [1, 2]}},
+            },
+            Measured("61.5 s cold, 1.5 s from the cache (1 x cpu)", False),
         ),
     ],
 )
@@ -71,6 +122,44 @@ def test_what_has_no_file_is_open_with_its_reason(tmp_path):
     assert len(others) == len(AIMS) - 1
     assert all(line.endswith("| open |") for line in others)
     assert all(aim.why in line for aim, line in zip(AIMS[1:], others, strict=True))
+
+
+def test_a_file_that_does_not_answer_leaves_its_aim_open(tmp_path):
+    for name in ("full", "small"):
+        report = answered(cases=OURS)
+        (tmp_path / f"generation_{name}.json").write_text(json.dumps(report))
+    lines = [line for line in tables.targets(tmp_path).splitlines() if "decode" in line]
+    assert lines[0].endswith("| 3.0 times (labels), 4.5 times (description) | **missed** |")
+    for line in lines[1:]:
+        assert "measured without labels of transformers" in line and line.endswith("| open |")
+    assert "; expected: 3 times or more | open |" in lines[1]
+
+
+def test_what_is_measured_alike_everywhere_may_have_either_name(tmp_path):
+    def host(median):
+        found = {"median": median, "lowest": median, "highest": median}
+        return json.dumps({"milliseconds": {"host": found}})
+
+    def line():
+        (found,) = (line for line in tables.targets(tmp_path).splitlines() if "host time" in line)
+        return found
+
+    (tmp_path / "loop_overhead_full.json").write_text(host(1.0))
+    assert "| 1.0 ms (1.0 to 1.0) | met |" in line()
+    (tmp_path / "loop_overhead_small.json").write_text(host(3.0))
+    assert "| 3.0 ms (3.0 to 3.0) | **missed** |" in line()
+
+
+def test_terms_come_before_the_tables(tmp_path):
+    report = json.loads((tables.RESULTS / "generation_small.json").read_text(encoding="utf-8"))
+    (tmp_path / "generation_jax_small.json").write_text(json.dumps(report))
+    printed = tables.all_tables(tmp_path)
+    at = [
+        printed.index(part)
+        for part in ('"affectgpt N"', "| what | aim |", "## Generation", "2,610 clips, by arithm")
+    ]
+    assert at == sorted(at)
+    assert "## Input" not in printed
 
 
 def test_the_kept_results_make_the_tables(capsys):

@@ -49,11 +49,34 @@ def test_a_saving_is_measured_with_it_and_without(tmp_path, monkeypatch, capsys)
     assert len(printed.splitlines()) == 3
 
 
+def test_a_side_without_overlap_reads_no_batch_ahead(tmp_path):
+    told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
+    side = sides.Ours(told, str(tmp_path), without="overlap")
+    read, batch = [], side.feed.batch
+    side.feed.batch = lambda step: read.append(step) or batch(step)
+
+    def no_thread(*_):
+        raise AssertionError("batches are read ahead")
+
+    side.feed.batches = no_thread
+    side.warm_up(0)
+    assert read == []
+    found = side.block(3, 2)
+    assert read == [3, 4] and len(found["seconds"]) == 2
+
+
 def test_a_side_without_chunks_makes_all_logits_at_once(tmp_path):
     told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
     side = sides.Ours(told, str(tmp_path), without="chunks")
     rows, targets = side.workload.config.batch_size, side.feed.buckets[0].targets
     assert side.model.qwen2.execution.loss_chunk == rows * targets
+
+
+@pytest.mark.parametrize("flags", [["--steps=0"], ["--block=0"], ["--warmup=-1"], ["--batch=-1"]])
+def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        savings.parse(flags)
+    assert "given; expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", savings.SAVINGS)

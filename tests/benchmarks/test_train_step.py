@@ -108,6 +108,59 @@ def test_only_clips_share_rows(capsys):
     assert "only the clips of --workload affectgpt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [["--steps", "0"], ["--block", "0"], ["--warmup", "-1"], ["--batch", "0"], ["--steps", "x"]],
+)
+def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        train_step.parse(flags)
+    flag, value = flags
+    assert f"argument {flag}: {value!r} given; expected " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--tuning", "release"], ["--peer-accumulation", "2"]])
+def test_what_is_of_pytorch_wants_pytorch(flags, capsys):
+    with pytest.raises(SystemExit):
+        train_step.parse(["--workload", "small", *flags])
+    assert f"{flags[0]} is of PyTorch, which does not run; add --peer torch" in (
+        capsys.readouterr().err
+    )
+    assert train_step.parse([*flags, "--peer", "torch"]).tuning
+    assert train_step.parse(["--peer", "torch"]).tuning == ["tuned"]
+
+
+ANCHOR = ["--workload", "anchor", "--scale", "full"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (ANCHOR, "train_step_anchor_full"),
+        ([*ANCHOR, "--dtype", "float32"], "train_step_anchor_float32_full"),
+        ([*ANCHOR, "--set", "base_precision=int8"], "train_step_anchor_base_precision-int8_full"),
+        (
+            [*ANCHOR, "--set", "lora.rank=8", "--set", 'lora.targets=["q/k"]'],
+            "train_step_anchor_lora.rank-8_lora.targets-q-k_full",
+        ),
+        (
+            ["--workload=affectgpt", "--batch=12", "--pack", "--peer=torch", "--scale=small"],
+            "train_step_affectgpt_12_beside_tuned_small",
+        ),
+        (
+            ["--workload=affectgpt", "--batch=12", "--peer=torch", "--scale=small"],
+            "train_step_affectgpt_12_padded_rows_beside_tuned_small",
+        ),
+        (
+            ["--workload=affectgpt", "--batch=12", "--pack=2048", "--scale=small"],
+            "train_step_affectgpt_12_packed_2048_rows_small",
+        ),
+    ],
+)
+def test_a_trial_has_a_file_of_its_own(flags, name):
+    assert train_step.name_of(train_step.parse(flags)) == name
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A packed mix beside every tuning, with a profile: the report, what was printed, the trace."""
@@ -117,6 +170,8 @@ def measured(tmp_path_factory):
     flags += ["--peer", "torch", "--tuning", "release", "tuned", "packed", "--set", "lora.rank=8"]
     flags += ["--steps", "2", "--block", "1", "--warmup", "1", "--profile", str(folder / "trace")]
     out = folder / "report.json"
+    (folder / "trace").mkdir()
+    (folder / "trace" / "program-7.hlo").write_text("of before")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compilation takes longest
         train_step.main([*flags, "--records", str(folder), "--out", str(out)])
@@ -147,10 +202,13 @@ def test_reports_are_shown_again(measured, capsys):
     train_step.main(["--show", str(measured.out)])
     printed = capsys.readouterr().out
     assert printed.strip() == train_step.table([measured.report])
-    assert len(printed.strip().splitlines()) == 2 + 4
+    rows = printed.strip().splitlines()[2:]
+    assert len(rows) == 4
+    assert all(row.startswith("| affectgpt 8, tiny, float32, lora.rank=8 | ") for row in rows)
 
 
 def test_a_profile_accounts_for_every_part_of_a_step(measured, tmp_path, capsys):
+    assert not (measured.trace / "program-7.hlo").exists(), "it is of another run"
     out = tmp_path / "profile.json"
     profile_table.main([str(measured.trace), "--out", str(out)])
     found = json.loads(out.read_text())
@@ -178,5 +236,9 @@ def test_what_fails_in_a_side_is_one_sentence(tmp_path):
     flags = ["--workload", "small", "--scale", "tiny", "--records", str(tmp_path)]
     with pytest.raises(SystemExit, match="error: the config has no key 'no.such'"):
         train_step.main([*flags, "--set", "no.such=1"])
+    with pytest.raises(SystemExit, match="error: config.remat is 5; expected a value of str"):
+        train_step.main([*flags, "--set", "remat=5"])
+    with pytest.raises(SystemExit, match="error: config.lora.rank is 'x'; expected a .* of int"):
+        train_step.main([*flags, "--set", "lora.rank=x"])
     with pytest.raises(SystemExit, match="error: jax: ConfigError: .*cudnn"):
         train_step.main([*flags, "--set", "attention=cudnn"])
