@@ -17,7 +17,7 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -315,15 +315,37 @@ def report(directory: Path) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def name_of(found: Mapping[str, Any]) -> str:
+    """A profile's workload, as tables name it."""
+    batch = f" {found['batch']}" if found["batch"] else ""
+    return f"{found['workload']}{batch}{', packed' if found['packed'] else ''}, {found['scale']}"
+
+
+def overview(reports: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table of profiles side by side: a step's time by part, and what is next."""
+    parts = dict.fromkeys(part for found in reports for part in found["seconds"])
+    whole = [sum(found["seconds"].values()) for found in reports]
+    lines = [
+        "| part | " + " | ".join(map(name_of, reports)) + " |",
+        "|---|" + "---|" * len(reports),
+    ]
+    for part in parts:
+        times = [found["seconds"].get(part, 0.0) for found in reports]
+        cells = [f"{1e3 * s:,.1f} ms, {s / all:.1%}" if s else "" for s, all in zip(times, whole)]
+        lines.append(f"| {part} | " + " | ".join(cells) + " |")
+    cells = [f"{1e3 * seconds:,.0f} ms" for seconds in whole]
+    lines.append("| all | " + " | ".join(cells) + " |")
+    lines.append("| most to gain in | " + " | ".join(map(bottleneck, reports)) + " |")
+    return "\n".join(lines)
+
+
+def table(found: Mapping[str, Any]) -> str:
     """A Markdown table of a profile."""
     total = sum(found["seconds"].values())
-    batch = f" {found['batch']}" if found["batch"] else ""
-    device = found["environment"]["device"]
     lines = [
-        f"{found['workload']}{batch}{', packed' if found['packed'] else ''}, {found['scale']}, "
-        f"{device}: {1e3 * total:,.1f} ms a step, over {found['steps']} steps; the "
-        f"largest product runs at {found['ceilings']['flop_per_s'] / 1e12:.3g} TFLOP/s, a copy at "
+        f"{name_of(found)}, {found['environment']['device']}: {1e3 * total:,.1f} ms a step, over "
+        f"{found['steps']} steps; the largest product runs at "
+        f"{found['ceilings']['flop_per_s'] / 1e12:.3g} TFLOP/s, a copy at "
         f"{found['ceilings']['bytes_per_s'] / 1e9:,.0f} GB/s",
         "",
         "| part | a step | share | its FLOPs at that rate | above it |",
@@ -333,15 +355,14 @@ def table(found: dict[str, Any]) -> str:
         floor = found["floors"].get(part)
         more = f"{1e3 * floor:,.1f} ms | {1e3 * (seconds - floor):,.1f} ms" if floor else " | "
         lines.append(f"| {part} | {1e3 * seconds:,.1f} ms | {seconds / total:.1%} | {more} |")
-    return "\n".join([*lines, "", next_bottleneck(found)])
+    return "\n".join([*lines, "", f"The most to gain is in {bottleneck(found)} of a step."])
 
 
-def next_bottleneck(found: dict[str, Any]) -> str:
-    """The part with the most time above what its FLOPs take."""
+def bottleneck(found: Mapping[str, Any]) -> str:
+    """The part with the most time above what its FLOPs take, and how much of a step that is."""
     room = {k: s - found["floors"].get(k, 0.0) for k, s in found["seconds"].items()}
     part = max(room, key=room.get)
-    total = sum(found["seconds"].values())
-    return f"The most to gain is in {part}: {room[part] / total:.0%} of a step."
+    return f"{part}: {room[part] / sum(found['seconds'].values()):.0%}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -332,9 +332,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def table(reports: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table of reports."""
     lines = [
-        "| workload | side | step, median (10 to 90 %) | samples/s | tokens/s | rows full | model "
-        "FLOP/s | MFU | memory | samples/s of JAX over it (by block) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| workload | side | step, median (10 to 90 %) | samples/s | tokens/s (with padding) | "
+        "rows full | model FLOP/s | MFU | memory | compiled in | token losses apart | samples/s of "
+        "JAX over it (by block) |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for report in reports:
         settings = report["settings"]
@@ -347,11 +348,14 @@ def table(reports: Sequence[Mapping[str, Any]]) -> str:
             ratio = report["ratios"].get(side)
             by = "{median:.2f} ({lowest:.2f} to {highest:.2f})".format(**ratio) if ratio else ""
             mfu = f"{r['mfu']:.1%}" if r["mfu"] else ""
+            compiled = f"{r['compile_s']:.0f} s" if "compile_s" in r else ""
+            apart = f"{report['losses'][side]['apart']:.0e}" if side in report["losses"] else ""
             lines.append(
                 f"| {what} | {name} | {1e3 * r['median_s']:,.0f} ms ({1e3 * r['p10_s']:,.0f} to "
-                f"{1e3 * r['p90_s']:,.0f}) | {r['samples_per_s']:.2f} | {r['tokens_per_s']:,.0f} | "
-                f"{r['fill']:.0%} | {r['model_flop_per_s'] / 1e12:.3g} T | {mfu} "
-                f"| {r['peak_bytes'] / 2**30:.1f} GiB | {by} |"
+                f"{1e3 * r['p90_s']:,.0f}) | {r['samples_per_s']:.2f} | {r['tokens_per_s']:,.0f} "
+                f"({r['places_per_s']:,.0f}) | {r['fill']:.0%} | "
+                f"{r['model_flop_per_s'] / 1e12:.3g} T | {mfu} | {r['peak_bytes'] / 2**30:.1f} GiB "
+                f"| {compiled} | {apart} | {by} |"
             )
     return "\n".join(lines)
 

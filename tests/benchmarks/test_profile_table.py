@@ -6,9 +6,10 @@ from benchmarks.profile_table import (
     Event,
     Trace,
     account,
+    bottleneck,
     exclusive,
     main,
-    next_bottleneck,
+    overview,
     part_of,
     read_program,
     share_out,
@@ -84,7 +85,22 @@ def test_gaps_are_input_wait_or_idle():
 
 def test_the_bottleneck_is_the_most_time_above_what_flops_take():
     found = {"seconds": {"a": 6.0, "b": 4.0}, "floors": {"a": 5.0}}
-    assert next_bottleneck(found) == "The most to gain is in b: 40% of a step."
+    assert bottleneck(found) == "b: 40%"
+
+
+def test_profiles_stand_side_by_side():
+    of = {"workload": "small", "scale": "tiny", "packed": False, "batch": None, "floors": {}}
+    one = of | {"seconds": {"a": 0.003, "b": 0.001}}
+    two = of | {"workload": "affectgpt", "packed": True, "batch": 3, "seconds": {"c": 0.1}}
+    assert overview([one, two]).splitlines() == [
+        "| part | small, tiny | affectgpt 3, packed, tiny |",
+        "|---|---|---|",
+        "| a | 3.0 ms, 75.0% |  |",
+        "| b | 1.0 ms, 25.0% |  |",
+        "| c |  | 100.0 ms, 100.0% |",
+        "| all | 4 ms | 100 ms |",
+        "| most to gain in | a: 75% | c: 100% |",
+    ]
 
 
 def test_a_folder_without_a_profile_is_refused(tmp_path):

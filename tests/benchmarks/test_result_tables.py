@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import environment, tables
+from benchmarks import environment, profile_table, tables
 from benchmarks.tables import AIMS, Measured
 
 SIDES = {"jax": {"mfu": 0.56, "tokens_per_s": 17_900.0, "data_wait": 0.002}, "tuned": {"mfu": 0.39}}
@@ -160,6 +160,14 @@ def test_terms_come_before_the_tables(tmp_path):
     ]
     assert at == sorted(at)
     assert "## Input" not in printed
+
+
+def test_the_readme_has_the_tables_of_the_kept_results():
+    readme = (tables.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert tables.targets(tables.RESULTS) in readme
+    profiles = sorted(tables.RESULTS.glob("profile_*.json"))
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in profiles]
+    assert profile_table.overview(reports) in readme
 
 
 def test_the_kept_results_make_the_tables(capsys):
