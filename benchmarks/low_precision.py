@@ -54,7 +54,7 @@ from affectgpt_jax.training.optimizer import (
 )
 from affectgpt_jax.training.step import init_key, init_state, make_train_step
 from affectgpt_jax.weights.huggingface import load_base
-from benchmarks import environment, parity, probes
+from benchmarks import environment
 from benchmarks.workloads import SCALES
 
 RESULTS = Path(__file__).parent / "results"
@@ -109,6 +109,8 @@ def quality(steps: int) -> dict[str, Any]:
         For every format: bytes of the base, `||x - float32|| / ||float32||` of the logits and of
         all gradients together at random adapters, and the loss before every update.
     """
+    from benchmarks import parity, probes  # with PyTorch, which the tables do without
+
     formats = {"float32": ("float32", ""), "bfloat16": ("bfloat16", "")}
     formats |= {precision: ("float32", precision) for precision in LOW}
     found: dict[str, Any] = {}
