@@ -187,7 +187,7 @@ def train(
         f"{count(abstract_state['trainable']['lora']):,} in LoRA and "
         f"{count(abstract_state['trainable']['fusion']):,} in heads and fusion to train"
     )
-    base = load_base(directory, abstract_base, tree_shardings(abstract_base))
+    base = load_base(directory, abstract_base, sharding.shardings_of(abstract_base))
     identity = base_identity(directory)
     fleet.require_same({"base": identity.sha256})
     checkpoints = Checkpoints(workdir, identity, config.keep, chief)
@@ -196,7 +196,7 @@ def train(
         start = 0
         initialise = jax.jit(
             lambda key: init_state(model, optimizer, key),
-            out_shardings=tree_shardings(abstract_state),
+            out_shardings=sharding.shardings_of(abstract_state),
         )
         state = initialise(init_key(config.seed))
         if config.init_from:
@@ -607,11 +607,6 @@ def train_step_options(
     return options
 
 
-def tree_shardings(abstract_tree: Any) -> Any:
-    """The shardings of an abstract tree."""
-    return jax.tree.map(lambda leaf: leaf.sharding, abstract_tree)
-
-
 def count(tree: Any) -> int:
     """Number of parameters in a tree of arrays or shapes."""
     leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedKernel))
@@ -631,7 +626,7 @@ def lower_step(
     batch: Any,
 ) -> Any:
     """Lower an update for a batch's shapes; nothing is allocated. The state is donated."""
-    out = (tree_shardings(abstract_state), sharding.replicated(mesh))
+    out = (sharding.shardings_of(abstract_state), sharding.replicated(mesh))
     step = jax.jit(train_step, donate_argnums=0, out_shardings=out)
     return step.lower(abstract_state, abstract_base, batch)
 

@@ -55,7 +55,7 @@ def draw_base(model: AffectGPT, mesh: jax.sharding.Mesh) -> Any:
 
 
 def _started(init: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    places = jax.tree.map(lambda x: x.sharding, sharding.abstract(mesh, init))
+    places = sharding.shardings_of(sharding.abstract(mesh, init))
     return jax.jit(init, out_shardings=places)(jax.random.key(seed))
 
 
@@ -188,7 +188,7 @@ class Ours:
         self.compile_s = time.perf_counter() - began
         self.base = draw_base(model, self.mesh)
         self.state = _started(init, self.mesh, TRAINABLE_SEED)
-        places = jax.tree.map(lambda x: x.sharding, abstract_state["trainable"])
+        places = sharding.shardings_of(abstract_state["trainable"])
         self.state["trainable"] = jax.device_put(draw_trainable(model), places)
 
     def facts(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ causal.defvjp(_causal_forward, _causal_backward)
 
 
 def _blocks(length: int) -> list[tuple[int, int]]:
-    """First and last query of each block."""
+    """The first query of each block, and the one after its last."""
     size = causal_block(length)
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
@@ -184,7 +184,7 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.A
     )
 
 
-def packed(max_segments: int) -> CausalAttention:
+def packed_rows(max_segments: int) -> CausalAttention:
     """`causal` by cuDNN's flash kernel, for rows of at most `max_segments` samples and padding.
 
     A row of more, or one in which a sample's tokens do not stand together, gives NaN.
@@ -229,7 +229,7 @@ class Choice(NamedTuple):
         cuDNN's packed layout stores float32 statistics of `[B * samples, H, T]` for the backward
         pass of every layer, so the number had better be no larger than needed.
         """
-        return packed(samples) if self.name == "cudnn_packed" else self.attend
+        return packed_rows(samples) if self.name == "cudnn_packed" else self.attend
 
 
 BACKENDS = ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed")
@@ -295,7 +295,7 @@ def _attention(name: str) -> CausalAttention:
         "xla": causal,
         "xla_packed": xla_packed.attend,
         "cudnn": cudnn,
-        "cudnn_packed": packed(DEFAULT_SEGMENTS),
+        "cudnn_packed": packed_rows(DEFAULT_SEGMENTS),
     }[name]
 
 

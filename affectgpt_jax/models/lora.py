@@ -59,10 +59,10 @@ class LoraConfig:
         return self.alpha / self.rank
 
 
-def kaiming_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
-    """U(+-1/sqrt(in)) for a kernel `[in, out]`: torch's Linear default, PEFT's choice for A."""
+def kaiming_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """U(+-1/sqrt(in)), float32, for a kernel `[in, out]`: torch's Linear default, PEFT's for A."""
     bound = shape[0] ** -0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

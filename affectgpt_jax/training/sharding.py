@@ -132,6 +132,11 @@ def with_shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
     )
 
 
+def shardings_of(tree: Any) -> Any:
+    """Those that the leaves of a tree have, arrays or shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

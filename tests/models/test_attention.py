@@ -277,7 +277,7 @@ def emulated_cudnn(query, key, value, q_seqlen, kv_seqlen, q_offsets, kv_offsets
 @pytest.mark.parametrize("heads,kv_heads", [(2, 2), (4, 2), (7, 1)])
 def test_packed_layout_as_cudnn_reads_it_is_attention_within_segments(monkeypatch, heads, kv_heads):
     monkeypatch.setattr(private, "dot_product_attention", emulated_cudnn)
-    attend = attention.packed(MAX_SEGMENTS)
+    attend = attention.packed_rows(MAX_SEGMENTS)
 
     @settings(max_examples=15)
     @given(st.lists(rows(23), min_size=3, max_size=3))
@@ -313,7 +313,7 @@ def test_rows_with_room_for_more_segments_than_tokens_are_found(length):
 def test_a_row_that_the_packed_layout_cannot_express_gives_nan_and_no_other_row(monkeypatch, row):
     monkeypatch.setattr(private, "dot_product_attention", emulated_cudnn)
     query, key, value, _ = inputs(2, 6, 2, 2, 8, jnp.float32)
-    out = attention.packed(4)(query, key, value, jnp.array([row, [1, 1, 1, 2, 2, 0]]))
+    out = attention.packed_rows(4)(query, key, value, jnp.array([row, [1, 1, 1, 2, 2, 0]]))
     assert np.isnan(out[0]).all() and np.isfinite(out[1]).all()
 
 
@@ -373,7 +373,7 @@ def test_cudnn_lowers_to_flash_attention_with_the_heads_of_the_base(hopper):
 
 
 def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(hopper):
-    forward, backward = cudnn_calls(attention.packed(7), 2, 256, 28, 4, 128)
+    forward, backward = cudnn_calls(attention.packed_rows(7), 2, 256, 28, 4, 128)
     # jax 0.10 counts key offsets by query heads, so key heads are repeated there.
     kv_heads = 4 if cudnn_packed._strides_of_key() else 28
     for call in (forward, backward):

@@ -78,7 +78,7 @@ def save(workdir, *numbers, losses=None, **options):
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
 def test_a_sharded_state_is_restored_bit_for_bit_onto_any_layout(tmp_path, mesh):
     state = make_state()
-    written_on = train.tree_shardings(abstract("fsdp:2,tensor:4"))
+    written_on = sharding.shardings_of(abstract("fsdp:2,tensor:4"))
     with Checkpoints(tmp_path, BASE) as checkpoints:
         checkpoints.save(7, jax.device_put(state, written_on), val_loss=0.5)
         checkpoints.wait()

@@ -164,8 +164,8 @@ def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout,
         abstract_base,
         sharding.abstract_batch(mesh, batch),
     ).compile()
-    base = jax.device_put(BASE, train.tree_shardings(abstract_base))
-    state = jax.device_put(new_state(), train.tree_shardings(abstract_state))
+    base = jax.device_put(BASE, sharding.shardings_of(abstract_base))
+    state = jax.device_put(new_state(), sharding.shardings_of(abstract_state))
     found = step(state, base, sharding.shard_batch(mesh, batch))
     # The masks of dropout do not depend on the layout either.
     assert_same_update(found, one_device_step(dropout=dropout)(new_state(), batch))
