@@ -55,10 +55,12 @@ FLOPS_OF = {
 
 
 class Operation(NamedTuple):
-    """One instruction of a compiled program: its kind, scopes, and computation that it calls."""
+    """One instruction of a compiled program: its kind, scopes, what it reads, and the computation
+    that it calls."""
 
     kind: str
     scopes: str
+    reads: tuple[str, ...]
     calls: str
 
 
@@ -78,7 +80,8 @@ _PRODUCTS = ("dot", "custom-call", "convolution")
 def read_program(text: str) -> dict[str, str]:
     """Part of the model by name of an operation, from the text of a compiled program.
 
-    An operation that is several in one is what its matrix product is, where it has one.
+    An operation that is several in one is what its matrix product is, where it has one. A product
+    that XLA has rewritten may have lost its scopes: it is of the part that reads its result.
     """
     computations: dict[str, dict[str, Operation]] = defaultdict(dict)
     inside = ""
@@ -90,24 +93,42 @@ def read_program(text: str) -> dict[str, str]:
         elif inside and (found := _INSTRUCTION.match(line)):
             scopes = re.search(r'op_name="([^"]*)"', line)
             calls = re.search(r"(?:calls|to_apply)=%?([\w.\-]+)", line)
+            reads = re.findall(r"%([\w.\-]+)", line[found.end() :].partition(")")[0])
             computations[inside][found[1]] = Operation(
-                found[2], scopes[1] if scopes else "", calls[1] if calls else ""
+                found[2], scopes[1] if scopes else "", tuple(reads), calls[1] if calls else ""
             )
 
-    def part(operation: Operation) -> str:
+    def part(name: str, instructions: dict[str, Operation]) -> str:
+        operation = instructions[name]
         within = list(computations.get(operation.calls, {}).values())
         products = [inner for inner in within if inner.kind in _PRODUCTS]
         products += [p for inner in within for p in _inner_products(computations, inner)]
-        if products:
-            return part_of(products[0].kind, products[0].scopes)
+        if products or operation.kind in _PRODUCTS:
+            first = products[0] if products else operation
+            return part_of(first.kind, first.scopes or _scopes_of_reader(instructions, name))
         named = [operation, *reversed(within)]
         return part_of(operation.kind, next((o.scopes for o in named if o.scopes), ""))
 
     return {
-        name: part(operation)
+        name: part(name, instructions)
         for instructions in computations.values()
-        for name, operation in instructions.items()
+        for name in instructions
     }
+
+
+def _scopes_of_reader(instructions: Mapping[str, Operation], name: str) -> str:
+    """Those of the nearest operation that has any and reads a result, or what was made of it."""
+    made = {name}
+    while True:
+        readers = {
+            key: o for key, o in instructions.items() if made & {*o.reads} and key not in made
+        }
+        for reader in readers.values():
+            if reader.scopes:
+                return reader.scopes
+        if not readers:
+            return ""
+        made |= readers.keys()
 
 
 def _inner_products(computations: Any, operation: Operation) -> list[Operation]:

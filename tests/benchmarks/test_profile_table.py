@@ -72,6 +72,27 @@ def test_a_moment_is_shared_by_what_runs_in_it():
     assert times == {"a": 2 + 1 + 1, "b": 1 + 2} and gaps == [(6, 8)]
 
 
+def test_a_product_without_scopes_is_of_the_part_that_reads_its_result():
+    program = """HloModule jit_train_step
+
+%fused (p: f32[2]) -> f32[2] {
+  %p = f32[2] parameter(0)
+  ROOT %product = f32[2] dot(%p, %p), lhs_batch_dims={0}
+}
+
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %p.1 = f32[2] parameter(0)
+  %fusion.1 = f32[2] fusion(%p.1), kind=kCustom, calls=%fused
+  %copy.2 = f32[2] copy(%fusion.1)
+  %fusion.3 = f32[2] fusion(%p.1), kind=kCustom, calls=%fused
+  ROOT %exp.4 = f32[2] exponential(%copy.2), metadata={op_name="layers/attention/exp"}
+}
+"""
+    found = read_program(program)
+    assert found["fusion.1"] == "attention"
+    assert found["fusion.3"] == "other"
+
+
 def test_gaps_are_input_wait_or_idle():
     lane = [("p", Event(0, 2, "fusion.1")), ("p", Event(6, 8, "exp.4"))]
     found = account(Trace([lane], [Event(3, 5, "data_wait")]), {"p": read_program(PROGRAM)}, 2)
