@@ -278,6 +278,7 @@ def targets(folder: Path) -> str:
 
 
 TERMS = f"""\
+- "anchor" is LoRA on two rows of 4,096 random tokens, all supervised; one row at the scale small.
 - "small" is a workload, 4 rows of 256 tokens a step, and a scale, a Qwen2 of 40 million parameters.
 - "affectgpt N": an update takes N clips of the paper's mix of lengths, or about N where clips share
   rows ("packed"). "Rows full" is the share of the places in them that hold a token.
