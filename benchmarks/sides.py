@@ -6,6 +6,7 @@ fusion drawn from another, and the batches of one workload. What they return is 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import resource
@@ -301,8 +302,8 @@ class Theirs:
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("JAX has a GPU and PyTorch has none; install PyTorch for CUDA")
         self.feed = workloads.feed(self.workload, Path(records))
-        self._tuning = model.TUNINGS[tuning]
-        self._compiles = self._tuning.compile and self.device == "cuda"
+        told = model.TUNINGS[tuning]
+        self._tuning = dataclasses.replace(told, compile=told.compile and self.device == "cuda")
         self._to_device = functools.partial(
             model.to_device, tuning=self._tuning, device=self.device
         )
@@ -342,7 +343,7 @@ class Theirs:
 
     def warm_up(self, steps: int) -> None:
         # `torch.compile` compiles when it first sees a length.
-        for bucket in self.feed.buckets if self._compiles else ():
+        for bucket in self.feed.buckets if self._tuning.compile else ():
             parts = self._parts(self.feed.filler_batch(bucket))
             self._training.train_step(self.twin, self.optimizer, parts, learning_rate=0.0)
         if steps:
@@ -372,7 +373,7 @@ class Theirs:
     def _parts(self, batch: Batch) -> list[Any]:
         """The parts that a batch runs in, on the device; rows as JAX's accumulation takes them."""
         # Only compiled programs need rows of a few lengths.
-        batch = batch if self._compiles else trimmed(batch)
+        batch = batch if self._tuning.compile else trimmed(batch)
         count = self.workload.config.accumulation
         shares = [jax.tree.map(lambda x, i=i: x[i::count], batch) for i in range(count)]
         return [self._to_device(share) for share in shares]
