@@ -21,7 +21,6 @@ from ml_collections import ConfigDict, config_flags
 
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.prompts import INPUT_MODES, PromptError, parse_label
-from affectgpt_jax.models.attention import BACKENDS
 
 DEFAULT = "demo"
 MIX = "config.data.mix"
@@ -31,7 +30,7 @@ CHOICES = {
     "base_precision": ("", "int8", "fp8", "nf4"),
     "remat": ("auto", "none", "dots", "full"),
     "unroll_layers": ("auto", "true", "false"),
-    "attention": BACKENDS,
+    "attention": ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed"),
     "fusion": ("attention", "qformer", "none"),
     "heads.video": ("attention", "mean", "qformer"),
     "heads.audio": ("attention", "mean", "qformer"),

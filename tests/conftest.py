@@ -2,12 +2,17 @@
 
 import gc
 import os
+import signal
 import tempfile
 
 # jax 0.10 deadlocks with several emulated devices on a machine of few cores: its thread pool must
 # be at least twice as large as the number of devices.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# A shell has its background jobs ignore Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

@@ -232,9 +232,6 @@ class Choice(NamedTuple):
         return packed_rows(samples) if self.name == "cudnn_packed" else self.attend
 
 
-BACKENDS = ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed")
-
-
 def choose(
     requested: str,
     platform: str,
@@ -249,7 +246,7 @@ def choose(
     """The causal attention backend of a run.
 
     Args:
-        requested: one of `BACKENDS`; "auto" takes the fastest that can run.
+        requested: the name of one, or "auto" for the fastest that can run.
         platform: "cpu", "cuda", "rocm" or "tpu".
         compute_capability: of the CUDA device, e.g. (9, 0); anything elsewhere.
         head_dim: d.
