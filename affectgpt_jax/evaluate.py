@@ -30,8 +30,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from affectgpt_jax import build, inference, process
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.config import ConfigError
@@ -52,10 +50,9 @@ from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.report import DEMO, name_and_task
-from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, load_run
+from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
 from affectgpt_jax.score import TITLES, percent
 from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
-from affectgpt_jax.training import xla_options
 from affectgpt_jax.training.checkpoints import silence_threads
 
 # Trouble that a user can mend: shown as one sentence, without a traceback.
@@ -650,23 +647,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     escape_what_cannot_be_shown()
-    process.use_compilation_cache()
-    xla_options.reserve_gpu_memory()
     try:
-        report, out = evaluate(arguments, lambda text: print(text, flush=True))
-        print(summarise(report, out))
+        with asking():
+            report, out = evaluate(arguments, lambda text: print(text, flush=True))
+            print(summarise(report, out))
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if not process.out_of_memory(error):
-            raise
-        sys.exit(
-            "error: the devices have no memory left; pass a smaller --batch-size, or "
-            "--config.generate.merge_lora=false, which saves a second copy of the weights"
-        )
-    except BrokenPipeError:  # whoever read the output has left; there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         sys.exit(f"error: {describe(error, output_folder(arguments))}")
     except KeyboardInterrupt:

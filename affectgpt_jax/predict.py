@@ -35,8 +35,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-import jax
-
 from affectgpt_jax import build, process
 from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
@@ -45,9 +43,8 @@ from affectgpt_jax.evaluation.files import ReadError, whole_lines
 from affectgpt_jax.inference import SCORED, Answer, Generator
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, load_run
+from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
 from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
-from affectgpt_jax.training import xla_options
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -474,22 +471,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     escape_what_cannot_be_shown()
-    process.use_compilation_cache()
-    xla_options.reserve_gpu_memory()
     try:
-        predict(arguments)
+        with asking():
+            predict(arguments)
     except USER_ERRORS as error:
         sys.exit(f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if not process.out_of_memory(error):
-            raise
-        sys.exit(
-            "error: the devices have no memory left; pass a smaller --batch-size, or "
-            "--config.generate.merge_lora=false, which saves a second copy of the weights"
-        )
-    except BrokenPipeError:  # whoever read the answers has left; there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except OSError as error:
         sys.exit(
             f"error: {error.filename or arguments.out or 'the output'}: {error.strerror or error}"

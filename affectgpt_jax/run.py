@@ -6,22 +6,27 @@ Shared by the commands that use a run, so that each sees the model as it was tra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build
+from affectgpt_jax import build, process
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import View
 from affectgpt_jax.data.prompts import PromptError, parse_label
 from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
-from affectgpt_jax.training import sharding
+from affectgpt_jax.training import sharding, xla_options
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun
 from affectgpt_jax.weights.huggingface import (
     BaseIdentity,
@@ -133,6 +138,29 @@ def _like(schema: Any, value: Any) -> Any:
     if isinstance(schema, dict) and isinstance(value, dict):
         return {key: _like(schema.get(key), entry) for key, entry in value.items()}
     return tuple(value) if isinstance(schema, tuple) and isinstance(value, list) else value
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[None]:
+    """Around what a command asks of a run: compiled programs are kept, as in training.
+
+    Raises:
+        SystemExit: a device has no memory left, or whoever read the output is gone.
+    """
+    process.use_compilation_cache()
+    xla_options.reserve_gpu_memory()
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not process.out_of_memory(error):
+            raise
+        raise SystemExit(
+            "error: the devices have no memory left; pass a smaller --batch-size, or "
+            "--config.generate.merge_lora=false, which saves a second copy of the weights"
+        ) from None
+    except BrokenPipeError:  # there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def add_merge_lora(parser: argparse.ArgumentParser) -> None:

@@ -5,20 +5,17 @@ import dataclasses
 import errno
 import json
 import os
-import runpy
 import shutil
-import sys
 
 import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import evaluate, inference, process, train
+from affectgpt_jax import evaluate, inference, train
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation.extract import label_message
 from affectgpt_jax.models.generate import decode, prefill
-from affectgpt_jax.training import checkpoints, xla_options
 
 CLIPS = 12
 
@@ -383,26 +380,6 @@ def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(run, mo
     said = "INTERNAL: something else"
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         command(run)
-
-
-@pytest.mark.filterwarnings("ignore:'affectgpt_jax.evaluate' found in sys.modules")
-def test_programs_are_kept_and_a_process_of_its_own_keeps_its_memory(tmp_path, monkeypatch):
-    called = []
-    for module, name in (
-        (process, "keep_freed_memory"),
-        (process, "use_compilation_cache"),
-        (xla_options, "reserve_gpu_memory"),
-    ):
-        monkeypatch.setattr(module, name, lambda name=name: called.append(name))
-    monkeypatch.setattr(checkpoints, "silence_threads", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={tmp_path}"])
-    with pytest.raises(SystemExit, match="holds no run"):
-        evaluate.main()
-    assert called == ["use_compilation_cache", "reserve_gpu_memory"]
-    called.clear()
-    with pytest.raises(SystemExit, match="holds no run"):
-        runpy.run_module(evaluate.__name__, run_name="__main__")
-    assert called == ["keep_freed_memory", "use_compilation_cache", "reserve_gpu_memory"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,14 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import build, inference, predict, process, train
+from affectgpt_jax import build, inference, predict, train
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.models.qwen2 import Execution
 from affectgpt_jax.run import load_run
-from affectgpt_jax.training import checkpoints, xla_options
 
 FLAGS = (
     "--config.mesh=data:-1",
@@ -269,26 +267,6 @@ def test_the_command_answers_on_one_device_with_nothing_but_answers_on_its_outpu
     assert {k: line["text"] for k, line in found.items()} == {
         k: line["text"] for k, line in here.items()
     }
-
-
-@pytest.mark.filterwarnings("ignore:'affectgpt_jax.predict' found in sys.modules")
-def test_programs_are_kept_and_a_process_of_its_own_keeps_its_memory(tmp_path, monkeypatch):
-    called = []
-    for module, name in (
-        (process, "keep_freed_memory"),
-        (process, "use_compilation_cache"),
-        (xla_options, "reserve_gpu_memory"),
-    ):
-        monkeypatch.setattr(module, name, lambda name=name: called.append(name))
-    monkeypatch.setattr(checkpoints, "silence_threads", lambda: None)
-    monkeypatch.setattr(sys, "argv", ["predict", f"--workdir={tmp_path}"])
-    with pytest.raises(SystemExit, match="holds no run"):
-        predict.main()
-    assert called == ["use_compilation_cache", "reserve_gpu_memory"]
-    called.clear()
-    with pytest.raises(SystemExit, match="holds no run"):
-        runpy.run_module(predict.__name__, run_name="__main__")
-    assert called == ["keep_freed_memory", "use_compilation_cache", "reserve_gpu_memory"]
 
 
 def test_a_tilde_that_the_shell_leaves_is_the_home(monkeypatch):

@@ -1,9 +1,14 @@
-"""A run's config comes back from its workdir as it was."""
+"""A run's config comes back from its workdir as it was; what commands that ask runs share."""
+
+import runpy
+import sys
 
 import pytest
 
+from affectgpt_jax import evaluate, predict, process
 from affectgpt_jax.config import check_same_run, find_config, parse_command_line, shipped_configs
 from affectgpt_jax.run import RunError, load_config
+from affectgpt_jax.training import checkpoints, xla_options
 
 
 @pytest.mark.parametrize("name", shipped_configs())
@@ -19,3 +24,26 @@ def test_a_damaged_config_is_refused_by_its_path(text, tmp_path):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(RunError, match="config.json cannot be read"):
         load_config(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:'affectgpt_jax.*' found in sys.modules")
+@pytest.mark.parametrize("command", [evaluate, predict])
+def test_programs_are_kept_and_a_process_of_its_own_keeps_its_memory(
+    command, tmp_path, monkeypatch
+):
+    called = []
+    for module, name in (
+        (process, "keep_freed_memory"),
+        (process, "use_compilation_cache"),
+        (xla_options, "reserve_gpu_memory"),
+    ):
+        monkeypatch.setattr(module, name, lambda name=name: called.append(name))
+    monkeypatch.setattr(checkpoints, "silence_threads", lambda: None)
+    monkeypatch.setattr(sys, "argv", [command.__name__, f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit, match="holds no run"):
+        command.main()
+    assert called == ["use_compilation_cache", "reserve_gpu_memory"]
+    called.clear()
+    with pytest.raises(SystemExit, match="holds no run"):
+        runpy.run_module(command.__name__, run_name="__main__")
+    assert called == ["keep_freed_memory", "use_compilation_cache", "reserve_gpu_memory"]

@@ -99,8 +99,13 @@ def test_a_step_that_is_stopped_leaves_no_process_behind(tmp_path, monkeypatch, 
     monkeypatch.setattr(everything, "GRACE_S", 0.2)
     told = tmp_path / "number"
     if interrupted:  # Ctrl-C
-        timer = threading.Timer(1, _thread.interrupt_main)
-        timer.start()
+
+        def interrupt():
+            while not (told.exists() and told.read_text()):
+                time.sleep(0.05)
+            _thread.interrupt_main()
+
+        threading.Thread(target=interrupt, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             everything.start(with_a_child(told)._replace(bound_s=60))
     else:
