@@ -18,16 +18,16 @@ from ml_collections import ConfigDict
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.pipeline import Source, View
+from affectgpt_jax.data.pipeline import PromptProcessor, Source
 from affectgpt_jax.data.prompts import INPUT_MODES, InputMode, load_prompts
 from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.attention import CausalAttention, Choice, causal, choose, deviation
+from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, DecoderConfig
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.qformer import QFormerConfig
-from affectgpt_jax.models.qwen2 import PUBLISHED, Execution, Qwen2, Qwen2Config
 from affectgpt_jax.training.optimizer import OptimizerConfig
 from affectgpt_jax.training.sharding import parse_mesh
 from affectgpt_jax.weights.huggingface import read_config
@@ -50,7 +50,7 @@ def base_directory(llm: str) -> Path:
     return path
 
 
-def base_config(llm: str) -> Qwen2Config:
+def base_config(llm: str) -> DecoderConfig:
     """Shape of `config.llm`; of a published model by its name alone, without any file.
 
     Raises:
@@ -61,7 +61,7 @@ def base_config(llm: str) -> Qwen2Config:
     return read_config(base_directory(llm))
 
 
-def tokenizer(directory: Path, llm: Qwen2Config) -> Tokenizer:
+def tokenizer(directory: Path, llm: DecoderConfig) -> Tokenizer:
     """The tokenizer of a base.
 
     Raises:
@@ -85,24 +85,26 @@ def input_mode(config: ConfigDict, name: str = "") -> InputMode:
 
 def input_modes(config: ConfigDict) -> list[InputMode]:
     """All modes of a config: `config.input` first, then those of its mixture."""
-    names = dict.fromkeys([config.input, *(e.input for e in config.data.mix.values() if e.input)])
+    names = dict.fromkeys(
+        [config.input, *(e.input for e in config.data.mixture.values() if e.input)]
+    )
     return [input_mode(config, name) for name in names]
 
 
 def fusion_config(config: ConfigDict, llm_width: int) -> FusionConfig:
-    """Slots, heads and pre-fusion of the config's input modes together."""
-    heads = config.heads
+    """Slots, projectors and pre-fusion of the config's input modes together."""
+    projectors = config.projectors
     return FusionConfig(
         slots=tuple(dict.fromkeys(s for mode in input_modes(config) for s in mode.slots)),
         llm_width=llm_width,
-        video_width=heads.video_width,
-        audio_width=heads.audio_width,
-        image_width=heads.image_width,
+        video_width=projectors.video_width,
+        audio_width=projectors.audio_width,
+        image_width=projectors.image_width,
         pre_fusion="attention" if config.fusion == "none" else config.fusion,
-        video_head=heads.video,
-        audio_head=heads.audio,
-        image_head=heads.image,
-        width=heads.fusion_width,
+        video_head=projectors.video,
+        audio_head=projectors.audio,
+        image_head=projectors.image,
+        width=projectors.fusion_width,
         qformer=QFormerConfig(**config.qformer),
     )
 
@@ -121,7 +123,7 @@ def compute_capability() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
+def attention(config: ConfigDict, llm: DecoderConfig) -> Choice:
     """The causal attention of a config on the devices that are here.
 
     A kernel that is not our own is first compared with plain XLA on this very device, with the
@@ -152,7 +154,7 @@ def attention(config: ConfigDict, llm: Qwen2Config) -> Choice:
     raise ConfigError(f"config.attention={choice.name!r} cannot be used: {doubt}")
 
 
-def kv_heads_split(llm: Qwen2Config, shares: int) -> bool:
+def kv_heads_split(llm: DecoderConfig, shares: int) -> bool:
     """Whether devices that share query heads share key heads as well."""
     # Heads that the devices cannot share stay whole on each (sharding.ActivationConstraint).
     return not llm.num_key_value_heads % shares or llm.num_attention_heads % shares > 0
@@ -162,7 +164,7 @@ def kv_heads_split(llm: Qwen2Config, shares: int) -> bool:
 _DEVIATION = 0.05
 
 
-def _doubt(attend: CausalAttention, llm: Qwen2Config, dtype: str, packed: bool) -> str:
+def _doubt(attend: CausalAttention, llm: DecoderConfig, dtype: str, packed: bool) -> str:
     """Why the result of a kernel on this device cannot be trusted; empty if it can."""
     heads = llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim
     try:
@@ -181,7 +183,7 @@ def _first_line(error: Exception) -> str:
 
 def model(
     config: ConfigDict,
-    llm: Qwen2Config,
+    llm: DecoderConfig,
     shard: Any = None,
     attend: CausalAttention | None = None,
 ) -> AffectGPT:
@@ -203,7 +205,7 @@ def model(
             f"of {llm.hidden_size} and an intermediate_size of {llm.intermediate_size}; use int8"
         )
     dtype = jnp.dtype(config.dtype)
-    execution = Execution(
+    compute = ComputeConfig(
         dtype=dtype,
         param_dtype=dtype,
         base_precision=config.base_precision,
@@ -212,7 +214,7 @@ def model(
         attend=attend or attention(config, llm).attend,
     )
     if shard is not None:
-        execution = dataclasses.replace(execution, shard=shard)
+        compute = dataclasses.replace(compute, shard=shard)
     try:
         fusion = fusion_config(config, llm.hidden_size)
         lora = None
@@ -226,7 +228,7 @@ def model(
             "the model LoRA or an input with features"
         )
     # The fusion costs next to nothing, and bfloat16 would round features that float16 holds.
-    return AffectGPT(Qwen2(llm, lora, execution), Fusion(fusion) if fusion.slots else None)
+    return AffectGPT(Decoder(llm, lora, compute), Fusion(fusion) if fusion.slots else None)
 
 
 # A loop copies each layer's weights in and its activations out, 7 % of a step on a CPU; every layer
@@ -234,7 +236,7 @@ def model(
 _MOST_UNROLLED = 12
 
 
-def _unroll(config: ConfigDict, llm: Qwen2Config) -> bool:
+def _unroll(config: ConfigDict, llm: DecoderConfig) -> bool:
     """Whether layers are compiled in a row."""
     if config.unroll_layers != "auto":
         return config.unroll_layers == "true"
@@ -254,14 +256,14 @@ def optimizer_config(config: ConfigDict) -> OptimizerConfig:
         raise ConfigError(f"config.{error}") from None
 
 
-def view(config: ConfigDict, tokenizer: Tokenizer, mode: str = "") -> View:
+def prompt_processor(config: ConfigDict, tokenizer: Tokenizer, mode: str = "") -> PromptProcessor:
     """How the config turns clips into inputs, in an input mode, `config.input` by default.
 
     Raises:
         PromptError: a prompt file that cannot be used.
     """
     fusion = fusion_config(config, llm_width=1)  # the width plays no part in counts and inputs
-    return View(
+    return PromptProcessor(
         tokenizer=tokenizer,
         prompts=load_prompts(config.prompts),
         mode=input_mode(config, mode),
@@ -298,14 +300,14 @@ def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> Non
             key = "video" if name in ("face", "frame") else name
             raise ConfigError(
                 f"the records' {name} features ({facts['encoder']}) are {facts['width']} wide, "
-                f"but config.heads.{key}_width is {fusion.feature_width(name)}; set it to "
+                f"but config.projectors.{key}_width is {fusion.feature_width(name)}; set it to "
                 f"{facts['width']}, or use records of another encoder"
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The clips of a run, each set with its view and label types."""
+    """The clips of a run, each set with its processor and label types."""
 
     train: list[Source]
     val: list[Source]
@@ -323,19 +325,19 @@ def data(
         RecordError: a directory without intact records.
         PromptError: a prompt file that cannot be used.
     """
-    if not config.data.train and not config.data.mix:
+    if not config.data.train and not config.data.mixture:
         raise ConfigError(
             "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
         )
     one = data_set(config.data.train)
-    sets = config.data.mix.to_dict() if config.data.mix else {"train": one.to_dict()}
+    sets = config.data.mixture.to_dict() if config.data.mixture else {"train": one.to_dict()}
 
     def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> Source:
         mode = entry["input"] or config.input
         dataset = open_records(config, place, split, workdir, say)
         check_features(config, dataset, input_mode(config, mode))
         label = entry["label"] or config.label
-        how = view(config, tokenizer, mode)
+        how = prompt_processor(config, tokenizer, mode)
         return Source(dataset, how, label, name, entry["weight"])
 
     train, val = [], []

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from affectgpt_jax.data.pipeline import choose_lengths
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
-from affectgpt_jax.models.generate import Decoding, Prompts, generate_all, rows_and_turn
-from affectgpt_jax.models.qwen2 import Qwen2
-from affectgpt_jax.training.sharding import row_shares, shard_whole_batch
+from affectgpt_jax.models.decoder import Decoder
+from affectgpt_jax.models.generate import Decoding, Prompts, generate_all, rows_and_prefill_batch
+from affectgpt_jax.training.sharding import data_parallel_size, shard_whole_batch
 from affectgpt_jax.weights.huggingface import BaseIdentity
 
 # Tokens that end a reply; Qwen2.5's generation_config.json names these two.
@@ -28,7 +28,7 @@ class BaseChat:
     """Greedy replies of the base, in a few compiled programs for each prompt length.
 
     Args:
-        qwen2: the decoder that was trained; its adapters are left out here.
+        decoder: the decoder that was trained; its adapters are left out here.
         base: frozen weights.
         identity: of these.
         tokenizer: of the base.
@@ -40,7 +40,7 @@ class BaseChat:
 
     def __init__(
         self,
-        qwen2: Qwen2,
+        decoder: Decoder,
         base: Any,
         identity: BaseIdentity,
         tokenizer: Tokenizer,
@@ -51,12 +51,12 @@ class BaseChat:
         num_buckets: int = 4,
     ):
         # Without the collection `lora` and the modules that read it, a decoder is the plain base.
-        self._model = AffectGPT(Qwen2(qwen2.config, None, qwen2.execution), None)
+        self._model = AffectGPT(Decoder(decoder.config, None, decoder.compute), None)
         self._base, self._tokenizer, self._mesh = base, tokenizer, mesh
         self._batch_size, self._num_buckets = batch_size, num_buckets
         stops = tuple(sorted(tokenizer.ids_of_tokens(STOPS)))
         self._decoding = Decoding(max_new_tokens, stops, tokenizer.end_id)
-        dtype = np.dtype(qwen2.execution.dtype).name
+        dtype = np.dtype(decoder.compute.dtype).name
         template = hashlib.sha256(tokenizer.chat_prompt("").encode()).hexdigest()
         self.identity = (
             f"{identity.name} (sha256 {identity.sha256[:12]}, chat template {template[:12]}), "
@@ -73,8 +73,8 @@ class BaseChat:
         nothing = {"lora": {}, "fusion": {}}
         # No more rows than messages: empty ones cost as much as others.
         wanted = min(self._batch_size, len(messages))
-        size, turn = rows_and_turn(wanted, row_shares(self._mesh))
-        asked = self._prompts(prompts, turn)
+        size, prefill_batch = rows_and_prefill_batch(wanted, data_parallel_size(self._mesh))
+        asked = self._prompts(prompts, prefill_batch)
         found = generate_all(self._model, self._base, nothing, asked, self._decoding, size)
         for number, generated in found:
             ids = generated.tokens[: int(generated.counts)]
@@ -99,7 +99,7 @@ class BaseChat:
             "tokens": np.full(shape, self._tokenizer.end_id, np.int32),
             "positions": np.broadcast_to(np.arange(length, dtype=np.int32), shape),
             "segment_ids": np.zeros(shape, np.int32),
-            "soft_index": np.zeros(shape, np.int32),
+            "soft_token_index": np.zeros(shape, np.int32),
             "features": {},
             "present": {},
         }

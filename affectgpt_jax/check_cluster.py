@@ -1,7 +1,8 @@
 """Do processes find each other, and how fast are they? `python -m affectgpt_jax.check_cluster`.
 
     srun python -m affectgpt_jax.check_cluster
-    python -m affectgpt_jax.check_cluster --coordinator=node001:5123 --process=0 --processes=2
+    python -m affectgpt_jax.check_cluster --coordinator_address=node001:5123 \\
+        --process_id=0 --num_processes=2
 
 Started like training, once per process: by srun or mpirun, or by hand with the flags above. It
 calls the roll, adds up arrays over all devices and over neighbouring pairs, and prints how fast
@@ -30,8 +31,8 @@ from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from affectgpt_jax import distributed
-from affectgpt_jax.distributed import Fleet, LaunchError
+from affectgpt_jax.training import distributed
+from affectgpt_jax.training.distributed import LaunchError, ProcessGroup
 
 KIB, MIB = 2**10, 2**20
 SIZES = tuple(4 * KIB * 8**i for i in range(6))  # up to 128 MiB
@@ -103,11 +104,11 @@ def parse_arguments(argv: Sequence[str]) -> flags.FlagValues:
     return values
 
 
-def check(fleet: Fleet, values: flags.FlagValues, say: Callable[[str], None]) -> None:
+def check(group: ProcessGroup, values: flags.FlagValues, say: Callable[[str], None]) -> None:
     """All checks of processes that have joined.
 
     Args:
-        fleet: the processes.
+        group: the processes.
         values: of the command line.
         say: told what was found, on process 0.
 
@@ -115,14 +116,14 @@ def check(fleet: Fleet, values: flags.FlagValues, say: Callable[[str], None]) ->
         ClusterError: a sum that is wrong; on process 0, a process that is slow or does not answer.
     """
     devices = jax.devices()
-    hosts = _hosts(fleet)
+    hosts = _hosts(group)
 
     def gather(what: str, measure: Callable[[], Any]) -> list[Any]:
-        with _time_limit(fleet, what, values.timeout):
+        with _time_limit(group, what, values.timeout):
             mine = measure()
         # Whoever is late says so before this ends.
         try:
-            answers = fleet.gather({"result": mine}, values.timeout + ANSWER_S)
+            answers = group.gather({"result": mine}, values.timeout + ANSWER_S)
         except LaunchError as error:
             raise ClusterError(f"{what}: {error}; look whether it hangs") from None
         late = [f"process {i} on {hosts[i]}" for i, a in enumerate(answers) if "late" in a]
@@ -132,7 +133,7 @@ def check(fleet: Fleet, values: flags.FlagValues, say: Callable[[str], None]) ->
 
     slow = []
     seconds = gather("a product on each device", product_time)
-    if fleet.chief:
+    if group.is_main_process:
         slow += slow_products(seconds, hosts, values.slowest, say)
     if len(devices) > 1:
         say(f"sums over all {len(devices)} devices")
@@ -142,7 +143,7 @@ def check(fleet: Fleet, values: flags.FlagValues, say: Callable[[str], None]) ->
             say(_line(size, len(devices), max(took, default=0)))
         size = min(PAIR_BYTES, values.max_mib * MIB)
         rates = gather("sums over pairs of neighbours", lambda: pair_rates(devices, size))
-        if fleet.chief:
+        if group.is_main_process:
             slow += slow_pairs(_pairs(devices, hosts, rates), values.slowest, say)
     if slow:
         raise ClusterError("; ".join(slow))
@@ -156,19 +157,19 @@ def _line(size: int, devices: int, seconds: float) -> str:
     return f"  {_size(size):>8}  {1e3 * seconds:9.3f} ms  {crossing / 1e9:8.3f} GB/s of each link"
 
 
-def _hosts(fleet: Fleet) -> list[str]:
-    names = fleet.gather(socket.gethostname())
-    return fleet.from_chief(lambda: names)
+def _hosts(group: ProcessGroup) -> list[str]:
+    names = group.gather(socket.gethostname())
+    return group.from_main_process(lambda: names)
 
 
 @contextlib.contextmanager
-def _time_limit(fleet: Fleet, what: str, seconds: float) -> Iterator[None]:
+def _time_limit(group: ProcessGroup, what: str, seconds: float) -> Iterator[None]:
     """End the process, naming who does not answer, if what is inside does not end in time."""
 
     def expired() -> None:
         # The main thread is inside a collective that does not end, so this one speaks.
         try:
-            fleet.gather({"late": what}, ANSWER_S)
+            group.gather({"late": what}, ANSWER_S)
             cause = (
                 "all processes are waiting for each other in it; devices cannot reach each other: "
                 "look at firewalls between the hosts, at NCCL_SOCKET_IFNAME and NCCL_IB_HCA, and "
@@ -176,10 +177,10 @@ def _time_limit(fleet: Fleet, what: str, seconds: float) -> Iterator[None]:
             )
         except LaunchError as error:
             cause = f"{error}; look whether it hangs"
-        if fleet.chief:
+        if group.is_main_process:
             sentence = f"{what} did not end within {seconds:g} s; {cause}"
             print(f"error: {sentence}", file=sys.stderr, flush=True)
-            fleet.fail(sentence)
+            group.fail(sentence)
             os._exit(1)
 
     timer = threading.Timer(seconds, expired)
@@ -344,26 +345,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         values = parse_arguments(sys.argv[1:] if argv is None else argv)
         launch = distributed.find_launch(values)
-        chief = launch is None or launch.process == 0
+        is_main_process = launch is None or launch.process_id == 0
 
         def say(line: str) -> None:
-            if chief:
+            if is_main_process:
                 print(line, flush=True)
 
         if launch is None:
             say("one process: neither flags nor SLURM or Open MPI name any others")
         else:
-            say(f"process 0 of {launch.processes} waits at {launch.coordinator}")
+            say(f"process 0 of {launch.num_processes} waits at {launch.coordinator}")
         facts = {"jax": jax.__version__, "python": sys.version.split()[0]}
-        with distributed.join(launch, facts, values.join_timeout, say) as fleet:
+        with distributed.join(launch, facts, values.join_timeout, say) as group:
             try:
-                check(fleet, values, say)
+                check(group, values, say)
             except ClusterError as error:
                 print(f"error: {error}", file=sys.stderr, flush=True)
-                fleet.fail(str(error))
+                group.fail(str(error))
                 os._exit(1)  # JAX would wait for the others, who leave as well
             # Nobody leaves while another one still computes.
-            fleet.from_chief(lambda: None)
+            group.from_main_process(lambda: None)
         say(f"ok: {jax.process_count()} processes, {jax.device_count()} devices")
     except LaunchError as error:
         raise SystemExit(f"error: {error}") from None

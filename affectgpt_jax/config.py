@@ -23,35 +23,35 @@ from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.prompts import INPUT_MODES, PromptError, parse_label
 
 DEFAULT = "demo"
-MIX = "config.data.mix"
+MIX = "config.data.mixture"
 CHOICES = {
     "too_long": ("error", "drop"),
     "dtype": ("float32", "bfloat16"),
     "base_precision": ("", "int8", "fp8", "nf4"),
-    "remat": ("auto", "none", "dots", "full"),
+    "remat": ("auto", "none", "save_projections", "full"),
     "unroll_layers": ("auto", "true", "false"),
     "attention": ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed"),
     "fusion": ("attention", "qformer", "none"),
-    "heads.video": ("attention", "mean", "qformer"),
-    "heads.audio": ("attention", "mean", "qformer"),
-    "heads.image": ("mean", "qformer"),
+    "projectors.video": ("attention", "mean", "qformer"),
+    "projectors.audio": ("attention", "mean", "qformer"),
+    "projectors.image": ("mean", "qformer"),
     "generate.merge_lora": ("auto", "true", "false"),
 }
 POSITIVE = (
     "steps",
     "batch_size",
-    "accumulation",
+    "gradient_accumulation_steps",
     "num_buckets",
     "max_tokens",
-    "heads.video_width",
-    "heads.audio_width",
-    "heads.image_width",
-    "heads.fusion_width",
+    "projectors.video_width",
+    "projectors.audio_width",
+    "projectors.image_width",
+    "projectors.fusion_width",
     "generate.batch_size",
     "generate.max_new_tokens",
     "log_every",
-    "save_every",
-    "keep",
+    "checkpoint_every",
+    "max_to_keep",
 )
 # What may differ when a run is resumed: where it runs and what it reports. The base may have moved;
 # checkpoints know it by its hash.
@@ -63,7 +63,7 @@ FREE_ON_RESUME = (
     "attention",
     "xla_options",
     "log_every",
-    "keep",
+    "max_to_keep",
     "step_timeout",
     "profile_steps",
     "generate",
@@ -212,10 +212,10 @@ def validate(config: ConfigDict) -> None:
     for key in ("seed", "demo_seed"):
         if not 0 <= config[key] < 2**32:  # larger ones would share their random numbers
             raise ConfigError(f"config.{key} is {config[key]}; expected 0 to 4294967295")
-    if config.batch_size % config.accumulation:
+    if config.batch_size % config.gradient_accumulation_steps:
         raise ConfigError(
-            f"config.accumulation={config.accumulation} does not divide "
-            f"config.batch_size={config.batch_size}"
+            f"config.batch_size={config.batch_size} is not a multiple of "
+            f"config.gradient_accumulation_steps={config.gradient_accumulation_steps}"
         )
     if config.pack_length != 0 and config.pack_length < config.max_tokens:
         raise ConfigError(
@@ -243,7 +243,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_mix(config: ConfigDict) -> None:
-    for name, entry in config.data.mix.items():
+    for name, entry in config.data.mixture.items():
         where = f"{MIX}.{name}"
         if not isinstance(entry, ConfigDict):
             raise ConfigError(f"{where} is {entry!r}; expected data_set(...)")
@@ -256,7 +256,7 @@ def _check_mix(config: ConfigDict) -> None:
             raise ConfigError(f"{where}.share is {entry.share}; expected a share in (0, 1]")
         _check_label(f"{where}.label", entry.label or config.label)
         _check_input(f"{where}.input", entry.input or config.input)
-    if config.data.mix and config.data.train:
+    if config.data.mixture and config.data.train:
         raise ConfigError(
             f"config.data.train={config.data.train!r} and {MIX} both name training sets; use one"
         )

@@ -30,11 +30,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax import build, inference, process
+from affectgpt_jax import build, inference, runtime
 from affectgpt_jax.chat import BaseChat
+from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.pipeline import DataError, View
+from affectgpt_jax.data.pipeline import DataError, PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, RecordError, Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
@@ -50,9 +51,8 @@ from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.report import DEMO, name_and_task
-from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
+from affectgpt_jax.restore import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
 from affectgpt_jax.score import TITLES, percent
-from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
 from affectgpt_jax.training.checkpoints import silence_threads
 
 # Trouble that a user can mend: shown as one sentence, without a traceback.
@@ -232,13 +232,15 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
     if question == "description" and not arguments.max_new_tokens:
         limit = max(limit, run.config.max_tokens)  # no description that it learned was longer
-    view = run.view
+    processor = run.processor
     sets = [
-        open_set(run, place, view, arguments.max_clips, say)
+        open_set(run, place, processor, arguments.max_clips, say)
         for place in choose_sets(arguments, run, say)
     ]
     for test in sets:
-        view.prompt_examples(test.dataset, question)  # trouble with a clip shows before any answer
+        processor.prompt_examples(
+            test.dataset, question
+        )  # trouble with a clip shows before any answer
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
@@ -246,7 +248,7 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
     generator = inference.Generator(
         run.model,
         run.base,
-        view,
+        processor,
         run.mesh,
         num_buckets=run.config.num_buckets,
         batch_size=arguments.batch_size or run.config.generate.batch_size,
@@ -272,7 +274,7 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
                 _Counter(say, f"step {step}: answers about {test.name}"),
             )
             names = [entry.name for entry in test.dataset.index]
-            predictions = predict(test, answers, view, question, extractor)
+            predictions = predict(test, answers, processor, question, extractor)
             pairs[test.name][f"step {step}"] = pair(predictions, test.truth)
             texts[test.name] = dict(zip(names, answers.texts, strict=True))
             _write_predictions(
@@ -296,7 +298,7 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
     report = make_report(
         ", ".join([*parts, extractor.identity] if extractor else parts),
         results,
-        modalities=modalities(view),
+        modalities=modalities(processor),
         # Beside a user's own clips, scores on others say nothing.
         peers=any(test.name in BY_NAME or test.name == DEMO for test in sets),
         resamples=arguments.bootstrap,
@@ -418,7 +420,11 @@ def find_sets(arguments: argparse.Namespace, say: Callable[[str], None]) -> list
 
 
 def open_set(
-    run: Run, place: SetPlace, view: View, max_clips: int | None, say: Callable[[str], None]
+    run: Run,
+    place: SetPlace,
+    processor: PromptProcessor,
+    max_clips: int | None,
+    say: Callable[[str], None],
 ) -> TestSet:
     """Open the records of a set and read off them what is true.
 
@@ -427,7 +433,7 @@ def open_set(
         RecordError: no intact records.
     """
     dataset = build.open_records(run.config, place.place, "test", run.workdir, say)
-    build.check_features(run.config, dataset, view.mode)
+    build.check_features(run.config, dataset, processor.mode)
     if max_clips is not None and max_clips < len(dataset):
         dataset = RecordSubset(dataset, range(max_clips))
     task = place.task or _task_of(dataset, place)
@@ -437,7 +443,7 @@ def open_set(
     if seed is not None and task == "words":
         references = {
             f"ceiling with {name.replace('_', ' + ')}": value
-            for name, value in demo.mode_ceilings(seed, view.mode.name).items()
+            for name, value in demo.mode_ceilings(seed, processor.mode.name).items()
         }
     return TestSet(place.name, task, dataset, truth, references)
 
@@ -505,10 +511,10 @@ def make_extractor(
         )
     else:
         chat = BaseChat(
-            run.model.qwen2,
+            run.model.decoder,
             run.base,
             run.identity,
-            run.view.tokenizer,
+            run.processor.tokenizer,
             run.mesh,
             batch_size=arguments.batch_size or run.config.generate.batch_size,
         )
@@ -519,7 +525,7 @@ def make_extractor(
 def predict(
     test: TestSet,
     answers: inference.Answers,
-    view: View,
+    processor: PromptProcessor,
     question: str,
     extractor: Extractor | None,
 ) -> Table:
@@ -527,12 +533,12 @@ def predict(
     names = tuple(entry.name for entry in test.dataset.index)
     findings = [Finding("whose answer was cut off", _where(names, [a.cut for a in answers.each]))]
     if question == "description":
-        told = [view.prompts.read_answer(question, text) for text in answers.texts]
+        told = [processor.prompts.read_answer(question, text) for text in answers.texts]
         labels = extractor.labels(told)
         unread = _where(names, [text in extractor.unparsed for text in told])
         findings.append(Finding("whose labels could not be extracted", unread))
     else:
-        labels = [view.prompts.read_labels(text, question) for text in answers.texts]
+        labels = [processor.prompts.read_labels(text, question) for text in answers.texts]
     values: list[Any] = labels
     if test.task == "sentiment":
         values = extractor.sentiments(labels)
@@ -563,7 +569,7 @@ def _answer_file(
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.
-        run.view.prompt_examples(RecordSubset(test.dataset, [0]), question)[0].tokens.tolist(),
+        run.processor.prompt_examples(RecordSubset(test.dataset, [0]), question)[0].tokens.tolist(),
         limit,
         dataclasses.asdict(sampling),
         arguments.seed if sampling.temperature else None,
@@ -583,12 +589,12 @@ def _write_predictions(path: Path, predictions: Table, answers: inference.Answer
             file.write(json.dumps({"name": name, "text": answer.text, key: value}) + "\n")
 
 
-def modalities(view: View) -> str:
+def modalities(processor: PromptProcessor) -> str:
     """What the model is given, as tables of the field write it: A, V and T."""
-    slots = set(view.mode.slots)
+    slots = set(processor.mode.slots)
     heard, seen = {"audio", "multi", "multi_frame"}, {"face", "frame", "image", "multi"}
     letters = ("A" if slots & heard else "", "V" if slots & (seen | {"multi_frame"}) else "")
-    return "".join((*letters, "T" if view.mode.text else ""))
+    return "".join((*letters, "T" if processor.mode.text else ""))
 
 
 class _Counter:
@@ -661,5 +667,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     silence_threads()
-    process.keep_freed_memory()
+    runtime.keep_freed_memory()
     main()

@@ -18,9 +18,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.data.arrays import COLUMNS, Arrays, listed, open_arrays, records_from_csv
 from affectgpt_jax.data.records import FEATURES, RecordDataset, RecordError, write_records
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 MOST_FREQUENT = 5
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from affectgpt_jax.data.pipeline import View, sequential_batches
+from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
@@ -27,12 +27,12 @@ from affectgpt_jax.models.generate import (
     Sampling,
     generate_all,
     identities,
-    rows_and_turn,
+    rows_and_prefill_batch,
     stream,
 )
 from affectgpt_jax.models.lora import merge
 from affectgpt_jax.training.memory import device_limit
-from affectgpt_jax.training.sharding import row_shares, shard_whole_batch
+from affectgpt_jax.training.sharding import data_parallel_size, shard_whole_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Generator:
     Args:
         model: the modules.
         base: frozen weights.
-        view: how clips become prompts.
+        processor: how clips become prompts.
         mesh: batches are split over it.
         batch_size: answers that are written at a time.
         max_new_tokens: an answer is cut off there.
@@ -91,7 +91,7 @@ class Generator:
         self,
         model: AffectGPT,
         base: Any,
-        view: View,
+        processor: PromptProcessor,
         mesh: Mesh,
         *,
         batch_size: int,
@@ -103,11 +103,13 @@ class Generator:
         merge_lora: str = "auto",
         pulse: Callable[[], None] = lambda: None,
     ):
-        self._model, self._base, self._view, self._mesh = model, base, view, mesh
+        self._model, self._base, self._processor, self._mesh = model, base, processor, mesh
         self._num_buckets, self._seed, self._pulse = num_buckets, seed, pulse
         self._merges = merges(merge_lora, model, base)
-        self._rows, self._turn = rows_and_turn(batch_size, row_shares(mesh))
-        tokenizer, end = view.tokenizer, view.prompts.end
+        self._rows, self._prefill_batch = rows_and_prefill_batch(
+            batch_size, data_parallel_size(mesh)
+        )
+        tokenizer, end = processor.tokenizer, processor.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
         self._decoding = Decoding(
             max_new_tokens, tuple(sorted(stops)), tokenizer.end_id, sampling, log_probs
@@ -170,34 +172,34 @@ class Generator:
             first = generated.row(0)
             answer = self._read(first)
             complete = first.ended or answer.tokens == self._decoding.max_new_tokens
-            settled = _settled(answer.text, self._view.prompts.end)
+            settled = _settled(answer.text, self._processor.prompts.end)
             yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
 
     def _weights(self, trainable: Any) -> tuple[Any, Any]:
         """Base and trainable from which answers are written."""
         if not self._merges:
             return self._base, trainable
-        merged = merge(self._base, trainable["lora"], self._model.qwen2.lora.scale)
+        merged = merge(self._base, trainable["lora"], self._model.decoder.lora.scale)
         return merged, {**trainable, "lora": {}}
 
     def _prompts(
         self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
     ) -> Iterator[Prompts]:
-        examples = self._view.prompt_examples(dataset, question)
+        examples = self._processor.prompt_examples(dataset, question)
         batches = sequential_batches(
-            dataset, self._view, examples, self._turn, self._num_buckets, feature_from
+            dataset, self._processor, examples, self._prefill_batch, self._num_buckets, feature_from
         )
         for numbers, batch in batches:
             self._pulse()
             names = [f"{dataset.index[i].name}\n{question}" for i in numbers]
-            names += [""] * (self._turn - len(names))
+            names += [""] * (self._prefill_batch - len(names))
             yield Prompts(numbers, *shard_whole_batch(self._mesh, (batch, identities(names))))
 
     def _read(self, generated: Generated) -> Answer:
         """The answer in one row."""
         count = int(generated.counts)
-        text = self._view.tokenizer.decode(generated.tokens[:count])
-        text, mark, _ = text.partition(self._view.prompts.end)
+        text = self._processor.tokenizer.decode(generated.tokens[:count])
+        text, mark, _ = text.partition(self._processor.prompts.end)
         log_probs = generated.log_probs
         return Answer(
             text=text,
@@ -219,7 +221,7 @@ def merges(how: str, model: AffectGPT, base: Any) -> bool:
         model: the modules.
         base: frozen weights. Quantized kernels are never merged.
     """
-    lora, quantized = model.qwen2.lora, model.qwen2.execution.base_precision
+    lora, quantized = model.decoder.lora, model.decoder.compute.base_precision
     if lora is None or quantized or how != "auto":
         return how == "true" and lora is not None and not quantized
     kernels = [base["layers"][name]["kernel"] for name in lora.targets]
@@ -291,9 +293,11 @@ def scored_question(label_types: Sequence[str]) -> str | None:
     return next((kind for kind in SCORED if kind in label_types), None)
 
 
-def read_labels(view: View, answers: Answers, question: str = "ovlabel") -> list[list[str]]:
+def read_labels(
+    processor: PromptProcessor, answers: Answers, question: str = "ovlabel"
+) -> list[list[str]]:
     """The label list of every answer to a question out of `SCORED`."""
-    return [view.prompts.read_labels(text, question) for text in answers.texts]
+    return [processor.prompts.read_labels(text, question) for text in answers.texts]
 
 
 def _truth(dataset: Records, question: str) -> list[str]:

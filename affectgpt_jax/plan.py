@@ -129,7 +129,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
     train.check_rows(config, mesh)
     planner = Planner(config, device, rows, arguments.efficiency)
-    shape, parts = Shape(**mesh.shape), config.accumulation
+    shape, parts = Shape(**mesh.shape), config.gradient_accumulation_steps
     on_device = config.batch_size // (parts * shape.data * shape.fsdp)
     remat = planner.layout(shape, parts, on_device, config.remat).remat
     compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
@@ -186,7 +186,7 @@ def _summary(layout: Layout, tokens: int) -> dict[str, Any]:
     return {
         "mesh": layout.shape._asdict(),
         "devices": layout.shape.data * layout.shape.fsdp * layout.shape.tensor,
-        "accumulation": layout.parts,
+        "gradient_accumulation_steps": layout.parts,
         "rows": layout.rows,
         "remat": layout.remat,
         "flags": layout.flags,
@@ -259,7 +259,11 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     yield (
         f"an update: {config['batch_size']} rows of {rows['length']:,} tokens "
         f"({rows['targets']:,} supervised), {layout['rows']} on a device at a time"
-        + (f", in {layout['accumulation']} parts" if layout["accumulation"] > 1 else "")
+        + (
+            f", in {layout['gradient_accumulation_steps']} parts"
+            if layout["gradient_accumulation_steps"] > 1
+            else ""
+        )
     )
     yield ""
     yield "memory of one device                  GiB"

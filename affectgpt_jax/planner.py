@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from affectgpt_jax import build, train
 from affectgpt_jax.config import ConfigError
-from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, with_execution
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, with_compute
 from affectgpt_jax.models.attention import Choice, causal, choose
 from affectgpt_jax.models.flops import Flops, train_flops
 from affectgpt_jax.training import memory, roofline, sharding
@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
     Attributes:
         shape: of the mesh.
-        parts: of a batch, run one after the other (`config.accumulation`).
+        parts: of a batch, run one after the other (`config.gradient_accumulation_steps`).
         rows: that a device runs at a time.
         remat: the rematerialisation policy.
         memory: of a device.
@@ -71,7 +71,9 @@ class Layout(NamedTuple):
         """As training is told."""
         axes = [f"{axis}:{size}" for axis, size in self.shape._asdict().items() if size > 1]
         flags = f"--config.mesh={','.join(axes) or 'data:1'} --config.remat={self.remat}"
-        return flags + (f" --config.accumulation={self.parts}" if self.parts > 1 else "")
+        return flags + (
+            f" --config.gradient_accumulation_steps={self.parts}" if self.parts > 1 else ""
+        )
 
 
 class Planner:
@@ -151,7 +153,9 @@ class Planner:
             return jax.ShapeDtypeStruct((rows, *sizes), dtype)
 
         return {
-            **dict.fromkeys(("tokens", "positions", "segment_ids", "soft_index"), shape(length)),
+            **dict.fromkeys(
+                ("tokens", "positions", "segment_ids", "soft_token_index"), shape(length)
+            ),
             **dict.fromkeys(("target_positions", "targets"), shape(targets)),
             "target_weights": shape(targets, dtype=jnp.float32),
             "features": {
@@ -163,7 +167,7 @@ class Planner:
 
     def _traceable(self, model: AffectGPT, backend: str) -> AffectGPT:
         stand_in = memory.kernel_stand_in(backend, self.rows.clips)
-        return with_execution(model, attend=stand_in)
+        return with_compute(model, attend=stand_in)
 
     def _saved_by_a_row(self, backend: str) -> dict[str, int]:
         """Bytes that one row saves, by policy; several save as many times that."""
@@ -188,7 +192,7 @@ class Planner:
 
     def flops(self) -> Flops:
         """Of one row, forward and backward; a packed row is counted as a single sample."""
-        return train_flops(self.llm, self.model.qwen2.lora, self.rows.length, self.rows.targets)
+        return train_flops(self.llm, self.model.decoder.lora, self.rows.length, self.rows.targets)
 
     def sizes(self, rows: int, parts: int) -> Sizes:
         """What an update's collectives follow from."""
@@ -258,11 +262,11 @@ class Planner:
         model = build.model(config, self.llm, shard, causal)
         model = self._traceable(model, self.attention(mesh.shape["tensor"]).name)
         step = make_train_step(
-            with_execution(model, remat=remat),
+            with_compute(model, remat=remat),
             self._optimizer,
             learning_rate_schedule(self._optimizer_config, config.steps),
             seed=config.seed,
-            accumulation=config.accumulation,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
         batch = sharding.abstract_batch(mesh, self.batch(config.batch_size))
         return train.lower_step(step, mesh, *self.on(mesh), batch)

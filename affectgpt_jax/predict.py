@@ -35,7 +35,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
-from affectgpt_jax import build, process
+from affectgpt_jax import build, runtime
+from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
 from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordError, Records, RecordSubset
@@ -43,8 +44,7 @@ from affectgpt_jax.evaluation.files import ReadError, whole_lines
 from affectgpt_jax.inference import SCORED, Answer, Generator
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.run import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
-from affectgpt_jax.terminal import escape_what_cannot_be_shown, flags_with_hyphens
+from affectgpt_jax.restore import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -150,16 +150,18 @@ def predict(arguments: argparse.Namespace) -> None:
         merge_lora=arguments.merge_lora,
     )
     best = ", the best on validation" if run.step == run.best_step else ""
-    say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.view.mode.name}")
+    say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.processor.mode.name}")
     questions = choose_questions(run, arguments.question)
     clips = choose_clips(open_clips(run, arguments.records), arguments.name, arguments.first)
     report_missing(run, clips)
     for question in questions:
-        run.view.prompt_examples(clips, question)  # trouble with a clip shows now, not at the end
+        run.processor.prompt_examples(
+            clips, question
+        )  # trouble with a clip shows now, not at the end
     generator = Generator(
         run.model,
         run.base,
-        run.view,
+        run.processor,
         run.mesh,
         batch_size=min(arguments.batch_size or run.config.generate.batch_size, len(clips)),
         max_new_tokens=arguments.max_new_tokens or run.config.generate.max_new_tokens,
@@ -238,7 +240,7 @@ def open_clips(run: Run, place: str | None) -> Records:
     config = run.config.copy_and_resolve_references()
     config.data.verify = False  # a record that is read checks itself, and few may be read
     clips = build.open_records(config, place, "test", run.workdir, say)
-    build.check_features(config, clips, run.view.mode)
+    build.check_features(config, clips, run.processor.mode)
     return clips
 
 
@@ -267,7 +269,7 @@ def choose_clips(clips: Records, names: Sequence[str] | None, first: int | None)
 
 def report_missing(run: Run, clips: Records) -> None:
     """Say which clips lack a modality that the input mode reads; the model goes without it."""
-    slots = run.view.mode.slots
+    slots = run.processor.mode.slots
     for feature in dict.fromkeys(name for slot in slots for name in FusionConfig.read_by(slot)):
         without = [entry.name for entry in clips.index if feature not in entry.present]
         if without:
@@ -328,7 +330,7 @@ def remarks(run: Run, question: str, answer: Answer) -> str:
 
 def read_labels(run: Run, question: str, answer: Answer) -> list[str] | None:
     """The labels of an answer to a question that asks for labels."""
-    return run.view.prompts.read_labels(answer.text, question) if question in SCORED else None
+    return run.processor.prompts.read_labels(answer.text, question) if question in SCORED else None
 
 
 def as_dict(run: Run, name: str, question: str, answer: Answer) -> dict[str, Any]:
@@ -487,5 +489,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     silence_threads()
-    process.keep_freed_memory()
+    runtime.keep_freed_memory()
     main()

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.datasets import BY_KEY
 from affectgpt_jax.evaluation.files import ReadError
@@ -32,7 +33,6 @@ from affectgpt_jax.evaluation.report import write_ablation, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, SetResult, score_set
 from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.evaluation.tables import ABLATIONS, ablation_table, read_run
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 # The world that `train` generates; its words are its own, so that no lexicon is asked.
 DEMO = "demo"

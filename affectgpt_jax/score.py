@@ -16,13 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.files import ReadError, shorten
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, Result, protocols, score_checkpoints
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weighted F1"}
 UNKNOWN_SHOWN = 10

@@ -3,7 +3,7 @@
 Without arguments it trains the demo: a small but complete AffectGPT on generated clips, in minutes,
 on two CPU cores, with a scored result. Run again with the same workdir, it resumes from the newest
 checkpoint. `--config.key=value` overrides any key of the config. Under srun or mpirun, or with
-`--coordinator=HOST:PORT --process=I --processes=N`, several processes train as one.
+`--coordinator_address=HOST:PORT --process_id=I --num_processes=N`, several processes train as one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, distributed, inference, process
+from affectgpt_jax import build, inference, runtime
 from affectgpt_jax.config import ConfigError, check_same_run, described, parse_command_line
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
@@ -40,10 +40,10 @@ from affectgpt_jax.data.pipeline import (
 from affectgpt_jax.data.prompts import InputMode, PromptError, parse_label
 from affectgpt_jax.data.records import RecordError
 from affectgpt_jax.data.tokenizer import TokenizerError
-from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, with_execution
+from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, with_compute
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.quantize import QuantizedKernel
-from affectgpt_jax.training import memory, sharding, telemetry, xla_options
+from affectgpt_jax.training import distributed, memory, metrics_writer, sharding, xla_options
 from affectgpt_jax.training.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -89,14 +89,14 @@ USER_ERRORS = (
     WorkdirInUse,
     distributed.LaunchError,
     sharding.MeshError,
-    telemetry.TelemetryError,
+    metrics_writer.MetricsError,
 )
 
 
 def train(
     config: ConfigDict,
     workdir: Path,
-    fleet: distributed.Fleet | None = None,
+    group: distributed.ProcessGroup | None = None,
     fallback: bool = False,
 ) -> dict[str, Any]:
     """Run a config from data to scored result.
@@ -104,7 +104,7 @@ def train(
     Args:
         config: of the run.
         workdir: which this run alone works in; the same for all processes.
-        fleet: the processes of the run; None is this one alone.
+        group: the processes of the run; None is this one alone.
         fallback: go on from an older checkpoint where the newest is damaged.
 
     Returns:
@@ -113,20 +113,20 @@ def train(
     Raises:
         Stopped: a signal has ended the run, after everything was saved.
     """
-    clock = telemetry.TimeBuckets(outside="setup")
-    fleet = fleet or distributed.Fleet()
-    chief = fleet.chief
-    fleet.from_chief(lambda: check_same_run(config, workdir))
+    clock = metrics_writer.TimeBuckets(outside="setup")
+    group = group or distributed.ProcessGroup()
+    is_main_process = group.is_main_process
+    group.from_main_process(lambda: check_same_run(config, workdir))
     check_shared(workdir)
     try:
-        profiled = config.profile_steps if chief else ""
-        profiler = telemetry.Profiler(profiled, workdir, config.steps)
+        profiled = config.profile_steps if is_main_process else ""
+        profiler = metrics_writer.Profiler(profiled, workdir, config.steps)
     except ValueError as error:
         raise ConfigError(f"config.profile_steps: {error}") from None
     mesh = sharding.make_mesh(config.mesh)
     check_rows(config, mesh)
-    rows = sharding.row_share(mesh)
-    progress = telemetry.Progress(config.steps, enabled=chief)
+    rows = sharding.data_parallel_rank(mesh)
+    progress = metrics_writer.Progress(config.steps, enabled=is_main_process)
     kind, shape = jax.devices()[0].device_kind, dict(mesh.shape)
     progress.line(f"workdir {workdir}; {jax.device_count()} x {kind}, mesh {shape}")
 
@@ -134,7 +134,7 @@ def train(
     directory = build.base_directory(config.llm)
     llm = build.base_config(config.llm)
     attention = build.attention(config, llm)
-    fleet.require_same({"attention": attention.name})
+    group.require_same({"attention": attention.name})
     progress.line(f"attention: {attention.name} ({attention.reason})")
     shard = sharding.ActivationConstraint(mesh)
     model = build.model(config, llm, shard, attention.attend)
@@ -146,11 +146,11 @@ def train(
     # Data: tokenised whole, so that batch shapes are known before anything is compiled. What is
     # generated, the first process writes and the others then find.
     tokenizer = build.tokenizer(directory, llm)
-    data = fleet.chief_first(lambda: build.data(config, workdir, tokenizer, progress.line))
+    data = group.main_process_first(lambda: build.data(config, workdir, tokenizer, progress.line))
     question = test_question(config)
     if data.test is not None:
         # Trouble with a clip shows now, not at the end.
-        data.test.view.prompt_examples(data.test.dataset, question)
+        data.test.processor.prompt_examples(data.test.dataset, question)
     pipeline = TrainPipeline(
         data.train,
         batch_size=config.batch_size,
@@ -168,7 +168,7 @@ def train(
     for source in data.train if len(data.train) > 1 else ():
         progress.line(
             f"{source.name}: {len(source.dataset):,} clips, weight {source.weight:g}, "
-            f"{source.label} from {source.view.mode.name}"
+            f"{source.label} from {source.processor.mode.name}"
         )
     lengths = ", ".join(f"{b.length} ({b.targets} supervised)" for b in pipeline.buckets)
     clips, held_out = (sum(len(s.dataset) for s in sources) for sources in (data.train, data.val))
@@ -189,9 +189,9 @@ def train(
     )
     base = load_base(directory, abstract_base, sharding.shardings_of(abstract_base))
     identity = base_identity(directory)
-    fleet.require_same({"base": identity.sha256})
-    checkpoints = Checkpoints(workdir, identity, config.keep, chief)
-    start = fleet.from_chief(lambda: checkpoints.step_to_resume(fallback, progress.line))
+    group.require_same({"base": identity.sha256})
+    checkpoints = Checkpoints(workdir, identity, config.max_to_keep, is_main_process)
+    start = group.from_main_process(lambda: checkpoints.step_to_resume(fallback, progress.line))
     if start is None:
         start = 0
         initialise = jax.jit(
@@ -203,7 +203,7 @@ def train(
             state["trainable"] |= load_start(
                 Path(config.init_from).expanduser(),
                 abstract_state["trainable"],
-                model.qwen2.lora,
+                model.decoder.lora,
                 progress.line,
             )
     else:
@@ -222,13 +222,17 @@ def train(
             abstract_state,
             abstract_base,
             shapes[max(shapes)],
-            config.accumulation,
-            fleet.from_chief(memory.device_limit),
+            config.gradient_accumulation_steps,
+            group.from_main_process(memory.device_limit),
         )
-        model = with_execution(model, remat=choice.policy)
+        model = with_compute(model, remat=choice.policy)
         progress.line(str(choice))
     train_step = make_train_step(
-        model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation
+        model,
+        optimizer,
+        schedule,
+        seed=config.seed,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
     )
     steps_by_length = {}
     if start < config.steps:
@@ -237,24 +241,24 @@ def train(
                 train_step, mesh, abstract_state, abstract_base, shapes, compiler_options
             )
             # Who finds its programs in the cache is early, and a collective waits for seconds only.
-            fleet.meet()
+            group.meet()
     stop = StopSignals(progress.line)
-    watchdog = Watchdog(config.step_timeout, fleet.fail)
+    watchdog = Watchdog(config.step_timeout, group.fail)
 
     def pulse() -> None:
         """Between the batches of an evaluation, which may take long."""
         watchdog.beat("a batch of an evaluation")
         stop.check()
 
-    # The chief's memory decides: all run the same program.
-    merged = fleet.from_chief(
+    # The main process's memory decides: all run the same program.
+    merged = group.from_main_process(
         lambda: inference.merges(config.generate.merge_lora, model, base),
     )
     generators = {
-        source.view.mode: inference.Generator(
+        source.processor.mode: inference.Generator(
             model,
             base,
-            source.view,
+            source.processor,
             mesh,
             num_buckets=config.num_buckets,
             batch_size=config.generate.batch_size,
@@ -270,10 +274,10 @@ def train(
     # of a step are read while the next one runs. So the device never waits for the host, which is
     # never more than STEPS_IN_FLIGHT ahead of it.
     clock.outside("idle")
-    writer = telemetry.MetricsWriter(
+    writer = metrics_writer.MetricsWriter(
         workdir,
         resume_step=start,
-        enabled=chief,
+        enabled=is_main_process,
         wandb_project=config.wandb_project,
         config=config.to_dict(),
     )
@@ -290,13 +294,13 @@ def train(
         return {}
 
     with writer, progress, profiler, checkpoints, stop, watchdog:
-        if start and (start % config.save_every == 0 or start == config.steps):
+        if start and (start % config.checkpoint_every == 0 or start == config.steps):
             # A run that is told to stop saves before it validates.
-            if fleet.from_chief(lambda: checkpoints.val_loss(start)) is None:
+            if group.from_main_process(lambda: checkpoints.val_loss(start)) is None:
                 scores = validated(start)
                 if not scores:
                     raise stop.stopped()
-                if chief:
+                if is_main_process:
                     checkpoints.set_val_loss(start, scores["val/loss"])
         batches = pipeline.batches(start, config.steps)
         with clock.measure("data_wait"):
@@ -321,7 +325,7 @@ def train(
                 reporter.submit(step, metrics, pipeline.size(step - 1), times, mix)
                 watchdog.beat(f"step {step}")
             stopping = stop.reached()
-            if stopping or step % config.save_every == 0 or step == config.steps:
+            if stopping or step % config.checkpoint_every == 0 or step == config.steps:
                 with clock.measure("step"):
                     reporter.flush()
                     reporter.require_finite_state(step, state)
@@ -336,38 +340,40 @@ def train(
         profiler.step(step + 1)  # ends a trace that reaches to the last step
         with clock.measure("save"):
             checkpoints.wait()
-        best = fleet.from_chief(checkpoints.best_step)
+        best = group.from_main_process(checkpoints.best_step)
         if best != int(state["step"]):
             state = checkpoints.restore(best, abstract_state)
 
         # Score the held-out clips with the checkpoint that validation chose.
         result = {"steps": config.steps, "best_step": best} | reporter.totals()
-        if chief:
+        if is_main_process:
             result = summarise_losses(workdir) | result
         if data.test is not None:
             progress.line(
                 f"asking about {len(data.test.dataset):,} held-out clips with step {best}"
             )
             with clock.measure("evaluate"):
-                generator = generators[data.test.view.mode]
-                result |= answer_test_set(config, workdir, state, generator, data.test, chief)
+                generator = generators[data.test.processor.mode]
+                result |= answer_test_set(
+                    config, workdir, state, generator, data.test, is_main_process
+                )
             if "hit" in result:
                 writer.write(config.steps, {"test/hit": result["hit"]})
             else:
                 progress.line("not scored: " + result["not_scored"])
     result["wall_s"] = sum(clock.report().values())
     result["time_s"] = clock.report()
-    if chief:
+    if is_main_process:
         (workdir / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         mode_ceiling = result.get("ceilings", {}).get(build.input_mode(config).name)
-        telemetry.plot_run(
+        metrics_writer.plot_run(
             workdir / "metrics.jsonl",
             workdir / "run.png",
             ceilings=mode_ceiling and {"ceiling": mode_ceiling},
         )
         print(clock.table())
         print(final_report(config, workdir, result))
-    return result if chief else {}
+    return result if is_main_process else {}
 
 
 # Steps that may be dispatched before the first of them is waited for: with one running and one
@@ -396,13 +402,13 @@ class StepReporter:
         self,
         config: ConfigDict,
         workdir: Path,
-        writer: telemetry.MetricsWriter,
-        progress: telemetry.Progress,
+        writer: metrics_writer.MetricsWriter,
+        progress: metrics_writer.Progress,
         checkpoints: Checkpoints,
     ):
         self._config, self._workdir = config, workdir
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
-        self._throughput = telemetry.Throughput()
+        self._throughput = metrics_writer.Throughput()
         self._pending: deque[tuple] = deque()
         self._wait_s = self._dispatch_s = 0.0  # since the last report
         self._samples, self._seconds = 0, 0.0
@@ -535,13 +541,14 @@ def check_rows(config: ConfigDict, mesh: Mesh) -> None:
     Raises:
         ConfigError: a part of a batch is not a multiple of the devices that split it.
     """
-    shares = sharding.row_shares(mesh)
-    rows = config.batch_size // config.accumulation
+    shares = sharding.data_parallel_size(mesh)
+    rows = config.batch_size // config.gradient_accumulation_steps
     if rows % shares:
         raise ConfigError(
-            f"config.batch_size={config.batch_size} in config.accumulation={config.accumulation} "
-            f"parts gives {rows} rows at a time, which {shares} devices (mesh {config.mesh!r}) "
-            f"cannot share equally; use a multiple of {shares * config.accumulation}"
+            f"config.batch_size={config.batch_size} in config.gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} microbatches gives {rows} rows at a time, "
+            f"which {shares} devices (mesh {config.mesh!r}) cannot share equally; "
+            f"use a multiple of {shares * config.gradient_accumulation_steps}"
         )
 
 
@@ -700,8 +707,8 @@ def _validation_of(
 
     Clips take turns with the label types, the same ones every time.
     """
-    dataset, view, types = source.dataset, source.view, parse_label(source.label)
-    by_type = [view.training_examples(dataset, kind) for kind in types]
+    dataset, processor, types = source.dataset, source.processor, parse_label(source.label)
+    by_type = [processor.training_examples(dataset, kind) for kind in types]
     examples = [by_type[i % len(types)][i] for i in range(len(dataset))]
     lengths = np.array([[len(example) for example in kind] for kind in by_type])
     if lengths.max() > config.max_tokens and config.too_long != "drop":
@@ -715,7 +722,7 @@ def _validation_of(
 
     def batches() -> Iterator[Any]:
         found = sequential_batches(
-            dataset, view, examples, config.batch_size, config.num_buckets, numbers=kept
+            dataset, processor, examples, config.batch_size, config.num_buckets, numbers=kept
         )
         return (batch for _, batch in found)
 
@@ -724,8 +731,8 @@ def _validation_of(
         return batches, None
 
     def hit(trainable: Any) -> float:
-        answers = generators[view.mode].answer(trainable, dataset, question)
-        labels = inference.read_labels(view, answers, question)
+        answers = generators[processor.mode].answer(trainable, dataset, question)
+        labels = inference.read_labels(processor, answers, question)
         return inference.score_labels(dataset, labels, question)["hit"]
 
     return batches, hit
@@ -735,12 +742,12 @@ def summarise_losses(workdir: Path) -> dict[str, float]:
     """First and last training loss of the whole run, resumed or not.
 
     Raises:
-        TelemetryError: its log is gone or damaged.
+        MetricsError: its log is gone or damaged.
     """
     path = workdir / "metrics.jsonl"
-    losses = [r["train/loss"] for r in telemetry.read_metrics(path) if "train/loss" in r]
+    losses = [r["train/loss"] for r in metrics_writer.read_metrics(path) if "train/loss" in r]
     if not losses:
-        raise telemetry.TelemetryError(
+        raise metrics_writer.MetricsError(
             f"{path} holds no training loss of this finished run, whose log it is; put it back"
         )
     return {"loss_first": losses[0], "loss_last": losses[-1]}
@@ -752,20 +759,20 @@ def answer_test_set(
     state: State,
     generator: inference.Generator,
     test: Source,
-    chief: bool = True,
+    is_main_process: bool = True,
 ) -> dict[str, Any]:
     """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
 
     Where clips name no true answer, or no label type of the model has one, the answers are written
     without a score, and `not_scored` says why. All processes compute the answers, which takes all
-    devices; the chief writes them.
+    devices; the main process writes them.
     """
-    trainable, dataset, view = state["trainable"], test.dataset, test.view
+    trainable, dataset, processor = state["trainable"], test.dataset, test.processor
     question = test_question(config)
     scored = question in inference.SCORED
     answers = generator.answer(trainable, dataset, question)
-    labels = inference.read_labels(view, answers, question) if scored else None
-    if chief:
+    labels = inference.read_labels(processor, answers, question) if scored else None
+    if is_main_process:
         inference.write_predictions(workdir, dataset, answers, labels)
     result: dict[str, Any] = {"clips": len(dataset), "answers_cut": answers.cut}
     if labels is None:
@@ -773,16 +780,16 @@ def answer_test_set(
     if without := inference.without_truth(dataset, question):
         return result | {"not_scored": f"{without} of {len(dataset)} clips name no true answer"}
     result |= inference.score_labels(dataset, labels, question)
-    if view.features:
+    if processor.features:
         order = np.random.default_rng(config.seed).permutation(len(dataset))
         shuffled = inference.read_labels(
-            view, generator.answer(trainable, dataset, question, feature_from=order), question
+            processor, generator.answer(trainable, dataset, question, feature_from=order), question
         )
         scores = inference.score_labels(dataset, shuffled, question)
         result["hit_features_shuffled"] = scores["hit"]
     seed = demo.world_seed(config.data.test, config.demo_seed)
     if seed is not None and question != "sentiment":
-        result["ceilings"] = demo.mode_ceilings(seed, view.mode.name)
+        result["ceilings"] = demo.mode_ceilings(seed, processor.mode.name)
     return result
 
 
@@ -809,7 +816,7 @@ def final_report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> s
         ]
         if result["answers_cut"]:
             rows.append(("answers cut at the token limit", str(result["answers_cut"])))
-    table = telemetry.summary_table(rows, title="Result")
+    table = metrics_writer.summary_table(rows, title="Result")
     answers = ", predictions.jsonl, truth.csv" if "clips" in result else ""
     return f"""{table}
 
@@ -839,12 +846,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__, own)
         launch = distributed.find_launch(own)
-        process.use_compilation_cache()
+        runtime.use_compilation_cache()
         xla_options.reserve_gpu_memory()
         facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}
-        with distributed.join(launch, facts, own.join_timeout, print) as fleet:
-            with lock_workdir(workdir) if fleet.chief else contextlib.nullcontext():
-                train(config, workdir, fleet, own.fallback)
+        with distributed.join(launch, facts, own.join_timeout, print) as group:
+            with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
+                train(config, workdir, group, own.fallback)
     except USER_ERRORS as error:
         leave(launch, f"error: {error}")
     except CheckpointWriteError as error:
@@ -852,12 +859,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Orbax's threads still hold half of the checkpoint and would fill the terminal at exit.
         os._exit(1)
     except jax.errors.JaxRuntimeError as error:
-        if not process.out_of_memory(error):
+        if not runtime.out_of_memory(error):
             raise
         leave(
             launch,
             "error: the device has no memory left; lower config.batch_size, raise "
-            "config.accumulation, or let config.remat=full compute more again",
+            "config.gradient_accumulation_steps, or let config.remat=full compute more again",
         )
     except BrokenPipeError:  # whoever read the output has left; there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -877,7 +884,7 @@ def leave(launch: distributed.Launch | None, status: str | int) -> NoReturn:
     if launch is None:
         raise SystemExit(status) from None
     if isinstance(status, str):
-        print(f"process {launch.process} of {launch.processes}: {status}", file=sys.stderr)
+        print(f"process {launch.process_id} of {launch.num_processes}: {status}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     # JAX's own way out waits for the other processes, which may hang in a collective.
@@ -886,5 +893,5 @@ def leave(launch: distributed.Launch | None, status: str | int) -> NoReturn:
 
 if __name__ == "__main__":
     silence_threads()
-    process.keep_freed_memory()
+    runtime.keep_freed_memory()
     main()

@@ -106,7 +106,7 @@ TABLES = {
 }
 DEFAULT = Variant()
 # What all runs have in common, so that results stay comparable when the demo's own length changes.
-LENGTH = ("--config.steps=300", "--config.batch_size=64", "--config.save_every=60")
+LENGTH = ("--config.steps=300", "--config.batch_size=64", "--config.checkpoint_every=60")
 VARIED = ("fusion", "input", "lora.rank", "lora.alpha", "seed", "demo_seed")
 
 Key = tuple[Variant, int]  # a variant and a seed

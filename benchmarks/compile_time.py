@@ -58,7 +58,7 @@ class Compiler:
         optimizer_config = build.optimizer_config(config)
         optimizer = make_optimizer(optimizer_config, config.steps)
         schedule = learning_rate_schedule(optimizer_config, config.steps)
-        how = workloads.view(self.workload)
+        how = workloads.prompt_processor(self.workload)
         shapes = {name: (synthetic.FRAMES, width) for name, width in how.features.items()}
         bucket = Bucket(self.length, self.targets)
         batch = collate([[]] * config.batch_size, how, shapes, bucket)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax.training.telemetry import read_metrics
+from affectgpt_jax.training.metrics_writer import read_metrics
 from benchmarks import environment
 from benchmarks.runner import Run, RunError, train_all
 

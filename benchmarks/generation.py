@@ -64,17 +64,17 @@ class _Writer:
     def __init__(self, workload: Mapping[str, Any], records: str):
         self.workload = workloads.make(**workload)
         self.dataset = workloads.open_records(self.workload, Path(records))
-        self.view = workloads.view(self.workload)
+        self.processor = workloads.prompt_processor(self.workload)
         self._asked: dict[str, tuple[list[Any], np.ndarray]] = {}
 
     def asked(self, kind: str) -> tuple[list[Any], np.ndarray]:
         """The prompt of every clip, and the tokens of its answer, `[N]` int32."""
         if kind not in self._asked:
             question = KINDS[kind]
-            whole = self.view.training_examples(self.dataset, question)
+            whole = self.processor.training_examples(self.dataset, question)
             limits = np.array([len(x) - x.answer_start for x in whole], np.int32)
             limits = np.ones_like(limits) if kind == FIRST else limits
-            self._asked[kind] = self.view.prompt_examples(self.dataset, question), limits
+            self._asked[kind] = self.processor.prompt_examples(self.dataset, question), limits
         return self._asked[kind]
 
     def write(self, kind: str, rows: int, clips: int) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Ours(_Writer):
         self.base = sides.draw_base(self.model, self.mesh)
         self.trainable = jax.device_put(sides.draw_trainable(self.model))
         if merges("auto", self.model, self.base):  # as the command that answers does
-            scale = self.model.qwen2.lora.scale
+            scale = self.model.decoder.lora.scale
             self.base = lora.merge(self.base, self.trainable["lora"], scale)
             self.trainable = {**self.trainable, "lora": {}}
 
@@ -117,13 +117,13 @@ class Ours(_Writer):
         examples, limits = self.asked(kind)
         # A stop that is never written: an answer takes all the tokens that it may.
         never = self.workload.llm.vocab_size
-        end = self.view.tokenizer.end_id
+        end = self.processor.tokenizer.end_id
         decoding = generate.Decoding(int(limits.max()), (never,), end)
-        size, turn = generate.rows_and_turn(rows, 1)
+        size, turn = generate.rows_and_prefill_batch(rows, 1)
         chosen = [examples[number] for number in numbers]
         batches = sequential_batches(
             self.dataset,
-            self.view,
+            self.processor,
             chosen,
             turn,
             self.workload.config.num_buckets,
@@ -170,7 +170,7 @@ class Theirs(_Writer):
             llm,
             sides.draw_base(ours, sides.one_device()),
             ours.fusion.config,
-            ours.qwen2.lora,
+            ours.decoder.lora,
             dtype=getattr(torch, config.dtype),
             tuning=dataclasses.replace(model.TUNINGS["tuned"], compile=False),
             device=self._device,
@@ -185,7 +185,7 @@ class Theirs(_Writer):
         for start in range(0, len(numbers), rows):
             chosen = numbers[start : start + rows]
             bucket = Bucket(round_up(max(len(examples[number]) for number in chosen)), 1)
-            batch = self.view.collate(self.dataset, [(n, examples[n]) for n in chosen], bucket)
+            batch = self.processor.collate(self.dataset, [(n, examples[n]) for n in chosen], bucket)
             found = self._generate(batch, limits[chosen]).tolist()
             answers += [tokens[: limits[number]] for tokens, number in zip(found, chosen)]
         return answers
@@ -210,7 +210,7 @@ class Theirs(_Writer):
                 max_new_tokens=int(limits.max()),
                 do_sample=False,
                 eos_token_id=None,
-                pad_token_id=self.view.tokenizer.end_id,
+                pad_token_id=self.processor.tokenizer.end_id,
                 **({"cache_implementation": "static"} if self._cache == "static" else {}),
             )
         return found.cpu().numpy()

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.data.examples import soft_index
+from affectgpt_jax.data.examples import soft_token_index
 from affectgpt_jax.data.pipeline import THREADS, TrainPipeline
 from affectgpt_jax.data.records import decode
 from benchmarks import environment, workloads
@@ -67,7 +67,7 @@ def by_part(feed: TrainPipeline, dataset: Any, how: Any, batches: int) -> dict[s
     Args:
         feed: of training batches.
         dataset: its records.
-        how: the view through which they become inputs.
+        how: the processor through which they become inputs.
         batches: how many to take apart.
     """
     rng = np.random.default_rng(0)
@@ -79,7 +79,8 @@ def by_part(feed: TrainPipeline, dataset: Any, how: Any, batches: int) -> dict[s
     raw, whole = timed(source.__getitem__, numbers), timed(dataset.__getitem__, numbers)
     decoding = timed(decode, stored)
     soft = timed(
-        lambda i: soft_index(examples[i].tokens, how.tokenizer, how.token_counts, slots), numbers
+        lambda i: soft_token_index(examples[i].tokens, how.tokenizer, how.token_counts, slots),
+        numbers,
     )
     steps = list(range(batches))
     plans = timed(feed.planned, steps)
@@ -128,7 +129,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "blocks": blocks,
             "open_s": opened - began,
             "tokenise_and_plan_s": planned - opened,
-            "us_per_sample": by_part(feed, dataset, workloads.view(workload), min(count, 20)),
+            "us_per_sample": by_part(
+                feed, dataset, workloads.prompt_processor(workload), min(count, 20)
+            ),
         }
     about = environment.describe()
     about["command"] = environment.command("benchmarks.input_pipeline", args.words)

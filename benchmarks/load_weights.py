@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2, Qwen2Config, init_base
+from affectgpt_jax.models.decoder import PUBLISHED, Decoder, DecoderConfig, init_base
 from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.hf_config import to_hf
 from affectgpt_jax.weights.huggingface import (
@@ -58,13 +58,13 @@ CASES = {
 }
 
 
-def abstract_base(llm: Qwen2Config) -> Any:
+def abstract_base(llm: DecoderConfig) -> Any:
     """Shapes of a base in bfloat16."""
-    shapes = jax.eval_shape(lambda key: init_base(Qwen2(llm), key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_base(Decoder(llm), key), jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
 
 
-def write_checkpoint(directory: Path, llm: Qwen2Config, file_bytes: int) -> None:
+def write_checkpoint(directory: Path, llm: DecoderConfig, file_bytes: int) -> None:
     """Random weights in files of about `file_bytes`, as Hugging Face lays them out."""
     rng = np.random.default_rng(0)
     stored = {}

@@ -16,13 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax.training.telemetry import read_metrics
+from affectgpt_jax.training.metrics_writer import read_metrics
 from benchmarks import environment
 from benchmarks.runner import TRAIN, Run, RunError, train_all
 from benchmarks.train_step import RESULTS, default_scale
 
 AIM_MS = 2.0
-# Steps that a logged rate is the mean of (`telemetry.Throughput`).
+# Steps that a logged rate is the mean of (`metrics_writer.Throughput`).
 WINDOW = 20
 # XLA takes its number of threads from here. On a GPU it has no say.
 ONE_THREAD = ("env", "NPROC=1", *TRAIN)
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         RunError: the run cannot be started, or failed.
     """
-    flags = (f"--config.steps={args.steps}", f"--config.save_every={args.steps}")
+    flags = (f"--config.steps={args.steps}", f"--config.checkpoint_every={args.steps}")
     with tempfile.TemporaryDirectory() as temporary:
         told = Run("loop", Path(temporary) / "run", (*flags, "--config.log_every=10", *overrides))
         [outcome] = train_all([told], jobs=1, command=ONE_THREAD)

@@ -37,16 +37,16 @@ from affectgpt_jax.models.affectgpt import (
     loss_sum_and_count,
     target_states,
 )
+from affectgpt_jax.models.decoder import (
+    PUBLISHED,
+    ComputeConfig,
+    Decoder,
+    DecoderConfig,
+    init_base,
+    lm_head,
+)
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.quantize import PRECISIONS
-from affectgpt_jax.models.qwen2 import (
-    PUBLISHED,
-    Execution,
-    Qwen2,
-    Qwen2Config,
-    init_base,
-    unembedding,
-)
 from affectgpt_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -66,7 +66,7 @@ SEED = 0
 class Workload(NamedTuple):
     """A model's shape, the rows of its batch, and how it runs."""
 
-    llm: Qwen2Config
+    llm: DecoderConfig
     rows: int
     length: int
     dtype: str
@@ -88,10 +88,10 @@ def bytes_of(tree: Any) -> int:
 def memory() -> dict[str, dict[str, int]]:
     """Bytes of published bases: {base: {precision: bytes}}; all else is bfloat16."""
 
-    def held(llm: Qwen2Config, precision: str) -> int:
-        run = Execution(jnp.bfloat16, jnp.bfloat16, precision)
+    def held(llm: DecoderConfig, precision: str) -> int:
+        run = ComputeConfig(jnp.bfloat16, jnp.bfloat16, precision)
         return bytes_of(
-            jax.eval_shape(lambda key: init_base(Qwen2(llm, None, run), key), jax.random.key(0))
+            jax.eval_shape(lambda key: init_base(Decoder(llm, None, run), key), jax.random.key(0))
         )
 
     return {
@@ -158,7 +158,7 @@ def probe(
             return total / count
 
         states = target_states(model, base, trainable, batch)
-        vocabulary = unembedding(base).astype(states.dtype)
+        vocabulary = lm_head(base).astype(states.dtype)
         logits = jnp.einsum("bsd,dv->bsv", states, vocabulary, preferred_element_type=jnp.float32)
         return logits, jax.grad(loss)(trainable)
 
@@ -170,8 +170,8 @@ def probe(
 def make_update(workload: Workload, precision: str) -> tuple[Callable[[], None], dict[str, int]]:
     """A function that runs one update of a text-only model and waits for it, and bytes it takes."""
     llm, rows, length, dtype, remat = workload
-    run = Execution(jnp.dtype(dtype), jnp.dtype(dtype), precision, remat)
-    model = AffectGPT(Qwen2(llm, LoraConfig(dropout=0.0), run), None)
+    run = ComputeConfig(jnp.dtype(dtype), jnp.dtype(dtype), precision, remat)
+    model = AffectGPT(Decoder(llm, LoraConfig(dropout=0.0), run), None)
     config = OptimizerConfig()
     optimizer = make_optimizer(config, 1000)
     schedule = learning_rate_schedule(config, 1000)

@@ -39,13 +39,13 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
 from affectgpt_jax.data.demo import DEFAULT_FEATURES, World
-from affectgpt_jax.data.pipeline import Bucket, Source, TrainPipeline, View
+from affectgpt_jax.data.pipeline import Bucket, PromptProcessor, Source, TrainPipeline
 from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER, PLACEHOLDERS, parse_label
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, init_trainable
+from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.fusers import SLOTS, Fusion, FusionConfig
-from affectgpt_jax.models.qwen2 import Qwen2Config
 from affectgpt_jax.train import USER_ERRORS
 from affectgpt_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from affectgpt_jax.training.step import init_key
@@ -175,14 +175,14 @@ class Case:
         config: as `train` reads it.
         directory: of the base.
         llm: its shape.
-        view, dataset, pipeline: the demo world through the config's eyes.
+        processor, dataset, pipeline: the demo world through the config's eyes.
         device: "cpu" or "cuda", for both frameworks.
     """
 
     config: ConfigDict
     directory: Path
-    llm: Qwen2Config
-    view: View
+    llm: DecoderConfig
+    processor: PromptProcessor
     dataset: RecordDataset
     pipeline: TrainPipeline
     device: str
@@ -208,8 +208,8 @@ def make_config(llm: str, steps: int, batch_size: int, seed: int, heads: str) ->
         # losses that differ by tens of percent after a hundred updates.
         config.optimizer.learning_rate, config.optimizer.final_learning_rate = 1e-4, 5e-6
     config.lora.dropout = config.qformer.dropout = 0.0
-    config.fusion, config.heads.image = HEADS[heads]
-    config.heads.video = config.heads.audio = heads
+    config.fusion, config.projectors.image = HEADS[heads]
+    config.projectors.video = config.projectors.audio = heads
     return config
 
 
@@ -220,20 +220,20 @@ def make_case(config: ConfigDict, records: Path, device: str) -> Case:
         One of `affectgpt_jax.train.USER_ERRORS`: a base that cannot be used.
     """
     directory = build.base_directory(config.llm)
-    view = build.view(config, Tokenizer(directory))
+    processor = build.prompt_processor(config, Tokenizer(directory))
     if not records.exists():
         world, encoders = World(config.demo_seed), dict.fromkeys(DEFAULT_FEATURES, "demo world")
         write_records(records, world.records("train", CLIPS), encoders=encoders, split="train")
     dataset = RecordDataset(records)
     pipeline = TrainPipeline(
-        [Source(dataset, view, config.label)],
+        [Source(dataset, processor, config.label)],
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
         num_buckets=config.num_buckets,
         seed=config.seed,
     )
     llm = build.base_config(config.llm)
-    return Case(config, directory, llm, view, dataset, pipeline, device)
+    return Case(config, directory, llm, processor, dataset, pipeline, device)
 
 
 def load_jax(case: Case, dtype: str) -> tuple[AffectGPT, Any]:
@@ -252,7 +252,7 @@ def load_jax(case: Case, dtype: str) -> tuple[AffectGPT, Any]:
 def load_torch(case: Case, dtype: str) -> Twin:
     """The twin on the same base, with adapters and fusers of its own."""
     fusion = build.fusion_config(case.config, case.llm.hidden_size)
-    lora = build.model(case.config, case.llm).qwen2.lora
+    lora = build.model(case.config, case.llm).decoder.lora
     twin = Twin.from_pretrained(case.directory, fusion, lora, dtype=torch.bfloat16)
     return (twin.float() if dtype == "float32" else twin).to(case.device)
 
@@ -293,24 +293,24 @@ def compare_tokens(case: Case) -> Row:
     On the other side stands the tokenizer that transformers chooses for the directory, used as the
     release uses its own.
     """
-    view, dataset, types = case.view, case.dataset, parse_label(case.config.label)
+    processor, dataset, types = case.processor, case.dataset, parse_label(case.config.label)
     theirs = transformers.AutoTokenizer.from_pretrained(case.directory)
     theirs.add_tokens(list(PLACEHOLDER_ORDER), special_tokens=True)
     start, end = theirs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     wrong = dict.fromkeys(("tokens", "supervised tokens", "soft tokens"), 0)
     for kind in types:
-        examples = view.training_examples(dataset, kind)
+        examples = processor.training_examples(dataset, kind)
         for clip, example in zip(dataset.index, examples, strict=True):
             bucket = Bucket(len(example), len(example) - example.answer_start)
-            batch = view.collate(dataset, [(0, example)], bucket)
+            batch = processor.collate(dataset, [(0, example)], bucket)
             texts = (
-                view.prompts.prompt(view.mode, view.token_counts, clip, kind),
-                view.prompts.answer(kind, clip),
+                processor.prompts.prompt(processor.mode, processor.token_counts, clip, kind),
+                processor.prompts.answer(kind, clip),
             )
             prompt, answer = (theirs(text, add_special_tokens=False).input_ids for text in texts)
             tokens = [start, *prompt, *answer, end]
             soft, first = [0] * len(tokens), 1
-            for slot, count in view.token_counts.items():
+            for slot, count in processor.token_counts.items():
                 placeholder = theirs.convert_tokens_to_ids(PLACEHOLDERS[slot])
                 at = [i for i, token in enumerate(tokens) if token == placeholder]
                 for i, place in enumerate(at):
@@ -318,7 +318,7 @@ def compare_tokens(case: Case) -> Row:
                 first += count
             wrong["tokens"] += batch["tokens"][0].tolist() != tokens
             wrong["supervised tokens"] += batch["targets"][0].tolist() != [*answer, end]
-            wrong["soft tokens"] += batch["soft_index"][0].tolist() != soft
+            wrong["soft tokens"] += batch["soft_token_index"][0].tolist() != soft
     what = f"tokens of {len(types) * len(dataset):,} examples"
     return Row(what, wrong, sum(wrong.values()), 0, "examples that differ")
 

@@ -18,7 +18,7 @@ from affectgpt_jax.models.affectgpt import (
     hidden_states,
     loss_sum_and_count,
 )
-from affectgpt_jax.models.qwen2 import unembedding
+from affectgpt_jax.models.decoder import lm_head
 from affectgpt_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -48,7 +48,7 @@ def make_probe_jax(model: AffectGPT) -> Callable[[Any, Any, Batch], Quantities]:
         base, lora = ({**tree, **_first_layers(tree, depth)} for tree in (base, trainable["lora"]))
         states = hidden_states(model, base, {**trainable, "lora": lora}, batch)[0]
         chosen = jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
-        vocabulary = unembedding(base).astype(chosen.dtype)
+        vocabulary = lm_head(base).astype(chosen.dtype)
         logits = jnp.einsum("bsd,dv->bsv", chosen, vocabulary, preferred_element_type=jnp.float32)
         return states, logits
 
@@ -62,7 +62,7 @@ def make_probe_jax(model: AffectGPT) -> Callable[[Any, Any, Batch], Quantities]:
 
     def probe(base: Any, trainable: Any, batch: Batch) -> Quantities:
         states = [embed(base, trainable, batch)]
-        for depth in range(1, model.qwen2.config.num_hidden_layers + 1):
+        for depth in range(1, model.decoder.config.num_hidden_layers + 1):
             output, logits = outputs(base, trainable, batch, depth)
             states.append(output)
         loss, gradient = loss_and_gradient(trainable, base, batch)

@@ -37,8 +37,8 @@ PARTS = (
     ("vocabulary", r"[/(]vocabulary[/)]"),
     ("heads and fusion", r"[/(]Fusion[/)]"),
     ("frozen products", r"^(dot|custom-call|convolution)\b.*_proj/"),
-    ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers|norm)/|[/(]Qwen2\)?\)/(?!while)"),
-    ("loop over layers", r"[/(]Qwen2\)+/while"),
+    ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers|norm)/|[/(]Decoder\)?\)/(?!while)"),
+    ("loop over layers", r"[/(]Decoder\)+/while"),
     ("embedding", r"jvp|transpose"),
     ("optimizer and metrics", r"train_step"),
     # The compiler's own: stacks of what layers save start as zeros, and loops copy what they carry.

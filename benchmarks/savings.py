@@ -64,10 +64,10 @@ SAVINGS = {
     "attention": Saving(
         "attention skips what no sample sees", "plain XLA", settings={"attention": "xla"}
     ),
-    "dots": Saving(
+    "save_projections": Saving(
         "the backward pass computes as little again as fits",
         "all but the projections' results",
-        settings={"remat": "dots"},
+        settings={"remat": "save_projections"},
     ),
     "full": Saving(
         "the backward pass computes as little again as fits",

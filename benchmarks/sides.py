@@ -28,10 +28,10 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     target_states,
     token_log_probs,
-    with_execution,
+    with_compute,
 )
 from affectgpt_jax.models.attention import causal
-from affectgpt_jax.models.qwen2 import unembedding
+from affectgpt_jax.models.decoder import lm_head
 from affectgpt_jax.train import compile_steps, train_step_options
 from affectgpt_jax.training import memory, sharding
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -41,7 +41,7 @@ from benchmarks.workloads import Contents, contents
 
 BASE_SEED, TRAINABLE_SEED = 0, 1
 # What has a column for every token, and for every target.
-BY_TOKEN = ("tokens", "positions", "segment_ids", "soft_index")
+BY_TOKEN = ("tokens", "positions", "segment_ids", "soft_token_index")
 BY_TARGET = ("target_positions", "targets", "target_weights")
 
 
@@ -151,7 +151,7 @@ class Ours:
         model = build.model(config, llm, sharding.ActivationConstraint(self.mesh), attend)
         if without == "chunks":
             positions = max(b.targets for b in self.feed.buckets) * self.workload.config.batch_size
-            model = with_execution(model, loss_chunk=positions)
+            model = with_compute(model, loss_chunk=positions)
         optimizer_config = build.optimizer_config(config)
         optimizer = make_optimizer(optimizer_config, config.steps)
         schedule = learning_rate_schedule(optimizer_config, config.steps)
@@ -172,14 +172,18 @@ class Ours:
                 abstract_state,
                 abstract_base,
                 shapes[max(shapes)],
-                config.accumulation,
+                config.gradient_accumulation_steps,
                 memory.device_limit(),
             )
             self.notes.append(str(chosen))
-            model = with_execution(model, remat=chosen.policy)
+            model = with_compute(model, remat=chosen.policy)
         self.model = model
         step = make_train_step(
-            model, optimizer, schedule, seed=config.seed, accumulation=config.accumulation
+            model,
+            optimizer,
+            schedule,
+            seed=config.seed,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
         )
         options = train_step_options(config, self.notes.append)
         began = time.perf_counter()
@@ -212,7 +216,7 @@ class Ours:
         @jax.jit
         def losses(base: Any, trainable: Any, batch: Batch) -> jax.Array:
             states = target_states(model, base, trainable, batch)
-            return -token_log_probs(states, unembedding(base), batch["targets"])
+            return -token_log_probs(states, lm_head(base), batch["targets"])
 
         placed = sharding.shard_batch(self.mesh, batch)
         found = np.asarray(losses(self.base, self.state["trainable"], placed))
@@ -312,7 +316,7 @@ class Theirs:
             llm,
             draw_base(ours, one_device()),
             ours.fusion and ours.fusion.config,
-            ours.qwen2.lora,
+            ours.decoder.lora,
             dtype=getattr(torch, config.dtype),
             tuning=self._tuning,
             device=self.device,
@@ -374,7 +378,7 @@ class Theirs:
         """The parts that a batch runs in, on the device; rows as JAX's accumulation takes them."""
         # Only compiled programs need rows of a few lengths.
         batch = batch if self._tuning.compile else trimmed(batch)
-        count = self.workload.config.accumulation
+        count = self.workload.config.gradient_accumulation_steps
         shares = [jax.tree.map(lambda x, i=i: x[i::count], batch) for i in range(count)]
         return [self._to_device(share) for share in shares]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from affectgpt_jax.data.pipeline import View
+from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Annotations, Record, write_records
 from affectgpt_jax.data.tokenizer import Tokenizer
 
@@ -61,15 +61,15 @@ class Texts:
     """Writes texts of given numbers of tokens.
 
     Args:
-        view: tokenizer, prompts and input mode.
+        processor: tokenizer, prompts and input mode.
 
     Raises:
         ValueError: a tokenizer without enough words of one token each.
     """
 
-    def __init__(self, view: View):
-        self._view = view
-        self._words = words_of_one_token(view.tokenizer, VOCABULARY)
+    def __init__(self, processor: PromptProcessor):
+        self._processor = processor
+        self._words = words_of_one_token(processor.tokenizer, VOCABULARY)
         self._prompt_overhead = self._overhead(lambda n: self._prompt(self._plain(n)))
         self._description_overhead = self._overhead(
             lambda n: self._answer("description", description=self._plain(n))
@@ -112,13 +112,13 @@ class Texts:
         return overheads.pop()
 
     def _prompt(self, subtitle: str) -> int:
-        clip, view = Annotations(name="clip", subtitle=subtitle), self._view
-        text = view.prompts.prompt(view.mode, view.token_counts, clip, "description")
-        return 1 + len(view.tokenizer.encode([text])[0])
+        clip, processor = Annotations(name="clip", subtitle=subtitle), self._processor
+        text = processor.prompts.prompt(processor.mode, processor.token_counts, clip, "description")
+        return 1 + len(processor.tokenizer.encode([text])[0])
 
     def _answer(self, kind: str, **texts: object) -> int:
-        text = self._view.prompts.answer(kind, Annotations(name="clip", **texts))
-        return len(self._view.tokenizer.encode([text])[0]) + 1
+        text = self._processor.prompts.answer(kind, Annotations(name="clip", **texts))
+        return len(self._processor.tokenizer.encode([text])[0]) + 1
 
 
 def words_of_one_token(tokenizer: Tokenizer, count: int) -> list[str]:
@@ -138,9 +138,11 @@ def words_of_one_token(tokenizer: Tokenizer, count: int) -> list[str]:
     raise ValueError(f"the tokenizer has {len(words)} words of one token; expected {count}")
 
 
-def records(count: int, lengths: Lengths, view: View, seed: int) -> Iterator[Record]:
-    """Clips with random features in the shapes that the view's model reads."""
-    rng, texts = np.random.default_rng(seed), Texts(view)
+def records(
+    count: int, lengths: Lengths, processor: PromptProcessor, seed: int
+) -> Iterator[Record]:
+    """Clips with random features in the shapes that the processor's model reads."""
+    rng, texts = np.random.default_rng(seed), Texts(processor)
     for number in range(count):
         prompt, labels, description = (
             draw(quantiles, rng.random())
@@ -153,13 +155,15 @@ def records(count: int, lengths: Lengths, view: View, seed: int) -> Iterator[Rec
             description=texts.description(rng, description + END_TOKENS),
             features={
                 name: rng.standard_normal((FRAMES, width), np.float32).astype(np.float16)
-                for name, width in view.features.items()
+                for name, width in processor.features.items()
             },
         )
 
 
-def write(directory: Path, count: int, lengths: Lengths, view: View, seed: int = 0) -> None:
+def write(
+    directory: Path, count: int, lengths: Lengths, processor: PromptProcessor, seed: int = 0
+) -> None:
     """Write a record directory, unless it is there already."""
     if not (directory / MANIFEST_FILE).exists():
-        encoders = dict.fromkeys(view.features, "random numbers")
-        write_records(directory, records(count, lengths, view, seed), encoders=encoders)
+        encoders = dict.fromkeys(processor.features, "random numbers")
+        write_records(directory, records(count, lengths, processor, seed), encoders=encoders)

@@ -209,14 +209,14 @@ def workload_arguments(
     layout: str,
     *,
     pack_length: int | None = None,
-    accumulation: int = 0,
+    gradient_accumulation_steps: int = 0,
     **others: Any,
 ) -> dict[str, Any]:
     """What `workloads.make` is given for rows of a layout, one of `PARTS`.
 
     Args:
         pack_length: tokens of a packed row; None or 0 is the scale's.
-        accumulation: parts of an update; 0 chooses.
+        gradient_accumulation_steps: parts of an update; 0 chooses.
 
     The others are those of `workloads.make`.
     """
@@ -226,7 +226,8 @@ def workload_arguments(
         "scale": scale,
         "batch": batch,
         "pack_length": (pack_length or PACK_LENGTH[scale]) if layout == "packed" else 0,
-        "accumulation": accumulation or (PARTS[layout] if in_parts else 1),
+        "gradient_accumulation_steps": gradient_accumulation_steps
+        or (PARTS[layout] if in_parts else 1),
         **others,
     }
 
@@ -250,10 +251,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         settings=dict(args.set),
     )
     packed = args.pack is not None
-    mine = arguments("packed" if packed else "padded", accumulation=args.accumulation)
+    mine = arguments(
+        "packed" if packed else "padded",
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+    )
     layouts = {"release": "release", "tuned": "padded", "packed": "packed"}
     peers = {
-        tuning: arguments(layouts[tuning], accumulation=args.peer_accumulation)
+        tuning: arguments(
+            layouts[tuning], gradient_accumulation_steps=args.peer_gradient_accumulation_steps
+        )
         for tuning in (args.tuning if args.peer else ())
     }
     workload = workloads.make(**mine)
@@ -439,8 +445,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--block", type=at_least(1), default=5, help="steps of a turn")
     add("--warmup", type=at_least(0), default=3)
     add("--dtype", choices=("", *AGREE), default="", help="default: the scale's")
-    add("--accumulation", type=at_least(0), default=0, help="parts of JAX's update; 0 chooses")
-    add("--peer-accumulation", type=at_least(0), default=0, help="of PyTorch's")
+    add(
+        "--gradient-accumulation-steps",
+        type=at_least(0),
+        default=0,
+        help="parts of JAX's update; 0 chooses",
+    )
+    add("--peer-gradient-accumulation-steps", type=at_least(0), default=0, help="of PyTorch's")
     add("--leave", action="store_true", help="a side leaves the device after its turn")
     add("--set", type=setting, action="append", default=[], metavar="KEY=VALUE", help="of config")
     add("--tokenizer", default="tiny", help="directory of one; default: what ships")

@@ -116,7 +116,7 @@ def work(target: str, arguments: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from affectgpt_jax.process import keep_freed_memory
+    from affectgpt_jax.runtime import keep_freed_memory
 
     keep_freed_memory()  # on both sides
     work(sys.argv[1], json.loads(sys.argv[2]))

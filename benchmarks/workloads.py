@@ -24,16 +24,16 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.packing import Bucket
-from affectgpt_jax.data.pipeline import Source, TrainPipeline, View
+from affectgpt_jax.data.pipeline import PromptProcessor, Source, TrainPipeline
 from affectgpt_jax.data.records import RecordDataset
 from affectgpt_jax.models.affectgpt import Batch
-from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2Config
+from affectgpt_jax.models.decoder import PUBLISHED, DecoderConfig
 from benchmarks import synthetic
 
 NAMES = ("anchor", "affectgpt", "small", "decode", "input")
 # 40 million parameters: a step of 4 x 256 tokens takes two CPU cores about a second.
-SMALL = Qwen2Config(32000, 512, 1408, 8, 8, 2, 64, tie_word_embeddings=True)
-TINY = Qwen2Config(704, 32, 48, 2, 2, 1, 16, tie_word_embeddings=True)
+SMALL = DecoderConfig(32000, 512, 1408, 8, 8, 2, 64, tie_word_embeddings=True)
+TINY = DecoderConfig(704, 32, 48, 2, 2, 1, 16, tie_word_embeddings=True)
 # Scale -> shape of the base, dtype, records of a training set.
 SCALES = {
     "full": (PUBLISHED["Qwen2.5-7B-Instruct"], "bfloat16", 31_327),
@@ -59,7 +59,7 @@ class Workload:
     name: str
     scale: str
     config: ConfigDict
-    llm: Qwen2Config
+    llm: DecoderConfig
     records: int
     lengths: synthetic.Lengths = synthetic.AFFECTGPT
     row: tuple[int, int] = (0, 0)
@@ -71,7 +71,7 @@ def make(
     *,
     batch: int = 48,
     pack_length: int = 0,
-    accumulation: int = 1,
+    gradient_accumulation_steps: int = 1,
     dtype: str = "",
     tokenizer: str = "tiny",
     settings: Mapping[str, Any] | None = None,
@@ -83,7 +83,7 @@ def make(
         scale: of `SCALES`.
         batch: clips in an update of "affectgpt" or "input".
         pack_length: tokens of a row that holds several of them; 0 is a row for each.
-        accumulation: parts that a batch runs in.
+        gradient_accumulation_steps: parts that a batch runs in.
         dtype: of the base and of computation; "" is the scale's.
         tokenizer: directory of one; "tiny" is the one that ships.
         settings: keys of the config, dotted, and their values.
@@ -96,7 +96,8 @@ def make(
     config.llm = tokenizer
     # The tokenizer that ships spells words of the default prompts letter by letter.
     config.prompts = "compact" if tokenizer == "tiny" else "default"
-    config.dtype, config.accumulation = dtype or own_dtype, accumulation
+    config.dtype = dtype or own_dtype
+    config.gradient_accumulation_steps = gradient_accumulation_steps
     workload = Workload(name, scale, config, llm, records)
     if name == "anchor":
         config.input, config.lora.dropout = "text", 0.0
@@ -127,10 +128,10 @@ def make(
     return workload
 
 
-def view(workload: Workload) -> View:
+def prompt_processor(workload: Workload) -> PromptProcessor:
     """How its records become inputs."""
     directory = build.base_directory(workload.config.llm)
-    return build.view(workload.config, build.tokenizer(directory, workload.llm))
+    return build.prompt_processor(workload.config, build.tokenizer(directory, workload.llm))
 
 
 def open_records(workload: Workload, root: Path) -> RecordDataset:
@@ -140,7 +141,7 @@ def open_records(workload: Workload, root: Path) -> RecordDataset:
         workload: one with records.
         root: of all record sets.
     """
-    how, of = view(workload), workload
+    how, of = prompt_processor(workload), workload
     tokenizer = Path(of.config.llm).name
     kind = "equal" if of.lengths is synthetic.EQUAL else "affectgpt"
     directory = root / f"{kind}-{of.records}-{tokenizer}"
@@ -166,7 +167,7 @@ def feed(workload: Workload, root: Path) -> Feed:
     if not workload.records:
         return RandomRows(config.batch_size, *workload.row, workload.llm.vocab_size)
     return TrainPipeline(
-        [Source(open_records(workload, root), view(workload), config.label)],
+        [Source(open_records(workload, root), prompt_processor(workload), config.label)],
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
         num_buckets=config.num_buckets,
@@ -192,7 +193,7 @@ class RandomRows:
             "tokens": tokens,
             "positions": np.tile(places, (rows, 1)),
             "segment_ids": np.ones_like(tokens),
-            "soft_index": np.zeros_like(tokens),
+            "soft_token_index": np.zeros_like(tokens),
             "target_positions": np.tile(supervised - 1, (rows, 1)),
             "targets": tokens[:, supervised],
             "target_weights": np.ones((rows, bucket.targets), np.float32),
@@ -228,7 +229,7 @@ class EveryPosition:
     @staticmethod
     def _all(batch: Batch) -> Batch:
         # A soft token's placeholder may be no word of the base.
-        tokens = np.where(np.asarray(batch["soft_index"]) > 0, 0, batch["tokens"])
+        tokens = np.where(np.asarray(batch["soft_token_index"]) > 0, 0, batch["tokens"])
         places = np.arange(tokens.shape[1], dtype=np.int32)
         return {
             **batch,

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 def data_set(
     source: str, *, weight: float = 1.0, share: float = 1.0, label: str = "", input: str = ""
 ) -> ConfigDict:
-    """One training set of a mixture, for `data.mix`.
+    """One training set of a mixture, for `data.mixture`.
 
     Args:
         source: as `data.train`.
@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.train = ""  # a record directory, "tfds:DIR:SPLIT", "demo" or "demo:WORLD"
-    c.data.mix = ConfigDict()  # several training sets by name instead, each a `data_set(...)`
+    c.data.mixture = ConfigDict()  # several training sets by name instead, each a `data_set(...)`
     c.data.val = ""  # the same; "" holds out `val_share` of the training clips
     c.data.val_share = 0.02
     c.data.test = ""  # scored at the end; "" scores nothing
@@ -51,7 +51,7 @@ def get_config() -> ConfigDict:
 
     c.steps = 300_000  # 60 epochs of 5,000 steps
     c.batch_size = 3  # rows in one update, over all devices; a row is a clip, unless packed
-    c.accumulation = 1  # parts of a batch that run one after the other
+    c.gradient_accumulation_steps = 1  # parts of a batch that run one after the other
     c.num_buckets = 4  # row lengths that batches come in; each costs one compilation
     c.pack_length = 0  # tokens of a row that holds as many clips as fit; 0: a clip a row. All
     # training batches then have this one shape, and num_buckets is for validation and answers. A
@@ -59,8 +59,9 @@ def get_config() -> ConfigDict:
     c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
     c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
-    c.remat = "auto"  # auto | none | dots | full: what the backward pass computes again; auto is
-    # the first of these that fits into the device's memory
+    # auto | none | save_projections | full: what the backward pass recomputes; auto is the first of
+    # the others that fits into the device's memory.
+    c.remat = "auto"
     # auto | true | false: layers in a row instead of a loop. Faster on a CPU, longer to compile;
     # auto does so for up to 12 layers on one CPU.
     c.unroll_layers = "auto"
@@ -94,14 +95,14 @@ def get_config() -> ConfigDict:
     )
 
     c.fusion = "attention"  # pre-fusion outside the LLM: attention | qformer | none
-    c.heads = ConfigDict()
-    c.heads.video = "attention"  # attention | mean | qformer
-    c.heads.audio = "attention"
-    c.heads.image = "mean"  # mean | qformer
-    c.heads.video_width = 768  # of the features, as the records have them
-    c.heads.audio_width = 1024
-    c.heads.image_width = 768
-    c.heads.fusion_width = 1024  # common width inside the pre-fusion
+    c.projectors = ConfigDict()
+    c.projectors.video = "attention"  # attention | mean | qformer
+    c.projectors.audio = "attention"
+    c.projectors.image = "mean"  # mean | qformer
+    c.projectors.video_width = 768  # of the features, as the records have them
+    c.projectors.audio_width = 1024
+    c.projectors.image_width = 768
+    c.projectors.fusion_width = 1024  # common width inside the pre-fusion
     c.qformer = ConfigDict()
     c.qformer.width = 768
     c.qformer.heads = 12
@@ -117,8 +118,8 @@ def get_config() -> ConfigDict:
     c.generate.merge_lora = "auto"
 
     c.log_every = 10  # steps between lines of metrics.jsonl
-    c.save_every = 5000  # steps between validations, each followed by a checkpoint
-    c.keep = 12  # newest checkpoints kept, beside the best on validation
+    c.checkpoint_every = 5000  # steps between validations, each followed by a checkpoint
+    c.max_to_keep = 12  # newest checkpoints kept, beside the best on validation
     c.step_timeout = (
         900.0  # s without progress after which a run shows its threads and ends; 0: none
     )

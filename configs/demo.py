@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     # Drawing masks takes time on a CPU, and 450 steps hardly overfit.
     c.lora.dropout = 0.0
 
-    c.heads.fusion_width = 128
+    c.projectors.fusion_width = 128
     c.qformer.width = 128
     c.qformer.heads = 4
     c.qformer.intermediate = 256
@@ -39,6 +39,6 @@ def get_config() -> ConfigDict:
     c.generate.max_new_tokens = 12
 
     c.log_every = 1
-    c.save_every = 90
-    c.keep = 2
+    c.checkpoint_every = 90
+    c.max_to_keep = 2
     return c

@@ -11,9 +11,11 @@ def get_config() -> ConfigDict:
     c = demo.get_config()
     c.data.train = ""
     # Everything, as in the default run.
-    c.data.mix.whole = data_set("demo")
+    c.data.mixture.whole = data_set("demo")
     # A third of the clips without faces, twice per epoch: what a voice corpus would be.
-    c.data.mix.voices = data_set("demo", share=0.33, weight=2.0, label="onehot", input="audio_text")
+    c.data.mixture.voices = data_set(
+        "demo", share=0.33, weight=2.0, label="onehot", input="audio_text"
+    )
     # Half of the clips, every other epoch, asked for the sentiment alone.
-    c.data.mix.feelings = data_set("demo", share=0.5, weight=0.5, label="sentiment")
+    c.data.mixture.feelings = data_set("demo", share=0.5, weight=0.5, label="sentiment")
     return c

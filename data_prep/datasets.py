@@ -6,7 +6,7 @@
 
 A row is a clip: its name, the files of its video, audio and face, and what is said about it. Below
 the root, a set lies in the folder that the AffectGPT release uses, or in one that has its key as
-its name. Test sets are read as affectgpt_jax.truth reads them:
+its name. Test sets are read as affectgpt_jax.labels reads them:
 
 {sets}
 
@@ -23,11 +23,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
 from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
+from affectgpt_jax.evaluation.label_files import find_set, read_set, read_subtitles
 from affectgpt_jax.evaluation.readers import Finding, read_truth
-from affectgpt_jax.evaluation.truth import find_set, read_set, read_subtitles
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
 
 COLUMNS = (
     "name",

@@ -31,7 +31,7 @@ from affectgpt_jax.data.examples import Example, build_examples
 from affectgpt_jax.data.prompts import INPUT_MODES, PLACEHOLDERS, InputMode, load_prompts
 from affectgpt_jax.data.records import Annotations
 from affectgpt_jax.data.tokenizer import Tokenizer
-from affectgpt_jax.models.qwen2 import Execution, Qwen2, Qwen2Config, init_base, unembedding
+from affectgpt_jax.models.decoder import ComputeConfig, Decoder, DecoderConfig, init_base, lm_head
 from affectgpt_jax.weights.huggingface import save_base
 
 ASSET = Path(__file__).parent.parent / "affectgpt_jax" / "assets" / "tiny_base"
@@ -42,7 +42,7 @@ PATTERN = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCAB = 704
-MODEL = Qwen2Config(
+MODEL = DecoderConfig(
     vocab_size=VOCAB,
     hidden_size=192,
     intermediate_size=384,
@@ -158,7 +158,7 @@ def fill_rows(
     return {"tokens": tokens, "absent": absent, "weight": weight, "length": length}
 
 
-def hidden_states(module: Qwen2, params, batch) -> jax.Array:
+def hidden_states(module: Decoder, params, batch) -> jax.Array:
     """Final hidden states `[B, T, D]` of rows with cue words in their slots."""
     positions = jnp.broadcast_to(jnp.arange(LENGTH), batch["tokens"].shape)
     segment_ids = (positions < batch["length"][:, None]).astype(jnp.int32)
@@ -167,14 +167,14 @@ def hidden_states(module: Qwen2, params, batch) -> jax.Array:
     return module.apply({"params": params}, embeds, positions, segment_ids)[0]
 
 
-def loss_fn(module: Qwen2, params, batch) -> jax.Array:
-    logits = hidden_states(module, params, batch)[:, :-1] @ unembedding(params)
+def loss_fn(module: Decoder, params, batch) -> jax.Array:
+    logits = hidden_states(module, params, batch)[:, :-1] @ lm_head(params)
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
     weight = batch["weight"][:, 1:]
     return (nll * weight).sum() / weight.sum()
 
 
-def word_score(module: Qwen2, params, tokenizer: Tokenizer, n: int = 4096) -> dict[str, float]:
+def word_score(module: Decoder, params, tokenizer: Tokenizer, n: int = 4096) -> dict[str, float]:
     """Hit rate from cue words alone, in the default input mode, beside the best possible.
 
     The answer's frame is given and the emotion read off as the best next token among the 24.
@@ -194,7 +194,7 @@ def word_score(module: Qwen2, params, tokenizer: Tokenizer, n: int = 4096) -> di
     )
     last = hidden[jnp.arange(n), batch["length"] - 1]
     first = jnp.asarray([tokenizer.encode([f" {word}"])[0][0] for word in demo.EMOTIONS])
-    guess = np.asarray(jnp.argmax((last @ unembedding(params))[:, first], axis=-1))
+    guess = np.asarray(jnp.argmax((last @ lm_head(params))[:, first], axis=-1))
     return {
         "hit": float((guess == clips.emotion).mean()),
         "ceiling": demo.ceiling(demo.word_evidence(clips), demo.MODALITIES),
@@ -207,7 +207,7 @@ def train(out: Path, steps: int, batch_size: int, learning_rate: float) -> float
     rng = np.random.default_rng(SEED)
     train_tokenizer(out / "tokenizer.json", rng)
     tokenizer = Tokenizer(out)
-    module = Qwen2(MODEL, execution=Execution())
+    module = Decoder(MODEL, compute=ComputeConfig())
     params = init_base(module, jax.random.key(SEED))
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{count:,} parameters, {len(tokenizer)} tokens", flush=True)

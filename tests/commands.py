@@ -18,21 +18,21 @@ import numpy as np
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.training.checkpoints import SavedRun
-from affectgpt_jax.training.telemetry import read_metrics
+from affectgpt_jax.training.metrics_writer import read_metrics
 
 # Dropout, so that its masks are part of what must repeat; descriptions, which validation does not
 # have to write.
 SMALL = (
     "--config.steps=12",
-    "--config.save_every=3",
+    "--config.checkpoint_every=3",
     "--config.log_every=1",
-    "--config.keep=2",
+    "--config.max_to_keep=2",
     "--config.batch_size=4",
     "--config.label=description",
     "--config.num_buckets=1",
     "--config.lora.rank=2",
     "--config.lora.dropout=0.1",
-    "--config.heads.fusion_width=16",
+    "--config.projectors.fusion_width=16",
     "--config.data.test=",
 )
 
@@ -154,13 +154,13 @@ def finish(workdir, *flags, **more):
         return command.said
 
 
-def fleet(workdir, count, *flags, settings=None):
+def group(workdir, count, *flags, settings=None):
     """Start the processes of one run."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = (*flags, f"--coordinator=127.0.0.1:{port}", f"--processes={count}")
-    return [Command(workdir, *flags, f"--process={i}", settings=settings) for i in range(count)]
+    flags = (*flags, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}")
+    return [Command(workdir, *flags, f"--process_id={i}", settings=settings) for i in range(count)]
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
 
 FLAGS = (
     "--config.steps=1",
-    "--config.save_every=1",
+    "--config.checkpoint_every=1",
     "--config.batch_size=8",
     "--config.num_buckets=1",
     "--config.generate.max_new_tokens=2",
@@ -160,8 +160,8 @@ TABLE = {
     "an empty data set": (no_records, (), "train holds no records"),
     "features of another width": (
         other_width, (),
-        "the records' audio features (clip-vit-b) are 512 wide, but config.heads.audio_width is "
-        "1024; set it to 512, or use records of another encoder",
+        "the records' audio features (clip-vit-b) are 512 wide, but config.projectors.audio_width "
+        "is 1024; set it to 512, or use records of another encoder",
     ),
     "a feature that the records lack": (
         lambda f: None, ("--config.input=frame_text",),

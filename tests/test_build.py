@@ -8,7 +8,7 @@ import pytest
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.models import xla_packed
-from affectgpt_jax.models.qwen2 import PUBLISHED
+from affectgpt_jax.models.decoder import PUBLISHED
 
 SMALL = dataclasses.replace(PUBLISHED["Qwen2.5-0.5B-Instruct"], num_hidden_layers=12)
 DEEP = dataclasses.replace(SMALL, num_hidden_layers=13)
@@ -44,7 +44,7 @@ def test_layers_stand_in_a_row_where_that_is_fast_to_run_and_to_compile(
     machine(monkeypatch, platform, devices)
     # Attention of a GPU that is not there cannot be chosen.
     model = build.model(config(**changes), llm, attend=xla_packed.attend)
-    assert model.qwen2.execution.unroll is unrolled
+    assert model.decoder.compute.unroll is unrolled
 
 
 @pytest.mark.parametrize(("devices", "name"), [(1, "xla_packed"), (8, "xla")])

@@ -9,8 +9,8 @@ from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.evaluation.extract import ChatExtractor, ReplyCache
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
+from affectgpt_jax.models.decoder import Decoder, lm_head
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.models.qwen2 import Qwen2, unembedding
 from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.huggingface import base_identity, load_base
 
@@ -27,7 +27,7 @@ MESSAGES = [
 @pytest.fixture(scope="module")
 def parts():
     mesh = make_mesh("data:-1")
-    qwen2 = Qwen2(base_config("tiny"), LoraConfig(rank=4))
+    qwen2 = Decoder(base_config("tiny"), LoraConfig(rank=4))
     model = AffectGPT(qwen2, None)
     shapes = jax.eval_shape(lambda key: init_random_base(model, key), jax.random.key(0))
     base = load_base(DIRECTORY, shapes, tree_shardings(mesh, shapes))
@@ -46,7 +46,7 @@ def replies(parts):
 
 def test_replies_are_the_most_probable_tokens_of_the_plain_base(parts, replies):
     qwen2, base, _, tokenizer, _ = parts
-    plain = Qwen2(qwen2.config)
+    plain = Decoder(qwen2.config)
     limit = 160
 
     @jax.jit
@@ -54,7 +54,7 @@ def test_replies_are_the_most_probable_tokens_of_the_plain_base(parts, replies):
         at = np.arange(limit)[None]
         embeds = plain.apply({"params": base}, tokens, method="embed")
         states, _ = plain.apply({"params": base}, embeds, at, (at < length).astype(int))
-        return (states[0, length - 1] @ unembedding(base)).argmax()
+        return (states[0, length - 1] @ lm_head(base)).argmax()
 
     for message, reply in zip(MESSAGES, replies, strict=True):
         ids = tokenizer.encode([tokenizer.chat_prompt(message)])[0].tolist()

@@ -15,7 +15,7 @@ import pytest
 
 from affectgpt_jax import check_cluster, distributed
 from affectgpt_jax.check_cluster import Pair
-from affectgpt_jax.distributed import LaunchError
+from affectgpt_jax.training.distributed import LaunchError
 
 # Speeds of processes that share two cores say nothing, so none is too slow.
 SMALL = ("--max_mib=1", "--slowest=0")
@@ -31,11 +31,16 @@ def free_port():
 def started(numbers, processes, *flags, program=("-m", "affectgpt_jax.check_cluster"), port=None):
     """Some processes of a run of so many; they are killed at the end."""
     port = port or free_port()
-    common = [f"--coordinator=127.0.0.1:{port}", f"--processes={processes}", *SMALL, *flags]
+    common = [
+        f"--coordinator_address=127.0.0.1:{port}",
+        f"--num_processes={processes}",
+        *SMALL,
+        *flags,
+    ]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "NPROC": "4"}
     running = [
         subprocess.Popen(
-            [sys.executable, *program, *common, f"--process={number}"],
+            [sys.executable, *program, *common, f"--process_id={number}"],
             env=env,
             text=True,
             stdout=subprocess.PIPE,
@@ -119,7 +124,7 @@ _DISTURBED = """
 import os, sys
 from affectgpt_jax import check_cluster
 check_cluster.ANSWER_S = 2
-if "--process=1" in sys.argv:
+if "--process_id=1" in sys.argv:
     check_cluster.{check} = lambda *_: os.kill(os.getpid(), {signal})
 check_cluster.main(sys.argv[1:])
 """
@@ -136,17 +141,17 @@ def test_a_process_that_hangs_is_named():
 
 def test_who_gives_no_answer_is_named():
     answers = {number: queue.Queue() for number in (1, 2, 3)}
-    fleet = distributed.Fleet(0, 4)
+    group = distributed.ProcessGroup(0, 4)
     for number, waiting in answers.items():
         receive = functools.partial(waiting.get, True)
-        fleet._links[number] = SimpleNamespace(host=f"host{number}", receive=receive)
+        group._links[number] = SimpleNamespace(host=f"host{number}", receive=receive)
     for number in (1, 3):
         answers[number].put(None)
     with pytest.raises(LaunchError, match="no answer from process 2 on host2 within 0.1 s"):
-        fleet.gather(0, timeout_s=0.1)
+        group.gather(0, timeout_s=0.1)
     for number, waiting in answers.items():
         waiting.put(10 * number)
-    assert fleet.gather(0, timeout_s=0.1) == [0, 10, 20, 30]
+    assert group.gather(0, timeout_s=0.1) == [0, 10, 20, 30]
 
 
 def test_a_process_that_dies_is_named():
@@ -219,7 +224,7 @@ def test_a_wrong_sum_is_an_error(monkeypatch):
         (["--no_such_flag=1"], "no_such_flag"),
         (["--timeout=0"], "timeout"),
         (["extra"], "unexpected argument 'extra'"),
-        (["--process=1"], "belong together"),
+        (["--process_id=1"], "belong together"),
     ],
 )
 def test_a_wrong_command_line_is_one_sentence(flags, message):

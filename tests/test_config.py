@@ -20,7 +20,7 @@ from affectgpt_jax.config import (
     validate,
 )
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
-from affectgpt_jax.models.qwen2 import Qwen2Config
+from affectgpt_jax.models.decoder import DecoderConfig
 
 PACKAGE = Path(affectgpt_jax.__file__).parent
 
@@ -119,30 +119,39 @@ def test_overrides_may_stand_before_the_config_file():
 
 MIXED = """from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
     c.data.train = ""
-    c.data.mix.one = data_set("demo", weight=2.0)
-    c.data.mix.two = data_set("demo:1", share=0.5, label="onehot", input="audio_text")"""
+    c.data.mixture.one = data_set("demo", weight=2.0)
+    c.data.mixture.two = data_set("demo:1", share=0.5, label="onehot", input="audio_text")"""
 
 
 def test_a_mixture_is_a_table_of_sets_whose_keys_can_be_overridden(tmp_path):
     file = config_file(tmp_path / "mine.py", MIXED)
-    config, _ = parse(file, "--config.data.mix.two.weight=0.25")
-    assert config.data.mix.two.to_dict() == {
+    config, _ = parse(file, "--config.data.mixture.two.weight=0.25")
+    assert config.data.mixture.two.to_dict() == {
         "source": "demo:1", "weight": 0.25, "share": 0.5, "label": "onehot", "input": "audio_text",
     }  # fmt: skip
-    assert config.data.mix.one.weight == 2.0
+    assert config.data.mixture.one.weight == 2.0
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("data.mix.two.weight=0", "config.data.mix.two.weight is 0.0; expected a number over 0"),
-        ("data.mix.two.share=1.5", "config.data.mix.two.share is 1.5; expected a share in"),
-        ("data.mix.two.label=mood", "config.data.mix.two.label: label 'mood': 'mood' is not"),
-        ("data.mix.two.input=smell", "config.data.mix.two.input is 'smell'; expected one of"),
-        ("data.mix.two.source=", "config.data.mix.two.source is empty"),
-        ("data.mix.two.wait=1", "config.data.mix.two.wait is not a key; did you mean"),
-        ("data.mix.three.weight=1", "three"),
-        ("data.train=demo", "config.data.train='demo' and config.data.mix both name training"),
+        (
+            "data.mixture.two.weight=0",
+            "config.data.mixture.two.weight is 0.0; expected a number over 0",
+        ),
+        ("data.mixture.two.share=1.5", "config.data.mixture.two.share is 1.5; expected a share in"),
+        (
+            "data.mixture.two.label=mood",
+            "config.data.mixture.two.label: label 'mood': 'mood' is not",
+        ),
+        (
+            "data.mixture.two.input=smell",
+            "config.data.mixture.two.input is 'smell'; expected one of",
+        ),
+        ("data.mixture.two.source=", "config.data.mixture.two.source is empty"),
+        ("data.mixture.two.wait=1", "config.data.mixture.two.wait is not a key; did you mean"),
+        ("data.mixture.three.weight=1", "three"),
+        ("data.train=demo", "config.data.train='demo' and config.data.mixture both name training"),
     ],
 )
 def test_a_mixture_that_cannot_be_drawn_is_refused(tmp_path, flag, message):
@@ -169,7 +178,10 @@ def test_help_is_printed(capsys):
         # an unknown key
         ("--config.stepz=3", "config.stepz is not a key; did you mean config.steps?"),
         ("--config.optimizer.learning_rat=1", "did you mean config.optimizer.learning_rate?"),
-        ("--config.zzz=1", r"config.zzz is not a key; expected one of \['accumulation', .*"),
+        (
+            "--config.zzz=1",
+            r"config.zzz is not a key; expected one of \['gradient_accumulation_steps', .*",
+        ),
         (
             "--config.data.zzz=1",
             r"config.data.zzz is not a key; expected one of \['mix', 'test', .*",
@@ -192,8 +204,8 @@ def test_help_is_printed(capsys):
         ("--config.data.val_share=1", r"config.data.val_share is 1.0; expected .* \[0, 1\)"),
         ("--config.data.val_share=-0.1", r"config.data.val_share is -0.1; expected"),
         (
-            "--config.batch_size=64 --config.accumulation=3",
-            "config.accumulation=3 does not divide config.batch_size=64",
+            "--config.batch_size=64 --config.gradient_accumulation_steps=3",
+            "config.gradient_accumulation_steps=3 does not divide config.batch_size=64",
         ),
         (
             "--config.pack_length=63",
@@ -264,7 +276,7 @@ def test_a_config_file_that_leaves_the_schema_is_refused(change, message, tmp_pa
     [
         (build.input_mode, "--config.input=smell", "config.input is 'smell'; expected one of"),
         (
-            lambda config: build.model(config, Qwen2Config(intermediate_size=7)),
+            lambda config: build.model(config, DecoderConfig(intermediate_size=7)),
             "--config.base_precision=nf4",
             "config.base_precision='nf4' packs inputs in pairs, .* intermediate_size of 7; use",
         ),
@@ -329,7 +341,13 @@ def test_a_workdir_of_another_run_is_refused(begun, override, key):
 def test_a_run_may_be_resumed_elsewhere_and_with_other_reports(begun):
     assert {"llm", "mesh", "log_every"} <= set(FREE_ON_RESUME)
     check_same_run(parse()[0], begun)
-    changes = ("log_every=2", "keep=5", "profile_steps=1:2", "generate.batch_size=8", "llm=/moved")
+    changes = (
+        "log_every=2",
+        "max_to_keep=5",
+        "profile_steps=1:2",
+        "generate.batch_size=8",
+        "llm=/moved",
+    )
     check_same_run(parse(*(f"--config.{change}" for change in changes))[0], begun)
 
 
@@ -386,7 +404,7 @@ def test_every_key_of_the_schema_is_read():
     dotted, whole = reads()
 
     def is_read(key: str) -> bool:
-        # "heads.video" is how it reads after `heads = config.heads`.
+        # "projectors.video" is how it reads after `heads = config.projectors`.
         names = {f"config.{key}"} | ({key} if "." in key else set())
         return bool(names & dotted) or f"config.{key.rpartition('.')[0]}" in whole
 
@@ -396,7 +414,7 @@ def test_every_key_of_the_schema_is_read():
 
 def test_every_key_that_is_read_is_in_the_schema():
     schema = affectgpt_qwen25_7b.get_config()
-    keys = leaves(schema).keys() | schema.keys() | {"data.mix"}
+    keys = leaves(schema).keys() | schema.keys() | {"data.mixture"}
     found = {name.removeprefix("config.") for name in reads()[0] if name.startswith("config.")}
     found = {re.sub(r"\.(items|values|to_dict)$", "", name) for name in found} - {"to_dict"}
     assert found <= keys

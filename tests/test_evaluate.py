@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
             f"--config.data.val={records}",
             f"--config.data.test={test}",
             "--config.steps=2",
-            "--config.save_every=1",
+            "--config.checkpoint_every=1",
             "--config.batch_size=8",
             "--config.num_buckets=1",
             "--config.generate.batch_size=16",
@@ -409,11 +409,11 @@ def test_a_wrong_command_line_is_refused(capsys, flags, said):
 
 
 def test_the_modalities_are_those_of_the_input_mode():
-    from affectgpt_jax.data.pipeline import View
+    from affectgpt_jax.data.pipeline import PromptProcessor
     from affectgpt_jax.data.prompts import INPUT_MODES
 
     def letters(mode):
-        return evaluate.modalities(View(None, None, INPUT_MODES[mode], {}, {}))
+        return evaluate.modalities(PromptProcessor(None, None, INPUT_MODES[mode], {}, {}))
 
     expected = {
         "multi_audio_face_text": "AVT", "multi_text": "AVT", "audio_text": "AT", "text": "T",

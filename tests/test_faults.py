@@ -19,14 +19,14 @@ from commands import (
     assert_undisturbed,
     ending,
     finish,
-    fleet,
+    group,
     limit_file_size,
     losses,
 )
 
 from affectgpt_jax import build
 from affectgpt_jax.data import pipeline
-from affectgpt_jax.run import load_config
+from affectgpt_jax.restore import load_config
 from affectgpt_jax.training import step as step_module
 from affectgpt_jax.training import stopping
 from affectgpt_jax.training.checkpoints import SavedRun
@@ -83,7 +83,7 @@ def test_a_run_that_is_killed_at_five_random_moments_repeats_its_losses(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_run_survives_fifty_kills(records, tmp_path):
-    flags = (*records, "--config.steps=150", "--config.save_every=2")
+    flags = (*records, "--config.steps=150", "--config.checkpoint_every=2")
     finish(tmp_path / "expected", *flags)
     killed = kill_at_random_moments(tmp_path / "run", 50, random.Random(1), *flags)
     finish(tmp_path / "run", *flags)
@@ -332,8 +332,8 @@ def test_two_processes_stop_together_whichever_is_told_to(
     number, number_of_signal, records, undisturbed, tmp_path
 ):
     workdir = tmp_path / "run"
-    flags = (*records, "--config.steps=2000", "--config.save_every=500")
-    with ending(fleet(workdir, 2, *flags)) as commands:
+    flags = (*records, "--config.steps=2000", "--config.checkpoint_every=500")
+    with ending(group(workdir, 2, *flags)) as commands:
         assert commands[0].until(commands[0].at_step(2))
         commands[number].signal(number_of_signal)
         for command in commands:
@@ -346,8 +346,8 @@ def test_two_processes_stop_together_whichever_is_told_to(
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_run_with_the_stacks_of_its_threads(records, tmp_path):
-    flags = (*records, "--config.steps=2000", "--config.save_every=500")
-    with ending(fleet(tmp_path / "run", 2, *flags, "--config.step_timeout=5.0")) as commands:
+    flags = (*records, "--config.steps=2000", "--config.checkpoint_every=500")
+    with ending(group(tmp_path / "run", 2, *flags, "--config.step_timeout=5.0")) as commands:
         assert commands[0].until(commands[0].at_step(2))
         commands[1].signal(signal.SIGSTOP)
         assert commands[0].wait() == 1

@@ -62,7 +62,7 @@ def test_ssh_starts_a_process_on_each_host_and_marks_its_lines(run):
     code, output, calls = run("ssh.sh", "127.0.0.1,127.0.0.1", *CHECK)
     assert code == 0, output
     assert len(calls) == 2 and all("BatchMode=yes 127.0.0.1" in call for call in calls)
-    assert {call.split("--process=")[1].split()[0] for call in calls} == {"0", "1"}
+    assert {call.split("--process_id=")[1].split()[0] for call in calls} == {"0", "1"}
     assert "[0 127.0.0.1] ok: 2 processes, 2 devices" in output
 
 
@@ -75,7 +75,7 @@ def test_ssh_ends_with_the_status_of_a_process_that_fails(run):
 def test_ssh_keeps_arguments_whole(run):
     code, output, _ = run("ssh.sh", "here", "printf", "<%s>", "a b", "$HOME", 'c"d')
     assert code == 0
-    assert output.startswith('[0 here] <a b><$HOME><c"d><--coordinator=here:')
+    assert output.startswith('[0 here] <a b><$HOME><c"d><--coordinator_address=here:')
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny_model import make_batch, make_model
 
-from affectgpt_jax import build, process, train
+from affectgpt_jax import build, runtime, train
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import TrainPipeline
@@ -57,7 +57,7 @@ def records(tmp_path_factory):
         "--config.input=text",
         "--config.label=description",
         "--config.steps=2",
-        "--config.save_every=2",
+        "--config.checkpoint_every=2",
         "--config.batch_size=8",
         "--config.num_buckets=1",
     ]
@@ -127,7 +127,7 @@ def test_a_program_is_compiled_once_and_found_again(tmp_path, monkeypatch):
         for name, value in zip(names, (None, 0.0)):
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        process.use_compilation_cache()
+        runtime.use_compilation_cache()
         jax.monitoring.register_event_listener(listener)
         for _ in range(2):
             jax.clear_caches()

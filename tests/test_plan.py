@@ -13,10 +13,10 @@ import pytest
 
 from affectgpt_jax import plan, planner
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
-from affectgpt_jax.models.affectgpt import with_execution
+from affectgpt_jax.models.affectgpt import with_compute
+from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.models.qwen2 import PUBLISHED
 from affectgpt_jax.training import collectives, memory, roofline, sharding
 from affectgpt_jax.training.devices import DEVICES
 from affectgpt_jax.training.roofline import Shape
@@ -42,7 +42,7 @@ def sent(mesh_text, remat="none", **changes):
     mesh = sharding.make_mesh(mesh_text)
     planned = tiny_planner(**changes)
     _, found = collectives.compile_and_read(planned.lower(mesh, remat), mesh)
-    shape, parts = Shape(**mesh.shape), planned.config.accumulation
+    shape, parts = Shape(**mesh.shape), planned.config.gradient_accumulation_steps
     rows = planned.config.batch_size // (shape.data * shape.fsdp * parts)
     expected = roofline.model_collectives(planned.sizes(rows, parts), shape, remat)
     return tuple({(c.kind, c.axes): c.bytes for c in list_} for list_ in (found, expected))
@@ -52,7 +52,9 @@ def sent(mesh_text, remat="none", **changes):
 
 
 def test_data_parallel_lora_sends_the_bytes_of_its_adapters_and_heads_for_every_part():
-    found, expected = sent("data:8", batch_size=16, accumulation=2, input="multi_text")
+    found, expected = sent(
+        "data:8", batch_size=16, gradient_accumulation_steps=2, input="multi_text"
+    )
     lora, fusion = 4 * 147_456, 4 * FUSION
     assert expected == {("all-reduce", ("data",)): 2 * (lora + fusion)}
     assert set(found) == set(expected)
@@ -82,7 +84,7 @@ def test_what_a_batch_takes_is_in_proportion_to_its_rows():
     planned = tiny_planner(**{"dtype": "bfloat16"})
     mesh = sharding.make_mesh("data:1", jax.devices()[:1])
     state, base = planned.on(mesh)
-    model = with_execution(planned.model, attend=memory.kernel_stand_in("cudnn", 1))
+    model = with_compute(planned.model, attend=memory.kernel_stand_in("cudnn", 1))
     for policy, found in memory.estimates(model, state, base, planned.batch(6)):
         assert planned.memory(Shape(1, 1, 1), 6, policy).saved == pytest.approx(
             found.saved, rel=0.01

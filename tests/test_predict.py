@@ -15,14 +15,14 @@ from affectgpt_jax import build, inference, predict, train
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.inference import Generator
+from affectgpt_jax.models.decoder import ComputeConfig
 from affectgpt_jax.models.generate import Generated
-from affectgpt_jax.models.qwen2 import Execution
-from affectgpt_jax.run import load_run
+from affectgpt_jax.restore import load_run
 
 FLAGS = (
     "--config.mesh=data:-1",
     "--config.steps=2",
-    "--config.save_every=1",
+    "--config.checkpoint_every=1",
     "--config.batch_size=8",
     "--config.generate.batch_size=16",
     "--config.generate.max_new_tokens=8",
@@ -174,12 +174,12 @@ def test_answers_from_merged_weights_are_those_with_adapters_beside_them(ask, wo
 
 def test_adapters_are_merged_where_a_copy_of_the_weights_fits(workdir, monkeypatch):
     run = load_run(workdir)
-    kernels = [run.base["layers"][name]["kernel"] for name in run.model.qwen2.lora.targets]
+    kernels = [run.base["layers"][name]["kernel"] for name in run.model.decoder.lora.targets]
     copy = sum(x.addressable_shards[0].data.nbytes for x in kernels)
 
     def found(limit, **changes):
         monkeypatch.setattr(inference, "device_limit", lambda: limit)
-        model = dataclasses.replace(run.model, qwen2=run.model.qwen2.copy(**changes))
+        model = dataclasses.replace(run.model, decoder=run.model.decoder.copy(**changes))
         return {how: inference.merges(how, model, run.base) for how in ("auto", "true", "false")}
 
     assert found(4 * copy) == {"auto": True, "true": True, "false": False}
@@ -187,13 +187,13 @@ def test_adapters_are_merged_where_a_copy_of_the_weights_fits(workdir, monkeypat
     assert found(None)["auto"], "a host has room for a tiny base"
     nothing = dict.fromkeys(("auto", "true", "false"), False)
     assert found(4 * copy, lora=None) == nothing
-    assert found(4 * copy, execution=Execution(base_precision="int8")) == nothing
+    assert found(4 * copy, compute=ComputeConfig(base_precision="int8")) == nothing
 
 
 def test_a_stream_shows_whole_characters_and_no_part_of_the_end_mark(workdir, monkeypatch):
     run = load_run(workdir)
     text = "They feel fröhlich 😀 ## 你好 # "
-    [ids] = run.view.tokenizer.encode([f"{text}###"])
+    [ids] = run.processor.tokenizer.encode([f"{text}###"])
     assert len(ids) > len(text.split()) + 10, "no character is split into bytes"
 
     def scripted(*_, **__):
@@ -204,7 +204,9 @@ def test_a_stream_shows_whole_characters_and_no_part_of_the_end_mark(workdir, mo
             yield Generated(tokens, np.full(8, count), ended, np.zeros((8, len(ids))))
 
     monkeypatch.setattr(inference, "stream", scripted)
-    generator = Generator(run.model, run.base, run.view, run.mesh, batch_size=1, max_new_tokens=99)
+    generator = Generator(
+        run.model, run.base, run.processor, run.mesh, batch_size=1, max_new_tokens=99
+    )
     clips = predict.choose_clips(predict.open_clips(run, None), None, 1)
     shown = [answer.text for answer in generator.stream(run.trainable, clips, "ovlabel")]
     assert len(shown) == len(ids) and shown[-1] == text

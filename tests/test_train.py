@@ -17,14 +17,14 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.models import attention
-from affectgpt_jax.run import load_run
-from affectgpt_jax.training.telemetry import read_metrics
+from affectgpt_jax.restore import load_run
+from affectgpt_jax.training.metrics_writer import read_metrics
 from affectgpt_jax.weights import __main__ as weights
 from affectgpt_jax.weights.release import read_release
 
 SMALL = (
     "--config.steps=6",
-    "--config.save_every=3",
+    "--config.checkpoint_every=3",
     "--config.log_every=1",
     "--config.batch_size=8",
     "--config.generate.batch_size=16",
@@ -170,13 +170,13 @@ def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
     monkeypatch.setattr(train.sharding, "shard_batch", copied)
     monkeypatch.setattr(train.StepReporter, "_report", waited)
     # Without a test set, and validated at the end only.
-    run(tmp_path, *records[:2], "--config.data.test=", "--config.save_every=6")
+    run(tmp_path, *records[:2], "--config.data.test=", "--config.checkpoint_every=6")
     assert events[:12] == ["copy"] * 2 + ["copy", "wait"] * 4 + ["wait"] * 2
 
 
 @pytest.mark.parametrize("fusion", ["none", "attention", "qformer"])
 def test_every_pre_fusion_trains(fusion, records, tmp_path):
-    flags = ("--config.steps=12", "--config.save_every=12", "--config.lora.dropout=0.0")
+    flags = ("--config.steps=12", "--config.checkpoint_every=12", "--config.lora.dropout=0.0")
     result = run(tmp_path, *records, *flags, f"--config.fusion={fusion}")
     trace = losses(tmp_path)
     assert np.mean([trace[i] for i in (10, 11, 12)]) < np.mean([trace[i] for i in (1, 2, 3)])
@@ -215,11 +215,16 @@ def get_config():
     c = demo.get_config()
     c.data.train = c.data.val = c.data.test = ""
     c.data.val_share = 0.3
-    c.data.mix.voices = data_set({train_records!r}, share=0.5, label="onehot", input="audio_text")
-    c.data.mix.whole = data_set({train_records!r}, weight=0.5)
+    c.data.mixture.voices = data_set(
+        {train_records!r}, share=0.5, label="onehot", input="audio_text"
+    )
+    c.data.mixture.whole = data_set({train_records!r}, weight=0.5)
     return c
 """)
-    workdir, flags = tmp_path / "run", ("--config.steps=9", "--config.data.mix.whole.weight=2.0")
+    workdir, flags = (
+        tmp_path / "run",
+        ("--config.steps=9", "--config.data.mixture.whole.weight=2.0"),
+    )
     run(workdir, f"--config={config}", *flags)
     lines = read_metrics(workdir / "metrics.jsonl")
     mixes = [(r["mix/voices"], r["mix/whole"]) for r in lines if "train/loss" in r]
@@ -285,7 +290,11 @@ def test_without_lora_heads_and_fusion_train_alone(records, tmp_path):
 
 def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path, capsys):
     workdir, _ = finished
-    frozen = ("--config.steps=1", "--config.save_every=1", "--config.optimizer.warmup_steps=0")
+    frozen = (
+        "--config.steps=1",
+        "--config.checkpoint_every=1",
+        "--config.optimizer.warmup_steps=0",
+    )
     frozen += ("--config.optimizer.learning_rate=0.0", "--config.optimizer.final_learning_rate=0.0")
     release, again = tmp_path / "run.pth", tmp_path / "again.pth"
     weights.main(["export-release", str(workdir), str(release), "--step", "6"])
@@ -345,7 +354,7 @@ def test_a_nan_in_a_batch_stops_the_run_and_names_the_last_good_checkpoint(
 
 def test_weights_that_leave_the_finite_numbers_are_never_saved(records, tmp_path):
     flags = ("--config.optimizer.learning_rate=1e38", "--config.optimizer.clip_norm=0.0")
-    warm = ("--config.optimizer.warmup_steps=0", "--config.save_every=1")
+    warm = ("--config.optimizer.warmup_steps=0", "--config.checkpoint_every=1")
     with pytest.raises(SystemExit, match="last good checkpoint: none yet"):
         run(tmp_path, *records, *flags, *warm)
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
@@ -357,14 +366,17 @@ def test_weights_that_leave_the_finite_numbers_are_never_saved(records, tmp_path
         (["--config.llm=/nowhere"], "config.llm='/nowhere' is not a directory"),
         (["--config.data.train=/nowhere"], "/nowhere/manifest.json is missing"),
         (["--config.data.train="], "config.data.train names no records"),
-        (["--config.heads.video_width=512"], "set it to 768"),
+        (["--config.projectors.video_width=512"], "set it to 768"),
         (["--config.input=text", "--config.lora.rank=0"], "leaves nothing to train"),
         (["--config.label=mood"], "config.label: label 'mood': 'mood' is not a label type"),
         (["--config.input=everything"], "config.input is 'everything'"),
         (["--config.max_tokens=10"], "over --config.max_tokens=10"),
         (["--config.mesh=data:3"], "mesh 'data:3'"),
         (["--config.batch_size=12"], "12 rows at a time, which 8 devices"),
-        (["--config.batch_size=8", "--config.accumulation=2"], "use a multiple of 16"),
+        (
+            ["--config.batch_size=8", "--config.gradient_accumulation_steps=2"],
+            "use a multiple of 16",
+        ),
         (["--config.lora.rank=-1"], "lora.rank is -1"),
         (["--config.profile_steps=9"], "profile_steps"),
         (["--config.init_from=/nowhere.pth"], "/nowhere.pth"),
@@ -408,7 +420,7 @@ def test_a_run_is_asked_where_its_attention_cannot_run(finished, tmp_path):
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"attention": "cudnn_packed", "pack_length": 4096}))
     asked = load_run(workdir)
-    assert asked.model.qwen2.execution.attend is attention.causal
+    assert asked.model.decoder.compute.attend is attention.causal
     assert asked.fingerprint(6) != asked.fingerprint(3)
 
 

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
+from affectgpt_jax.models.decoder import ComputeConfig, Decoder, DecoderConfig
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.models.qwen2 import Execution, Qwen2, Qwen2Config
 
 # No value is one that some library would fall back to.
-LLM = Qwen2Config(
+LLM = DecoderConfig(
     vocab_size=64,
     hidden_size=32,
     intermediate_size=48,
@@ -26,15 +26,15 @@ FRAMES = 3
 
 
 def make_model(
-    llm: Qwen2Config = LLM,
+    llm: DecoderConfig = LLM,
     dropout: float = 0.0,
     fusion: FusionConfig | None = FUSION,
     lora: bool = True,
     **execution,
 ) -> AffectGPT:
     adapters = LoraConfig(rank=4, alpha=2.0, dropout=dropout) if lora else None
-    qwen2 = Qwen2(llm, adapters, Execution(**execution))
-    return AffectGPT(qwen2, fusion and Fusion(fusion, qwen2.execution.dtype))
+    qwen2 = Decoder(llm, adapters, ComputeConfig(**execution))
+    return AffectGPT(qwen2, fusion and Fusion(fusion, qwen2.compute.dtype))
 
 
 def random_tree(abstract, seed: int = 0):
@@ -68,7 +68,7 @@ def random_trainable(model: AffectGPT, seed: int = 1):
     return random_tree(jax.eval_shape(lambda k: init_trainable(model, k), jax.random.key(0)), seed)
 
 
-def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LLM, seed: int = 2):
+def make_batch(lengths, width: int = 16, targets: int = 6, llm: DecoderConfig = LLM, seed: int = 2):
     """A batch of right-padded rows of these lengths, one clip each; 0 is a filler row.
 
     The soft tokens stand at positions 1 to 3 in a random order, and the last tokens of a row, as
@@ -81,7 +81,7 @@ def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LL
         "tokens": rng.integers(llm.vocab_size, size=(rows, width), dtype=np.int32),
         "positions": np.broadcast_to(at, (rows, width)).astype(np.int32),
         "segment_ids": (at < lengths[:, None]).astype(np.int32),
-        "soft_index": np.zeros((rows, width), np.int32),
+        "soft_token_index": np.zeros((rows, width), np.int32),
         "target_positions": np.zeros((rows, targets), np.int32),
         "targets": np.zeros((rows, targets), np.int32),
         "target_weights": np.zeros((rows, targets), np.float32),
@@ -94,7 +94,7 @@ def make_batch(lengths, width: int = 16, targets: int = 6, llm: Qwen2Config = LL
     for row, length in enumerate(lengths):
         count = max(0, min(targets, length - 4))
         if count:
-            batch["soft_index"][row, 1:4] = 1 + rng.permutation(3)
+            batch["soft_token_index"][row, 1:4] = 1 + rng.permutation(3)
         batch["target_positions"][row, :count] = np.arange(length - 1 - count, length - 1)
         batch["targets"][row, :count] = batch["tokens"][row, length - count : length]
         batch["target_weights"][row, :count] = 1
@@ -125,9 +125,9 @@ def pack_rows(batch, rows, width: int, targets: int, clips: int, soft_tokens: in
         for clip, i in enumerate(members):
             end = first + (batch["segment_ids"][i] > 0).sum()
             last = target + int(batch["target_weights"][i].sum())
-            for name in ("tokens", "positions", "soft_index"):
+            for name in ("tokens", "positions", "soft_token_index"):
                 packed[name][row, first:end] = batch[name][i, : end - first]
-            soft = packed["soft_index"][row, first:end]
+            soft = packed["soft_token_index"][row, first:end]
             soft[soft > 0] += clip * soft_tokens
             packed["segment_ids"][row, first:end] = 1 + clip
             for name in ("target_positions", "targets", "target_weights"):

@@ -48,7 +48,7 @@ def build_examples(
     ]
 
 
-def soft_index(
+def soft_token_index(
     tokens: np.ndarray,
     tokenizer: Tokenizer,
     token_counts: Mapping[str, int],

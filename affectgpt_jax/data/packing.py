@@ -1,8 +1,8 @@
-"""Several clips a row: which of an epoch's visits share one.
+"""Several clips a row: which of an epoch's draws share one.
 
 Padding a batch of short and long examples to its longest wastes about half of it. A packed row
 holds as many whole examples as fit, `segment_ids` keep them apart, and all rows have one shape. A
-plan is a pure function of the visits' sizes in their order: the same on every process, and again
+plan is a pure function of the draws' sizes in their order: the same on every process, and again
 after a restart.
 """
 
@@ -59,9 +59,9 @@ def packed_bucket(
 
     Args:
         length: tokens of a row.
-        lengths: tokens of every example that an epoch may visit, `[N]`.
+        lengths: tokens of every example that an epoch may draw, `[N]`.
         targets: their supervised tokens, `[N]`.
-        weights: how often epochs visit them, `[N]`, in any unit.
+        weights: how often epochs draw them, `[N]`, in any unit.
     """
     clips = length / np.average(lengths, weights=weights)
     share = np.average(targets, weights=weights) / np.average(lengths, weights=weights)
@@ -75,30 +75,30 @@ def packed_bucket(
 
 
 def pack(lengths: np.ndarray, targets: np.ndarray, bucket: Bucket) -> list[np.ndarray]:
-    """Share out visits over rows, each visit whole and once.
+    """Share out draws over rows, each draw whole and once.
 
-    A row takes the visits that come next and fit, of those that wait the oldest one for certain.
+    A row takes the draws that come next and fit, of those that wait the oldest one for certain.
     Then the last few of these give way to two out of the next `LOOKAHEAD` that fill the row best.
     So rows stay random samples: sorting by length, as best-fit-decreasing does, would fill rows as
     well, but with descriptions first and label answers last, and a batch must hold both (see
-    `TrainPipeline`). Only the last rows, when visits run out, stay partly empty.
+    `TrainPipeline`). Only the last rows, when draws run out, stay partly empty.
 
     Args:
-        lengths: tokens of every visit, `[N]`, in random order.
+        lengths: tokens of every draw, `[N]`, in random order.
         targets: their supervised tokens, `[N]`.
         bucket: what a row has room for.
 
     Returns:
-        For every row the visits in it, in ascending order.
+        For every row the draws in it, in ascending order.
 
     Raises:
-        ValueError: a visit that no row has room for.
+        ValueError: a draw that no row has room for.
     """
     too_large = np.flatnonzero((lengths > bucket.length) | (targets > bucket.targets))
     if too_large.size:
         first = too_large[0]
         raise ValueError(
-            f"visit {first} has {lengths[first]} tokens, {targets[first]} of them supervised; "
+            f"draw {first} has {lengths[first]} tokens, {targets[first]} of them supervised; "
             f"rows have room for {bucket.length} and {bucket.targets}"
         )
     rows, waiting, following = [], np.arange(min(LOOKAHEAD, len(lengths))), LOOKAHEAD
@@ -111,7 +111,7 @@ def pack(lengths: np.ndarray, targets: np.ndarray, bucket: Bucket) -> list[np.nd
 
 
 def _fill_row(lengths: np.ndarray, targets: np.ndarray, bucket: Bucket) -> list[int]:
-    """Which of the waiting visits go into the next row, the first one among them."""
+    """Which of the waiting draws go into the next row, the first one among them."""
     taken, room = [], [(bucket.length, bucket.targets)]  # room before each choice, and at the end
     for i, (length, supervised) in enumerate(zip(lengths.tolist(), targets.tolist())):
         tokens_left, targets_left = room[-1]
@@ -140,10 +140,10 @@ def _best_pair(
     targets_left: int,
     clips_left: int,
 ) -> tuple[list[int], int]:
-    """One or two visits that are not taken yet and fill the room that is left best, and their sum;
+    """One or two draws that are not taken yet and fill the room that is left best, and their sum;
     the sum is 0 where none fits."""
     size = len(lengths)
-    # Behind them stands a visit without tokens: who is paired with it, comes alone.
+    # Behind them stands a draw without tokens: who is paired with it, comes alone.
     lengths, targets = np.append(lengths, 0), np.append(targets, 0)
     lengths[taken] = tokens_left + 1
     sums = lengths[:, None] + lengths

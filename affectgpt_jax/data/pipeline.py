@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
-from affectgpt_jax.data.examples import Example, build_examples, soft_index
+from affectgpt_jax.data.examples import Example, build_examples, soft_token_index
 from affectgpt_jax.data.packing import Bucket, pack, packed_bucket, round_up
 from affectgpt_jax.data.prompts import InputMode, PromptError, PromptSet, parse_label
 from affectgpt_jax.data.records import Annotations, Records
@@ -37,7 +37,7 @@ class DataError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class PromptProcessor:
     """How clips become model inputs: everything about that but the clips themselves.
 
     Attributes:
@@ -131,17 +131,17 @@ def feature_shapes(
 
 
 def collate(
-    rows: Sequence[Sequence[tuple[Records, View, int, Example]]],
-    model_view: View,
+    rows: Sequence[Sequence[tuple[Records, PromptProcessor, int, Example]]],
+    model_view: PromptProcessor,
     shapes: Mapping[str, tuple[int, int]],
     bucket: Bucket,
 ) -> dict[str, object]:
     """Assemble a batch (layout: `models.affectgpt`) of right-padded rows.
 
     Args:
-        rows: for each clip of each row its data set, its view, and record number and example in
+        rows: for each clip of each row its data set, prompt processor, record number and example in
             it. Clips stand one behind the other; a row without any is filler.
-        model_view: any view of the model, for what all have in common.
+        model_view: any processor of the model, for what all have in common.
         shapes: `(frames, width)` of every feature that the model reads.
         bucket: the batch's shape.
     """
@@ -150,7 +150,7 @@ def collate(
         "tokens": np.full((size, length), model_view.tokenizer.end_id, np.int32),
         "positions": np.tile(np.arange(length, dtype=np.int32), (size, 1)),
         "segment_ids": np.zeros((size, length), np.int32),
-        "soft_index": np.zeros((size, length), np.int32),
+        "soft_token_index": np.zeros((size, length), np.int32),
         "target_positions": np.zeros((size, targets), np.int32),
         "targets": np.zeros((size, targets), np.int32),
         "target_weights": np.zeros((size, targets), np.float32),
@@ -160,14 +160,16 @@ def collate(
     soft_tokens = sum(model_view.token_counts.values())  # of every clip
     for i, row in enumerate(rows):
         first = target = 0
-        for clip, (dataset, view, number, example) in enumerate(row):
+        for clip, (dataset, processor, number, example) in enumerate(row):
             tokens, answer = example.tokens, example.tokens[example.answer_start :]
             here = slice(first, first + len(tokens))
-            soft = soft_index(tokens, view.tokenizer, view.token_counts, view.mode.slots)
+            soft = soft_token_index(
+                tokens, processor.tokenizer, processor.token_counts, processor.mode.slots
+            )
             batch["tokens"][i, here] = tokens
             batch["positions"][i, here] = np.arange(len(tokens))
             batch["segment_ids"][i, here] = 1 + clip
-            batch["soft_index"][i, here] = np.where(soft > 0, soft + clip * soft_tokens, 0)
+            batch["soft_token_index"][i, here] = np.where(soft > 0, soft + clip * soft_tokens, 0)
             there = slice(target, target + len(answer))
             batch["target_positions"][i, there] = np.arange(here.stop - len(answer), here.stop) - 1
             batch["targets"][i, there] = answer
@@ -239,18 +241,18 @@ class Source:
 
     Attributes:
         dataset: the clips.
-        view: how they become inputs.
+        processor: how they become inputs.
         label: label types, as `prompts.parse_label` reads them; where it names several, each
             access to a clip draws one.
         name: in logs.
-        weight: how often an epoch visits each clip. Under 1, epochs take turns with the clips.
+        weight: how often an epoch draws each clip. Under 1, epochs take turns with the clips.
 
     Raises:
         DataError: a weight that is not positive.
     """
 
     dataset: Records
-    view: View
+    processor: PromptProcessor
     label: str
     name: str = "train"
     weight: float = 1.0
@@ -260,8 +262,8 @@ class Source:
             raise DataError(f"data set {self.name!r}: weight is {self.weight}; expected over 0")
 
 
-class _Visits:
-    """The examples of one source, and the endless order in which training visits them.
+class _Draws:
+    """The examples of one source, and the endless order in which training draws them.
 
     Args:
         source: the data set.
@@ -273,14 +275,14 @@ class _Visits:
     def __init__(self, source: Source, number: int, seed: int, max_tokens: int):
         self.source, self._key = source, (seed, number)
         self.types = parse_label(source.label)
-        self.examples = [source.view.training_examples(source.dataset, t) for t in self.types]
+        self.examples = [source.processor.training_examples(source.dataset, t) for t in self.types]
         self.lengths = np.array([[len(e) for e in examples] for examples in self.examples])
         starts = [[e.answer_start for e in examples] for examples in self.examples]
         self.answers = self.lengths - starts
         self.keep = self.lengths <= max_tokens
 
     def of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Record numbers and label types (indices into `types`) of an epoch's kept visits."""
+        """Record numbers and label types (indices into `types`) of an epoch's kept draws."""
         size = len(self.source.dataset)
         first, end = (math.floor(e * self.source.weight * size) for e in (epoch, epoch + 1))
         passes = range(first // size, -(-end // size))
@@ -378,27 +380,25 @@ class TrainPipeline:
                 f"pack_length {pack_length} is less than max_tokens {max_tokens}: rows must hold "
                 "any example whole"
             )
-        self._view = sources[0].view
-        self._shapes = feature_shapes(self._view.features, [s.dataset for s in sources])
-        self._visits = [_Visits(s, i, seed, max_tokens) for i, s in enumerate(sources)]
-        for visits in self._visits:
-            if too_long != "drop" and not visits.keep.all():
+        self._processor = sources[0].processor
+        self._shapes = feature_shapes(self._processor.features, [s.dataset for s in sources])
+        self._draws = [_Draws(s, i, seed, max_tokens) for i, s in enumerate(sources)]
+        for draws in self._draws:
+            if too_long != "drop" and not draws.keep.all():
                 raise DataError(
-                    too_long_message(
-                        visits.source.dataset, visits.types, visits.lengths, max_tokens
-                    )
+                    too_long_message(draws.source.dataset, draws.types, draws.lengths, max_tokens)
                 )
-            if not visits.keep.any():
+            if not draws.keep.any():
                 raise DataError(
-                    f"data set {visits.source.name!r} has no example of at most {max_tokens} "
+                    f"data set {draws.source.name!r} has no example of at most {max_tokens} "
                     "tokens; raise config.max_tokens"
                 )
-        self.dropped = sum(int((~visits.keep).sum()) for visits in self._visits)
-        lengths = np.concatenate([v.lengths[v.keep] for v in self._visits])
-        answers = np.concatenate([v.answers[v.keep] for v in self._visits])
+        self.dropped = sum(int((~draws.keep).sum()) for draws in self._draws)
+        lengths = np.concatenate([v.lengths[v.keep] for v in self._draws])
+        answers = np.concatenate([v.answers[v.keep] for v in self._draws])
         self._packed: Bucket | None = None
         if pack_length:
-            weights = [np.full(v.keep.sum(), v.source.weight / len(v.types)) for v in self._visits]
+            weights = [np.full(v.keep.sum(), v.source.weight / len(v.types)) for v in self._draws]
             self._packed = packed_bucket(pack_length, lengths, answers, np.concatenate(weights))
             self.buckets = (self._packed,)
         else:
@@ -410,40 +410,40 @@ class TrainPipeline:
         self._first_step = [0]  # of every epoch planned so far, and of the next
         self._planning = threading.Lock()
 
-    def _visits_of(self, epoch: int) -> np.ndarray:
-        """Source, record and label type `[3, N]` of an epoch's visits, in their order."""
+    def _draws_of(self, epoch: int) -> np.ndarray:
+        """Source, record and label type `[3, N]` of an epoch's draws, in their order."""
         parts = []
-        for source, visits in enumerate(self._visits):
-            records, kinds = visits.of_epoch(epoch)
+        for source, draws in enumerate(self._draws):
+            records, kinds = draws.of_epoch(epoch)
             parts.append(np.stack([np.full(len(records), source), records, kinds]))
         together = np.concatenate(parts, axis=1)
-        if len(parts) > 1:  # the visits of one source are in a random order already
+        if len(parts) > 1:  # the draws of one source are in a random order already
             rng = np.random.default_rng([self._seed, epoch, len(parts)])
             together = together[:, rng.permutation(together.shape[1])]
         return together
 
-    def _sizes(self, visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens, and supervised ones, `[N]` each, of visits `[3, N]`."""
-        sizes = np.zeros((2, visits.shape[1]), np.int64)
-        for source, facts in enumerate(self._visits):
-            mine = visits[0] == source
-            _, records, kinds = visits[:, mine]
+    def _sizes(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens, and supervised ones, `[N]` each, of draws `[3, N]`."""
+        sizes = np.zeros((2, draws.shape[1]), np.int64)
+        for source, facts in enumerate(self._draws):
+            mine = draws[0] == source
+            _, records, kinds = draws[:, mine]
             sizes[:, mine] = facts.lengths[kinds, records], facts.answers[kinds, records]
         return sizes[0], sizes[1]
 
     def _rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """An epoch's visits, shared out over rows and batches.
+        """An epoch's draws, shared out over rows and batches.
 
         Batches are cut from one permutation, not from clips of like length: a loss that is the
         mean over a batch's supervised tokens weighs a label against a description as the published
         recipe does only if both kinds meet in a batch.
 
         Returns:
-            The visits `[3, N]`; for every batch and row of it the visits there, as columns of
+            The draws `[3, N]`; for every batch and row of it the draws there, as columns of
             these, `[batches, B, C]` (-1: none); tokens of each batch's longest row, `[batches]`.
         """
-        visits = self._visits_of(epoch)
-        lengths, answers = self._sizes(visits)
+        draws = self._draws_of(epoch)
+        lengths, answers = self._sizes(draws)
         if self._packed:
             rows, width = pack(lengths, answers, self._packed), self._packed.clips
         else:
@@ -453,15 +453,15 @@ class TrainPipeline:
             row[: len(members)] = members
         used = np.where(table >= 0, lengths[table], 0).sum(axis=1)
         longest = used.reshape(-1, self._batch_size).max(axis=1)
-        return visits, table.reshape(-1, self._batch_size, width), longest
+        return draws, table.reshape(-1, self._batch_size, width), longest
 
     @functools.lru_cache(maxsize=4)  # noqa: B019 - the pipeline lives as long as the run
     def plan(self, epoch: int) -> tuple[PlannedBatch, ...]:
-        """The batches of an epoch: every kept visit, the last batch padded with filler."""
-        visits, batches, longest = self._rows(epoch)
+        """The batches of an epoch: every kept draw, the last batch padded with filler."""
+        draws, batches, longest = self._rows(epoch)
         which = np.searchsorted([bucket.length for bucket in self.buckets], longest)
         return tuple(
-            PlannedBatch(int(bucket), *np.where(batch >= 0, visits[:, batch], -1))
+            PlannedBatch(int(bucket), *np.where(batch >= 0, draws[:, batch], -1))
             for bucket, batch in zip(which, batches, strict=True)
         )
 
@@ -482,20 +482,20 @@ class TrainPipeline:
     def size(self, step: int) -> tuple[int, int]:
         """Clips and tokens of a step's batch, over all processes."""
         planned = self.planned(step)
-        visits = np.stack([planned.sources, planned.records, planned.label_types])
-        lengths, _ = self._sizes(visits[:, planned.records >= 0])
+        draws = np.stack([planned.sources, planned.records, planned.label_types])
+        lengths, _ = self._sizes(draws[:, planned.records >= 0])
         return len(lengths), int(lengths.sum())
 
     def mix(self, step: int) -> dict[str, int]:
         """How many clips of a step's batch come from each source, over all processes."""
         sources = self.planned(step).sources
-        return {v.source.name: int((sources == i).sum()) for i, v in enumerate(self._visits)}
+        return {v.source.name: int((sources == i).sum()) for i, v in enumerate(self._draws)}
 
     def fill(self, epoch: int) -> Fill:
         """How full the rows of an epoch are, which must not be empty."""
         plan = self.plan(epoch)
         clips = np.array([batch.clips for batch in plan])
-        lengths, answers = self._sizes(self._visits_of(epoch))
+        lengths, answers = self._sizes(self._draws_of(epoch))
         buckets = [self.buckets[batch.bucket] for batch in plan]
         return Fill(
             clips_per_row=clips[clips > 0],
@@ -515,15 +515,17 @@ class TrainPipeline:
             [self._example(*clip) for clip in zip(*row) if clip[1] >= 0]
             for row in zip(*(column[mine].tolist() for column in columns))
         ]
-        return collate(rows, self._view, self._shapes, self.buckets[planned.bucket])
+        return collate(rows, self._processor, self._shapes, self.buckets[planned.bucket])
 
-    def _example(self, source: int, record: int, kind: int) -> tuple[Records, View, int, Example]:
-        visits = self._visits[source]
-        return visits.source.dataset, visits.source.view, record, visits.examples[kind][record]
+    def _example(
+        self, source: int, record: int, kind: int
+    ) -> tuple[Records, PromptProcessor, int, Example]:
+        draws = self._draws[source]
+        return draws.source.dataset, draws.source.processor, record, draws.examples[kind][record]
 
     def filler_batch(self, bucket: Bucket) -> dict[str, object]:
         """A global batch of this shape without any clip, for compiling."""
-        return collate([[]] * self._batch_size, self._view, self._shapes, bucket)
+        return collate([[]] * self._batch_size, self._processor, self._shapes, bucket)
 
     def batches(self, start: int, stop: int, threads: int = THREADS) -> Iterator[dict[str, object]]:
         """The batches of steps `start ... stop - 1`, read ahead by Grain's threads."""
@@ -534,7 +536,7 @@ class TrainPipeline:
 
 def sequential_batches(
     dataset: Records,
-    view: View,
+    processor: PromptProcessor,
     examples: Sequence[Example],
     batch_size: int,
     num_buckets: int = 2,
@@ -545,13 +547,13 @@ def sequential_batches(
 
     Args:
         dataset: the clips.
-        view: how they become inputs.
+        processor: how they become inputs.
         examples: one a clip, with or without an answer.
         batch_size: rows of a batch; the last one of a bucket is filled up.
         num_buckets: the number of row lengths.
         feature_from: for each clip the number of the one whose features it gets; its own if None.
             (A permutation gives the control with features shuffled across clips.)
-        numbers: the clips to visit; all if None.
+        numbers: the clips to draw; all if None.
 
     Yields:
         Record numbers of the rows, int `[n]` with n at most `batch_size`, and the batch; the
@@ -568,7 +570,7 @@ def sequential_batches(
         bucket, numbers = job
         rows = [(int(source[i]), examples[i]) for i in numbers]
         rows += [None] * (batch_size - len(rows))
-        return numbers, view.collate(dataset, rows, bucket)
+        return numbers, processor.collate(dataset, rows, bucket)
 
     jobs = []
     for i, bucket in reversed(list(enumerate(buckets))):

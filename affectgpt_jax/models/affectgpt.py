@@ -2,8 +2,8 @@
 
 A model is two Flax modules and plain functions over their parameters:
 
-    base       the frozen decoder, `params` of `Qwen2`
-    trainable  {"lora": adapters of `Qwen2`, "fusion": `params` of `Fusion`}
+    base       the frozen decoder, `params` of `Decoder`
+    trainable  {"lora": adapters of `Decoder`, "fusion": `params` of `Fusion`}
 
 Only `trainable` is ever differentiated. A batch is a dict of arrays: B rows of T tokens, in each of
 which up to C clips stand one behind the other, each a segment. Every clip has K soft tokens:
@@ -11,7 +11,7 @@ which up to C clips stand one behind the other, each a segment. Every clip has K
     tokens            [B, T] int32     ids; those under a soft token do not matter
     positions         [B, T] int32     rotary positions, from 0 in every segment
     segment_ids       [B, T] int32     0 for padding, 1 ... C for clips
-    soft_index        [B, T] int32     0, or 1 + c*K + k where token k of a row's clip c stands
+    soft_token_index  [B, T] int32     0, or 1 + c*K + k for soft token k of the row's clip c
     target_positions  [B, S] int32     whose hidden state predicts a supervised token
     targets           [B, S] int32     that token
     target_weights    [B, S] float32   1, or 0 for filler
@@ -29,15 +29,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from affectgpt_jax.models.fusers import Fusion
-from affectgpt_jax.models.qwen2 import (
+from affectgpt_jax.models.decoder import (
     LOSS_CHUNK,
+    Decoder,
     KVCache,
-    Qwen2,
     init_base,
     init_lora,
-    unembedding,
+    lm_head,
 )
+from affectgpt_jax.models.fusers import Fusion
 
 Batch = Mapping[str, Any]
 
@@ -46,20 +46,20 @@ Batch = Mapping[str, Any]
 class AffectGPT:
     """The modules of one model; `fusion` is None for a text-only input mode."""
 
-    qwen2: Qwen2
+    decoder: Decoder
     fusion: Fusion | None
 
 
-def with_execution(model: AffectGPT, **changes: Any) -> AffectGPT:
-    """The same model, run in another way; changes are of fields of `qwen2.Execution`."""
-    execution = dataclasses.replace(model.qwen2.execution, **changes)
-    return dataclasses.replace(model, qwen2=model.qwen2.clone(execution=execution))
+def with_compute(model: AffectGPT, **changes: Any) -> AffectGPT:
+    """The same model, run in another way; changes are of fields of `decoder.ComputeConfig`."""
+    compute = dataclasses.replace(model.decoder.compute, **changes)
+    return dataclasses.replace(model, decoder=model.decoder.clone(compute=compute))
 
 
 def init_trainable(model: AffectGPT, key: jax.Array) -> dict[str, Any]:
     """Fresh `trainable` tree, float32."""
     lora_key, fusion_key = jax.random.split(key)
-    trainable = {"lora": init_lora(model.qwen2, lora_key), "fusion": {}}
+    trainable = {"lora": init_lora(model.decoder, lora_key), "fusion": {}}
     if model.fusion is not None:
         config = model.fusion.config
         features = {name: jnp.zeros((1, 1, config.feature_width(name))) for name in config.inputs}
@@ -70,14 +70,14 @@ def init_trainable(model: AffectGPT, key: jax.Array) -> dict[str, Any]:
 
 def init_random_base(model: AffectGPT, key: jax.Array) -> Any:
     """Random `base` tree; with `jax.eval_shape` its shapes, which loading and sharding follow."""
-    return init_base(model.qwen2, key)
+    return init_base(model.decoder, key)
 
 
 def embed_inputs(
     model: AffectGPT, base: Any, trainable: Any, batch: Batch, dropout_key: jax.Array | None
 ) -> jax.Array:
     """Token embeddings `[B, T, D]` with the soft tokens in their places."""
-    embeds = model.qwen2.apply({"params": base}, batch["tokens"], method="embed")
+    embeds = model.decoder.apply({"params": base}, batch["tokens"], method="embed")
     if model.fusion is None:
         return embeds
     # Rows stay on the devices that hold them: they are the major part of the joint axis.
@@ -93,7 +93,7 @@ def embed_inputs(
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
     soft = soft.reshape(len(embeds), -1, soft.shape[-1])
-    index = batch["soft_index"][..., None]
+    index = batch["soft_token_index"][..., None]
     # A gather, so that any number of clips may share a row. Positions without a soft token read
     # out of range, which gives a value that the selection discards and a gradient that is dropped.
     source = jnp.where(index > 0, index - 1, soft.shape[1])
@@ -118,7 +118,7 @@ def hidden_states(
     if dropout_key is not None:
         fusion_key, lora_key = jax.random.split(dropout_key)
     embeds = embed_inputs(model, base, trainable, batch, fusion_key)
-    return model.qwen2.apply(
+    return model.decoder.apply(
         {"params": base, "lora": trainable["lora"]},
         embeds,
         batch["positions"],
@@ -143,19 +143,19 @@ def loss_sum_and_count(
     prompts are most of a batch, and their logits are never needed.
     """
     states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
-    execution = model.qwen2.execution
-    shard = execution.shard
-    positions, targets, weights = supervised(batch, shard.row_shares)
+    compute = model.decoder.compute
+    shard = compute.shard
+    positions, targets, weights = supervised(batch, shard.data_parallel_size)
     states = states.reshape(len(positions), -1, states.shape[-1])
     states = jnp.take_along_axis(states, positions[..., None], axis=1)
     # Brought together once, before the loop over chunks: left to itself, the partitioner does so in
     # every chunk, and moves the gradient of the logits of all rows as well.
-    vocabulary = shard(unembedding(base), (None, "vocabulary"))
-    loss = cross_entropy_sum(states, vocabulary, targets, weights, execution.loss_chunk)
+    kernel = shard(lm_head(base), (None, "vocab"))
+    loss = cross_entropy_sum(states, kernel, targets, weights, compute.loss_chunk)
     return loss, weights.sum()
 
 
-def supervised(batch: Batch, row_shares: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
+def supervised(batch: Batch, data_parallel_size: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The supervised tokens of the rows that a device holds, one behind the other, filler last.
 
     Rows have room for as many as the longest answer has. Brought together, what is filler in all of
@@ -163,14 +163,14 @@ def supervised(batch: Batch, row_shares: int = 1) -> tuple[jax.Array, jax.Array,
 
     Args:
         batch: see the module's head.
-        row_shares: devices that share its rows.
+        data_parallel_size: devices that share its rows.
 
     Returns:
         `[G, N]` each, for G devices of B / G rows: positions in the tokens of these rows, laid end
         to end; targets; weights, float32.
     """
     rows, length = batch["tokens"].shape
-    groups = math.gcd(rows, row_shares)
+    groups = math.gcd(rows, data_parallel_size)
     start = length * (jnp.arange(rows, dtype=jnp.int32) % (rows // groups))
     weights = batch["target_weights"].astype(jnp.float32)
     positions = batch["target_positions"] + start[:, None]
@@ -193,29 +193,29 @@ def target_states(
 
 def cross_entropy_sum(
     states: jax.Array,
-    vocabulary: jax.Array,
+    kernel: jax.Array,
     targets: jax.Array,
     weights: jax.Array,
     chunk: int = LOSS_CHUNK,
 ) -> jax.Array:
-    """Sum of `-log softmax(states @ vocabulary)[target]`, weighted by `weights` `[B, S]`, as a
+    """Sum of `-log softmax(states @ kernel)[target]`, weighted by `weights` `[B, S]`, as a
     float32 scalar; the other arguments are those of `token_log_probs`."""
-    found = token_log_probs(states, vocabulary, targets, chunk, needed=weights != 0)
+    found = token_log_probs(states, kernel, targets, chunk, needed=weights != 0)
     return -jnp.sum(found * weights)
 
 
 def token_log_probs(
     states: jax.Array,
-    vocabulary: jax.Array,
+    kernel: jax.Array,
     targets: jax.Array,
     chunk: int = LOSS_CHUNK,
     needed: jax.Array | None = None,
 ) -> jax.Array:
-    """`log softmax(states @ vocabulary)[target]`, with float32 logits.
+    """`log softmax(states @ kernel)[target]`, with float32 logits.
 
     Args:
         states: `[B, S, D]`.
-        vocabulary: `[D, V]`, frozen: no gradient reaches it.
+        kernel: `[D, V]`, the lm_head, frozen: no gradient reaches it.
         targets: `[B, S]` int32.
         chunk: positions per block; logits of one block are alive at a time. A block is a few
             columns of all rows, so that rows stay on the devices that hold them.
@@ -226,34 +226,34 @@ def token_log_probs(
         `[B, S]` float32.
 
     Raises:
-        NotImplementedError: a gradient with respect to `vocabulary` is asked for.
+        NotImplementedError: a gradient with respect to `kernel` is asked for.
     """
     if needed is None:
         needed = jnp.ones(targets.shape, bool)
-    with jax.named_scope("vocabulary"):
-        vocabulary = vocabulary.astype(states.dtype)
-        return _token_log_probs(states, vocabulary, targets, chunk, needed)
+    with jax.named_scope("lm_head"):
+        kernel = kernel.astype(states.dtype)
+        return _token_log_probs(states, kernel, targets, chunk, needed)
 
 
 def _token_log_probs(
-    states: jax.Array, vocabulary: jax.Array, targets: jax.Array, chunk: int, needed: jax.Array
+    states: jax.Array, kernel: jax.Array, targets: jax.Array, chunk: int, needed: jax.Array
 ) -> jax.Array:
     rows, columns = targets.shape
     if rows * columns <= chunk:
-        return _block_log_probs(states, vocabulary, targets)
+        return _block_log_probs(states, kernel, targets)
     width = max(1, chunk // rows)
 
     def blocks(x: jax.Array) -> jax.Array:
         filler = [(0, 0), (0, -columns % width)] + [(0, 0)] * (x.ndim - 2)
         return jnp.pad(x, filler).reshape(rows, -1, width, *x.shape[2:]).swapaxes(0, 1)
 
-    def nothing(states, vocabulary, targets):
+    def nothing(states, kernel, targets):
         return jnp.zeros(targets.shape, jnp.float32)
 
     def body(_, inputs):
         states, targets, needed = inputs
         branches = _block_log_probs, nothing
-        return None, jax.lax.cond(needed, *branches, states, vocabulary, targets)
+        return None, jax.lax.cond(needed, *branches, states, kernel, targets)
 
     inputs = blocks(states), blocks(targets), blocks(needed).any(axis=(1, 2))
     found = jax.lax.scan(body, None, inputs)[1]
@@ -261,20 +261,20 @@ def _token_log_probs(
 
 
 @jax.custom_vjp
-def _block_log_probs(states: jax.Array, vocabulary: jax.Array, targets: jax.Array) -> jax.Array:
+def _block_log_probs(states: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
     """`token_log_probs` of one block.
 
-    Its derivative by a state is `(onehot - softmax) @ vocabulary^T`, which the forward pass can
+    Its derivative by a state is `(onehot - softmax) @ kernel^T`, which the forward pass can
     compute while it has the logits: the backward pass only scales it. Autodiff would either keep
-    the logits or compute them again, and its product would mix float32 with the vocabulary's
+    the logits or compute them again, and its product would mix float32 with the kernel's
     dtype, which GPUs run at a fraction of bfloat16's rate.
     """
-    return _log_probs_and_exponentials(states, vocabulary, targets)[0]
+    return _log_probs_and_exponentials(states, kernel, targets)[0]
 
 
-def _log_probs_and_exponentials(states, vocabulary, targets):
+def _log_probs_and_exponentials(states, kernel, targets):
     """Log probabilities `[B, S]`; what softmax divides, `[B, S, V]`, and by what, `[B, S, 1]`."""
-    logits = jnp.einsum("bsd,dv->bsv", states, vocabulary, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bsd,dv->bsv", states, kernel, preferred_element_type=jnp.float32)
     largest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
     total = exponentials.sum(axis=-1, keepdims=True)
@@ -282,14 +282,14 @@ def _log_probs_and_exponentials(states, vocabulary, targets):
     return (chosen - largest - jnp.log(total))[..., 0], exponentials, total
 
 
-def _block_forward(states, vocabulary, targets):
-    if vocabulary.perturbed:
-        raise NotImplementedError("the vocabulary is frozen; it has no gradient")
-    states, vocabulary, targets = states.value, vocabulary.value, targets.value
-    log_probs, exponentials, total = _log_probs_and_exponentials(states, vocabulary, targets)
-    hit = jnp.arange(vocabulary.shape[1]) == targets[..., None]
+def _block_forward(states, kernel, targets):
+    if kernel.perturbed:
+        raise NotImplementedError("the lm_head is frozen; it has no gradient")
+    states, kernel, targets = states.value, kernel.value, targets.value
+    log_probs, exponentials, total = _log_probs_and_exponentials(states, kernel, targets)
+    hit = jnp.arange(kernel.shape[1]) == targets[..., None]
     slope = (jnp.where(hit, 1.0, 0.0) - exponentials / total).astype(states.dtype)
-    return log_probs, jnp.einsum("bsv,dv->bsd", slope, vocabulary)
+    return log_probs, jnp.einsum("bsv,dv->bsd", slope, kernel)
 
 
 def _block_backward(slope, grad):

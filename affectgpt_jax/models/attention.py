@@ -389,7 +389,7 @@ def cached(
     value_cache: jax.Array,
     layer: jax.Array | int,
     key_mask: jax.Array,
-    row_shares: int = 1,
+    data_parallel_size: int = 1,
 ) -> jax.Array:
     """Attention of new tokens to all valid slots of a layer's cache; it has no gradient on a CPU.
 
@@ -400,7 +400,7 @@ def cached(
         layer: int32, which of the L.
         key_mask: `[B, W]` bool, True for slots that hold a token of this row, the new one included.
             Slots from W on are not read.
-        row_shares: devices that share the rows.
+        data_parallel_size: devices that share the rows.
 
     Returns:
         `[B, 1, H, d]`.
@@ -409,7 +409,7 @@ def cached(
     kv_heads = key_cache.shape[2]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
     # Rows that lie on several devices cannot be chosen by their length without being moved.
-    rows = _CACHE_ROWS if row_shares == 1 else batch
+    rows = _CACHE_ROWS if data_parallel_size == 1 else batch
     attended = jax.lax.platform_dependent(
         grouped,
         key_cache,

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.models.qwen2 import Qwen2Config
 
 
 class Flops(NamedTuple):
@@ -34,7 +34,7 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def projection_shapes(config: Qwen2Config) -> dict[str, tuple[int, int]]:
+def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """`(in, out)` of the seven projections of a layer, by name."""
     c = config
     query, key = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
@@ -50,7 +50,7 @@ def projection_shapes(config: Qwen2Config) -> dict[str, tuple[int, int]]:
 
 
 def train_flops(
-    config: Qwen2Config,
+    config: DecoderConfig,
     lora: LoraConfig | None,
     length: int,
     targets: int | None = None,

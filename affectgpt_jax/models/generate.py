@@ -1,14 +1,14 @@
 """Answers with a key-value cache: greedy or sampled, whole or a few tokens at a time.
 
     fresh = prefill(model, base, trainable, batch, decoding)         # prompts in, first token out
-    state = vacant(fresh, size, decoding)                            # rows, and room for answers
-    state = refill(model, state, fresh, decoding, rows)              # which go into some rows
+    state = init_decode_state(fresh, size, decoding)                 # rows, and room for answers
+    state = insert(model, state, fresh, decoding, rows)              # which go into some rows
     state = decode(model, base, trainable, state, decoding, steps)   # up to `steps` tokens more
 
-are of static shapes and, but for `vacant`, compiled; the device runs through `steps` tokens without
-the host. `stream` drives them for one batch. `generate_all` does for a data set, in which a row
-whose answer has ended takes the next prompt while the others go on (continuous batching, Yu et al.
-2022, "Orca"): no row waits for the longest answer.
+are of static shapes and, but for `init_decode_state`, compiled; the device runs through `steps`
+tokens without the host. `stream` drives them for one batch. `generate_all` does for a data set, in
+which a row whose answer has ended takes the next prompt while the others go on (continuous
+batching, Yu et al. 2022, "Orca"): no row waits for the longest answer.
 
 A row's answer depends on its own prompt, seed and identity only, not on the batch that it stands
 in, nor on the order or the padding of that batch. (Up to rounding: programs of other shapes may add
@@ -35,18 +35,18 @@ from affectgpt_jax.models.affectgpt import (
     hidden_states,
     target_states,
     token_log_probs,
-    with_execution,
+    with_compute,
 )
-from affectgpt_jax.models.qwen2 import DecodeStep, KVCache, unembedding
+from affectgpt_jax.models.decoder import DecodeStep, KVCache, lm_head
 
 # Slots of the cache that a token reads at the least; when they are used up, twice as many. A list
 # of labels has a dozen tokens, a description hundreds, and a GPU reads slots whether they are used
 # or not. Each number of slots costs one compilation.
-WINDOW = 256
+KV_BUCKET = 256
 
 # Rows that take their next prompts together are one in so many: more wait longer for the slowest of
 # them, fewer make narrower products of prompts.
-TURNS = 8
+PREFILL_BATCHES = 8
 
 # Named, since a batch changes what rbg, which a user may have made the default, draws in a row.
 GENERATOR = "threefry2x32"
@@ -276,7 +276,7 @@ def prefill(
         ValueError: a temperature without `rows`.
     """
     # Layers in a row gain only where there is a backward pass; a token takes 1.2 times as long.
-    model, sampling = with_execution(model, unroll=False), decoding.sampling
+    model, sampling = with_compute(model, unroll=False), decoding.sampling
     if sampling.temperature and rows is None:
         raise ValueError("sampling needs the identities of the rows, which its keys derive from")
     size = len(batch["tokens"])
@@ -302,7 +302,7 @@ def prefill(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "decoding", "window"), donate_argnames="state"
+    jax.jit, static_argnames=("model", "decoding", "kv_bucket"), donate_argnames="state"
 )
 def decode(
     model: AffectGPT,
@@ -312,16 +312,16 @@ def decode(
     decoding: Decoding,
     steps: jax.Array | int,
     enough: jax.Array | int | None = None,
-    window: int | None = None,
+    kv_bucket: int | None = None,
 ) -> DecodeState:
     """Write up to `steps` tokens more to every answer that is not complete.
 
     Stops where `enough` rows write no more (None: all of them), or where one of the others has used
-    up the first `window` slots of the cache (None: all slots), beyond which nothing is read. The
+    up the first `kv_bucket` slots of the cache (None: all slots), beyond which nothing is read. The
     state that comes in is consumed.
     """
-    model = with_execution(model, unroll=False)  # as in `prefill`
-    slots = jnp.arange(state.cache.key.shape[3] if window is None else window)
+    model = with_compute(model, unroll=False)  # as in `prefill`
+    slots = jnp.arange(state.cache.key.shape[3] if kv_bucket is None else kv_bucket)
     enough = len(state.lengths) if enough is None else enough
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
@@ -336,9 +336,9 @@ def decode(
         token = jnp.take_along_axis(state.generated.tokens, last[:, None], axis=1)
         # A row that is done reads one slot, and overwrites what is of no use any more.
         position = jnp.where(state.done, 0, state.lengths + last)
-        states, cache = model.qwen2.apply(
+        states, cache = model.decoder.apply(
             {"params": base, "lora": trainable["lora"]},
-            model.qwen2.apply({"params": base}, token, method="embed"),
+            model.decoder.apply({"params": base}, token, method="embed"),
             position[:, None],
             cache=state.cache,
             step=DecodeStep(position, slots <= position[:, None]),
@@ -348,7 +348,7 @@ def decode(
     return _laid_out(model, jax.lax.while_loop(unfinished, write, (jnp.int32(0), state))[1])
 
 
-def vacant(fresh: DecodeState, size: int, decoding: Decoding) -> DecodeState:
+def init_decode_state(fresh: DecodeState, size: int, decoding: Decoding) -> DecodeState:
     """`size` rows without prompts, with room for whole answers to prompts as long as those of
     `fresh`, a state as `prefill` returns it, and laid out over devices as it is."""
 
@@ -366,7 +366,7 @@ def vacant(fresh: DecodeState, size: int, decoding: Decoding) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding"), donate_argnames="state")
-def refill(
+def insert(
     model: AffectGPT,
     state: DecodeState,
     fresh: DecodeState,
@@ -405,7 +405,7 @@ def _laid_out(model: AffectGPT, state: DecodeState) -> DecodeState:
     Left to itself, the partitioner chooses for every program anew, and those that read the result
     are compiled for each choice.
     """
-    shard = model.qwen2.execution.shard
+    shard = model.decoder.compute.shard
     cache = (shard(x, (None, "batch", "heads", None, None)) for x in state.cache)
     rest = state._replace(cache=None)
     rest = jax.tree.map(lambda x: shard(x, ("batch",) + (None,) * (x.ndim - 1)), rest)
@@ -423,10 +423,10 @@ def _with_room(generated: Generated, room: int, pad_id: int) -> Generated:
 
 def _write(state: DecodeState, states: jax.Array, base: Any, decoding: Decoding) -> DecodeState:
     """Choose and write the next token of every row from its hidden state `[B, D]`."""
-    vocabulary = unembedding(base).astype(states.dtype)
+    kernel = lm_head(base).astype(states.dtype)
     # A CPU takes a third longer for a product whose right operand is transposed, as a tied
     # vocabulary would be. Without the barrier XLA makes it one again.
-    logits = jnp.einsum("dv,bd->vb", vocabulary, states, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("dv,bd->vb", kernel, states, preferred_element_type=jnp.float32)
     logits = jax.lax.optimization_barrier(logits).T
     adjusted = adjust_logits(logits, decoding.sampling, state.seen)
     generated, done, seen = state.generated, state.done, state.seen
@@ -453,8 +453,8 @@ def _write(state: DecodeState, states: jax.Array, base: Any, decoding: Decoding)
 
 def _prompt_tokens(model: AffectGPT, batch: Batch) -> jax.Array:
     """Which tokens a prompt holds, `[B, V]` bool; soft tokens are none."""
-    size = model.qwen2.config.vocab_size
-    text = (batch["segment_ids"] > 0) & (batch["soft_index"] == 0)
+    size = model.decoder.config.vocab_size
+    text = (batch["segment_ids"] > 0) & (batch["soft_token_index"] == 0)
     ids = jnp.where(text, batch["tokens"], size)
     at = jnp.arange(len(ids))[:, None]
     return jnp.zeros((len(ids), size), bool).at[at, ids].set(True, mode="drop")
@@ -487,15 +487,15 @@ def stream(
     """
     size = len(batch["tokens"])
     fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
-    state = vacant(fresh, size, decoding)
-    state = refill(model, state, fresh, decoding, np.arange(size, dtype=np.int32))
+    state = init_decode_state(fresh, size, decoding)
+    state = insert(model, state, fresh, decoding, np.arange(size, dtype=np.int32))
     while True:
         generated, done, needed = _progress(state)
         yield generated
         if done.all():
             return
-        window = _window(state, needed)
-        state = decode(model, base, trainable, state, decoding, every, window=window)
+        kv_bucket = _kv_bucket(state, needed)
+        state = decode(model, base, trainable, state, decoding, every, kv_bucket=kv_bucket)
 
 
 def _progress(state: DecodeState) -> tuple[Generated, np.ndarray, int]:
@@ -505,12 +505,12 @@ def _progress(state: DecodeState) -> tuple[Generated, np.ndarray, int]:
     return generated, done, int((lengths + generated.counts)[~done].max(initial=0))
 
 
-def _window(state: DecodeState, needed: int) -> int:
+def _kv_bucket(state: DecodeState, needed: int) -> int:
     """The least number of slots, of those that `decode` is compiled for, that is enough."""
-    window = WINDOW
-    while window < needed:
-        window *= 2
-    return min(window, state.cache.key.shape[3])
+    kv_bucket = KV_BUCKET
+    while kv_bucket < needed:
+        kv_bucket *= 2
+    return min(kv_bucket, state.cache.key.shape[3])
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -520,15 +520,15 @@ def _on_host(array: jax.Array) -> np.ndarray:
     return np.array(array)
 
 
-def rows_and_turn(wanted: int, shares: int) -> tuple[int, int]:
+def rows_and_prefill_batch(wanted: int, shares: int) -> tuple[int, int]:
     """Rows that write at a time, and how many of them take their next prompts together.
 
     Args:
         wanted: rows that the caller asked for; there may be a few more.
         shares: devices over which both numbers must divide.
     """
-    turn = -(-wanted // (TURNS * shares)) * shares
-    return -(-wanted // turn) * turn, turn
+    prefill_batch = -(-wanted // (PREFILL_BATCHES * shares)) * shares
+    return -(-wanted // prefill_batch) * prefill_batch, prefill_batch
 
 
 def generate_all(
@@ -547,8 +547,8 @@ def generate_all(
         model, base, trainable, decoding: as for `prefill`.
         prompts: P at a time, P being the same throughout. None may be longer than the first ones.
             They are asked for while the device is at work.
-        size: rows that write at a time, P or more; when P of them are free, they are refilled.
-            `rows_and_turn` chooses both.
+        size: rows that write at a time, P or more; when P of them are free, they are filled anew.
+            `rows_and_prefill_batch` chooses both.
         seed: of sampling, 0 to 2^32 - 1.
 
     Yields:
@@ -566,29 +566,29 @@ def generate_all(
         free = np.flatnonzero(owners < 0)
         while upcoming is not None:
             numbers, batch, rows, limits = upcoming
-            turn, length = batch["tokens"].shape
-            if state is not None and turn > len(free):
+            prefill_batch, length = batch["tokens"].shape
+            if state is not None and prefill_batch > len(free):
                 break
             if state is None:
                 longest = length
-            if turn > size or length > longest:
+            if prefill_batch > size or length > longest:
                 raise ValueError(
-                    f"a batch of {turn} prompts of {length} tokens; expected at most {size}, and "
-                    f"no longer ones than the {longest} tokens of the first batch"
+                    f"a batch of {prefill_batch} prompts of {length} tokens; expected at most "
+                    f"{size}, and no longer ones than the {longest} tokens of the first batch"
                 )
             fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
             if state is None:
-                state = vacant(fresh, size, decoding)
+                state = init_decode_state(fresh, size, decoding)
             taken, free = np.split(free, [len(numbers)])
-            places = size + np.arange(turn, dtype=np.int32)  # nowhere, for filler
+            places = size + np.arange(prefill_batch, dtype=np.int32)  # nowhere, for filler
             places[: len(taken)] = taken
-            state = refill(model, state, fresh, decoding, places)
+            state = insert(model, state, fresh, decoding, places)
             owners[taken] = numbers
             needed = max(needed, length + 1)
             upcoming = next(prompts, None)
-        enough = min(size, turn + (len(free) if upcoming is None else 0))
-        window = _window(state, needed)
-        state = decode(model, base, trainable, state, decoding, limit, enough, window=window)
+        enough = min(size, prefill_batch + (len(free) if upcoming is None else 0))
+        kv_bucket = _kv_bucket(state, needed)
+        state = decode(model, base, trainable, state, decoding, limit, enough, kv_bucket=kv_bucket)
         generated, done, needed = _progress(state)
         for row in np.flatnonzero(done & (owners >= 0)):
             yield int(owners[row]), generated.row(row)
@@ -612,5 +612,5 @@ def score_answers(
     """
     states = target_states(model, base, trainable, batch)
     weights = batch["target_weights"].astype(jnp.float32)
-    found = token_log_probs(states, unembedding(base), batch["targets"], needed=weights != 0)
+    found = token_log_probs(states, lm_head(base), batch["targets"], needed=weights != 0)
     return (found * weights).sum(axis=1), weights.sum(axis=1)

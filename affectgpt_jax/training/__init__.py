@@ -1,1 +1,1 @@
-"""Optimizer, step, sharding, checkpoints and telemetry."""
+"""Optimizer, step, sharding, checkpoints and metrics_writer."""

@@ -148,25 +148,28 @@ class _Folder:
 class Checkpoints:
     """The checkpoints of one run, in `workdir/checkpoints/<step>`.
 
-    All processes of a run take part in `save` and `restore`; what else is on disk, only the chief
-    looks at and changes.
+    All processes of a run take part in `save` and `restore`; only the main process
+    reads and changes the other files on disk.
 
     Args:
         workdir: the run's directory.
         base: identity of the frozen base that this run trains on.
         keep: how many of the newest to keep, beside the best on validation.
-        chief: whether this is process 0.
+        is_main_process: whether this is process 0.
     """
 
-    def __init__(self, workdir: Path, base: BaseIdentity, keep: int = 3, chief: bool = True):
-        self._base, self._keep, self._chief = dataclasses.asdict(base), keep, chief
+    def __init__(
+        self, workdir: Path, base: BaseIdentity, keep: int = 3, is_main_process: bool = True
+    ):
+        self._base, self._keep = dataclasses.asdict(base), keep
+        self._is_main_process = is_main_process
         self._folder = _Folder(workdir)
         self._broken = False
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
         # Finishes a checkpoint while training goes on; one at a time.
         self._finisher = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        if chief:
+        if is_main_process:
             self._folder.path.mkdir(parents=True, exist_ok=True)
             for rest in (_SAVING, _DELETING):
                 for path in self._folder.path.glob(f"{rest}*"):
@@ -256,7 +259,7 @@ class Checkpoints:
     def _finish(self, staging: Path, step: int, val_loss: float | None) -> None:
         """Wait for what all processes write, then let it count as a checkpoint."""
         self._orbax.wait_until_finished()
-        if not self._chief:
+        if not self._is_main_process:
             return
         files = {}
         for path in sorted(staging.rglob("*")):
@@ -295,7 +298,7 @@ class Checkpoints:
                 this config; the message names what differs.
         """
         where = self._folder.at(step)
-        if self._chief:
+        if self._is_main_process:
             _check_base(where, self._folder.verify(step).base, self._base)
         _check_tree(where, self._orbax.metadata(where / STATE).item_metadata, abstract)
         return self._orbax.restore(where / STATE, args=ocp.args.StandardRestore(abstract))

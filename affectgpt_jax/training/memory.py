@@ -21,15 +21,15 @@ from affectgpt_jax.models.affectgpt import (
     AffectGPT,
     Batch,
     loss_sum_and_count,
-    with_execution,
+    with_compute,
 )
 from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
-from affectgpt_jax.models.qwen2 import OneDevice, Qwen2Config
-from affectgpt_jax.training.sharding import path_name, row_shares
+from affectgpt_jax.models.decoder import DecoderConfig, OneDevice
+from affectgpt_jax.training.sharding import data_parallel_size, path_name
 from affectgpt_jax.training.step import State
 
 # From the fastest to the one that saves the least.
-POLICIES = ("none", "dots", "full")
+POLICIES = ("none", "save_projections", "full")
 # Share of the device's memory that a program may be planned for; the rest is for fragmentation and
 # the library's workspaces.
 USABLE = 0.9
@@ -90,7 +90,7 @@ def choose_remat(
     abstract_state: State,
     abstract_base: Any,
     batch: Batch,
-    accumulation: int,
+    gradient_accumulation_steps: int,
     limit: int | None,
 ) -> Choice:
     """The first of `POLICIES` with which an update fits; the last one if none does.
@@ -101,10 +101,10 @@ def choose_remat(
             splits some activations too is left out, which errs on the safe side.
         abstract_state, abstract_base: shapes with shardings.
         batch: abstract global batch of the largest shape.
-        accumulation: parts that a batch runs in.
+        gradient_accumulation_steps: parts that a batch runs in.
         limit: bytes of one device's memory; None takes the first policy.
     """
-    batch = rows_of_a_device(batch, mesh, accumulation)
+    batch = rows_of_a_device(batch, mesh, gradient_accumulation_steps)
     found = estimates(model, abstract_state, abstract_base, batch)
     for policy, memory in found:
         choice = Choice(policy, memory, limit)
@@ -113,9 +113,11 @@ def choose_remat(
     return choice
 
 
-def rows_of_a_device(batch: Batch, mesh: Mesh | AbstractMesh, accumulation: int) -> Batch:
+def rows_of_a_device(
+    batch: Batch, mesh: Mesh | AbstractMesh, gradient_accumulation_steps: int
+) -> Batch:
     """The rows of an abstract global batch that a device runs at a time."""
-    part = row_shares(mesh) * accumulation
+    part = data_parallel_size(mesh) * gradient_accumulation_steps
 
     def rows(x: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((max(1, x.shape[0] // part), *x.shape[1:]), x.dtype)
@@ -131,9 +133,9 @@ def estimates(
     Yields:
         Every policy with its memory, in the order of `POLICIES`; each costs about a second.
     """
-    config, layer = model.qwen2.config, 0
+    config, layer = model.decoder.config, 0
     rows, targets = batch["targets"].shape
-    plain = model.qwen2.execution.attend is causal
+    plain = model.decoder.compute.attend is causal
     scores = score_bytes(config, rows, batch["tokens"].shape[1]) if plain else 0
     found = saved_activations(model, abstract_state["trainable"], abstract_base, batch)
     for policy, saved in found:
@@ -160,7 +162,7 @@ def saved_activations(
     key = jax.eval_shape(lambda: jax.random.key(0))
     for policy in POLICIES:
         # A mesh's constraints say where arrays live, not how many there are.
-        saving = with_execution(model, remat=policy, shard=OneDevice())
+        saving = with_compute(model, remat=policy, shard=OneDevice())
 
         def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array, saving=saving) -> Any:
             return loss_sum_and_count(saving, base, trainable, batch, key)
@@ -170,11 +172,11 @@ def saved_activations(
 
 def logit_bytes(model: AffectGPT, rows: int, targets: int) -> int:
     """A chunk of float32 logits and its gradient."""
-    chunk = max(rows, model.qwen2.execution.loss_chunk)
-    return 2 * min(rows * targets, chunk) * model.qwen2.config.vocab_size * 4
+    chunk = max(rows, model.decoder.compute.loss_chunk)
+    return 2 * min(rows * targets, chunk) * model.decoder.config.vocab_size * 4
 
 
-def score_bytes(config: Qwen2Config, rows: int, length: int) -> int:
+def score_bytes(config: DecoderConfig, rows: int, length: int) -> int:
     """Float32 scores, weights and a gradient of one block of queries, as plain XLA holds them."""
     return 3 * rows * config.num_attention_heads * causal_block(length) * length * 4
 

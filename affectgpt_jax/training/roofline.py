@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.flops import Flops
-from affectgpt_jax.models.qwen2 import Qwen2Config
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import GPUS_PER_NODE, Device
 
@@ -65,19 +65,19 @@ def executed_flops(flops: Flops, remat: str) -> float:
 
     Args:
         flops: of forward and backward pass.
-        remat: "none"; "dots", which keeps projections and repeats attention; or "full".
+        remat: "none"; "save_projections", which keeps projections and repeats attention; or "full".
     """
     # A frozen weight has a forward product and one backward, a trained one two.
     again = {
         "none": 0.0,
-        "dots": flops.attention / 3,
+        "save_projections": flops.attention / 3,
         "full": flops.frozen / 2 + flops.adapters / 3 + flops.attention / 3,
     }
     return flops.total + again[remat]
 
 
 def memory_traffic(
-    config: Qwen2Config,
+    config: DecoderConfig,
     *,
     weights: int,
     gathered: bool,

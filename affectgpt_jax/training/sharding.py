@@ -41,7 +41,7 @@ _ACTIVATION_AXES = {
     "batch": BATCH_AXES,
     "heads": "tensor",
     "mlp": "tensor",
-    "vocabulary": "tensor",
+    "vocab": "tensor",
     None: None,
 }
 
@@ -141,7 +141,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def row_shares(mesh: Mesh | AbstractMesh) -> int:
+def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     """Devices that share the rows of a batch."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
@@ -153,8 +153,8 @@ class ActivationConstraint:
     mesh: Mesh | AbstractMesh
 
     @property
-    def row_shares(self) -> int:
-        return row_shares(self.mesh)
+    def data_parallel_size(self) -> int:
+        return data_parallel_size(self.mesh)
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         spec = []
@@ -167,7 +167,7 @@ class ActivationConstraint:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*spec)))
 
 
-def row_share(mesh: Mesh) -> tuple[int, int]:
+def data_parallel_rank(mesh: Mesh) -> tuple[int, int]:
     """Which share of a batch's rows this process holds: its number, and how many there are.
 
     There are as many as processes, unless `tensor` spans several, which then hold the same rows.
@@ -175,7 +175,7 @@ def row_share(mesh: Mesh) -> tuple[int, int]:
     Raises:
         MeshError: a process would hold rows that are no share of their own.
     """
-    count = row_shares(mesh)
+    count = data_parallel_size(mesh)
     rows = NamedSharding(mesh, P(BATCH_AXES)).devices_indices_map((count,))
     held: dict[int, set[int]] = {}
     for device, (part,) in rows.items():

@@ -46,7 +46,7 @@ def make_train_step(
     schedule: optax.Schedule,
     *,
     seed: int,
-    accumulation: int = 1,
+    gradient_accumulation_steps: int = 1,
 ) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:
     """The function of one update: `(state, base, batch) -> (state, metrics)`.
 
@@ -55,11 +55,13 @@ def make_train_step(
         optimizer: applied to `trainable` only.
         schedule: learning rate, for the metrics.
         seed: of dropout; the mask follows from (seed, step), so a resumed run draws the same.
-        accumulation: parts that a batch is split into and run through one after the other. The
+        gradient_accumulation_steps: microbatches that a batch runs in, one after the other. The
             gradient is that of the whole batch's mean over supervised tokens.
 
     Metrics (float32 scalars): loss, grad_norm, learning_rate, supervised_tokens.
     """
+
+    microbatches = gradient_accumulation_steps
 
     def train_step(state: State, base: Any, batch: Batch):
         key = jax.random.fold_in(dropout_key(seed), state["step"])
@@ -68,13 +70,13 @@ def make_train_step(
             return loss_sum_and_count(model, base, trainable, part, part_key)
 
         gradient = jax.value_and_grad(loss, has_aux=True)
-        if accumulation == 1:
+        if microbatches == 1:
             (total, count), grads = gradient(state["trainable"], batch, key)
         else:
-            # Row i of a part is row i * accumulation + part of the batch: strided, so that every
-            # device holds rows of every part and none has to move.
+            # Row i of microbatch m is row i * microbatches + m of the batch: strided, so that every
+            # device holds rows of every microbatch and none has to move.
             parts = jax.tree.map(
-                lambda x: x.reshape(-1, accumulation, *x.shape[1:]).swapaxes(0, 1), batch
+                lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
             )
 
             def add(carry, inputs):
@@ -84,7 +86,7 @@ def make_train_step(
 
             zeros = jax.tree.map(jnp.zeros_like, state["trainable"])
             start = (jnp.float32(0), jnp.float32(0), zeros)
-            keys = jax.random.split(key, accumulation)
+            keys = jax.random.split(key, microbatches)
             (total, count, grads), _ = jax.lax.scan(add, start, (parts, keys))
         count_or_one = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / count_or_one, grads)

@@ -23,9 +23,9 @@ from typing import Any
 import jax
 
 from affectgpt_jax import build
+from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
 from affectgpt_jax.weights import merge, peft, release, report
 from affectgpt_jax.weights.huggingface import BaseIdentity, WeightsError, base_identity

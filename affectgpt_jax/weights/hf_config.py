@@ -1,4 +1,4 @@
-"""`config.json` of a Hugging Face model directory <-> `Qwen2Config`."""
+"""`config.json` of a Hugging Face model directory <-> `DecoderConfig`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from affectgpt_jax.models.qwen2 import Llama3RopeScaling, Qwen2Config
+from affectgpt_jax.models.decoder import DecoderConfig, Llama3RopeScaling
 
 MODEL_TYPES = ("qwen2", "llama", "qwen3")
 
 
-def from_hf(config: Mapping[str, Any]) -> Qwen2Config:
+def from_hf(config: Mapping[str, Any]) -> DecoderConfig:
     """Read the contents of a `config.json` of type qwen2, llama or qwen3.
 
     Both spellings of the rotary base are read: `rope_theta`, and `rope_parameters` as
@@ -44,12 +44,12 @@ def from_hf(config: Mapping[str, Any]) -> Qwen2Config:
         "o_bias": attention_bias and kind != "qwen2",
         "qk_norm": kind == "qwen3",
     }
-    names = [f.name for f in dataclasses.fields(Qwen2Config) if f.name != "rope_scaling"]
+    names = [f.name for f in dataclasses.fields(DecoderConfig) if f.name != "rope_scaling"]
     _require(values, names)
     for name in names:
-        _check(name, values[name], type(getattr(Qwen2Config, name)))
+        _check(name, values[name], type(getattr(DecoderConfig, name)))
     _refuse_variations(config)
-    return Qwen2Config(**{name: values[name] for name in names}, rope_scaling=rope_scaling)
+    return DecoderConfig(**{name: values[name] for name in names}, rope_scaling=rope_scaling)
 
 
 def _require(values: Mapping[str, Any], names: list[str], where: str = "") -> None:
@@ -136,7 +136,7 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float | None, Llama3RopeScali
     return theta, Llama3RopeScaling(**{name: values[name] for name in names})
 
 
-def to_hf(config: Qwen2Config, dtype: str) -> dict[str, Any]:
+def to_hf(config: DecoderConfig, dtype: str) -> dict[str, Any]:
     """The `config.json` of a model whose weights are stored as `dtype`.
 
     `rope_theta`, `rope_scaling` and `torch_dtype` are the spelling that every version of

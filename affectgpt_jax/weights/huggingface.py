@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.quantize import QuantizedKernel, quantize
-from affectgpt_jax.models.qwen2 import Qwen2Config
 from affectgpt_jax.weights.hf_config import from_hf, to_hf
 from affectgpt_jax.weights.streaming import (
     StoredTensor,
@@ -62,7 +62,7 @@ def _keys(path) -> tuple[str, ...]:
     return tuple(entry.key for entry in path)
 
 
-def read_config(directory: Path) -> Qwen2Config:
+def read_config(directory: Path) -> DecoderConfig:
     """Read `config.json`.
 
     Raises:
@@ -172,7 +172,7 @@ def base_identity(directory: Path) -> BaseIdentity:
     return BaseIdentity(Path(directory).name, digest.hexdigest())
 
 
-def _identity_shape(config: Qwen2Config) -> dict[str, Any]:
+def _identity_shape(config: DecoderConfig) -> dict[str, Any]:
     """A config as identities count it.
 
     Fields that came after the first checkpoints count only where they say something: a Qwen2.5
@@ -262,7 +262,7 @@ def _check_tensors(directory: Path, stored: Mapping[str, StoredTensor], abstract
             raise WeightsError(f"{tensor.path}: the tensor {name} is not part of this model")
 
 
-def save_base(directory: Path, config: Qwen2Config, params: Any) -> None:
+def save_base(directory: Path, config: DecoderConfig, params: Any) -> None:
     """Write `config.json` and `model.safetensors`, as `transformers` reads them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,7 @@ def release_layout(path: layout.Path) -> layout.Stored:
     if leaf in ("queries", "positions") or middle[0] == "qformer":
         if module not in _POSITIONS:
             raise WeightsError(
-                f"the release has no Q-Former for {module}s; use --config.heads.{module}=mean"
+                f"the release has no Q-Former for {module}s; use --config.projectors.{module}=mean"
             )
     if leaf == "queries":
         return layout.Stored(f"{module}_query_tokens", batched=True)
@@ -206,7 +206,7 @@ def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[An
     there = head_kinds(shapes)
     for module, kind in head_kinds(expected).items():
         if there.get(module, kind) != kind:
-            key = "config.fusion" if module == "multi" else f"config.heads.{module}"
+            key = "config.fusion" if module == "multi" else f"config.projectors.{module}"
             raise WeightsError(
                 f"{path}: its {module} head is of type {there[module]}, but {key} is {kind}; set "
                 "it to the checkpoint's type"

@@ -24,9 +24,9 @@ from benchmarks.torch_reference.kernels import VARLEN, ChunkedCrossEntropy, Segm
 from benchmarks.torch_reference.weights import move_base
 
 if TYPE_CHECKING:
+    from affectgpt_jax.models.decoder import DecoderConfig
     from affectgpt_jax.models.fusers import FusionConfig
     from affectgpt_jax.models.lora import LoraConfig
-    from affectgpt_jax.models.qwen2 import Qwen2Config
 
 IGNORED = -100  # the label that `F.cross_entropy` leaves out
 
@@ -110,7 +110,7 @@ class AffectGPT(Fusers):
     @classmethod
     def from_base(
         cls,
-        llm: Qwen2Config,
+        llm: DecoderConfig,
         base: Mapping[str, Any],
         fusion: FusionConfig | None,
         lora: LoraConfig | None,
@@ -164,7 +164,7 @@ class AffectGPT(Fusers):
         )
         soft = self.soft_tokens(features, present).to(embeds.dtype)
         soft = soft.reshape(len(embeds), -1, soft.shape[-1])
-        index = batch["soft_index"][..., None]
+        index = batch["soft_token_index"][..., None]
         placed = soft.gather(1, (index - 1).clamp(min=0).expand_as(embeds))
         return torch.where(index > 0, placed, embeds)
 

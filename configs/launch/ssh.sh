@@ -16,14 +16,14 @@ fi
 IFS=, read -ra hosts <<<"$1"
 shift
 program=$(command -v "$1") || { echo "no command $1 here" >&2 && exit 127; }
-command=("$program" "${@:2}" "--coordinator=${hosts[0]}:${PORT:-5123}"
-  "--processes=${#hosts[@]}")
+command=("$program" "${@:2}" "--coordinator_address=${hosts[0]}:${PORT:-5123}"
+  "--num_processes=${#hosts[@]}")
 
 processes=()
 for i in "${!hosts[@]}"; do
   # With a terminal of its own the remote process ends when ssh does.
   ssh -tt -o BatchMode=yes "${hosts[i]}" \
-    "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}" "--process=$i")" \
+    "cd $(printf %q "$PWD") && exec $(printf '%q ' "${command[@]}" "--process_id=$i")" \
     </dev/null > >(sed -u "s/^/[$i ${hosts[i]}] /") 2>&1 &
   processes+=($!)
 done

@@ -71,7 +71,7 @@ def probe():
 
 def make_twin(directory, tuning="tuned", model=MODEL):
     fusion = model.fusion and model.fusion.config
-    lora = model.qwen2.lora
+    lora = model.decoder.lora
     twin = AffectGPT.from_pretrained(directory, fusion, lora, tuning=TUNINGS[tuning])
     load_trainable(twin, random_trainable(model))
     return twin
@@ -110,7 +110,7 @@ def test_every_part_agrees_on_packed_rows(directory, probe):
 
 def test_a_model_without_adapters_or_without_fusers_agrees(directory):
     text = make_model(fusion=None)
-    without_lora = dataclasses.replace(MODEL, qwen2=dataclasses.replace(MODEL.qwen2, lora=None))
+    without_lora = dataclasses.replace(MODEL, decoder=dataclasses.replace(MODEL.decoder, lora=None))
     for model in (text, without_lora):
         batch = edge_cases()
         ours = probes.make_probe_jax(model)(random_base(model), random_trainable(model), batch)
@@ -120,7 +120,7 @@ def test_a_model_without_adapters_or_without_fusers_agrees(directory):
 
 def test_another_family_of_language_models_agrees(tmp_path):
     model = make_model(dataclasses.replace(LLM, qkv_bias=False))  # a Llama
-    save_base(tmp_path, model.qwen2.config, random_base(model))
+    save_base(tmp_path, model.decoder.config, random_base(model))
     batch = packed()
     ours = probes.make_probe_jax(model)(random_base(model), random_trainable(model), batch)
     twin = make_twin(tmp_path, "packed", model)
@@ -141,7 +141,9 @@ def test_gradients_of_qformers_agree(directory):
     model = make_model(fusion=dataclasses.replace(FUSION, qformer=qformer, **kinds))
     batch = edge_cases()
     # Some of each Q-Former's tokens; row 25 is the only one of the mean head.
-    batch["soft_index"] = np.where(batch["soft_index"] == 3, 25, 7 * batch["soft_index"])
+    batch["soft_token_index"] = np.where(
+        batch["soft_token_index"] == 3, 25, 7 * batch["soft_token_index"]
+    )
     ours = probes.make_probe_jax(model)(random_base(model), random_trainable(model), batch)
     theirs = probes.probe_torch(make_twin(directory, model=model), batch)
     assert [row for row in rows_of(ours, theirs) if not row.passed] == []

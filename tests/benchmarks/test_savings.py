@@ -69,7 +69,7 @@ def test_a_side_without_chunks_makes_all_logits_at_once(tmp_path):
     told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
     side = sides.Ours(told, str(tmp_path), without="chunks")
     rows, targets = side.workload.config.batch_size, side.feed.buckets[0].targets
-    assert side.model.qwen2.execution.loss_chunk == rows * targets
+    assert side.model.decoder.compute.loss_chunk == rows * targets
 
 
 @pytest.mark.parametrize("flags", [["--steps=0"], ["--block=0"], ["--warmup=-1"], ["--batch=-1"]])

@@ -37,7 +37,9 @@ def directory(tmp_path_factory):
     return path
 
 
-def make_twin(directory, tuning="tuned", dtype=torch.float32, fusion=FUSION, lora=MODEL.qwen2.lora):
+def make_twin(
+    directory, tuning="tuned", dtype=torch.float32, fusion=FUSION, lora=MODEL.decoder.lora
+):
     return AffectGPT.from_pretrained(directory, fusion, lora, dtype=dtype, tuning=TUNINGS[tuning])
 
 
@@ -268,12 +270,12 @@ def test_weight_decay_spares_vectors_and_names_with_bias_ln_or_bn():
 
 def test_dropout_acts_in_training_only(directory):
     fusion = dataclasses.replace(FUSION, slots=SLOTS[:1], pre_fusion="qformer", qformer=QFORMER)
-    lora = dataclasses.replace(MODEL.qwen2.lora, dropout=0.3)
+    lora = dataclasses.replace(MODEL.decoder.lora, dropout=0.3)
     twin = make_twin(directory, fusion=fusion, lora=lora)
     load = {name: np.asarray(p.detach()) + 0.1 for name, p in trained(twin).items()}
     load_named(twin, load)
     batch = make_batch([16])
-    batch["soft_index"].clip(max=1, out=batch["soft_index"])
+    batch["soft_token_index"].clip(max=1, out=batch["soft_token_index"])
     tensors = to_device(batch, twin.tuning, "cpu")
     with torch.no_grad():
         evaluated = [twin.eval().hidden_states(tensors) for _ in range(2)]

@@ -119,7 +119,9 @@ def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
     assert f"argument {flag}: {value!r} given; expected " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [["--tuning", "release"], ["--peer-accumulation", "2"]])
+@pytest.mark.parametrize(
+    "flags", [["--tuning", "release"], ["--peer-gradient-accumulation-steps", "2"]]
+)
 def test_what_is_of_pytorch_wants_pytorch(flags, capsys):
     with pytest.raises(SystemExit):
         train_step.parse(["--workload", "small", *flags])

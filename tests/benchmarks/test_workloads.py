@@ -36,7 +36,10 @@ def test_lengths_are_those_of_the_published_recipe():
 
 
 def test_texts_have_the_tokens_that_are_asked_for():
-    how, rng = workloads.view(workloads.make("affectgpt", "tiny")), np.random.default_rng(0)
+    how, rng = (
+        workloads.prompt_processor(workloads.make("affectgpt", "tiny")),
+        np.random.default_rng(0),
+    )
     texts, start = synthetic.Texts(how), how.prompts.prompt
 
     def tokens(question, **annotations):
@@ -58,7 +61,7 @@ def test_texts_have_the_tokens_that_are_asked_for():
 
 def test_records_have_lengths_in_the_range_of_the_recipe(root):
     workload = workloads.make("affectgpt", "tiny")
-    how, dataset = workloads.view(workload), workloads.open_records(workload, root)
+    how, dataset = workloads.prompt_processor(workload), workloads.open_records(workload, root)
     lengths, end = synthetic.AFFECTGPT, synthetic.END_TOKENS
     prompts = [len(p) for p in how.prompt_examples(dataset, "description")]
     assert min(prompts) >= lengths.prompt + 5 and max(prompts) <= lengths.prompt + 40

@@ -80,8 +80,8 @@ def test_rows_of_the_papers_lengths_are_97_percent_full(length):
 def test_every_part_of_an_epoch_holds_labels_and_descriptions_in_their_shares():
     lengths, targets = paper_mix(0)
     rows = pack(lengths, targets, bucket_of(2048, lengths, targets))
-    visits = np.concatenate(rows)
-    label = targets[visits] < 35
+    draws = np.concatenate(rows)
+    label = targets[draws] < 35
     parts = label[: CLIPS // 500 * 500].reshape(-1, 500).mean(axis=1)
     # A random order would differ by less than 4 standard errors in all of the 62 parts.
     assert abs(parts - label.mean()).max() < 4 * 0.5 / np.sqrt(500)
@@ -121,7 +121,7 @@ def test_the_best_pair_is_found_where_taking_what_comes_next_leaves_a_gap():
 
 @pytest.mark.parametrize(("length", "target"), [(101, 1), (60, 51)])
 def test_a_visit_that_no_row_has_room_for_is_an_error(length, target):
-    with pytest.raises(ValueError, match=f"visit 1 has {length} tokens, {target} of them superv"):
+    with pytest.raises(ValueError, match=f"draw 1 has {length} tokens, {target} of them superv"):
         pack(np.array([10, length]), np.array([1, target]), Bucket(100, 50, 8))
 
 

@@ -14,9 +14,9 @@ import affectgpt_jax
 from affectgpt_jax.data.packing import LENGTH_MULTIPLE
 from affectgpt_jax.data.pipeline import (
     DataError,
+    PromptProcessor,
     Source,
     TrainPipeline,
-    View,
     buckets_of,
     choose_lengths,
     sequential_batches,
@@ -64,20 +64,20 @@ def dataset(tmp_path_factory) -> RecordDataset:
 
 
 @pytest.fixture(scope="module")
-def view() -> View:
+def prompt_processor() -> PromptProcessor:
     mode = INPUT_MODES["multi_audio_face_text"]
     prompts = load_prompts("compact")
-    return View(Tokenizer(TINY_BASE), prompts, mode, TOKEN_COUNTS, features=WIDTHS)
+    return PromptProcessor(Tokenizer(TINY_BASE), prompts, mode, TOKEN_COUNTS, features=WIDTHS)
 
 
-def make(dataset, view, **changes) -> TrainPipeline:
+def make(dataset, processor, **changes) -> TrainPipeline:
     settings = {"batch_size": BATCH, "max_tokens": 128, "num_buckets": 3} | changes
-    return TrainPipeline([Source(dataset, view, settings.pop("label", "hybrid"))], **settings)
+    return TrainPipeline([Source(dataset, processor, settings.pop("label", "hybrid"))], **settings)
 
 
 @pytest.fixture(scope="module")
-def pipeline(dataset, view) -> TrainPipeline:
-    return make(dataset, view)
+def pipeline(dataset, processor) -> TrainPipeline:
+    return make(dataset, processor)
 
 
 def epoch_steps(pipeline: TrainPipeline, epoch: int) -> list[int]:
@@ -85,28 +85,30 @@ def epoch_steps(pipeline: TrainPipeline, epoch: int) -> list[int]:
     return [step for step in range(250) if pipeline.locate(step)[0] == epoch]
 
 
-def answers(view: View, batch) -> list[str | None]:
+def answers(processor: PromptProcessor, batch) -> list[str | None]:
     """The supervised text of every row, without its end token; None for a filler row."""
     texts = []
     for targets, weights in zip(batch["targets"], batch["target_weights"], strict=True):
         tokens = targets[weights > 0]
-        assert tokens.size == 0 or tokens[-1] == view.tokenizer.end_id
-        texts.append(view.tokenizer.decode(tokens[:-1]) if tokens.size else None)
+        assert tokens.size == 0 or tokens[-1] == processor.tokenizer.end_id
+        texts.append(processor.tokenizer.decode(tokens[:-1]) if tokens.size else None)
     return texts
 
 
-def clips_and_types(view: View, batch) -> list[tuple[int, str]]:
+def clips_and_types(processor: PromptProcessor, batch) -> list[tuple[int, str]]:
     """Number and label type of every clip in a batch, read from its answers."""
     return [
         (int(re.search(r"\d+", text)[0]), "ovlabel" if "feel" in text else "description")
-        for text in answers(view, batch)
+        for text in answers(processor, batch)
         if text is not None
     ]
 
 
-def epoch_of(pipeline: TrainPipeline, view: View, epoch: int) -> list[tuple[int, str]]:
+def epoch_of(
+    pipeline: TrainPipeline, processor: PromptProcessor, epoch: int
+) -> list[tuple[int, str]]:
     batches = map(pipeline.batch, epoch_steps(pipeline, epoch))
-    return [found for batch in batches for found in clips_and_types(view, batch)]
+    return [found for batch in batches for found in clips_and_types(processor, batch)]
 
 
 def assert_same(a, b) -> None:
@@ -123,19 +125,19 @@ def assert_same(a, b) -> None:
 
 
 @pytest.mark.parametrize("label", ["hybrid", "description", "ovlabel"])
-def test_every_epoch_holds_every_clip_once(dataset, view, label):
-    pipeline = make(dataset, view, label=label)
+def test_every_epoch_holds_every_clip_once(dataset, processor, label):
+    pipeline = make(dataset, processor, label=label)
     for epoch in range(3):
-        found = epoch_of(pipeline, view, epoch)
+        found = epoch_of(pipeline, processor, epoch)
         assert sorted(number for number, _ in found) == list(range(COUNT))
         if label != "hybrid":
             assert {kind for _, kind in found} == {label}
 
 
-def test_a_batch_is_a_pure_function_of_its_step(dataset, view, pipeline):
+def test_a_batch_is_a_pure_function_of_its_step(dataset, processor, pipeline):
     steps = range(30)
     expected = [pipeline.batch(step) for step in steps]
-    fresh = make(dataset, view)
+    fresh = make(dataset, processor)
     for step in reversed(steps):
         assert_same(fresh.batch(step), expected[step])
     with ThreadPoolExecutor(4) as pool:
@@ -143,11 +145,11 @@ def test_a_batch_is_a_pure_function_of_its_step(dataset, view, pipeline):
             assert_same(found, batch)
 
 
-def test_training_goes_on_in_the_middle_as_if_it_had_not_stopped(dataset, view, pipeline):
+def test_training_goes_on_in_the_middle_as_if_it_had_not_stopped(dataset, processor, pipeline):
     whole = list(pipeline.batches(0, 30))
     assert len(whole) == 30
     for start in (1, 17, 29):
-        resumed = list(make(dataset, view).batches(start, 30, threads=1))
+        resumed = list(make(dataset, processor).batches(start, 30, threads=1))
         assert len(resumed) == 30 - start
         for found, expected in zip(resumed, whole[start:], strict=True):
             assert_same(found, expected)
@@ -155,22 +157,22 @@ def test_training_goes_on_in_the_middle_as_if_it_had_not_stopped(dataset, view, 
         assert_same(batch, pipeline.batch(step))
 
 
-def test_epochs_differ_in_order_and_in_label_types(pipeline, view):
-    first, second = (epoch_of(pipeline, view, epoch) for epoch in range(2))
+def test_epochs_differ_in_order_and_in_label_types(pipeline, processor):
+    first, second = (epoch_of(pipeline, processor, epoch) for epoch in range(2))
     assert [number for number, _ in first] != [number for number, _ in second]
     assert dict(first) != dict(second)
 
 
-def test_seeds_differ_in_order_and_in_label_types(dataset, view, pipeline):
-    first = epoch_of(pipeline, view, 0)
-    second = epoch_of(make(dataset, view, seed=1), view, 0)
+def test_seeds_differ_in_order_and_in_label_types(dataset, processor, pipeline):
+    first = epoch_of(pipeline, processor, 0)
+    second = epoch_of(make(dataset, processor, seed=1), processor, 0)
     assert [number for number, _ in first] != [number for number, _ in second]
     assert dict(first) != dict(second)
 
 
-def test_hybrid_draws_each_label_type_half_of_the_time(pipeline, view):
+def test_hybrid_draws_each_label_type_half_of_the_time(pipeline, processor):
     epochs = 20
-    drawn = [dict(epoch_of(pipeline, view, epoch)) for epoch in range(epochs)]
+    drawn = [dict(epoch_of(pipeline, processor, epoch)) for epoch in range(epochs)]
     labels = sum(kind == "ovlabel" for epoch in drawn for kind in epoch.values())
     n = epochs * COUNT
     assert abs(labels - n / 2) < 4 * math.sqrt(n) / 2  # standard errors of fair coins
@@ -178,8 +180,8 @@ def test_hybrid_draws_each_label_type_half_of_the_time(pipeline, view):
         assert {epoch[number] for epoch in drawn} == {"description", "ovlabel"}
 
 
-def test_processes_share_every_batch(dataset, view, pipeline):
-    shares = [make(dataset, view, process=(i, 2)) for i in range(2)]
+def test_processes_share_every_batch(dataset, processor, pipeline):
+    shares = [make(dataset, processor, process=(i, 2)) for i in range(2)]
     for step in range(25):
         rows = [share.batch(step) for share in shares]
         together = {
@@ -191,19 +193,19 @@ def test_processes_share_every_batch(dataset, view, pipeline):
         assert_same(together, pipeline.batch(step))
 
 
-def test_processes_must_divide_the_batch(dataset, view):
+def test_processes_must_divide_the_batch(dataset, processor):
     with pytest.raises(DataError, match="batch_size 4 is not a multiple of 3 processes"):
-        make(dataset, view, process=(0, 3))
+        make(dataset, processor, process=(0, 3))
 
 
 # --- rows ---------------------------------------------------------------------------------------
 
 
-def test_exactly_the_answer_its_end_and_the_end_token_are_supervised(dataset, view, pipeline):
+def test_exactly_the_answer_its_end_and_the_end_token_are_supervised(dataset, processor, pipeline):
     for step in epoch_steps(pipeline, 0):
         batch = pipeline.batch(step)
-        texts = [text for text in answers(view, batch) if text is not None]
-        for (number, kind), text in zip(clips_and_types(view, batch), texts, strict=True):
+        texts = [text for text in answers(processor, batch) if text is not None]
+        for (number, kind), text in zip(clips_and_types(processor, batch), texts, strict=True):
             entry = dataset.index[number]
             assert (
                 text
@@ -215,20 +217,20 @@ def test_exactly_the_answer_its_end_and_the_end_token_are_supervised(dataset, vi
         assert set(np.unique(batch["target_weights"])) <= {0, 1}
 
 
-def test_a_row_is_the_start_token_the_prompt_and_the_answer(dataset, view, pipeline):
+def test_a_row_is_the_start_token_the_prompt_and_the_answer(dataset, processor, pipeline):
     batch = pipeline.batch(0)
-    for row, (number, kind) in enumerate(clips_and_types(view, batch)):
+    for row, (number, kind) in enumerate(clips_and_types(processor, batch)):
         used = batch["segment_ids"][row] > 0
         tokens = batch["tokens"][row][used]
-        assert tokens[0] == view.tokenizer.start_id
-        entry, prompts = dataset.index[number], view.prompts
-        prompt = prompts.prompt(view.mode, TOKEN_COUNTS, entry, kind)
+        assert tokens[0] == processor.tokenizer.start_id
+        entry, prompts = dataset.index[number], processor.prompts
+        prompt = prompts.prompt(processor.mode, TOKEN_COUNTS, entry, kind)
         answer = prompts.answer(kind, entry)
-        parts = [ids.tolist() for ids in view.tokenizer.encode([prompt, answer])]
+        parts = [ids.tolist() for ids in processor.tokenizer.encode([prompt, answer])]
         assert tokens[1:-1].tolist() == [*parts[0], *parts[1]]
         assert used.tolist() == sorted(used, reverse=True)  # padding stands on the right alone
         assert batch["positions"][row].tolist() == list(range(len(used)))
-        assert (batch["tokens"][row][~used] == view.tokenizer.end_id).all()
+        assert (batch["tokens"][row][~used] == processor.tokenizer.end_id).all()
 
 
 def test_target_positions_are_one_before_their_targets(pipeline):
@@ -242,22 +244,22 @@ def test_target_positions_are_one_before_their_targets(pipeline):
             assert at.tolist() == list(range(used - len(at) - 1, used - 1)) or not used
 
 
-def test_soft_tokens_stand_at_the_placeholders_in_their_order(view, pipeline):
-    placeholders = list(view.tokenizer.placeholder_ids.values())
-    names = {id: text for text, id in view.tokenizer.placeholder_ids.items()}
+def test_soft_tokens_stand_at_the_placeholders_in_their_order(processor, pipeline):
+    placeholders = list(processor.tokenizer.placeholder_ids.values())
+    names = {id: text for text, id in processor.tokenizer.placeholder_ids.items()}
     order = ["<MultiHere>"] * 2 + ["<AudioHere>"] * 3 + ["<FaceHere>"]
     batch = pipeline.batch(0)
-    for tokens, index in zip(batch["tokens"], batch["soft_index"], strict=True):
+    for tokens, index in zip(batch["tokens"], batch["soft_token_index"], strict=True):
         np.testing.assert_array_equal(index > 0, np.isin(tokens, placeholders))
         found = {int(j): names[int(token)] for j, token in zip(index, tokens, strict=True) if j}
         assert found == {j + 1: name for j, name in enumerate(order)}
 
 
-def test_features_are_the_clips_own_and_an_absent_modality_is_zero(dataset, view, pipeline):
+def test_features_are_the_clips_own_and_an_absent_modality_is_zero(dataset, processor, pipeline):
     absent = 0
     for step in epoch_steps(pipeline, 0):
         batch = pipeline.batch(step)
-        for row, (number, _) in enumerate(clips_and_types(view, batch)):
+        for row, (number, _) in enumerate(clips_and_types(processor, batch)):
             for name in WIDTHS:
                 has = name in dataset.index[number].present
                 absent += not has
@@ -266,27 +268,27 @@ def test_features_are_the_clips_own_and_an_absent_modality_is_zero(dataset, view
     assert absent == 8
 
 
-def test_filler_rows_weigh_nothing(view, pipeline):
+def test_filler_rows_weigh_nothing(processor, pipeline):
     rows = 0
     for step in epoch_steps(pipeline, 0):
         batch = pipeline.batch(step)
-        for row, text in enumerate(answers(view, batch)):
+        for row, text in enumerate(answers(processor, batch)):
             if text is None:
                 rows += 1
                 assert not batch["target_weights"][row].any()
                 assert not batch["segment_ids"][row].any()
-                assert not batch["soft_index"][row].any()
+                assert not batch["soft_token_index"][row].any()
                 assert not any(present[row] for present in batch["present"].values())
     assert rows == -COUNT % BATCH  # an epoch has filler in its last batch only
 
 
-def test_a_mode_without_features_reads_no_record(dataset, view, monkeypatch):
-    text = dataclasses.replace(view, mode=INPUT_MODES["text"], token_counts={}, features={})
+def test_a_mode_without_features_reads_no_record(dataset, processor, monkeypatch):
+    text = dataclasses.replace(processor, mode=INPUT_MODES["text"], token_counts={}, features={})
     pipeline = make(dataset, text)
     monkeypatch.setattr(RecordDataset, "__getitem__", lambda *_: pytest.fail("a record was read"))
     batch = pipeline.batch(0)
     assert batch["features"] == batch["present"] == {}
-    assert not batch["soft_index"].any()
+    assert not batch["soft_token_index"].any()
 
 
 # --- buckets ------------------------------------------------------------------------------------
@@ -320,7 +322,7 @@ def test_buckets_waste_the_least_padding_that_is_possible(examples, count):
         assert all(bucket.targets >= answer for bucket in buckets if bucket.length >= n)
 
 
-def test_every_row_fits_its_bucket_wherever_it_ends_up(tmp_path, view):
+def test_every_row_fits_its_bucket_wherever_it_ends_up(tmp_path, processor):
     """Short prompts with long answers beside long prompts with short ones."""
     records = [
         clip(i, subtitle="", description=f"Number {i} is {'so ' * 12}calm.")
@@ -329,29 +331,29 @@ def test_every_row_fits_its_bucket_wherever_it_ends_up(tmp_path, view):
         for i in range(10)
     ]
     dataset = make_dataset(tmp_path, records)
-    pipeline = make(dataset, view, label="description", num_buckets=2, batch_size=1)
+    pipeline = make(dataset, processor, label="description", num_buckets=2, batch_size=1)
     assert len(pipeline.buckets) == 2
-    assert sorted(number for number, _ in epoch_of(pipeline, view, 0)) == list(range(10))
+    assert sorted(number for number, _ in epoch_of(pipeline, processor, 0)) == list(range(10))
 
 
-def test_a_batch_mixes_label_types_and_is_as_long_as_its_longest_row_needs(view, pipeline):
+def test_a_batch_mixes_label_types_and_is_as_long_as_its_longest_row_needs(processor, pipeline):
     mixed = 0
     for step in epoch_steps(pipeline, 0):
         batch = pipeline.batch(step)
         longest, width = (batch["segment_ids"] > 0).sum(axis=1).max(), batch["tokens"].shape[1]
         shorter = [b.length for b in pipeline.buckets if b.length < width]
         assert max(shorter, default=0) < longest <= width
-        mixed += len({kind for _, kind in clips_and_types(view, batch)}) == 2
+        mixed += len({kind for _, kind in clips_and_types(processor, batch)}) == 2
     # Cut by length, batches would hold one kind each; the published loss is a mean over both.
     assert mixed > len(epoch_steps(pipeline, 0)) / 2
 
 
-def test_more_buckets_pad_less(dataset, view, pipeline):
+def test_more_buckets_pad_less(dataset, processor, pipeline):
     def padding(pipeline):
         batches = map(pipeline.batch, epoch_steps(pipeline, 0))
         return sum((batch["segment_ids"] == 0).sum() for batch in batches)
 
-    one = make(dataset, view, num_buckets=1)
+    one = make(dataset, processor, num_buckets=1)
     assert len(one.buckets) == 1
     assert len(pipeline.buckets) == 3
     assert padding(pipeline) < padding(one)
@@ -363,8 +365,8 @@ PACK_LENGTH = 256
 
 
 @pytest.fixture(scope="module")
-def packed(dataset, view) -> TrainPipeline:
-    return make(dataset, view, pack_length=PACK_LENGTH)
+def packed(dataset, processor) -> TrainPipeline:
+    return make(dataset, processor, pack_length=PACK_LENGTH)
 
 
 def clips_of(batch) -> list[dict[str, object]]:
@@ -374,7 +376,7 @@ def clips_of(batch) -> list[dict[str, object]]:
         for clip in range(segments.max()):
             here = np.flatnonzero(segments == 1 + clip)
             assert here.tolist() == list(range(here[0], here[-1] + 1))
-            soft, at = batch["soft_index"][row, here], batch["target_positions"][row]
+            soft, at = batch["soft_token_index"][row, here], batch["target_positions"][row]
             mine = (batch["target_weights"][row] > 0) & (here[0] <= at) & (at <= here[-1])
             total = sum(TOKEN_COUNTS.values())
             assert set((soft[soft > 0] - 1) // total) == {clip}
@@ -382,7 +384,7 @@ def clips_of(batch) -> list[dict[str, object]]:
                 {
                     "tokens": batch["tokens"][row, here],
                     "positions": batch["positions"][row, here],
-                    "soft_index": np.where(soft > 0, soft - clip * total, 0),
+                    "soft_token_index": np.where(soft > 0, soft - clip * total, 0),
                     "target_positions": at[mine] - here[0],
                     "targets": batch["targets"][row, mine],
                     **{f: {k: x[row, clip] for k, x in batch[f].items()} for f in FEATURES},
@@ -445,22 +447,22 @@ def test_places_without_a_clip_are_absent(packed):
     assert spare
 
 
-def test_a_packed_batch_is_a_pure_function_of_its_step(dataset, view, packed):
+def test_a_packed_batch_is_a_pure_function_of_its_step(dataset, processor, packed):
     whole = list(packed.batches(0, 12))
-    fresh = make(dataset, view, pack_length=PACK_LENGTH)
+    fresh = make(dataset, processor, pack_length=PACK_LENGTH)
     for found, expected in zip(fresh.batches(7, 12, threads=1), whole[7:], strict=True):
         assert_same(found, expected)
-    other = make(dataset, view, pack_length=PACK_LENGTH, seed=1)
+    other = make(dataset, processor, pack_length=PACK_LENGTH, seed=1)
     assert other.batch(0)["tokens"].tobytes() != whole[0]["tokens"].tobytes()
     epochs = [packed_epoch(packed, epoch)[0]["tokens"].tobytes() for epoch in range(2)]
     assert epochs[0] != epochs[1]
 
 
-def test_processes_share_packed_rows(dataset, view, packed):
-    shares = [make(dataset, view, pack_length=PACK_LENGTH, process=(i, 2)) for i in range(2)]
+def test_processes_share_packed_rows(dataset, processor, packed):
+    shares = [make(dataset, processor, pack_length=PACK_LENGTH, process=(i, 2)) for i in range(2)]
     for step in range(6):
         parts = [share.batch(step) for share in shares]
-        for key in ("tokens", "segment_ids", "soft_index", "targets"):
+        for key in ("tokens", "segment_ids", "soft_token_index", "targets"):
             together = np.concatenate([part[key] for part in parts])
             np.testing.assert_array_equal(together, packed.batch(step)[key])
 
@@ -477,17 +479,17 @@ def test_the_fill_of_an_epoch_is_what_its_batches_show(packed):
     assert fill.clips_per_batch.sum() == COUNT
 
 
-def test_packed_rows_must_hold_the_longest_example_that_is_allowed(dataset, view):
+def test_packed_rows_must_hold_the_longest_example_that_is_allowed(dataset, processor):
     with pytest.raises(DataError, match="pack_length 127 is less than max_tokens 128"):
-        make(dataset, view, pack_length=127)
-    make(dataset, view, pack_length=128)
+        make(dataset, processor, pack_length=127)
+    make(dataset, processor, pack_length=128)
 
 
-def test_examples_that_are_dropped_stand_in_no_packed_row(dataset, view):
-    lengths = [len(example) for example in view.training_examples(dataset, "description")]
+def test_examples_that_are_dropped_stand_in_no_packed_row(dataset, processor):
+    lengths = [len(example) for example in processor.training_examples(dataset, "description")]
     limit = int(np.median(lengths))
     changes = {"label": "description", "max_tokens": limit, "too_long": "drop"}
-    pipeline = make(dataset, view, pack_length=128, **changes)
+    pipeline = make(dataset, processor, pack_length=128, **changes)
     found = [clip for batch in packed_epoch(pipeline, 0) for clip in clips_of(batch)]
     assert sorted(len(clip["tokens"]) for clip in found) == sorted(
         length for length in lengths if length <= limit
@@ -497,58 +499,58 @@ def test_examples_that_are_dropped_stand_in_no_packed_row(dataset, view):
 # --- trouble ------------------------------------------------------------------------------------
 
 
-def longest(dataset, view) -> tuple[str, int]:
-    examples = view.training_examples(dataset, "description")
+def longest(dataset, processor) -> tuple[str, int]:
+    examples = processor.training_examples(dataset, "description")
     lengths = [len(example) for example in examples]
     return dataset.index[int(np.argmax(lengths))].name, max(lengths)
 
 
-def test_an_example_over_the_limit_is_named(dataset, view):
-    name, length = longest(dataset, view)
-    assert not make(dataset, view, max_tokens=length).dropped
+def test_an_example_over_the_limit_is_named(dataset, processor):
+    name, length = longest(dataset, processor)
+    assert not make(dataset, processor, max_tokens=length).dropped
     expected = (
         f"record '{name}' has {length} tokens as description, over --config.max_tokens="
         f"{length - 1}, as have .* more; raise the limit or pass --config.too_long=drop"
     )
     with pytest.raises(DataError, match=expected):
-        make(dataset, view, max_tokens=length - 1)
+        make(dataset, processor, max_tokens=length - 1)
 
 
-def test_dropping_leaves_out_what_is_too_long_and_counts_it(dataset, view):
-    lengths = [len(example) for example in view.training_examples(dataset, "description")]
+def test_dropping_leaves_out_what_is_too_long_and_counts_it(dataset, processor):
+    lengths = [len(example) for example in processor.training_examples(dataset, "description")]
     # One that is over the limit, yet no longer than the limit rounded up to a row length.
     limit = next(n for n in sorted(lengths) if {n + 1, n + 2} & set(lengths) and n % 4 in (1, 2))
-    pipeline = make(dataset, view, label="description", max_tokens=limit, too_long="drop")
+    pipeline = make(dataset, processor, label="description", max_tokens=limit, too_long="drop")
     kept = [number for number, length in enumerate(lengths) if length <= limit]
     assert pipeline.dropped == COUNT - len(kept) > 0
-    assert sorted(number for number, _ in epoch_of(pipeline, view, 0)) == kept
+    assert sorted(number for number, _ in epoch_of(pipeline, processor, 0)) == kept
     assert max(bucket.length for bucket in pipeline.buckets) < limit + LENGTH_MULTIPLE
 
 
-def test_dropping_everything_is_an_error(dataset, view):
+def test_dropping_everything_is_an_error(dataset, processor):
     with pytest.raises(
         DataError, match="has no example of at most 3 tokens; raise config.max_tokens"
     ):
-        make(dataset, view, max_tokens=3, too_long="drop")
+        make(dataset, processor, max_tokens=3, too_long="drop")
 
 
-def test_a_clip_without_description_is_named(tmp_path, view):
+def test_a_clip_without_description_is_named(tmp_path, processor):
     dataset = make_dataset(tmp_path, [clip(0), clip(1, description=""), clip(2)])
     with pytest.raises(DataError, match="record 'clip01': it has no description"):
-        make(dataset, view)
-    make(dataset, view, label="ovlabel").batch(0)
+        make(dataset, processor)
+    make(dataset, processor, label="ovlabel").batch(0)
 
 
-def test_a_clip_with_a_placeholder_in_its_texts_is_named(tmp_path, view):
+def test_a_clip_with_a_placeholder_in_its_texts_is_named(tmp_path, processor):
     for field in ("subtitle", "description"):
         text = {field: "Number 1. <FaceHere>"}
         dataset = make_dataset(tmp_path / field, [clip(0), clip(1, **text)])
         with pytest.raises(DataError, match="record 'clip01': the .* holds the reserved text"):
-            make(dataset, view)
+            make(dataset, processor)
 
 
-def test_a_feature_that_no_clip_has_is_absent_everywhere(dataset, view):
-    batch = make(dataset, dataclasses.replace(view, features=WIDTHS | {"frame": 7})).batch(0)
+def test_a_feature_that_no_clip_has_is_absent_everywhere(dataset, processor):
+    batch = make(dataset, dataclasses.replace(processor, features=WIDTHS | {"frame": 7})).batch(0)
     assert batch["features"]["frame"].shape == (BATCH, 1, 1, 7)
     assert not batch["features"]["frame"].any()
     assert not batch["present"]["frame"].any()
@@ -569,9 +571,9 @@ def other(tmp_path_factory) -> RecordDataset:
     return RecordDataset(path)
 
 
-def mixed(dataset, other, view, first=1.0, second=1.0, **changes) -> TrainPipeline:
+def mixed(dataset, other, processor, first=1.0, second=1.0, **changes) -> TrainPipeline:
     counts, features = TOKEN_COUNTS | {"frame": 2}, WIDTHS | {"frame": 4}
-    one = dataclasses.replace(view, token_counts=counts, features=features)
+    one = dataclasses.replace(processor, token_counts=counts, features=features)
     two = dataclasses.replace(one, mode=INPUT_MODES["frame_text"])
     settings = {"batch_size": BATCH, "max_tokens": 128, "seed": 3} | changes
     sources = [
@@ -584,24 +586,24 @@ def mixed(dataset, other, view, first=1.0, second=1.0, **changes) -> TrainPipeli
 @pytest.mark.parametrize("pack_length", [0, 256])
 @pytest.mark.parametrize(("first", "second"), [(1, 1), (1, 2), (0.5, 1), (2.5, 0.3)])
 def test_an_epoch_of_a_mixture_visits_every_clip_as_often_as_its_weight(
-    dataset, other, view, first, second, pack_length
+    dataset, other, processor, first, second, pack_length
 ):
-    pipeline = mixed(dataset, other, view, first, second, pack_length=pack_length)
-    visits = np.zeros(COUNT + 10, int)
+    pipeline = mixed(dataset, other, processor, first, second, pack_length=pack_length)
+    draws = np.zeros(COUNT + 10, int)
     for epoch in range(10):
         plan = pipeline.plan(epoch)
         for batch in plan:
             real = batch.records >= 0
-            np.add.at(visits, batch.records[real] + COUNT * batch.sources[real], 1)
+            np.add.at(draws, batch.records[real] + COUNT * batch.sources[real], 1)
     expected = np.repeat([10 * first, 10 * second], [COUNT, 10])
-    # A pass over a set may end in the middle of an epoch, so a clip can be one visit ahead.
-    assert (abs(visits - expected) <= 1).all()
-    assert visits[:COUNT].sum() == math.floor(10 * first * COUNT)
-    assert visits[COUNT:].sum() == math.floor(10 * second * 10)
+    # A pass over a set may end in the middle of an epoch, so a clip can be one draw ahead.
+    assert (abs(draws - expected) <= 1).all()
+    assert draws[:COUNT].sum() == math.floor(10 * first * COUNT)
+    assert draws[COUNT:].sum() == math.floor(10 * second * 10)
 
 
-def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, view):
-    pipeline, again = mixed(dataset, other, view), mixed(dataset, other, view)
+def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, processor):
+    pipeline, again = mixed(dataset, other, processor), mixed(dataset, other, processor)
     mixes = [pipeline.mix(step) for step in range(40)]
     assert mixes[::-1] == [again.mix(step) for step in reversed(range(40))]
     assert sum(0 < mix["one"] < BATCH for mix in mixes) > 5  # both kinds meet in a batch
@@ -611,8 +613,8 @@ def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, view):
         assert pipeline.size(step) == (segments.any(axis=1).sum(), (segments > 0).sum())
 
 
-def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, view):
-    pipeline = mixed(dataset, other, view, pack_length=256)
+def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, processor):
+    pipeline = mixed(dataset, other, processor, pack_length=256)
     total = np.zeros(2, int)
     for step in range(len(pipeline.plan(0))):
         batch, mix = pipeline.batch(step), pipeline.mix(step)
@@ -623,19 +625,21 @@ def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, view):
     assert total.tolist() == [COUNT, 10]
 
 
-def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(dataset, other, view):
-    pipeline = mixed(dataset, other, view)
+def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(
+    dataset, other, processor
+):
+    pipeline = mixed(dataset, other, processor)
     seen = set()
     for step in range(13):
         plan, batch = pipeline.planned(step), pipeline.batch(step)
-        for row, text in enumerate(answers(view, batch)):
+        for row, text in enumerate(answers(processor, batch)):
             if text is None:
                 continue
             source, record = plan.sources[row, 0], plan.records[row, 0]
             seen.add(source)
             # Soft tokens are numbered over the slots of both: 1-2 multi, 3-5 audio, 6 face, 7-8
             # frame.
-            placed = sorted(set(batch["soft_index"][row]) - {0})
+            placed = sorted(set(batch["soft_token_index"][row]) - {0})
             if source == 0:
                 assert placed == [1, 2, 3, 4, 5, 6]
                 assert not batch["present"]["frame"][row]
@@ -649,57 +653,60 @@ def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(datas
     assert seen == {0, 1}
 
 
-def test_processes_share_the_batches_of_a_mixture(dataset, other, view):
-    whole = mixed(dataset, other, view)
-    shares = [mixed(dataset, other, view, process=(i, 2)) for i in range(2)]
+def test_processes_share_the_batches_of_a_mixture(dataset, other, processor):
+    whole = mixed(dataset, other, processor)
+    shares = [mixed(dataset, other, processor, process=(i, 2)) for i in range(2)]
     for step in range(8):
         parts = [share.batch(step)["tokens"] for share in shares]
         np.testing.assert_array_equal(np.concatenate(parts), whole.batch(step)["tokens"])
 
 
-def test_sets_that_differ_in_frames_cannot_be_mixed(dataset, tmp_path, view):
+def test_sets_that_differ_in_frames_cannot_be_mixed(dataset, tmp_path, processor):
     features = {name: np.ones((FRAMES + 1, width)) for name, width in WIDTHS.items()}
     longer = make_dataset(tmp_path, [clip(0, features=features)])
-    sources = [Source(dataset, view, "ovlabel", "a"), Source(longer, view, "ovlabel", "b")]
+    sources = [
+        Source(dataset, processor, "ovlabel", "a"),
+        Source(longer, processor, "ovlabel", "b"),
+    ]
     with pytest.raises(DataError, match="have 2 and 3 frames of the feature 'face'"):
         TrainPipeline(sources, batch_size=2, max_tokens=128)
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_weight_is_positive(dataset, view, weight):
+def test_a_weight_is_positive(dataset, processor, weight):
     with pytest.raises(DataError, match="data set 'a': weight is"):
-        Source(dataset, view, "ovlabel", "a", weight)
+        Source(dataset, processor, "ovlabel", "a", weight)
 
 
 # --- evaluation ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("num_buckets", [1, 3])
-def test_sequential_batches_visit_every_clip_once(dataset, view, num_buckets):
-    examples = view.training_examples(dataset, "ovlabel")
+def test_sequential_batches_visit_every_clip_once(dataset, processor, num_buckets):
+    examples = processor.training_examples(dataset, "ovlabel")
     visited = []
-    for numbers, batch in sequential_batches(dataset, view, examples, BATCH, num_buckets):
+    for numbers, batch in sequential_batches(dataset, processor, examples, BATCH, num_buckets):
         assert len(batch["tokens"]) == BATCH
-        assert [number for number, _ in clips_and_types(view, batch)] == numbers.tolist()
+        assert [number for number, _ in clips_and_types(processor, batch)] == numbers.tolist()
         visited += numbers.tolist()
     assert sorted(visited) == list(range(COUNT))
 
 
-def test_prompts_alone_have_nothing_to_supervise(dataset, view):
-    examples = view.prompt_examples(dataset, "ovlabel")
-    for numbers, batch in sequential_batches(dataset, view, examples, BATCH):
+def test_prompts_alone_have_nothing_to_supervise(dataset, processor):
+    examples = processor.prompt_examples(dataset, "ovlabel")
+    for numbers, batch in sequential_batches(dataset, processor, examples, BATCH):
         assert batch["target_weights"].shape == (BATCH, 0)
         for row, number in enumerate(numbers):
             used = (batch["segment_ids"][row] > 0).sum()
             np.testing.assert_array_equal(batch["tokens"][row, :used], examples[number].tokens)
 
 
-def test_features_can_be_taken_from_other_clips(dataset, view):
+def test_features_can_be_taken_from_other_clips(dataset, processor):
     source = np.random.default_rng(0).permutation(COUNT)
-    examples = view.training_examples(dataset, "ovlabel")
-    batches = sequential_batches(dataset, view, examples, BATCH, feature_from=source)
+    examples = processor.training_examples(dataset, "ovlabel")
+    batches = sequential_batches(dataset, processor, examples, BATCH, feature_from=source)
     for numbers, batch in batches:
-        assert [number for number, _ in clips_and_types(view, batch)] == numbers.tolist()
+        assert [number for number, _ in clips_and_types(processor, batch)] == numbers.tolist()
         for row, number in enumerate(numbers):
             assert (batch["features"]["face"][row] == source[number] + 1).all()
             expected = "audio" in dataset.index[source[number]].present

@@ -16,7 +16,7 @@ from tensorflow_datasets.core import file_adapters
 
 import affectgpt_jax
 from affectgpt_jax.data import demo, tfds_source
-from affectgpt_jax.data.pipeline import Source, TrainPipeline, View, sequential_batches
+from affectgpt_jax.data.pipeline import PromptProcessor, Source, TrainPipeline, sequential_batches
 from affectgpt_jax.data.prompts import INPUT_MODES, load_prompts
 from affectgpt_jax.data.records import (
     Record,
@@ -139,7 +139,7 @@ def test_the_manifest_is_that_of_the_record_directory_but_for_the_shards(written
 
 @pytest.fixture(scope="module")
 def demo_world(tmp_path_factory):
-    """The demo's clips as records and through TFDS, and a view of them."""
+    """The demo's clips as records and through TFDS, and a processor of them."""
     folder = tmp_path_factory.mktemp("demo")
     encoders = dict.fromkeys(demo.DEFAULT_FEATURES, "demo")
     write_records(folder / "train", demo.World(0).records("train", 48), encoders=encoders)
@@ -147,16 +147,24 @@ def demo_world(tmp_path_factory):
     mode = INPUT_MODES["multi_audio_face_text"]
     counts = dict.fromkeys(("multi", "audio", "face"), 1)
     features = {name: demo.SHAPES[name][1] for name in demo.DEFAULT_FEATURES}
-    view = View(Tokenizer(TINY_BASE), load_prompts("compact"), mode, counts, features)
-    return RecordDataset(folder / "train"), open_source(f"tfds:{folder / 'out'}:train", "?"), view
+    processor = PromptProcessor(
+        Tokenizer(TINY_BASE), load_prompts("compact"), mode, counts, features
+    )
+    return (
+        RecordDataset(folder / "train"),
+        open_source(f"tfds:{folder / 'out'}:train", "?"),
+        processor,
+    )
 
 
 def test_training_batches_are_those_of_the_record_directory(demo_world):
-    ours, theirs, view = demo_world
+    ours, theirs, processor = demo_world
     assert {len(entry.present) for entry in ours.index} == {1, 2}  # some lack a modality
     pipelines = [
         TrainPipeline(
-            [Source(dataset, view, "description+ovlabel+valence")], batch_size=8, max_tokens=128
+            [Source(dataset, processor, "description+ovlabel+valence")],
+            batch_size=8,
+            max_tokens=128,
         )
         for dataset in (ours, theirs)
     ]
@@ -167,9 +175,13 @@ def test_training_batches_are_those_of_the_record_directory(demo_world):
 
 
 def test_evaluation_batches_are_those_of_the_record_directory(demo_world):
-    ours, theirs, view = demo_world
+    ours, theirs, processor = demo_world
     found = [
-        list(sequential_batches(data, view, view.prompt_examples(data, "ovlabel"), batch_size=8))
+        list(
+            sequential_batches(
+                data, processor, processor.prompt_examples(data, "ovlabel"), batch_size=8
+            )
+        )
         for data in (ours, theirs)
     ]
     assert sum(len(numbers) for numbers, _ in found[0]) == 48

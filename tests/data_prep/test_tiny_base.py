@@ -8,7 +8,7 @@ import pytest
 
 from affectgpt_jax.build import base_config, base_directory
 from affectgpt_jax.data.tokenizer import Tokenizer
-from affectgpt_jax.models.qwen2 import Qwen2, init_base
+from affectgpt_jax.models.decoder import Decoder, init_base
 from affectgpt_jax.weights.huggingface import load_base
 from data_prep import tiny_base
 
@@ -16,7 +16,7 @@ from data_prep import tiny_base
 @pytest.fixture(scope="module")
 def shipped():
     directory = base_directory("tiny")
-    module = Qwen2(base_config("tiny"))
+    module = Decoder(base_config("tiny"))
     abstract = jax.eval_shape(lambda key: init_base(module, key), jax.random.key(0))
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     params = load_base(directory, abstract, jax.tree.map(lambda _: one_device, abstract))

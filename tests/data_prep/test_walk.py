@@ -53,10 +53,10 @@ def test_the_documented_walk_ends_in_a_scored_report(folder):
     small = {
         "data_prep.extract": ["--workers=1"],
         "affectgpt_jax.train": [
-            "--config.heads.video_width=24",
-            "--config.heads.audio_width=32",
+            "--config.projectors.video_width=24",
+            "--config.projectors.audio_width=32",
             "--config.steps=40",
-            "--config.save_every=40",
+            "--config.checkpoint_every=40",
             "--config.optimizer.warmup_steps=5",
             "--config.batch_size=8",
             "--config.num_buckets=1",

@@ -29,7 +29,7 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     loss_sum_and_count,
     supervised,
-    with_execution,
+    with_compute,
 )
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.qformer import QFormerConfig
@@ -46,7 +46,7 @@ BATCH = make_batch([16, 11, 7, 0])
 
 def test_soft_tokens_stand_exactly_where_soft_index_says():
     index = np.random.default_rng(0).integers(0, 4, size=BATCH["tokens"].shape, dtype=np.int32)
-    batch = BATCH | {"soft_index": index}
+    batch = BATCH | {"soft_token_index": index}
     features, present = ({k: x[:, 0] for k, x in batch[n].items()} for n in ("features", "present"))
     soft = MODEL.fusion.apply({"params": TRAINABLE["fusion"]}, features, present)
     expected = np.array(BASE["embed_tokens"])[batch["tokens"]]
@@ -57,7 +57,7 @@ def test_soft_tokens_stand_exactly_where_soft_index_says():
 
 
 def test_tokens_under_soft_tokens_do_not_matter():
-    beyond = np.where(BATCH["soft_index"] > 0, LLM.vocab_size + 5, BATCH["tokens"])
+    beyond = np.where(BATCH["soft_token_index"] > 0, LLM.vocab_size + 5, BATCH["tokens"])
     found = embed_inputs(MODEL, BASE, TRAINABLE, BATCH | {"tokens": beyond}, None)
     np.testing.assert_array_equal(found, embed_inputs(MODEL, BASE, TRAINABLE, BATCH, None))
 
@@ -113,12 +113,12 @@ def clips_alone(fusion, lengths, seed=0, absent=()):
     """Rows of one clip each, with one token of every slot in it; `absent` are (feature, clip)."""
     batch = make_batch(lengths, WIDTH, TARGETS, seed=seed)
     rng, counts = np.random.default_rng(seed), soft_counts(fusion)
-    batch["soft_index"][:] = 0
+    batch["soft_token_index"][:] = 0
     first = 1
     for at, count in enumerate(counts.values(), start=1):
-        batch["soft_index"][:, at] = first + rng.integers(count, size=len(lengths))
+        batch["soft_token_index"][:, at] = first + rng.integers(count, size=len(lengths))
         first += count
-    batch["soft_index"] *= batch["segment_ids"]
+    batch["soft_token_index"] *= batch["segment_ids"]
     for name, clip in absent:
         batch["present"][name][clip] = False
         batch["features"][name][clip] = np.nan  # what stands there must not matter
@@ -177,7 +177,7 @@ def test_a_clip_is_blind_to_those_in_its_row_bit_by_bit(fusion):
     one = clips_alone(fusion, lengths, seed=1)
     other = clips_alone(fusion, lengths, seed=2)
     # Clip 1 keeps its own, all others change their tokens, soft tokens and features.
-    for name in ("tokens", "soft_index", "targets"):
+    for name in ("tokens", "soft_token_index", "targets"):
         other[name][1] = one[name][1]
     for name, x in other["features"].items():
         x[1] = one["features"][name][1]
@@ -317,10 +317,10 @@ def test_a_models_loss_holds_the_logits_of_as_many_positions_as_its_execution_sa
     rows, targets = np.shape(BATCH["targets"])
     found = {}
     for chunk in (rows, rows * targets):
-        model = with_execution(MODEL, loss_chunk=chunk)
+        model = with_compute(MODEL, loss_chunk=chunk)
         run = functools.partial(loss_sum_and_count, model)
         traced = str(jax.make_jaxpr(run)(BASE, TRAINABLE, BATCH))
-        logits = f"f32[1,{rows * targets},{MODEL.qwen2.config.vocab_size}]"
+        logits = f"f32[1,{rows * targets},{MODEL.decoder.config.vocab_size}]"
         assert (logits in traced) == (chunk == rows * targets)
         found[chunk], _ = run(BASE, TRAINABLE, BATCH)
     np.testing.assert_allclose(*found.values(), rtol=1e-6)  # sums in another order
@@ -361,7 +361,7 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
     def loss(trainable, base):
         return loss_sum_and_count(model, base, trainable, batch)[0]
 
-    flops = train_flops(LLM, model.qwen2.lora, length, targets, causal=False)
+    flops = train_flops(LLM, model.decoder.lora, length, targets, causal=False)
     expected = rows * flops.total
     assert matmul_flops(jax.grad(loss), trainable, base) == expected
 

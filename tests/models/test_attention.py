@@ -16,11 +16,11 @@ from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.models import attention, cudnn_packed, xla_packed
 from affectgpt_jax.models.attention import choose
-from affectgpt_jax.models.qwen2 import PUBLISHED, Qwen2Config
+from affectgpt_jax.models.decoder import PUBLISHED, DecoderConfig
 
 MAX_SEGMENTS = 8
 HOPPER, AMPERE = (9, 0), (8, 0)
-SMALL = Qwen2Config(16, 16, 16, 1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+SMALL = DecoderConfig(16, 16, 16, 1, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
 
 
 def backend(name, packed):
@@ -142,9 +142,11 @@ CACHES = [(4, 1, 1), (4, 37, 20), (8, 128, 128), (16, 400, 300), (11, 400, 400)]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "default"])
-@pytest.mark.parametrize("row_shares", [1, 2])
+@pytest.mark.parametrize("data_parallel_size", [1, 2])
 @pytest.mark.parametrize(("batch", "slots", "window"), CACHES)
-def test_cached_attention_equals_float64(platform, row_shares, batch, slots, window, monkeypatch):
+def test_cached_attention_equals_float64(
+    platform, data_parallel_size, batch, slots, window, monkeypatch
+):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **how: how[platform](*args))
     layers, layer, heads, kv_heads, width = 3, 1, 4, 2, 16
     rng = np.random.default_rng(slots)
@@ -152,7 +154,7 @@ def test_cached_attention_equals_float64(platform, row_shares, batch, slots, win
     keys, values = rng.standard_normal((2, layers, batch, kv_heads, slots, width))
     for x in (keys, values):  # nothing of another layer, or from beyond the window, is read
         x[[0, 2]], x[:, :, :, window:] = np.nan, np.nan
-    cached = jax.jit(functools.partial(attention.cached, row_shares=row_shares))
+    cached = jax.jit(functools.partial(attention.cached, data_parallel_size=data_parallel_size))
     of_row = st.sets(st.integers(0, window - 1), min_size=1)
 
     @settings(max_examples=8)

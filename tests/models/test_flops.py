@@ -18,9 +18,9 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     loss_sum_and_count,
 )
+from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder
 from affectgpt_jax.models.flops import Flops, train_flops
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.models.qwen2 import PUBLISHED, Execution, Qwen2
 
 QWEN_7B = PUBLISHED["Qwen2.5-7B-Instruct"]
 
@@ -33,7 +33,9 @@ def traced_flops(model: AffectGPT, rows: int, length: int, targets: int) -> int:
 
     inputs = model.fusion.config.inputs if model.fusion else ()
     batch = {
-        **dict.fromkeys(("tokens", "positions", "segment_ids", "soft_index"), shape(rows, length)),
+        **dict.fromkeys(
+            ("tokens", "positions", "segment_ids", "soft_token_index"), shape(rows, length)
+        ),
         **dict.fromkeys(("target_positions", "targets"), shape(rows, targets)),
         "target_weights": shape(rows, targets, dtype=jnp.float32),
         "features": {
@@ -66,7 +68,7 @@ def traced_flops(model: AffectGPT, rows: int, length: int, targets: int) -> int:
     ids=["7B", "7B long", "tied", "two adapters", "one token", "narrow heads"],
 )
 def test_the_formula_counts_the_products_that_are_traced(llm, lora, rows, length, targets):
-    model = AffectGPT(Qwen2(llm, lora, Execution(attend=plain_attention)), None)
+    model = AffectGPT(Decoder(llm, lora, ComputeConfig(attend=plain_attention)), None)
     expected = rows * train_flops(llm, lora, length, targets, causal=False).total
     assert traced_flops(model, rows, length, targets) == expected
 
@@ -74,7 +76,7 @@ def test_the_formula_counts_the_products_that_are_traced(llm, lora, rows, length
 def test_what_the_formula_leaves_out_of_the_recipe_is_under_a_thousandth():
     config = affectgpt_qwen25_7b.get_config()
     model = build.model(config, QWEN_7B, attend=plain_attention)
-    counted = 3 * train_flops(QWEN_7B, model.qwen2.lora, 130, 40, causal=False).total
+    counted = 3 * train_flops(QWEN_7B, model.decoder.lora, 130, 40, causal=False).total
     traced = traced_flops(model, 3, 130, 40)
     assert counted < traced < 1.001 * counted
 

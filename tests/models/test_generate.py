@@ -14,7 +14,7 @@ import scipy.stats
 from tiny_model import LLM, make_batch, make_model, random_base, random_trainable
 
 from affectgpt_jax.models import generate as module
-from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count, with_execution
+from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count, with_compute
 from affectgpt_jax.models.generate import (
     Decoding,
     Prompts,
@@ -23,14 +23,14 @@ from affectgpt_jax.models.generate import (
     decode,
     generate_all,
     identities,
+    init_decode_state,
+    insert,
     keep_top_p,
     penalize_repetition,
     prefill,
-    refill,
-    rows_and_turn,
+    rows_and_prefill_batch,
     score_answers,
     stream,
-    vacant,
 )
 from affectgpt_jax.training import sharding
 from affectgpt_jax.weights.huggingface import save_base
@@ -62,7 +62,7 @@ def begun(batch, decoding, seed=0, rows=None):
     """Rows with these prompts, as long as the batch, and room for their answers."""
     fresh = prefill(MODEL, BASE, TRAINABLE, batch, decoding, seed, rows)
     size = len(batch["tokens"])
-    return refill(MODEL, vacant(fresh, size, decoding), fresh, decoding, np.arange(size))
+    return insert(MODEL, init_decode_state(fresh, size, decoding), fresh, decoding, np.arange(size))
 
 
 @pytest.fixture(scope="module")
@@ -89,11 +89,11 @@ def record_windows(monkeypatch, least):
     """Let `decode` read so few slots at first; returns where each call's number is written."""
     windows, plain = [], module.decode
 
-    def recording(*args, window, **others):
-        windows.append(window)
-        return plain(*args, window=window, **others)
+    def recording(*args, kv_bucket, **others):
+        windows.append(kv_bucket)
+        return plain(*args, kv_bucket=kv_bucket, **others)
 
-    monkeypatch.setattr(module, "WINDOW", least)
+    monkeypatch.setattr(module, "KV_BUCKET", least)
     monkeypatch.setattr(module, "decode", recording)
     return windows
 
@@ -104,7 +104,7 @@ def with_answers(tokens, batch=BATCH):
     starts = batch["segment_ids"].sum(axis=1)
     width = batch["tokens"].shape[1] + new
     longer = {name: batch[name] for name in ("features", "present")}
-    for name in ("tokens", "segment_ids", "soft_index"):
+    for name in ("tokens", "segment_ids", "soft_token_index"):
         longer[name] = np.pad(batch[name], [(0, 0), (0, new)])
     longer["positions"] = np.broadcast_to(np.arange(width, dtype=np.int32), (rows, width))
     at = starts[:, None] + np.arange(new)
@@ -163,10 +163,10 @@ def test_decoding_needs_no_host_between_tokens():
     rows, batch, seed, steps = jax.device_put((identities(NAMES), BATCH, np.uint32(0), NEW))
     places = jax.device_put(np.arange(len(NAMES)))
     fresh = prefill(MODEL, BASE, TRAINABLE, batch, SAMPLED, seed, rows)
-    state = vacant(fresh, len(NAMES), SAMPLED)
+    state = init_decode_state(fresh, len(NAMES), SAMPLED)
     with jax.transfer_guard("disallow"):
         fresh = prefill(MODEL, BASE, TRAINABLE, batch, SAMPLED, seed, rows)
-        state = refill(MODEL, state, fresh, SAMPLED, places)
+        state = insert(MODEL, state, fresh, SAMPLED, places)
         state = decode(MODEL, BASE, TRAINABLE, state, SAMPLED, steps)
     assert state.generated.counts.tolist() == [NEW] * 3
 
@@ -208,7 +208,7 @@ class TestRow:
     def test_does_not_depend_on_the_size_of_the_batch_nor_on_padding(self, decoding):
         expected = run(decoding)
         alone = jax.tree.map(lambda x: x[:1], BATCH)
-        for name in ("tokens", "positions", "segment_ids", "soft_index"):
+        for name in ("tokens", "positions", "segment_ids", "soft_token_index"):
             alone[name] = alone[name][:, : LENGTHS[0]]
         np.testing.assert_array_equal(run(decoding, alone, "a").tokens[0], expected.tokens[0])
 
@@ -284,7 +284,7 @@ def in_turns(turn, limits=None, place=lambda x: x):
         part = jax.tree.map(operator.itemgetter(at), batch)
         part["segment_ids"] = part["segment_ids"] * (np.arange(turn) < count)[:, None]
         longest = 4 * -(-int(part["segment_ids"].sum(axis=1).max()) // 4)
-        for name in ("tokens", "positions", "segment_ids", "soft_index"):
+        for name in ("tokens", "positions", "segment_ids", "soft_token_index"):
             part[name] = part[name][:, :longest]
         rows = identities([MANY_NAMES[i] for i in at])
         some = None if limits is None else np.asarray(limits, np.int32)[at]
@@ -368,7 +368,7 @@ class TestAll:
     def test_rows_on_eight_devices_write_what_one_device_does(self, ending):
         expected = run(ending["sampled"], many_prompts(), MANY_NAMES)
         mesh = sharding.make_mesh("data:2,fsdp:2,tensor:2")
-        model = with_execution(MODEL, shard=sharding.ActivationConstraint(mesh))
+        model = with_compute(MODEL, shard=sharding.ActivationConstraint(mesh))
         trees = (jax.device_put(x, sharding.tree_shardings(mesh, x)) for x in (BASE, TRAINABLE))
         prompts = in_turns(4, place=functools.partial(sharding.shard_batch, mesh))
         found = list(generate_all(model, *trees, prompts, ending["sampled"], 8))
@@ -390,7 +390,7 @@ class TestAll:
     [(256, 1, (256, 32)), (1, 1, (1, 1)), (9, 1, (10, 2)), (16, 8, (16, 8)), (3, 8, (8, 8))],
 )
 def test_rows_and_those_of_a_turn_divide_over_devices(wanted, shares, expected):
-    assert rows_and_turn(wanted, shares) == expected
+    assert rows_and_prefill_batch(wanted, shares) == expected
 
 
 # --- Choosing a token -----------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def test_pairs_of_tokens_are_drawn_with_their_exact_probabilities(sampling):
     whole = jax.tree.map(lambda x: np.repeat(x, len(firsts), axis=0), prompt)
     batch, starts = with_answers(firsts, whole)
     logits = np.asarray(full_pass(batch), np.float64)
-    text = (prompt["segment_ids"] > 0) & (prompt["soft_index"] == 0)
+    text = (prompt["segment_ids"] > 0) & (prompt["soft_token_index"] == 0)
     seen = set(prompt["tokens"][text].tolist())
 
     def adjusted(logits, seen):
@@ -504,7 +504,7 @@ def test_a_text_prompt_is_continued_as_hugging_face_does(hugging_face, penalty):
     model = make_model(fusion=None)
     trainable = jax.tree.map(jnp.zeros_like, random_trainable(model))
     batch = make_batch([9], width=12)
-    batch["soft_index"][:] = 0
+    batch["soft_token_index"][:] = 0
     decoding = Decoding(16, (NEVER,), PAD, Sampling(repetition_penalty=penalty), log_probs=True)
     found = generate(model, BASE, trainable, batch, decoding)
 

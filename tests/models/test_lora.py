@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from tiny_model import LLM, random_tree, relative_error
 
-from affectgpt_jax.models.lora import TARGETS, LoraConfig, dropout, hashed_bits, low_rank
-from affectgpt_jax.models.qwen2 import (
+from affectgpt_jax.models.decoder import (
     PUBLISHED,
+    Decoder,
     Llama3RopeScaling,
-    Qwen2,
     init_base,
     init_lora,
-    unembedding,
+    lm_head,
 )
+from affectgpt_jax.models.lora import TARGETS, LoraConfig, dropout, hashed_bits, low_rank
 from affectgpt_jax.weights.huggingface import save_base, tensor_name
 
 ROWS, LENGTH = 2, 6
@@ -27,7 +27,7 @@ SEGMENT_IDS = np.ones_like(POSITIONS)
 
 
 def module_with(rank=4, llm=LLM, **changes):
-    return Qwen2(llm, LoraConfig(rank, **changes))
+    return Decoder(llm, LoraConfig(rank, **changes))
 
 
 def abstract(init, module):
@@ -116,7 +116,7 @@ def test_fresh_adapters_change_nothing():
 def test_projections_that_are_not_targets_have_no_adapter():
     tree = abstract(init_lora, module_with(targets=("q_proj", "down_proj")))
     assert set(tree["layers"]) == {"q_proj", "down_proj"}
-    assert not abstract(init_lora, Qwen2(LLM))
+    assert not abstract(init_lora, Decoder(LLM))
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_logits_and_gradients_equal_peft(llm, targets, tmp_path: Path):
     def logits(lora):
         embeds = module.apply({"params": base}, tokens, method="embed")
         variables = {"params": base, "lora": lora}
-        return module.apply(variables, embeds, POSITIONS, SEGMENT_IDS)[0] @ unembedding(base)
+        return module.apply(variables, embeds, POSITIONS, SEGMENT_IDS)[0] @ lm_head(base)
 
     def value_and_gradient(lora):
         value, pullback = jax.vjp(logits, lora)

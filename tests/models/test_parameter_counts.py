@@ -7,7 +7,7 @@ from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.prompts import INPUT_MODES
 from affectgpt_jax.models.affectgpt import init_random_base, init_trainable
-from affectgpt_jax.models.qwen2 import PUBLISHED
+from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.train import count
 
 LLM = PUBLISHED["Qwen2.5-7B-Instruct"]
@@ -80,7 +80,11 @@ def test_the_default_recipe_trains_54_million_parameters():
 @pytest.mark.parametrize("mode", ["multi_audio_face_text", "image"])
 def test_qformers_have_the_parameters_of_bert_base_with_two_layers(mode):
     found = trained(
-        **{"heads.video": "qformer", "heads.audio": "qformer", "heads.image": "qformer"},
+        **{
+            "projectors.video": "qformer",
+            "projectors.audio": "qformer",
+            "projectors.image": "qformer",
+        },
         fusion="qformer",
         input=mode,
     )

@@ -14,6 +14,7 @@ from hypothesis import given
 from tiny_model import LLM, make_batch, make_model, random_base, random_trainable
 
 from affectgpt_jax.models.affectgpt import init_random_base, loss_sum_and_count
+from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, init_base
 from affectgpt_jax.models.quantize import (
     NF4,
     NF4_BLOCK,
@@ -23,7 +24,6 @@ from affectgpt_jax.models.quantize import (
     frozen_dot,
     quantize,
 )
-from affectgpt_jax.models.qwen2 import PUBLISHED, Execution, Qwen2, init_base
 
 LOW = PRECISIONS[1:]
 quantized = jax.jit(quantize, static_argnums=1)
@@ -124,7 +124,7 @@ def test_a_kernel_that_cannot_be_packed_is_refused():
 
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match=r"base_precision is 'int3'; expected one of \('', 'int8'"):
-        Execution(base_precision="int3")
+        ComputeConfig(base_precision="int3")
 
 
 @pytest.mark.parametrize("precision", LOW)
@@ -268,8 +268,8 @@ def test_the_gradient_of_adapters_is_that_of_a_widened_base(precision, remat):
 
 
 def abstract_base(precision, llm=LLM, dtype=jnp.float32):
-    run = Execution(dtype=dtype, param_dtype=dtype, base_precision=precision)
-    return jax.eval_shape(lambda key: init_base(Qwen2(llm, None, run), key), jax.random.key(0))
+    run = ComputeConfig(dtype=dtype, param_dtype=dtype, base_precision=precision)
+    return jax.eval_shape(lambda key: init_base(Decoder(llm, None, run), key), jax.random.key(0))
 
 
 def test_a_quantized_base_has_the_names_and_the_shapes_of_a_plain_one():

@@ -159,7 +159,7 @@ def test_what_a_killed_run_has_left_is_no_checkpoint_and_is_removed(saved):
     (folder / ".saving-9" / "manifest.json").unlink()
     shutil.copytree(folder / "7", folder / ".deleting-5")
     assert SavedRun(saved).steps == (7,)
-    Checkpoints(saved, BASE, chief=False).close()
+    Checkpoints(saved, BASE, is_main_process=False).close()
     assert (folder / ".saving-9").exists(), "only the first process cleans up"
     with Checkpoints(saved, BASE) as checkpoints:
         assert checkpoints.step_to_resume() == 7

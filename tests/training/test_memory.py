@@ -9,8 +9,8 @@ from tiny_model import make_batch, make_model
 
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.models.affectgpt import init_random_base, with_execution
-from affectgpt_jax.models.qwen2 import PUBLISHED
+from affectgpt_jax.models.affectgpt import init_random_base, with_compute
+from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.training import memory, sharding
 from affectgpt_jax.training.optimizer import make_optimizer
 from affectgpt_jax.training.step import init_state
@@ -69,14 +69,14 @@ def paper(rows, length=512, targets=256):
     config = affectgpt_qwen25_7b.get_config()
     config.input, config.lora.dropout = "text", 0.0
     model = build.model(config, PUBLISHED["Qwen2.5-7B-Instruct"])
-    model = with_execution(model, attend=lambda q, k, v, segment_ids: q)
+    model = with_compute(model, attend=lambda q, k, v, segment_ids: q)
     optimizer = make_optimizer(build.optimizer_config(config), config.steps)
     mesh = one_device()
     state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
     base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
     integers = shape(rows, length, dtype=jnp.int32)
     batch = {
-        **dict.fromkeys(("tokens", "positions", "segment_ids", "soft_index"), integers),
+        **dict.fromkeys(("tokens", "positions", "segment_ids", "soft_token_index"), integers),
         **dict.fromkeys(("target_positions", "targets"), shape(rows, targets, dtype=jnp.int32)),
         "target_weights": shape(rows, targets),
         "features": {},
@@ -115,7 +115,9 @@ def test_no_rematerialisation_saves_the_feed_forward_width_three_times():
 
 def test_what_the_projections_return_is_saved_once_with_their_adapters():
     # gate, up, queries, the output projection and a layer's input; keys and values are narrow.
-    assert 2 * WIDE + 3 * NARROW < papers_memory()["dots"].saved < 2 * WIDE + 4.5 * NARROW
+    assert (
+        2 * WIDE + 3 * NARROW < papers_memory()["save_projections"].saved < 2 * WIDE + 4.5 * NARROW
+    )
 
 
 def test_many_long_rows_need_rematerialisation_on_an_80_gb_card():

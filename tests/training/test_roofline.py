@@ -2,8 +2,8 @@
 
 import pytest
 
+from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.models.flops import Flops
-from affectgpt_jax.models.qwen2 import PUBLISHED
 from affectgpt_jax.training import roofline
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import DEVICES
@@ -58,7 +58,7 @@ def test_collectives_follow_one_another():
 def test_rematerialisation_adds_what_it_computes_again():
     flops = Flops(frozen=400, adapters=60, attention=120, vocabulary=40)
     assert roofline.executed_flops(flops, "none") == 620
-    assert roofline.executed_flops(flops, "dots") == 620 + 40
+    assert roofline.executed_flops(flops, "save_projections") == 620 + 40
     # Everything forward but the vocabulary: half of 400, a third of 60 and of 120.
     assert roofline.executed_flops(flops, "full") == 620 + 200 + 20 + 40
 

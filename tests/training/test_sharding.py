@@ -12,7 +12,7 @@ from tiny_model import make_batch
 from affectgpt_jax import build, train
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.models.affectgpt import init_random_base
-from affectgpt_jax.models.qwen2 import PUBLISHED
+from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.sharding import MeshError, parse_mesh
@@ -217,7 +217,7 @@ def test_processes_share_the_rows_of_a_batch(shape, devices_each, shares, monkey
     monkeypatch.setattr(sharding, "NamedSharding", Placed)
     for process, share in enumerate(shares):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        assert sharding.row_share(mesh) == share
+        assert sharding.data_parallel_rank(mesh) == share
 
 
 def test_processes_that_cannot_share_rows_equally_are_refused(monkeypatch):
@@ -233,7 +233,7 @@ def test_processes_that_cannot_share_rows_equally_are_refused(monkeypatch):
 
     monkeypatch.setattr(sharding, "NamedSharding", Placed)
     with pytest.raises(MeshError, match="cannot share a batch's rows equally"):
-        sharding.row_share(mesh)
+        sharding.data_parallel_rank(mesh)
 
 
 def test_a_whole_batch_is_placed_as_its_shares_are():

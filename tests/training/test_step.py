@@ -54,13 +54,15 @@ def new_state(step=0):
     return {"trainable": trainable, "opt_state": SGD.init(trainable), "step": jnp.int32(step)}
 
 
-def jitted_step(accumulation=1, dropout=0.0):
+def jitted_step(microbatches=1, dropout=0.0):
     model = make_model(dropout=dropout)
 
     @jax.jit
     def step(state, base, batch, seed):
         # The seed is traced, so that another one costs no compilation.
-        update = make_train_step(model, SGD, SCHEDULE, seed=seed, accumulation=accumulation)
+        update = make_train_step(
+            model, SGD, SCHEDULE, seed=seed, gradient_accumulation_steps=microbatches
+        )
         return update(state, base, batch)
 
     return lambda state, batch=BATCH, seed=0: step(state, BASE, batch, seed)
@@ -96,10 +98,10 @@ def assert_same_update(found, expected, start=TRAINABLE):
         assert np.abs(x - y).max() < FLOAT32 * largest + rounding, path
 
 
-@pytest.mark.parametrize(("accumulation", "batch"), [(2, BATCH), (4, BATCH), (2, PACKED)])
-def test_accumulation_does_not_change_the_update(accumulation, batch):
+@pytest.mark.parametrize(("microbatches", "batch"), [(2, BATCH), (4, BATCH), (2, PACKED)])
+def test_accumulation_does_not_change_the_update(microbatches, batch):
     expected = one_device_step()(new_state(), batch)
-    assert_same_update(one_device_step(accumulation)(new_state(), batch), expected)
+    assert_same_update(one_device_step(microbatches)(new_state(), batch), expected)
 
 
 def test_the_metrics_describe_the_update():
@@ -195,14 +197,16 @@ def tied_or_not(tied, lora):
 
 
 @functools.cache
-def case(tied, lora, accumulation):
+def case(tied, lora, microbatches):
     """A model, its weights, its batch, and what one device makes of them."""
     new_model = tied_or_not(tied, lora)
     # Rows for eight devices in each part.
-    batch = make_batch(LENGTHS * accumulation)
+    batch = make_batch(LENGTHS * microbatches)
     base, trainable = random_base(new_model()), random_trainable(new_model())
     step = jax.jit(
-        make_train_step(new_model(), SGD, SCHEDULE, seed=0, accumulation=accumulation),
+        make_train_step(
+            new_model(), SGD, SCHEDULE, seed=0, gradient_accumulation_steps=microbatches
+        ),
     )
     state = {"trainable": trainable, "opt_state": SGD.init(trainable), "step": jnp.int32(0)}
     return new_model, base, state, batch, step(state, base, batch)
@@ -216,19 +220,19 @@ QUICK = {
 
 
 @pytest.mark.parametrize(
-    ("layout", "tied", "lora", "accumulation"),
+    ("layout", "tied", "lora", "microbatches"),
     [
         pytest.param(*row, marks=() if row in QUICK else pytest.mark.slow)
         for row in itertools.product(LAYOUTS, (True, False), (True, False), (1, 2))
     ],
 )
 def test_every_layout_gives_the_loss_and_the_gradient_of_one_device(
-    layout, tied, lora, accumulation
+    layout, tied, lora, microbatches
 ):
-    new_model, base, state, batch, expected = case(tied, lora, accumulation)
+    new_model, base, state, batch, expected = case(tied, lora, microbatches)
     mesh = sharding.make_mesh(layout)
     model = new_model(shard=sharding.ActivationConstraint(mesh))
-    step = make_train_step(model, SGD, SCHEDULE, seed=0, accumulation=accumulation)
+    step = make_train_step(model, SGD, SCHEDULE, seed=0, gradient_accumulation_steps=microbatches)
     found = jax.jit(step)(
         jax.device_put(state, sharding.tree_shardings(mesh, state)),
         jax.device_put(base, sharding.tree_shardings(mesh, base)),

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from affectgpt_jax.models.qwen2 import PUBLISHED, Llama3RopeScaling, Qwen2Config
+from affectgpt_jax.models.decoder import PUBLISHED, DecoderConfig, Llama3RopeScaling
 from affectgpt_jax.weights.hf_config import from_hf, to_hf
 
 CONFIG = {
@@ -19,7 +19,7 @@ CONFIG = {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1e4,
 }
-QWEN2 = Qwen2Config(100, 32, 48, 2, 4, 2, head_dim=8, rope_theta=1e4)
+QWEN2 = DecoderConfig(100, 32, 48, 2, 4, 2, head_dim=8, rope_theta=1e4)
 LLAMA = dataclasses.replace(QWEN2, qkv_bias=False)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=128)
 ROPE = {

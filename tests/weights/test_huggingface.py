@@ -16,8 +16,14 @@ from hypothesis import Phase, given, settings
 from safetensors.numpy import load_file, save_file
 from tiny_model import LLM, random_tree, relative_error
 
+from affectgpt_jax.models.decoder import (
+    ComputeConfig,
+    Decoder,
+    Llama3RopeScaling,
+    init_base,
+    lm_head,
+)
 from affectgpt_jax.models.quantize import PRECISIONS, quantize
-from affectgpt_jax.models.qwen2 import Execution, Llama3RopeScaling, Qwen2, init_base, unembedding
 from affectgpt_jax.training.sharding import ActivationConstraint, make_mesh, tree_shardings
 from affectgpt_jax.weights import streaming
 from affectgpt_jax.weights.huggingface import (
@@ -38,8 +44,8 @@ NORM, QUERY = "model.norm.weight", "model.layers.1.self_attn.q_proj.weight"
 
 
 def abstract_base(llm=LLM, dtype=jnp.float32, precision=""):
-    execution = Execution(param_dtype=dtype, base_precision=precision)
-    module = Qwen2(llm, execution=execution)
+    execution = ComputeConfig(param_dtype=dtype, base_precision=precision)
+    module = Decoder(llm, compute=execution)
     return jax.eval_shape(lambda key: init_base(module, key), jax.random.key(0))
 
 
@@ -190,15 +196,15 @@ def test_a_mesh_splits_what_it_loads(saved):
     assert_same(base, BASE)
 
 
-def logits_of(base, llm, tokens, shard=Execution.shard, precision=""):
+def logits_of(base, llm, tokens, shard=ComputeConfig.shard, precision=""):
     positions = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
-    module = Qwen2(llm, execution=Execution(base_precision=precision, shard=shard))
+    module = Decoder(llm, compute=ComputeConfig(base_precision=precision, shard=shard))
 
     @jax.jit
     def logits(base):
         embeds = module.apply({"params": base}, tokens, method="embed")
         states, _ = module.apply({"params": base}, embeds, positions, np.ones_like(positions))
-        return states @ unembedding(base)
+        return states @ lm_head(base)
 
     return logits(base)
 

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_model import LLM, make_model, random_base, random_trainable, relative_error
 
 from affectgpt_jax.models import lora as lora_module
-from affectgpt_jax.models.qwen2 import Qwen2, unembedding
+from affectgpt_jax.models.decoder import Decoder, lm_head
 from affectgpt_jax.training import sharding
 from affectgpt_jax.weights.huggingface import save_base, weight_files
 from affectgpt_jax.weights.merge import merge_kernel, save_merged
@@ -19,7 +19,7 @@ from affectgpt_jax.weights.streaming import DTYPES, WeightsError, read_header
 from affectgpt_jax.weights.tensors import write_tensors
 
 MODEL = make_model()
-CONFIG = MODEL.qwen2.lora
+CONFIG = MODEL.decoder.lora
 LORA = random_trainable(MODEL)["lora"]
 FAMILIES = {
     "Qwen2": LLM,
@@ -38,14 +38,14 @@ def make_base(directory, llm=LLM, dtype=jnp.float32):
 
 def logits(llm, base, lora=None):
     positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
-    module = Qwen2(llm, CONFIG)
+    module = Decoder(llm, CONFIG)
 
     @jax.jit
     def run(base, lora):
         variables = {"params": base, "lora": lora}
         embeds = module.apply(variables, TOKENS, method="embed")
         states, _ = module.apply(variables, embeds, positions, np.ones_like(positions))
-        return states @ unembedding(base)
+        return states @ lm_head(base)
 
     return run(base, lora or {})
 

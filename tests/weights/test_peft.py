@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny_model import LLM, make_model, random_base, random_trainable, relative_error
 
+from affectgpt_jax.models.decoder import Decoder, init_lora, lm_head
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
-from affectgpt_jax.models.qwen2 import Qwen2, init_lora, unembedding
 from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.huggingface import WeightsError, save_base
 from affectgpt_jax.weights.peft import load_adapter, read_adapter_config, save_adapter
 
 MODEL = make_model()
-CONFIG = MODEL.qwen2.lora
+CONFIG = MODEL.decoder.lora
 LORA = random_trainable(MODEL)["lora"]
 NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
 
@@ -144,14 +144,14 @@ def torch_logits(model):
 def logits(llm, base, lora, config):
     """Of the same tokens by our decoder."""
     positions = np.broadcast_to(np.arange(TOKENS.shape[1], dtype=np.int32), TOKENS.shape)
-    module = Qwen2(llm, config)
+    module = Decoder(llm, config)
 
     @jax.jit
     def run(base, lora):
         variables = {"params": base, "lora": lora}
         embeds = module.apply(variables, TOKENS, method="embed")
         states, _ = module.apply(variables, embeds, positions, np.ones_like(positions))
-        return states @ unembedding(base)
+        return states @ lm_head(base)
 
     return run(base, lora)
 
@@ -183,7 +183,7 @@ def test_an_adapter_made_by_peft_is_loaded_to_the_same_logits(tmp_path, targets)
             torch.nn.init.normal_(parameter)
     model.save_pretrained(tmp_path / "theirs")
     config = LoraConfig(3, 7.5, 0.0, targets)
-    wanted = jax.eval_shape(lambda key: init_lora(Qwen2(LLM, config), key), jax.random.key(0))
+    wanted = jax.eval_shape(lambda key: init_lora(Decoder(LLM, config), key), jax.random.key(0))
     lora = load_adapter(tmp_path / "theirs", wanted, config)
     # As above.
     assert relative_error(logits(LLM, base, lora, config), torch_logits(model)) < 1e-5

@@ -133,11 +133,11 @@ def release_tokens(torch, model, fusion, features):
 
     def attend(block, hidden, states):
         def heads(x):
-            return x.view(*x.shape[:2], c.heads, -1).transpose(1, 2)
+            return x.view(*x.shape[:2], c.projectors, -1).transpose(1, 2)
 
         query = heads(block.self.query(hidden))
         key, value = heads(block.self.key(states)), heads(block.self.value(states))
-        weights = torch.softmax(query @ key.mT / math.sqrt(c.width // c.heads), dim=-1)
+        weights = torch.softmax(query @ key.mT / math.sqrt(c.width // c.projectors), dim=-1)
         mixed = (weights @ value).transpose(1, 2).reshape(hidden.shape)
         return block.output.LayerNorm(block.output.dense(mixed) + hidden)
 
@@ -469,8 +469,11 @@ def test_a_file_that_does_not_fit_is_one_error_that_names_the_thing(torch, saved
 
 def test_other_types_of_heads_are_refused_with_both_sides(saved):
     for fusion, words in (
-        (fusion_of(audio="mean"), ["audio head is of type attention", "heads.audio is mean"]),
-        (fusion_of(video="qformer"), ["video head is of type attention", "heads.video is qformer"]),
+        (fusion_of(audio="mean"), ["audio head is of type attention", "projectors.audio is mean"]),
+        (
+            fusion_of(video="qformer"),
+            ["video head is of type attention", "projectors.video is qformer"],
+        ),
         (fusion_of("qformer"), ["multi head is of type attention", "config.fusion is qformer"]),
     ):
         assert_refused(saved, *words, fusion=fusion)
@@ -486,7 +489,7 @@ def test_another_alpha_is_refused_both_ways(saved, tmp_path):
 
 def test_a_qformer_for_images_is_ours_alone(saved, tmp_path):
     fusion = dataclasses.replace(FUSION, image_head="qformer")
-    words = "no Q-Former for images.*config.heads.image=mean"
+    words = "no Q-Former for images.*config.projectors.image=mean"
     with pytest.raises(WeightsError, match=words):
         load_release(saved, abstract(fusion), LORA)
     with pytest.raises(WeightsError, match=words):

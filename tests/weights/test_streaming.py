@@ -14,13 +14,13 @@ from hypothesis import given
 from safetensors.numpy import save_file
 from tiny_model import LLM, random_tree
 
+from affectgpt_jax.models.decoder import ComputeConfig, Decoder, init_base
 from affectgpt_jax.models.quantize import quantize
-from affectgpt_jax.models.qwen2 import Execution, Qwen2, init_base
 from affectgpt_jax.training.sharding import AXES, make_mesh, tree_shardings
 from affectgpt_jax.weights import streaming
 from affectgpt_jax.weights.huggingface import WeightsError, load_base, save_base
 
-ABSTRACT = jax.eval_shape(lambda key: init_base(Qwen2(LLM), key), jax.random.key(0))
+ABSTRACT = jax.eval_shape(lambda key: init_base(Decoder(LLM), key), jax.random.key(0))
 BASE = random_tree(ABSTRACT)
 HALVES = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), ABSTRACT)
 
@@ -125,7 +125,7 @@ def test_updates_on_a_device_give_the_same_arrays(directory, as_on_an_accelerato
 def test_quantized_kernels_on_a_device_are_the_same_arrays(
     directory, as_on_an_accelerator, precision
 ):
-    module = Qwen2(LLM, execution=Execution(base_precision=precision))
+    module = Decoder(LLM, compute=ComputeConfig(base_precision=precision))
     abstract = jax.eval_shape(lambda key: init_base(module, key), jax.random.key(0))
     mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:2], (1, 2, 1)), AXES)
     base = load_base(directory, abstract, tree_shardings(mesh, abstract))
@@ -216,12 +216,12 @@ directory, address, rank = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(rank))
 from pathlib import Path
 from safetensors.numpy import load_file
-from affectgpt_jax.models.qwen2 import Qwen2, init_base
+from affectgpt_jax.models.decoder import Decoder, init_base
 from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.huggingface import load_base, read_config
 
 llm = read_config(Path(directory))
-abstract = jax.eval_shape(lambda key: init_base(Qwen2(llm), key), jax.random.key(0))
+abstract = jax.eval_shape(lambda key: init_base(Decoder(llm), key), jax.random.key(0))
 base = load_base(directory, abstract, tree_shardings(make_mesh("fsdp:4"), abstract))
 array = base["layers"]["down_proj"]["kernel"]
 tensors = load_file(Path(directory, "model.safetensors"))

@@ -1,7 +1,7 @@
 """The truth of the data sets of MER-UniBench as plain CSV files, with what is missing.
 
-    python -m affectgpt_jax.truth --set meld --root datasets/meld-process --out truth/meld.csv
-    python -m affectgpt_jax.truth --all --root datasets --out truth --allow-pickle
+    python -m affectgpt_jax.labels --set meld --root datasets/meld-process --out truth/meld.csv
+    python -m affectgpt_jax.labels --all --root datasets --out truth --allow-pickle
 
 A file has the columns name, openset or emotion or valence, and subtitle. Below the root, a set lies
 in the folder that the AffectGPT release uses, or in one that has its key as its name:
@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS
 from affectgpt_jax.evaluation.files import ReadError
-from affectgpt_jax.evaluation.truth import SetTruth, find_set, read_set
-from affectgpt_jax.terminal import escape_what_cannot_be_shown
+from affectgpt_jax.evaluation.label_files import SetTruth, find_set, read_set
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -30,7 +30,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """
     sets = "\n".join(f"    {d.key:<11}{d.folder}: {' or '.join(d.labels)}" for d in DATASETS)
     parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.truth",
+        prog="python -m affectgpt_jax.labels",
         description=__doc__.format(sets=sets),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

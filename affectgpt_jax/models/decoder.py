@@ -1,7 +1,7 @@
 """The Qwen2 / Qwen2.5 decoder (arXiv 2407.10671, 2412.15115) with LoRA beside frozen weights.
 
 Llama (arXiv 2307.09288, 2407.21783) and Qwen3 (arXiv 2505.09388) are the same decoder up to three
-choices of `Qwen2Config`: which projections have a bias, whether queries and keys are normed, and
+choices of `DecoderConfig`: which projections have a bias, whether queries and keys are normed, and
 whether rotary frequencies are scaled.
 
 One module, two variable collections: `params` holds the frozen base under its Hugging Face names,
@@ -41,7 +41,7 @@ class Llama3RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Qwen2Config:
+class DecoderConfig:
     """The shape of a decoder; defaults are Qwen2.5-7B-Instruct.
 
     Attributes:
@@ -86,33 +86,35 @@ _QWEN3 = dict(qkv_bias=False, qk_norm=True)
 
 # Shapes of the published families, so that a run can be planned before any file is there.
 PUBLISHED = {
-    "Qwen2.5-0.5B-Instruct": Qwen2Config(
+    "Qwen2.5-0.5B-Instruct": DecoderConfig(
         151936, 896, 4864, 24, 14, 2, 64, tie_word_embeddings=True
     ),
-    "Qwen2.5-1.5B-Instruct": Qwen2Config(
+    "Qwen2.5-1.5B-Instruct": DecoderConfig(
         151936, 1536, 8960, 28, 12, 2, 128, tie_word_embeddings=True
     ),
-    "Qwen2.5-3B-Instruct": Qwen2Config(
+    "Qwen2.5-3B-Instruct": DecoderConfig(
         151936, 2048, 11008, 36, 16, 2, 128, tie_word_embeddings=True
     ),
-    "Qwen2.5-7B-Instruct": Qwen2Config(),
-    "Qwen2.5-14B-Instruct": Qwen2Config(152064, 5120, 13824, 48, 40, 8, 128),
-    "Qwen2.5-32B-Instruct": Qwen2Config(152064, 5120, 27648, 64, 40, 8, 128),
-    "Qwen2.5-72B-Instruct": Qwen2Config(152064, 8192, 29568, 80, 64, 8, 128),
-    "Qwen3-0.6B": Qwen2Config(
+    "Qwen2.5-7B-Instruct": DecoderConfig(),
+    "Qwen2.5-14B-Instruct": DecoderConfig(152064, 5120, 13824, 48, 40, 8, 128),
+    "Qwen2.5-32B-Instruct": DecoderConfig(152064, 5120, 27648, 64, 40, 8, 128),
+    "Qwen2.5-72B-Instruct": DecoderConfig(152064, 8192, 29568, 80, 64, 8, 128),
+    "Qwen3-0.6B": DecoderConfig(
         151936, 1024, 3072, 28, 16, 8, 128, tie_word_embeddings=True, **_QWEN3
     ),
-    "Qwen3-1.7B": Qwen2Config(
+    "Qwen3-1.7B": DecoderConfig(
         151936, 2048, 6144, 28, 16, 8, 128, tie_word_embeddings=True, **_QWEN3
     ),
-    "Qwen3-4B": Qwen2Config(151936, 2560, 9728, 36, 32, 8, 128, tie_word_embeddings=True, **_QWEN3),
-    "Qwen3-8B": Qwen2Config(151936, 4096, 12288, 36, 32, 8, 128, **_QWEN3),
-    "Qwen3-14B": Qwen2Config(151936, 5120, 17408, 40, 40, 8, 128, **_QWEN3),
-    "Qwen3-32B": Qwen2Config(151936, 5120, 25600, 64, 64, 8, 128, **_QWEN3),
-    "Llama-2-7b-chat-hf": Qwen2Config(
+    "Qwen3-4B": DecoderConfig(
+        151936, 2560, 9728, 36, 32, 8, 128, tie_word_embeddings=True, **_QWEN3
+    ),
+    "Qwen3-8B": DecoderConfig(151936, 4096, 12288, 36, 32, 8, 128, **_QWEN3),
+    "Qwen3-14B": DecoderConfig(151936, 5120, 17408, 40, 40, 8, 128, **_QWEN3),
+    "Qwen3-32B": DecoderConfig(151936, 5120, 25600, 64, 64, 8, 128, **_QWEN3),
+    "Llama-2-7b-chat-hf": DecoderConfig(
         32000, 4096, 11008, 32, 32, 32, 128, rope_theta=1e4, rms_norm_eps=1e-5, qkv_bias=False
     ),
-    "Llama-3.1-8B-Instruct": Qwen2Config(
+    "Llama-3.1-8B-Instruct": DecoderConfig(
         128256, 4096, 14336, 32, 32, 8, 128, rope_scaling=_LLAMA3_ROPE, **_LLAMA3
     ),
 }
@@ -199,9 +201,9 @@ class RMSNorm(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class OneDevice:
-    """The `Execution.shard` of a device that holds everything."""
+    """The `ComputeConfig.shard` of a device that holds everything."""
 
-    row_shares: int = 1
+    data_parallel_size: int = 1
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return x
@@ -213,7 +215,7 @@ LOSS_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Execution:
+class ComputeConfig:
     """How a decoder runs, as opposed to what it computes.
 
     Attributes:
@@ -221,15 +223,15 @@ class Execution:
         param_dtype: of the frozen weights.
         base_precision: of the projections' frozen kernels, one of `quantize.PRECISIONS`; "" leaves
             them in `param_dtype`.
-        remat: "none" keeps what the backward pass reads; "dots" keeps only what the projections
-            return, of which adapters are a part, and computes attention and the rest again; "full"
-            keeps only each layer's input.
+        remat: "none" keeps what the backward pass reads; "save_projections" keeps the outputs of
+            the projections, adapters included, and recomputes attention and the rest; "full" keeps
+            only each layer's input.
         unroll: put the layers one behind the other into the program, instead of a loop over them.
             A loop copies each layer's weights in and its activations out, which CPUs feel.
         loss_chunk: supervised positions whose logits are alive at once.
         attend: the causal attention backend.
-        shard: `(x, logical axes) -> x`, called on activations; its `row_shares` is the number of
-            devices that share the rows of a batch.
+        shard: `(x, logical axes) -> x`, called on activations; its `data_parallel_size` is
+            the number of devices that share the rows of a batch.
 
     Raises:
         ValueError: an unknown remat policy or base precision.
@@ -255,7 +257,7 @@ class Execution:
 
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "dots": jax.checkpoint_policies.save_only_these_names(PROJECTED),
+    "save_projections": jax.checkpoint_policies.save_only_these_names(PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -268,9 +270,9 @@ class DecoderLayer(nn.Module):
     layer by layer would be copied for every new token.
     """
 
-    config: Qwen2Config
+    config: DecoderConfig
     lora: LoraConfig | None
-    execution: Execution
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(
@@ -285,7 +287,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[tuple[jax.Array, KVCache | None], KVCache | None]:
         """Returns the carry, and from whole rows this layer's keys and values if asked for."""
         hidden_states, cache = carry
-        c, run = self.config, self.execution
+        c, run = self.config, self.compute
         batch, length, width = hidden_states.shape
 
         def project(name: str, x: jax.Array, features: int, use_bias: bool = False) -> jax.Array:
@@ -319,7 +321,7 @@ class DecoderLayer(nn.Module):
             )
             kept = None
             of = query, *cache, layer, step.key_mask
-            attended = attention.cached(*of, row_shares=run.shard.row_shares)
+            attended = attention.cached(*of, data_parallel_size=run.shard.data_parallel_size)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
         hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
 
@@ -332,18 +334,18 @@ class DecoderLayer(nn.Module):
         return (hidden_states, cache), kept
 
 
-class Qwen2(nn.Module):
+class Decoder(nn.Module):
     """The decoder from embeddings to final-norm hidden states.
 
-    The vocabulary projection is left to the caller (`unembedding`), who needs it at few positions.
+    The vocabulary projection is left to the caller (`lm_head`), who needs it at few positions.
     """
 
-    config: Qwen2Config
+    config: DecoderConfig
     lora: LoraConfig | None = None
-    execution: Execution = Execution()
+    compute: ComputeConfig = ComputeConfig()
 
     def setup(self):
-        c, run = self.config, self.execution
+        c, run = self.config, self.compute
         self.embed_tokens = self.param(
             "embed_tokens",
             nn.initializers.normal(0.02),
@@ -383,9 +385,9 @@ class Qwen2(nn.Module):
         Placeholder ids that were added to the tokenizer may lie beyond the table; they are clipped
         here and their embeddings replaced by soft tokens.
         """
-        table = self.embed_tokens.astype(self.execution.dtype)
+        table = self.embed_tokens.astype(self.compute.dtype)
         embeds = jnp.take(table, tokens, axis=0, mode="clip")
-        return self.execution.shard(embeds, ("batch", None, None))
+        return self.compute.shard(embeds, ("batch", None, None))
 
     def __call__(
         self,
@@ -415,7 +417,7 @@ class Qwen2(nn.Module):
         c = self.config
         frequencies = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         rotary = rotary_tables(positions, frequencies)
-        carry = inputs_embeds.astype(self.execution.dtype), cache
+        carry = inputs_embeds.astype(self.compute.dtype), cache
         (hidden_states, cache), kept = self.layers(
             carry,
             jnp.arange(c.num_hidden_layers),
@@ -428,23 +430,23 @@ class Qwen2(nn.Module):
         return self.norm(hidden_states), kept if step is None else cache
 
 
-def unembedding(params: Mapping[str, Any]) -> jax.Array:
+def lm_head(params: Mapping[str, Any]) -> jax.Array:
     """The vocabulary projection `[D, V]` of a base, tied or not."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
 
 
-def init_base(module: Qwen2, key: jax.Array) -> dict[str, Any]:
+def init_base(module: Decoder, key: jax.Array) -> dict[str, Any]:
     """Random base weights, the `params` tree; with `jax.eval_shape` just its shapes."""
     return _init(module, key)["params"]
 
 
-def init_lora(module: Qwen2, key: jax.Array) -> dict[str, Any]:
+def init_lora(module: Decoder, key: jax.Array) -> dict[str, Any]:
     """Fresh adapters, the `lora` tree (empty where the module has none)."""
     return _init(module, key).get("lora", {})
 
 
-def _init(module: Qwen2, key: jax.Array) -> dict[str, Any]:
-    embeds = jnp.zeros((1, 1, module.config.hidden_size), module.execution.dtype)
+def _init(module: Decoder, key: jax.Array) -> dict[str, Any]:
+    embeds = jnp.zeros((1, 1, module.config.hidden_size), module.compute.dtype)
     ids = jnp.zeros((1, 1), jnp.int32)
     params_key, lora_key = jax.random.split(key)
     return module.init({"params": params_key, "lora": lora_key}, embeds, ids, ids)

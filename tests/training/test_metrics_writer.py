@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from affectgpt_jax.training import telemetry
-from affectgpt_jax.training.telemetry import (
+from affectgpt_jax.training import metrics_writer
+from affectgpt_jax.training.metrics_writer import (
+    MetricsError,
     MetricsWriter,
     Profiler,
     Progress,
-    TelemetryError,
     Throughput,
     TimeBuckets,
     plot_run,
@@ -140,7 +140,7 @@ def test_a_resume_that_is_killed_while_trimming_loses_nothing(
     def killed(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(telemetry.os, "fsync", killed)
+    monkeypatch.setattr(metrics_writer.os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsWriter(tmp_path, resume_step=2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -191,7 +191,7 @@ def test_without_the_package_weights_and_biases_is_refused_with_a_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it then fails
-    with pytest.raises(TelemetryError, match=r"needs the package wandb; pip install .*\[wandb\]"):
+    with pytest.raises(MetricsError, match=r"needs the package wandb; pip install .*\[wandb\]"):
         MetricsWriter(tmp_path, wandb_project="affect")
 
 
@@ -254,7 +254,7 @@ def test_any_other_damage_is_an_error_that_says_where(tmp_path: Path, bad: str) 
     path = tmp_path / "metrics.jsonl"
     text = f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n'
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(TelemetryError, match=r"metrics\.jsonl, line 2: expected"):
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 2: expected"):
         read_metrics(path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from affectgpt_jax import process, train
+from affectgpt_jax import runtime, train
 from affectgpt_jax.training import checkpoints
 
 
@@ -32,7 +32,7 @@ def test_training_keeps_programs_in_the_users_cache_directory(no_directory, tmp_
 @pytest.mark.filterwarnings("ignore:'affectgpt_jax.train' found in sys.modules")
 def test_only_a_process_of_its_own_sets_up_malloc(monkeypatch):
     kept = []
-    monkeypatch.setattr(process, "keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr(runtime, "keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr(checkpoints, "silence_threads", lambda: None)
     monkeypatch.setattr(sys, "argv", ["train", "--config.no_such_key=1"])
     for start in (train.main, lambda: runpy.run_module(train.__name__, run_name="__main__")):
@@ -46,22 +46,22 @@ def test_only_a_process_of_its_own_sets_up_malloc(monkeypatch):
 def test_without_an_absolute_xdg_directory_it_is_in_the_home(value, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", value)
     monkeypatch.setenv("HOME", "/home/someone")
-    assert process.cache_directory() == Path("/home/someone/.cache/affectgpt_jax/xla")
+    assert runtime.cache_directory() == Path("/home/someone/.cache/affectgpt_jax/xla")
 
 
 def test_a_directory_that_jax_was_given_stays():
     before = jax.config.jax_compilation_cache_dir
     assert before is not None
-    process.use_compilation_cache()
+    runtime.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
 
 
 # Its temporaries, 64 MiB, are too large for malloc to keep of its own accord.
 _FAULTS = """
 import resource, jax, jax.numpy as jnp
-from affectgpt_jax import process
+from affectgpt_jax import runtime
 if {keep}:
-    assert process.keep_freed_memory()
+    assert runtime.keep_freed_memory()
 run = jax.jit(lambda x: jnp.cumsum(jnp.outer(x, x), axis=0)[::-1].sum())
 x = jnp.arange(4096.0)
 for _ in range(3):
@@ -87,8 +87,8 @@ def test_temporaries_are_not_cleared_anew_at_every_call():
 _MORE_THAN_2_GIB = """
 import resource
 import numpy as np
-from affectgpt_jax import process
-assert process.keep_freed_memory()
+from affectgpt_jax import runtime
+assert runtime.keep_freed_memory()
 np.ones(5 * 2**26)  # 2.5 GiB, freed at once
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 np.ones(5 * 2**26)
@@ -109,6 +109,6 @@ def test_where_there_may_be_an_accelerator_malloc_stays_as_it_is(platforms, monk
     before = jax.config.jax_platforms
     jax.config.update("jax_platforms", platforms)
     try:
-        assert not process.keep_freed_memory()
+        assert not runtime.keep_freed_memory()
     finally:
         jax.config.update("jax_platforms", before)

@@ -7,7 +7,7 @@ from published_sets import publish, write_npz, write_rows
 
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, UNIBENCH
 from affectgpt_jax.evaluation.readers import read_truth
-from affectgpt_jax.truth import main
+from affectgpt_jax.labels import main
 
 NPZ = [dataset.key for dataset in DATASETS if "npz" in dataset.labels[-1]]
 
@@ -186,7 +186,7 @@ def test_the_command_loads_no_accelerator(tmp_path):
     publish(tmp_path, "ovmerd")
     code = """
 import sys
-from affectgpt_jax.truth import main
+from affectgpt_jax.labels import main
 main(sys.argv[1:])
 heavy = {"jax", "jaxlib", "flax", "torch", "pandas", "matplotlib", "absl"} & set(sys.modules)
 sys.exit(f"loaded {heavy}" if heavy else 0)

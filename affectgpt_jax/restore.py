@@ -19,10 +19,10 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, process
+from affectgpt_jax import build, runtime
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.data.pipeline import View
+from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.prompts import PromptError, parse_label
 from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
@@ -62,7 +62,7 @@ class Run:
             this device has.
         model, base, trainable: modules, frozen weights, adapters and fusion.
         identity: of the base.
-        view: how clips become inputs, in the mode `config.input`.
+        processor: how clips become inputs, in the mode `config.input`.
         mesh: where the arrays are.
         step: of the checkpoint.
         steps: of all checkpoints, ascending.
@@ -75,7 +75,7 @@ class Run:
     base: Any
     trainable: Any
     identity: BaseIdentity
-    view: View
+    processor: PromptProcessor
     mesh: Mesh
     step: int
     steps: tuple[int, ...]
@@ -84,7 +84,7 @@ class Run:
     @property
     def label_types(self) -> tuple[str, ...]:
         """The label types that the run has been trained on."""
-        entries = self.config.data.mix.values()
+        entries = self.config.data.mixture.values()
         labels = [entry.label or self.config.label for entry in entries] or [self.config.label]
         return tuple(dict.fromkeys(kind for label in labels for kind in parse_label(label)))
 
@@ -147,12 +147,12 @@ def asking() -> Iterator[None]:
     Raises:
         SystemExit: a device has no memory left, or whoever read the output is gone.
     """
-    process.use_compilation_cache()
+    runtime.use_compilation_cache()
     xla_options.reserve_gpu_memory()
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if not process.out_of_memory(error):
+        if not runtime.out_of_memory(error):
             raise
         raise SystemExit(
             "error: the devices have no memory left; pass a smaller --batch-size, or "
@@ -212,7 +212,7 @@ def load_run(
     device_mesh = sharding.make_mesh(config.mesh)
     directory, llm_shape = build.base_directory(config.llm), build.base_config(config.llm)
     model = build.model(config, llm_shape, sharding.ActivationConstraint(device_mesh))
-    view = build.view(config, build.tokenizer(directory, llm_shape))
+    processor = build.prompt_processor(config, build.tokenizer(directory, llm_shape))
     identity = base_identity(directory)
     shapes = sharding.abstract(device_mesh, lambda key: init_trainable(model, key))
     trainable = saved.restore(step, identity, shapes)
@@ -225,7 +225,7 @@ def load_run(
         base=base,
         trainable=trainable,
         identity=identity,
-        view=view,
+        processor=processor,
         mesh=device_mesh,
         step=step,
         steps=saved.steps,

@@ -24,23 +24,23 @@ from tiny_model import (
 
 from affectgpt_jax.models import attention
 from affectgpt_jax.models.affectgpt import loss_sum_and_count
-from affectgpt_jax.models.qwen2 import (
+from affectgpt_jax.models.decoder import (
     PUBLISHED,
+    ComputeConfig,
+    Decoder,
     DecodeStep,
-    Execution,
     KVCache,
-    Qwen2,
     init_base,
+    lm_head,
     rms_norm,
     rotary_frequencies,
     rotary_tables,
-    unembedding,
 )
 from affectgpt_jax.weights.huggingface import load_base, read_config
 
 # Float32 sums of some tens of terms, a few layers deep, added in another order.
 FLOAT32 = 1e-5
-MODULE = Qwen2(LLM)
+MODULE = Decoder(LLM)
 
 
 def abstract_base(module):
@@ -129,7 +129,7 @@ def import_reference(reference, max_shard_size="1GB"):
     """Our module and base of a transformers model, by way of its files."""
     with tempfile.TemporaryDirectory() as directory:
         reference.save_pretrained(directory, max_shard_size=max_shard_size)
-        module = Qwen2(read_config(Path(directory)))
+        module = Decoder(read_config(Path(directory)))
         abstract = abstract_base(module)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return module, load_base(
@@ -141,7 +141,7 @@ def logits_of(module, base, tokens, positions, segment_ids):
     @jax.jit
     def logits(base):
         embeds = module.apply({"params": base}, tokens, method="embed")
-        return forward(embeds, positions, segment_ids, module, base) @ unembedding(base)
+        return forward(embeds, positions, segment_ids, module, base) @ lm_head(base)
 
     return np.asarray(logits(base))
 
@@ -283,7 +283,7 @@ def test_an_impossible_shape_is_refused(changes, message):
     ],
 )
 def test_published_shapes_have_the_published_parameter_counts(name, count):
-    leaves = jax.tree.leaves(abstract_base(Qwen2(PUBLISHED[name])))
+    leaves = jax.tree.leaves(abstract_base(Decoder(PUBLISHED[name])))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == count
 
 
@@ -353,7 +353,7 @@ def test_a_token_id_beyond_the_table_is_clipped_to_its_last_row():
 
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
-    module = Qwen2(dataclasses.replace(LLM, qk_norm=qk_norm))
+    module = Decoder(dataclasses.replace(LLM, qk_norm=qk_norm))
     base = random_tree(abstract_base(module))
     length, prompt = 7, 3
     embeds = random_embeds(2, length)
@@ -375,7 +375,7 @@ def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
         assert relative_error(states, expected[:, at]) < FLOAT32
 
 
-# --- Execution ------------------------------------------------------------------------------------
+# --- ComputeConfig --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -383,22 +383,22 @@ def compiled_gradients():
     """By remat policy, and whether layers are unrolled: the compiled gradient of a sum of squares
     with respect to the inputs."""
     llm = dataclasses.replace(LLM, num_hidden_layers=6)
-    base = random_tree(abstract_base(Qwen2(llm)))
+    base = random_tree(abstract_base(Decoder(llm)))
     embeds = random_embeds(4, 32)
     rows = rows_of(32, 4)
 
     def compile_one(remat, unroll):
-        module = Qwen2(llm, execution=Execution(remat=remat, unroll=unroll))
+        module = Decoder(llm, compute=ComputeConfig(remat=remat, unroll=unroll))
         gradient = jax.grad(lambda e: (forward(e, *rows, module, base) ** 2).sum())
         return jax.jit(gradient).lower(embeds).compile()
 
-    looped = itertools.product(("none", "dots", "full"), (False,))
+    looped = itertools.product(("none", "save_projections", "full"), (False,))
     unrolled = itertools.product(("none", "full"), (True,))
     return embeds, {how: compile_one(*how) for how in (*looped, *unrolled)}
 
 
 @pytest.mark.parametrize(
-    "how", [("dots", False), ("full", False), ("none", True), ("full", True)], ids=str
+    "how", [("save_projections", False), ("full", False), ("none", True), ("full", True)], ids=str
 )
 def test_neither_rematerialisation_nor_unrolling_changes_gradients(compiled_gradients, how):
     embeds, gradients = compiled_gradients
@@ -417,7 +417,11 @@ def test_rematerialisation_saves_memory():
         compiled = gradient.lower(random_base(model), random_trainable(model)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries("full") < 0.7 * temporaries("dots") < 0.7 * 0.7 * temporaries("none")
+    assert (
+        temporaries("full")
+        < 0.7 * temporaries("save_projections")
+        < 0.7 * 0.7 * temporaries("none")
+    )
 
 
 def test_barriers_keep_unrolled_layers_from_being_merged_with_their_recomputation():
@@ -425,7 +429,7 @@ def test_barriers_keep_unrolled_layers_from_being_merged_with_their_recomputatio
         return query
 
     def barriers(unroll):
-        module = Qwen2(LLM, execution=Execution(remat="full", unroll=unroll, attend=attend))
+        module = Decoder(LLM, compute=ComputeConfig(remat="full", unroll=unroll, attend=attend))
         base = random_tree(abstract_base(module))
         gradient = jax.grad(lambda e: forward(e, *rows_of(8, 2), module, base).sum())
         return jax.jit(gradient).lower(random_embeds(2, 8)).as_text().count("optimization_barrier")
@@ -436,7 +440,7 @@ def test_barriers_keep_unrolled_layers_from_being_merged_with_their_recomputatio
 
 def test_an_unknown_remat_policy_is_refused():
     with pytest.raises(ValueError, match="remat is 'some'"):
-        Execution(remat="some")
+        ComputeConfig(remat="some")
 
 
 def test_bfloat16_norm_is_computed_in_float32():
@@ -464,7 +468,7 @@ def test_bfloat16_attention_has_a_float32_softmax():
 
 
 def test_bfloat16_run_stays_near_float32():
-    half = Qwen2(LLM, execution=Execution(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
+    half = Decoder(LLM, compute=ComputeConfig(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16))
     base = random_tree(abstract_base(half))
     embeds = np.asarray(jnp.asarray(random_embeds(2, 12), jnp.bfloat16), np.float32)
     expected = jax.jit(lambda: forward(embeds, *rows_of(12, 2), MODULE, base))()

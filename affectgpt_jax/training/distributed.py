@@ -1,10 +1,10 @@
 """Several processes as one run: how they find each other, and what they tell each other.
 
-A run has as many processes as its launcher starts: `srun`, `mpirun`, or one command a process with
-`--coordinator=HOST:PORT --process=I --processes=N`. Before JAX starts, process 0 listens at the
-coordinator's address and calls the roll, so that a process that is missing, or was started with
-another config, is a sentence that names it. These connections stay open beside JAX's collectives:
-over them process 0 hands out what it alone decides, and each process learns at once when another
+A run has as many processes as its launcher starts: `srun`, `mpirun`, or one command a process
+with `--coordinator_address=HOST:PORT --process_id=I --num_processes=N`. Before JAX starts,
+process 0 listens at the coordinator's address and calls the roll, so that a process that is
+missing, or was started with another config, is a sentence that names it. These connections stay
+open beside JAX's collectives: over them process 0 hands out what it alone decides, and each process learns at once when another
 one has failed or gone, where a collective would wait for it.
 """
 
@@ -39,15 +39,15 @@ class Launch:
     """Where a process stands among those of its run.
 
     Attributes:
-        coordinator: "HOST:PORT", where process 0 listens.
-        process, processes: its number, from 0, and how many there are.
+        coordinator_address: "HOST:PORT", where process 0 listens.
+        process_id, num_processes: its number, from 0, and how many there are.
         local: its number among the processes of its machine; None where it has the machine, or the
             devices that it sees, to itself.
     """
 
-    coordinator: str
-    process: int
-    processes: int
+    coordinator_address: str
+    process_id: int
+    num_processes: int
     local: int | None = None
 
 
@@ -57,13 +57,19 @@ class Launch:
 def define_flags(values: flags.FlagValues) -> None:
     """Add the flags of a run of several processes to a command's."""
     flags.DEFINE_string(
-        "coordinator", "", "HOST:PORT of process 0, where all can reach it", flag_values=values
+        "coordinator_address",
+        "",
+        "HOST:PORT of process 0, where all can reach it",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "process", None, "number of this process, from 0; SLURM and MPI know it", flag_values=values
+        "process_id",
+        None,
+        "number of this process, from 0; SLURM and MPI know it",
+        flag_values=values,
     )
     flags.DEFINE_integer(
-        "processes", None, "how many there are; SLURM and MPI know it", flag_values=values
+        "num_processes", None, "how many there are; SLURM and MPI know it", flag_values=values
     )
     flags.DEFINE_integer(
         "join_timeout", 300, "s to wait for all processes at the start", flag_values=values
@@ -76,35 +82,42 @@ def find_launch(values: flags.FlagValues, environ: Mapping[str, str] = os.enviro
     Raises:
         LaunchError: flags that are incomplete or out of range, or no address of process 0.
     """
-    given = values.process is not None or values.processes is not None
+    given = values.process_id is not None or values.num_processes is not None
     if given:
-        if values.process is None or values.processes is None or not values.coordinator:
+        if (
+            values.process_id is None
+            or values.num_processes is None
+            or not values.coordinator_address
+        ):
             raise LaunchError(
-                "--coordinator=HOST:PORT, --process=I and --processes=N belong together; name all "
-                "three, or none under srun or mpirun"
+                "--coordinator_address=HOST:PORT, --process_id=I and --num_processes=N belong "
+                "together; name all three, or none under srun or mpirun"
             )
-        launch = Launch(values.coordinator, values.process, values.processes)
+        launch = Launch(values.coordinator_address, values.process_id, values.num_processes)
     else:
         found = _slurm(environ) or _open_mpi(environ)
         if found is None:
-            if values.coordinator:
+            if values.coordinator_address:
                 raise LaunchError(
-                    f"--coordinator={values.coordinator} is given, but neither --process and "
-                    "--processes nor SLURM or Open MPI say which process this is"
+                    f"--coordinator_address={values.coordinator_address} is given, but neither "
+                    "--process_id and --num_processes nor SLURM or Open MPI say which process "
+                    "this is"
                 )
             return None
-        launch = dataclasses.replace(found, coordinator=values.coordinator or found.coordinator)
-    if not 0 <= launch.process < launch.processes:
-        raise LaunchError(
-            f"--process={launch.process} of --processes={launch.processes}; expected 0 to "
-            f"{launch.processes - 1}"
+        launch = dataclasses.replace(
+            found, coordinator_address=values.coordinator_address or found.coordinator_address
         )
-    if launch.processes == 1:
-        return None
-    if not re.fullmatch(r"\S+:\d+", launch.coordinator):
+    if not 0 <= launch.process_id < launch.num_processes:
         raise LaunchError(
-            f"the coordinator {launch.coordinator!r} is not HOST:PORT; name the host of process 0 "
-            "and a free port there, as --coordinator=node001:5123"
+            f"--process_id={launch.process_id} of --num_processes={launch.num_processes}; expected "
+            f"0 to {launch.num_processes - 1}"
+        )
+    if launch.num_processes == 1:
+        return None
+    if not re.fullmatch(r"\S+:\d+", launch.coordinator_address):
+        raise LaunchError(
+            f"the coordinator {launch.coordinator_address!r} is not HOST:PORT; name the host of "
+            "process 0 and a free port there, as --coordinator_address=node001:5123"
         )
     return launch
 
@@ -165,40 +178,40 @@ def _local(environ: Mapping[str, str], number: str | None, neighbours: str | Non
 # --- the processes of a run -----------------------------------------------------------------------
 
 
-class Fleet:
+class ProcessGroup:
     """The processes of a run, as one of them sees the others. A run of one has no others.
 
     Attributes:
-        process, processes: as in `Launch`.
-        chief: whether this is process 0, which alone writes.
+        process_id, num_processes: as in `Launch`.
+        is_main_process: whether this is process 0, which alone writes.
     """
 
-    def __init__(self, process: int = 0, processes: int = 1):
-        self.process, self.processes = process, processes
-        self.chief = process == 0
+    def __init__(self, process_id: int = 0, num_processes: int = 1):
+        self.process_id, self.num_processes = process_id, num_processes
+        self.is_main_process = process_id == 0
         self._links: dict[int, _Link] = {}
         self._ending = threading.Lock()
 
-    def from_chief(self, compute: Callable[[], Value]) -> Value:
+    def from_main_process(self, compute: Callable[[], Value]) -> Value:
         """What `compute()` gives on process 0, a JSON value, on every process.
 
         Only process 0 calls it; where it raises there, `fail` ends the others.
         """
-        if not self.chief:
+        if not self.is_main_process:
             return self._links[0].receive()
         value = compute()
         for link in self._links.values():
             link.send(value)
         return value
 
-    def chief_first(self, compute: Callable[[], Value]) -> Value:
+    def main_process_first(self, compute: Callable[[], Value]) -> Value:
         """What `compute()` gives on each process, on the others after process 0 is done with it:
         for what finds there what it would have to write."""
-        if self.chief:
+        if self.is_main_process:
             value = compute()
-            self.from_chief(lambda: None)
+            self.from_main_process(lambda: None)
             return value
-        self.from_chief(lambda: None)
+        self.from_main_process(lambda: None)
         return compute()
 
     def gather(self, value: Any, timeout_s: float | None = None) -> list[Any]:
@@ -207,12 +220,12 @@ class Fleet:
         Raises:
             LaunchError: on process 0, naming those that gave none within `timeout_s`.
         """
-        if not self.chief:
+        if not self.is_main_process:
             self._links[0].send(value)
             return []
         found, silent = [value], []
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        for number in range(1, self.processes):
+        for number in range(1, self.num_processes):
             link = self._links[number]
             try:
                 left = None if deadline is None else max(0, deadline - time.monotonic())
@@ -226,7 +239,7 @@ class Fleet:
     def meet(self) -> None:
         """Wait until all have come here."""
         self.gather(None)
-        self.from_chief(lambda: None)
+        self.from_main_process(lambda: None)
 
     def require_same(self, facts: Mapping[str, str]) -> None:
         """Refuse a run whose processes differ in one of these.
@@ -242,7 +255,7 @@ class Fleet:
                         f"{theirs.get(name)}, but process 0 has {facts.get(name)}; start all "
                         "processes with the same command, code and files"
                     )
-        self.from_chief(lambda: None)
+        self.from_main_process(lambda: None)
 
     def fail(self, sentence: str) -> None:
         """Tell the others that this process ends, and why; they end with it."""
@@ -273,8 +286,8 @@ class Fleet:
                 if number != source:
                     link.send(sentence, kind="relayed")
             print(
-                f"error: process {self.process} of {self.processes} stops, since {sentence}; the "
-                "same command resumes from the newest checkpoint",
+                f"error: process {self.process_id} of {self.num_processes} stops, since {sentence}; "
+                "the same command resumes from the newest checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -347,7 +360,7 @@ class _Link:
 @contextlib.contextmanager
 def join(
     launch: Launch | None, facts: Mapping[str, str], timeout_s: float, say: Callable[[str], None]
-) -> Iterator[Fleet]:
+) -> Iterator[ProcessGroup]:
     """Bring the processes of a run together and start JAX on all of them.
 
     Args:
@@ -361,21 +374,21 @@ def join(
             them.
     """
     if launch is None:
-        yield Fleet()
+        yield ProcessGroup()
         return
     deadline = time.monotonic() + timeout_s
-    host, port = launch.coordinator.rsplit(":", 1)
-    fleet = Fleet(launch.process, launch.processes)
-    meet = _call_the_roll if fleet.chief else _report
+    host, port = launch.coordinator_address.rsplit(":", 1)
+    group = ProcessGroup(launch.process_id, launch.num_processes)
+    meet = _call_the_roll if group.is_main_process else _report
     for number, link in meet(launch, host, int(port), deadline).items():
-        fleet._watch(number, link)
-    with fleet:
-        fleet.require_same(facts)
-        service = fleet.from_chief(_free_port)
+        group._watch(number, link)
+    with group:
+        group.require_same(facts)
+        service = group.from_main_process(_free_port)
         jax.distributed.initialize(
             f"{host}:{service}",
-            launch.processes,
-            launch.process,
+            launch.num_processes,
+            launch.process_id,
             local_device_ids=launch.local,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(deadline - time.monotonic())),
@@ -385,9 +398,9 @@ def join(
         )
         devices = jax.local_devices()
         here = f"{socket.gethostname()} (pid {os.getpid()}): {len(devices)} x "
-        for number, line in enumerate(fleet.gather(here + devices[0].device_kind)):
-            say(f"process {number} of {fleet.processes} on {line}")
-        yield fleet
+        for number, line in enumerate(group.gather(here + devices[0].device_kind)):
+            say(f"process {number} of {group.num_processes} on {line}")
+        yield group
 
 
 def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dict[int, _Link]:
@@ -398,8 +411,8 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
         server = socket.create_server(("127.0.0.1" if loopback else "", port), backlog=1024)
     except OSError as error:
         raise LaunchError(
-            f"process 0 cannot listen at {launch.coordinator}: {error.strerror or error}; name a "
-            "free port with --coordinator=HOST:PORT"
+            f"process 0 cannot listen at {launch.coordinator_address}: {error.strerror or error}; name "
+            "a free port with --coordinator_address=HOST:PORT"
         ) from None
     links: dict[int, _Link] = {}
 
@@ -409,15 +422,15 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
         return LaunchError(sentence)
 
     with server:
-        while missing := sorted(set(range(1, launch.processes)) - links.keys()):
+        while missing := sorted(set(range(1, launch.num_processes)) - links.keys()):
             server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
                 link = _Link(server.accept()[0])
             except TimeoutError:
                 names = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
                 raise refuse(
-                    f"process 0 waited at {launch.coordinator} for {launch.processes} processes, "
-                    f"but {names} did not come; look whether they were started and can reach it, "
+                    f"process 0 waited at {launch.coordinator_address} for {launch.num_processes} "
+                    f"processes, but {names} did not come; look whether they were started and can reach it, "
                     "or raise --join_timeout"
                 ) from None
             hello = link.hello()
@@ -425,12 +438,12 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
                 link.close()
                 continue
             link.host, number = hello["host"], hello["process"]
-            if hello["processes"] != launch.processes or number not in missing:
+            if hello["processes"] != launch.num_processes or number not in missing:
                 links[-1] = link  # is told as well
                 raise refuse(
                     f"process {number} of {hello['processes']} came from {link.host}, but process "
-                    f"0 waits for {', '.join(map(str, missing[:10]))} of {launch.processes}; give "
-                    "each process a number of its own, and all the same --processes"
+                    f"0 waits for {', '.join(map(str, missing[:10]))} of {launch.num_processes}; "
+                    "give each process a number of its own, and all the same --num_processes"
                 )
             links[number] = link
     return links
@@ -439,8 +452,8 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
 def _report(launch: Launch, host: str, port: int, deadline: float) -> dict[int, _Link]:
     """Every other process: its link to process 0."""
     hello = {
-        "process": launch.process,
-        "processes": launch.processes,
+        "process": launch.process_id,
+        "processes": launch.num_processes,
         "host": socket.gethostname(),
     }
     while True:
@@ -453,8 +466,8 @@ def _report(launch: Launch, host: str, port: int, deadline: float) -> dict[int, 
         except OSError as error:  # process 0 may be on its way
             if time.monotonic() > deadline:
                 raise LaunchError(
-                    f"process {launch.process} of {launch.processes} cannot reach process 0 at "
-                    f"{launch.coordinator}: {error.strerror or error}; look whether it was "
+                    f"process {launch.process_id} of {launch.num_processes} cannot reach process 0 "
+                    f"at {launch.coordinator_address}: {error.strerror or error}; look whether it was "
                     "started, and whether its host and port can be reached from here"
                 ) from None
             time.sleep(0.2)

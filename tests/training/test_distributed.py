@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
-from commands import ending, finish, fleet, trace
+from commands import ending, finish, group, trace
 
-from affectgpt_jax import distributed
-from affectgpt_jax.distributed import Fleet, Launch, LaunchError
+from affectgpt_jax.training import distributed
+from affectgpt_jax.training.distributed import Launch, LaunchError, ProcessGroup
 
 # --- How a process was launched -------------------------------------------------------------------
 
@@ -45,11 +45,11 @@ OPEN_MPI = {
 def test_a_process_without_a_launcher_is_alone():
     assert launch() is None
     assert launch(environ={"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}) is None  # a batch script
-    assert launch("--coordinator=a:1", "--process=0", "--processes=1") is None
+    assert launch("--coordinator_address=a:1", "--process_id=0", "--num_processes=1") is None
 
 
 def test_flags_say_where_a_process_stands_and_come_before_the_launcher():
-    named = ("--coordinator=node001:5123", "--process=2", "--processes=4")
+    named = ("--coordinator_address=node001:5123", "--process_id=2", "--num_processes=4")
     assert launch(*named) == launch(*named, environ=SLURM) == Launch("node001:5123", 2, 4)
 
 
@@ -65,8 +65,8 @@ def test_flags_say_where_a_process_stands_and_come_before_the_launcher():
 )
 def test_slurm_names_the_first_node_of_the_step(nodes, host):
     found = launch(environ=SLURM | {"SLURM_STEP_NODELIST": nodes})
-    assert found.coordinator.rsplit(":")[0] == host
-    assert (found.process, found.processes) == (5, 8)
+    assert found.coordinator_address.rsplit(":")[0] == host
+    assert (found.process_id, found.num_processes) == (5, 8)
 
 
 def test_all_tasks_of_a_step_derive_one_port_and_other_steps_another():
@@ -77,7 +77,7 @@ def test_all_tasks_of_a_step_derive_one_port_and_other_steps_another():
     }
     assert len(ports) == 2
     assert all(61440 <= int(port.rsplit(":")[1]) < 65536 for port in ports)
-    assert launch("--coordinator=other:99", environ=SLURM).coordinator == "other:99"
+    assert launch("--coordinator_address=other:99", environ=SLURM).coordinator_address == "other:99"
 
 
 @pytest.mark.parametrize(
@@ -96,23 +96,26 @@ def test_tasks_of_one_node_share_its_devices(changes, local):
 
 def test_open_mpi_on_one_machine_and_on_several():
     found = launch(environ=OPEN_MPI)
-    assert found.coordinator.startswith("127.0.0.1:") and found.local == 3
-    assert (found.process, found.processes) == (3, 4)
+    assert found.coordinator_address.startswith("127.0.0.1:") and found.local == 3
+    assert (found.process_id, found.num_processes) == (3, 4)
     several = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(LaunchError, match="is not HOST:PORT; name the host of process 0"):
         launch(environ=several)
     several["OMPI_MCA_orte_hnp_uri"] = "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911"
-    assert launch(environ=several).coordinator.startswith("10.96.0.1:")
+    assert launch(environ=several).coordinator_address.startswith("10.96.0.1:")
 
 
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--process=1"], "name all three"),
-        (["--process=1", "--processes=2"], "name all three"),
-        (["--coordinator=a:1"], "neither --process and --processes nor SLURM"),
-        (["--coordinator=a:1", "--process=2", "--processes=2"], "expected 0 to 1"),
-        (["--coordinator=a", "--process=1", "--processes=2"], "'a' is not HOST:PORT"),
+        (["--process_id=1"], "name all three"),
+        (["--process_id=1", "--num_processes=2"], "name all three"),
+        (["--coordinator_address=a:1"], "neither --process_id and --num_processes nor SLURM"),
+        (["--coordinator_address=a:1", "--process_id=2", "--num_processes=2"], "expected 0 to 1"),
+        (
+            ["--coordinator_address=a", "--process_id=1", "--num_processes=2"],
+            "'a' is not HOST:PORT",
+        ),
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(argv, said):
@@ -127,7 +130,7 @@ def test_flags_that_do_not_fit_together_are_refused(argv, said):
 def ends(monkeypatch):
     """What would have ended a process; here, several are threads of one."""
     found = []
-    monkeypatch.setattr(Fleet, "_end", lambda self, source, sentence: found.append(sentence))
+    monkeypatch.setattr(ProcessGroup, "_end", lambda self, source, sentence: found.append(sentence))
     return found
 
 
@@ -142,14 +145,14 @@ def meet(launches, timeout_s=10.0):
     results = [None] * len(launches)
 
     def join(i, launch):
-        host, port = launch.coordinator.split(":")
-        how = distributed._report if launch.process else distributed._call_the_roll
+        host, port = launch.coordinator_address.split(":")
+        how = distributed._report if launch.process_id else distributed._call_the_roll
         try:
             links = how(launch, host, int(port), distributed.time.monotonic() + timeout_s)
         except LaunchError as error:
             results[i] = error
             return
-        results[i] = Fleet(launch.process, launch.processes)
+        results[i] = ProcessGroup(launch.process_id, launch.num_processes)
         for number, link in links.items():
             results[i]._watch(number, link)
 
@@ -164,28 +167,28 @@ def meet(launches, timeout_s=10.0):
 @pytest.fixture
 def three():
     coordinator = f"127.0.0.1:{free_port()}"
-    fleets = meet([Launch(coordinator, i, 3) for i in (2, 0, 1)])
-    fleets.sort(key=lambda fleet: fleet.process)
-    yield fleets
-    for link in (link for one in fleets for link in one._links.values()):
+    groups = meet([Launch(coordinator, i, 3) for i in (2, 0, 1)])
+    groups.sort(key=lambda group: group.process_id)
+    yield groups
+    for link in (link for one in groups for link in one._links.values()):
         link.send(None, kind="bye")
 
 
-def on_all(fleets, act):
-    """What `act(fleet)` gives on each, run side by side."""
-    results = [None] * len(fleets)
+def on_all(groups, act):
+    """What `act(group)` gives on each, run side by side."""
+    results = [None] * len(groups)
 
     def run(i):
         try:
-            results[i] = act(fleets[i])
+            results[i] = act(groups[i])
         except Exception as error:
             results[i] = error
 
-    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(fleets))]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(len(groups))]
     for thread in threads:
         thread.start()
     for thread in threads:
-        # Those who wait for a chief that has failed are left behind.
+        # Those who wait for a is_main_process that has failed are left behind.
         thread.join(0 if isinstance(results[0], LaunchError) else 10)
     return results
 
@@ -193,23 +196,23 @@ def on_all(fleets, act):
 def test_what_the_chief_decides_all_get(three):
     values = iter([{"step": 7}, None, "text"])
     for expected in ({"step": 7}, None, "text"):
-        found = on_all(three, lambda fleet: fleet.from_chief(lambda: next(values)))
+        found = on_all(three, lambda group: group.from_main_process(lambda: next(values)))
         assert found == [expected] * 3
 
 
 def test_the_others_begin_after_the_chief_is_done(three):
     order = []
-    on_all(three, lambda fleet: fleet.chief_first(lambda: order.append(fleet.process)))
+    on_all(three, lambda group: group.main_process_first(lambda: order.append(group.process_id)))
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
 def test_nobody_parts_before_all_have_come(three, ends):
     parted = []
 
-    def part(fleet):
-        time.sleep(0.05 * fleet.process)
+    def part(group):
+        time.sleep(0.05 * group.process_id)
         parted.append(len(parted))
-        fleet.close()
+        group.close()
         assert len(parted) == 3
 
     assert on_all(three, part) == [None] * 3
@@ -217,13 +220,13 @@ def test_nobody_parts_before_all_have_come(three, ends):
 
 
 def test_the_chief_gathers_in_the_order_of_the_processes(three):
-    found = on_all(three, lambda fleet: fleet.gather(fleet.process * 10))
+    found = on_all(three, lambda group: group.gather(group.process_id * 10))
     assert found == [[0, 10, 20], [], []]
 
 
 def test_a_difference_between_processes_is_named(three):
     facts = [{"config.seed": "0", "jax": "1"}, {"config.seed": "0", "jax": "1"}, {"jax": "1"}]
-    error, *_ = on_all(three, lambda fleet: fleet.require_same(facts[fleet.process]))
+    error, *_ = on_all(three, lambda group: group.require_same(facts[group.process_id]))
     assert "process 2 on " in str(error)
     assert "has config.seed=None, but process 0 has 0" in str(error)
 
@@ -242,8 +245,10 @@ def test_a_process_that_fails_or_leaves_without_a_word_ends_the_others(three, en
 
 def test_missing_processes_are_named(ends):
     coordinator = f"127.0.0.1:{free_port()}"
-    (chief, other) = meet([Launch(coordinator, 0, 4), Launch(coordinator, 2, 4)], timeout_s=1.0)
-    assert "but 1, 3 did not come" in str(chief)
+    (is_main_process, other) = meet(
+        [Launch(coordinator, 0, 4), Launch(coordinator, 2, 4)], timeout_s=1.0
+    )
+    assert "but 1, 3 did not come" in str(is_main_process)
     assert other.process == 2
     (lonely,) = meet([Launch(coordinator, 1, 2)], timeout_s=0.5)
     assert f"cannot reach process 0 at {coordinator}: Connection refused" in str(lonely)
@@ -266,17 +271,21 @@ def test_a_process_that_does_not_belong_is_named(number, count, said):
 
     thread = threading.Thread(target=report)
     thread.start()
-    (chief,) = meet([Launch(coordinator, 0, 2)])
+    (is_main_process,) = meet([Launch(coordinator, 0, 2)])
     thread.join()
-    assert said in str(chief) and "give each process a number of its own" in str(chief)
+    assert said in str(is_main_process) and "give each process a number of its own" in str(
+        is_main_process
+    )
     assert said in results[0].read()
 
 
 def test_what_else_knocks_at_the_port_is_let_go():
     coordinator = f"127.0.0.1:{free_port()}"
     found = []
-    chief = threading.Thread(target=lambda: found.extend(meet([Launch(coordinator, 0, 2)])))
-    chief.start()
+    is_main_process = threading.Thread(
+        target=lambda: found.extend(meet([Launch(coordinator, 0, 2)]))
+    )
+    is_main_process.start()
     host, port = coordinator.split(":")
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b'["hello", 3]\n', b""):
         while True:
@@ -287,9 +296,9 @@ def test_what_else_knocks_at_the_port_is_let_go():
             except ConnectionRefusedError:
                 continue
     (other,) = meet([Launch(coordinator, 1, 2)])
-    chief.join()
+    is_main_process.join()
     assert found[0].processes == other.processes == 2
-    on_all([found[0], other], lambda fleet: fleet.close())
+    on_all([found[0], other], lambda group: group.close())
 
 
 def test_a_taken_port_is_named():
@@ -315,7 +324,7 @@ def test_two_processes_train_as_one_until_one_is_killed_and_one_goes_on_alone(
     undisturbed, records, tmp_path
 ):
     workdir = tmp_path / "run"
-    with ending(fleet(workdir, 2, *records)) as commands:
+    with ending(group(workdir, 2, *records)) as commands:
         assert commands[0].until((workdir / "checkpoints" / "6").exists), commands[0].said
         commands[1].signal(signal.SIGKILL)
         assert commands[0].wait(timeout_s=60) == 1
@@ -346,7 +355,7 @@ def test_several_processes_give_the_losses_of_one(
 ):
     flags = (*records, f"--config.mesh={mesh}")
     settings = {"jax_num_cpu_devices": devices}
-    with ending(fleet(tmp_path / "run", count, *flags, settings=settings)) as commands:
+    with ending(group(tmp_path / "run", count, *flags, settings=settings)) as commands:
         for command in commands:
             assert command.wait() == 0, command.said
         assert "Where the time went" in commands[0].said
@@ -361,7 +370,7 @@ def test_a_run_goes_on_with_any_number_of_processes_and_on_any_layout(
 ):
     workdir = tmp_path / "run"
     for count, mesh, step in ((1, "data:-1", 3), (2, "fsdp:2", 6), (4, "data:2,tensor:2", 9)):
-        with ending(fleet(workdir, count, *records, f"--config.mesh={mesh}")) as commands:
+        with ending(group(workdir, count, *records, f"--config.mesh={mesh}")) as commands:
             assert commands[0].until((workdir / "checkpoints" / str(step)).exists)
             for command in commands:
                 command.signal(signal.SIGKILL)
@@ -375,14 +384,14 @@ def test_two_processes_write_validate_and_score_what_one_does(records, tmp_path)
     flags = (
         "--config.label=ovlabel",
         "--config.steps=4",
-        "--config.save_every=2",
+        "--config.checkpoint_every=2",
         f"--config.data.test={records[1].split('=')[1]}",
         "--config.pack_length=200",
         "--config.generate.max_new_tokens=4",
         "--config.generate.batch_size=4",
     )
     finish(tmp_path / "one", *records, *flags)
-    with ending(fleet(tmp_path / "two", 2, *records, *flags)) as commands:
+    with ending(group(tmp_path / "two", 2, *records, *flags)) as commands:
         for command in commands:
             assert command.wait() == 0, command.said
     assert_same_losses(tmp_path / "two", tmp_path / "one")
@@ -391,8 +400,8 @@ def test_two_processes_write_validate_and_score_what_one_does(records, tmp_path)
 
 
 def test_a_fleet_of_one_needs_nobody():
-    one = Fleet()
-    assert one.from_chief(lambda: 3) == one.chief_first(lambda: 3) == 3
+    one = ProcessGroup()
+    assert one.from_main_process(lambda: 3) == one.main_process_first(lambda: 3) == 3
     assert one.gather(4) == [4]
     one.meet()
     one.require_same({"a": "b"})

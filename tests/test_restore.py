@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from affectgpt_jax import evaluate, predict, process
+from affectgpt_jax import evaluate, predict
 from affectgpt_jax.config import check_same_run, find_config, parse_command_line, shipped_configs
-from affectgpt_jax.run import RunError, load_config
+from affectgpt_jax.restore import RunError, load_config
 from affectgpt_jax.training import checkpoints, xla_options
 
 
@@ -33,8 +33,8 @@ def test_programs_are_kept_and_a_process_of_its_own_keeps_its_memory(
 ):
     called = []
     for module, name in (
-        (process, "keep_freed_memory"),
-        (process, "use_compilation_cache"),
+        (runtime, "keep_freed_memory"),
+        (runtime, "use_compilation_cache"),
         (xla_options, "reserve_gpu_memory"),
     ):
         monkeypatch.setattr(module, name, lambda name=name: called.append(name))

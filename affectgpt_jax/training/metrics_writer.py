@@ -26,7 +26,7 @@ import jax
 Clock = Callable[[], float]
 
 
-class TelemetryError(RuntimeError):
+class MetricsError(RuntimeError):
     """Something that a run reports to is not there, or is damaged."""
 
 
@@ -52,8 +52,8 @@ class MetricsWriter:
         config: of the run, for Weights & Biases.
 
     Raises:
-        TelemetryError: the `metrics.jsonl` to continue is damaged (see `read_metrics`).
-        TelemetryError: Weights & Biases is asked for, but not installed.
+        MetricsError: the `metrics.jsonl` to continue is damaged (see `read_metrics`).
+        MetricsError: Weights & Biases is asked for, but not installed.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class _WeightsAndBiases:
         try:
             import wandb
         except ImportError:
-            raise TelemetryError(
+            raise MetricsError(
                 f"config.wandb_project={project!r} needs the package wandb; "
                 "pip install 'affectgpt-jax[wandb]', or leave the project empty"
             ) from None
@@ -203,12 +203,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        TelemetryError: any other line is not a JSON object with an integer `step`.
+        MetricsError: any other line is not a JSON object with an integer `step`.
     """
     *lines, tail = path.read_bytes().split(b"\n")
     records = [_parse_record(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
     # Every whole line ends in a newline, so what follows the last one may be half a line.
-    with contextlib.suppress(TelemetryError):
+    with contextlib.suppress(MetricsError):
         records.append(_parse_record(tail, str(path)))
     return records
 
@@ -217,11 +217,11 @@ def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise TelemetryError(
+        raise MetricsError(
             f"{where}: expected one JSON object, got {line[:80]!r}; mend or delete that line"
         ) from error
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise TelemetryError(
+        raise MetricsError(
             f"{where}: expected an object with an integer 'step', got {line[:80]!r}; mend or "
             "delete that line"
         )
@@ -594,7 +594,7 @@ def plot_run(metrics_file: Path, png: Path, *, ceilings: Mapping[str, float] | N
 
     Raises:
         FileNotFoundError: there is no `metrics_file`.
-        TelemetryError: `metrics_file` is damaged (see `read_metrics`).
+        MetricsError: `metrics_file` is damaged (see `read_metrics`).
     """
     # Imported late: only plots need it. Without pyplot no display and no global figure either.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
