@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from affectgpt_jax import check_cluster, distributed
+from affectgpt_jax import check_cluster
 from affectgpt_jax.check_cluster import Pair
+from affectgpt_jax.training import distributed
 from affectgpt_jax.training.distributed import LaunchError
 
 # Speeds of processes that share two cores say nothing, so none is too slow.
@@ -121,7 +122,8 @@ def test_a_port_that_is_taken_is_named():
 
 # What a process of this number does in place of a check: it stops as if its machine had, or dies.
 _DISTURBED = """
-import os, sys
+from affectgpt_jax import check_cluster
+from affectgpt_jax.training import distributed
 from affectgpt_jax import check_cluster
 check_cluster.ANSWER_S = 2
 if "--process_id=1" in sys.argv:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from affectgpt_jax import evaluate, predict
+from affectgpt_jax import evaluate, predict, runtime
 from affectgpt_jax.config import check_same_run, find_config, parse_command_line, shipped_configs
 from affectgpt_jax.restore import RunError, load_config
 from affectgpt_jax.training import checkpoints, xla_options

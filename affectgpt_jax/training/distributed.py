@@ -4,8 +4,8 @@ A run has as many processes as its launcher starts: `srun`, `mpirun`, or one com
 with `--coordinator_address=HOST:PORT --process_id=I --num_processes=N`. Before JAX starts,
 process 0 listens at the coordinator's address and calls the roll, so that a process that is
 missing, or was started with another config, is a sentence that names it. These connections stay
-open beside JAX's collectives: over them process 0 hands out what it alone decides, and each process learns at once when another
-one has failed or gone, where a collective would wait for it.
+open beside JAX's collectives: over them process 0 hands out what it alone decides, and each process
+learns at once when another one has failed or gone, where a collective would wait for it.
 """
 
 from __future__ import annotations
@@ -286,8 +286,8 @@ class ProcessGroup:
                 if number != source:
                     link.send(sentence, kind="relayed")
             print(
-                f"error: process {self.process_id} of {self.num_processes} stops, since {sentence}; "
-                "the same command resumes from the newest checkpoint",
+                f"error: process {self.process_id} of {self.num_processes} stops, since "
+                f"{sentence}; the same command resumes from the newest checkpoint",
                 file=sys.stderr,
                 flush=True,
             )
@@ -411,8 +411,8 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
         server = socket.create_server(("127.0.0.1" if loopback else "", port), backlog=1024)
     except OSError as error:
         raise LaunchError(
-            f"process 0 cannot listen at {launch.coordinator_address}: {error.strerror or error}; name "
-            "a free port with --coordinator_address=HOST:PORT"
+            f"process 0 cannot listen at {launch.coordinator_address}: {error.strerror or error}; "
+            "name a free port with --coordinator_address=HOST:PORT"
         ) from None
     links: dict[int, _Link] = {}
 
@@ -430,8 +430,8 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
                 names = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
                 raise refuse(
                     f"process 0 waited at {launch.coordinator_address} for {launch.num_processes} "
-                    f"processes, but {names} did not come; look whether they were started and can reach it, "
-                    "or raise --join_timeout"
+                    f"processes, but {names} did not come; look whether they were started and can "
+                    "reach it, or raise --join_timeout"
                 ) from None
             hello = link.hello()
             if hello is None:
@@ -467,8 +467,8 @@ def _report(launch: Launch, host: str, port: int, deadline: float) -> dict[int, 
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"process {launch.process_id} of {launch.num_processes} cannot reach process 0 "
-                    f"at {launch.coordinator_address}: {error.strerror or error}; look whether it was "
-                    "started, and whether its host and port can be reached from here"
+                    f"at {launch.coordinator_address}: {error.strerror or error}; look whether it "
+                    "was started, and whether its host and port can be reached from here"
                 ) from None
             time.sleep(0.2)
 

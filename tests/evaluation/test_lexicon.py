@@ -257,7 +257,7 @@ def test_a_changed_source_is_another_lexicon(neutral):
     assert "blanker" in after and "blanks" not in after
 
 
-@pytest.mark.parametrize("max_to_keep", [0, 10, 200, -30])
+@pytest.mark.parametrize("keep", [0, 10, 200, -30])
 def test_a_damaged_cache_is_made_again(neutral, own_cache, keep):
     compiled = load_lexicon(neutral)
     [path] = own_cache.rglob("*.npz")
