@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.pipeline import PromptProcessor, Source
+from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import INPUT_MODES, InputMode, load_prompts
 from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
 from affectgpt_jax.data.tokenizer import Tokenizer
@@ -309,9 +309,9 @@ def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> Non
 class Data:
     """The clips of a run, each set with its processor and label types."""
 
-    train: list[Source]
-    val: list[Source]
-    test: Source | None
+    train: list[MixtureComponent]
+    val: list[MixtureComponent]
+    test: MixtureComponent | None
 
 
 def data(
@@ -332,13 +332,13 @@ def data(
     one = data_set(config.data.train)
     sets = config.data.mixture.to_dict() if config.data.mixture else {"train": one.to_dict()}
 
-    def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> Source:
+    def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> MixtureComponent:
         mode = entry["input"] or config.input
         dataset = open_records(config, place, split, workdir, say)
         check_features(config, dataset, input_mode(config, mode))
         label = entry["label"] or config.label
         how = prompt_processor(config, tokenizer, mode)
-        return Source(dataset, how, label, name, entry["weight"])
+        return MixtureComponent(dataset, how, label, name, entry["weight"])
 
     train, val = [], []
     for name, entry in sets.items():

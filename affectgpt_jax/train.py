@@ -32,7 +32,7 @@ from affectgpt_jax.config import ConfigError, check_same_run, described, parse_c
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
     DataError,
-    Source,
+    MixtureComponent,
     TrainPipeline,
     sequential_batches,
     too_long_message,
@@ -320,7 +320,7 @@ def train(
                     batch = next(batches, None)
                 fetched = time.perf_counter()
                 on_device = batch and sharding.shard_batch(mesh, batch)
-                mix = pipeline.mix(step - 1) if len(data.train) > 1 else {}
+                mix = pipeline.component_counts(step - 1) if len(data.train) > 1 else {}
                 times = StepTimes(dispatched - began, fetched - dispatched)
                 reporter.submit(step, metrics, pipeline.size(step - 1), times, mix)
                 watchdog.beat(f"step {step}")
@@ -666,7 +666,7 @@ def make_validation(
     config: ConfigDict,
     model: AffectGPT,
     base: Any,
-    sources: Sequence[Source],
+    sources: Sequence[MixtureComponent],
     mesh: Mesh,
     generators: Mapping[InputMode, inference.Generator],
     pulse: Callable[[], None],
@@ -701,7 +701,9 @@ def make_validation(
 
 
 def _validation_of(
-    config: ConfigDict, source: Source, generators: Mapping[InputMode, inference.Generator]
+    config: ConfigDict,
+    source: MixtureComponent,
+    generators: Mapping[InputMode, inference.Generator],
 ) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], float] | None]:
     """The batches of a validation set, and its hit rate if it has one.
 
@@ -758,7 +760,7 @@ def answer_test_set(
     workdir: Path,
     state: State,
     generator: inference.Generator,
-    test: Source,
+    test: MixtureComponent,
     is_main_process: bool = True,
 ) -> dict[str, Any]:
     """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.

@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
 from affectgpt_jax.data.demo import DEFAULT_FEATURES, World
-from affectgpt_jax.data.pipeline import Bucket, PromptProcessor, Source, TrainPipeline
+from affectgpt_jax.data.pipeline import Bucket, MixtureComponent, PromptProcessor, TrainPipeline
 from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER, PLACEHOLDERS, parse_label
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.data.tokenizer import Tokenizer
@@ -226,7 +226,7 @@ def make_case(config: ConfigDict, records: Path, device: str) -> Case:
         write_records(records, world.records("train", CLIPS), encoders=encoders, split="train")
     dataset = RecordDataset(records)
     pipeline = TrainPipeline(
-        [Source(dataset, processor, config.label)],
+        [MixtureComponent(dataset, processor, config.label)],
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
         num_buckets=config.num_buckets,

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.packing import Bucket
-from affectgpt_jax.data.pipeline import PromptProcessor, Source, TrainPipeline
+from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor, TrainPipeline
 from affectgpt_jax.data.records import RecordDataset
 from affectgpt_jax.models.affectgpt import Batch
 from affectgpt_jax.models.decoder import PUBLISHED, DecoderConfig
@@ -167,7 +167,7 @@ def feed(workload: Workload, root: Path) -> Feed:
     if not workload.records:
         return RandomRows(config.batch_size, *workload.row, workload.llm.vocab_size)
     return TrainPipeline(
-        [Source(open_records(workload, root), prompt_processor(workload), config.label)],
+        [MixtureComponent(open_records(workload, root), prompt_processor(workload), config.label)],
         batch_size=config.batch_size,
         max_tokens=config.max_tokens,
         num_buckets=config.num_buckets,

@@ -184,7 +184,7 @@ def test_help_is_printed(capsys):
         ),
         (
             "--config.data.zzz=1",
-            r"config.data.zzz is not a key; expected one of \['mix', 'test', .*",
+            r"config.data.zzz is not a key; expected one of \['mixture', 'test', .*",
         ),
         ("--config.steps.x=1", "config.steps is a single value"),
         ("--config.=1", "config. is not a key"),
@@ -205,7 +205,7 @@ def test_help_is_printed(capsys):
         ("--config.data.val_share=-0.1", r"config.data.val_share is -0.1; expected"),
         (
             "--config.batch_size=64 --config.gradient_accumulation_steps=3",
-            "config.gradient_accumulation_steps=3 does not divide config.batch_size=64",
+            "config.batch_size=64 is not a multiple of config.gradient_accumulation_steps=3",
         ),
         (
             "--config.pack_length=63",

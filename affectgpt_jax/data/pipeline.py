@@ -236,7 +236,7 @@ def too_long_message(
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class MixtureComponent:
     """One data set that training draws from.
 
     Attributes:
@@ -263,19 +263,21 @@ class Source:
 
 
 class _Draws:
-    """The examples of one source, and the endless order in which training draws them.
+    """The examples of one component, and the endless order in which training draws them.
 
     Args:
-        source: the data set.
+        component: the data set.
         number: its place in the mixture.
         seed: of order and label draw.
         max_tokens: longer examples are not kept.
     """
 
-    def __init__(self, source: Source, number: int, seed: int, max_tokens: int):
-        self.source, self._key = source, (seed, number)
-        self.types = parse_label(source.label)
-        self.examples = [source.processor.training_examples(source.dataset, t) for t in self.types]
+    def __init__(self, component: MixtureComponent, number: int, seed: int, max_tokens: int):
+        self.component, self._key = component, (seed, number)
+        self.types = parse_label(component.label)
+        self.examples = [
+            component.processor.training_examples(component.dataset, t) for t in self.types
+        ]
         self.lengths = np.array([[len(e) for e in examples] for examples in self.examples])
         starts = [[e.answer_start for e in examples] for examples in self.examples]
         self.answers = self.lengths - starts
@@ -283,8 +285,8 @@ class _Draws:
 
     def of_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Record numbers and label types (indices into `types`) of an epoch's kept draws."""
-        size = len(self.source.dataset)
-        first, end = (math.floor(e * self.source.weight * size) for e in (epoch, epoch + 1))
+        size = len(self.component.dataset)
+        first, end = (math.floor(e * self.component.weight * size) for e in (epoch, epoch + 1))
         passes = range(first // size, -(-end // size))
         drawn = [self._one_pass(number) for number in passes]
         if not drawn:
@@ -296,20 +298,20 @@ class _Draws:
 
     def _one_pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Every clip once, with the label type that this access draws."""
-        seed, source = self._key
-        rng = np.random.default_rng([seed, number, source])
-        size = len(self.source.dataset)
+        seed, component = self._key
+        rng = np.random.default_rng([seed, number, component])
+        size = len(self.component.dataset)
         order = rng.permutation(size)
         return order, rng.integers(len(self.types), size=size)[order]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """One batch of an epoch: its bucket, and for each row's clips source, record and label type,
+    """One batch of an epoch: its bucket, and for each row's clips component, record and label type,
     `[B, C]` each (-1: no clip)."""
 
     bucket: int
-    sources: np.ndarray
+    components: np.ndarray
     records: np.ndarray
     label_types: np.ndarray
 
@@ -344,7 +346,7 @@ class TrainPipeline:
         dropped: examples over `max_tokens` that `too_long="drop"` left out.
 
     Args:
-        sources: the data sets.
+        components: the data sets.
         batch_size: rows of a global batch.
         max_tokens: limit of an example's length.
         too_long: "error", or "drop" to leave longer examples out and count them.
@@ -357,12 +359,12 @@ class TrainPipeline:
         DataError: an example over the limit, nothing left to train on, data sets whose features
             differ in shape, a batch size that the processes cannot share equally, or packed rows
             shorter than the limit.
-        PromptError: a source's label that names no label types.
+        PromptError: a component's label that names no label types.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        components: Sequence[MixtureComponent],
         *,
         batch_size: int,
         max_tokens: int,
@@ -380,17 +382,19 @@ class TrainPipeline:
                 f"pack_length {pack_length} is less than max_tokens {max_tokens}: rows must hold "
                 "any example whole"
             )
-        self._processor = sources[0].processor
-        self._shapes = feature_shapes(self._processor.features, [s.dataset for s in sources])
-        self._draws = [_Draws(s, i, seed, max_tokens) for i, s in enumerate(sources)]
+        self._processor = components[0].processor
+        self._shapes = feature_shapes(self._processor.features, [s.dataset for s in components])
+        self._draws = [_Draws(s, i, seed, max_tokens) for i, s in enumerate(components)]
         for draws in self._draws:
             if too_long != "drop" and not draws.keep.all():
                 raise DataError(
-                    too_long_message(draws.source.dataset, draws.types, draws.lengths, max_tokens)
+                    too_long_message(
+                        draws.component.dataset, draws.types, draws.lengths, max_tokens
+                    )
                 )
             if not draws.keep.any():
                 raise DataError(
-                    f"data set {draws.source.name!r} has no example of at most {max_tokens} "
+                    f"data set {draws.component.name!r} has no example of at most {max_tokens} "
                     "tokens; raise config.max_tokens"
                 )
         self.dropped = sum(int((~draws.keep).sum()) for draws in self._draws)
@@ -398,7 +402,9 @@ class TrainPipeline:
         answers = np.concatenate([v.answers[v.keep] for v in self._draws])
         self._packed: Bucket | None = None
         if pack_length:
-            weights = [np.full(v.keep.sum(), v.source.weight / len(v.types)) for v in self._draws]
+            weights = [
+                np.full(v.keep.sum(), v.component.weight / len(v.types)) for v in self._draws
+            ]
             self._packed = packed_bucket(pack_length, lengths, answers, np.concatenate(weights))
             self.buckets = (self._packed,)
         else:
@@ -411,13 +417,13 @@ class TrainPipeline:
         self._planning = threading.Lock()
 
     def _draws_of(self, epoch: int) -> np.ndarray:
-        """Source, record and label type `[3, N]` of an epoch's draws, in their order."""
+        """Component, record and label type `[3, N]` of an epoch's draws, in their order."""
         parts = []
-        for source, draws in enumerate(self._draws):
+        for component, draws in enumerate(self._draws):
             records, kinds = draws.of_epoch(epoch)
-            parts.append(np.stack([np.full(len(records), source), records, kinds]))
+            parts.append(np.stack([np.full(len(records), component), records, kinds]))
         together = np.concatenate(parts, axis=1)
-        if len(parts) > 1:  # the draws of one source are in a random order already
+        if len(parts) > 1:  # the draws of one component are in a random order already
             rng = np.random.default_rng([self._seed, epoch, len(parts)])
             together = together[:, rng.permutation(together.shape[1])]
         return together
@@ -425,8 +431,8 @@ class TrainPipeline:
     def _sizes(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens, and supervised ones, `[N]` each, of draws `[3, N]`."""
         sizes = np.zeros((2, draws.shape[1]), np.int64)
-        for source, facts in enumerate(self._draws):
-            mine = draws[0] == source
+        for component, facts in enumerate(self._draws):
+            mine = draws[0] == component
             _, records, kinds = draws[:, mine]
             sizes[:, mine] = facts.lengths[kinds, records], facts.answers[kinds, records]
         return sizes[0], sizes[1]
@@ -482,14 +488,14 @@ class TrainPipeline:
     def size(self, step: int) -> tuple[int, int]:
         """Clips and tokens of a step's batch, over all processes."""
         planned = self.planned(step)
-        draws = np.stack([planned.sources, planned.records, planned.label_types])
+        draws = np.stack([planned.components, planned.records, planned.label_types])
         lengths, _ = self._sizes(draws[:, planned.records >= 0])
         return len(lengths), int(lengths.sum())
 
-    def mix(self, step: int) -> dict[str, int]:
-        """How many clips of a step's batch come from each source, over all processes."""
-        sources = self.planned(step).sources
-        return {v.source.name: int((sources == i).sum()) for i, v in enumerate(self._draws)}
+    def component_counts(self, step: int) -> dict[str, int]:
+        """How many clips of a step's batch come from each component, over all processes."""
+        components = self.planned(step).components
+        return {v.component.name: int((components == i).sum()) for i, v in enumerate(self._draws)}
 
     def fill(self, epoch: int) -> Fill:
         """How full the rows of an epoch are, which must not be empty."""
@@ -510,7 +516,7 @@ class TrainPipeline:
         index, count = self._process
         share = self._batch_size // count
         mine = slice(index * share, (index + 1) * share)
-        columns = (planned.sources, planned.records, planned.label_types)
+        columns = (planned.components, planned.records, planned.label_types)
         rows = [
             [self._example(*clip) for clip in zip(*row) if clip[1] >= 0]
             for row in zip(*(column[mine].tolist() for column in columns))
@@ -518,10 +524,15 @@ class TrainPipeline:
         return collate(rows, self._processor, self._shapes, self.buckets[planned.bucket])
 
     def _example(
-        self, source: int, record: int, kind: int
+        self, component: int, record: int, kind: int
     ) -> tuple[Records, PromptProcessor, int, Example]:
-        draws = self._draws[source]
-        return draws.source.dataset, draws.source.processor, record, draws.examples[kind][record]
+        draws = self._draws[component]
+        return (
+            draws.component.dataset,
+            draws.component.processor,
+            record,
+            draws.examples[kind][record],
+        )
 
     def filler_batch(self, bucket: Bucket) -> dict[str, object]:
         """A global batch of this shape without any clip, for compiling."""
@@ -564,11 +575,11 @@ def sequential_batches(
     answers = lengths - np.array([examples[i].answer_start for i in chosen])
     buckets = buckets_of(choose_lengths(lengths, num_buckets), lengths, answers)
     which = np.searchsorted([bucket.length for bucket in buckets], lengths)
-    source = np.arange(len(examples)) if feature_from is None else np.asarray(feature_from)
+    features_of = np.arange(len(examples)) if feature_from is None else np.asarray(feature_from)
 
     def load(job: tuple[Bucket, np.ndarray]) -> tuple[np.ndarray, dict[str, object]]:
         bucket, numbers = job
-        rows = [(int(source[i]), examples[i]) for i in numbers]
+        rows = [(int(features_of[i]), examples[i]) for i in numbers]
         rows += [None] * (batch_size - len(rows))
         return numbers, processor.collate(dataset, rows, bucket)
 

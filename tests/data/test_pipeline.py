@@ -14,8 +14,8 @@ import affectgpt_jax
 from affectgpt_jax.data.packing import LENGTH_MULTIPLE
 from affectgpt_jax.data.pipeline import (
     DataError,
+    MixtureComponent,
     PromptProcessor,
-    Source,
     TrainPipeline,
     buckets_of,
     choose_lengths,
@@ -64,7 +64,7 @@ def dataset(tmp_path_factory) -> RecordDataset:
 
 
 @pytest.fixture(scope="module")
-def prompt_processor() -> PromptProcessor:
+def processor() -> PromptProcessor:
     mode = INPUT_MODES["multi_audio_face_text"]
     prompts = load_prompts("compact")
     return PromptProcessor(Tokenizer(TINY_BASE), prompts, mode, TOKEN_COUNTS, features=WIDTHS)
@@ -72,7 +72,9 @@ def prompt_processor() -> PromptProcessor:
 
 def make(dataset, processor, **changes) -> TrainPipeline:
     settings = {"batch_size": BATCH, "max_tokens": 128, "num_buckets": 3} | changes
-    return TrainPipeline([Source(dataset, processor, settings.pop("label", "hybrid"))], **settings)
+    return TrainPipeline(
+        [MixtureComponent(dataset, processor, settings.pop("label", "hybrid"))], **settings
+    )
 
 
 @pytest.fixture(scope="module")
@@ -577,8 +579,8 @@ def mixed(dataset, other, processor, first=1.0, second=1.0, **changes) -> TrainP
     two = dataclasses.replace(one, mode=INPUT_MODES["frame_text"])
     settings = {"batch_size": BATCH, "max_tokens": 128, "seed": 3} | changes
     sources = [
-        Source(dataset, one, "hybrid", "one", first),
-        Source(other, two, "onehot", "two", second),
+        MixtureComponent(dataset, one, "hybrid", "one", first),
+        MixtureComponent(other, two, "onehot", "two", second),
     ]
     return TrainPipeline(sources, **settings)
 
@@ -594,7 +596,7 @@ def test_an_epoch_of_a_mixture_visits_every_clip_as_often_as_its_weight(
         plan = pipeline.plan(epoch)
         for batch in plan:
             real = batch.records >= 0
-            np.add.at(draws, batch.records[real] + COUNT * batch.sources[real], 1)
+            np.add.at(draws, batch.records[real] + COUNT * batch.components[real], 1)
     expected = np.repeat([10 * first, 10 * second], [COUNT, 10])
     # A pass over a set may end in the middle of an epoch, so a clip can be one draw ahead.
     assert (abs(draws - expected) <= 1).all()
@@ -604,8 +606,8 @@ def test_an_epoch_of_a_mixture_visits_every_clip_as_often_as_its_weight(
 
 def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, processor):
     pipeline, again = mixed(dataset, other, processor), mixed(dataset, other, processor)
-    mixes = [pipeline.mix(step) for step in range(40)]
-    assert mixes[::-1] == [again.mix(step) for step in reversed(range(40))]
+    mixes = [pipeline.component_counts(step) for step in range(40)]
+    assert mixes[::-1] == [again.component_counts(step) for step in reversed(range(40))]
     assert sum(0 < mix["one"] < BATCH for mix in mixes) > 5  # both kinds meet in a batch
     for step, mix in enumerate(mixes):
         segments = pipeline.batch(step)["segment_ids"]
@@ -617,7 +619,7 @@ def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, processor)
     pipeline = mixed(dataset, other, processor, pack_length=256)
     total = np.zeros(2, int)
     for step in range(len(pipeline.plan(0))):
-        batch, mix = pipeline.batch(step), pipeline.mix(step)
+        batch, mix = pipeline.batch(step), pipeline.component_counts(step)
         assert sum(mix.values()) == batch["segment_ids"].max(axis=1).sum()
         assert pipeline.size(step) == (sum(mix.values()), (batch["segment_ids"] > 0).sum())
         assert mix["two"] == batch["present"]["frame"].sum()
@@ -635,7 +637,7 @@ def test_each_set_of_a_mixture_has_its_own_label_types_inputs_and_features(
         for row, text in enumerate(answers(processor, batch)):
             if text is None:
                 continue
-            source, record = plan.sources[row, 0], plan.records[row, 0]
+            source, record = plan.components[row, 0], plan.records[row, 0]
             seen.add(source)
             # Soft tokens are numbered over the slots of both: 1-2 multi, 3-5 audio, 6 face, 7-8
             # frame.
@@ -665,8 +667,8 @@ def test_sets_that_differ_in_frames_cannot_be_mixed(dataset, tmp_path, processor
     features = {name: np.ones((FRAMES + 1, width)) for name, width in WIDTHS.items()}
     longer = make_dataset(tmp_path, [clip(0, features=features)])
     sources = [
-        Source(dataset, processor, "ovlabel", "a"),
-        Source(longer, processor, "ovlabel", "b"),
+        MixtureComponent(dataset, processor, "ovlabel", "a"),
+        MixtureComponent(longer, processor, "ovlabel", "b"),
     ]
     with pytest.raises(DataError, match="have 2 and 3 frames of the feature 'face'"):
         TrainPipeline(sources, batch_size=2, max_tokens=128)
@@ -675,7 +677,7 @@ def test_sets_that_differ_in_frames_cannot_be_mixed(dataset, tmp_path, processor
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_weight_is_positive(dataset, processor, weight):
     with pytest.raises(DataError, match="data set 'a': weight is"):
-        Source(dataset, processor, "ovlabel", "a", weight)
+        MixtureComponent(dataset, processor, "ovlabel", "a", weight)
 
 
 # --- evaluation ---------------------------------------------------------------------------------

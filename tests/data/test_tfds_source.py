@@ -16,7 +16,12 @@ from tensorflow_datasets.core import file_adapters
 
 import affectgpt_jax
 from affectgpt_jax.data import demo, tfds_source
-from affectgpt_jax.data.pipeline import PromptProcessor, Source, TrainPipeline, sequential_batches
+from affectgpt_jax.data.pipeline import (
+    MixtureComponent,
+    PromptProcessor,
+    TrainPipeline,
+    sequential_batches,
+)
 from affectgpt_jax.data.prompts import INPUT_MODES, load_prompts
 from affectgpt_jax.data.records import (
     Record,
@@ -162,7 +167,7 @@ def test_training_batches_are_those_of_the_record_directory(demo_world):
     assert {len(entry.present) for entry in ours.index} == {1, 2}  # some lack a modality
     pipelines = [
         TrainPipeline(
-            [Source(dataset, processor, "description+ovlabel+valence")],
+            [MixtureComponent(dataset, processor, "description+ovlabel+valence")],
             batch_size=8,
             max_tokens=128,
         )
