@@ -31,6 +31,7 @@ from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.training import distributed
 from affectgpt_jax.training.distributed import LaunchError, ProcessGroup
 
@@ -44,7 +45,7 @@ CLASSES = ("in one process", "on one host", "on two hosts")
 ANSWER_S = 10
 
 
-class ClusterError(RuntimeError):
+class ClusterError(UserError, RuntimeError):
     """A cluster that cannot be trained on as it is."""
 
 

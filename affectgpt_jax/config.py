@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.prompts import INPUT_MODES, PromptError, parse_label
 
@@ -73,7 +74,7 @@ FREE_ON_RESUME = (
 )
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A command line or config that cannot be run."""
 
 

@@ -37,6 +37,7 @@ from typing import Any, Self, TextIO
 
 from affectgpt_jax import build, runtime
 from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordError, Records, RecordSubset
@@ -48,7 +49,7 @@ from affectgpt_jax.restore import LOAD_ERRORS, Run, add_merge_lora, asking, load
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
-class PredictError(ValueError):
+class PredictError(UserError, ValueError):
     """A question or an output file that cannot be used."""
 
 

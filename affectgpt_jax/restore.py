@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, runtime
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import PromptProcessor
@@ -36,7 +37,7 @@ from affectgpt_jax.weights.huggingface import (
 )
 
 
-class RunError(ValueError):
+class RunError(UserError, ValueError):
     """A workdir without a run that can be used."""
 
 

@@ -28,6 +28,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, inference, runtime
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.config import ConfigError, check_same_run, described, parse_command_line
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
@@ -72,7 +73,7 @@ from affectgpt_jax.weights.peft import load_adapter
 from affectgpt_jax.weights.release import load_release
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError, RuntimeError):
     """Training cannot go on."""
 
 

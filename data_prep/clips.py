@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.arrays import listed
 from affectgpt_jax.evaluation.files import csv_rows, read_bytes
 
@@ -20,7 +21,7 @@ AUDIO = tuple(".wav .mp3 .flac .m4a .ogg .opus .aac .wma".split())
 MEDIA_COLUMNS = ("video", "audio", "face")
 
 
-class ClipError(ValueError):
+class ClipError(UserError, ValueError):
     """Clips that cannot be told from the folder or the CSV file."""
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.records import sha256_of
 from data_prep.media import RATE, WINDOW, WINDOWS
 
@@ -45,7 +46,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError, ValueError):
     """An encoder that is unknown, not here, or not what its name says."""
 
 

@@ -23,6 +23,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.arrays import sample_rows
 
 FRAMES = 8
@@ -44,7 +45,7 @@ Converted = TypeVar("Converted")
 av.logging.set_level(None)
 
 
-class MediaError(ValueError):
+class MediaError(UserError, ValueError):
     """A clip, or one of its streams, cannot be used; the text is the reason, for a manifest."""
 
 

@@ -26,6 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from affectgpt_jax.common.errors import UserError
+
 PROMPT_METHOD = "get_prompt_for_multimodal"
 END = "###"  # where the source does not say what follows an answer
 
@@ -94,7 +96,7 @@ SLOTS = {
 }
 
 
-class ReleaseError(ValueError):
+class ReleaseError(UserError, ValueError):
     """A source that is not built as the release is; the message names file and line."""
 
 

@@ -81,11 +81,19 @@ def test_nothing_imports_upward(module):
 
 
 @pytest.mark.parametrize(
-    "module", [path for path in MODULES if path.parts[1] == "evaluation"], ids=str
+    ("module", "floors"),
+    [
+        *((path, ("common",)) for path in MODULES if path.parts[1] == "common"),
+        *((path, ("common", "evaluation")) for path in MODULES if path.parts[1] == "evaluation"),
+    ],
+    ids=str,
 )
-def test_evaluation_needs_numpy_alone(module):
+def test_the_ground_floor_and_evaluation_need_numpy_alone(module, floors):
     found = imports((PACKAGE.parent / module).read_text(encoding="utf-8"))
-    allowed = (*sys.stdlib_module_names, "numpy", "affectgpt_jax.evaluation")
+    # Trees are those of JAX.
+    extra = ("jax",) if module.name == "trees.py" else ()
+    own = (f"affectgpt_jax.{floor}" for floor in floors)
+    allowed = (*sys.stdlib_module_names, "numpy", *extra, *own)
     assert not {name for name in found if not within(name, allowed)}
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import grain
 import numpy as np
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.examples import Example, build_examples, soft_token_index
 from affectgpt_jax.data.packing import Bucket, pack, packed_bucket, round_up
 from affectgpt_jax.data.prompts import InputMode, PromptError, PromptSet, parse_label
@@ -32,7 +33,7 @@ THREADS = 1
 AHEAD = 4
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that does not fit the model or the config."""
 
 

@@ -16,6 +16,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.records import Annotations
 
 # Slots of soft tokens, and the placeholder that stands for one soft token of each in the text. The
@@ -36,7 +37,7 @@ _RESERVED = (*PLACEHOLDER_ORDER, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _SETS = ("default", "compact")
 
 
-class PromptError(ValueError):
+class PromptError(UserError, ValueError):
     """A prompt file that cannot be used, or a clip that does not fit its templates."""
 
 

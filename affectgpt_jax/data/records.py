@@ -39,6 +39,8 @@ import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from affectgpt_jax.common.errors import UserError
+
 FEATURES = ("face", "frame", "audio", "image")
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -53,7 +55,7 @@ _UPDATE = f"this code reads version {FORMAT_VERSION}: update it, or write the da
 _RESTORE = "restore the directory from its source, or write it again"
 
 
-class RecordError(ValueError):
+class RecordError(UserError, ValueError):
     """A record, or a directory of records, is not what it has to be."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -16,7 +17,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 SYSTEM_MESSAGE = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
-class TokenizerError(ValueError):
+class TokenizerError(UserError, ValueError):
     """A directory whose tokenizer cannot be used."""
 
 

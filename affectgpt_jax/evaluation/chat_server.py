@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.evaluation.files import shorten
 
 FIRST_WAIT_S = 1.0
@@ -26,7 +27,7 @@ LARGEST_REPLY = 2**23  # bytes
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 
 
-class ChatError(RuntimeError):
+class ChatError(UserError, RuntimeError):
     """A server that gives no reply: one sentence that says what it did instead."""
 
 

@@ -13,12 +13,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.evaluation import plain_pickle
 
 SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 
 
-class ReadError(ValueError):
+class ReadError(UserError, ValueError):
     """A file that cannot be used: one sentence that names it, and the place in it."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.evaluation.datasets import UNIBENCH
 from affectgpt_jax.evaluation.lexicon import WHEELS, Identity, Lexicon, normalise
 
@@ -29,7 +30,7 @@ CHUNK = 4_194_304
 Labels = Sequence[Sequence[str]]
 
 
-class ScoreError(ValueError):
+class ScoreError(UserError, ValueError):
     """Predictions and truth that give no score, or scores that do not compare."""
 
 

@@ -29,6 +29,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.training.sharding import path_name
 from affectgpt_jax.training.step import State
 from affectgpt_jax.weights.huggingface import BaseIdentity
@@ -39,11 +40,11 @@ STATE = "state"
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", ".damaged"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A checkpoint that does not belong to this run, or that cannot be read."""
 
 
-class CheckpointWriteError(RuntimeError):
+class CheckpointWriteError(UserError, RuntimeError):
     """A checkpoint that cannot be written."""
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from affectgpt_jax.common.errors import UserError
+
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -38,7 +40,7 @@ class Collective(NamedTuple):
     bytes: int
 
 
-class ProgramError(RuntimeError):
+class ProgramError(UserError, RuntimeError):
     """A partitioned program that could not be had or understood."""
 
 

@@ -27,10 +27,12 @@ from typing import Any, Self, TypeVar
 import jax
 from absl import flags
 
+from affectgpt_jax.common.errors import UserError
+
 Value = TypeVar("Value")
 
 
-class LaunchError(RuntimeError):
+class LaunchError(UserError, RuntimeError):
     """Processes that do not come together as one run."""
 
 

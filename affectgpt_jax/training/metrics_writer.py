@@ -23,10 +23,12 @@ from typing import Any, NamedTuple, Self, SupportsFloat, TextIO
 
 import jax
 
+from affectgpt_jax.common.errors import UserError
+
 Clock = Callable[[], float]
 
 
-class MetricsError(RuntimeError):
+class MetricsError(UserError, RuntimeError):
     """Something that a run reports to is not there, or is damaged."""
 
 

@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from affectgpt_jax.common.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
@@ -46,7 +48,7 @@ _ACTIVATION_AXES = {
 }
 
 
-class MeshError(ValueError):
+class MeshError(UserError, ValueError):
     """A mesh that the devices cannot form."""
 
 

@@ -20,6 +20,8 @@ from typing import Self
 import jax
 from jax.experimental import multihost_utils
 
+from affectgpt_jax.common.errors import UserError
+
 
 class Stopped(SystemExit):
     """A run ends because it was told to; its status is 128 and the signal's number, as a shell's
@@ -155,7 +157,7 @@ def _has_descriptor(stream: object) -> bool:
         return False
 
 
-class WorkdirInUse(RuntimeError):
+class WorkdirInUse(UserError, RuntimeError):
     """Another run is at work in a workdir."""
 
 

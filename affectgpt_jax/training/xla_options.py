@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import jax
 
+from affectgpt_jax.common.errors import UserError
+
 Value = str | bool
 
 
-class XlaOptionError(ValueError):
+class XlaOptionError(UserError, ValueError):
     """Compiler options that cannot be used."""
 
 

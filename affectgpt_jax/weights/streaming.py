@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from affectgpt_jax.common.errors import UserError
+
 # Enough to keep a disk, the transposition and the bus to the devices busy at the same time; more
 # than there are cores would only take each other's cache.
 READERS = min(8, os.cpu_count() or 1)
@@ -35,7 +37,7 @@ DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.b
 _Bounds = tuple[tuple[int, int], ...]
 
 
-class WeightsError(ValueError):
+class WeightsError(UserError, ValueError):
     """Weights on disk that cannot be read, do not fit, or cannot be written there."""
 
 

@@ -1,0 +1,1 @@
+"""The ground floor: files, JSON, tables, trees and identities. It imports no other floor."""
