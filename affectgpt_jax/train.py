@@ -30,7 +30,6 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build, inference, runtime
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.config import ConfigError, check_same_run, described, parse_command_line
-from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import (
     DataError,
     MixtureComponent,
@@ -790,9 +789,9 @@ def answer_test_set(
         )
         scores = inference.score_labels(dataset, shuffled, question)
         result["hit_features_shuffled"] = scores["hit"]
-    seed = demo.world_seed(config.data.test, config.demo_seed)
-    if seed is not None and question != "sentiment":
-        result["ceilings"] = demo.mode_ceilings(seed, processor.mode.name)
+    ceilings = dataset.ceilings(processor.mode.name)
+    if ceilings and question != "sentiment":
+        result["ceilings"] = ceilings
     return result
 
 

@@ -375,11 +375,24 @@ def ceilings(evidence: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def mode_ceilings(seed: int, mode: str) -> dict[str, float]:
-    """The ceilings of a world's test clips: the main ones, and that of this input mode."""
-    features = features_for(CEILING_MODES[mode])
-    known = ceilings(World(seed).evidence("test", features=features))
-    return {name: known[name] for name in dict.fromkeys([*MAIN_CEILINGS, mode])}
+class DemoDataset(RecordDataset):
+    """A record directory of the demo world, which knows its ceilings.
+
+    Args:
+        directory: where `materialize` wrote the records of a split.
+        seed: of the world that they were drawn from.
+    """
+
+    def __init__(self, directory: Path, seed: int):
+        super().__init__(directory)
+        self._seed = seed
+
+    def ceilings(self, mode: str) -> dict[str, float]:
+        """The ceilings of these clips: `MAIN_CEILINGS`, and that of the input mode `mode`."""
+        features = features_for(CEILING_MODES[mode])
+        evidence = World(self._seed).evidence(self.manifest.split, len(self), features)
+        known = ceilings(evidence)
+        return {name: known[name] for name in dict.fromkeys([*MAIN_CEILINGS, mode])}
 
 
 def world_seed(place: str, default: int) -> int | None:
@@ -399,7 +412,7 @@ def materialize(
     split: str,
     say: Callable[[str], None] = print,
     features: Sequence[str] = DEFAULT_FEATURES,
-) -> RecordDataset:
+) -> DemoDataset:
     """Open a split's record directory, after writing it where it is not there yet."""
     if not (directory / MANIFEST_FILE).exists():
         say(f"writing {SIZES[split]:,} generated clips to {directory}")
@@ -411,4 +424,4 @@ def materialize(
             encoders=dict.fromkeys(features, f"demo world, seed {seed}"),
             split=split,
         )
-    return RecordDataset(directory)
+    return DemoDataset(directory, seed)

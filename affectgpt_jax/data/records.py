@@ -283,6 +283,10 @@ class RecordDataset:
             raise RecordError(f"{where} cannot be read: {error}; {_RESTORE}") from error
         return record
 
+    def ceilings(self, mode: str) -> dict[str, float]:
+        """Empty: see `Records.ceilings`."""
+        return {}
+
     def verify(self) -> None:
         """Hashes every file; raises RecordError at the first that differs from the manifest."""
         self._check_sizes()
@@ -315,6 +319,10 @@ class RecordSubset:
     def __getitem__(self, i: int) -> Record:
         return self._dataset[self._numbers[i]]
 
+    def ceilings(self, mode: str) -> dict[str, float]:
+        """Those of the whole data set, see `Records.ceilings`."""
+        return self._dataset.ceilings(mode)
+
 
 class Records(Protocol):
     """What has the interface of `RecordDataset`: it, parts of it, or another store of records."""
@@ -325,6 +333,13 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, i: int) -> Record: ...
+
+    def ceilings(self, mode: str) -> dict[str, float]:
+        """The best possible hit rates, 0 to 1, by input mode: of reference modes, and of `mode`.
+
+        Empty for data sets that do not know them, which is all but generated ones.
+        """
+        ...
 
 
 def _name_share(name: str, draw: int) -> float:

@@ -10,7 +10,7 @@ import affectgpt_jax
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.demo import CONFLICT, CUE_TABLES, EMOTIONS, MODALITIES, Clips, World
 from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES, load_prompts
-from affectgpt_jax.data.records import decode, encode
+from affectgpt_jax.data.records import RecordDataset, RecordSubset, decode, encode
 from affectgpt_jax.data.tokenizer import Tokenizer
 
 SEEDS = (0, 1, 2)
@@ -267,11 +267,20 @@ def test_a_source_names_a_world_or_none(place, seed):
     assert demo.world_seed(place, 5) == seed
 
 
-def test_a_mode_is_told_beside_the_main_ceilings_of_its_world():
-    found = demo.mode_ceilings(SEEDS[0], "multi_audio_frame_text")
+def test_the_demo_world_knows_the_ceiling_of_a_mode_beside_the_main_ones(tmp_path, monkeypatch):
+    monkeypatch.setitem(demo.SIZES, "test", 64)
+    first, second = (demo.materialize(tmp_path / str(seed), seed, "test") for seed in SEEDS[:2])
+    found = first.ceilings("multi_audio_frame_text")
     assert list(found) == [*demo.MAIN_CEILINGS, "multi_audio_frame_text"]
-    assert found != demo.mode_ceilings(SEEDS[1], "multi_audio_frame_text")
-    assert list(demo.mode_ceilings(SEEDS[0], "face")) == list(demo.MAIN_CEILINGS)
+    assert found != second.ceilings("multi_audio_frame_text")
+    assert list(first.ceilings("face")) == list(demo.MAIN_CEILINGS)
+    evidence = World(SEEDS[0]).evidence("test", 64)
+    assert first.ceilings("face") == {
+        name: demo.ceilings(evidence)[name] for name in demo.MAIN_CEILINGS
+    }
+    # Part of a test set is compared with the whole's; real records know none.
+    assert RecordSubset(first, [3]).ceilings("face") == first.ceilings("face")
+    assert RecordDataset(tmp_path / str(SEEDS[0])).ceilings("face") == {}
 
 
 def test_materialize_writes_once_and_then_reuses(tmp_path, monkeypatch):
