@@ -15,6 +15,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "affectgpt_jax",
+        "affectgpt_jax.common",
         "affectgpt_jax.configs",
         "affectgpt_jax.data",
         "affectgpt_jax.evaluation",

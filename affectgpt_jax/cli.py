@@ -1,21 +1,83 @@
-"""What commands read and print: flags as people type them, terminals that lack some of Unicode."""
+"""What all commands share: flags, help in 80 columns, and how a command ends on an error."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn
+
+from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.text import one_line
+
+COLUMNS = 80
+
+
+def wrap_help(text: str) -> str:
+    """A description in `COLUMNS` columns: paragraphs are filled, indented blocks stay."""
+    blocks = re.split(r"\n\s*\n", text.strip("\n"))
+    return "\n\n".join(
+        block if any(line.startswith(" ") for line in block.splitlines()) else _fill(block)
+        for block in blocks
+    )
+
+
+def _fill(paragraph: str) -> str:
+    # Flags and paths are not torn at their hyphens, so that they can be copied.
+    return textwrap.fill(paragraph, COLUMNS, break_on_hyphens=False, break_long_words=False)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, width=COLUMNS)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.indent(wrap_help(text), indent)
+
+
+class Parser(argparse.ArgumentParser):
+    """`argparse` as all commands use it.
+
+    Flags are written out in full, and `_` is as good as `-` in their names. The description keeps
+    its indented blocks, and the help has 80 columns.
+    """
+
+    def __init__(self, **options) -> None:
+        super().__init__(**{"formatter_class": _HelpFormatter, "allow_abbrev": False} | options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args(flags_with_hyphens(args), namespace)
+
+
+def make_parser(module: str, description: str) -> Parser:
+    """The parser of the command `python -m MODULE`."""
+    return Parser(prog=f"python -m {module}", description=description)
 
 
 def flags_with_hyphens(argv: Sequence[str]) -> list[str]:
     """A command line in whose names of flags `_` is as good as `-`; keys of the config stay."""
-    return [
-        re.sub(r"^--[\w-]+(?![\w.-])", lambda flag: flag[0].replace("_", "-"), arg) for arg in argv
-    ]
+    return [_flag_name(arg, "_", "-") for arg in argv]
+
+
+def flags_with_underscores(argv: Sequence[str]) -> list[str]:
+    """The same for flags of absl, whose names have `_`."""
+    return [_flag_name(arg, "-", "_") for arg in argv]
+
+
+def _flag_name(arg: str, written: str, meant: str) -> str:
+    return re.sub(
+        r"^--(\w[\w-]*)(?![\w.-])", lambda flag: "--" + flag[1].replace(written, meant), arg
+    )
 
 
 def escape_what_cannot_be_shown() -> None:
-    """Print `\\uXXXX` for a character that the terminal lacks, instead of failing.
+    r"""Print `\uXXXX` for a character that the terminal lacks, instead of failing.
 
     Names, words and answers come from files and models. For commands to call: it changes the
     process's standard streams.
@@ -23,3 +85,87 @@ def escape_what_cannot_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def leave(status: int, sentence: str = "") -> NoReturn:
+    """End the command with a status and a sentence on standard error.
+
+    Raises:
+        SystemExit: always; with the sentence where the status is 1, for which Python prints it.
+    """
+    if status == 1 and sentence:
+        raise SystemExit(sentence)
+    if sentence:
+        print(sentence, file=sys.stderr, flush=True)
+    raise SystemExit(status)
+
+
+def describe_os_error(error: OSError) -> str:
+    """The file and the reason."""
+    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+
+
+def cannot_be_written(output: str, error: OSError) -> str:
+    """An error of a command that reads nothing once it writes `output`, such as `--out=x.csv`."""
+    return f"{output} cannot be written: {error.strerror or error}"
+
+
+@contextlib.contextmanager
+def exit_on_error(
+    *,
+    interrupted: str = "interrupted",
+    out_of_memory: str = "use a smaller batch, or another machine",
+    os_error: Callable[[OSError], str] = describe_os_error,
+    leave: Callable[[int, str], NoReturn] = leave,
+) -> Iterator[None]:
+    """Around the whole work of a command: ends on an error as every command does.
+
+    An error that a user can mend (`UserError`, `OSError`, no memory) becomes `error: one sentence`
+    and status 1; Ctrl-C becomes `interrupted` and status 130. Where the reader of standard output
+    has left, the command ends with status 1 and says nothing. All others keep their traceback.
+
+    Args:
+        interrupted: what to say on Ctrl-C, such as that the same command goes on.
+        out_of_memory: what to do where a device or this machine has no memory left.
+        os_error: the sentence for an error of the operating system.
+        leave: ends the process with a status and a sentence, "" for none.
+    """
+    escape_what_cannot_be_shown()
+    try:
+        try:
+            yield
+        except SystemExit:  # after the help, or one of our own
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except UserError as error:
+        leave(1, _sentence(error))
+    except BrokenPipeError:
+        # Python flushes the stream once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(1, "")
+    except OSError as error:
+        leave(1, _sentence(os_error(error)))
+    except KeyboardInterrupt:
+        leave(128 + signal.SIGINT, interrupted)
+    except Exception as error:
+        where = _without_memory(error)
+        if where is None:
+            raise
+        leave(1, _sentence(f"{where} has no memory left; {out_of_memory}"))
+
+
+def _sentence(error: Exception | str) -> str:
+    return f"error: {one_line(str(error))}"
+
+
+def _without_memory(error: Exception) -> str | None:
+    """What an error says has no memory left, if it says so."""
+    if isinstance(error, MemoryError):
+        return "this machine"
+    # Commands that run no model do not load JAX. XLA's error has no type of its own: it is a
+    # `JaxRuntimeError` whose text names the status.
+    jax = sys.modules.get("jax")
+    if jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return "the device"
+    return None

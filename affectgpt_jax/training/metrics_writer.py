@@ -12,18 +12,17 @@ import math
 import os
 import re
 import secrets
-import shutil
 import statistics
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, SupportsFloat, TextIO
+from typing import Any, NamedTuple, Self, SupportsFloat
 
 import jax
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.progress import LiveLine, duration
 
 Clock = Callable[[], float]
 
@@ -364,37 +363,19 @@ class TimeBuckets:
 # --- what a person watches ----------------------------------------------------------------------
 
 
-class Progress:
-    """One line about the run, kept up to date.
+class Progress(LiveLine):
+    """The state of a run in one line: step, loss, rates and the time that is left.
 
-    On a terminal the line is rewritten in place, at most five times a second. Elsewhere (CI, a
-    file) a plain line is printed at most every `interval_s`. The last step is always shown.
+    The last step is always shown.
 
     Args:
         total_steps: the step at which the run ends.
-        stream: where to write; standard output if None.
-        interval_s: s between two plain lines.
-        enabled: False on every process but the first; nothing is then written.
-        clock: seconds, from any origin.
+        options: of `LiveLine`.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        *,
-        stream: TextIO | None = None,
-        interval_s: float = 10.0,
-        enabled: bool = True,
-        clock: Clock = time.perf_counter,
-    ) -> None:
+    def __init__(self, total_steps: int, **options: Any) -> None:
+        super().__init__(**options)
         self._total_steps = total_steps
-        self._stream = sys.stdout if stream is None else stream
-        self._enabled = enabled
-        self._clock = clock
-        self._in_place = enabled and self._stream.isatty()
-        self._interval_s = 0.2 if self._in_place else interval_s
-        self._drawn_s = -math.inf
-        self._live = ""
 
     def update(self, step: int, loss: SupportsFloat, rates: Mapping[str, float]) -> None:
         """Shows a finished step, if it is time to.
@@ -404,44 +385,10 @@ class Progress:
             loss: of that step; a device scalar is waited for only when it is shown.
             rates: from `Throughput.rates()`; rates that are missing are left out of the line.
         """
-        now_s = self._clock()
-        due = now_s - self._drawn_s >= self._interval_s or step >= self._total_steps
-        if not self._enabled or not due:
-            return
-        self._drawn_s = now_s
-        fields = _progress_fields(step, self._total_steps, float(loss), rates)
-        if self._in_place:
-            self._rewrite(_fit(fields, shutil.get_terminal_size().columns - 1))
-        else:
-            self._print("  ".join(fields) + "\n")
-
-    def line(self, text: str) -> None:
-        """Prints a message of its own, above the live line where there is one."""
-        if not self._enabled:
-            return
-        erase = f"\r{' ' * len(self._live)}\r" if self._live else ""
-        self._print(f"{erase}{text}\n{self._live}")
-
-    def close(self) -> None:
-        """Leaves the live line as it is and moves below it; a second call does nothing."""
-        if self._live:
-            self._print("\n")
-            self._live = ""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _rewrite(self, text: str) -> None:
-        # Padded to cover the rest of a longer line before it.
-        self._print("\r" + text.ljust(len(self._live)))
-        self._live = text
-
-    def _print(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        self.show(
+            lambda: _progress_fields(step, self._total_steps, float(loss), rates),
+            last=step >= self._total_steps,
+        )
 
 
 def _progress_fields(
@@ -458,19 +405,8 @@ def _progress_fields(
         fields.append(f"data {_milliseconds(rates['data_wait_ms'])} ms")
     if "step_ms" in rates:
         # At the current rate: evaluations and checkpoints still to come are not in it.
-        fields.append(f"ETA {_duration((total_steps - step) * rates['step_ms'] / 1e3)}")
+        fields.append(f"ETA {duration((total_steps - step) * rates['step_ms'] / 1e3)}")
     return fields
-
-
-def _fit(fields: Sequence[str], width: int) -> str:
-    """Joins fields; where too wide for one row, drops them from the last but one backwards.
-
-    A line that wraps cannot be rewritten in place, and the ETA at the end is worth most.
-    """
-    fields = list(fields)
-    while len("  ".join(fields)) > width and len(fields) > 1:
-        del fields[-2 if len(fields) > 2 else -1]
-    return "  ".join(fields)[:width]
 
 
 def _short(value: float) -> str:
@@ -483,12 +419,6 @@ def _short(value: float) -> str:
 
 def _milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(math.ceil(max(seconds, 0.0)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def summary_table(rows: Sequence[tuple[str, str]], title: str) -> str:

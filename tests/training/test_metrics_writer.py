@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from terminals import FakeClock, Terminal
 
 from affectgpt_jax.training import metrics_writer
 from affectgpt_jax.training.metrics_writer import (
@@ -23,19 +24,6 @@ from affectgpt_jax.training.metrics_writer import (
     read_metrics,
     summary_table,
 )
-
-
-class FakeClock:
-    """A clock that moves only when told to."""
-
-    def __init__(self, now_s: float = 1000.0) -> None:
-        self.now_s = now_s
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def advance(self, seconds: float) -> None:
-        self.now_s += seconds
 
 
 @pytest.fixture
@@ -384,23 +372,6 @@ LINE_120 = (
 )
 
 
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal, and knows what one would show."""
-
-    def isatty(self) -> bool:
-        return True
-
-    def rows(self) -> list[str]:
-        return [self._row(line) for line in self.getvalue().split("\n")]
-
-    @staticmethod
-    def _row(line: str) -> str:
-        row = ""
-        for written in line.split("\r"):
-            row = written + row[len(written) :]
-        return row.rstrip()
-
-
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
     monkeypatch.setenv("COLUMNS", "120")
@@ -429,60 +400,6 @@ def test_numbers_keep_their_size_readable(clock: FakeClock) -> None:
     )
 
 
-def test_a_file_gets_a_line_each_interval_and_the_last_step(clock: FakeClock) -> None:
-    stream = io.StringIO()
-    with Progress(35, stream=stream, interval_s=10.0, clock=clock) as progress:
-        for step in range(1, 36):
-            progress.update(step, 1.0, {})
-            clock.advance(1.0)
-    shown = [line.split()[1] for line in stream.getvalue().splitlines()]
-    assert shown == ["1/35", "11/35", "21/35", "31/35", "35/35"]
-    assert "\r" not in stream.getvalue()
-
-
-def test_a_terminal_shows_one_line_that_moves_on(terminal: Terminal, clock: FakeClock) -> None:
-    progress = Progress(600, stream=terminal, clock=clock)
-    progress.update(120, 1.2341, RATES)
-    assert terminal.rows() == [LINE_120]
-    clock.advance(1.0)
-    progress.update(121, 1.5, {})
-    assert terminal.rows() == ["step 121/600  loss 1.500"]
-    progress.close()
-    progress.close()
-    assert terminal.rows() == ["step 121/600  loss 1.500", ""]
-
-
-def test_a_terminal_is_redrawn_at_most_five_times_a_second(
-    terminal: Terminal, clock: FakeClock
-) -> None:
-    progress = Progress(1000, stream=terminal, clock=clock)
-    for step in range(1, 65):
-        progress.update(step, 1.0, {})
-        clock.advance(1 / 64)
-    assert terminal.getvalue().count("\r") == 5
-    progress.update(1000, 1.0, {})
-    assert terminal.rows() == ["step 1000/1000  loss 1.000"]
-
-
-def test_messages_stand_above_the_live_line(terminal: Terminal, clock: FakeClock) -> None:
-    with Progress(600, stream=terminal, clock=clock) as progress:
-        progress.line("compiling")
-        progress.update(120, 1.2341, RATES)
-        progress.line("saved step 120")
-        assert terminal.rows() == ["compiling", "saved step 120", LINE_120]
-        clock.advance(1.0)
-        progress.update(121, 1.5, {})
-    assert terminal.rows() == ["compiling", "saved step 120", "step 121/600  loss 1.500", ""]
-
-
-def test_messages_in_a_file_are_plain_lines(clock: FakeClock) -> None:
-    stream = io.StringIO()
-    with Progress(600, stream=stream, clock=clock) as progress:
-        progress.update(1, 1.0, {})
-        progress.line("saved step 1")
-    assert stream.getvalue() == "step 1/600  loss 1.000\nsaved step 1\n"
-
-
 @pytest.mark.parametrize(
     ("columns", "shown"),
     [
@@ -501,6 +418,16 @@ def test_a_narrow_terminal_gets_a_line_that_does_not_wrap(
     monkeypatch.setenv("COLUMNS", columns)
     Progress(600, stream=terminal, clock=clock).update(120, 1.2341, RATES)
     assert terminal.rows() == [shown]
+
+
+def test_the_last_step_is_always_shown(clock: FakeClock) -> None:
+    stream = io.StringIO()
+    progress = Progress(35, stream=stream, interval_s=10.0, clock=clock)
+    for step in range(1, 36):
+        progress.update(step, 1.0, {})
+        clock.advance(1.0)
+    shown = [line.split()[1] for line in stream.getvalue().splitlines()]
+    assert shown == ["1/35", "11/35", "21/35", "31/35", "35/35"]
 
 
 def test_the_loss_is_fetched_only_for_lines_that_are_shown(clock: FakeClock) -> None:
