@@ -181,6 +181,32 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or ["no message"])[0]
 
 
+def check_model(config: ConfigDict, llm: DecoderConfig) -> tuple[LoraConfig | None, FusionConfig]:
+    """Adapters and fusion of a config, before a model is made of them.
+
+    Raises:
+        ConfigError: values that the modules refuse.
+    """
+    if config.base_precision == "nf4" and (llm.hidden_size % 2 or llm.intermediate_size % 2):
+        raise ConfigError(
+            f"config.base_precision='nf4' packs inputs in pairs, but this base has a hidden_size "
+            f"of {llm.hidden_size} and an intermediate_size of {llm.intermediate_size}; use int8"
+        )
+    try:
+        fusion = fusion_config(config, llm.hidden_size)
+        lora = None
+        if config.lora.rank:
+            lora = LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
+    except ValueError as error:
+        raise ConfigError(f"config: {error}") from None
+    if lora is None and not fusion.slots:
+        raise ConfigError(
+            f"config.input={config.input!r} with config.lora.rank=0 leaves nothing to train; give "
+            "the model LoRA or an input with features"
+        )
+    return lora, fusion
+
+
 def model(
     config: ConfigDict,
     llm: DecoderConfig,
@@ -199,11 +225,7 @@ def model(
     Raises:
         ConfigError: values that the modules refuse.
     """
-    if config.base_precision == "nf4" and (llm.hidden_size % 2 or llm.intermediate_size % 2):
-        raise ConfigError(
-            f"config.base_precision='nf4' packs inputs in pairs, but this base has a hidden_size "
-            f"of {llm.hidden_size} and an intermediate_size of {llm.intermediate_size}; use int8"
-        )
+    lora, fusion = check_model(config, llm)
     dtype = jnp.dtype(config.dtype)
     compute = ComputeConfig(
         dtype=dtype,
@@ -215,18 +237,6 @@ def model(
     )
     if shard is not None:
         compute = dataclasses.replace(compute, shard=shard)
-    try:
-        fusion = fusion_config(config, llm.hidden_size)
-        lora = None
-        if config.lora.rank:
-            lora = LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
-    except ValueError as error:
-        raise ConfigError(f"config: {error}") from None
-    if lora is None and not fusion.slots:
-        raise ConfigError(
-            f"config.input={config.input!r} with config.lora.rank=0 leaves nothing to train; give "
-            "the model LoRA or an input with features"
-        )
     # The fusion costs next to nothing, and bfloat16 would round features that float16 holds.
     return AffectGPT(Decoder(llm, lora, compute), Fusion(fusion) if fusion.slots else None)
 
@@ -312,6 +322,11 @@ class Data:
     train: list[MixtureComponent]
     val: list[MixtureComponent]
     test: MixtureComponent | None
+
+    @property
+    def held_out(self) -> list[MixtureComponent]:
+        """What is evaluated: the validation sets, and the test set if there is one."""
+        return [*self.val, *([self.test] if self.test else [])]
 
 
 def data(

@@ -305,22 +305,34 @@ def _plain(value: Any) -> str:
     return repr(value.to_dict() if isinstance(value, ConfigDict) else value)
 
 
-def check_same_run(config: ConfigDict, workdir: Path) -> None:
-    """Remember the config in `workdir/config.json`, or compare with that of the run to resume.
+def save_config(config: ConfigDict, workdir: Path) -> None:
+    """Write the config of a run to `workdir/config.json`, unless it resumes one."""
+    path = workdir / "config.json"
+    if not (_saved_steps(workdir) and path.exists()):
+        text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
+        path.write_text(text, encoding="utf-8")
 
-    A run that saved no checkpoint, as one that a bad setting stopped, leaves nothing to resume.
+
+def _saved_steps(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
+
+
+def check_same_run(config: ConfigDict, workdir: Path) -> None:
+    """Compare the config with that of the run that it would resume, `workdir/config.json`.
+
+    A run that saved no checkpoint, such as one that a wrong setting stopped, has nothing to resume.
 
     Raises:
         ConfigError: the workdir holds a run with other settings, of which the message names the
             first, or one that is further than this one is to go.
     """
     path = workdir / "config.json"
-    mine = json.loads(config.to_json())
-    saved = [int(e.name) for e in (workdir / "checkpoints").glob("*") if e.name.isdigit()]
+    saved = _saved_steps(workdir)
     if not (saved and path.exists()):
-        path.write_text(json.dumps(mine, indent=2) + "\n", encoding="utf-8")
         return
-    mine, theirs = dict(_leaves(mine)), dict(_leaves(json.loads(path.read_text("utf-8"))))
+    mine = dict(_leaves(json.loads(config.to_json())))
+    theirs = dict(_leaves(json.loads(path.read_text("utf-8"))))
     if config.optimizer.learning_rate == config.optimizer.final_learning_rate:
         theirs["steps"] = mine["steps"]  # a constant rate does not depend on the run's length
     for key in sorted(mine.keys() | theirs.keys()):

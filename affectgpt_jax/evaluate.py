@@ -253,7 +253,7 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         num_buckets=run.config.num_buckets,
         batch_size=arguments.batch_size or run.config.generate.batch_size,
         max_new_tokens=limit,
-        merge_lora=run.config.generate.merge_lora,
+        merge_lora=inference.should_merge(run.config.generate.merge_lora, run.model, run.base),
         sampling=arguments.sampling,
         seed=arguments.seed,
     )

@@ -83,7 +83,7 @@ class Generator:
         seed: of sampling. What is drawn follows from it, the clip's name and the question, not
             from the other clips.
         log_probs: whether answers say how probable they were.
-        merge_lora: "true", "false" or "auto", as `merges` reads it.
+        merge_lora: whether LoRA is merged into a copy of the base first, see `should_merge`.
         pulse: called before prompts are read; what it raises ends the answers.
     """
 
@@ -100,12 +100,13 @@ class Generator:
         sampling: Sampling = GREEDY,
         seed: int = 0,
         log_probs: bool = False,
-        merge_lora: str = "auto",
+        merge_lora: bool = False,
         pulse: Callable[[], None] = lambda: None,
     ):
         self._model, self._base, self._processor, self._mesh = model, base, processor, mesh
         self._num_buckets, self._seed, self._pulse = num_buckets, seed, pulse
-        self._merges = merges(merge_lora, model, base)
+        # Without adapters, and beside quantized kernels, there is nothing to merge.
+        self._merge_lora = merge_lora and _can_merge(model)
         self._rows, self._prefill_batch = rows_and_prefill_batch(
             batch_size, data_parallel_size(mesh)
         )
@@ -177,7 +178,7 @@ class Generator:
 
     def _weights(self, trainable: Any) -> tuple[Any, Any]:
         """Base and trainable from which answers are written."""
-        if not self._merges:
+        if not self._merge_lora:
             return self._base, trainable
         merged = merge(self._base, trainable["lora"], self._model.decoder.lora.scale)
         return merged, {**trainable, "lora": {}}
@@ -209,21 +210,26 @@ class Generator:
         )
 
 
-def merges(how: str, model: AffectGPT, base: Any) -> bool:
-    """Whether adapters are added to the base's kernels before answers are written.
+def _can_merge(model: AffectGPT) -> bool:
+    return model.decoder.lora is not None and not model.decoder.compute.base_precision
 
-    Beside them, two narrow products for each of the base's take longer than their FLOPs, and a
-    token has seven in every layer. The kernels are rounded once more.
+
+def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
+    """Whether LoRA is merged into a copy of the base's kernels before generation.
+
+    Unmerged, each of the seven projections of a layer needs two narrow matmuls more for every
+    token. Merged kernels are rounded to the base's dtype once more.
 
     Args:
-        how: "true" or "false"; "auto" merges where the second copy of the kernels takes no more
-            than a quarter of the memory of the device, or of the host.
-        model: the modules.
-        base: frozen weights. Quantized kernels are never merged.
+        setting: `config.generate.merge_lora`. "true" and "false" decide; "auto" merges where the
+            copy takes at most a quarter of the memory of the device, or of the host where that is
+            the device.
+        model: the modules. Without LoRA, or with quantized kernels, nothing is merged.
+        base: frozen weights.
     """
-    lora, quantized = model.decoder.lora, model.decoder.compute.base_precision
-    if lora is None or quantized or how != "auto":
-        return how == "true" and lora is not None and not quantized
+    if setting != "auto" or not _can_merge(model):
+        return setting == "true" and _can_merge(model)
+    lora = model.decoder.lora
     kernels = [base["layers"][name]["kernel"] for name in lora.targets]
     copy = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
     limit = device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

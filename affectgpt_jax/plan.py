@@ -19,6 +19,7 @@ where a row is one clip. Tokens are places in rows, padding included.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -28,10 +29,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from affectgpt_jax import train
 from affectgpt_jax.config import ConfigError, parse_command_line
-from affectgpt_jax.data.packing import CLIP_ROOM, round_up
-from affectgpt_jax.planner import Layout, Planner, Rows
+from affectgpt_jax.data.packing import CLIP_ROOM, Bucket, round_up
+from affectgpt_jax.planner import Layout, Planner
+from affectgpt_jax.program import check_rows, count
 from affectgpt_jax.training import collectives, memory, sharding
 from affectgpt_jax.training.devices import DEVICES
 from affectgpt_jax.training.roofline import EFFICIENCY, Shape
@@ -99,7 +100,7 @@ def _share(text: str) -> float:
     return share
 
 
-def rows_of(config: ConfigDict, length: int | None, targets: int | None) -> Rows:
+def rows_of(config: ConfigDict, length: int | None, targets: int | None) -> Bucket:
     """The shape of the longest rows of a config, or of those that are asked for.
 
     Raises:
@@ -110,7 +111,7 @@ def rows_of(config: ConfigDict, length: int | None, targets: int | None) -> Rows
     if targets > length:
         raise ConfigError(f"--targets={targets} are more than the {length} tokens of a row")
     clips = max(1, round(CLIP_ROOM * length / MEAN_CLIP)) if config.pack_length else 1
-    return Rows(length, targets, clips)
+    return Bucket(length, targets, clips)
 
 
 def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -127,7 +128,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     device = DEVICES[arguments.device]
     rows = rows_of(config, arguments.length, arguments.targets)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
-    train.check_rows(config, mesh)
+    check_rows(config, mesh)
     planner = Planner(config, device, rows, arguments.efficiency)
     shape, parts = Shape(**mesh.shape), config.gradient_accumulation_steps
     on_device = config.batch_size // (parts * shape.data * shape.fsdp)
@@ -150,12 +151,12 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
             "steps": config.steps,
         },
         "device": device._asdict(),
-        "rows": rows._asdict(),
+        "rows": dataclasses.asdict(rows),
         "attention": {"name": attention.name, "reason": attention.reason},
         "parameters": {
-            "base": train.count(base),
-            "lora": train.count(state["trainable"]["lora"]),
-            "fusion": train.count(state["trainable"]["fusion"]),
+            "base": count(base),
+            "lora": count(state["trainable"]["lora"]),
+            "fusion": count(state["trainable"]["fusion"]),
         },
         "arguments": {
             "base": memory.device_bytes(base),

@@ -15,30 +15,24 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, train
+from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
-from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, with_compute
+from affectgpt_jax.data.packing import Bucket
+from affectgpt_jax.data.pipeline import empty_batch
+from affectgpt_jax.models.affectgpt import Batch
 from affectgpt_jax.models.attention import Choice, causal, choose
 from affectgpt_jax.models.flops import Flops, train_flops
+from affectgpt_jax.program import count, make_program, nbytes
 from affectgpt_jax.training import memory, roofline, sharding
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import Device
 from affectgpt_jax.training.memory import Memory
-from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.roofline import Shape, Sizes, StepTime
-from affectgpt_jax.training.step import State, init_state, make_train_step
+from affectgpt_jax.training.step import State
 
 FRAMES = 8  # of a clip's features, as the extractors make them
 # Layouts whose times differ by less count as equal, and the simpler one is better.
 SAME_TIME = 1.01
-
-
-class Rows(NamedTuple):
-    """The static shape of a row: tokens, those of them that may be supervised, clips."""
-
-    length: int
-    targets: int
-    clips: int
 
 
 class Layout(NamedTuple):
@@ -90,25 +84,27 @@ class Planner:
         WeightsError: a base that the decoder does not compute.
     """
 
-    def __init__(self, config: ConfigDict, device: Device, rows: Rows, efficiency: float):
+    def __init__(self, config: ConfigDict, device: Device, rows: Bucket, efficiency: float):
         if config.unroll_layers == "auto":  # it asks what runs here; a GPU has a loop
             config = ConfigDict(config)
             config.unroll_layers = "false"
         self.config, self.device, self.rows = config, device, rows
         self.llm = build.base_config(config.llm)
         self._efficiency = efficiency
-        self._optimizer_config = build.optimizer_config(config)
-        self._optimizer = make_optimizer(self._optimizer_config, config.steps)
-        self.model = build.model(config, self.llm, attend=causal)
+        fusion = build.check_model(config, self.llm)[1]
+        self._features = {name: (FRAMES, fusion.feature_width(name)) for name in fusion.inputs}
+        # The layouts decide the policy; attention becomes a stand-in where it is traced.
+        unchosen = config.copy_and_resolve_references()
+        unchosen.remat = "none"
+        self.program = make_program(
+            unchosen,
+            _abstract_mesh(Shape(1, 1, 1)),
+            {rows.length: self.batch(config.batch_size)},
+            llm=self.llm,
+            attend=causal,
+        )
         # JAX takes this share of a GPU (xla_options), and programs are planned for a share of that.
         self.limit = int(0.9 * device.memory)
-        self._shapes = tuple(
-            jax.eval_shape(init, jax.random.key(0))
-            for init in (
-                lambda key: init_state(self.model, self._optimizer, key),
-                lambda key: init_random_base(self.model, key),
-            )
-        )
         self.abstract = functools.cache(self._abstract)
         self._saved = functools.cache(self._saved_by_a_row)
 
@@ -135,46 +131,26 @@ class Planner:
 
     def _abstract(self, shape: Shape) -> tuple[State, Any]:
         """Shapes and shardings of state and base on a mesh of this shape."""
-        mesh = AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
-        return self.on(mesh)
-
-    def on(self, mesh: Mesh | AbstractMesh) -> tuple[State, Any]:
-        """Shapes and shardings of state and base."""
-        state, base = (sharding.with_shardings(mesh, shapes) for shapes in self._shapes)
-        return state, base
+        program = self.program.on(_abstract_mesh(shape))
+        return program.state, program.base
 
     def batch(self, rows: int) -> Batch:
         """An abstract batch of so many rows (layout: `models.affectgpt`)."""
-        length, targets, clips = self.rows
-        fusion = self.model.fusion and self.model.fusion.config
-        names = fusion.inputs if fusion else ()
-
-        def shape(*sizes: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct((rows, *sizes), dtype)
-
-        return {
-            **dict.fromkeys(
-                ("tokens", "positions", "segment_ids", "soft_token_index"), shape(length)
-            ),
-            **dict.fromkeys(("target_positions", "targets"), shape(targets)),
-            "target_weights": shape(targets, dtype=jnp.float32),
-            "features": {
-                name: shape(clips, FRAMES, fusion.feature_width(name), dtype=jnp.float16)
-                for name in names
-            },
-            "present": {name: shape(clips, dtype=bool) for name in names},
-        }
-
-    def _traceable(self, model: AffectGPT, backend: str) -> AffectGPT:
-        stand_in = memory.kernel_stand_in(backend, self.rows.clips)
-        return with_compute(model, attend=stand_in)
+        return jax.eval_shape(lambda: empty_batch(rows, self.rows, self._features))
 
     def _saved_by_a_row(self, backend: str) -> dict[str, int]:
         """Bytes that one row saves, by policy; several save as many times that."""
-        state, base = self.abstract(Shape(1, 1, 1))
-        model = self._traceable(self.model, backend)
-        found = memory.saved_activations(model, state["trainable"], base, self.batch(1))
-        return dict(found)
+        mesh = _abstract_mesh(Shape(1, 1, 1))
+        program = self.program.on(mesh, attend=memory.kernel_stand_in(backend, self.rows.clips))
+        return dict(
+            memory.saved_activations(
+                program.model,
+                program.state["trainable"],
+                program.base,
+                self.batch(1),
+                program.loss,
+            )
+        )
 
     def memory(self, shape: Shape, rows: int, remat: str) -> Memory:
         """What an update takes on a device that runs so many rows at a time."""
@@ -184,7 +160,7 @@ class Planner:
         layer = rows * saved["none"] // self.llm.num_hidden_layers
         if backend == "xla":
             layer += memory.score_bytes(self.llm, rows, length)
-        work = max(layer, memory.logit_bytes(self.model, rows, targets))
+        work = max(layer, memory.logit_bytes(self.program.model, rows, targets))
         return memory.of_update(state, base, rows * saved[remat], work)
 
     def fits(self, needed: Memory) -> bool:
@@ -192,7 +168,9 @@ class Planner:
 
     def flops(self) -> Flops:
         """Of one row, forward and backward; a packed row is counted as a single sample."""
-        return train_flops(self.llm, self.model.decoder.lora, self.rows.length, self.rows.targets)
+        return train_flops(
+            self.llm, self.program.model.decoder.lora, self.rows.length, self.rows.targets
+        )
 
     def sizes(self, rows: int, parts: int) -> Sizes:
         """What an update's collectives follow from."""
@@ -200,10 +178,10 @@ class Planner:
         itemsize = jnp.dtype(self.config.dtype).itemsize
         kernels = [part["kernel"] for part in base["layers"].values() if "kernel" in part]
         return Sizes(
-            layers=train.nbytes(kernels),
-            vocabulary=train.nbytes(base.get("lm_head", base["embed_tokens"])),
-            adapters=train.count(state["trainable"]["lora"]) * itemsize,
-            fusion=train.nbytes(state["trainable"]["fusion"]),
+            layers=nbytes(kernels),
+            vocabulary=nbytes(base.get("lm_head", base["embed_tokens"])),
+            adapters=count(state["trainable"]["lora"]) * itemsize,
+            fusion=nbytes(state["trainable"]["fusion"]),
             hidden=rows * self.rows.length * self.llm.hidden_size * itemsize,
             num_layers=self.llm.num_hidden_layers,
             parts=parts,
@@ -257,19 +235,9 @@ class Planner:
 
     def lower(self, mesh: Mesh, remat: str) -> Any:
         """The real train step, lowered for a mesh of emulated devices."""
-        config = self.config
-        shard = sharding.ActivationConstraint(mesh)
-        model = build.model(config, self.llm, shard, causal)
-        model = self._traceable(model, self.attention(mesh.shape["tensor"]).name)
-        step = make_train_step(
-            with_compute(model, remat=remat),
-            self._optimizer,
-            learning_rate_schedule(self._optimizer_config, config.steps),
-            seed=config.seed,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-        )
-        batch = sharding.abstract_batch(mesh, self.batch(config.batch_size))
-        return train.lower_step(step, mesh, *self.on(mesh), batch)
+        backend = self.attention(mesh.shape["tensor"]).name
+        attend = memory.kernel_stand_in(backend, self.rows.clips)
+        return self.program.on(mesh, remat=remat, attend=attend).lower(self.rows.length)
 
     def curve(self, asked: Layout, counts: Sequence[int], remat: str) -> list[Layout]:
         """The same rows on each of more or fewer devices, under a policy or "auto".
@@ -278,11 +246,11 @@ class Planner:
         cannot use is left out.
         """
         found = []
-        for count in counts:
-            tensor = min(asked.shape.tensor, count)
-            fsdp = min(asked.shape.fsdp, count // tensor)
-            if count % (tensor * fsdp) == 0:
-                shape = Shape(count // (tensor * fsdp), fsdp, tensor)
+        for devices in counts:
+            tensor = min(asked.shape.tensor, devices)
+            fsdp = min(asked.shape.fsdp, devices // tensor)
+            if devices % (tensor * fsdp) == 0:
+                shape = Shape(devices // (tensor * fsdp), fsdp, tensor)
                 found.append(self.layout(shape, asked.parts, asked.rows, remat))
         return found
 
@@ -322,6 +290,10 @@ class Planner:
             else:
                 most = middle
         return fewest
+
+
+def _abstract_mesh(shape: Shape) -> AbstractMesh:
+    return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def _shapes(devices: int, tensor: int) -> Iterator[Shape]:

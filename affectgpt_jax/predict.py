@@ -42,7 +42,7 @@ from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordError, Records, RecordSubset
 from affectgpt_jax.evaluation.files import ReadError, whole_lines
-from affectgpt_jax.inference import SCORED, Answer, Generator
+from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.restore import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
@@ -167,7 +167,7 @@ def predict(arguments: argparse.Namespace) -> None:
         batch_size=min(arguments.batch_size or run.config.generate.batch_size, len(clips)),
         max_new_tokens=arguments.max_new_tokens or run.config.generate.max_new_tokens,
         num_buckets=run.config.num_buckets,
-        merge_lora=run.config.generate.merge_lora,
+        merge_lora=should_merge(run.config.generate.merge_lora, run.model, run.base),
         sampling=arguments.sampling,
         seed=arguments.seed,
         log_probs=True,

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,18 @@ from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.prompts import PromptError, parse_label
 from affectgpt_jax.data.tokenizer import TokenizerError
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
+from affectgpt_jax.program import Program
 from affectgpt_jax.training import sharding, xla_options
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun
+from affectgpt_jax.training.step import State
 from affectgpt_jax.weights.huggingface import (
     BaseIdentity,
     WeightsError,
     base_identity,
     load_base,
 )
+from affectgpt_jax.weights.peft import load_adapter
+from affectgpt_jax.weights.release import load_release
 
 
 class RunError(UserError, ValueError):
@@ -232,3 +236,30 @@ def load_run(
         steps=saved.steps,
         best_step=saved.best,
     )
+
+
+def fresh_state(program: Program, say: Callable[[str], None]) -> State:
+    """The state that a new run starts from: drawn from the seed, or loaded from
+    `config.init_from`, a PEFT adapter's directory (LoRA alone) or a `.pth` of the PyTorch release.
+
+    Args:
+        program: of the run.
+        say: told what was loaded, and what of the file was not.
+
+    Raises:
+        WeightsError: neither, or one that does not fit; the message names what differs.
+    """
+    state = program.init_state(program.config.seed)
+    if not program.config.init_from:
+        return state
+    path = Path(program.config.init_from).expanduser()
+    abstract, lora = program.state["trainable"], program.model.decoder.lora
+    if path.is_dir():
+        state["trainable"]["lora"] = load_adapter(path, abstract["lora"], lora)
+        say(f"starting from the adapter {path}; projectors and fusion start fresh")
+        return state
+    loaded, unused = load_release(path, abstract, lora)
+    state["trainable"] |= loaded
+    said = f"; left out, since this config has no place for them: {', '.join(unused)}"
+    say(f"starting from {path}{said if unused else ''}")
+    return state

@@ -48,6 +48,7 @@ class Compiler:
         from affectgpt_jax.models.affectgpt import init_random_base
         from affectgpt_jax.train import lower_step
         from affectgpt_jax.training import sharding
+        from affectgpt_jax.training.losses import cross_entropy
         from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
         from affectgpt_jax.training.step import init_state, make_train_step
         from benchmarks import sides, synthetic, workloads
@@ -62,7 +63,7 @@ class Compiler:
         shapes = {name: (synthetic.FRAMES, width) for name, width in how.features.items()}
         bucket = Bucket(self.length, self.targets)
         batch = collate([[]] * config.batch_size, how, shapes, bucket)
-        step = make_train_step(model, optimizer, schedule, seed=0)
+        step = make_train_step(model, cross_entropy, optimizer, schedule, seed=0)
         abstract_state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
         abstract_base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
         events: list[str] = []

@@ -96,7 +96,7 @@ class Ours(_Writer):
         import jax
 
         from affectgpt_jax import build
-        from affectgpt_jax.inference import merges
+        from affectgpt_jax.inference import should_merge
         from affectgpt_jax.models import lora
         from benchmarks import sides
 
@@ -105,7 +105,7 @@ class Ours(_Writer):
         self.model = build.model(self.workload.config, self.workload.llm)
         self.base = sides.draw_base(self.model, self.mesh)
         self.trainable = jax.device_put(sides.draw_trainable(self.model))
-        if merges("auto", self.model, self.base):  # as the command that answers does
+        if should_merge("auto", self.model, self.base):  # as the command that answers does
             scale = self.model.decoder.lora.scale
             self.base = lora.merge(self.base, self.trainable["lora"], scale)
             self.trainable = {**self.trainable, "lora": {}}

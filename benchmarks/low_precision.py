@@ -47,6 +47,7 @@ from affectgpt_jax.models.decoder import (
 )
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.quantize import PRECISIONS
+from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -188,7 +189,7 @@ def make_update(workload: Workload, precision: str) -> tuple[Callable[[], None],
     batch = jax.device_put(batch)
     state = jax.jit(lambda key: init_state(model, optimizer, key))(init_key(SEED))
     base = jax.jit(lambda key: init_random_base(model, key))(jax.random.key(SEED))
-    step = make_train_step(model, optimizer, schedule, seed=SEED)
+    step = make_train_step(model, cross_entropy, optimizer, schedule, seed=SEED)
     compiled = jax.jit(step, donate_argnums=0).lower(state, base, batch).compile()
     analysis = compiled.memory_analysis()
 

@@ -46,7 +46,7 @@ from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, init_trainable
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.fusers import SLOTS, Fusion, FusionConfig
-from affectgpt_jax.train import USER_ERRORS
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from affectgpt_jax.training.step import init_key
 from affectgpt_jax.weights.huggingface import load_base
@@ -217,7 +217,7 @@ def make_case(config: ConfigDict, records: Path, device: str) -> Case:
     """Opens the base and the records, which it writes where they are not there yet.
 
     Raises:
-        One of `affectgpt_jax.train.USER_ERRORS`: a base that cannot be used.
+        One of `affectgpt_jax.train.UserError`: a base that cannot be used.
     """
     directory = build.base_directory(config.llm)
     processor = build.prompt_processor(config, Tokenizer(directory))
@@ -611,7 +611,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         device = use_device(args.device)
         with jax.default_matmul_precision("highest"):
             report = check(args, device)
-    except USER_ERRORS as error:
+    except UserError as error:
         raise SystemExit(f"error: {error}") from None
     if args.llm != "tiny":  # where somebody keeps a model says nothing
         command = report["environment"]["command"]

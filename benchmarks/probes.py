@@ -19,6 +19,7 @@ from affectgpt_jax.models.affectgpt import (
     loss_sum_and_count,
 )
 from affectgpt_jax.models.decoder import lm_head
+from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.optimizer import (
     OptimizerConfig,
     learning_rate_schedule,
@@ -171,7 +172,7 @@ def make_train_jax(
     """`(base, trainable, batches)` to `trainable` after an update for every batch of a run of
     `steps`, and the loss before each."""
     optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
-    step = make_train_step(model, optimizer, schedule, seed=0)
+    step = make_train_step(model, cross_entropy, optimizer, schedule, seed=0)
     step = jax.jit(step, donate_argnums=0)
 
     def train(base: Any, trainable: Any, batches: Iterable[Batch]) -> tuple[Any, list[float]]:

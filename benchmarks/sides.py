@@ -28,14 +28,11 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     target_states,
     token_log_probs,
-    with_compute,
 )
 from affectgpt_jax.models.attention import causal
 from affectgpt_jax.models.decoder import lm_head
-from affectgpt_jax.train import compile_steps, train_step_options
+from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.training import memory, sharding
-from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from affectgpt_jax.training.step import init_state, make_train_step
 from benchmarks import environment, workloads
 from benchmarks.workloads import Contents, contents
 
@@ -147,54 +144,28 @@ class Ours:
         self.mesh = one_device()
         choice = build.attention(config, llm)
         self.notes = [f"attention {choice.name}: {choice.reason}"]
-        attend = choice.for_rows_of(self.feed.buckets[0].clips)
-        model = build.model(config, llm, sharding.ActivationConstraint(self.mesh), attend)
+        program = make_program(
+            config,
+            self.mesh,
+            {bucket.length: self.feed.filler_batch(bucket) for bucket in self.feed.buckets},
+            llm=llm,
+            attend=choice.for_rows_of(self.feed.buckets[0].clips),
+            memory_limit=memory.device_limit(),
+        )
+        if program.remat:
+            self.notes.append(str(program.remat))
         if without == "chunks":
-            positions = max(b.targets for b in self.feed.buckets) * self.workload.config.batch_size
-            model = with_compute(model, loss_chunk=positions)
-        optimizer_config = build.optimizer_config(config)
-        optimizer = make_optimizer(optimizer_config, config.steps)
-        schedule = learning_rate_schedule(optimizer_config, config.steps)
-
-        def init(key: jax.Array) -> Any:
-            return init_state(model, optimizer, key)
-
-        abstract_state = sharding.abstract(self.mesh, init)
-        abstract_base = sharding.abstract(self.mesh, lambda key: init_random_base(model, key))
-        shapes = {
-            bucket.length: sharding.abstract_batch(self.mesh, self.feed.filler_batch(bucket))
-            for bucket in self.feed.buckets
-        }
-        if config.remat == "auto":
-            chosen = memory.choose_remat(
-                model,
-                self.mesh,
-                abstract_state,
-                abstract_base,
-                shapes[max(shapes)],
-                config.gradient_accumulation_steps,
-                memory.device_limit(),
-            )
-            self.notes.append(str(chosen))
-            model = with_compute(model, remat=chosen.policy)
-        self.model = model
-        step = make_train_step(
-            model,
-            optimizer,
-            schedule,
-            seed=config.seed,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-        )
-        options = train_step_options(config, self.notes.append)
+            positions = max(b.targets for b in self.feed.buckets) * config.batch_size
+            program = program.on(self.mesh, loss_chunk=positions)
+        self.model = program.model
+        options = compiler_options(config, self.notes.append)
         began = time.perf_counter()
-        self.programs = compile_steps(
-            step, self.mesh, abstract_state, abstract_base, shapes, options
-        )
+        self.programs = program.compile(options)
         self.compile_s = time.perf_counter() - began
-        self.base = draw_base(model, self.mesh)
-        self.state = _started(init, self.mesh, TRAINABLE_SEED)
-        places = sharding.shardings_of(abstract_state["trainable"])
-        self.state["trainable"] = jax.device_put(draw_trainable(model), places)
+        self.base = program.init_base(BASE_SEED)
+        self.state = program.init_state(TRAINABLE_SEED)
+        places = sharding.shardings_of(program.state["trainable"])
+        self.state["trainable"] = jax.device_put(draw_trainable(self.model), places)
 
     def facts(self) -> dict[str, Any]:
         """What it runs on, and how."""

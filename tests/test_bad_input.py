@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from affectgpt_jax import build, train
 from affectgpt_jax.data import demo, records
 from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
+from affectgpt_jax.training import checkpoints
 
 FLAGS = (
     "--config.steps=1",
@@ -305,6 +306,6 @@ def test_a_full_disk_is_one_sentence(limit, flags, said, folder):
 
 def test_a_disk_without_room_for_a_checkpoint_is_refused_before_training(folder, monkeypatch):
     usage = shutil.disk_usage(folder)._replace(free=2**20)
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
     said = refusal(folder)
     assert "1 MiB are free, but one checkpoint takes 9 MiB; free some space" in said

@@ -16,6 +16,7 @@ from affectgpt_jax.config import (
     check_same_run,
     find_config,
     parse_command_line,
+    save_config,
     shipped_configs,
     validate,
 )
@@ -308,10 +309,16 @@ def test_training_says_bad_meshes_and_traces_in_one_line_and_may_be_tried_again(
 # --- resuming -----------------------------------------------------------------------------------
 
 
+def begin(config, workdir):
+    """What a run does with its config before it trains."""
+    check_same_run(config, workdir)
+    save_config(config, workdir)
+
+
 @pytest.fixture
 def begun(tmp_path) -> Path:
     """The workdir of a run that has saved a checkpoint."""
-    check_same_run(parse()[0], tmp_path)
+    begin(parse()[0], tmp_path)
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     return tmp_path
 
@@ -334,13 +341,13 @@ def test_the_config_is_remembered_as_json(begun):
 def test_a_workdir_of_another_run_is_refused(begun, override, key):
     before = (begun / "config.json").read_bytes()
     with pytest.raises(ConfigError, match=rf"holds a run with config\.{key}=.* another --workdir"):
-        check_same_run(parse(f"--config.{override}")[0], begun)
+        begin(parse(f"--config.{override}")[0], begun)
     assert (begun / "config.json").read_bytes() == before
 
 
 def test_a_run_may_be_resumed_elsewhere_and_with_other_reports(begun):
     assert {"llm", "mesh", "log_every"} <= set(FREE_ON_RESUME)
-    check_same_run(parse()[0], begun)
+    begin(parse()[0], begun)
     changes = (
         "log_every=2",
         "max_to_keep=5",
@@ -348,34 +355,34 @@ def test_a_run_may_be_resumed_elsewhere_and_with_other_reports(begun):
         "generate.batch_size=8",
         "llm=/moved",
     )
-    check_same_run(parse(*(f"--config.{change}" for change in changes))[0], begun)
+    begin(parse(*(f"--config.{change}" for change in changes))[0], begun)
 
 
 def test_a_run_may_be_longer_only_where_its_learning_rate_does_not_follow_its_length(tmp_path):
     for config, refused in (("demo", True), ("affectgpt_qwen25_7b", False)):
         workdir = tmp_path / config
         (workdir / "checkpoints" / "100").mkdir(parents=True)
-        check_same_run(parse(f"--config={config}")[0], workdir)
+        begin(parse(f"--config={config}")[0], workdir)
         longer = parse(f"--config={config}", "--config.steps=900000")[0]
         if refused:
             with pytest.raises(ConfigError, match=r"config\.steps"):
-                check_same_run(longer, workdir)
+                begin(longer, workdir)
         else:
-            check_same_run(longer, workdir)
+            begin(longer, workdir)
 
 
 def test_a_run_cannot_end_before_the_step_it_has_reached(tmp_path):
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
-    check_same_run(parse("--config=affectgpt_qwen25_7b")[0], tmp_path)
-    check_same_run(parse("--config=affectgpt_qwen25_7b", "--config.steps=100")[0], tmp_path)
+    begin(parse("--config=affectgpt_qwen25_7b")[0], tmp_path)
+    begin(parse("--config=affectgpt_qwen25_7b", "--config.steps=100")[0], tmp_path)
     with pytest.raises(ConfigError, match=r"a run of 100 steps, but config\.steps is 99"):
-        check_same_run(parse("--config=affectgpt_qwen25_7b", "--config.steps=99")[0], tmp_path)
+        begin(parse("--config=affectgpt_qwen25_7b", "--config.steps=99")[0], tmp_path)
 
 
 def test_a_run_that_saved_nothing_does_not_bind_its_workdir(tmp_path):
-    check_same_run(parse("--config.mesh=rows:2")[0], tmp_path)
+    begin(parse("--config.mesh=rows:2")[0], tmp_path)
     config = parse("--config.seed=1")[0]
-    check_same_run(config, tmp_path)
+    begin(config, tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert (stored["mesh"], stored["seed"]) == (config.mesh, 1)
 

@@ -13,7 +13,7 @@ import pytest
 
 from affectgpt_jax import plan, planner
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
-from affectgpt_jax.models.affectgpt import with_compute
+from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.lora import LoraConfig
@@ -33,7 +33,7 @@ def tiny_config(**changes):
 
 
 def tiny_planner(device=A100, length=32, targets=16, **changes):
-    rows = planner.Rows(length, targets, 1)
+    rows = Bucket(length, targets, 1)
     return planner.Planner(tiny_config(**changes), device, rows, roofline.EFFICIENCY)
 
 
@@ -83,9 +83,9 @@ def test_tensor_parallelism_adds_up_hidden_states_eight_times_a_layer():
 def test_what_a_batch_takes_is_in_proportion_to_its_rows():
     planned = tiny_planner(**{"dtype": "bfloat16"})
     mesh = sharding.make_mesh("data:1", jax.devices()[:1])
-    state, base = planned.on(mesh)
-    model = with_compute(planned.model, attend=memory.kernel_stand_in("cudnn", 1))
-    for policy, found in memory.estimates(model, state, base, planned.batch(6)):
+    program = planned.program.on(mesh, attend=memory.kernel_stand_in("cudnn", 1))
+    estimates = memory.estimates(program.model, program.state, program.base, planned.batch(6))
+    for policy, found in estimates:
         assert planned.memory(Shape(1, 1, 1), 6, policy).saved == pytest.approx(
             found.saved, rel=0.01
         )
@@ -271,10 +271,10 @@ def test_wrong_values_of_its_own_flags_are_refused(capsys):
 
 def test_rows_are_the_longest_that_training_may_have():
     config = affectgpt_qwen25_7b.get_config()
-    assert plan.rows_of(config, None, None) == planner.Rows(1024, 616, 1)
+    assert plan.rows_of(config, None, None) == Bucket(1024, 616, 1)
     config.pack_length = 2048
-    assert plan.rows_of(config, None, None) == planner.Rows(2048, 1228, 12)
-    assert plan.rows_of(config, 512, 100) == planner.Rows(512, 100, 3)
+    assert plan.rows_of(config, None, None) == Bucket(2048, 1228, 12)
+    assert plan.rows_of(config, 512, 100) == Bucket(512, 100, 3)
 
 
 def test_recomputation_and_efficiency_make_the_expected_time_longer():

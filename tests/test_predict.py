@@ -158,7 +158,7 @@ def test_the_answers_do_not_depend_on_the_mesh(ask):
 
 def test_answers_from_merged_weights_are_those_with_adapters_beside_them(ask, workdir, changed):
     run = load_run(workdir)
-    assert inference.merges("auto", run.model, run.base)
+    assert inference.should_merge("auto", run.model, run.base)
     assert any(np.any(x) for x in jax.tree.leaves(run.trainable["lora"]))
     flags = ("--json", "--question=ovlabel", *WANDER)
     apart = changed(**{"generate.merge_lora": "false"})
@@ -180,7 +180,9 @@ def test_adapters_are_merged_where_a_copy_of_the_weights_fits(workdir, monkeypat
     def found(limit, **changes):
         monkeypatch.setattr(inference, "device_limit", lambda: limit)
         model = dataclasses.replace(run.model, decoder=run.model.decoder.copy(**changes))
-        return {how: inference.merges(how, model, run.base) for how in ("auto", "true", "false")}
+        return {
+            how: inference.should_merge(how, model, run.base) for how in ("auto", "true", "false")
+        }
 
     assert found(4 * copy) == {"auto": True, "true": True, "false": False}
     assert found(4 * copy - 1) == {"auto": False, "true": True, "false": False}

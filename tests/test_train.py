@@ -18,6 +18,7 @@ from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.models import attention
 from affectgpt_jax.restore import load_run
+from affectgpt_jax.training import loop
 from affectgpt_jax.training.metrics_writer import read_metrics
 from affectgpt_jax.weights import __main__ as weights
 from affectgpt_jax.weights.release import read_release
@@ -86,14 +87,14 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
 def test_an_interrupted_run_resumes_to_the_same_losses_bit_by_bit(
     finished, records, tmp_path, monkeypatch
 ):
-    submit = train.StepReporter.submit
+    submit = loop.StepReporter.submit
 
     def interrupt(self, step, *args):
         if step == 5:
             raise KeyboardInterrupt
         submit(self, step, *args)
 
-    monkeypatch.setattr(train.StepReporter, "submit", interrupt)
+    monkeypatch.setattr(loop.StepReporter, "submit", interrupt)
     with pytest.raises(SystemExit, match="the same command resumes"):
         run(tmp_path, *records, "--config.lora.dropout=0.1")
     monkeypatch.undo()
@@ -118,10 +119,10 @@ def make_reporter():
     written, config, steps = {}, demo_config.get_config(), itertools.count(1)
     writer = SimpleNamespace(write=written.__setitem__)
     progress = SimpleNamespace(update=lambda *args: None)
-    reporter = train.StepReporter(config, Path("run"), writer, progress, checkpoints=None)
+    reporter = loop.StepReporter(config, Path("run"), writer, progress, checkpoints=None)
 
     def submit(dispatch_s=0.0, wait_s=0.0):
-        times = train.StepTimes(dispatch_s, wait_s)
+        times = loop.StepTimes(dispatch_s, wait_s)
         reporter.submit(next(steps), {"loss": np.float32(1)}, (2, 6), times, {})
 
     return reporter, written, submit
@@ -143,7 +144,7 @@ def test_the_hosts_time_is_what_is_neither_dispatch_nor_waiting(monkeypatch):
         now_s[0] += seconds
         return result
 
-    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
     monkeypatch.setattr(jax, "device_get", lambda metrics: spend(0.5, metrics))
     _, written, submit = make_reporter()
     for _ in range(5):
@@ -157,7 +158,7 @@ def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
     records, tmp_path, monkeypatch
 ):
     events = []
-    shard_batch, report = train.sharding.shard_batch, train.StepReporter._report
+    shard_batch, report = loop.sharding.shard_batch, loop.StepReporter._report
 
     def copied(mesh, batch):
         events.append("copy")
@@ -167,8 +168,8 @@ def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
         events.append("wait")
         report(self)
 
-    monkeypatch.setattr(train.sharding, "shard_batch", copied)
-    monkeypatch.setattr(train.StepReporter, "_report", waited)
+    monkeypatch.setattr(loop.sharding, "shard_batch", copied)
+    monkeypatch.setattr(loop.StepReporter, "_report", waited)
     # Without a test set, and validated at the end only.
     run(tmp_path, *records[:2], "--config.data.test=", "--config.checkpoint_every=6")
     assert events[:12] == ["copy"] * 2 + ["copy", "wait"] * 4 + ["wait"] * 2
@@ -227,7 +228,7 @@ def get_config():
     )
     run(workdir, f"--config={config}", *flags)
     lines = read_metrics(workdir / "metrics.jsonl")
-    mixes = [(r["mix/voices"], r["mix/whole"]) for r in lines if "train/loss" in r]
+    mixes = [(r["mixture/voices"], r["mixture/whole"]) for r in lines if "train/loss" in r]
     assert len(mixes) == 9
     assert all(sum(mix) == 8 for mix in mixes)
     voices, whole = np.sum(mixes, axis=0)
@@ -307,7 +308,7 @@ def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path
 
     weights.main(["export-peft", str(workdir), str(tmp_path / "adapter"), "--step", "6"])
     run(tmp_path / "third", *records, *frozen, f"--config.init_from={tmp_path / 'adapter'}")
-    assert "heads and fusion start fresh" in capsys.readouterr().out
+    assert "projectors and fusion start fresh" in capsys.readouterr().out
     weights.main(["export-release", str(tmp_path / "third"), str(tmp_path / "third.pth")])
     third = read_release(tmp_path / "third.pth").tensors
     for name, tensor in first.items():
@@ -321,9 +322,9 @@ def test_validation_clips_are_held_out_where_no_set_is_named(records, tmp_path, 
     dataset = RecordDataset(records[0].split("=")[1])
     said = capsys.readouterr().out
     train_size, val_size = (
-        int(word.replace(",", "")) for word in said.split(" training clips, ")[0].split()[-1:]
-        + said.split(" training clips, ")[1].split()[:1]
-    )  # fmt: skip
+        int(re.search(rf"([\d,]+) {what}", said)[1].replace(",", ""))
+        for what in ("training clips", "clips for validation")
+    )
     assert train_size + val_size == len(dataset)
     assert 0 < val_size < train_size
 

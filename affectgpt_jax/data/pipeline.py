@@ -131,9 +131,34 @@ def feature_shapes(
     return shapes
 
 
+def empty_batch(
+    rows: int, bucket: Bucket, shapes: Mapping[str, tuple[int, int]], pad_id: int = 0
+) -> dict[str, object]:
+    """A batch (layout: `models.affectgpt`) of rows without clips, as NumPy arrays.
+
+    Args:
+        rows: of the batch.
+        bucket: the shape of its rows.
+        shapes: `(frames, width)` of every feature that the model reads.
+        pad_id: the token that fills the rows.
+    """
+    length, targets, clips = bucket.length, bucket.targets, bucket.clips
+    return {
+        "tokens": np.full((rows, length), pad_id, np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "segment_ids": np.zeros((rows, length), np.int32),
+        "soft_token_index": np.zeros((rows, length), np.int32),
+        "target_positions": np.zeros((rows, targets), np.int32),
+        "targets": np.zeros((rows, targets), np.int32),
+        "target_weights": np.zeros((rows, targets), np.float32),
+        "features": {n: np.zeros((rows, clips, *shape), np.float16) for n, shape in shapes.items()},
+        "present": {name: np.zeros((rows, clips), bool) for name in shapes},
+    }
+
+
 def collate(
     rows: Sequence[Sequence[tuple[Records, PromptProcessor, int, Example]]],
-    model_view: PromptProcessor,
+    common: PromptProcessor,
     shapes: Mapping[str, tuple[int, int]],
     bucket: Bucket,
 ) -> dict[str, object]:
@@ -142,23 +167,13 @@ def collate(
     Args:
         rows: for each clip of each row its data set, prompt processor, record number and example in
             it. Clips stand one behind the other; a row without any is filler.
-        model_view: any processor of the model, for what all have in common.
+        common: any processor of the model, for what all of them share.
         shapes: `(frames, width)` of every feature that the model reads.
         bucket: the batch's shape.
     """
-    size, length, targets, clips = len(rows), bucket.length, bucket.targets, bucket.clips
-    batch: dict[str, object] = {
-        "tokens": np.full((size, length), model_view.tokenizer.end_id, np.int32),
-        "positions": np.tile(np.arange(length, dtype=np.int32), (size, 1)),
-        "segment_ids": np.zeros((size, length), np.int32),
-        "soft_token_index": np.zeros((size, length), np.int32),
-        "target_positions": np.zeros((size, targets), np.int32),
-        "targets": np.zeros((size, targets), np.int32),
-        "target_weights": np.zeros((size, targets), np.float32),
-    }
-    features = {name: np.zeros((size, clips, *shape), np.float16) for name, shape in shapes.items()}
-    present = {name: np.zeros((size, clips), bool) for name in shapes}
-    soft_tokens = sum(model_view.token_counts.values())  # of every clip
+    batch = empty_batch(len(rows), bucket, shapes, common.tokenizer.end_id)
+    features, present = batch["features"], batch["present"]
+    soft_tokens = sum(common.token_counts.values())  # of every clip
     for i, row in enumerate(rows):
         first = target = 0
         for clip, (dataset, processor, number, example) in enumerate(row):
@@ -182,7 +197,7 @@ def collate(
                     if name in found:
                         features[name][i, clip] = found[name]
                         present[name][i, clip] = True
-    return {**batch, "features": features, "present": present}
+    return batch
 
 
 def choose_lengths(lengths: np.ndarray, count: int) -> tuple[int, ...]:
@@ -537,7 +552,39 @@ class TrainPipeline:
 
     def filler_batch(self, bucket: Bucket) -> dict[str, object]:
         """A global batch of this shape without any clip, for compiling."""
-        return collate([[]] * self._batch_size, self._processor, self._shapes, bucket)
+        end_id = self._processor.tokenizer.end_id
+        return empty_batch(self._batch_size, bucket, self._shapes, end_id)
+
+    def filler_batches(self) -> dict[int, dict[str, object]]:
+        """A global batch without any clip for every row length."""
+        return {bucket.length: self.filler_batch(bucket) for bucket in self.buckets}
+
+    def describe(self) -> list[str]:
+        """What a run trains on, in lines for people."""
+        components = [draws.component for draws in self._draws]
+        lines = [f"dropped {self.dropped} examples over the token limit"] if self.dropped else []
+        if len(components) > 1:
+            lines += [
+                f"{c.name}: {len(c.dataset):,} clips, weight {c.weight:g}, {c.label} from "
+                f"{c.processor.mode.name}"
+                for c in components
+            ]
+        clips = sum(len(component.dataset) for component in components)
+        lengths = ", ".join(f"{b.length} ({b.targets} supervised)" for b in self.buckets)
+        lines.append(f"{clips:,} training clips; row lengths {lengths}")
+        return [*lines, self._describe_packing()] if self._packed else lines
+
+    def _describe_packing(self) -> str:
+        """What packing makes of the first epoch, in one sentence."""
+        epoch, _ = self.locate(0)  # small weights may leave epoch 0 empty
+        fill, bucket = self.fill(epoch), self.buckets[0]
+        rows, updates = fill.clips_per_row, fill.clips_per_batch
+        return (
+            f"packed: the first epoch is {len(rows):,} rows of {bucket.length:,} tokens, "
+            f"{fill.tokens:.1%} full, in {len(updates):,} updates; clips a row {rows.mean():.1f} "
+            f"({rows.min()} to {rows.max()}, room for {bucket.clips}), an update "
+            f"{updates.mean():.1f} ({updates.min()} to {updates.max()})"
+        )
 
     def batches(self, start: int, stop: int, threads: int = THREADS) -> Iterator[dict[str, object]]:
         """The batches of steps `start ... stop - 1`, read ahead by Grain's threads."""

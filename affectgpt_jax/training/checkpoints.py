@@ -17,6 +17,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -94,6 +95,21 @@ class Manifest:
         if digest != _digest(fields):
             raise _damaged(directory, f"{MANIFEST}: its own sha256 does not match")
         return manifest
+
+
+def check_disk(workdir: Path, abstract_state: State) -> None:
+    """Refuse to start a run whose first checkpoint does not fit on the disk.
+
+    Raises:
+        CheckpointError: naming how much is free and how much a checkpoint needs.
+    """
+    need = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+    free = shutil.disk_usage(workdir).free
+    if free < need:
+        raise CheckpointError(
+            f"{workdir}: {free / 2**20:.0f} MiB are free, but one checkpoint takes "
+            f"{need / 2**20:.0f} MiB; free some space, or name another --workdir"
+        )
 
 
 class _Folder:

@@ -22,6 +22,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import jax
@@ -357,6 +358,22 @@ class _Link:
                 else:
                     return f"failed: {value}" if kind == "failed" else f"reports that {value}"
         return "is gone without a word (killed, out of memory, or its machine lost)"
+
+
+def check_shared(file: Path) -> None:
+    """Refuse a workdir that is another directory here than on process 0.
+
+    Args:
+        file: of the workdir, which process 0 has just written.
+
+    Raises:
+        LaunchError: it is not there.
+    """
+    if not file.exists():
+        raise LaunchError(
+            f"{file.parent} is not the directory that process 0 writes to; name a --workdir on a "
+            "file system that all machines share"
+        )
 
 
 @contextlib.contextmanager

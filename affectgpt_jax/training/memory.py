@@ -17,14 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from affectgpt_jax.models.affectgpt import (
-    AffectGPT,
-    Batch,
-    loss_sum_and_count,
-    with_compute,
-)
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch, with_compute
 from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
 from affectgpt_jax.models.decoder import DecoderConfig, OneDevice
+from affectgpt_jax.training.losses import LossFunction, cross_entropy
 from affectgpt_jax.training.sharding import data_parallel_size, path_name
 from affectgpt_jax.training.step import State
 
@@ -92,6 +88,7 @@ def choose_remat(
     batch: Batch,
     gradient_accumulation_steps: int,
     limit: int | None,
+    loss: LossFunction = cross_entropy,
 ) -> Choice:
     """The first of `POLICIES` with which an update fits; the last one if none does.
 
@@ -103,9 +100,10 @@ def choose_remat(
         batch: abstract global batch of the largest shape.
         gradient_accumulation_steps: parts that a batch runs in.
         limit: bytes of one device's memory; None takes the first policy.
+        loss: of the train step.
     """
     batch = rows_of_a_device(batch, mesh, gradient_accumulation_steps)
-    found = estimates(model, abstract_state, abstract_base, batch)
+    found = estimates(model, abstract_state, abstract_base, batch, loss)
     for policy, memory in found:
         choice = Choice(policy, memory, limit)
         if choice.fits:
@@ -126,7 +124,11 @@ def rows_of_a_device(
 
 
 def estimates(
-    model: AffectGPT, abstract_state: State, abstract_base: Any, batch: Batch
+    model: AffectGPT,
+    abstract_state: State,
+    abstract_base: Any,
+    batch: Batch,
+    loss: LossFunction = cross_entropy,
 ) -> Iterator[tuple[str, Memory]]:
     """What an update takes on one device, whose rows are those of the abstract batch.
 
@@ -137,7 +139,7 @@ def estimates(
     rows, targets = batch["targets"].shape
     plain = model.decoder.compute.attend is causal
     scores = score_bytes(config, rows, batch["tokens"].shape[1]) if plain else 0
-    found = saved_activations(model, abstract_state["trainable"], abstract_base, batch)
+    found = saved_activations(model, abstract_state["trainable"], abstract_base, batch, loss)
     for policy, saved in found:
         layer = layer or saved // config.num_hidden_layers  # without rematerialisation
         work = max(layer + scores, logit_bytes(model, rows, targets))
@@ -156,7 +158,11 @@ def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) 
 
 
 def saved_activations(
-    model: AffectGPT, trainable: Any, base: Any, batch: Batch
+    model: AffectGPT,
+    trainable: Any,
+    base: Any,
+    batch: Batch,
+    loss: LossFunction = cross_entropy,
 ) -> Iterator[tuple[str, int]]:
     """Bytes that a forward pass over an abstract batch saves, under every one of `POLICIES`."""
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -164,10 +170,12 @@ def saved_activations(
         # A mesh's constraints say where arrays live, not how many there are.
         saving = with_compute(model, remat=policy, shard=OneDevice())
 
-        def loss(trainable: Any, base: Any, batch: Batch, key: jax.Array, saving=saving) -> Any:
-            return loss_sum_and_count(saving, base, trainable, batch, key)
+        def objective(trainable: Any, *others: Any, saving: AffectGPT = saving) -> Any:
+            base, batch, key = others
+            total, count, metrics = loss(saving, base, trainable, batch, key)
+            return total, (count, metrics)
 
-        yield policy, saved_bytes(loss, trainable, base, batch, key)
+        yield policy, saved_bytes(objective, trainable, base, batch, key)
 
 
 def logit_bytes(model: AffectGPT, rows: int, targets: int) -> int:

@@ -214,6 +214,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def first_and_last_loss(path: Path) -> dict[str, float]:
+    """`loss_first` and `loss_last` of the whole run, resumed or not, from its `metrics.jsonl`.
+
+    Raises:
+        MetricsError: the log is gone or damaged.
+    """
+    losses = [r["train/loss"] for r in read_metrics(path) if "train/loss" in r]
+    if not losses:
+        raise MetricsError(
+            f"{path} holds no training loss of this finished run, whose log it is; put it back"
+        )
+    return {"loss_first": losses[0], "loss_last": losses[-1]}
+
+
 def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)

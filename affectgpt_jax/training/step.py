@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from affectgpt_jax.models.affectgpt import (
-    AffectGPT,
-    Batch,
-    init_trainable,
-    loss_sum_and_count,
-)
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_trainable
+from affectgpt_jax.training.losses import LossFunction
 
 # {"trainable": {"lora", "fusion"}, "opt_state", "step": int32}. The base is not part of it.
 State = dict[str, Any]
@@ -42,6 +38,7 @@ def init_state(model: AffectGPT, optimizer: optax.GradientTransformation, key: j
 
 def make_train_step(
     model: AffectGPT,
+    loss: LossFunction,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
@@ -52,26 +49,28 @@ def make_train_step(
 
     Args:
         model: the modules.
+        loss: what is minimised, see `training.losses`.
         optimizer: applied to `trainable` only.
         schedule: learning rate, for the metrics.
         seed: of dropout; the mask follows from (seed, step), so a resumed run draws the same.
         gradient_accumulation_steps: microbatches that a batch runs in, one after the other. The
-            gradient is that of the whole batch's mean over supervised tokens.
+            gradient is that of the whole batch's mean.
 
-    Metrics (float32 scalars): loss, grad_norm, learning_rate, supervised_tokens.
+    Metrics (float32 scalars): loss, grad_norm, learning_rate, supervised_tokens (the count of the
+    loss), and those of the loss itself.
     """
-
     microbatches = gradient_accumulation_steps
 
     def train_step(state: State, base: Any, batch: Batch):
         key = jax.random.fold_in(dropout_key(seed), state["step"])
 
-        def loss(trainable, part, part_key):
-            return loss_sum_and_count(model, base, trainable, part, part_key)
+        def objective(trainable, microbatch, microbatch_key):
+            total, count, metrics = loss(model, base, trainable, microbatch, microbatch_key)
+            return total, (count, metrics)
 
-        gradient = jax.value_and_grad(loss, has_aux=True)
+        gradient = jax.value_and_grad(objective, has_aux=True)
         if microbatches == 1:
-            (total, count), grads = gradient(state["trainable"], batch, key)
+            (total, (count, sums)), grads = gradient(state["trainable"], batch, key)
         else:
             # Row i of microbatch m is row i * microbatches + m of the batch: strided, so that every
             # device holds rows of every microbatch and none has to move.
@@ -80,14 +79,13 @@ def make_train_step(
             )
 
             def add(carry, inputs):
-                part, part_key = inputs
-                (total, count), grads = gradient(state["trainable"], part, part_key)
-                return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+                return jax.tree.map(jnp.add, carry, gradient(state["trainable"], *inputs)), None
 
-            zeros = jax.tree.map(jnp.zeros_like, state["trainable"])
-            start = (jnp.float32(0), jnp.float32(0), zeros)
             keys = jax.random.split(key, microbatches)
-            (total, count, grads), _ = jax.lax.scan(add, start, (parts, keys))
+            first = jax.tree.map(lambda x: x[0], (parts, keys))
+            shapes = jax.eval_shape(gradient, state["trainable"], *first)
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            ((total, (count, sums)), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
         count_or_one = jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g / count_or_one, grads)
         updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
@@ -96,6 +94,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
             "supervised_tokens": count,
+            **jax.tree.map(lambda x: x / count_or_one, sums),
         }
         state = {
             "trainable": optax.apply_updates(state["trainable"], updates),
@@ -108,12 +107,13 @@ def make_train_step(
 
 
 def make_eval_step(
-    model: AffectGPT,
+    model: AffectGPT, loss: LossFunction
 ) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
-    """`(trainable, base, batch) -> (loss sum, supervised tokens)`, without dropout."""
+    """`(trainable, base, batch) -> (sum of the loss, its count)`, without dropout."""
 
     def eval_step(trainable: Any, base: Any, batch: Batch):
-        return loss_sum_and_count(model, base, trainable, batch)
+        total, count, _ = loss(model, base, trainable, batch, None)
+        return total, count
 
     return eval_step
 

@@ -8,7 +8,7 @@ from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.prompts import INPUT_MODES
 from affectgpt_jax.models.affectgpt import init_random_base, init_trainable
 from affectgpt_jax.models.decoder import PUBLISHED
-from affectgpt_jax.train import count
+from affectgpt_jax.program import count
 
 LLM = PUBLISHED["Qwen2.5-7B-Instruct"]
 VIDEO, AUDIO, IMAGE, COMMON, OUT = 768, 1024, 768, 1024, 3584

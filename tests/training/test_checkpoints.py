@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from affectgpt_jax import train
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.checkpoints import (
     CheckpointError,
@@ -45,7 +44,7 @@ def make_state(seed=0, shapes=SHAPES):
 
 
 def abstract(mesh="data:8", shapes=SHAPES):
-    return train.abstract(sharding.make_mesh(mesh), lambda key: make_state(shapes=shapes))
+    return sharding.abstract(sharding.make_mesh(mesh), lambda key: make_state(shapes=shapes))
 
 
 def assert_same(found, expected):

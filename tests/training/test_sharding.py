@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from tiny_model import make_batch
 
-from affectgpt_jax import build, train
+from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.models.affectgpt import init_random_base
 from affectgpt_jax.models.decoder import PUBLISHED
+from affectgpt_jax.program import lower_step
 from affectgpt_jax.training import sharding
+from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.sharding import MeshError, parse_mesh
 from affectgpt_jax.training.step import init_state, make_train_step
@@ -74,9 +76,9 @@ def paper(mesh, **changes):
     optimizer_config = build.optimizer_config(config)
     optimizer = make_optimizer(optimizer_config, config.steps)
     schedule = learning_rate_schedule(optimizer_config, config.steps)
-    step = make_train_step(model, optimizer, schedule, seed=config.seed)
-    base = train.abstract(mesh, lambda key: init_random_base(model, key))
-    return step, train.abstract(mesh, lambda key: init_state(model, optimizer, key)), base
+    step = make_train_step(model, cross_entropy, optimizer, schedule, seed=config.seed)
+    base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
+    return step, sharding.abstract(mesh, lambda key: init_state(model, optimizer, key)), base
 
 
 def splits(tree):
@@ -256,7 +258,7 @@ def test_the_papers_step_compiles_for_eight_devices_without_its_weights():
         "face": np.zeros((8, 1, 8, 768), np.float16),
     }
     held = {id(x) for x in jax.live_arrays()}
-    lowered = train.lower_step(step, mesh, state, base, sharding.abstract_batch(mesh, batch))
+    lowered = lower_step(step, mesh, state, base, sharding.abstract_batch(mesh, batch))
     compiled = lowered.compile()
     assert sum(x.nbytes for x in jax.live_arrays() if id(x) not in held) < 2**20
     arguments = compiled.memory_analysis().argument_size_in_bytes

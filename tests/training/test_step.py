@@ -18,9 +18,10 @@ from tiny_model import (
     random_trainable,
 )
 
-from affectgpt_jax import train
 from affectgpt_jax.models.affectgpt import init_random_base
+from affectgpt_jax.program import lower_step
 from affectgpt_jax.training import sharding
+from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.step import (
     init_state,
     make_eval_step,
@@ -61,7 +62,7 @@ def jitted_step(microbatches=1, dropout=0.0):
     def step(state, base, batch, seed):
         # The seed is traced, so that another one costs no compilation.
         update = make_train_step(
-            model, SGD, SCHEDULE, seed=seed, gradient_accumulation_steps=microbatches
+            model, cross_entropy, SGD, SCHEDULE, seed=seed, gradient_accumulation_steps=microbatches
         )
         return update(state, base, batch)
 
@@ -112,7 +113,7 @@ def test_the_metrics_describe_the_update():
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     assert metrics["learning_rate"] == 3 / 8
     assert metrics["supervised_tokens"] == BATCH["target_weights"].sum() == 30
-    total, count = jax.jit(make_eval_step(make_model()))(TRAINABLE, BASE, BATCH)
+    total, count = jax.jit(make_eval_step(make_model(), cross_entropy))(TRAINABLE, BASE, BATCH)
     np.testing.assert_allclose(metrics["loss"], total / count, rtol=FLOAT32)
 
 
@@ -157,10 +158,10 @@ DROPOUT = 0.25
 def test_eight_devices_do_what_one_does_and_consume_their_state(layout, dropout, batch):
     mesh = sharding.make_mesh(layout)
     model = make_model(dropout=dropout, shard=sharding.ActivationConstraint(mesh))
-    abstract_base = train.abstract(mesh, lambda key: init_random_base(model, key))
-    abstract_state = train.abstract(mesh, lambda key: init_state(model, SGD, key))
-    step = train.lower_step(
-        make_train_step(model, SGD, SCHEDULE, seed=0),
+    abstract_base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
+    abstract_state = sharding.abstract(mesh, lambda key: init_state(model, SGD, key))
+    step = lower_step(
+        make_train_step(model, cross_entropy, SGD, SCHEDULE, seed=0),
         mesh,
         abstract_state,
         abstract_base,
@@ -205,7 +206,12 @@ def case(tied, lora, microbatches):
     base, trainable = random_base(new_model()), random_trainable(new_model())
     step = jax.jit(
         make_train_step(
-            new_model(), SGD, SCHEDULE, seed=0, gradient_accumulation_steps=microbatches
+            new_model(),
+            cross_entropy,
+            SGD,
+            SCHEDULE,
+            seed=0,
+            gradient_accumulation_steps=microbatches,
         ),
     )
     state = {"trainable": trainable, "opt_state": SGD.init(trainable), "step": jnp.int32(0)}
@@ -232,7 +238,9 @@ def test_every_layout_gives_the_loss_and_the_gradient_of_one_device(
     new_model, base, state, batch, expected = case(tied, lora, microbatches)
     mesh = sharding.make_mesh(layout)
     model = new_model(shard=sharding.ActivationConstraint(mesh))
-    step = make_train_step(model, SGD, SCHEDULE, seed=0, gradient_accumulation_steps=microbatches)
+    step = make_train_step(
+        model, cross_entropy, SGD, SCHEDULE, seed=0, gradient_accumulation_steps=microbatches
+    )
     found = jax.jit(step)(
         jax.device_put(state, sharding.tree_shardings(mesh, state)),
         jax.device_put(base, sharding.tree_shardings(mesh, base)),

@@ -3,12 +3,14 @@
 import os
 
 import jax
-import jax.numpy as jnp
 import pytest
 
-from affectgpt_jax import train
+from affectgpt_jax import build, program
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import demo
+from affectgpt_jax.data.packing import Bucket
+from affectgpt_jax.data.pipeline import empty_batch
+from affectgpt_jax.models.attention import causal
 from affectgpt_jax.training import sharding, xla_options
 from affectgpt_jax.training.xla_options import GPU_OPTIONS, XlaOptionError, compiler_options
 
@@ -84,18 +86,21 @@ def test_an_unknown_option_of_the_config_is_one_sentence_that_names_the_key():
     config = demo.get_config()
     config.xla_options = "xla_gpu_no_such_thing=1"
     with pytest.raises(ConfigError, match="^config.xla_options: XLA refuses xla_gpu_no_such_thing"):
-        train.train_step_options(config, print)
+        program.compiler_options(config, print)
 
 
 def test_the_train_step_is_compiled_with_the_options():
-    mesh = sharding.make_mesh("data:-1")
-    state = {"x": jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding.replicated(mesh))}
-
-    def step(state, base, batch):
-        return state, jnp.zeros(())
-
+    config = demo.get_config()
+    config.input = "text"
+    made = program.make_program(
+        config,
+        sharding.make_mesh("data:-1"),
+        {16: empty_batch(config.batch_size, Bucket(16, 4), {})},
+        llm=build.base_config("tiny"),
+        attend=causal,
+    )
     with pytest.raises(jax.errors.JaxRuntimeError, match="xla_no_such_thing"):
-        train.compile_steps(step, mesh, state, {}, {8: {}}, {"xla_no_such_thing": True})
+        made.compile({"xla_no_such_thing": True})
 
 
 def test_gpu_memory_is_reserved_unless_the_environment_says_how(monkeypatch):

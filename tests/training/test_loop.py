@@ -11,7 +11,9 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import TrainPipeline
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.models.affectgpt import init_random_base
-from affectgpt_jax.training import memory, sharding
+from affectgpt_jax.program import Program, lower_step
+from affectgpt_jax.training import loop, memory, sharding
+from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.step import init_state, make_train_step
 
@@ -27,8 +29,8 @@ def lowered_step(mesh_text):
     state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
     base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
     batch = sharding.abstract_batch(mesh, make_batch([16] * 8))
-    step = make_train_step(model, optimizer, schedule, seed=0)
-    return train.lower_step(step, mesh, state, base, batch), state
+    step = make_train_step(model, cross_entropy, optimizer, schedule, seed=0)
+    return lower_step(step, mesh, state, base, batch), state
 
 
 def test_every_array_of_the_state_is_updated_in_its_own_memory():
@@ -65,7 +67,7 @@ def records(tmp_path_factory):
 
 def test_everything_is_compiled_before_the_first_batch_is_read(records, tmp_path, monkeypatch):
     order = []
-    compile_steps, batches = train.compile_steps, TrainPipeline.batches
+    compile_steps, batches = Program.compile, TrainPipeline.batches
 
     def compiling(*args, **kwargs):
         compiled = compile_steps(*args, **kwargs)
@@ -76,14 +78,14 @@ def test_everything_is_compiled_before_the_first_batch_is_read(records, tmp_path
         order.append(f"reading of {len(self.buckets)}")
         return batches(self, *args, **kwargs)
 
-    monkeypatch.setattr(train, "compile_steps", compiling)
+    monkeypatch.setattr(Program, "compile", compiling)
     monkeypatch.setattr(TrainPipeline, "batches", reading)
     train.main([f"--workdir={tmp_path}", *records])
     assert order == ["compiled 1", "reading of 1"]
 
 
 def test_an_array_that_slips_into_a_step_from_the_host_is_an_error(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.sharding, "shard_batch", lambda mesh, batch: batch)
+    monkeypatch.setattr(loop.sharding, "shard_batch", lambda mesh, batch: batch)
     with pytest.raises(RuntimeError, match="Disallowed host-to-device transfer"):
         train.main([f"--workdir={tmp_path}", *records])
 
@@ -105,7 +107,7 @@ def test_a_step_forbids_transfers_in_both_directions_and_saving_does_not(
 
         monkeypatch.setattr(owner, name, watching)
 
-    watch(train.StepReporter, "submit", "step")
+    watch(loop.StepReporter, "submit", "step")
     watch(train.Checkpoints, "save", "save")
     train.main([f"--workdir={tmp_path}", *records])
     assert seen["step"] == ("disallow", "disallow")

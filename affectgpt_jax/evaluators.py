@@ -1,0 +1,197 @@
+"""What a run is measured by while it trains: validation, and the held-out test set at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from affectgpt_jax import inference
+from affectgpt_jax.data.pipeline import (
+    DataError,
+    MixtureComponent,
+    sequential_batches,
+    too_long_message,
+)
+from affectgpt_jax.data.prompts import InputMode, parse_label
+from affectgpt_jax.program import Program
+from affectgpt_jax.training.sharding import shard_whole_batch
+
+Validation = Callable[[Any], dict[str, float]]
+
+
+def question_for_test_set(config: ConfigDict) -> str:
+    """What the test clips are asked: the question that can be scored, or else the first one."""
+    types = parse_label(config.label)
+    return inference.scored_question(types) or types[0]
+
+
+def make_generators(
+    program: Program,
+    base: Any,
+    components: Sequence[MixtureComponent],
+    *,
+    merge_lora: bool,
+    pulse: Callable[[], None],
+) -> dict[InputMode, inference.Generator]:
+    """A generator for every input mode of these components.
+
+    Args:
+        program: of the run.
+        base: frozen weights.
+        components: of validation and test.
+        merge_lora: whether LoRA is merged into a copy of the base first.
+        pulse: called before every batch of prompts.
+    """
+    config = program.config
+    return {
+        component.processor.mode: inference.Generator(
+            program.model,
+            base,
+            component.processor,
+            program.mesh,
+            num_buckets=config.num_buckets,
+            batch_size=config.generate.batch_size,
+            max_new_tokens=config.generate.max_new_tokens,
+            merge_lora=merge_lora,
+            pulse=pulse,
+        )
+        for component in components
+    }
+
+
+def make_validation(
+    program: Program,
+    base: Any,
+    components: Sequence[MixtureComponent],
+    generators: Mapping[InputMode, inference.Generator],
+    pulse: Callable[[], None],
+) -> Validation:
+    """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true answer.
+
+    Of several components, the loss is that of all tokens together, and every component has its own
+    beside it, `val/loss/NAME` and `val/hit/NAME`.
+
+    Args:
+        program: of the run; its loss is what is validated.
+        base: frozen weights.
+        components: validation sets.
+        generators: for their input modes.
+        pulse: called before every batch.
+
+    Raises:
+        DataError: a validation clip is over `config.max_tokens`, or all are.
+    """
+    parts = {c.name: _validation_set(program.config, c, generators) for c in components}
+
+    def validate(trainable: Any) -> dict[str, float]:
+        sums, scores = {}, {}
+        for name, (batches, hit) in parts.items():
+            device_sums = []
+            for batch in batches():
+                pulse()
+                batch = shard_whole_batch(program.mesh, batch)
+                device_sums.append(program.eval_step(trainable, base, batch))
+            sums[name] = np.sum(jax.device_get(device_sums), axis=0)
+            suffix = f"/{name}" if len(parts) > 1 else ""
+            if hit is not None:
+                scores[f"val/hit{suffix}"] = hit(trainable)
+            if suffix:
+                total, tokens = sums[name]
+                scores[f"val/loss{suffix}"] = float(total / tokens)
+        total, tokens = np.sum(list(sums.values()), axis=0)
+        return {"val/loss": float(total / tokens), **scores}
+
+    return validate
+
+
+def _validation_set(
+    config: ConfigDict,
+    component: MixtureComponent,
+    generators: Mapping[InputMode, inference.Generator],
+) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], float] | None]:
+    """The batches of a validation set, and its hit rate if it has one.
+
+    Clips alternate between the label types, the same ones every time.
+    """
+    dataset, processor = component.dataset, component.processor
+    types = parse_label(component.label)
+    by_type = [processor.training_examples(dataset, kind) for kind in types]
+    examples = [by_type[i % len(types)][i] for i in range(len(dataset))]
+    lengths = np.array([[len(example) for example in kind] for kind in by_type])
+    if lengths.max() > config.max_tokens and config.too_long != "drop":
+        raise DataError(too_long_message(dataset, types, lengths, config.max_tokens))
+    kept = [i for i, example in enumerate(examples) if len(example) <= config.max_tokens]
+    if not kept:
+        raise DataError(
+            f"data set {component.name!r} has no validation example of at most "
+            f"{config.max_tokens} tokens; raise config.max_tokens"
+        )
+
+    def batches() -> Iterator[Any]:
+        found = sequential_batches(
+            dataset, processor, examples, config.batch_size, config.num_buckets, numbers=kept
+        )
+        return (batch for _, batch in found)
+
+    question = inference.scored_question(types)
+    if question is None or inference.without_truth(dataset, question):
+        return batches, None
+
+    def hit(trainable: Any) -> float:
+        answers = generators[processor.mode].answer(trainable, dataset, question)
+        labels = inference.read_labels(processor, answers, question)
+        return inference.score_labels(dataset, labels, question)["hit"]
+
+    return batches, hit
+
+
+def score_test_set(
+    config: ConfigDict,
+    workdir: Path,
+    trainable: Any,
+    generator: inference.Generator,
+    test: MixtureComponent,
+    *,
+    write: bool = True,
+) -> dict[str, Any]:
+    """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
+
+    Where clips name no true answer, or no label type of the model has one, the answers are written
+    without a score, and `not_scored` says why. All processes compute the answers, which takes all
+    devices.
+
+    Args:
+        config: of the run.
+        workdir: where `predictions.jsonl` and `truth.csv` go.
+        trainable: adapters and fusion of the checkpoint that is scored.
+        generator: for the input mode of the test set.
+        test: the held-out clips.
+        write: whether this process writes the answers.
+    """
+    dataset, processor = test.dataset, test.processor
+    question = question_for_test_set(config)
+    scored = question in inference.SCORED
+    answers = generator.answer(trainable, dataset, question)
+    labels = inference.read_labels(processor, answers, question) if scored else None
+    if write:
+        inference.write_predictions(workdir, dataset, answers, labels)
+    result: dict[str, Any] = {"clips": len(dataset), "answers_cut": answers.cut}
+    if labels is None:
+        return result | {"not_scored": f"config.label={config.label} has no answer to score"}
+    if without := inference.without_truth(dataset, question):
+        return result | {"not_scored": f"{without} of {len(dataset)} clips name no true answer"}
+    result |= inference.score_labels(dataset, labels, question)
+    if processor.features:
+        order = np.random.default_rng(config.seed).permutation(len(dataset))
+        answers = generator.answer(trainable, dataset, question, feature_from=order)
+        shuffled = inference.read_labels(processor, answers, question)
+        scores = inference.score_labels(dataset, shuffled, question)
+        result["hit_features_shuffled"] = scores["hit"]
+    if question != "sentiment" and (ceilings := dataset.ceilings(processor.mode.name)):
+        result["ceilings"] = ceilings
+    return result
