@@ -94,7 +94,7 @@ class Planner:
         fusion = build.check_model(config, self.llm)[1]
         self._features = {name: (FRAMES, fusion.feature_width(name)) for name in fusion.inputs}
         # The layouts decide the policy; attention becomes a stand-in where it is traced.
-        unchosen = config.copy_and_resolve_references()
+        unchosen = ConfigDict(config)
         unchosen.remat = "none"
         self.program = make_program(
             unchosen,
@@ -155,7 +155,8 @@ class Planner:
     def memory(self, shape: Shape, rows: int, remat: str) -> Memory:
         """What an update takes on a device that runs so many rows at a time."""
         state, base = self.abstract(shape)
-        backend, length, targets = self.attention(shape.tensor).name, *self.rows[:2]
+        backend = self.attention(shape.tensor).name
+        length, targets = self.rows.length, self.rows.targets
         saved = self._saved(backend)
         layer = rows * saved["none"] // self.llm.num_hidden_layers
         if backend == "xla":
