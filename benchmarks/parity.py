@@ -37,6 +37,7 @@ import transformers
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
 from affectgpt_jax.data.demo import DEFAULT_FEATURES, World
 from affectgpt_jax.data.pipeline import Bucket, MixtureComponent, PromptProcessor, TrainPipeline
@@ -46,7 +47,6 @@ from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, init_trainable
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.fusers import SLOTS, Fusion, FusionConfig
-from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from affectgpt_jax.training.step import init_key
 from affectgpt_jax.weights.huggingface import load_base
