@@ -255,12 +255,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with distributed.join(launch, facts, own.join_timeout, print) as group:
             with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
                 train(config, workdir, group, own.fallback)
-    except UserError as error:
-        leave(launch, f"error: {error}")
     except CheckpointWriteError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Orbax's threads still hold half of the checkpoint and would fill the terminal at exit.
         os._exit(1)
+    except UserError as error:
+        leave(launch, f"error: {error}")
     except jax.errors.JaxRuntimeError as error:
         if not runtime.out_of_memory(error):
             raise

@@ -217,7 +217,7 @@ def make_case(config: ConfigDict, records: Path, device: str) -> Case:
     """Opens the base and the records, which it writes where they are not there yet.
 
     Raises:
-        One of `affectgpt_jax.train.UserError`: a base that cannot be used.
+        UserError: a base that cannot be used.
     """
     directory = build.base_directory(config.llm)
     processor = build.prompt_processor(config, Tokenizer(directory))

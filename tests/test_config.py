@@ -398,7 +398,7 @@ def reads() -> tuple[set[str], set[str]]:
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute):
-                dotted.add(ast.unparse(node).removeprefix("self._"))
+                dotted.add(re.sub(r"^(self\._?|program\.)", "", ast.unparse(node)))
             elif isinstance(node, ast.keyword) and node.arg is None:
                 whole.add(ast.unparse(node.value))
             elif isinstance(node, ast.Dict):
