@@ -21,8 +21,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, evaluators, inference, restore, runtime
-from affectgpt_jax.common.errors import UserError
+from affectgpt_jax import build, cli, evaluators, inference, restore, runtime
 from affectgpt_jax.config import (
     ConfigError,
     check_same_run,
@@ -246,7 +245,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         "where the newest checkpoint is damaged, set it aside and resume from one that is whole",
         flag_values=own,
     )
-    try:
+
+    def leave(status: int, sentence: str) -> NoReturn:
+        distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
+
+    with cli.exit_on_error(
+        interrupted="interrupted; the same command resumes from the newest checkpoint",
+        out_of_memory="lower config.batch_size, raise config.gradient_accumulation_steps, or let "
+        "config.remat=full recompute more",
+        os_error=lambda error: (
+            f"{error.filename or workdir}: {error.strerror or error}; the run "
+            "needs a --workdir that it can write to, with room"
+        ),
+        leave=leave,
+    ):
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__, own)
         launch = distributed.find_launch(own)
         runtime.use_compilation_cache()
@@ -254,44 +266,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}
         with distributed.join(launch, facts, own.join_timeout, print) as group:
             with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
-                train(config, workdir, group, own.fallback)
-    except CheckpointWriteError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # Orbax's threads still hold half of the checkpoint and would fill the terminal at exit.
-        os._exit(1)
-    except UserError as error:
-        leave(launch, f"error: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if not runtime.out_of_memory(error):
-            raise
-        leave(
-            launch,
-            "error: the device has no memory left; lower config.batch_size, raise "
-            "config.gradient_accumulation_steps, or let config.remat=full compute more again",
-        )
-    except BrokenPipeError:  # whoever read the output has left; there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave(launch, 1)
-    except OSError as error:  # a full disk, a folder that may not be written
-        leave(
-            launch,
-            f"error: {error.filename or workdir}: {error.strerror or error}; the run needs a "
-            "--workdir that it can write to, with room",
-        )
-    except KeyboardInterrupt:
-        leave(launch, "interrupted; the same command resumes from the newest checkpoint")
-
-
-def leave(launch: distributed.Launch | None, status: str | int) -> NoReturn:
-    """End with a status, or with 1 and a sentence."""
-    if launch is None:
-        raise SystemExit(status) from None
-    if isinstance(status, str):
-        print(f"process {launch.process_id} of {launch.num_processes}: {status}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # JAX's own way out waits for the other processes, which may hang in a collective.
-    os._exit(status if isinstance(status, int) else 1)
+                try:
+                    train(config, workdir, group, own.fallback)
+                except CheckpointWriteError as error:
+                    # Orbax's threads still hold half of the checkpoint and would fill the terminal
+                    # at exit.
+                    group.fail(str(error))
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    os._exit(1)
 
 
 if __name__ == "__main__":

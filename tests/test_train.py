@@ -85,7 +85,7 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
 
 
 def test_an_interrupted_run_resumes_to_the_same_losses_bit_by_bit(
-    finished, records, tmp_path, monkeypatch
+    finished, records, tmp_path, monkeypatch, capsys
 ):
     submit = loop.StepReporter.submit
 
@@ -95,8 +95,10 @@ def test_an_interrupted_run_resumes_to_the_same_losses_bit_by_bit(
         submit(self, step, *args)
 
     monkeypatch.setattr(loop.StepReporter, "submit", interrupt)
-    with pytest.raises(SystemExit, match="the same command resumes"):
+    with pytest.raises(SystemExit) as stopped:
         run(tmp_path, *records, "--config.lora.dropout=0.1")
+    assert stopped.value.code == 130
+    assert "the same command resumes" in capsys.readouterr().err
     monkeypatch.undo()
     result = run(tmp_path, *records, "--config.lora.dropout=0.1")
     undisturbed, expected = finished
