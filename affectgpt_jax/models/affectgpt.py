@@ -5,18 +5,18 @@ A model is two Flax modules and plain functions over their parameters:
     base       the frozen decoder, `params` of `Decoder`
     trainable  {"lora": adapters of `Decoder`, "fusion": `params` of `Fusion`}
 
-Only `trainable` is ever differentiated. A batch is a dict of arrays: B rows of T tokens, in each of
-which up to C clips stand one behind the other, each a segment. Every clip has K soft tokens:
+Only `trainable` is ever differentiated. A batch is a dict of arrays: B rows of T tokens. A row holds
+up to C clips, one after another, each a segment with K soft tokens:
 
-    tokens            [B, T] int32     ids; those under a soft token do not matter
+    tokens            [B, T] int32     ids; those at the places of soft tokens are not read
     positions         [B, T] int32     rotary positions, from 0 in every segment
     segment_ids       [B, T] int32     0 for padding, 1 ... C for clips
     soft_token_index  [B, T] int32     0, or 1 + c*K + k for soft token k of the row's clip c
-    target_positions  [B, S] int32     whose hidden state predicts a supervised token
-    targets           [B, S] int32     that token
-    target_weights    [B, S] float32   1, or 0 for filler
+    target_positions  [B, S] int32     positions whose hidden states predict a supervised token
+    targets           [B, S] int32     the supervised tokens
+    target_weights    [B, S] float32   1, or 0 for padding
     features          name -> [B, C, F, d] float16
-    present           name -> [B, C] bool, all False for a clip that is not there
+    present           name -> [B, C] bool, False where the clip, or its feature, is missing
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class AffectGPT:
 
 
 def with_compute(model: AffectGPT, **changes: Any) -> AffectGPT:
-    """The same model, run in another way; changes are of fields of `decoder.ComputeConfig`."""
+    """The same model with other fields of its `decoder.ComputeConfig`."""
     compute = dataclasses.replace(model.decoder.compute, **changes)
     return dataclasses.replace(model, decoder=model.decoder.clone(compute=compute))
 
@@ -80,7 +80,7 @@ def embed_inputs(
     embeds = model.decoder.apply({"params": base}, batch["tokens"], method="embed")
     if model.fusion is None:
         return embeds
-    # Rows stay on the devices that hold them: they are the major part of the joint axis.
+    # Rows are the major part of the merged axis, so that each stays on its device.
     features, present = (
         {name: x.reshape(-1, *x.shape[2:]) for name, x in batch[part].items()}
         for part in ("features", "present")
@@ -94,8 +94,8 @@ def embed_inputs(
     )
     soft = soft.reshape(len(embeds), -1, soft.shape[-1])
     index = batch["soft_token_index"][..., None]
-    # A gather, so that any number of clips may share a row. Positions without a soft token read
-    # out of range, which gives a value that the selection discards and a gradient that is dropped.
+    # A gather, so that any number of clips may share a row. Positions without a soft token index
+    # out of range: the fill value is not selected, and no gradient flows back.
     source = jnp.where(index > 0, index - 1, soft.shape[1])
     placed = jnp.take_along_axis(soft, source, axis=1, mode="fill", fill_value=0)
     return jnp.where(index > 0, placed.astype(embeds.dtype), embeds)
@@ -138,9 +138,9 @@ def loss_sum_and_count(
 ) -> tuple[jax.Array, jax.Array]:
     """Summed cross-entropy of the supervised tokens and their number, both float32 scalars.
 
-    Unreduced, so that accumulation and data parallelism divide once, by the count of the whole
-    batch. Hidden states are gathered at the supervised positions before the vocabulary projection:
-    prompts are most of a batch, and their logits are never needed.
+    The sum is unreduced, so that gradient accumulation and data parallelism divide once, by the
+    count of the whole batch. Hidden states are gathered at the supervised positions before the
+    lm_head: most tokens of a batch belong to prompts, whose logits are not needed.
     """
     states, _ = hidden_states(model, base, trainable, batch, dropout_key=dropout_key)
     compute = model.decoder.compute
@@ -148,26 +148,26 @@ def loss_sum_and_count(
     positions, targets, weights = supervised(batch, shard.data_parallel_size)
     states = states.reshape(len(positions), -1, states.shape[-1])
     states = jnp.take_along_axis(states, positions[..., None], axis=1)
-    # Brought together once, before the loop over chunks: left to itself, the partitioner does so in
-    # every chunk, and moves the gradient of the logits of all rows as well.
+    # Gathered once, before the loop over chunks. Without the constraint the partitioner gathers it in
+    # every chunk, and sends the gradient of all logits as well.
     kernel = shard(lm_head(base), (None, "vocab"))
     loss = cross_entropy_sum(states, kernel, targets, weights, compute.loss_chunk)
     return loss, weights.sum()
 
 
 def supervised(batch: Batch, data_parallel_size: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The supervised tokens of the rows that a device holds, one behind the other, filler last.
+    """Gather the supervised tokens of the rows of each device, padding last.
 
-    Rows have room for as many as the longest answer has. Brought together, what is filler in all of
-    them fills whole chunks of the cross-entropy, which leaves those out.
+    Every row has room for the targets of the longest answer. With the padding of all rows at the end,
+    whole chunks of the cross-entropy hold padding alone, and are skipped.
 
     Args:
         batch: see the module's head.
         data_parallel_size: devices that share its rows.
 
     Returns:
-        `[G, N]` each, for G devices of B / G rows: positions in the tokens of these rows, laid end
-        to end; targets; weights, float32.
+        `[G, N]` each, for G devices of B / G rows: positions in the concatenated tokens of these
+        rows; targets; weights, float32.
     """
     rows, length = batch["tokens"].shape
     groups = math.gcd(rows, data_parallel_size)
@@ -217,10 +217,10 @@ def token_log_probs(
         states: `[B, S, D]`.
         kernel: `[D, V]`, the lm_head, frozen: no gradient reaches it.
         targets: `[B, S]` int32.
-        chunk: positions per block; logits of one block are alive at a time. A block is a few
+        chunk: positions per block; the logits of one block are alive at a time. A block is a few
             columns of all rows, so that rows stay on the devices that hold them.
-        needed: `[B, S]` bool; of several blocks those without any are left out, and their values
-            are 0. None: all.
+        needed: `[B, S]` bool; where there are several blocks, those without any needed position
+            are skipped, and their values are 0. None: all are needed.
 
     Returns:
         `[B, S]` float32.
@@ -264,16 +264,15 @@ def _token_log_probs(
 def _block_log_probs(states: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
     """`token_log_probs` of one block.
 
-    Its derivative by a state is `(onehot - softmax) @ kernel^T`, which the forward pass can
-    compute while it has the logits: the backward pass only scales it. Autodiff would either keep
-    the logits or compute them again, and its product would mix float32 with the kernel's
-    dtype, which GPUs run at a fraction of bfloat16's rate.
+    Its gradient by a state is `(onehot - softmax) @ kernel^T`, which the forward pass computes
+    while it has the logits; the backward pass only scales it. Autodiff would either keep the logits
+    or recompute them, and its matmul would mix float32 with the kernel's dtype, which GPUs run at a fraction of bfloat16's rate.
     """
     return _log_probs_and_exponentials(states, kernel, targets)[0]
 
 
 def _log_probs_and_exponentials(states, kernel, targets):
-    """Log probabilities `[B, S]`; what softmax divides, `[B, S, V]`, and by what, `[B, S, 1]`."""
+    """Log probabilities `[B, S]`; numerator `[B, S, V]` and denominator `[B, S, 1]` of softmax."""
     logits = jnp.einsum("bsd,dv->bsv", states, kernel, preferred_element_type=jnp.float32)
     largest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)

@@ -131,8 +131,8 @@ class KVCache(NamedTuple):
 
 
 class DecodeStep(NamedTuple):
-    """Where one decode step stands: `slot` `[B]` int32 is where each row writes its new key and
-    value, `key_mask` `[B, W]` says which of the first W slots it may read, `slot` included."""
+    """Cache slots of a decode step: `slot` `[B]` int32 is where each row writes its new key and value,
+    `key_mask` `[B, W]` bool marks those of the first W slots that it reads, `slot` included."""
 
     slot: jax.Array
     key_mask: jax.Array
@@ -151,10 +151,10 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def recomputed(function: Callable, *static: int) -> Callable:
-    """An elementwise function that the backward pass computes again from its inputs.
+    """An elementwise function that the backward pass recomputes from its inputs.
 
-    Autodiff would keep every step in between: without it, a layer saves the feed-forward width six
-    times over, in place of three. The work fuses into what reads the result.
+    Autodiff would save every intermediate: a layer would save the feed-forward width six times
+    instead of three. The recomputation fuses into the operations that read its result.
     """
     return jax.checkpoint(function, prevent_cse=False, static_argnums=static)
 
@@ -209,17 +209,17 @@ class OneDevice:
         return x
 
 
-# 512 x 152,064 float32 logits take 0.3 GiB, and the product with the vocabulary is still large
-# enough to run at full speed.
+# 512 x 152,064 float32 logits take 0.3 GiB, and the matmul is still large enough to run at full
+# speed.
 LOSS_CHUNK = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """How a decoder runs, as opposed to what it computes.
+    """How a decoder runs, as opposed to which function it computes.
 
     Attributes:
-        dtype: of activations and matrix products; norms and softmax stay float32.
+        dtype: of activations and matmuls; norms and softmax stay float32.
         param_dtype: of the frozen weights.
         base_precision: of the projections' frozen kernels, one of `quantize.PRECISIONS`; "" leaves
             them in `param_dtype`.
@@ -265,9 +265,9 @@ REMAT_POLICIES = {
 class DecoderLayer(nn.Module):
     """One pre-norm block, as a step of the scan over layers.
 
-    It carries the hidden states, and in decoding the whole cache, of which it changes one slot a
-    row, of its own layer: XLA updates a carry in place, where a cache that came in and went out
-    layer by layer would be copied for every new token.
+    The carry is the hidden states and, in decoding, the whole cache, of which a step changes one
+    slot a row in its own layer. XLA updates a carry in place; a cache that was scanned over layer by
+    layer would be copied for every new token.
     """
 
     config: DecoderConfig
@@ -285,7 +285,7 @@ class DecoderLayer(nn.Module):
         keep_cache: bool,
         deterministic: bool,
     ) -> tuple[tuple[jax.Array, KVCache | None], KVCache | None]:
-        """Returns the carry, and from whole rows this layer's keys and values if asked for."""
+        """Returns the carry, and with `keep_cache` this layer's keys and values of whole rows."""
         hidden_states, cache = carry
         c, run = self.config, self.compute
         batch, length, width = hidden_states.shape
@@ -337,7 +337,7 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The decoder from embeddings to final-norm hidden states.
 
-    The vocabulary projection is left to the caller (`lm_head`), who needs it at few positions.
+    The caller applies the `lm_head`, since it needs logits at few positions.
     """
 
     config: DecoderConfig
@@ -431,7 +431,7 @@ class Decoder(nn.Module):
 
 
 def lm_head(params: Mapping[str, Any]) -> jax.Array:
-    """The vocabulary projection `[D, V]` of a base, tied or not."""
+    """The kernel `[D, V]` that projects hidden states to logits, tied to the embeddings or not."""
     return params["lm_head"] if "lm_head" in params else params["embed_tokens"].T
 
 

@@ -5,9 +5,9 @@ A checkpoint is a directory `checkpoints/STEP`:
     manifest.json   the base that it belongs to, its validation loss, size and sha256 of every file
     state/          what Orbax writes: each process its own part of every array
 
-It is written under another name and renamed when all of it, the manifest last, is on disk: so one
-that is there is complete, and one that has been damaged since is told from it by its hashes. The
-frozen base is not saved; its identity is, and a run resumed on another base is refused.
+A checkpoint is written under another name and renamed when all its files, the manifest last, are on
+disk. So a checkpoint that is there was complete, and the hashes show later damage. The frozen base is
+not saved; its identity is, and a run that resumes on another base is refused.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from affectgpt_jax.weights.huggingface import BaseIdentity
 
 MANIFEST = "manifest.json"
 STATE = "state"
-# What a run that was killed may leave, and the next one removes; and what it sets aside.
+# Left by a run that was killed, and removed by the next one; and damaged ones that are set aside.
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", ".damaged"
 
 

@@ -1,10 +1,10 @@
 """How much device memory an update takes, and the rematerialisation policy that follows.
 
-An estimate from shapes alone, before anything is compiled: the arguments of the step, the
-gradient, what the forward pass saves for the backward pass (read off the program that JAX would
-differentiate, so every policy and attention backend counts itself), and the work of one layer. The
-temporaries of a compiled program would be no better guide where the compiler is another device's: a
-CPU compile of a flash kernel's fallback holds scores that the GPU never does.
+The estimate follows from shapes alone, before anything is compiled. It sums the arguments of the
+step, the gradient, the residuals that the forward pass saves for the backward pass, and the work of
+one layer. Residuals are counted in the jaxpr that JAX differentiates, so they are right for every
+policy and attention backend. A program compiled for a CPU would mislead: in place of a GPU's flash
+attention it holds scores that the GPU never holds.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from affectgpt_jax.training.step import State
 
 # From the fastest to the one that saves the least.
 POLICIES = ("none", "save_projections", "full")
-# Share of the device's memory that a program may be planned for; the rest is for fragmentation and
-# the library's workspaces.
+# Share of the device's memory that a program may use; fragmentation and workspaces take the rest.
 USABLE = 0.9
 
 
@@ -35,13 +34,13 @@ class Memory(NamedTuple):
     """Bytes on one device during an update.
 
     Attributes:
-        base: the frozen weights.
-        state: what is trained, its optimizer state and its gradient.
-        saved: activations from the forward pass for the backward pass.
-        work: the largest thing that is alive for a moment: one layer's activations, while its
-            backward pass runs, or a chunk of logits with its gradient.
-        gathered: frozen weights that fsdp brings together for a while: those of a layer and of the
-            next one, whose transfer runs meanwhile, or the vocabulary.
+        base: frozen weights.
+        state: trainable parameters, their optimizer state and gradient.
+        saved: activations that the forward pass saves for the backward pass.
+        work: the largest short-lived buffers: one layer's activations during its backward pass, or
+            a chunk of logits with its gradient.
+        gathered: frozen weights that fsdp gathers for a while: those of a layer and of the next
+            one, which is prefetched, or the lm_head.
     """
 
     base: int
@@ -56,7 +55,7 @@ class Memory(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A policy, what it takes, and the bytes that there are (None where the device cannot say)."""
+    """A policy, its memory, and the device's limit in bytes (None where the device has none)."""
 
     policy: str
     memory: Memory
@@ -94,11 +93,11 @@ def choose_remat(
 
     Args:
         model: any policy; the others are tried on copies of it.
-        mesh: the devices. Rows are counted as split over the batch axes; that the tensor axis
-            splits some activations too is left out, which errs on the safe side.
+        mesh: the devices. Rows are split over the batch axes; that the tensor axis splits some
+            activations too is not counted, so the estimate is an upper bound there.
         abstract_state, abstract_base: shapes with shardings.
         batch: abstract global batch of the largest shape.
-        gradient_accumulation_steps: parts that a batch runs in.
+        gradient_accumulation_steps: microbatches of a batch.
         limit: bytes of one device's memory; None takes the first policy.
         loss: of the train step.
     """
@@ -147,7 +146,7 @@ def estimates(
 
 
 def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) -> Memory:
-    """The memory of an update that saves and works with so many bytes beside its arguments."""
+    """The memory of an update with so many bytes of residuals and of short-lived buffers."""
     return Memory(
         base=device_bytes(abstract_base),
         state=device_bytes(abstract_state) + device_bytes(abstract_state["trainable"]),
@@ -167,7 +166,7 @@ def saved_activations(
     """Bytes that a forward pass over an abstract batch saves, under every one of `POLICIES`."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     for policy in POLICIES:
-        # A mesh's constraints say where arrays live, not how many there are.
+        # Sharding constraints do not change how many arrays are saved.
         saving = with_compute(model, remat=policy, shard=OneDevice())
 
         def objective(trainable: Any, *others: Any, saving: AffectGPT = saving) -> Any:
@@ -190,7 +189,7 @@ def score_bytes(config: DecoderConfig, rows: int, length: int) -> int:
 
 
 def gathered_bytes(abstract_base: Any) -> int:
-    """Bytes of frozen weights that fsdp splits, while they are whole."""
+    """Bytes of the frozen weights that fsdp splits, gathered."""
     layers = rest = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_base):
         shares = [axis if isinstance(axis, tuple) else (axis,) for axis in leaf.sharding.spec]
@@ -202,20 +201,20 @@ def gathered_bytes(abstract_base: Any) -> int:
         if path_name(path).startswith("layers/"):
             layers += 2 * whole // leaf.shape[0]
         elif "lm_head" in abstract_base and path_name(path) == "embed_tokens":
-            pass  # rows of it are looked up where they are
+            pass  # its rows are looked up where they are
         else:
             rest = max(rest, whole)
     return max(layers, rest)
 
 
 def kernel_stand_in(name: str, samples: int) -> CausalAttention:
-    """Attention that saves what a GPU's kernel saves, for tracing where there is no GPU.
+    """Attention with the residuals of a GPU kernel, for tracing on machines without a GPU.
 
-    It adds queries, keys and values in place of attending, so it must never be run.
+    It adds queries, keys and values instead of attending, so it must not be run.
 
     Args:
         name: a backend of `models.attention`; "xla" is itself.
-        samples: that a row has room for. cuDNN's packed layout keeps statistics for each of them
+        samples: room for samples in a row. cuDNN's packed layout keeps statistics for each of them
             and for padding.
     """
     if name == "xla":
@@ -241,7 +240,7 @@ def kernel_stand_in(name: str, samples: int) -> CausalAttention:
 def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
     """Bytes that differentiating `function(differentiated, *others) -> (scalar, aux)` saves.
 
-    Arguments that the backward pass reads again are not counted, since nobody copies them.
+    Arguments that the backward pass reads again are not copied, and not counted.
 
     Args:
         function: traced, not run.

@@ -23,15 +23,15 @@ from affectgpt_jax.common.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# First match wins. Stacked layers lead with the layer axis, which is never split: a scan reads one
-# layer at a time. Dimensions are named as they are multiplied: kernels are [layer, in, out].
+# The first match wins. Stacked layers start with the layer axis, which is never split, since a scan
+# reads one layer at a time. Kernels are [layer, in, out].
 PARAMETER_RULES = (
     (r"embed_tokens$", ("tensor", "fsdp")),
     (r"lm_head$", ("fsdp", "tensor")),
     (r"layers/(q|k|v|gate|up)_proj/kernel(/(values|scale))?$", (None, "fsdp", "tensor")),
     (r"layers/(o|down)_proj/kernel(/(values|scale))?$", (None, "tensor", "fsdp")),
     (r"layers/(q|k|v)_proj/bias$", (None, "tensor")),
-    # Adapters are small, yet optimizer state is three times theirs: fsdp splits the long side.
+    # Adapters are small, but their optimizer state is twice as large: fsdp splits the long side.
     (r"layers/(q|k|v|gate|up)_proj/lora_a$", (None, "fsdp", None)),
     (r"layers/(q|k|v|gate|up)_proj/lora_b$", (None, None, "tensor")),
     (r"layers/(o|down)_proj/lora_a$", (None, "tensor", None)),
@@ -135,7 +135,7 @@ def with_shardings(mesh: Mesh | AbstractMesh, shapes: Any) -> Any:
 
 
 def shardings_of(tree: Any) -> Any:
-    """Those that the leaves of a tree have, arrays or shapes."""
+    """The shardings of a tree of arrays or shapes."""
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
@@ -144,13 +144,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
-    """Devices that share the rows of a batch."""
+    """Number of devices over which the rows of a batch are split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
 class ActivationConstraint:
-    """The `shard(x, axes)` that models call on activations."""
+    """The function `shard(x, axes)` that models call on activations."""
 
     mesh: Mesh | AbstractMesh
 
@@ -170,12 +170,13 @@ class ActivationConstraint:
 
 
 def data_parallel_rank(mesh: Mesh) -> tuple[int, int]:
-    """Which share of a batch's rows this process holds: its number, and how many there are.
+    """The data-parallel rank of this process, and the number of ranks.
 
-    There are as many as processes, unless `tensor` spans several, which then hold the same rows.
+    Rank r of n holds the r-th of n equal parts of a batch's rows. There are as many ranks as
+    processes, unless the `tensor` axis spans several processes, which then hold the same rows.
 
     Raises:
-        MeshError: a process would hold rows that are no share of their own.
+        MeshError: the rows of a process are not one such part.
     """
     count = data_parallel_size(mesh)
     rows = NamedSharding(mesh, P(BATCH_AXES)).devices_indices_map((count,))
@@ -195,18 +196,16 @@ def data_parallel_rank(mesh: Mesh) -> tuple[int, int]:
 
 
 def shard_batch(mesh: Mesh, batch: Any) -> Any:
-    """This process's share of the rows of a batch (NumPy) as global arrays, split along the first
-    axis."""
+    """Global arrays from this process's rows of a batch (NumPy), split along the first axis."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
-    # A move by name, which JAX's guard takes for one that slipped in where there are several
-    # processes.
+    # An explicit transfer, but with several processes JAX's guard takes it for an implicit one.
     with jax.transfer_guard_host_to_device("allow"):
-        # All at once: each call of this function takes longer than moving a small array does.
+        # One call for the whole tree: each call takes longer than the transfer of a small array.
         return jax.make_array_from_process_local_data(sharding, jax.tree.map(np.asarray, batch))
 
 
 def shard_whole_batch(mesh: Mesh, batch: Any) -> Any:
-    """The same of a batch of which every process has all rows."""
+    """Global arrays from a batch of which every process has all rows."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__), batch
@@ -214,6 +213,6 @@ def shard_whole_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def abstract_batch(mesh: Mesh, batch: Any) -> Any:
-    """Shapes and shardings of a global batch that is given as arrays of all its rows."""
+    """Shapes and shardings of a global batch, given as arrays or shapes of all its rows."""
     sharding = NamedSharding(mesh, P(BATCH_AXES))
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
