@@ -5,8 +5,8 @@ A model is two Flax modules and plain functions over their parameters:
     base       the frozen decoder, `params` of `Decoder`
     trainable  {"lora": adapters of `Decoder`, "fusion": `params` of `Fusion`}
 
-Only `trainable` is ever differentiated. A batch is a dict of arrays: B rows of T tokens. A row holds
-up to C clips, one after another, each a segment with K soft tokens:
+Only `trainable` is ever differentiated. A batch is a dict of arrays: B rows of T tokens. A row
+holds up to C clips, one after another, each a segment with K soft tokens:
 
     tokens            [B, T] int32     ids; those at the places of soft tokens are not read
     positions         [B, T] int32     rotary positions, from 0 in every segment
@@ -148,8 +148,8 @@ def loss_sum_and_count(
     positions, targets, weights = supervised(batch, shard.data_parallel_size)
     states = states.reshape(len(positions), -1, states.shape[-1])
     states = jnp.take_along_axis(states, positions[..., None], axis=1)
-    # Gathered once, before the loop over chunks. Without the constraint the partitioner gathers it in
-    # every chunk, and sends the gradient of all logits as well.
+    # Gathered once, before the loop over chunks. Without the constraint the partitioner gathers it
+    # in every chunk, and sends the gradient of all logits as well.
     kernel = shard(lm_head(base), (None, "vocab"))
     loss = cross_entropy_sum(states, kernel, targets, weights, compute.loss_chunk)
     return loss, weights.sum()
@@ -158,8 +158,8 @@ def loss_sum_and_count(
 def supervised(batch: Batch, data_parallel_size: int = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gather the supervised tokens of the rows of each device, padding last.
 
-    Every row has room for the targets of the longest answer. With the padding of all rows at the end,
-    whole chunks of the cross-entropy hold padding alone, and are skipped.
+    Every row has room for the targets of the longest answer. With the padding of all rows at the
+    end, whole chunks of the cross-entropy hold padding alone, and are skipped.
 
     Args:
         batch: see the module's head.
@@ -266,7 +266,8 @@ def _block_log_probs(states: jax.Array, kernel: jax.Array, targets: jax.Array) -
 
     Its gradient by a state is `(onehot - softmax) @ kernel^T`, which the forward pass computes
     while it has the logits; the backward pass only scales it. Autodiff would either keep the logits
-    or recompute them, and its matmul would mix float32 with the kernel's dtype, which GPUs run at a fraction of bfloat16's rate.
+    or recompute them, and its matmul would mix float32 with the kernel's dtype, which GPUs run at a
+    fraction of bfloat16's rate.
     """
     return _log_probs_and_exponentials(states, kernel, targets)[0]
 

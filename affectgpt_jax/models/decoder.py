@@ -131,8 +131,9 @@ class KVCache(NamedTuple):
 
 
 class DecodeStep(NamedTuple):
-    """Cache slots of a decode step: `slot` `[B]` int32 is where each row writes its new key and value,
-    `key_mask` `[B, W]` bool marks those of the first W slots that it reads, `slot` included."""
+    """Cache slots of a decode step: `slot` `[B]` int32 is where each row writes its new key and
+    value, `key_mask` `[B, W]` bool marks those of the first W slots that it reads, `slot` included.
+    """
 
     slot: jax.Array
     key_mask: jax.Array
@@ -266,8 +267,8 @@ class DecoderLayer(nn.Module):
     """One pre-norm block, as a step of the scan over layers.
 
     The carry is the hidden states and, in decoding, the whole cache, of which a step changes one
-    slot a row in its own layer. XLA updates a carry in place; a cache that was scanned over layer by
-    layer would be copied for every new token.
+    slot a row in its own layer. XLA updates a carry in place; a cache that was scanned over layer
+    by layer would be copied for every new token.
     """
 
     config: DecoderConfig

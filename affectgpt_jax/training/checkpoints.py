@@ -6,8 +6,8 @@ A checkpoint is a directory `checkpoints/STEP`:
     state/          what Orbax writes: each process its own part of every array
 
 A checkpoint is written under another name and renamed when all its files, the manifest last, are on
-disk. So a checkpoint that is there was complete, and the hashes show later damage. The frozen base is
-not saved; its identity is, and a run that resumes on another base is refused.
+disk. So a checkpoint that is there was complete, and the hashes show later damage. The frozen base
+is not saved; its identity is, and a run that resumes on another base is refused.
 """
 
 from __future__ import annotations
