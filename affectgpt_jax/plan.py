@@ -130,11 +130,11 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
     check_rows(config, mesh)
     planner = Planner(config, device, rows, arguments.efficiency)
-    shape, parts = Shape(**mesh.shape), config.gradient_accumulation_steps
-    on_device = config.batch_size // (parts * shape.data * shape.fsdp)
-    remat = planner.layout(shape, parts, on_device, config.remat).remat
+    shape, microbatches = Shape(**mesh.shape), config.gradient_accumulation_steps
+    on_device = config.batch_size // (microbatches * shape.data * shape.fsdp)
+    remat = planner.layout(shape, microbatches, on_device, config.remat).remat
     compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
-    asked = planner.layout(shape, parts, on_device, remat, sent)
+    asked = planner.layout(shape, microbatches, on_device, remat, sent)
     state, base = planner.abstract(shape)
     flops = planner.flops()
     best = planner.recommend(mesh.size, config.batch_size, shape.tensor)
@@ -187,7 +187,7 @@ def _summary(layout: Layout, tokens: int) -> dict[str, Any]:
     return {
         "mesh": layout.shape._asdict(),
         "devices": layout.shape.data * layout.shape.fsdp * layout.shape.tensor,
-        "gradient_accumulation_steps": layout.parts,
+        "gradient_accumulation_steps": layout.microbatches,
         "rows": layout.rows,
         "remat": layout.remat,
         "flags": layout.flags,
@@ -219,16 +219,16 @@ def reason(planner: Planner, best: Layout) -> str:
         if shares > 1:
             clauses[0] += ", so devices send each other gradients alone"
     else:
-        whole = planner.layout(Shape(shares, 1, best.shape.tensor), best.parts, best.rows)
+        whole = planner.layout(Shape(shares, 1, best.shape.tensor), best.microbatches, best.rows)
         clauses.append(
             f"with the base whole on every device it would be {_against(whole, best, needs)}"
         )
-    if best.parts > 1:
-        together = planner.layout(best.shape, 1, best.rows * best.parts)
-        clauses.append(f"the batch in one part would be {_against(together, best, needs)}")
+    if best.microbatches > 1:
+        together = planner.layout(best.shape, 1, best.rows * best.microbatches)
+        clauses.append(f"the batch in one piece would be {_against(together, best, needs)}")
     if best.remat != "none":
         lighter = memory.POLICIES[memory.POLICIES.index(best.remat) - 1]
-        other = planner.layout(best.shape, best.parts, best.rows, lighter)
+        other = planner.layout(best.shape, best.microbatches, best.rows, lighter)
         clauses.append(f"remat {lighter} would take {needs(other)}")
     else:
         clauses.append(f"nothing has to be computed again ({needs(best)})")
@@ -261,7 +261,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f"an update: {config['batch_size']} rows of {rows['length']:,} tokens "
         f"({rows['targets']:,} supervised), {layout['rows']} on a device at a time"
         + (
-            f", in {layout['gradient_accumulation_steps']} parts"
+            f", in {layout['gradient_accumulation_steps']} microbatches"
             if layout["gradient_accumulation_steps"] > 1
             else ""
         )

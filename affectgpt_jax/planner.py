@@ -40,7 +40,7 @@ class Layout(NamedTuple):
 
     Attributes:
         shape: of the mesh.
-        parts: of a batch, run one after the other (`config.gradient_accumulation_steps`).
+        microbatches: of a batch (`config.gradient_accumulation_steps`).
         rows: that a device runs at a time.
         remat: the rematerialisation policy.
         memory: of a device.
@@ -49,7 +49,7 @@ class Layout(NamedTuple):
     """
 
     shape: Shape
-    parts: int
+    microbatches: int
     rows: int
     remat: str
     memory: Memory
@@ -58,7 +58,7 @@ class Layout(NamedTuple):
 
     @property
     def batch_size(self) -> int:
-        return self.rows * self.parts * self.shape.data * self.shape.fsdp
+        return self.rows * self.microbatches * self.shape.data * self.shape.fsdp
 
     @property
     def flags(self) -> str:
@@ -66,7 +66,9 @@ class Layout(NamedTuple):
         axes = [f"{axis}:{size}" for axis, size in self.shape._asdict().items() if size > 1]
         flags = f"--config.mesh={','.join(axes) or 'data:1'} --config.remat={self.remat}"
         return flags + (
-            f" --config.gradient_accumulation_steps={self.parts}" if self.parts > 1 else ""
+            f" --config.gradient_accumulation_steps={self.microbatches}"
+            if self.microbatches > 1
+            else ""
         )
 
 
@@ -173,25 +175,25 @@ class Planner:
             self.llm, self.program.model.decoder.lora, self.rows.length, self.rows.targets
         )
 
-    def sizes(self, rows: int, parts: int) -> Sizes:
+    def sizes(self, rows: int, microbatches: int) -> Sizes:
         """What an update's collectives follow from."""
         state, base = self.abstract(Shape(1, 1, 1))
         itemsize = jnp.dtype(self.config.dtype).itemsize
         kernels = [part["kernel"] for part in base["layers"].values() if "kernel" in part]
         return Sizes(
             layers=nbytes(kernels),
-            vocabulary=nbytes(base.get("lm_head", base["embed_tokens"])),
+            lm_head=nbytes(base.get("lm_head", base["embed_tokens"])),
             adapters=count(state["trainable"]["lora"]) * itemsize,
             fusion=nbytes(state["trainable"]["fusion"]),
             hidden=rows * self.rows.length * self.llm.hidden_size * itemsize,
             num_layers=self.llm.num_hidden_layers,
-            parts=parts,
+            microbatches=microbatches,
         )
 
     def layout(
         self,
         shape: Shape,
-        parts: int,
+        microbatches: int,
         rows: int,
         remat: str = "auto",
         sent: Sequence[Collective] | None = None,
@@ -200,7 +202,7 @@ class Planner:
 
         Args:
             shape: of the mesh.
-            parts: of a batch.
+            microbatches: of a batch.
             rows: that a device runs at a time.
             remat: the policy; "auto" is the first that fits, or the last one.
             sent: the collectives of an update; those of the formulas if None.
@@ -213,8 +215,8 @@ class Planner:
         everything = rows * self._saved(self.attention(shape.tensor).name)["none"]
         activations = everything + (needed.saved if remat != "none" else 0)
         if sent is None:
-            sent = roofline.model_collectives(self.sizes(rows, parts), shape, remat)
-        executed = parts * rows * roofline.executed_flops(self.flops(), remat) / shape.tensor
+            sent = roofline.model_collectives(self.sizes(rows, microbatches), shape, remat)
+        executed = microbatches * rows * roofline.executed_flops(self.flops(), remat) / shape.tensor
         # float32 products run as TF32, at half of bfloat16's rate on all of these devices.
         peak = self.device.flops / (2 if self.config.dtype == "float32" else 1)
         traffic = roofline.memory_traffic(
@@ -222,9 +224,9 @@ class Planner:
             weights=needed.base * shape.fsdp,
             gathered=shape.fsdp > 1,
             state=needed.state,
-            activations=parts * activations,
-            targets=parts * rows * self.rows.targets,
-            passes=parts * (3 if remat == "full" else 2),
+            activations=microbatches * activations,
+            targets=microbatches * rows * self.rows.targets,
+            passes=microbatches * (3 if remat == "full" else 2),
         )
         time = StepTime(
             compute=executed / peak,
@@ -232,7 +234,7 @@ class Planner:
             network=roofline.network_time(sent, shape, self.device),
             efficiency=self._efficiency,
         )
-        return Layout(shape, parts, rows, remat, needed, self.fits(needed), time)
+        return Layout(shape, microbatches, rows, remat, needed, self.fits(needed), time)
 
     def lower(self, mesh: Mesh, remat: str) -> Any:
         """The real train step, lowered for a mesh of emulated devices."""
@@ -252,7 +254,7 @@ class Planner:
             fsdp = min(asked.shape.fsdp, devices // tensor)
             if devices % (tensor * fsdp) == 0:
                 shape = Shape(devices // (tensor * fsdp), fsdp, tensor)
-                found.append(self.layout(shape, asked.parts, asked.rows, remat))
+                found.append(self.layout(shape, asked.microbatches, asked.rows, remat))
         return found
 
     def candidates(self, devices: int, batch_size: int, tensor: int) -> Iterator[Layout]:
@@ -265,11 +267,11 @@ class Planner:
         """
         for shape in _shapes(devices, tensor):
             shares = shape.data * shape.fsdp
-            for parts in range(1, batch_size // shares + 1):
-                if batch_size % (shares * parts) == 0:
-                    rows = batch_size // (shares * parts)
+            for microbatches in range(1, batch_size // shares + 1):
+                if batch_size % (shares * microbatches) == 0:
+                    rows = batch_size // (shares * microbatches)
                     for remat in memory.POLICIES:
-                        yield self.layout(shape, parts, rows, remat)
+                        yield self.layout(shape, microbatches, rows, remat)
 
     def recommend(self, devices: int, batch_size: int, tensor: int) -> Layout | None:
         """The fastest way that fits, the simplest of those that are as fast; None if none fits."""

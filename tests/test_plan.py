@@ -42,9 +42,9 @@ def sent(mesh_text, remat="none", **changes):
     mesh = sharding.make_mesh(mesh_text)
     planned = tiny_planner(**changes)
     _, found = collectives.compile_and_read(planned.lower(mesh, remat), mesh)
-    shape, parts = Shape(**mesh.shape), planned.config.gradient_accumulation_steps
-    rows = planned.config.batch_size // (shape.data * shape.fsdp * parts)
-    expected = roofline.model_collectives(planned.sizes(rows, parts), shape, remat)
+    shape, microbatches = Shape(**mesh.shape), planned.config.gradient_accumulation_steps
+    rows = planned.config.batch_size // (shape.data * shape.fsdp * microbatches)
+    expected = roofline.model_collectives(planned.sizes(rows, microbatches), shape, remat)
     return tuple({(c.kind, c.axes): c.bytes for c in list_} for list_ in (found, expected))
 
 
@@ -121,8 +121,8 @@ def test_fsdp_brings_together_two_layers_or_the_vocabulary():
     whole = planned.abstract(Shape(1, 1, 1))[1]
     assert memory.gathered_bytes(whole) == 0
     layers = planned.sizes(1, 1).layers
-    vocabulary = planned.sizes(1, 1).vocabulary
-    expected = max(2 * layers // planned.llm.num_hidden_layers, vocabulary)
+    lm_head = planned.sizes(1, 1).lm_head
+    expected = max(2 * layers // planned.llm.num_hidden_layers, lm_head)
     assert memory.gathered_bytes(planned.abstract(Shape(1, 4, 1))[1]) == expected
 
 
@@ -137,7 +137,7 @@ def device_with(memory_bytes):
 def test_a_base_that_fits_is_not_split():
     planned = tiny_planner()
     best = planned.recommend(8, 64, 1)
-    assert (best.shape, best.parts, best.remat) == (Shape(8, 1, 1), 1, "none")
+    assert (best.shape, best.microbatches, best.remat) == (Shape(8, 1, 1), 1, "none")
     assert best.flags == "--config.mesh=data:8 --config.remat=none"
     assert "gradients alone" in plan.reason(planned, best)
 
@@ -156,7 +156,7 @@ def test_a_batch_that_does_not_fit_runs_in_parts_or_is_computed_again():
     least = roomy.memory(Shape(1, 1, 1), 4, "none")
     planned = tiny_planner(device=device_with(least.total), length=64, targets=8)
     best = planned.recommend(1, 64, 1)
-    assert best.fits and (best.parts > 1 or best.remat != "none")
+    assert best.fits and (best.microbatches > 1 or best.remat != "none")
     assert best.batch_size == 64
     assert planned.most_rows(Shape(1, 1, 1), "none") == 4
 

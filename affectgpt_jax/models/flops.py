@@ -27,7 +27,7 @@ class Flops(NamedTuple):
     frozen: int
     adapters: int
     attention: int
-    vocabulary: int
+    lm_head: int
 
     @property
     def total(self) -> int:
@@ -80,5 +80,5 @@ def train_flops(
         frozen=4 * length * c.num_hidden_layers * sum(i * o for i, o in shapes.values()),
         adapters=6 * length * c.num_hidden_layers * rank * sum(i + o for i, o in adapted),
         attention=3 * 2 * 2 * pairs * c.num_hidden_layers * query,
-        vocabulary=4 * (length if targets is None else targets) * c.hidden_size * c.vocab_size,
+        lm_head=4 * (length if targets is None else targets) * c.hidden_size * c.vocab_size,
     )

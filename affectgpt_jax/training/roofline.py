@@ -1,9 +1,9 @@
 """The least time that an update can take on given GPUs, and how that changes with their number.
 
-Three terms, as in the roofline model (Williams, Waterman & Patterson 2009): products at the
-device's FLOP/s, memory traffic at its bandwidth, and collectives as rings at the bandwidth of the
-links that they cross. Bandwidths are the makers' peaks, and latency is left out, so a step takes at
-least as long as the longest of the three. What is to be expected is longer: see `StepTime`.
+Three terms, as in the roofline model (Williams, Waterman & Patterson 2009): matmuls at the device's
+FLOP/s, memory traffic at its bandwidth, and collectives as rings at the bandwidth of the links that
+they cross. Bandwidths are the makers' peaks and latency is left out, so a step takes at least as
+long as the longest of the three. The expected time is longer: see `StepTime`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from affectgpt_jax.training.devices import GPUS_PER_NODE, Device
 
 
 class Shape(NamedTuple):
-    """Sizes of a mesh's axes, of which the last are neighbours."""
+    """Sizes of a mesh's axes; devices along the last axis are neighbours."""
 
     data: int
     fsdp: int
     tensor: int
 
 
-# Share of the peak that training reaches where nothing else holds it up: 52 % on A100s, 3,072 of
-# them (Narayanan et al. 2021, arXiv 2104.04473). Smaller shares are common, larger ones are rare.
+# Share of the peak that large training runs reach: 52 % on 3,072 A100s (Narayanan et al. 2021,
+# arXiv 2104.04473). Smaller shares are common, larger ones rare.
 EFFICIENCY = 0.5
 
 
@@ -35,10 +35,10 @@ class StepTime(NamedTuple):
     """Seconds of an update on one of many equal devices.
 
     Attributes:
-        compute: products, at the device's peak.
-        memory: bytes that have to cross the memory bus at least once.
+        compute: matmuls at the device's peak.
+        memory: bytes that cross the memory bus at least once, at its bandwidth.
         network: collectives, one after the other.
-        efficiency: share of the device's peaks that is expected.
+        efficiency: the expected share of the peaks.
     """
 
     compute: float
@@ -48,26 +48,25 @@ class StepTime(NamedTuple):
 
     @property
     def floor(self) -> float:
-        """All at its peak and at the same time: nothing is faster."""
+        """All three at their peaks and overlapped: the lower bound."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def expected(self) -> float:
-        """The device at `efficiency`, and no collective hidden behind its work."""
+        """The device at `efficiency`, without overlap of collectives and computation."""
         return max(self.compute, self.memory) / self.efficiency + self.network
 
 
 def executed_flops(flops: Flops, remat: str) -> float:
-    """FLOPs that run, those included that a rematerialisation policy computes twice.
+    """FLOPs of an update, including those that a rematerialisation policy recomputes.
 
-    Flash kernels and plain XLA's blocks always compute scores again; the kernels' makers do not
-    count that, nor is it counted here.
+    Flash kernels and plain XLA's blocks always recompute scores; by convention that is not counted.
 
     Args:
         flops: of forward and backward pass.
         remat: "none"; "save_projections", which keeps projections and repeats attention; or "full".
     """
-    # A frozen weight has a forward product and one backward, a trained one two.
+    # A frozen weight has one matmul forward and one backward, a trained one two backward.
     again = {
         "none": 0.0,
         "save_projections": flops.attention / 3,
@@ -137,50 +136,49 @@ def _ring_share(kind: str, members: int) -> float:
 
 
 class Sizes(NamedTuple):
-    """What the collectives of a step follow from, in bytes.
+    """Bytes that determine the collectives of a step.
 
     Attributes:
-        layers: frozen weights of all layers that fsdp splits, whole.
-        vocabulary: of the projection onto the vocabulary.
-        adapters: LoRA's gradients, in the dtype in which devices add them up.
-        fusion: gradients of heads and pre-fusion.
-        hidden: hidden states of the rows that run at a time, of one layer.
+        layers: frozen weights of all layers that fsdp splits, gathered.
+        lm_head: the lm_head.
+        adapters: gradients of LoRA, in the dtype in which devices add them up.
+        fusion: gradients of projectors and pre-fusion.
+        hidden: hidden states of one layer and one microbatch.
         num_layers: of the decoder.
-        parts: of a batch that run one after the other.
+        microbatches: of a batch.
     """
 
     layers: int
-    vocabulary: int
+    lm_head: int
     adapters: int
     fusion: int
     hidden: int
     num_layers: int
-    parts: int
+    microbatches: int
 
 
 def model_collectives(sizes: Sizes, shape: Shape, remat: str) -> list[Collective]:
     """The collectives of a step by formula, for layouts that have not been compiled.
 
-    data: one all-reduce of the gradients. fsdp: the same, and the weights of the layers brought
-    together by the forward and by the backward pass, those of the vocabulary by the forward pass
-    alone, which computes its gradient. tensor: the output of two projections of a layer is added up
-    in the forward pass, what goes back through five others in the backward pass, and one more where
-    it is computed again; the lookup in the embeddings is one more.
+    data: one all-reduce of the gradients. fsdp: the same, and all-gathers of the layers' weights in
+    the forward and in the backward pass, and of the lm_head in the forward pass alone, which
+    computes its gradient too. tensor: all-reduces of hidden states, two a layer in the forward pass
+    (the outputs of two projections), five in the backward pass (the inputs of the other five), one
+    more where the layer is recomputed, and one for the lookup of the embeddings.
     """
     found = []
-    split = sizes.layers // shape.tensor
+
+    def add(kind: str, axes: tuple[str, ...], times: int, size: int) -> None:
+        count = sizes.microbatches * times
+        found.append(Collective(kind, axes, count, count * size))
+
     if shape.fsdp > 1:
-        whole = 2 * split + sizes.vocabulary // shape.tensor
-        found.append(Collective("all-gather", ("fsdp",), sizes.parts, sizes.parts * whole))
+        split = sizes.layers // shape.tensor
+        add("all-gather", ("fsdp",), 1, 2 * split + sizes.lm_head // shape.tensor)
     if shape.tensor > 1:
         times = (8 if remat == "full" else 7) * sizes.num_layers + 1
-        found.append(
-            Collective(
-                "all-reduce", ("tensor",), sizes.parts * times, sizes.parts * times * sizes.hidden
-            )
-        )
+        add("all-reduce", ("tensor",), times, sizes.hidden)
     axes = tuple(axis for axis in ("data", "fsdp") if getattr(shape, axis) > 1)
     if axes:
-        gradients = sizes.adapters + sizes.fusion
-        found.append(Collective("all-reduce", axes, sizes.parts, sizes.parts * gradients))
+        add("all-reduce", axes, 1, sizes.adapters + sizes.fusion)
     return found

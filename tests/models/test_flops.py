@@ -86,7 +86,7 @@ def test_qwen25_7b_takes_31_gflop_a_token_at_4096():
     assert round(flops.total / 4096 / 1e9, 1) == 31.0
     # 6,525,288,448 weights in projections, 544,997,376 in the head, 40,370,176 in adapters.
     assert flops.frozen == 4 * 4096 * 6_525_288_448
-    assert flops.vocabulary == 4 * 4096 * 544_997_376
+    assert flops.lm_head == 4 * 4096 * 544_997_376
     assert flops.adapters == 6 * 4096 * 40_370_176
     assert flops.attention == 12 * 28 * 3584 * sum(range(1, 4097))
 

@@ -56,10 +56,10 @@ def test_collectives_follow_one_another():
 
 
 def test_rematerialisation_adds_what_it_computes_again():
-    flops = Flops(frozen=400, adapters=60, attention=120, vocabulary=40)
+    flops = Flops(frozen=400, adapters=60, attention=120, lm_head=40)
     assert roofline.executed_flops(flops, "none") == 620
     assert roofline.executed_flops(flops, "save_projections") == 620 + 40
-    # Everything forward but the vocabulary: half of 400, a third of 60 and of 120.
+    # Everything forward but the lm_head: half of 400, a third of 60 and of 120.
     assert roofline.executed_flops(flops, "full") == 620 + 200 + 20 + 40
 
 
@@ -80,7 +80,9 @@ def test_the_floor_hides_everything_behind_the_longest_and_the_expectation_nothi
 
 
 def test_layouts_send_what_their_axes_split():
-    sizes = Sizes(layers=700, vocabulary=50, adapters=8, fusion=3, hidden=20, num_layers=4, parts=2)
+    sizes = Sizes(
+        layers=700, lm_head=50, adapters=8, fusion=3, hidden=20, num_layers=4, microbatches=2
+    )
 
     def found(*shape, remat="none"):
         sent = roofline.model_collectives(sizes, Shape(*shape), remat)
