@@ -126,12 +126,12 @@ def compute_capability() -> tuple[int, int]:
 def attention(config: ConfigDict, llm: DecoderConfig) -> Choice:
     """The causal attention of a config on the devices that are here.
 
-    A kernel that is not our own is first compared with plain XLA on this very device, with the
-    heads of the base, in a few seconds.
+    A kernel of a library is first compared with plain XLA on this device, with the heads of the
+    base, which takes a few seconds.
 
     Raises:
-        ConfigError: `config.attention` names a backend that cannot be used, or that computes
-            something else.
+        ConfigError: `config.attention` names a backend that cannot be used here, or whose result
+            is wrong.
     """
     platform, capability, split = device_platform(), (0, 0), True
     if platform == "cuda":
@@ -145,7 +145,7 @@ def attention(config: ConfigDict, llm: DecoderConfig) -> Choice:
         raise ConfigError(f"config.{error}; config.attention=auto takes what can") from None
     if choice.name.startswith("xla"):
         return choice
-    # Whatever the rows of this run are, a kernel that is told where samples end must heed it.
+    # A packed kernel is tested with several samples a row, whatever the rows of this run are.
     doubt = _doubt(choice.attend, llm, config.dtype, choice.name == "cudnn_packed")
     if not doubt:
         return choice
@@ -155,21 +155,21 @@ def attention(config: ConfigDict, llm: DecoderConfig) -> Choice:
 
 
 def kv_heads_split(llm: DecoderConfig, shares: int) -> bool:
-    """Whether devices that share query heads share key heads as well."""
-    # Heads that the devices cannot share stay whole on each (sharding.ActivationConstraint).
+    """Whether key heads are split over the devices wherever query heads are."""
+    # Heads whose number the devices do not divide are replicated (sharding.ActivationConstraint).
     return not llm.num_key_value_heads % shares or llm.num_attention_heads % shares > 0
 
 
-# Rounding to bfloat16 gives a tenth of it, attending to the wrong tokens ten times as much.
+# Rounding to bfloat16 gives a tenth of this, and attention to wrong tokens ten times as much.
 _DEVIATION = 0.05
 
 
 def _doubt(attend: CausalAttention, llm: DecoderConfig, dtype: str, packed: bool) -> str:
-    """Why the result of a kernel on this device cannot be trusted; empty if it can."""
+    """Why the result of a kernel on this device is wrong; empty if it is right."""
     heads = llm.num_attention_heads, llm.num_key_value_heads, llm.head_dim
     try:
         found = deviation(attend, *heads, dtype, packed)
-    # Whatever a library raises on a GPU that it does not know, there is another backend.
+    # A library may raise anything on a GPU that it does not know; another backend is used then.
     except Exception as error:
         return f"on this device it fails with {type(error).__name__}: {_first_line(error)}"
     if found <= _DEVIATION:

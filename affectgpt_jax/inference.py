@@ -1,4 +1,4 @@
-"""From a model and clips to answers, labels and scores."""
+"""Generation: from a model and clips to answers, labels and scores."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ from affectgpt_jax.training.sharding import data_parallel_size, shard_whole_batc
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What a model wrote about one clip.
+    """The answer of a model about one clip.
 
     Attributes:
         text: without the end mark.
-        tokens: how many it took, the end mark included.
-        cut: whether it reached the limit of new tokens before it ended.
-        log_prob: of all tokens together, under the model's own distribution; None unless asked for.
+        tokens: number of tokens, the end mark included.
+        cut: whether it reached the limit of new tokens before its end mark.
+        log_prob: sum over all tokens, under the model's own distribution; None unless asked for.
     """
 
     text: str
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-    """What a model wrote about every clip of a data set, by record number."""
+    """The answers of a model about every clip of a data set, by record number."""
 
     each: list[Answer]
 
@@ -64,27 +64,27 @@ class Answers:
 
     @property
     def cut(self) -> int:
-        """How many reached the limit of new tokens before they ended."""
+        """The number of answers that reached the limit of new tokens."""
         return sum(answer.cut for answer in self.each)
 
 
 class Generator:
-    """Answers to questions about clips, in a few compiled programs for each prompt length.
+    """Answers questions about clips, with a few compiled programs for each prompt length.
 
     Args:
         model: the modules.
         base: frozen weights.
         processor: how clips become prompts.
         mesh: batches are split over it.
-        batch_size: answers that are written at a time.
-        max_new_tokens: an answer is cut off there.
+        batch_size: answers that are generated at a time.
+        max_new_tokens: limit of an answer.
         num_buckets: the number of prompt lengths, each of which costs compilation.
-        sampling: how tokens are chosen; the most probable ones by default.
-        seed: of sampling. What is drawn follows from it, the clip's name and the question, not
-            from the other clips.
-        log_probs: whether answers say how probable they were.
+        sampling: how tokens are chosen; greedy by default.
+        seed: of sampling. A sample depends on it, the clip's name and the question, not on the
+            other clips.
+        log_probs: whether answers have a log-probability.
         merge_lora: whether LoRA is merged into a copy of the base first, see `should_merge`.
-        pulse: called before prompts are read; what it raises ends the answers.
+        pulse: called before prompts are read; an error that it raises ends generation.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Generator:
         question: str,
         feature_from: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
-        """The same, as record numbers and answers, a few at a time as they are complete."""
+        """The answers one by one, in the order of completion, with their record numbers."""
         found = generate_all(
             self._model,
             *self._weights(trainable),
@@ -158,7 +158,7 @@ class Generator:
             yield number, self._read(generated)
 
     def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
-        """Ask about a data set of one clip and show the answer as it is written.
+        """Ask about a data set of one clip and yield the answer as it grows.
 
         Yields:
             The answer after every token. Until it is complete, its text holds only what later
@@ -177,7 +177,7 @@ class Generator:
             yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
 
     def _weights(self, trainable: Any) -> tuple[Any, Any]:
-        """Base and trainable from which answers are written."""
+        """Base and trainable for generation, with LoRA merged if asked for."""
         if not self._merge_lora:
             return self._base, trainable
         merged = merge(self._base, trainable["lora"], self._model.decoder.lora.scale)
@@ -237,7 +237,7 @@ def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
 
 
 def _settled(text: str, end: str) -> str:
-    """The part of unfinished text that no later token can change."""
+    """The part of an unfinished text that no later token can change."""
     text = text.rstrip("\ufffd")  # stands for the first bytes of a character
     started = (n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n]))
     return text[: len(text) - next(started, 0)]
@@ -251,7 +251,7 @@ def answers_on_disk(
     question: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
-    """Ask about the clips that a file does not have yet, adding to it as answers come.
+    """Ask about the clips whose answers a file does not have yet, and append the answers.
 
     Args:
         path: a JSONL file of `name` and the fields of `Answer`; of one model, question and data
@@ -307,7 +307,7 @@ def read_labels(
 
 
 def _truth(dataset: Records, question: str) -> list[str]:
-    """The one true word of every clip; empty where it has none."""
+    """The true label of every clip; empty where it has none."""
     if question == "sentiment":
         return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
     return [entry.emotion.strip().lower() for entry in dataset.index]
@@ -324,7 +324,7 @@ def score_labels(
 
 
 def without_truth(dataset: Records, question: str = "ovlabel") -> int:
-    """How many clips lack the one true word that answers to a question are scored against."""
+    """The number of clips without the true label that a question is scored against."""
     return sum(not word for word in _truth(dataset, question))
 
 

@@ -1,9 +1,9 @@
-"""Several clips a row: which of an epoch's draws share one.
+"""Packing: which of an epoch's draws share a row.
 
-Padding a batch of short and long examples to its longest wastes about half of it. A packed row
-holds as many whole examples as fit, `segment_ids` keep them apart, and all rows have one shape. A
-plan is a pure function of the draws' sizes in their order: the same on every process, and again
-after a restart.
+Padding short and long examples to the longest of a batch wastes about half of it. A packed row
+holds as many whole examples as fit, `segment_ids` keep them apart, and all rows have one shape. The
+plan is a pure function of the draws' sizes in their order: the same on every process and after a
+restart.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Sizes are rounded up to multiples of this, for the sake of aligned matrix products.
+# Sizes are rounded up to multiples of this, so that matmuls are aligned.
 LENGTH_MULTIPLE = 4
 
-# Visits that a row may choose from. Its last two are chosen to fill it: among the 2,000 pairs of
-# so many, one nearly always does. Few enough that the order stays random.
+# Draws that a row may choose from. Its last two are chosen to fill it: of the 2,000 pairs among so
+# many, one nearly always does. They are few enough for the order to stay random.
 LOOKAHEAD = 64
-# How many of a row's first choices give way to a pair, in the order of trial: two for two leaves
-# the most to choose from. Nothing is tried once less than this share of the row is empty.
+# How many of a row's first choices are replaced by a pair, in the order of trial: two for two
+# leaves the most to choose from. None is tried once less than this share of the row is empty.
 SWAPS, EMPTY = (2, 1, 3, 4), 1 / 512
 
-# Clips that a row has room for, in units of what an average row holds. Unused ones cost room for
-# their features and little else.
+# Room for clips in a row, relative to the average row. Unused room costs memory for features and
+# little else.
 CLIP_ROOM = 1.5
 
 
@@ -44,7 +44,7 @@ class Bucket:
 
 
 def round_up(n):
-    """The next multiple of `LENGTH_MULTIPLE`, of a number or an array."""
+    """Round a number or an array up to a multiple of `LENGTH_MULTIPLE`."""
     return -(-n // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
@@ -53,9 +53,9 @@ def packed_bucket(
 ) -> Bucket:
     """The shape of packed rows of `length` tokens.
 
-    Every target costs its logits, used or not, so there is room for as many as a row of random
-    examples has on average, and one standard deviation more: with less, rows could not be filled,
-    since answers are long and short in changing shares. Any single example fits.
+    Every target costs logits, used or not. There is room for the mean number of targets of a row of
+    random examples plus one standard deviation: with less, rows with many long answers could not be
+    filled. Any single example fits.
 
     Args:
         length: tokens of a row.

@@ -26,9 +26,9 @@ from affectgpt_jax.data.prompts import InputMode, PromptError, PromptSet, parse_
 from affectgpt_jax.data.records import Annotations, Records
 from affectgpt_jax.data.tokenizer import Tokenizer
 
-# Of Grain, and the batches that are ready before they are asked for. Batches are made in Python and
-# NumPy, a record at a time: with a second thread the two wait for each other's lock, and from a
-# disk whose pages are in memory half as many samples come out (benchmarks.input_pipeline).
+# Threads of Grain, and batches that are read ahead. Batches are made in Python and NumPy, a record
+# at a time: two threads wait for each other's interpreter lock and, with the data in the page
+# cache, give half as many samples/s as one (benchmarks.input_pipeline).
 THREADS = 1
 AHEAD = 4
 
@@ -39,10 +39,10 @@ class DataError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PromptProcessor:
-    """How clips become model inputs: everything about that but the clips themselves.
+    """Turns clips into model inputs.
 
     Attributes:
-        tokenizer, prompts, mode: what a prompt is made with.
+        tokenizer, prompts, mode: of the prompts.
         token_counts: the model's soft tokens per slot; `mode` has some of these slots.
         features: the features that the model reads, and their widths.
     """
@@ -100,7 +100,7 @@ class PromptProcessor:
 
 
 def _of_clip(clip: Annotations, render: Callable[[Annotations], str]) -> str:
-    """What `render` makes of a clip; its complaint names the clip."""
+    """The result of `render` for a clip; its error names the clip."""
     try:
         return render(clip)
     except PromptError as error:
@@ -112,7 +112,7 @@ def feature_shapes(
 ) -> dict[str, tuple[int, int]]:
     """`(frames, width)` of every feature that the model reads, the same in all data sets.
 
-    A feature that no data set has is one frame that is absent everywhere.
+    A feature that no data set has gets one frame, and is absent in every clip.
 
     Raises:
         DataError: two data sets differ in a feature's number of frames.
@@ -166,7 +166,7 @@ def collate(
 
     Args:
         rows: for each clip of each row its data set, prompt processor, record number and example in
-            it. Clips stand one behind the other; a row without any is filler.
+            it. The clips of a row follow each other; a row without clips is padding.
         common: any processor of the model, for what all of them share.
         shapes: `(frames, width)` of every feature that the model reads.
         bucket: the batch's shape.
@@ -201,7 +201,7 @@ def collate(
 
 
 def choose_lengths(lengths: np.ndarray, count: int) -> tuple[int, ...]:
-    """At most `count` row lengths that pad rows of these lengths the least.
+    """The row lengths, at most `count`, with the least padding.
 
     Args:
         lengths: tokens, `[N]`.
@@ -212,7 +212,7 @@ def choose_lengths(lengths: np.ndarray, count: int) -> tuple[int, ...]:
     """
     rounded = round_up(lengths)
     sizes, tally = np.unique(rounded, return_counts=True)
-    # cost[j] is the padded tokens of the best split of sizes[:j]; one more length a round.
+    # cost[j] is the number of padded tokens of the best split of sizes[:j]; a round adds a length.
     total = np.concatenate([[0], np.cumsum(tally)])
     cost, choice = np.concatenate([[0.0], np.full(len(sizes), np.inf)]), []
     for _ in range(min(count, len(sizes))):
@@ -242,7 +242,7 @@ def buckets_of(ends: Sequence[int], lengths: np.ndarray, targets: np.ndarray) ->
 def too_long_message(
     dataset: Records, label_types: Sequence[str], lengths: np.ndarray, max_tokens: int
 ) -> str:
-    """What to say of examples over the limit; lengths are `[types, records]`."""
+    """The message about examples over the limit; lengths are `[types, records]`."""
     kind, worst = np.unravel_index(lengths.argmax(), lengths.shape)
     return (
         f"record {dataset.index[worst].name!r} has {lengths[kind, worst]} tokens as "
@@ -261,7 +261,7 @@ class MixtureComponent:
         label: label types, as `prompts.parse_label` reads them; where it names several, each
             access to a clip draws one.
         name: in logs.
-        weight: how often an epoch draws each clip. Under 1, epochs take turns with the clips.
+        weight: how often an epoch draws each clip. Under 1, epochs alternate between the clips.
 
     Raises:
         DataError: a weight that is not positive.
@@ -279,7 +279,7 @@ class MixtureComponent:
 
 
 class _Draws:
-    """The examples of one component, and the endless order in which training draws them.
+    """The examples of one component, and the order in which training draws them.
 
     Args:
         component: the data set.
@@ -424,8 +424,8 @@ class TrainPipeline:
             self._packed = packed_bucket(pack_length, lengths, answers, np.concatenate(weights))
             self.buckets = (self._packed,)
         else:
-            # A batch is as long as its longest row. Epoch 0 shows how those lengths are spread,
-            # and the longest example there is fits the last bucket, whatever other epochs draw.
+            # A batch is as long as its longest row. Lengths are chosen for the batches of epoch 0;
+            # the longest example fits the last bucket, so any other epoch fits too.
             _, _, longest = self._rows(0)
             ends = choose_lengths(np.append(longest, lengths.max()), num_buckets)
             self.buckets = buckets_of(ends, lengths, answers)
@@ -454,11 +454,11 @@ class TrainPipeline:
         return sizes[0], sizes[1]
 
     def _rows(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """An epoch's draws, shared out over rows and batches.
+        """An epoch's draws, distributed over rows and batches.
 
-        Batches are cut from one permutation, not from clips of like length: a loss that is the
-        mean over a batch's supervised tokens weighs a label against a description as the published
-        recipe does only if both kinds meet in a batch.
+        Batches are cut from one permutation, not from clips of similar length. The loss is a mean
+        over the supervised tokens of a batch: it weighs labels against descriptions as in the
+        published recipe only if both occur in a batch.
 
         Returns:
             The draws `[3, N]`; for every batch and row of it the draws there, as columns of
