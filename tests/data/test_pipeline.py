@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from trees import assert_same_tree
 
 import affectgpt_jax
 from affectgpt_jax.data.packing import LENGTH_MULTIPLE
@@ -113,16 +114,6 @@ def epoch_of(
     return [found for batch in batches for found in clips_and_types(processor, batch)]
 
 
-def assert_same(a, b) -> None:
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        if isinstance(value, dict):
-            assert_same(value, b[key])
-        else:
-            assert (value.dtype, value.shape) == (b[key].dtype, b[key].shape)
-            assert value.tobytes() == b[key].tobytes(), key
-
-
 # --- order --------------------------------------------------------------------------------------
 
 
@@ -141,10 +132,10 @@ def test_a_batch_is_a_pure_function_of_its_step(dataset, processor, pipeline):
     expected = [pipeline.batch(step) for step in steps]
     fresh = make(dataset, processor)
     for step in reversed(steps):
-        assert_same(fresh.batch(step), expected[step])
+        assert_same_tree(fresh.batch(step), expected[step])
     with ThreadPoolExecutor(4) as pool:
         for found, batch in zip(pool.map(pipeline.batch, steps), expected, strict=True):
-            assert_same(found, batch)
+            assert_same_tree(found, batch)
 
 
 def test_training_goes_on_in_the_middle_as_if_it_had_not_stopped(dataset, processor, pipeline):
@@ -154,9 +145,9 @@ def test_training_goes_on_in_the_middle_as_if_it_had_not_stopped(dataset, proces
         resumed = list(make(dataset, processor).batches(start, 30, threads=1))
         assert len(resumed) == 30 - start
         for found, expected in zip(resumed, whole[start:], strict=True):
-            assert_same(found, expected)
+            assert_same_tree(found, expected)
     for step, batch in enumerate(whole):
-        assert_same(batch, pipeline.batch(step))
+        assert_same_tree(batch, pipeline.batch(step))
 
 
 def test_epochs_differ_in_order_and_in_label_types(pipeline, processor):
@@ -192,7 +183,7 @@ def test_processes_share_every_batch(dataset, processor, pipeline):
             else np.concatenate([r[key] for r in rows])
             for key, value in rows[0].items()
         }
-        assert_same(together, pipeline.batch(step))
+        assert_same_tree(together, pipeline.batch(step))
 
 
 def test_processes_must_divide_the_batch(dataset, processor):
@@ -416,7 +407,7 @@ def test_a_packed_epoch_holds_exactly_the_clips_of_one_without(pipeline, packed)
         )
         assert len(found) == COUNT
         for one, other in zip(found, expected, strict=True):
-            assert_same(one, other)
+            assert_same_tree(one, other)
         # No supervised token is left over, and none is there twice.
         weights = [sum(batch["target_weights"].sum() for batch in part) for part in batches]
         assert weights[0] == weights[1] == sum(len(clip["targets"]) for clip in found)
@@ -453,7 +444,7 @@ def test_a_packed_batch_is_a_pure_function_of_its_step(dataset, processor, packe
     whole = list(packed.batches(0, 12))
     fresh = make(dataset, processor, pack_length=PACK_LENGTH)
     for found, expected in zip(fresh.batches(7, 12, threads=1), whole[7:], strict=True):
-        assert_same(found, expected)
+        assert_same_tree(found, expected)
     other = make(dataset, processor, pack_length=PACK_LENGTH, seed=1)
     assert other.batch(0)["tokens"].tobytes() != whole[0]["tokens"].tobytes()
     epochs = [packed_epoch(packed, epoch)[0]["tokens"].tobytes() for epoch in range(2)]

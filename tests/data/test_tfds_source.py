@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tensorflow_datasets.core import file_adapters
+from trees import assert_same_tree
 
 import affectgpt_jax
 from affectgpt_jax.data import demo, tfds_source
@@ -102,16 +103,6 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(fields))
 
 
-def assert_same_batch(a, b) -> None:
-    assert a.keys() == b.keys()
-    for key, value in a.items():
-        if isinstance(value, dict):
-            assert_same_batch(value, b[key])
-        else:
-            assert (value.dtype, value.shape) == (b[key].dtype, b[key].shape)
-            assert value.tobytes() == b[key].tobytes(), key
-
-
 # --- the same as the record directory -----------------------------------------------------------
 
 
@@ -176,7 +167,7 @@ def test_training_batches_are_those_of_the_record_directory(demo_world):
     batches = [list(pipeline.batches(0, 13)) for pipeline in pipelines]  # over two epochs
     assert len(batches[0]) == 13
     for a, b in zip(*batches, strict=True):
-        assert_same_batch(a, b)
+        assert_same_tree(a, b)
 
 
 def test_evaluation_batches_are_those_of_the_record_directory(demo_world):
@@ -192,7 +183,7 @@ def test_evaluation_batches_are_those_of_the_record_directory(demo_world):
     assert sum(len(numbers) for numbers, _ in found[0]) == 48
     for (a_numbers, a), (b_numbers, b) in zip(*found, strict=True):
         np.testing.assert_array_equal(a_numbers, b_numbers)
-        assert_same_batch(a, b)
+        assert_same_tree(a, b)
 
 
 def test_the_same_records_are_held_out(written):

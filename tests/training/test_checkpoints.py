@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_same_tree
 
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.checkpoints import (
@@ -47,13 +48,6 @@ def abstract(mesh="data:8", shapes=SHAPES):
     return sharding.abstract(sharding.make_mesh(mesh), lambda key: make_state(shapes=shapes))
 
 
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
 @pytest.fixture
 def saved(tmp_path):
     """A run's directory with a checkpoint of step 7."""
@@ -84,7 +78,7 @@ def test_a_sharded_state_is_restored_bit_for_bit_onto_any_layout(tmp_path, mesh)
     with Checkpoints(tmp_path, BASE) as checkpoints:  # as another process would
         assert checkpoints.latest_step() == checkpoints.best_step() == 7
         restored = checkpoints.restore(7, abstract(mesh))
-    assert_same(restored, state)
+    assert_same_tree(restored, state)
     for leaf, wanted in zip(
         jax.tree.leaves(restored), jax.tree.leaves(abstract(mesh)), strict=True
     ):
@@ -96,7 +90,7 @@ def test_what_is_trained_is_restored_without_the_rest(saved, mesh):
     wanted = abstract(mesh)["trainable"]
     before = sorted(saved.rglob("*"))
     restored = SavedRun(saved).restore(7, BASE, wanted)
-    assert_same(restored, make_state()["trainable"])
+    assert_same_tree(restored, make_state()["trainable"])
     for leaf, shape in zip(jax.tree.leaves(restored), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding == shape.sharding
     assert sorted(saved.rglob("*")) == before, "reading has written"
@@ -109,7 +103,7 @@ def test_a_model_without_adapters_or_without_fusion_is_restored(tmp_path, part):
         checkpoints.save(7, make_state(shapes=shapes), val_loss=None)
         checkpoints.wait()
     restored = SavedRun(tmp_path).restore(7, BASE, abstract(shapes=shapes)["trainable"])
-    assert_same(restored, make_state(shapes=shapes)["trainable"])
+    assert_same_tree(restored, make_state(shapes=shapes)["trainable"])
 
 
 def test_a_state_may_be_changed_as_soon_as_save_returns(tmp_path):
@@ -120,7 +114,7 @@ def test_a_state_may_be_changed_as_soon_as_save_returns(tmp_path):
         consume = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0, tree), donate_argnums=0)
         jax.block_until_ready(consume(state))
         checkpoints.wait()
-        assert_same(checkpoints.restore(1, abstract()), expected)
+        assert_same_tree(checkpoints.restore(1, abstract()), expected)
 
 
 def test_a_run_without_checkpoints_has_no_step(tmp_path):
@@ -171,7 +165,7 @@ def test_a_checkpoint_that_was_not_validated_can_be_later(tmp_path):
         assert checkpoints.val_loss(2) is None and checkpoints.best_step() == 1
         checkpoints.set_val_loss(2, 0.25)
         assert checkpoints.val_loss(2) == 0.25 and checkpoints.best_step() == 2
-        assert_same(checkpoints.restore(2, abstract()), make_state(2))
+        assert_same_tree(checkpoints.restore(2, abstract()), make_state(2))
 
 
 # --- What is damaged ------------------------------------------------------------------------------
@@ -203,7 +197,7 @@ def test_a_flipped_byte_in_any_file_is_refused_by_its_name(saved):
                     read()
                 assert f"{where} is damaged: {path.relative_to(where)}" in str(error.value)
             path.write_bytes(whole)
-    assert_same(SavedRun(saved).trainable(7), make_state()["trainable"])
+    assert_same_tree(SavedRun(saved).trainable(7), make_state()["trainable"])
 
 
 def test_a_truncated_or_missing_file_is_refused_by_its_name(saved):
@@ -240,10 +234,10 @@ def test_the_newest_intact_checkpoint_is_offered_and_with_a_flag_used(tmp_path):
         assert checkpoints.step_to_resume(fallback=True, say=said.append) == 5
         assert "set aside, going on from step 5" in said[0]
         assert checkpoints.latest_step() == checkpoints.best_step() == 5
-        assert_same(checkpoints.restore(5, abstract()), make_state(5))
+        assert_same_tree(checkpoints.restore(5, abstract()), make_state(5))
         checkpoints.save(7, make_state(7), 0.5)  # as the run comes there again
         checkpoints.wait()
-        assert_same(checkpoints.restore(7, abstract()), make_state(7))
+        assert_same_tree(checkpoints.restore(7, abstract()), make_state(7))
     assert sorted(path.name for path in folder.iterdir()) == [
         "3",
         "5",

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from safetensors.numpy import load_file, save_file
 from tiny_model import LLM, random_tree, relative_error
+from trees import assert_same_tree
 
 from affectgpt_jax.models.decoder import (
     ComputeConfig,
@@ -54,13 +55,6 @@ def load(directory, llm=LLM, dtype=jnp.float32, mesh="data:-1"):
     return load_base(directory, abstract, tree_shardings(make_mesh(mesh), abstract))
 
 
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
 BASE = random_tree(abstract_base())
 
 
@@ -80,12 +74,12 @@ def test_a_saved_base_is_loaded_bit_for_bit(tmp_path, llm, dtype):
     base = random_tree(abstract_base(llm, dtype))
     save_base(tmp_path, llm, base)
     assert read_config(tmp_path) == llm
-    assert_same(load(tmp_path, llm, dtype), base)
+    assert_same_tree(load(tmp_path, llm, dtype), base)
 
 
 def test_weights_are_cast_to_the_dtype_of_the_run(saved):
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16), BASE)
-    assert_same(load(saved, dtype=jnp.bfloat16), expected)
+    assert_same_tree(load(saved, dtype=jnp.bfloat16), expected)
 
 
 @st.composite
@@ -160,19 +154,19 @@ def test_kernels_are_quantized_row_by_row_as_they_are_read(saved, precision, mes
     found = load_base(saved, abstract, tree_shardings(make_mesh(mesh), abstract))
     assert jax.tree.structure(found) == jax.tree.structure(abstract)
     expected = {name: quantize(kernel, precision) for name, kernel in kernels_of(BASE).items()}
-    assert_same(kernels_of(found), expected)
+    assert_same_tree(kernels_of(found), expected)
     for name in ("bias", "scale"):  # and nothing else is
         for part, leaves in BASE["layers"].items():
             if name in leaves:
-                assert_same(found["layers"][part][name], leaves[name])
-    assert_same(found["embed_tokens"], BASE["embed_tokens"])
+                assert_same_tree(found["layers"][part][name], leaves[name])
+    assert_same_tree(found["embed_tokens"], BASE["embed_tokens"])
 
 
 def test_kernels_are_quantized_from_what_is_stored_not_from_the_dtype_of_the_run(saved):
     abstract = abstract_base(dtype=jnp.bfloat16, precision="int8")
     found = load_base(saved, abstract, tree_shardings(make_mesh("data:8"), abstract))
     kernel = BASE["layers"]["up_proj"]["kernel"]
-    assert_same(found["layers"]["up_proj"]["kernel"], quantize(kernel, "int8"))
+    assert_same_tree(found["layers"]["up_proj"]["kernel"], quantize(kernel, "int8"))
     assert found["layers"]["q_proj"]["bias"].dtype == jnp.bfloat16
 
 
@@ -193,7 +187,7 @@ def test_every_mesh_computes_the_same_with_a_quantized_base(saved, precision):
 def test_a_mesh_splits_what_it_loads(saved):
     base = load(saved, mesh="fsdp:8")
     assert not base["layers"]["up_proj"]["kernel"].is_fully_replicated
-    assert_same(base, BASE)
+    assert_same_tree(base, BASE)
 
 
 def logits_of(base, llm, tokens, shard=ComputeConfig.shard, precision=""):
@@ -234,14 +228,14 @@ def test_rotary_frequencies_of_early_llamas_are_not_needed(tmp_path):
     save_base(tmp_path, LLAMA, base)
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     edit_tensors(tmp_path, lambda t: t.update({name: np.ones(8, np.float32)}))
-    assert_same(load(tmp_path, LLAMA), base)
+    assert_same_tree(load(tmp_path, LLAMA), base)
 
 
 def test_a_tied_checkpoint_may_carry_its_head(tmp_path):
     base = random_tree(abstract_base(TIED))
     save_base(tmp_path, TIED, base)
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
-    assert_same(load(tmp_path, TIED), base)
+    assert_same_tree(load(tmp_path, TIED), base)
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -378,7 +372,7 @@ def test_damaged_weights_are_one_error_that_names_the_thing(saved, damage, words
 )
 def test_an_index_and_files_that_disagree_are_one_error(saved, damage, words):
     split(saved)
-    assert_same(load(saved), BASE)
+    assert_same_tree(load(saved), BASE)
     damage(saved)
     with pytest.raises(WeightsError) as error:
         load(saved)

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from tiny_model import LLM, make_model, random_base, random_trainable, relative_error
+from trees import assert_same_tree
 
 from affectgpt_jax.models.decoder import Decoder, init_lora, lm_head
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
@@ -27,13 +28,6 @@ NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
 
 def abstract(tree, dtype=None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
-
-
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 @pytest.fixture
@@ -72,7 +66,7 @@ def test_any_adapter_comes_back_bit_for_bit(tmp_path_factory, data):
     save_adapter(directory, lora, config)
     found = load_adapter(directory, abstract(lora), config)
     bits = jax.tree.map(lambda x: np.asarray(x).view(np.uint32), (found, lora))
-    assert_same(*bits)
+    assert_same_tree(*bits)
 
 
 def test_what_is_written_is_all_that_peft_needs_and_nothing_else(saved):
@@ -97,7 +91,7 @@ def test_an_adapter_goes_straight_into_the_layout_of_the_run(saved, mesh):
         tree_shardings(make_mesh(mesh), LORA),
     )
     found = load_adapter(saved, wanted, CONFIG)
-    assert_same(found, LORA)
+    assert_same_tree(found, LORA)
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding == expected.sharding
 
@@ -107,7 +101,7 @@ def test_a_half_precision_adapter_is_cast_to_the_dtype_of_the_run(saved):
     half = {name: value.astype(jnp.bfloat16) for name, value in load_file(path).items()}
     save_file(half, path)
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), LORA)
-    assert_same(load_adapter(saved, abstract(LORA), CONFIG), expected)
+    assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), expected)
 
 
 # --- The real library -----------------------------------------------------------------------------
@@ -253,7 +247,7 @@ def test_options_that_are_off_or_do_not_matter_are_read_over(saved):
     edit_config(saved, **dict.fromkeys(off))
     edit_config(saved, rank_pattern={}, revision="main", peft_version="9", lora_dropout=0.3)
     edit_config(saved, init_lora_weights="gaussian", target_modules="all-linear")
-    assert_same(load_adapter(saved, abstract(LORA), CONFIG), LORA)
+    assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), LORA)
 
 
 def test_another_rank_alpha_or_set_of_targets_is_refused_with_both_sides(saved):
@@ -267,7 +261,7 @@ def test_another_rank_alpha_or_set_of_targets_is_refused_with_both_sides(saved):
 
 def test_the_order_of_targets_does_not_matter(saved):
     config = LoraConfig(4, 2.0, targets=TARGETS[::-1])
-    assert_same(load_adapter(saved, abstract(LORA), config), LORA)
+    assert_same_tree(load_adapter(saved, abstract(LORA), config), LORA)
 
 
 @pytest.mark.parametrize(
@@ -324,7 +318,7 @@ def test_a_model_without_lora_has_no_adapter_to_write(tmp_path):
 def test_nothing_is_written_over_and_nothing_is_left_half(saved, tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="exists already"):
         save_adapter(saved, LORA, CONFIG)
-    assert_same(load_adapter(saved, abstract(LORA), CONFIG), LORA)
+    assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), LORA)
     shutil.rmtree(saved)
 
     def full(*_, **__):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import LLM, make_model, random_tree, relative_error
+from trees import assert_same_tree
 
 from affectgpt_jax.models.affectgpt import init_trainable
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
@@ -42,13 +43,6 @@ def abstract(fusion=FUSION):
 
 
 TRAINABLE = random_tree(abstract())
-
-
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 # --- The release in PyTorch -----------------------------------------------------------------------
@@ -133,11 +127,11 @@ def release_tokens(torch, model, fusion, features):
 
     def attend(block, hidden, states):
         def heads(x):
-            return x.view(*x.shape[:2], c.projectors, -1).transpose(1, 2)
+            return x.view(*x.shape[:2], c.heads, -1).transpose(1, 2)
 
         query = heads(block.self.query(hidden))
         key, value = heads(block.self.key(states)), heads(block.self.value(states))
-        weights = torch.softmax(query @ key.mT / math.sqrt(c.width // c.projectors), dim=-1)
+        weights = torch.softmax(query @ key.mT / math.sqrt(c.width // c.heads), dim=-1)
         mixed = (weights @ value).transpose(1, 2).reshape(hidden.shape)
         return block.output.LayerNorm(block.output.dense(mixed) + hidden)
 
@@ -282,7 +276,7 @@ def test_whatever_is_trained_comes_back_bit_for_bit(
     save_release(path, trainable, LORA, epoch=7, config={"llm": "tiny", "lora": {"rank": 4}})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
     found, unused = load_release(path, shapes, LORA)
-    assert_same(found, trainable)
+    assert_same_tree(found, trainable)
     assert not unused
     file = read_release(path)
     assert file.epoch == 7 and file.others == ("epoch", "config")
@@ -394,7 +388,7 @@ def test_a_wrapped_model_and_buffers_are_read_over(torch, saved):
 
     edit(torch, saved, wrap)
     found, unused = load_release(saved, abstract(), LORA)
-    assert_same(found, expected)
+    assert_same_tree(found, expected)
     assert unused == sorted(extra)
 
 
@@ -407,7 +401,9 @@ def test_half_precision_is_cast_to_the_dtype_of_the_run(torch, saved):
 
     edit(torch, saved, halve)
     found, _ = load_release(saved, abstract(), LORA)
-    assert_same(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), expected))
+    assert_same_tree(
+        found, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), expected)
+    )
 
 
 FIRST = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight"
@@ -501,7 +497,7 @@ def test_a_model_without_lora_is_written_and_read_without(tmp_path):
     trainable = {"lora": {}, "fusion": TRAINABLE["fusion"]}
     save_release(tmp_path / "c.pth", trainable, None, epoch=0)
     shapes = {"lora": {}, "fusion": abstract()["fusion"]}
-    assert_same(load_release(tmp_path / "c.pth", shapes, None)[0], trainable)
+    assert_same_tree(load_release(tmp_path / "c.pth", shapes, None)[0], trainable)
     save_release(tmp_path / "full.pth", TRAINABLE, LORA, epoch=0)
     with pytest.raises(WeightsError, match="rank is 4, but config.lora.rank is 0"):
         load_release(tmp_path / "full.pth", shapes, None)

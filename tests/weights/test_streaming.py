@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from safetensors.numpy import save_file
 from tiny_model import LLM, random_tree
+from trees import assert_same_tree
 
 from affectgpt_jax.models.decoder import ComputeConfig, Decoder, init_base
 from affectgpt_jax.models.quantize import quantize
@@ -38,12 +39,6 @@ def as_on_an_accelerator(monkeypatch):
     monkeypatch.setattr(streaming, "_computes_in_host_memory", lambda device: False)
     monkeypatch.setattr(streaming, "HOST_BLOCK", 600)  # norms and biases have fewer bytes
     monkeypatch.setattr(streaming._DeviceShard, "block_bytes", 1000)
-
-
-def assert_same(found, expected):
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 # --- What is read ---------------------------------------------------------------------------------
@@ -118,7 +113,7 @@ def test_updates_on_a_device_give_the_same_arrays(directory, as_on_an_accelerato
     # Two devices: every device compiles programs of its own.
     mesh = jax.sharding.Mesh(np.reshape(jax.devices()[:2], mesh), AXES)
     base = load_base(directory, abstract, tree_shardings(mesh, abstract))
-    assert_same(base, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), BASE, abstract))
+    assert_same_tree(base, jax.tree.map(lambda x, leaf: x.astype(leaf.dtype), BASE, abstract))
 
 
 @pytest.mark.parametrize("precision", ["int8", "nf4"])
@@ -131,7 +126,7 @@ def test_quantized_kernels_on_a_device_are_the_same_arrays(
     base = load_base(directory, abstract, tree_shardings(mesh, abstract))
     for name in ("q_proj", "down_proj"):
         expected = quantize(BASE["layers"][name]["kernel"], precision)
-        assert_same(base["layers"][name]["kernel"], expected)
+        assert_same_tree(base["layers"][name]["kernel"], expected)
 
 
 def test_updates_on_a_device_are_in_place():

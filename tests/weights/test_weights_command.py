@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_model import FUSION, LLM, make_model, random_base, random_trainable
+from trees import assert_same_tree
 
 from affectgpt_jax.configs import demo
 from affectgpt_jax.models.lora import LoraConfig, merge
@@ -71,12 +72,6 @@ def table(text):
 
 def count(tree):
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def assert_same(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
 # --- inspect --------------------------------------------------------------------------------------
@@ -191,11 +186,11 @@ def test_what_is_exported_comes_back_bit_for_bit(run, tmp_path, capsys, argument
     adapter, file = tmp_path / "adapter", tmp_path / "c.pth"
     said = command(capsys, "export-peft", run / "work", adapter, *arguments)
     assert f"LoRA of step {step} for base" in said
-    assert_same(load_adapter(adapter, shapes["lora"], LORA), trainable["lora"])
+    assert_same_tree(load_adapter(adapter, shapes["lora"], LORA), trainable["lora"])
     said = command(capsys, "export-release", run / "work", file, *arguments)
     assert f"of step {step}" in said
     found, unused = load_release(file, shapes, LORA)
-    assert_same(found, trainable)
+    assert_same_tree(found, trainable)
     assert not unused
 
 
@@ -276,7 +271,7 @@ def test_a_run_is_opened_without_its_model_and_left_as_it_was(run):
     saved = SavedRun(run / "work")
     assert (saved.steps, saved.best) == ((3, 5, 10_001), 5)
     assert [saved.val_loss(step) for step in saved.steps] == [*STEPS.values()]
-    assert_same(saved.trainable(3), random_trainable(MODEL, seed=3))
+    assert_same_tree(saved.trainable(3), random_trainable(MODEL, seed=3))
     assert saved.shapes(3) == abstract(random_trainable(MODEL))
     with pytest.raises(CheckpointError, match="no checkpoint of step 7"):
         saved.trainable(7)
