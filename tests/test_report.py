@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from affectgpt_jax.evaluation.markup import escape_html, escape_markdown
-from affectgpt_jax.evaluation.page import POLICY
+from affectgpt_jax.evaluation.markup import escape_markdown, printable
 from affectgpt_jax.evaluation.readers import Finding, Pairs
 from affectgpt_jax.evaluation.report import write_report
 from affectgpt_jax.evaluation.results import score_set
@@ -20,6 +19,10 @@ from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.report import main
 
 VOID = {"meta", "link"}
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
+    "form-action 'none'"
+)
 NASTY = (
     "<script>alert(1)</script>",
     "</style><img src=http://x.invalid/a onerror=alert(1)>",
@@ -268,7 +271,9 @@ def test_hostile_text_stays_text(tmp_path, seed):
     report = nasty_report(seed)
     write_report(report, tmp_path)
     page = (tmp_path / "report.html").read_bytes().decode("utf-8")
-    check(page)
+    text = check(page)
+    assert printable(report.system) in text
+    assert all(printable(result.name) in text for result in report.sets)
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", page)
     json.loads((tmp_path / "report.json").read_text(), parse_constant=pytest.fail)
     table = (tmp_path / "report.md").read_text(encoding="utf-8")
@@ -291,8 +296,7 @@ def test_thousands_of_classes_make_a_page_of_bounded_size(tmp_path):
 
 
 def test_escaping_keeps_what_can_be_shown():
-    assert escape_html("a<b>&\"'") == "a&lt;b&gt;&amp;&quot;&#x27;"
-    assert escape_html("\0\x9b\ud800\n\u4f60\U0001f600") == "\\x00\\x9b\\ud800\n\u4f60\U0001f600"
+    assert printable("\0\x9b\ud800\n\u4f60\U0001f600") == "\\x00\\x9b\\ud800\n\u4f60\U0001f600"
     assert escape_markdown("a|b\n<c> `d` & e") == "a\\|b \\<c\\> \\`d\\` &amp; e"
 
 
