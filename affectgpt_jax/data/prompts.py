@@ -342,7 +342,21 @@ def load_prompts(name: str) -> PromptSet:
         data = tomllib.loads(text.decode("utf-8"))
     except ValueError as error:  # of either; it says which
         raise PromptError(f"{source}: not valid TOML: {error}") from None
-    return _Reader(source).prompt_set(data)
+    return parse_prompts(data, source)
+
+
+def parse_prompts(tables: dict[str, object], source: str) -> PromptSet:
+    """Check the tables of a prompt file, and make a prompt set of them.
+
+    Args:
+        tables: as TOML gives them.
+        source: the file, for messages.
+
+    Raises:
+        PromptError: a missing or unknown section or key, or a template that lacks its slot or
+            names an unknown one.
+    """
+    return _Reader(source).prompt_set(tables)
 
 
 class _Reader:
