@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import functools
 import re
+import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,89 +26,12 @@ RULES = 1
 # Words that a negation reaches beyond it, or beyond the last emotion that it has negated.
 REACH = 6
 
-NEGATIONS = {
-    *("not", "no", "never", "neither", "nor", "none", "nobody", "nothing", "non", "cannot"),
-    *("hardly", "barely", "scarcely", "seldom", "rarely", "unlike"),
-    *("isnt", "arent", "wasnt", "werent", "dont", "doesnt", "didnt", "cant", "wont"),
-}
-# These turn a negation around: "not without fear", "does not lack joy".
-PRIVATIVES = {
-    *("without", "lack", "lacks", "lacking", "lacked", "absence", "devoid"),
-    *("free of", "free from", "instead of", "rather than", "far from", "anything but"),
-}
-# Neither negations nor emotions, whatever words they are made of.
-IDIOMS = {
-    *("not only", "not just", "not merely", "not simply", "not to mention", "nothing but"),
-    *("no doubt", "without doubt", "without a doubt", "without any doubt", "no wonder"),
-    *("can't help but", "can't help", "cannot help but", "cannot help", "couldn't help but"),
-    *("couldn't help", "can not help", "as well", "well as", "of course", "for sure"),
-}
-# A negation ends where another thought begins: there, at a stop, and at most commas.
-CONTRASTS = {
-    *("but", "however", "although", "though", "yet", "while", "whereas", "because", "since"),
-    *("still", "except", "so", "then", "which", "who", "instead"),
-}
 STOPS = set(".;:!?()\n\u2014\u2026")
-# "not smiling and looks sad": the second half is a statement of its own.
-STATEMENTS = {
-    *("is", "are", "was", "were", "looks", "look", "looked", "seems", "seem", "seemed"),
-    *("feels", "feel", "felt", "appears", "appear", "appeared", "sounds", "shows", "expresses"),
-    *("he", "she", "they", "it", "his", "her", "their", "has", "becomes", "remains"),
-}
-BE = ("is", "are", "was", "were", "seems", "appears", "has been", "have been")
-GONE = ("absent", "gone", "missing", "lacking", "over")
-SEEN = ("present", "visible", "evident", "apparent", "detected", "detectable", "found", "shown")
-
-# Forms of a lexicon, mostly of the official one, that descriptions are full of without naming a
-# feeling.
-NOT_FEELINGS = {
-    *("believe", "bit", "bright", "certain", "clear", "clearly", "closed", "color", "emote"),
-    *("emotion", "emotional", "emotionally", "emotions", "face", "faces", "feeling", "feelings"),
-    *("focus", "focusing", "form", "forms", "heavy", "help", "helping", "intense", "intensity"),
-    *("left", "less", "light", "meaning", "means", "might", "move", "moving", "open", "opened"),
-    *("person", "play", "played", "playing", "power", "question", "questions", "react", "reflect"),
-    *("reflects", "respond", "see", "seen", "sense", "shake", "shaking", "silence", "softly"),
-    *("speaking", "speech", "support", "thinking", "thought", "thoughts", "touch", "touching"),
-    *("use", "used", "tend to", "tends to", "tending to"),
-}
-# Emotions when they are said of somebody ("feels down", "seems content"), but often something else
-# in a description ("looks down", "the content of the subtitle").
-PREDICATES = {
-    *("accepted", "alert", "alive", "alone", "attend", "attending", "attention", "attentive"),
-    *("aware", "beaming", "blue", "bold", "busy", "care", "charged", "close", "cold", "collected"),
-    *("composed", "concentrated", "connected", "content", "cool", "creative", "critical"),
-    *("detached", "determined", "different", "direct", "distant", "down", "drained"),
-    *("empty", "energy", "engaged"),
-    *("exposed", "expect", "expected", "expecting", "expects", "expectation"),
-    *("focused", "free", "freely", "fresh", "full", "gentle"),
-    *("good", "gross", "guarded", "helpful", "important", "intelligent", "kind"),
-    *("like", "liking", "lost", "low", "mean", "powerful", "present", "pressed"),
-    *("pressure", "respect", "responsive", "rushed", "safe", "secure", "security", "sensitive"),
-    *("serious", "sharp", "sleep", "soft", "sound", "spell", "still", "strained", "strong"),
-    *("successful", "superior", "tender", "torn", "touched"),
-    *("understanding", "valuable", "warm", "weak", "well", "withdrawn", "wonder", "worse", "worst"),
-}
-# What makes a predicate of them; not "looks" and "sounds", which are of eyes and voices.
-LINKS = {
-    *("is", "are", "was", "were", "be", "being", "been", "am", "he's", "she's", "i'm", "they're"),
-    *("feel", "feels", "felt", "feeling", "seem", "seems", "seemed", "appear", "appears"),
-    *("appeared", "become", "becomes", "became", "remain", "remains", "remained", "isn't"),
-    *("wasn't", "aren't", "weren't"),
-}
-# These may stand in between: "seems a little down".
-FILLERS = {
-    *("a", "bit", "little", "somewhat", "quite", "rather", "very", "so", "too", "more", "really"),
-    *("also", "both", "extremely", "slightly", "deeply", "fairly", "completely", "totally"),
-    *("truly", "just", "not", "never", "to", "be"),
-}
-
-# Whether the inner labels of the shipped lexicon's wheels are pleasant. Surprise and anticipation
-# are neither, and the fourth wheel, on which everything is one or the other, has no say.
-PLEASANT = {"trust", "joy", "love", "joyful", "peaceful", "powerful", "happy"}
-UNPLEASANT = {
-    *("anger", "disgust", "fear", "sadness", "mad", "sad", "scared"),
-    *("angry", "bad", "disgusted", "fearful"),
-}
+_ASSET = Path(__file__).parent.parent / "assets" / "rules" / "words.toml"
+_LISTS = tomllib.loads(_ASSET.read_text(encoding="utf-8"))
+_NEGATIONS, _CONTRASTS = set(_LISTS["negations"]), set(_LISTS["contrasts"])
+_STATEMENTS, _LINKS = set(_LISTS["statements"]), set(_LISTS["links"])
+_FILLERS, _PREDICATES = set(_LISTS["fillers"]), set(_LISTS["predicates"])
 
 _TOKEN = re.compile(r"\w+(?:'\w+)*|[.,;:!?()\n\u2014\u2026]")
 Words = tuple[str, ...]
@@ -137,12 +62,16 @@ class _Phrases:
         return "", 0
 
 
-_IDIOMS, _PRIVATIVES = _Phrases.of(sorted(IDIOMS)), _Phrases.of(sorted(PRIVATIVES))
-_ABSENT = _Phrases.of(
-    [f"{be} {how}" for be in BE for how in GONE]
-    + [f"{be} {no} {how}" for be in BE for no in ("not", "no longer") for how in SEEN]
-    + [f"{be}n't {how}" for be in ("is", "are", "was", "were") for how in SEEN]
-)
+def _absences(be: Sequence[str], gone: Sequence[str], seen: Sequence[str]) -> list[str]:
+    return (
+        [f"{verb} {how}" for verb in be for how in gone]
+        + [f"{verb} {no} {how}" for verb in be for no in ("not", "no longer") for how in seen]
+        + [f"{verb}n't {how}" for verb in ("is", "are", "was", "were") for how in seen]
+    )
+
+
+_IDIOMS, _PRIVATIVES = _Phrases.of(_LISTS["idioms"]), _Phrases.of(_LISTS["privatives"])
+_ABSENT = _Phrases.of(_absences(**_LISTS["absent"]))
 
 
 class _Unit(NamedTuple):
@@ -168,7 +97,8 @@ class RuleExtractor:
     def __init__(self, lexicon: Lexicon):
         self.identity = f"rules {RULES} on the {lexicon.identity}"
         self.unparsed: dict[str, str] = {}
-        self._forms = _Phrases.of([f for f in lexicon.forms if f not in NOT_FEELINGS])
+        ignored = set(_LISTS["not_feelings"])
+        self._forms = _Phrases.of([form for form in lexicon.forms if form not in ignored])
 
     def labels(self, texts: Sequence[str]) -> list[list[str]]:
         """As `extract.Extractor` says."""
@@ -209,17 +139,17 @@ class RuleExtractor:
         form, form_length = self._forms.at(words, place)
         if length := _IDIOMS.at(words, place)[1]:
             return _Unit("word", word), length
-        if form_length > 1 and form not in PREDICATES:
+        if form_length > 1 and form not in _PREDICATES:
             return _Unit("emotion", form), form_length
         if length := _PRIVATIVES.at(words, place)[1]:
             return _Unit("privative", word), length
-        if word in NEGATIONS or word.endswith("n't"):
+        if word in _NEGATIONS or word.endswith("n't"):
             return _Unit("negation", word), 1
-        if word in STOPS or word in CONTRASTS:
+        if word in STOPS or word in _CONTRASTS:
             return _Unit("end", word), 1
         if word in _JOINTS:
             return _Unit(_JOINTS[word], word), 1
-        meant = form not in PREDICATES or _is_said(before) or _is_beside_an_emotion(before)
+        meant = form not in _PREDICATES or _is_said(before) or _is_beside_an_emotion(before)
         if form and meant:
             return _Unit("emotion", form), form_length
         if before and before[-1].kind == "emotion" and (length := _ABSENT.at(words, place)[1]):
@@ -248,7 +178,7 @@ def _ends(units: Sequence[_Unit], place: int) -> bool:
     """Whether a comma or an "and" ends what a negation before it reaches."""
     after = units[place + 1 :]
     if units[place].kind == "and":
-        return bool(after) and after[0].text in STATEMENTS
+        return bool(after) and after[0].text in _STATEMENTS
     if place == 0 or units[place - 1].kind != "emotion":
         return True
     for unit, following in zip(after, after[1:]):
@@ -262,9 +192,9 @@ def _ends(units: Sequence[_Unit], place: int) -> bool:
 def _is_said(before: Sequence[_Unit]) -> bool:
     """Whether what follows is said of somebody: after a link, alone or with other emotions."""
     for unit in reversed(before):
-        if unit.text in LINKS:
+        if unit.text in _LINKS:
             return True
-        if unit.text not in FILLERS and unit.kind not in ("comma", "and", "or", "emotion"):
+        if unit.text not in _FILLERS and unit.kind not in ("comma", "and", "or", "emotion"):
             return False
     return False
 
@@ -281,9 +211,11 @@ def _polarities() -> dict[str, int]:
     Two wheels must say so: on one of them, surprise counts as power.
     """
     lexicon = load_lexicon()
+    sign_of = dict.fromkeys(_LISTS["sentiment"]["pleasant"], 1)
+    sign_of |= dict.fromkeys(_LISTS["sentiment"]["unpleasant"], -1)
     signs = np.zeros(len(lexicon.forms), int)
     for wheel in range(WHEELS):
-        of_label = [(x in PLEASANT) - (x in UNPLEASANT) for x in lexicon.labels[0][wheel]]
+        of_label = [sign_of.get(label, 0) for label in lexicon.labels[0][wheel]]
         # The last one is of forms that the wheel does not have, whose label is -1.
         signs += np.asarray([*of_label, 0])[lexicon.table[0, wheel, :-1]]
     signs = np.sign(signs) * (np.abs(signs) > 1)
