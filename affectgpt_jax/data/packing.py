@@ -92,7 +92,7 @@ def pack(lengths: np.ndarray, targets: np.ndarray, bucket: Bucket) -> list[np.nd
         For every row the draws in it, in ascending order.
 
     Raises:
-        ValueError: a draw that no row has room for.
+        ValueError: a draw that no row has room for, or a bucket without room for any clip.
     """
     too_large = np.flatnonzero((lengths > bucket.length) | (targets > bucket.targets))
     if too_large.size:
@@ -104,6 +104,12 @@ def pack(lengths: np.ndarray, targets: np.ndarray, bucket: Bucket) -> list[np.nd
     rows, waiting, following = [], np.arange(min(LOOKAHEAD, len(lengths))), LOOKAHEAD
     while waiting.size:
         chosen = _fill_row(lengths[waiting], targets[waiting], bucket)
+        if 0 not in chosen:  # every row takes the oldest draw, or this loop would never end
+            first = waiting[0]
+            raise ValueError(
+                f"draw {first} ({lengths[first]} tokens, {targets[first]} of them supervised) was "
+                f"not placed in an empty row of {bucket}; expected room for 1 clip or more"
+            )
         rows.append(waiting[chosen])
         more = np.arange(following, min(following + len(chosen), len(lengths)))
         waiting, following = np.append(np.delete(waiting, chosen), more), following + len(chosen)

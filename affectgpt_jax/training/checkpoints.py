@@ -131,7 +131,7 @@ class _Folder:
         return sorted(int(entry.name) for entry in self.path.glob("*") if entry.name.isdigit())
 
     def best(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none was validated."""
+        """As `Checkpoints.best_step`."""
         losses = {step: Manifest.read(self.at(step)).val_loss for step in self.steps()}
         known = {step: loss for step, loss in losses.items() if loss is not None}
         return (
@@ -198,7 +198,8 @@ class Checkpoints:
         return max(self._folder.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss; the newest where none was validated.
+        """The step with the lowest validation loss, of equals the newest; where none was validated,
+        the newest; None where nothing has been saved.
 
         Raises:
             CheckpointError: a manifest is damaged.
@@ -353,7 +354,8 @@ class SavedRun:
 
     Attributes:
         steps: those that were kept, ascending.
-        best: the one with the lowest validation loss; the newest where none was validated.
+        best: the one with the lowest validation loss, of equals the newest; where none was
+            validated, the newest.
 
     Raises:
         CheckpointError: there is no checkpoint, or a manifest is damaged.

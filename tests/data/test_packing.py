@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from affectgpt_jax.data import packing
 from affectgpt_jax.data.packing import LOOKAHEAD, Bucket, pack, packed_bucket
 
 CLIPS = 31_327  # of MER-Caption+
@@ -123,6 +124,24 @@ def test_the_best_pair_is_found_where_taking_what_comes_next_leaves_a_gap():
 def test_a_visit_that_no_row_has_room_for_is_an_error(length, target):
     with pytest.raises(ValueError, match=f"draw 1 has {length} tokens, {target} of them superv"):
         pack(np.array([10, length]), np.array([1, target]), Bucket(100, 50, 8))
+
+
+def test_a_bucket_without_room_for_a_clip_is_an_error():
+    with pytest.raises(ValueError, match=r"draw 0 \(10 tokens, 1 of them supervised\) was not pl"):
+        pack(np.array([10, 20]), np.array([1, 2]), Bucket(100, 50, 0))
+
+
+@pytest.mark.parametrize("chosen", [[], [1]])
+def test_packing_stops_where_a_row_does_not_take_the_oldest_draw(chosen, monkeypatch):
+    monkeypatch.setattr(packing, "_fill_row", lambda *_: chosen)
+    with pytest.raises(ValueError, match="draw 0 .* was not placed in an empty row"):
+        pack(np.array([10, 20, 30]), np.array([1, 2, 3]), Bucket(100, 50, 8))
+
+
+def test_a_draw_that_fills_a_row_exactly_has_a_row_of_its_own():
+    lengths, targets = np.array([100, 60, 40]), np.array([9, 50, 1])
+    rows = pack(lengths, targets, Bucket(100, 50, 8))
+    assert [row.tolist() for row in rows] == [[0], [1], [2]]  # 51 targets have no room
 
 
 def test_rarely_visited_examples_count_for_little_in_the_room_of_a_row():

@@ -15,6 +15,7 @@ from affectgpt_jax.evaluation.metrics import (
     bootstrap,
     clip_scores,
     compare,
+    mean_interval,
     protocols,
     score_basic,
     score_fine,
@@ -222,6 +223,21 @@ def test_the_bootstrap_is_the_binomial_of_a_hit_rate():
     assert interval.low == pytest.approx(h - half, abs=0.004)
     assert interval.high == pytest.approx(h + half, abs=0.004)
     assert interval.resamples == 20_000
+
+
+def test_the_mean_of_several_sets_is_resampled_set_by_set():
+    # Sets of equal size, which draws from one state would move together: the standard error of a
+    # mean of k independent hit rates is that of one, over sqrt(k).
+    n, h, k = 400, 0.3, 4
+    scores = [binary(np.arange(n) < n * h)] * k
+    interval = mean_interval(scores, resamples=20_000, seed=3)
+    half = 1.959964 * math.sqrt(h * (1 - h) / n / k)
+    assert interval.low == pytest.approx(h - half, abs=0.002)
+    assert interval.high == pytest.approx(h + half, abs=0.002)
+    assert interval == mean_interval(scores, resamples=20_000, seed=3)
+    assert interval != mean_interval(scores, resamples=20_000, seed=4)
+    with pytest.raises(ScoreError, match="one score or more"):
+        mean_interval([])
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():

@@ -143,6 +143,12 @@ def test_without_validation_the_newest_is_the_best(tmp_path):
     assert steps(tmp_path) == [2]
 
 
+def test_of_equal_validation_losses_the_newest_is_the_best(tmp_path):
+    save(tmp_path, 9, 10, 11, losses={9: 0.25, 10: 0.25, 11: 0.5})
+    with Checkpoints(tmp_path, BASE) as checkpoints:
+        assert checkpoints.best_step() == SavedRun(tmp_path).best == 10
+
+
 # --- What a kill leaves ---------------------------------------------------------------------------
 
 

@@ -270,3 +270,18 @@ def test_dropout_follows_from_seed_and_step():
 
     assert len({loss(0, 0), loss(0, 1), loss(1, 0)}) == 3
     assert loss(0, 1) == loss(0, 1)
+
+
+def test_every_microbatch_draws_dropout_masks_of_its_own():
+    filler = make_batch([0] * 4)
+
+    def loss(microbatch, dropout):
+        """Loss of a batch whose rows are the same four in one microbatch and filler in another."""
+        rows = jax.tree.map(lambda x: x[:4], BATCH)
+        both = (rows, filler) if microbatch == 0 else (filler, rows)
+        # Row i of microbatch m is row 2 * i + m of the batch.
+        batch = jax.tree.map(lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *both)
+        return float(one_device_step(2, dropout)(new_state(), batch)[1]["loss"])
+
+    assert loss(0, 0.0) == loss(1, 0.0)
+    assert loss(0, DROPOUT) != loss(1, DROPOUT)
