@@ -314,7 +314,7 @@ def test_half_a_report_is_never_left_behind(tmp_path, monkeypatch):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_the_command_loads_no_accelerator_and_starts_quickly(files):
+def test_the_command_loads_nothing_heavy(files):
     code = """
 import sys
 from affectgpt_jax.report import main
@@ -325,14 +325,6 @@ sys.exit(f"loaded {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0
     command = [sys.executable, "-c", code, *map(str, arguments_of(files, files / "out"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Time of the processor, so that other work on the machine does not count.
-    importing = "import time; start = time.process_time(); import affectgpt_jax.report; "
-    importing += "print(time.process_time() - start)"
-    done = [
-        subprocess.run([sys.executable, "-c", importing], capture_output=True, check=True)
-        for _ in range(3)
-    ]
-    assert min(float(process.stdout) for process in done) < 0.3
 
 
 @functools.cache

@@ -3,6 +3,7 @@ import json
 import random
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import numpy as np
@@ -197,15 +198,13 @@ sys.exit(f"loaded {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0
     assert "mean" in done.stdout and "100.00" in done.stdout
 
 
-def test_importing_the_metrics_is_quick():
-    code = "import affectgpt_jax.evaluation.metrics, affectgpt_jax.evaluation.readers"
-    command = [sys.executable, "-X", "importtime", "-c", code]
-    times = []
-    for _ in range(3):
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        own = [int(line.split(":")[1].split("|")[0]) for line in done.stderr.splitlines()[1:]]
-        times.append(sum(own) / 1e6)
-    assert min(times) < 0.3
+def test_of_other_packages_the_metrics_import_numpy_alone():
+    modules = "affectgpt_jax.evaluation.metrics, affectgpt_jax.evaluation.readers"
+    code = f"import sys; old = set(sys.modules); import {modules}; print(*set(sys.modules) - old)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.split(".")[0] for name in done.stdout.split()}
+    assert "numpy" in loaded
+    assert loaded & set(packages_distributions()) <= {"numpy", "affectgpt_jax"}
 
 
 # Pieces that files are made of: whole ones, near misses and noise.
