@@ -12,8 +12,6 @@ table of such a JSON file.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import re
 import signal
@@ -23,12 +21,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from affectgpt_jax.cli import exit_on_error, make_parser
 from affectgpt_jax.data.prompts import INPUT_MODES
-from benchmarks import environment
-from benchmarks.runner import Outcome, Run, RunError, available_cores, train_all
-
-RESULTS = Path(__file__).parent / "results"
-SEEDS = (0, 1, 2)
+from benchmarks import harness
+from benchmarks.harness import Report, at_least
+from benchmarks.runner import Outcome, Run, RunError, train_all
 
 
 class Variant(NamedTuple):
@@ -208,36 +205,33 @@ def summarise(number: int, outcomes: Mapping[Key, Outcome]) -> dict[str, Any]:
     }
 
 
-def markdown(report: Mapping[str, Any]) -> str:
+COLUMNS = {
+    "hit rate": lambda row: _plus_minus(row["hit"], "{:.3f}"),
+    "ceiling": lambda row: "-" if row["ceiling"] is None else f"{row['ceiling']:.3f}",
+    "share of the ceiling": lambda row: _plus_minus(row["share"], "{:.1%}"),
+    "against the default": lambda row: (
+        "the default"
+        if Variant(row["fusion"], row["input"], row["rank"]) == DEFAULT
+        else _plus_minus(row["difference"], "{:+.3f}")
+    ),
+    "worlds": lambda row: str(len(row["hits"])),
+    "paper": lambda row: f"{row['published']:.2f}",
+}
+
+
+def markdown(report: Report) -> str:
     """A report's table, and what its numbers mean."""
-    lines = [
-        f"| {report['varies']} | hit rate | ceiling | share of the ceiling | against the default "
-        "| worlds | paper |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        default = Variant(row["fusion"], row["input"], row["rank"]) == DEFAULT
-        cells = (
-            row["label"],
-            _plus_minus(row["hit"], "{:.3f}"),
-            "-" if row["ceiling"] is None else f"{row['ceiling']:.3f}",
-            _plus_minus(row["share"], "{:.1%}"),
-            "the default" if default else _plus_minus(row["difference"], "{:+.3f}"),
-            str(len(row["hits"])),
-            f"{row['published']:.2f}",
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
+    table = harness.columns({report["varies"]: lambda row: row["label"], **COLUMNS}, report["rows"])
+    meaning = (
         "Means over worlds, each with its own training seed; +- is half of a mean's 95 % interval "
         "by Student's t (of three worlds: 4.30 standard errors). The difference to the default is "
         "taken world by world. The ceiling is the hit rate of the best predictor that sees the "
         f"same inputs. The paper's figure, from its Table {report['table']}, is the mean score on "
         "the nine sets of MER-UniBench, in percent: the order of the rows can be compared, their "
-        "distances not.",
-    ]
-    lines += [f"\nFailed: {name}: {error}" for name, error in report["failed"].items()]
-    return "\n".join(lines)
+        "distances not."
+    )
+    failed = [f"Failed: {name}: {error}" for name, error in report["failed"].items()]
+    return "\n\n".join([table, meaning, *failed])
 
 
 def in_words(process_wall_s: Sequence[float], jobs: int) -> str:
@@ -300,11 +294,10 @@ def _annotate(axes: Any, values: Iterable[float], places: Iterable[int], form: s
         axes.annotate(form.format(value), (value, place), (0, 7), **above)
 
 
-def write(report: Mapping[str, Any], folder: Path) -> None:
+def write(report: Report, folder: Path) -> None:
     """Write a report as JSON, Markdown and a picture."""
     stem = folder / f"ablation_table{report['table']}"
-    folder.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    harness.save(report, stem.with_suffix(".json"))
     about, times = report["environment"], report["process_wall_s"]
     text = (
         f"# Table {report['table']}: {report['varies']}\n\n{markdown(report)}\n\n"
@@ -317,32 +310,30 @@ def write(report: Mapping[str, Any], folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 where a run gave no score."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--table", type=int, nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=available_cores(), help="runs at a time")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the reports")
-    parser.add_argument("--show", type=Path, help="print the table of a JSON report and stop")
+    with exit_on_error(interrupted="stopped; the same command goes on"):
+        _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = make_parser("benchmarks.ablation", __doc__)
+    add = parser.add_argument
+    add("--table", type=int, nargs="+", choices=TABLES, default=list(TABLES))
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--jobs", type=at_least(1), default=harness.cores(), help="runs at a time")
+    add("--workdir", type=Path, default=Path("runs/ablation"))
+    add("--out", type=Path, default=harness.RESULTS, help="folder of the reports")
+    add("--show", type=Path, help="print the table of a JSON report and stop")
     args, overrides = parser.parse_known_args(argv)
     if args.show:
-        print(markdown(json.loads(args.show.read_text(encoding="utf-8"))))
+        print(markdown(harness.load(args.show)))
         return
-    if args.jobs < 1:
-        parser.error("--jobs must be 1 or more")
-    try:
-        runs = plan(args.table, args.seeds, args.workdir, overrides)
-        outcomes = dict(zip(runs, train_all(list(runs.values()), args.jobs, _say)))
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on")
+    runs = plan(args.table, args.seeds, args.workdir, overrides)
+    outcomes = dict(zip(runs, train_all(list(runs.values()), args.jobs, _say)))
     failed: dict[str, str] = {}
     for number in args.table:
-        about = environment.describe()
-        # Without paths: where a user keeps runs and reports says nothing.
-        command = ["python -m benchmarks.ablation --table", number, "--seeds", *args.seeds]
-        about["command"] = " ".join(map(str, [*command, *overrides]))
+        words = ["--table", number, "--seeds", *args.seeds, *overrides]
+        command = harness.command("ablation", [str(word) for word in words])
+        about = {"command": command, **harness.describe()}
         report = {"environment": about, "jobs": args.jobs, **summarise(number, outcomes)}
         write(report, args.out)
         print(f"\nTable {number}: {report['varies']}\n\n{markdown(report)}")

@@ -8,7 +8,6 @@ for machines that are lent by the minute. Ends with the table of what was met an
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import signal
@@ -19,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import workloads
-from benchmarks.train_step import RESULTS, default_scale, records_folder
+from affectgpt_jax.cli import make_parser
+from benchmarks import tables
+from benchmarks.harness import RESULTS, SCALES, default_scale, records_folder
 
 GRACE_S = 5.0  # for a process to end in, once it is asked to
 
@@ -32,56 +32,53 @@ class Step(NamedTuple):
         result: name of its file, without ending.
         command: words after `python -m`.
         bound_s: seconds after which it is stopped.
-        leaves: the last file of the profile that it leaves beside its result.
-        reads: that file of another step, without which it cannot start.
+        profile: name of the file that it writes beside, without ending.
     """
 
     result: str
     command: tuple[str, ...]
     bound_s: int
-    leaves: Path | None = None
-    reads: Path | None = None
+    profile: str = ""
+
+    def done(self, out: Path) -> bool:
+        """Whether its files are in a folder."""
+        names = [self.result, *([self.profile] if self.profile else [])]
+        return all((out / f"{name}.json").exists() for name in names)
 
 
 def steps(scale: str, records: Path, out: Path) -> list[Step]:
     """All measurements of a scale, in the order in which they run."""
     found: list[Step] = []
 
-    def train(name: str, *words: str, bound_s: int, profile: bool = False) -> None:
-        command = ["benchmarks.train_step", *words, "--records", str(records)]
-        command += ["--scale", scale]
-        if not profile:
-            add(f"train_step_{name}", command, bound_s)
-            return
-        folder = records / f"profile_{name}_{scale}"
-        last = folder / "about.json"
-        add(f"train_step_{name}", [*command, "--profile", str(folder)], bound_s, leaves=last)
-        add(f"profile_{name}", ["benchmarks.profile_table", str(folder)], 60, reads=last)
+    def add(name: str, command: Sequence[str], bound_s: int, profile: str = "") -> None:
+        target = ("--out", str(out / f"{name}_{scale}.json"))
+        found.append(Step(f"{name}_{scale}", (*command, *target), bound_s, profile))
 
-    def add(name: str, command: Sequence[str], bound_s: int, **files: Path) -> None:
-        result = f"{name}_{scale}"
-        target = ("--out", str(out / f"{result}.json"))
-        found.append(Step(result, (*command, *target), bound_s, **files))
+    def train(name: str, *words: str, bound_s: int, profile: bool = False) -> None:
+        command = ["benchmarks.train_step", *words, "--records", str(records), "--scale", scale]
+        made = f"profile_{name}_{scale}" if profile else ""
+        command += ["--profile", str(records / made)] if made else []
+        add(f"train_step_{name}", command, bound_s, made)
 
     full = scale == "full"
     # A 7B base and its activations take most of 80 GB: one side at a time.
     alone = ("--leave", "--block", "10") if full else ()
     clips = "48" if full else "12"  # of which two CPU cores take a few seconds
     mix = ("--workload", "affectgpt", "--batch", clips, "--pack", "--peer", "torch", "--tuning")
-    train("anchor", "--workload", "anchor", bound_s=240 if full else 560, profile=True)
+    train("anchor", "--workload", "anchor", bound_s=300 if full else 620, profile=True)
     if full:  # elsewhere its rows of 4,096 tokens are too long for two sides
         beside = ("--workload", "anchor", "--peer", "torch", *alone)
         train("anchor_beside_tuned", *beside, bound_s=560)
     for tuning in ("packed", "tuned", "release"):
         train(f"affectgpt_{clips}_beside_{tuning}", *mix, tuning, *alone, bound_s=560)
-    train(f"affectgpt_{clips}", *mix[:5], bound_s=240, profile=True)
+    train(f"affectgpt_{clips}", *mix[:5], bound_s=300, profile=True)
     brief = ("--turns", "2", "--singles", "1") if full else ()  # a lent GPU's time is short
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
     add("generation", [*generation, *brief], 560 if full else 3600)
     three = ("--workload", "affectgpt", "--batch", "3")
     train("affectgpt_3", *three, "--peer", "torch", "--tuning", "release", "tuned", bound_s=560)
     beside = ("--workload", "small", "--peer", "torch")
-    train("small", *beside, bound_s=400, profile=True)
+    train("small", *beside, bound_s=460, profile=True)
     # There each side leaves after its turn, so that turns are long and few.
     few = ("--only", "packing", "gather", "attention", "--steps", "10", "--block", "10")
     single = ["benchmarks.savings", "--scale", scale, "--records", str(records)]
@@ -90,7 +87,7 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
         for precision in ("int8", "fp8"):
             words = ("--workload", "anchor", "--set", f"base_precision={precision}")
             train(f"anchor_{precision}", *words, bound_s=240)
-        # Off by default in this XLA: products that read a layer's weights where they lie in the
+        # Off by default in this XLA: matmuls that read a layer's weights where they lie in the
         # stack, instead of from a copy.
         slices = "xla_options=xla_gpu_enable_dynamic_slice_fusion=true"
         train("anchor_slices", "--workload", "anchor", "--set", slices, bound_s=240)
@@ -126,33 +123,20 @@ def run(
         say: told of each step.
     """
     began, complete = time.perf_counter(), True
-    made = {step: (out / f"{step.result}.json").exists() and not again for step in planned}
-    wanted = {step.reads for step in planned if step.reads and not made[step]}
     for step in planned:
-        path = out / f"{step.result}.json"
-        gone = step.leaves in wanted and not step.leaves.exists()
-        if made[step] and not gone:
+        if step.done(out) and not again:
             say(f"{step.result}: there already")
-            continue
-        if step.reads and not step.reads.exists():
-            maker = step.result.replace("profile_", "train_step_", 1)
-            say(
-                f"{step.result}: {step.reads} is missing, of the profile that {maker} leaves; make "
-                f"it with --only {maker} --again; not started"
-            )
-            complete = False
             continue
         left = budget_s - (time.perf_counter() - began)
         if budget_s and step.bound_s > left:
             say(f"{step.result}: may take {step.bound_s} s, {left:.0f} s are left; not started")
             complete = False
             continue
-        why = "its profile is gone; " if made[step] else ""
-        say(f"{step.result}: {why}python -m {' '.join(step.command)}")
+        say(f"{step.result}: python -m {' '.join(step.command)}")
         at = time.perf_counter()
         status = start(step)
         # A file of an earlier call must not pass for the result of one that failed.
-        done = status == 0 and path.exists()
+        done = status == 0 and step.done(out)
         complete = complete and done
         what = "done" if done else "stopped" if status == 124 else f"failed, exit status {status}"
         say(f"{step.result}: {what} after {time.perf_counter() - at:.0f} s")
@@ -187,9 +171,9 @@ def end(process: subprocess.Popen) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 where a result is missing."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser("benchmarks.all", __doc__)
     add = parser.add_argument
-    add("--scale", choices=workloads.SCALES, default=default_scale(), help="default: full on a GPU")
+    add("--scale", choices=SCALES, default=default_scale(), help="default: full on a GPU")
     add("--only", nargs="+", default=[], help="results to make, by a part of their name")
     add("--again", action="store_true", help="run also what has a result")
     add("--budget", type=float, default=0.0, help="seconds; 0 is no limit")
@@ -206,8 +190,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     args.records.mkdir(parents=True, exist_ok=True)
     complete = run(planned, args.out, again=args.again, budget_s=args.budget, start=start)
-    from benchmarks import tables
-
     print(tables.targets(args.out))
     raise SystemExit(int(not complete))
 

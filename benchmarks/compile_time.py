@@ -2,24 +2,20 @@
 
 The 28 layers of Qwen2.5-7B from shapes alone, so that no memory is needed: each time a process of
 its own lowers and compiles the update of three rows, cold, and then from the cache that the cold
-one has filled. Writes `benchmarks/results/compile_time_...`, under the name of the machine's scale
-as `benchmarks.all` has it.
+one has filled. The result has the machine's scale in its name.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks import environment
-from benchmarks.train_step import RESULTS, at_least, default_scale
+from benchmarks import harness
+from benchmarks.harness import Report, at_least
 from benchmarks.turns import Side
 
 
@@ -42,36 +38,24 @@ class Compiler:
         """Seconds of lowering and of compiling, and how many programs the cache had."""
         import jax
 
-        from affectgpt_jax import build
         from affectgpt_jax.data.packing import Bucket
         from affectgpt_jax.data.pipeline import collate
-        from affectgpt_jax.models.affectgpt import init_random_base
-        from affectgpt_jax.train import lower_step
-        from affectgpt_jax.training import sharding
-        from affectgpt_jax.training.losses import cross_entropy
-        from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
-        from affectgpt_jax.training.step import init_state, make_train_step
+        from affectgpt_jax.models.attention import causal
+        from affectgpt_jax.program import make_program
         from benchmarks import sides, synthetic, workloads
 
-        config = self.workload.config
-        mesh = sides.one_device()
-        model = build.model(config, self.workload.llm, sharding.ActivationConstraint(mesh))
-        optimizer_config = build.optimizer_config(config)
-        optimizer = make_optimizer(optimizer_config, config.steps)
-        schedule = learning_rate_schedule(optimizer_config, config.steps)
-        how = workloads.prompt_processor(self.workload)
-        shapes = {name: (synthetic.FRAMES, width) for name, width in how.features.items()}
+        config, llm = self.workload.config, self.workload.llm
+        processor = workloads.prompt_processor(self.workload)
+        shapes = {name: (synthetic.FRAMES, width) for name, width in processor.features.items()}
         bucket = Bucket(self.length, self.targets)
-        batch = collate([[]] * config.batch_size, how, shapes, bucket)
-        step = make_train_step(model, cross_entropy, optimizer, schedule, seed=0)
-        abstract_state = sharding.abstract(mesh, lambda key: init_state(model, optimizer, key))
-        abstract_base = sharding.abstract(mesh, lambda key: init_random_base(model, key))
+        batch = collate([[]] * config.batch_size, processor, shapes, bucket)
+        program = make_program(
+            config, sides.one_device(), {self.length: batch}, llm=llm, attend=causal
+        )
         events: list[str] = []
         jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
         began = time.perf_counter()
-        lowered = lower_step(
-            step, mesh, abstract_state, abstract_base, sharding.abstract_batch(mesh, batch)
-        )
+        lowered = program.lower(self.length)
         traced = time.perf_counter()
         lowered.compile()
         done = time.perf_counter()
@@ -79,11 +63,11 @@ class Compiler:
             "lower_s": traced - began,
             "compile_s": done - traced,
             "hits": events.count("/jax/compilation_cache/cache_hits"),
-            "environment": environment.describe(),
+            "environment": harness.describe(),
         }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Report:
     """One measurement; returns the report."""
     told = {"name": "affectgpt", "scale": args.scale, "batch": 3, "dtype": "bfloat16"}
     arguments = {"workload": told, "length": args.length, "targets": args.length // 2}
@@ -94,18 +78,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             for kind, runs in found.items():
                 with Side(kind, "benchmarks.compile_time:Compiler", arguments, variables) as side:
                     runs.append(side.call("compile"))
-    about = found["cold"][0]["environment"]
-    about["command"] = environment.command("benchmarks.compile_time", args.words)
     return {
-        "environment": about,
+        "environment": found["cold"][0]["environment"],
         "settings": {"scale": args.scale, "length": args.length},
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": harness.cores(),
         "seconds": {
             kind: {
-                name: statistics.median(run[name] for run in runs)
-                for name in ("lower_s", "compile_s")
-            }
-            | {
+                "lower_s": statistics.median(run["lower_s"] for run in runs),
+                "compile_s": statistics.median(run["compile_s"] for run in runs),
                 "together": [run["lower_s"] + run["compile_s"] for run in runs],
                 "hits": [run["hits"] for run in runs],
             }
@@ -114,32 +94,29 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Report) -> str:
     """A Markdown table of a report."""
-    lines = ["| train step | traced and lowered | compiled | together |", "|---|---|---|---|"]
+    rows = []
     for kind, found in report["seconds"].items():
-        lines.append(
-            f"| {kind} | {found['lower_s']:.1f} s | {found['compile_s']:.1f} s "
-            f"| {statistics.median(found['together']):.1f} s |"
-        )
-    return "\n".join(lines)
+        together = statistics.median(found["together"])
+        times = (found["lower_s"], found["compile_s"], together)
+        rows.append((kind, *(f"{seconds:.1f} s" for seconds in times)))
+    return harness.markdown(("train step", "traced and lowered", "compiled", "together"), rows)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scale", choices=("full", "small", "tiny"), default="full")
-    parser.add_argument("--length", type=at_least(2), default=512, help="tokens of a row")
-    parser.add_argument("--repeats", type=at_least(1), default=3)
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/compile_time_...")
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    args.words = list(argv)
-    report = run(args)
-    # The full shapes are compiled everywhere; only a trial has others.
-    name = default_scale() if args.scale == "full" else f"{args.scale}_model"
-    environment.save(report, args.out or RESULTS / f"compile_time_{name}.json")
-    print(table(report))
+def flags(add: Callable[..., Any]) -> None:
+    add("--scale", choices=harness.SCALES, default="full", help="of the model")
+    add("--length", type=at_least(2), default=512, help="tokens of a row")
+    add("--repeats", type=at_least(1), default=3)
 
+
+COMMAND = harness.Measurement(
+    "compile_time",
+    run,
+    harness.each(table),
+    lambda args: harness.whole_or_trial("compile_time", args.scale, "model"),
+    flags,
+)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

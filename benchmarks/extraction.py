@@ -5,16 +5,11 @@ tone) go through decoding, the search for faces, and encoders of published shape
 weights.
 Beside the extraction stands the obvious way: one clip after the other in one process, each decoded,
 searched and encoded by itself, in float32. Both do all the work of a clip and keep its features.
-
-Writes `benchmarks/results/extraction_DEVICE.json`; `--show` prints the table of such a file.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -29,14 +24,15 @@ import transformers
 from matplotlib import cbook
 from PIL import Image
 
-from benchmarks import environment
+from benchmarks import harness
+from benchmarks.harness import Report, at_least, seconds_of, spread
 from data_prep.blocks import BlockStore
 from data_prep.clips import Clip
 from data_prep.decoding import Job, decode_clip
 from data_prep.encoders import Encoder, find_encoder
-from data_prep.extract import BATCH, PRECISIONS, in_blocks, run
+from data_prep.extract import BATCH, PRECISIONS, in_blocks
+from data_prep.extract import run as extract
 
-RESULTS = Path(__file__).parent / "results"
 SIZE, FPS, SECONDS = (640, 360), 25, 3
 FEATURES = ("face", "frame", "audio")
 # The published shapes: ViT-L/14 and HuBERT-Large, ViT-B/32 and HuBERT-Base.
@@ -134,25 +130,17 @@ def extraction(
     blocks = in_blocks(clips, settings)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        stages = run(blocks, BlockStore(Path(folder)), encoders, arguments, settings, workers)
+        stages = extract(blocks, BlockStore(Path(folder)), encoders, arguments, settings, workers)
         return time.perf_counter() - began, dict(stages.busy)
-
-
-def seconds_of(function: Callable[[], Any]) -> float:
-    """How long a call takes."""
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
 
 
 def rates(clips: int, seconds: list[float]) -> dict[str, float]:
     """Clips per second of repeated measurements, the first of which does not count."""
-    counted = sorted(clips / s for s in seconds[1:])
-    return {"median": statistics.median(counted), "min": counted[0], "max": counted[-1]}
+    return spread([clips / s for s in seconds[1:]])
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All cases: clips per second by name."""
+    """Clips per second of every case, by name."""
     device, calls = arguments.device, arguments.repeats + 1
     clips = []
     for i in range(arguments.clips):
@@ -189,7 +177,22 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return cases
 
 
-def table(report: dict[str, Any]) -> str:
+def run(args: argparse.Namespace) -> Report:
+    """One measurement; returns the report."""
+    with tempfile.TemporaryDirectory() as folder:
+        cases = measure(args, Path(folder))
+    return {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+        "cores": harness.cores(),
+        "workers": args.workers,
+        "clips": args.clips,
+        "size": args.size,
+        "batch": args.batch or BATCH[args.device],
+        "cases": cases,
+    }
+
+
+def table(report: Report) -> str:
     """A Markdown table of a report."""
     cases = report["cases"]
     obvious = cases["one clip at a time, float32"]["median"]
@@ -198,54 +201,43 @@ def table(report: dict[str, Any]) -> str:
         for name, case in cases.items()
         if name.startswith("extraction")
     )
-    lines = [
-        f"{report['clips']} clips, encoders of {report['size']} shape, {report['device']}, "
-        f"{report['workers']} workers on {report['cores']} cores, batches of {report['batch']}",
-        "",
-        "| what | clips/s | slowest | fastest |",
-        "|---|---|---|---|",
+    rows = [
+        (name, *(f"{case[key]:.2f}" for key in ("median", "lowest", "highest")))
+        for name, case in cases.items()
     ]
-    for name, case in cases.items():
-        numbers = " | ".join(f"{case[key]:.2f}" for key in ("median", "min", "max"))
-        lines.append(f"| {name} | {numbers} |")
-    return "\n".join([*lines, "", f"extraction against one clip at a time: {ratios}"])
+    return "\n\n".join(
+        [
+            f"{report['clips']} clips, encoders of {report['size']} shape, {report['device']}, "
+            f"{report['workers']} workers on {report['cores']} cores, batches of {report['batch']}",
+            harness.markdown(("what", "clips/s", "slowest", "fastest"), rows),
+            f"extraction against one clip at a time: {ratios}",
+        ]
+    )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    cores = len(os.sched_getaffinity(0))
+def flags(add: Callable[..., Any]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=device)
-    parser.add_argument("--size", choices=SHAPES, help="default: large on a GPU, base on a CPU")
-    parser.add_argument("--clips", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=cores)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--show", type=Path, help="print the table of a result file and stop")
-    arguments = parser.parse_args()
-    if arguments.show:
-        print(table(json.loads(arguments.show.read_text(encoding="utf-8"))))
-        return
-    arguments.size = arguments.size or ("large" if arguments.device == "cuda" else "base")
-    described = environment.describe("torch", "av", "opencv-python-headless")
-    with tempfile.TemporaryDirectory() as folder:
-        cases = measure(arguments, Path(folder))
-    is_gpu = arguments.device == "cuda"
-    report = {
-        "environment": described,
-        "device": torch.cuda.get_device_name() if is_gpu else "CPU",
-        "cores": cores,
-        "workers": arguments.workers,
-        "clips": arguments.clips,
-        "size": arguments.size,
-        "batch": arguments.batch or BATCH[arguments.device],
-        "cases": cases,
-    }
-    out = arguments.out or RESULTS / f"extraction_{arguments.device}.json"
-    environment.save(report, out)
-    print(table(report))
+    add("--device", choices=("cpu", "cuda"), default=device)
+    add("--size", choices=SHAPES, help="default: large on a GPU, base on a CPU")
+    add("--clips", type=at_least(1), default=32)
+    add("--workers", type=at_least(0), default=harness.cores())
+    add("--batch", type=at_least(1))
+    add("--repeats", type=at_least(1), default=3)
 
+
+def check(_: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    args.size = args.size or ("large" if args.device == "cuda" else "base")
+
+
+COMMAND = harness.Measurement(
+    "extraction",
+    run,
+    harness.each(table),
+    lambda args: f"extraction_{args.device}",
+    flags,
+    check=check,
+    packages=("torch", "av", "opencv-python-headless"),
+)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

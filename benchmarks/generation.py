@@ -1,28 +1,23 @@
-"""Answers, measured beside `transformers` in one run: `python -m benchmarks.generation`.
+"""Generation, measured beside `transformers` in one run: `python -m benchmarks.generation`.
 
 Two kinds of answers about the clips of the workload "decode": label lists and descriptions, each as
 long as its clip's own answer is. Weights are random, so that no answer ends by itself; it is cut
 there. A third kind is the first token of a label list, which says what prompts alone take. Both
 frameworks answer the same clips, greedily, from the same weights: many at a time and one at a time.
-What they write is compared.
+What they generate is compared.
 
 `transformers` runs its own `generate`, a batch after the other, each until its longest answer is
 complete, with adapters merged into the base. JAX runs what `affectgpt_jax.inference` runs, and
-merges where that does; the report says whether it did. Prints a table and writes
-`benchmarks/results/generation_SCALE.json`, or another file where not all of that is asked for;
-`--show` prints the table of such files.
+merges where that does; the report says whether it did.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,15 +25,10 @@ import numpy as np
 
 from affectgpt_jax.data.packing import Bucket, round_up
 from affectgpt_jax.data.pipeline import sequential_batches
-from benchmarks import environment, workloads
-from benchmarks.train_step import (
-    RESULTS,
-    at_least,
-    default_scale,
-    environments,
-    records_folder,
-)
-from benchmarks.turns import Side, TurnError
+from benchmarks import harness, workloads
+from benchmarks.blocks import workers
+from benchmarks.harness import Report, at_least
+from benchmarks.turns import Side, TurnError, alternate
 
 FIRST = "first token"
 # Kind -> what is asked.
@@ -53,7 +43,7 @@ EQUAL = {"float32": 0.9, "bfloat16": 0.0}
 FIRST_EQUAL = {"float32": 1.0, "bfloat16": 0.5}  # by chance one of thousands
 
 
-class _Writer:
+class _Generator:
     """What both sides have in common: clips, their prompts and how long their answers are.
 
     Args:
@@ -77,19 +67,19 @@ class _Writer:
             self._asked[kind] = self.processor.prompt_examples(self.dataset, question), limits
         return self._asked[kind]
 
-    def write(self, kind: str, rows: int, clips: int) -> dict[str, Any]:
+    def generate(self, kind: str, rows: int, clips: int) -> dict[str, Any]:
         """Answer the first clips, `rows` at a time: seconds, and the tokens of each answer."""
         self.asked(kind)
         numbers = [number % len(self.dataset) for number in range(clips)]
         began = time.perf_counter()
-        found = self._write(kind, rows, numbers)
+        found = self._generate_all(kind, rows, numbers)
         return {"s": time.perf_counter() - began, "tokens": found}
 
-    def _write(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
+    def _generate_all(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
         raise NotImplementedError
 
 
-class Ours(_Writer):
+class Jax(_Generator):
     """JAX."""
 
     def __init__(self, workload: Mapping[str, Any], records: str):
@@ -103,14 +93,14 @@ class Ours(_Writer):
         super().__init__(workload, records)
         self.mesh = sides.one_device()
         self.model = build.model(self.workload.config, self.workload.llm)
-        self.base = sides.draw_base(self.model, self.mesh)
-        self.trainable = jax.device_put(sides.draw_trainable(self.model))
+        self.base = sides.draw_base(self.model)
+        self.trainable = jax.device_put(sides.random_trainable(self.model, sides.TRAINABLE_SEED))
         if should_merge("auto", self.model, self.base):  # as the command that answers does
             scale = self.model.decoder.lora.scale
             self.base = lora.merge(self.base, self.trainable["lora"], scale)
             self.trainable = {**self.trainable, "lora": {}}
 
-    def _write(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
+    def _generate_all(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
         from affectgpt_jax.models import generate
         from affectgpt_jax.training.sharding import shard_batch
 
@@ -148,38 +138,27 @@ class Ours(_Writer):
         return not self.trainable["lora"]
 
     def facts(self) -> dict[str, Any]:
-        return environment.describe()
+        return harness.describe()
 
 
-class Theirs(_Writer):
+class Torch(_Generator):
     """`transformers`, with the twin's soft tokens."""
 
-    def __init__(self, workload: Mapping[str, Any], records: str, cache: str):
+    def __init__(self, workload: Mapping[str, Any], records: str):
         import torch
 
-        from affectgpt_jax import build
         from benchmarks import sides
-        from benchmarks.torch_reference import model, weights
+        from benchmarks.torch_reference.model import TUNINGS
 
         super().__init__(workload, records)
-        config, llm = self.workload.config, self.workload.llm
-        ours = build.model(config, llm)
-        self._cache, self._torch = cache, torch
+        self._torch = torch
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.twin = model.AffectGPT.from_base(
-            llm,
-            sides.draw_base(ours, sides.one_device()),
-            ours.fusion.config,
-            ours.decoder.lora,
-            dtype=getattr(torch, config.dtype),
-            tuning=dataclasses.replace(model.TUNINGS["tuned"], compile=False),
-            device=self._device,
-        )
-        weights.load_trainable(self.twin, sides.draw_trainable(ours))
+        tuning = dataclasses.replace(TUNINGS["tuned"], compile=False)
+        self.twin = sides.make_twin(self.workload, tuning, self._device)
         self.twin.eval()
         self.twin.llama_model = self.twin.llama_model.merge_and_unload()
 
-    def _write(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
+    def _generate_all(self, kind: str, rows: int, numbers: list[int]) -> list[list[int]]:
         examples, limits = self.asked(kind)
         answers: list[list[int]] = []
         for start in range(0, len(numbers), rows):
@@ -211,12 +190,11 @@ class Theirs(_Writer):
                 do_sample=False,
                 eos_token_id=None,
                 pad_token_id=self.processor.tokenizer.end_id,
-                **({"cache_implementation": "static"} if self._cache == "static" else {}),
             )
         return found.cpu().numpy()
 
     def facts(self) -> dict[str, Any]:
-        return environment.describe("torch", "peft")
+        return harness.describe("torch", "peft")
 
 
 def same(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -268,13 +246,12 @@ def measure(
     cases |= {Case(name, 1): singles for name in sides}
     rates: dict[Case, list[float]] = {case: [] for case in cases}
     first = {}
-    for turn in range(turns + 1):
-        for case in list(cases)[:: 1 if turn % 2 == 0 else -1]:
-            found = sides[case.side].call("write", kind=kind, rows=case.rows, clips=cases[case])
-            if turn:
-                rates[case].append(cases[case] / found["s"])
-            else:
-                first[case] = found["tokens"]
+    for turn, case in alternate(cases, turns + 1):
+        found = sides[case.side].call("generate", kind=kind, rows=case.rows, clips=cases[case])
+        if turn:
+            rates[case].append(cases[case] / found["s"])
+        else:
+            first[case] = found["tokens"]
     equal = same(*(first[Case(name, rows)] for name in sides)) if len(sides) > 1 else None
     if equal and (equal["first"] < FIRST_EQUAL[dtype] or equal["all"] < EQUAL[dtype]):
         raise TurnError(
@@ -308,15 +285,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     rows, dtype = args.batch or workload.config.generate.batch_size, workload.config.dtype
     workloads.open_records(workload, args.records)  # by one process, before several read them
     given = {"workload": told, "records": str(args.records)}
-    ours, theirs = environments(args.scale == "full", False, "")
-    with contextlib.ExitStack() as stack:
-        sides = {"jax": Side("jax", "benchmarks.generation:Ours", given, ours)}
-        if args.peer:
-            given = given | {"cache": args.cache}
-            target = "benchmarks.generation:Theirs"
-            sides["transformers"] = Side("transformers", target, given, theirs)
-        for side in sides.values():
-            stack.enter_context(side)
+    targets = {"jax": ("benchmarks.generation:Jax", given)}
+    if args.peer:
+        targets["transformers"] = ("benchmarks.generation:Torch", given)
+    with workers(targets, gpu=args.scale == "full") as sides:
         kinds = {
             kind: measure(
                 sides,
@@ -331,42 +303,46 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         }
         about = sides["transformers" if args.peer else "jax"].call("facts")
         merged = sides["jax"].call("merged")
-    about["command"] = environment.command("benchmarks.generation", args.words)
     settings = {
         "scale": args.scale,
         "dtype": dtype,
         "batch": rows,
         "turns": args.turns,
         "singles": args.singles,
-        "cache": args.cache if args.peer else None,
         "merged": merged,
     }
     return {"environment": about, "settings": settings, "kinds": kinds}
 
 
-def table(reports: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table of reports."""
-    lines = [
-        f"| answers | who | clips/s (range) | new tokens/s | {CLIPS:,} clips, by arithmetic | "
-        "JAX's many at a time over it | same answers |",
-        "|---|---|---|---|---|---|---|",
-    ]
+COLUMNS = {
+    "answers": lambda r: (
+        f"{r['clips']} x {r['kind']}, {r['tokens']:.0f} tokens (longest {r['longest']}), "
+        f"{r['scale']}, {r['dtype']}"
+    ),
+    "who": lambda r: r["who"],
+    "clips/s (range)": lambda r: "{:.3g} ({:.3g} to {:.3g})".format(r["clips_per_s"], *r["range"]),
+    "new tokens/s": lambda r: f"{r['tokens'] * r['clips_per_s']:,.0f}",
+    f"{CLIPS:,} clips, by arithmetic": lambda r: f"{CLIPS / r['clips_per_s'] / 60:.1f} min",
+    "JAX's many at a time over it": lambda r: f"{r['ratio']:.1f}" if r["ratio"] else "",
+    "same answers": lambda r: f"{r['equal']:.0%}" if r["equal"] else "",
+}
+
+
+def table(reports: Sequence[Report]) -> str:
+    """A Markdown table of reports: a row for every case of every kind."""
+    rows = []
     for report in reports:
         settings = report["settings"]
         best, peer = (Case(side, settings["batch"]).name for side in ("jax", "transformers"))
         for kind, found in report["kinds"].items():
             highest = found["cases"][best]["clips_per_s"]
             for who, case in found["cases"].items():
-                rate, (low, high) = case["clips_per_s"], case["range"]
-                equal = f"{found['equal']['all']:.0%}" if who == peer else ""
-                lines.append(
-                    f"| {case['clips']} x {kind}, {case['tokens']:.0f} tokens (longest "
-                    f"{case['longest']}), {settings['scale']}, {settings['dtype']} | {who} | "
-                    f"{rate:.3g} ({low:.3g} to {high:.3g}) | "
-                    f"{case['tokens'] * rate:,.0f} | {CLIPS / rate / 60:.1f} min | "
-                    f"{f'{highest / rate:.1f}' if who != best else ''} | {equal} |"
+                ratio = None if who == best else highest / case["clips_per_s"]
+                equal = found["equal"]["all"] if who == peer else None
+                rows.append(
+                    settings | case | {"kind": kind, "who": who, "ratio": ratio, "equal": equal}
                 )
-    return "\n".join(lines)
+    return harness.columns(COLUMNS, rows)
 
 
 def name_of(args: argparse.Namespace) -> str:
@@ -375,47 +351,33 @@ def name_of(args: argparse.Namespace) -> str:
     parts += [kind for kind in KINDS if kind in args.kind] if {*args.kind} != {*KINDS} else []
     parts += [f"{args.batch}_rows"] if args.batch else []
     parts += [args.dtype] if args.dtype else []
-    parts += [args.cache] if args.peer and args.cache != "dynamic" else []
     return "_".join(["generation", *parts, args.scale]).replace(" ", "_")
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--scale", choices=workloads.SCALES, default=default_scale(), help="default: full on a GPU")
+def flags(add: Callable[..., Any]) -> None:
     add("--kind", nargs="+", choices=KINDS, default=list(KINDS))
     add("--no-peer", dest="peer", action="store_false", help="JAX alone")
     add("--batch", type=at_least(0), default=0, help="clips at a time; default: the scale's")
     add("--turns", type=at_least(1), default=3, help="that count, after one that does not")
     add("--batches", type=at_least(1), default=BATCHES, help="of a turn")
     add("--singles", type=at_least(1), default=3, help="clips of a turn that come one at a time")
-    add("--cache", choices=("dynamic", "static"), default="dynamic", help="of transformers")
     add("--dtype", choices=("", *EQUAL), default="", help="default: the scale's")
-    add("--tokenizer", default="tiny", help="directory of one; default: what ships")
-    add("--records", type=Path, default=records_folder(), help="where record sets are kept")
-    add("--out", type=Path, help="default: benchmarks/results/generation_...")
-    add("--show", type=Path, nargs="+", help="print the table of such files and stop")
-    args = parser.parse_args(argv)
-    args.words = list(argv)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.batch == 1:
         parser.error("--batch is 1; expected 2 or more, since one at a time is measured beside it")
-    return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence where a side fails or answers differ."""
-    args = parse(sys.argv[1:] if argv is None else argv)
-    if args.show:
-        print(table([json.loads(path.read_text(encoding="utf-8")) for path in args.show]))
-        return
-    try:
-        report = run(args)
-    except TurnError as error:
-        raise SystemExit(f"error: {error}") from None
-    out = args.out or RESULTS / f"{name_of(args)}.json"
-    environment.save(report, out)
-    print(table([report]))
-
+COMMAND = harness.Measurement(
+    "generation",
+    run,
+    table,
+    name_of,
+    flags,
+    shared=("scale", "tokenizer", "records"),
+    check=check,
+)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

@@ -6,20 +6,15 @@ packed. Then one thread does the same work part by part, so that the table says 
 where. `--step SECONDS` (of an update of as many clips) adds the share of a step that the loop would
 wait.
 
-Prints a table and writes `benchmarks/results/input_...`, under the name of the machine's scale as
-`benchmarks.all` has it; `--show` prints the table of such a file.
+The record set is whole on every machine; the result has the machine's scale in its name.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,8 +22,8 @@ import numpy as np
 from affectgpt_jax.data.examples import soft_token_index
 from affectgpt_jax.data.pipeline import THREADS, TrainPipeline
 from affectgpt_jax.data.records import decode
-from benchmarks import environment, workloads
-from benchmarks.train_step import RESULTS, at_least, default_scale, records_folder
+from benchmarks import harness, workloads
+from benchmarks.harness import Report, at_least
 
 LAYOUTS = {"padded": 0, "packed": 2048}  # pack_length
 AIM = 5_000  # samples/s
@@ -99,7 +94,7 @@ def by_part(feed: TrainPipeline, dataset: Any, how: Any, batches: int) -> dict[s
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Report:
     """One measurement; returns the report."""
     layouts = {}
     for layout, pack_length in LAYOUTS.items():
@@ -133,14 +128,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 feed, dataset, workloads.prompt_processor(workload), min(count, 20)
             ),
         }
-    about = environment.describe()
-    about["command"] = environment.command("benchmarks.input_pipeline", args.words)
     return {
-        "environment": about,
         "settings": {
             "batch": args.batch,
             "threads": args.threads,
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": harness.cores(),
             "step_s": args.step,
             "aim_samples_per_s": AIM,
         },
@@ -148,62 +140,47 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: Report) -> str:
     """Markdown tables of a report."""
-    settings = report["settings"]
-    wait = "| share of a step " if settings["step_s"] else ""
-    lines = [
-        f"{settings['batch']} clips a batch, {settings['threads']} thread(s) beside the main one, "
-        f"{settings['cores']} core(s); the aim is {settings['aim_samples_per_s']:,} samples/s",
-        "",
-        f"| rows | records | samples/s (by block) | a batch {wait}|",
-        "|---|---|---|---|" + ("---|" if wait else ""),
-    ]
-    for name, found in report["layouts"].items():
+    settings, layouts = report["settings"], report["layouts"]
+    step_s = settings["step_s"]
+    header = ["rows", "records", "samples/s (by block)", "a batch"]
+    rows = []
+    for name, found in layouts.items():
         low, high = found["samples_per_s_range"]
-        share = f"| {found['batch_s'] / settings['step_s']:.2%} " if wait else ""
-        lines.append(
-            f"| {name} | {found['records']:,} | {found['samples_per_s']:,.0f} ({low:,.0f} to "
-            f"{high:,.0f}) | {1e3 * found['batch_s']:.1f} ms {share}|"
-        )
-    names = list(report["layouts"])
-    lines += ["", "| one thread, us a sample | " + " | ".join(names) + " |"]
-    lines += ["|---|" + "---|" * len(names)]
-    for part in report["layouts"][names[0]]["us_per_sample"]:
-        values = (report["layouts"][name]["us_per_sample"][part] for name in names)
-        lines.append(f"| {part} | " + " | ".join(f"{value:.0f}" for value in values) + " |")
-    return "\n".join(lines)
+        rate = f"{found['samples_per_s']:,.0f} ({low:,.0f} to {high:,.0f})"
+        row = [name, f"{found['records']:,}", rate, f"{1e3 * found['batch_s']:.1f} ms"]
+        rows.append(row + ([f"{found['batch_s'] / step_s:.2%}"] if step_s else []))
+    parts = [found["us_per_sample"] for found in layouts.values()]
+    costs = [[name, *(f"{part[name]:.0f}" for part in parts)] for name in parts[0]]
+    return "\n\n".join(
+        [
+            f"{settings['batch']} clips a batch, {settings['threads']} thread(s) beside the main "
+            f"one, {settings['cores']} core(s); the aim is {settings['aim_samples_per_s']:,} "
+            "samples/s",
+            harness.markdown(header + (["share of a step"] if step_s else []), rows),
+            harness.markdown(["one thread, us a sample", *layouts], costs),
+        ]
+    )
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+def flags(add: Callable[..., Any]) -> None:
     add("--scale", choices=workloads.SCALES, default="full", help="of the record set")
     add("--batch", type=at_least(1), default=48)
     add("--batches", type=at_least(1), default=100, help="of a block")
     add("--blocks", type=at_least(1), default=5)
     add("--threads", type=at_least(0), default=THREADS, help="of Grain; default: as in training")
     add("--step", type=float, default=0.0, help="seconds of an update, to compare with")
-    add("--tokenizer", default="tiny", help="directory of one; default: what ships")
-    add("--records", type=Path, default=records_folder(), help="where record sets are kept")
-    add("--out", type=Path, help="default: benchmarks/results/input_...")
-    add("--show", type=Path, help="print the table of such a file and stop")
-    args = parser.parse_args(argv)
-    args.words = list(argv)
-    return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    if args.show:
-        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
-        return
-    report = run(args)
-    # All records are read everywhere; only a trial has fewer.
-    name = default_scale() if args.scale == "full" else f"{args.scale}_records"
-    environment.save(report, args.out or RESULTS / f"input_{name}.json")
-    print(table(report))
-
+COMMAND = harness.Measurement(
+    "input_pipeline",
+    run,
+    harness.each(table),
+    lambda args: harness.whole_or_trial("input", args.scale, "records"),
+    flags,
+    shared=("tokenizer", "records"),
+)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

@@ -3,23 +3,21 @@
 The default run of `affectgpt_jax.train`, shortened, by its own account: `rate/host_ms` is the time
 of a step in which the loop neither waited, for a batch or for the device, nor dispatched the step.
 On a CPU the device is the host's cores; there XLA gets a single thread, so that the loop has a core
-of its own, as beside a GPU. Writes `benchmarks/results/loop_overhead_SCALE.json`.
+of its own, as beside a GPU. `--config.key=value` goes to the training command.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from affectgpt_jax.training.metrics_writer import read_metrics
-from benchmarks import environment
+from benchmarks import harness
+from benchmarks.harness import Report, at_least, spread, spread_in_words
 from benchmarks.runner import TRAIN, Run, RunError, train_all
-from benchmarks.train_step import RESULTS, default_scale
 
 AIM_MS = 2.0
 # Steps that a logged rate is the mean of (`metrics_writer.Throughput`).
@@ -36,7 +34,7 @@ def rates(workdir: Path) -> dict[str, list[float]]:
     return {name: [r[f"rate/{name}_ms"] for r in apart] for name in ("host", "data_wait", "step")}
 
 
-def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> Report:
     """One measurement; returns the report.
 
     Raises:
@@ -44,60 +42,49 @@ def run(args: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     """
     flags = (f"--config.steps={args.steps}", f"--config.checkpoint_every={args.steps}")
     with tempfile.TemporaryDirectory() as temporary:
-        told = Run("loop", Path(temporary) / "run", (*flags, "--config.log_every=10", *overrides))
+        flags += ("--config.log_every=10", *args.overrides)
+        told = Run("loop", Path(temporary) / "run", flags)
         [outcome] = train_all([told], jobs=1, command=ONE_THREAD)
         if outcome.result is None:
             raise RunError(outcome.error)
         found = rates(told.workdir)
-    about = environment.describe()
-    about["command"] = environment.command("benchmarks.loop_overhead", args.words)
     return {
-        "environment": about,
         "settings": {"steps": args.steps, "log_every": 10, "window": WINDOW},
         "milliseconds": {
-            name: {
-                "median": statistics.median(values),
-                "lowest": min(values),
-                "highest": max(values),
-                "windows": len(values),
-            }
-            for name, values in found.items()
+            name: spread(values) | {"windows": len(values)} for name, values in found.items()
         },
     }
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Report) -> str:
     """A Markdown table of a report."""
-    found = report["milliseconds"]
-    lines = ["| a step of the default run | median (range) of means over 20 steps |", "|---|---|"]
     names = {
         "step": "altogether",
         "host": "the loop at work, beyond dispatch",
         "data_wait": "waiting for a batch",
     }
-    for key, name in names.items():
-        spread = "{median:.2f} ms ({lowest:.2f} to {highest:.2f})".format(**found[key])
-        lines.append(f"| {name} | {spread} |")
-    return "\n".join(lines)
+    return harness.markdown(
+        ("a step of the default run", f"median (range) of means over {WINDOW} steps"),
+        [
+            (name, spread_in_words(report["milliseconds"][key], ".2f", " ms"))
+            for key, name in names.items()
+        ],
+    )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; other flags go to the training command."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=240, help=f"more than {2 * WINDOW}")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/loop_overhead_...")
-    words = sys.argv[1:] if argv is None else list(argv)
-    args, overrides = parser.parse_known_args(words)
-    args.words = words
-    if args.steps <= 2 * WINDOW:
-        parser.error(f"--steps is {args.steps}; expected more than {2 * WINDOW}")
-    try:
-        report = run(args, overrides)
-    except RunError as error:
-        raise SystemExit(f"error: {error}") from None
-    environment.save(report, args.out or RESULTS / f"loop_overhead_{default_scale()}.json")
-    print(table(report))
+def flags(add: Callable[..., Any]) -> None:
+    least = 2 * WINDOW + 1
+    add("--steps", type=at_least(least), default=240, help=f"{least} or more")
 
+
+COMMAND = harness.Measurement(
+    "loop_overhead",
+    run,
+    harness.each(table),
+    lambda args: f"loop_overhead_{harness.default_scale()}",
+    flags,
+    overrides=True,
+)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

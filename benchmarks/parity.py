@@ -10,8 +10,7 @@ much as each does from the truth, so there both are measured against PyTorch in 
 must not be further away from it than PyTorch is. For that, the weights of the base and of LoRA are
 numbers that bfloat16 holds, in all precisions.
 
-Prints a table, writes `benchmarks/results/parity.json` and a plot of both training runs beside it,
-and ends with status 1 if a row is red. `--show` prints the table of such a file.
+A plot of both training runs goes beside the result file. Ends with status 1 if a row is red.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
 import os
 import statistics
@@ -30,36 +28,27 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from ml_collections import ConfigDict
 
 from affectgpt_jax import build
-from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
-from affectgpt_jax.data.demo import DEFAULT_FEATURES, World
-from affectgpt_jax.data.pipeline import Bucket, MixtureComponent, PromptProcessor, TrainPipeline
+from affectgpt_jax.config import ConfigError
+from affectgpt_jax.data.pipeline import Bucket
 from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER, PLACEHOLDERS, parse_label
-from affectgpt_jax.data.records import RecordDataset, write_records
-from affectgpt_jax.data.tokenizer import Tokenizer
-from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, init_trainable
-from affectgpt_jax.models.decoder import DecoderConfig
+from affectgpt_jax.models.affectgpt import Batch
 from affectgpt_jax.models.fusers import SLOTS, Fusion, FusionConfig
 from affectgpt_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
-from affectgpt_jax.training.step import init_key
-from affectgpt_jax.weights.huggingface import load_base
-from benchmarks import environment, probes
+from benchmarks import harness, probes
+from benchmarks.harness import Report, at_least
+from benchmarks.sides import random_parameters, random_trainable
 from benchmarks.torch_reference.fusers import Fusers
 from benchmarks.torch_reference.model import AffectGPT as Twin
 from benchmarks.torch_reference.training import learning_rate
 from benchmarks.torch_reference.weights import by_torch_name, load_trainable
 
-RESULTS = Path(__file__).parent / "results" / "parity.json"
 LLM_PREFIX = "llama_model.base_model.model.model."
 ROWS = 4  # of a batch in a draw for bfloat16
-CLIPS = 500  # no multiple of a batch, so that epochs end with filler rows
 
 # Float32 holds 7 digits. Sums of some hundred terms, some tens of operations deep, lose 2 of them,
 # and a gradient may lose one more where it is a small difference of large terms.
@@ -68,13 +57,6 @@ BOUND_OF = {"logits": 1e-5, "loss": 1e-5}
 SCHEDULE = 1e-6  # a handful of float32 operations
 CURVE = 1e-3  # every update feeds the rounding of the steps before back into the next
 BFLOAT16_RATIO = 1.1  # 64 draws leave the ratio uncertain by some 5 %
-
-# Head type -> type of the pre-fusion, and of the image head, which know two types each.
-HEADS = {
-    "attention": ("attention", "mean"),
-    "mean": ("none", "mean"),
-    "qformer": ("qformer", "qformer"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,15 +85,6 @@ class Row:
         return dataclasses.asdict(self) | {"passed": self.passed}
 
 
-def relative_error(found: np.ndarray, expected: np.ndarray, scale: np.ndarray) -> float:
-    """`||found - expected|| / ||scale||`; 0 without a difference, infinite for other shapes."""
-    found, expected, scale = (np.asarray(x, np.float64) for x in (found, expected, scale))
-    if found.shape != expected.shape:
-        return math.inf
-    difference, size = np.linalg.norm(found - expected), np.linalg.norm(scale)
-    return float(difference / size) if size else math.inf if difference else 0.0
-
-
 def errors_of(
     found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
@@ -121,7 +94,7 @@ def errors_of(
         # A softmax does not see a constant added to all its keys: the gradient of a key's bias is
         # zero but for rounding, and that of its weight says how much rounding is little.
         scale = expected[name.replace(".key.bias", ".key.weight")]
-        errors[name] = relative_error(found[name], expected[name], scale)
+        errors[name] = probes.relative_error(found[name], expected[name], scale)
     return errors
 
 
@@ -167,127 +140,7 @@ def compare_rounding(
     return Row(what, jax_errors, statistics.median(ratios), BFLOAT16_RATIO, note)
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A config with the data that it trains on.
-
-    Attributes:
-        config: as `train` reads it.
-        directory: of the base.
-        llm: its shape.
-        processor, dataset, pipeline: the demo world through the config's eyes.
-        device: "cpu" or "cuda", for both frameworks.
-    """
-
-    config: ConfigDict
-    directory: Path
-    llm: DecoderConfig
-    processor: PromptProcessor
-    dataset: RecordDataset
-    pipeline: TrainPipeline
-    device: str
-
-
-def make_config(llm: str, steps: int, batch_size: int, seed: int, heads: str) -> ConfigDict:
-    """The shipped config that fits a base, on the demo world, without dropout.
-
-    Args:
-        llm: "tiny" or a directory.
-        steps: length of the training run.
-        batch_size: clips in a batch.
-        seed: of initialisation and data order.
-        heads: one of `HEADS`.
-    """
-    config = (demo if llm == "tiny" else affectgpt_qwen25_7b).get_config()
-    config.llm, config.seed, config.data.train = llm, seed, "demo"
-    config.steps, config.batch_size, config.num_buckets = steps, batch_size, 1
-    config.max_tokens = 1024  # a Q-Former writes dozens of tokens
-    config.optimizer.warmup_steps = steps // 10
-    if llm == "tiny":
-        # At the demo's own rate a run is chaotic: two whose starts differ in the last bit have
-        # losses that differ by tens of percent after a hundred updates.
-        config.optimizer.learning_rate, config.optimizer.final_learning_rate = 1e-4, 5e-6
-    config.lora.dropout = config.qformer.dropout = 0.0
-    config.fusion, config.projectors.image = HEADS[heads]
-    config.projectors.video = config.projectors.audio = heads
-    return config
-
-
-def make_case(config: ConfigDict, records: Path, device: str) -> Case:
-    """Opens the base and the records, which it writes where they are not there yet.
-
-    Raises:
-        UserError: a base that cannot be used.
-    """
-    directory = build.base_directory(config.llm)
-    processor = build.prompt_processor(config, Tokenizer(directory))
-    if not records.exists():
-        world, encoders = World(config.demo_seed), dict.fromkeys(DEFAULT_FEATURES, "demo world")
-        write_records(records, world.records("train", CLIPS), encoders=encoders, split="train")
-    dataset = RecordDataset(records)
-    pipeline = TrainPipeline(
-        [MixtureComponent(dataset, processor, config.label)],
-        batch_size=config.batch_size,
-        max_tokens=config.max_tokens,
-        num_buckets=config.num_buckets,
-        seed=config.seed,
-    )
-    llm = build.base_config(config.llm)
-    return Case(config, directory, llm, processor, dataset, pipeline, device)
-
-
-def load_jax(case: Case, dtype: str) -> tuple[AffectGPT, Any]:
-    """The modules, and the base rounded to bfloat16, then held in `dtype`."""
-    torch.cuda.empty_cache()  # of the twin before
-    config = case.config.copy_and_resolve_references()
-    config.dtype = dtype
-    model = build.model(config, case.llm)
-    abstract = jax.eval_shape(lambda key: init_random_base(model, key), jax.random.key(0))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), abstract)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    base = load_base(case.directory, abstract, jax.tree.map(lambda _: device, abstract))
-    return model, jax.tree.map(lambda x: x.astype(dtype), base)
-
-
-def load_torch(case: Case, dtype: str) -> Twin:
-    """The twin on the same base, with adapters and fusers of its own."""
-    fusion = build.fusion_config(case.config, case.llm.hidden_size)
-    lora = build.model(case.config, case.llm).decoder.lora
-    twin = Twin.from_pretrained(case.directory, fusion, lora, dtype=torch.bfloat16)
-    return (twin.float() if dtype == "float32" else twin).to(case.device)
-
-
-def random_trainable(model: AffectGPT, seed: int) -> Any:
-    """A `trainable` tree at which every parameter matters, as NumPy arrays.
-
-    A fresh one has zero biases, unit norms and zero `lora_b`, behind which errors hide.
-    """
-    abstract = jax.eval_shape(lambda key: init_trainable(model, key), jax.random.key(0))
-    return random_parameters(abstract, seed)
-
-
-def random_parameters(abstract: Any, seed: int) -> Any:
-    """Normal values for a tree of shapes, of a size that keeps activations of order 1."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        value, name = rng.standard_normal(leaf.shape, np.float32), path[-1].key
-        match name:
-            case "scale":
-                return 1 + 0.1 * value
-            case "bias":
-                return 0.1 * value
-            case "queries" | "positions":
-                return value
-            case "lora_a" | "lora_b":
-                size = leaf.shape[-2] ** -0.5 * (0.05 if name == "lora_b" else 1)
-                return (size * value).astype(jnp.bfloat16).astype(np.float32)
-        return value * np.float32(leaf.shape[-2] ** -0.5)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract)
-
-
-def compare_tokens(case: Case) -> Row:
+def compare_tokens(case: probes.Case) -> Row:
     """Ids, supervised tokens and places of soft tokens of every training example.
 
     On the other side stands the tokenizer that transformers chooses for the directory, used as the
@@ -327,7 +180,7 @@ def compare_fusers(config: FusionConfig, seed: int) -> list[Row]:
     """Every slot by every kind of head and pre-fusion, on samples that lack this or that."""
     rows, samples = [], 8
     rng = np.random.default_rng(seed)
-    for kind, (pre_fusion, image_head) in HEADS.items():
+    for kind, (pre_fusion, image_head) in probes.HEADS.items():
         fusion = dataclasses.replace(
             config,
             slots=SLOTS,
@@ -385,48 +238,49 @@ def compare_update(trainable: Any, config: OptimizerConfig, seed: int) -> Row:
     )
 
 
-def compare_models(
-    case: Case, heads: str, seed: int, update: OptimizerConfig | None = None
-) -> list[Row]:
+def compare_models(case: probes.Case, heads: str, seed: int, update: bool = False) -> list[Row]:
     """Everything between a batch and its gradients, in float32; then one update, if asked for.
 
     One framework after the other, so that a large base is in memory once.
     """
     batch = case.pipeline.batch(0)
-    model, base = load_jax(case, "float32")
-    trainable = random_trainable(model, seed)
-    ours = probes.make_probe_jax(model)(base, trainable, batch)
-    if update is not None:
-        updated, _ = probes.make_train_jax(model, update, steps=1)(base, trainable, [batch])
+    one_update = {"steps": 1, "optimizer.warmup_steps": 0}
+    program, base = probes.load_jax(case, "float32", **one_update)
+    trainable = random_trainable(program.model, seed)
+    ours = probes.make_probe_jax(program.model)(base, trainable, batch)
+    if update:
+        train = probes.make_train_jax(program.train_step, program.optimizer)
+        updated, _ = train(base, trainable, [batch])
     del base
 
-    twin = load_torch(case, "float32")
+    twin = probes.load_torch(case, "float32")
     load_trainable(twin, trainable)
     theirs = probes.probe_torch(twin, batch)
     rows = [
         compare(f"{name}, {heads} heads", ours[name], theirs[name], BOUND_OF.get(name, BOUND))
         for name in ours
     ]
-    if update is not None:
-        rows.append(compare_update(trainable, update, seed))
-        probes.train_torch(twin, [batch], update, steps=1)
+    if update:
+        optimizer = build.optimizer_config(program.config)
+        rows.append(compare_update(trainable, optimizer, seed))
+        probes.train_torch(twin, [batch], optimizer, steps=1)
         expected = {k: p.numpy(force=True) for k, p in twin.named_parameters() if p.requires_grad}
         rows.append(compare("parameters after an update", by_torch_name(updated), expected))
     return rows
 
 
-def compare_bfloat16(case: Case, seed: int, draws: int) -> list[Row]:
+def compare_bfloat16(case: probes.Case, seed: int, draws: int) -> list[Row]:
     """Rounding errors of both in bfloat16, against the twin in float32.
 
     Every draw has parameters and a batch of its own: a few rows, for many draws tell more than
     many rows.
     """
-    model, base = load_jax(case, "bfloat16")
-    probe_jax = probes.make_probe_jax(model)
+    program, base = probes.load_jax(case, "bfloat16")
+    probe_jax = probes.make_probe_jax(program.model)
 
     def inputs(i: int) -> tuple[Any, Batch]:
         batch = jax.tree.map(lambda x: x[:ROWS], case.pipeline.batch(i))
-        return random_trainable(model, seed + i), batch
+        return random_trainable(program.model, seed + i), batch
 
     def run(twin: Twin, trainable: Any, batch: Batch) -> probes.Quantities:
         load_trainable(twin, trainable)
@@ -439,12 +293,12 @@ def compare_bfloat16(case: Case, seed: int, draws: int) -> list[Row]:
             found.append({name: errors_of(values[name], true[name]) for name in true})
         return found
 
-    twin = load_torch(case, "float32")
+    twin = probes.load_torch(case, "float32")
     truth = [run(twin, *inputs(i)) for i in range(draws)]
     del twin
     ours = errors(functools.partial(probe_jax, base))
     del base
-    theirs = errors(functools.partial(run, load_torch(case, "bfloat16")))
+    theirs = errors(functools.partial(run, probes.load_torch(case, "bfloat16")))
     return [
         compare_rounding(
             f"bfloat16: {name}, {draws} draws",
@@ -455,7 +309,7 @@ def compare_bfloat16(case: Case, seed: int, draws: int) -> list[Row]:
     ]
 
 
-def compare_training(case: Case) -> tuple[Row, dict[str, list[float]]]:
+def compare_training(case: probes.Case) -> tuple[Row, dict[str, list[float]]]:
     """The losses of one run each, from the same start on the same batches, in float32.
 
     A third run tells what rounding alone does in the course of a run: JAX again, from a start that
@@ -466,13 +320,13 @@ def compare_training(case: Case) -> tuple[Row, dict[str, list[float]]]:
     def batches():
         return case.pipeline.batches(0, config.steps)
 
-    model, base = load_jax(case, "float32")
-    start = jax.device_get(jax.jit(lambda k: init_trainable(model, k))(init_key(config.seed)))
+    program, base = probes.load_jax(case, "float32")
+    start = jax.device_get(program.init_state(config.seed)["trainable"])
     nudged = jax.tree.map(lambda x: np.nextafter(x, np.float32(np.inf)), start)
-    train = probes.make_train_jax(model, optimizer, config.steps)
+    train = probes.make_train_jax(program.train_step, program.optimizer)
     ours, control = (train(base, trainable, batches())[1] for trainable in (start, nudged))
     del base
-    twin = load_torch(case, "float32")
+    twin = probes.load_torch(case, "float32")
     load_trainable(twin, start)
     theirs = probes.train_torch(twin, batches(), optimizer, config.steps)
 
@@ -483,48 +337,39 @@ def compare_training(case: Case) -> tuple[Row, dict[str, list[float]]]:
     return Row(f"losses of {config.steps} updates", apart, apart[worst], CURVE, note), curves
 
 
-def table(report: dict[str, Any]) -> str:
+COLUMNS = {
+    "what": lambda row: row["what"],
+    "values": lambda row: f"{len(row['errors'])}",
+    "bound": lambda row: f"{row['bound']:.2g}",
+    "judged": lambda row: f"{row['value']:.2g}",
+    "median": lambda row: f"{statistics.median(row['errors'].values()):.2g}",
+    "where": lambda row: row["note"],
+    "": lambda row: "ok" if row["passed"] else "**red**",
+}
+
+
+def table(report: Report) -> str:
     """A Markdown table of a report."""
     s = report["settings"]
-    lines = [
+    return (
         f"{s['llm']} on {s['device']}, {s['batch_size']} rows of {s['length']} tokens, "
-        f"seed {s['seed']}, {s['wall_s']:.0f} s",
-        "",
-        "| what | values | bound | judged | median | where | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in report["rows"]:
-        verdict = "ok" if row["passed"] else "**red**"
-        lines.append(
-            f"| {row['what']} | {len(row['errors'])} | {row['bound']:.2g} | {row['value']:.2g} "
-            f"| {statistics.median(row['errors'].values()):.2g} | {row['note']} | {verdict} |"
-        )
-    return "\n".join(lines)
+        f"seed {s['seed']}, {s['wall_s']:.0f} s\n\n" + harness.columns(COLUMNS, report["rows"])
+    )
 
 
-def plot(curves: Mapping[str, list[float]], png: Path) -> None:
-    """Both training runs, and how far they are apart."""
-    # Without pyplot there is neither a display nor a global figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, errors = figure.subplots(1, 2)
+def finish(_: argparse.Namespace, report: Report, path: Path) -> None:
+    """Draw the training runs beside the result file; end with status 1 if a row is red."""
+    curves = report["curves"]
     apart = {
-        name: np.abs(np.subtract(curves[name], curves[other])) / curves[other]
-        for name, other in (("jax", "torch"), ("jax_nudged", "jax"))
+        label: np.abs(np.subtract(curves[name], curves[other])) / curves[other]
+        for label, name, other in (
+            ("JAX and PyTorch", "jax", "torch"),
+            ("JAX, last bit moved", "jax_nudged", "jax"),
+        )
     }
-    losses.plot(curves["torch"], color="tab:orange", linewidth=3, alpha=0.5, label="PyTorch")
-    losses.plot(curves["jax"], color="tab:blue", linewidth=1, label="JAX")
-    losses.set(title="loss", xlabel="step")
-    errors.semilogy(apart["jax_nudged"], color="tab:gray", linewidth=1, label="JAX, last bit moved")
-    errors.semilogy(apart["jax"], color="tab:blue", linewidth=1, label="JAX and PyTorch")
-    errors.axhline(CURVE, color="tab:red", linestyle="--", label=f"bound {CURVE:g}")
-    errors.set(title="relative difference of the loss", xlabel="step")
-    for axes in (losses, errors):
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(png)
+    runs = {"PyTorch": curves["torch"], "JAX": curves["jax"]}
+    harness.plot_runs(runs, apart, path.with_suffix(".png"), bound=CURVE)
+    raise SystemExit(int(not all(row["passed"] for row in report["rows"])))
 
 
 def use_device(name: str | None) -> str:
@@ -534,7 +379,7 @@ def use_device(name: str | None) -> str:
         name: "cpu", "cuda", or None for what both have.
 
     Raises:
-        SystemExit: one of them has no such device.
+        ConfigError: one of them has no such device.
     """
     if name == "cpu" or (name is None and not torch.cuda.is_available()):
         jax.config.update("jax_platforms", "cpu")
@@ -546,22 +391,22 @@ def use_device(name: str | None) -> str:
         return "cuda"
     if name == "cuda":
         lacking = " and ".join(framework for framework, has in found.items() if not has)
-        raise SystemExit(f"error: --device=cuda, but {lacking} found no GPU; use its CUDA build")
+        raise ConfigError(f"--device=cuda, but {lacking} found no GPU; use its CUDA build")
     return "cpu"
 
 
 def check(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Every comparison; returns the report."""
+    """Every comparison on a device, as `use_device` names it; returns the report."""
     began, rows = time.perf_counter(), []
     torch.manual_seed(args.seed)
     with tempfile.TemporaryDirectory() as temporary:
         cases = {
-            heads: make_case(
-                make_config(args.llm, args.steps, args.batch_size, args.seed, heads),
+            heads: probes.make_case(
+                probes.make_config(args.llm, args.steps, args.batch_size, args.seed, heads),
                 Path(temporary) / "records",
                 device,
             )
-            for heads in HEADS
+            for heads in probes.HEADS
         }
         case = cases["attention"]
         optimizer = build.optimizer_config(case.config)
@@ -569,8 +414,7 @@ def check(args: argparse.Namespace, device: str) -> dict[str, Any]:
         rows += compare_fusers(build.fusion_config(case.config, case.llm.hidden_size), args.seed)
         rows.append(compare_schedules(optimizer, args.steps))
         for heads, other in cases.items():
-            update = dataclasses.replace(optimizer, warmup_steps=0) if other is case else None
-            rows += compare_models(other, heads, args.seed, update)
+            rows += compare_models(other, heads, args.seed, update=other is case)
         rows += compare_bfloat16(case, args.seed, args.draws)
         row, curves = compare_training(case)
         rows.append(row)
@@ -583,44 +427,43 @@ def check(args: argparse.Namespace, device: str) -> dict[str, Any]:
             "wall_s": time.perf_counter() - began,
         }
     return {
-        "environment": environment.describe("torch", "peft"),
         "settings": settings,
         "rows": [row.as_json() for row in rows],
         "curves": curves,
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 if a row is red, or for trouble that the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--llm", default="tiny", help="a base's directory; default: what ships")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if both have it")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=200, help="updates of the training run")
-    parser.add_argument("--draws", type=int, default=64, help="of weights, for bfloat16's errors")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--show", type=Path, help="print the table of a result file and stop")
-    args = parser.parse_args(argv)
-    if args.show:
-        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
-        return
+def run(args: argparse.Namespace) -> Report:
+    """Every comparison in full precision; returns the report.
+
+    Raises:
+        UserError: a base or a device that cannot be used.
+    """
     transformers.utils.logging.disable_progress_bar()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    try:
-        device = use_device(args.device)
-        with jax.default_matmul_precision("highest"):
-            report = check(args, device)
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
-    if args.llm != "tiny":  # where somebody keeps a model says nothing
-        command = report["environment"]["command"]
-        report["environment"]["command"] = command.replace(args.llm, "DIR")
-    environment.save(report, args.out)
-    plot(report["curves"], args.out.with_suffix(".png"))
-    print(table(report))
-    raise SystemExit(int(not all(row["passed"] for row in report["rows"])))
+    device = use_device(args.device)
+    with jax.default_matmul_precision("highest"):
+        return check(args, device)
 
+
+def flags(add: Callable[..., Any]) -> None:
+    add("--llm", default="tiny", help="a base's directory; default: what ships")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda if both have it")
+    add("--batch-size", type=at_least(1), default=16)
+    add("--steps", type=at_least(1), default=200, help="updates of the training run")
+    add("--draws", type=at_least(1), default=64, help="of weights, for bfloat16's errors")
+    add("--seed", type=int, default=0)
+
+
+COMMAND = harness.Measurement(
+    "parity",
+    run,
+    harness.each(table),
+    lambda args: "parity",
+    flags,
+    finish=finish,
+    packages=("torch", "peft"),
+)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

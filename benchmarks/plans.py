@@ -1,7 +1,6 @@
 """Plans of the paper's recipe on several clusters: `python -m benchmarks.plans`.
 
-Runs `python -m affectgpt_jax.plan` for each of `PLANS`, prints a Markdown table of what they say
-and writes it all to `benchmarks/results/plans.json`. Nothing of it was measured on a GPU: the
+Runs `python -m affectgpt_jax.plan` for each of `PLANS`. Nothing of it was measured on a GPU: the
 seconds that a plan took itself are the only measurement.
 """
 
@@ -13,12 +12,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks import environment
-from benchmarks.train_step import RESULTS
+from benchmarks import harness
+from benchmarks.harness import Report
 
 # The paper's 3 clips an update are one GPU's; more of them share as many each.
 PLANS = (
@@ -46,53 +44,65 @@ def make(flags: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def table(plans: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of plans."""
-    lines = [
-        "| GPUs | batch, mesh, remat | peak of usable GiB | TFLOP a GPU | sent | products / memory "
-        "/ network | at least | expected | tokens/s | recommended |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for made in plans:
-        plan = made["plan"]
-        layout, best = plan["layout"], plan["recommended"]
-        seconds = layout["seconds"]
-        axes = [f"{axis}:{size}" for axis, size in layout["mesh"].items() if size > 1]
-        flops = plan["flops"]["step"] / layout["devices"]
-        sent = sum(c["bytes"] for c in plan["collectives"])
-        terms = " / ".join(f"{1e3 * seconds[k]:.0f}" for k in ("compute", "memory", "network"))
-        lines.append(
-            f"| {layout['devices']} x {plan['device']['name']} | {plan['config']['batch_size']}, "
-            f"{','.join(axes) or 'data:1'}, {layout['remat']} "
-            f"| {layout['memory']['total'] / GIB:.1f} of {plan['usable'] / GIB:.1f} "
-            f"| {flops / 1e12:.1f} | {sent / 1e9:.2f} GB | {terms} ms "
-            f"| {1e3 * seconds['floor']:.0f} ms | {1e3 * seconds['expected']:.0f} ms "
-            f"| {layout['tokens_per_s']:,.0f} | {_short(best['flags']) if best else 'none fits'} |"
-        )
-    return "\n".join(lines)
+def run(_: argparse.Namespace) -> Report:
+    """Every plan; returns the report."""
+    return {"plans": [make(flags) for flags in PLANS]}
 
 
-def _short(flags: str) -> str:
-    return f"`{flags.replace('--config.', '')}`"
+def layout_of(made: Report) -> str:
+    """Batch, mesh and remat policy of a plan."""
+    layout = made["plan"]["layout"]
+    axes = [f"{axis}:{size}" for axis, size in layout["mesh"].items() if size > 1]
+    batch = made["plan"]["config"]["batch_size"]
+    return f"{batch}, {','.join(axes) or 'data:1'}, {layout['remat']}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS / "plans.json")
-    parser.add_argument("--show", action="store_true", help="print the table of --out and stop")
-    args = parser.parse_args(argv)
-    if not args.show:
-        report = {"environment": environment.describe(), "plans": [make(flags) for flags in PLANS]}
-        environment.save(report, args.out)
-    report = json.loads(args.out.read_text(encoding="utf-8"))
-    print(table(report["plans"]))
-    took, work = ([made[key] for made in report["plans"]] for key in ("seconds", "cpu_seconds"))
-    print(
-        f"\neach plan took {min(took):.0f} to {max(took):.0f} s, of which processors worked "
-        f"{min(work):.0f} to {max(work):.0f} s"
+def milliseconds(*keys: str) -> Callable[[Report], str]:
+    """Of terms of an update's time."""
+
+    def cell(made: Report) -> str:
+        seconds = made["plan"]["layout"]["seconds"]
+        return " / ".join(f"{1e3 * seconds[key]:.0f}" for key in keys) + " ms"
+
+    return cell
+
+
+def recommended(made: Report) -> str:
+    """The flags that a plan recommends."""
+    best = made["plan"]["recommended"]
+    return f"`{best['flags'].replace('--config.', '')}`" if best else "none fits"
+
+
+COLUMNS = {
+    "GPUs": lambda m: f"{m['plan']['layout']['devices']} x {m['plan']['device']['name']}",
+    "batch, mesh, remat": layout_of,
+    "peak of usable GiB": lambda m: (
+        f"{m['plan']['layout']['memory']['total'] / GIB:.1f} of {m['plan']['usable'] / GIB:.1f}"
+    ),
+    "TFLOP a GPU": lambda m: (
+        f"{m['plan']['flops']['step'] / m['plan']['layout']['devices'] / 1e12:.1f}"
+    ),
+    "sent": lambda m: f"{sum(c['bytes'] for c in m['plan']['collectives']) / 1e9:.2f} GB",
+    "matmuls / memory / network": milliseconds("compute", "memory", "network"),
+    "at least": milliseconds("floor"),
+    "expected": milliseconds("expected"),
+    "tokens/s": lambda m: f"{m['plan']['layout']['tokens_per_s']:,.0f}",
+    "recommended": recommended,
+}
+
+
+def table(report: Report) -> str:
+    """A Markdown table of plans, and how long they took."""
+    plans = report["plans"]
+    took, work = (
+        "{:.0f} to {:.0f} s".format(*(limit(made[key] for made in plans) for limit in (min, max)))
+        for key in ("seconds", "cpu_seconds")
     )
+    words = f"each plan took {took}, of which processors worked {work}"
+    return f"{harness.columns(COLUMNS, plans)}\n\n{words}"
 
+
+COMMAND = harness.Measurement("plans", run, harness.each(table), lambda args: "plans")
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

@@ -1,16 +1,27 @@
 """What a model computes on the way to its loss and its update: the same quantities from JAX and
-from PyTorch, under PyTorch's names, for `benchmarks.parity` to compare."""
+from PyTorch, under PyTorch's names, on one set of weights and one stream of batches."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import torch
+from ml_collections import ConfigDict
 
+from affectgpt_jax import build
+from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
+from affectgpt_jax.data.demo import DEFAULT_FEATURES, World
+from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor, TrainPipeline
+from affectgpt_jax.data.records import RecordDataset, write_records
+from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import (
     AffectGPT,
     Batch,
@@ -18,21 +29,140 @@ from affectgpt_jax.models.affectgpt import (
     hidden_states,
     loss_sum_and_count,
 )
-from affectgpt_jax.models.decoder import lm_head
-from affectgpt_jax.training.losses import cross_entropy
+from affectgpt_jax.models.attention import causal
+from affectgpt_jax.models.decoder import DecoderConfig, lm_head
+from affectgpt_jax.program import Program, make_program
 from affectgpt_jax.training.optimizer import (
     OptimizerConfig,
-    learning_rate_schedule,
     make_optimizer,
 )
-from affectgpt_jax.training.step import make_train_step
+from affectgpt_jax.training.sharding import shardings_of
+from affectgpt_jax.weights.huggingface import load_base
+from benchmarks.sides import one_device
 from benchmarks.torch_reference import training
 from benchmarks.torch_reference.model import AffectGPT as Twin
 from benchmarks.torch_reference.model import to_device
 from benchmarks.torch_reference.weights import by_torch_name
 
+CLIPS = 500  # no multiple of a batch, so that epochs end with filler rows
+# Head type -> type of the pre-fusion, and of the image head, which know two types each.
+HEADS = {
+    "attention": ("attention", "mean"),
+    "mean": ("none", "mean"),
+    "qformer": ("qformer", "qformer"),
+}
 # {quantity: {tensor: float32 values}}
 Quantities = dict[str, dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A config with the data that it trains on.
+
+    Attributes:
+        config: as `train` reads it.
+        directory: of the base.
+        llm: its shape.
+        processor, dataset, pipeline: the demo world as the config reads it.
+        device: "cpu" or "cuda", for both frameworks.
+    """
+
+    config: ConfigDict
+    directory: Path
+    llm: DecoderConfig
+    processor: PromptProcessor
+    dataset: RecordDataset
+    pipeline: TrainPipeline
+    device: str
+
+
+def make_config(llm: str, steps: int, batch_size: int, seed: int, heads: str) -> ConfigDict:
+    """The shipped config that fits a base, on the demo world, without dropout.
+
+    Args:
+        llm: "tiny" or a directory.
+        steps: length of the training run.
+        batch_size: clips in a batch.
+        seed: of initialisation and data order.
+        heads: one of `HEADS`.
+    """
+    config = (demo if llm == "tiny" else affectgpt_qwen25_7b).get_config()
+    config.llm, config.seed, config.data.train = llm, seed, "demo"
+    config.steps, config.batch_size, config.num_buckets = steps, batch_size, 1
+    config.max_tokens = 1024  # a Q-Former writes dozens of tokens
+    config.optimizer.warmup_steps = steps // 10
+    if llm == "tiny":
+        # At the demo's own rate a run is chaotic: two whose starts differ in the last bit have
+        # losses that differ by tens of percent after a hundred updates.
+        config.optimizer.learning_rate, config.optimizer.final_learning_rate = 1e-4, 5e-6
+    config.lora.dropout = config.qformer.dropout = 0.0
+    config.fusion, config.projectors.image = HEADS[heads]
+    config.projectors.video = config.projectors.audio = heads
+    return config
+
+
+def make_case(config: ConfigDict, records: Path, device: str) -> Case:
+    """Opens the base and the records, which it writes where they are not there yet.
+
+    Raises:
+        ConfigError, TokenizerError, WeightsError: a base that cannot be used.
+    """
+    directory = build.base_directory(config.llm)
+    processor = build.prompt_processor(config, Tokenizer(directory))
+    if not records.exists():
+        world, encoders = World(config.demo_seed), dict.fromkeys(DEFAULT_FEATURES, "demo world")
+        write_records(records, world.records("train", CLIPS), encoders=encoders, split="train")
+    dataset = RecordDataset(records)
+    pipeline = TrainPipeline(
+        [MixtureComponent(dataset, processor, config.label)],
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens,
+        num_buckets=config.num_buckets,
+        seed=config.seed,
+    )
+    llm = build.base_config(config.llm)
+    return Case(config, directory, llm, processor, dataset, pipeline, device)
+
+
+def program_of(case: Case, **changes: Any) -> Program:
+    """The update of a case on one device, with keys of its config changed, dotted."""
+    config = case.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    batches = case.pipeline.filler_batches()
+    return make_program(config, one_device(), batches, llm=case.llm, attend=causal)
+
+
+def load(case: Case, program: Program, dtype: Any = None) -> Any:
+    """The base of a case where a program wants it, in `dtype` or as the program holds it."""
+    abstract = program.base
+    if dtype is not None:
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract)
+    return load_base(case.directory, abstract, shardings_of(program.base))
+
+
+def load_jax(case: Case, dtype: str, **changes: Any) -> tuple[Program, Any]:
+    """The update, and the base rounded to bfloat16, then held in `dtype`."""
+    torch.cuda.empty_cache()  # of the twin before
+    program = program_of(case, dtype=dtype, **changes)
+    base = load(case, program, jnp.bfloat16)
+    return program, jax.tree.map(lambda x: x.astype(dtype), base)
+
+
+def load_torch(case: Case, dtype: str) -> Twin:
+    """The twin on the same base, with adapters and fusers of its own."""
+    fusion = build.fusion_config(case.config, case.llm.hidden_size)
+    lora = build.model(case.config, case.llm).decoder.lora
+    twin = Twin.from_pretrained(case.directory, fusion, lora, dtype=torch.bfloat16)
+    return (twin.float() if dtype == "float32" else twin).to(case.device)
+
+
+def relative_error(found: np.ndarray, expected: np.ndarray, scale: np.ndarray) -> float:
+    """`||found - expected|| / ||scale||`; 0 without a difference, infinite for other shapes."""
+    found, expected, scale = (np.asarray(x, np.float64) for x in (found, expected, scale))
+    if found.shape != expected.shape:
+        return math.inf
+    difference, size = np.linalg.norm(found - expected), np.linalg.norm(scale)
+    return float(difference / size) if size else math.inf if difference else 0.0
 
 
 def make_probe_jax(model: AffectGPT) -> Callable[[Any, Any, Batch], Quantities]:
@@ -167,13 +297,16 @@ def update_torch(
 
 
 def make_train_jax(
-    model: AffectGPT, config: OptimizerConfig, steps: int
+    train_step: Callable[..., Any], optimizer: optax.GradientTransformation
 ) -> Callable[[Any, Any, Iterable[Batch]], tuple[Any, list[float]]]:
-    """`(base, trainable, batches)` to `trainable` after an update for every batch of a run of
-    `steps`, and the loss before each."""
-    optimizer, schedule = make_optimizer(config, steps), learning_rate_schedule(config, steps)
-    step = make_train_step(model, cross_entropy, optimizer, schedule, seed=0)
-    step = jax.jit(step, donate_argnums=0)
+    """`(base, trainable, batches)` to `trainable` after an update for every batch, and the loss
+    before each.
+
+    Args:
+        train_step: of a program, as `training.step.make_train_step` makes it.
+        optimizer: the program's.
+    """
+    step = jax.jit(train_step, donate_argnums=0)
 
     def train(base: Any, trainable: Any, batches: Iterable[Batch]) -> tuple[Any, list[float]]:
         trainable = jax.tree.map(jnp.array, trainable)  # a copy: a step overwrites its state

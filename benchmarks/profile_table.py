@@ -1,31 +1,32 @@
 """Where a step's time goes: `python -m benchmarks.profile_table DIR`.
 
-DIR is what `python -m benchmarks.train_step --profile DIR` left there: a trace of steady steps, the
-compiled programs that ran, and what was in their batches. Every operation of the trace is looked up
-in its program, whose metadata says which part of the model it was written for. At every moment the
-operations that run share the time, so that the parts add up to the time of a step.
+DIR is what `python -m benchmarks.train_step --profile DIR` left there, which prints the same table:
+a trace of steady steps, the compiled programs that ran, and what was in their batches. Every
+operation of the trace is looked up in its program, whose metadata says which part of the model it
+was written for. At every moment the operations that run share the time, so that the parts add up
+to the time of a step.
 
-Beside a part stands the time that its FLOPs would take at the rate of the device's largest matrix
-product: what is above that is the room for improvement.
+Beside a part stands the time that its FLOPs would take at the rate of a large matmul on the device:
+what is above that is the room for improvement.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import re
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.models.flops import Flops
-from benchmarks import environment, workloads
-from benchmarks.train_step import flops_of
+from benchmarks import harness, workloads
+from benchmarks.blocks import flops_of
+from benchmarks.harness import Report
 
 # First match wins, against an operation's kind and the names of the scopes that it comes from.
 PARTS = (
@@ -36,7 +37,7 @@ PARTS = (
     ("attention", r"/attention/"),
     ("vocabulary", r"[/(]vocabulary[/)]"),
     ("heads and fusion", r"[/(]Fusion[/)]"),
-    ("frozen products", r"^(dot|custom-call|convolution)\b.*_proj/"),
+    ("frozen matmuls", r"^(dot|custom-call|convolution)\b.*_proj/"),
     ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers|norm)/|[/(]Decoder\)?\)/(?!while)"),
     ("loop over layers", r"[/(]Decoder\)+/while"),
     ("embedding", r"jvp|transpose"),
@@ -47,11 +48,15 @@ PARTS = (
 OTHER = "other"
 # Part -> what of the model's FLOPs it computes.
 FLOPS_OF = {
-    "frozen products": "frozen",
+    "frozen matmuls": "frozen",
     "LoRA": "adapters",
     "attention": "attention",
     "vocabulary": "vocabulary",
 }
+
+
+class ProfileError(UserError):
+    """A folder that holds no profile."""
 
 
 class Operation(NamedTuple):
@@ -74,14 +79,14 @@ class Event(NamedTuple):
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = .*?\s([a-z][\w\-]*)\(")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) (?:\(|\{)")
-_PRODUCTS = ("dot", "custom-call", "convolution")
+_MATMULS = ("dot", "custom-call", "convolution")
 
 
 def read_program(text: str) -> dict[str, str]:
     """Part of the model by name of an operation, from the text of a compiled program.
 
-    An operation that is several in one is what its matrix product is, where it has one. A product
-    that XLA has rewritten may have lost its scopes: it is of the part that reads its result.
+    A fused operation belongs to the part of its matmul, where it has one. A matmul that XLA has
+    rewritten may have lost its scopes: it belongs to the part that reads its result.
     """
     computations: dict[str, dict[str, Operation]] = defaultdict(dict)
     inside = ""
@@ -101,10 +106,10 @@ def read_program(text: str) -> dict[str, str]:
     def part(name: str, instructions: dict[str, Operation]) -> str:
         operation = instructions[name]
         within = list(computations.get(operation.calls, {}).values())
-        products = [inner for inner in within if inner.kind in _PRODUCTS]
-        products += [p for inner in within for p in _inner_products(computations, inner)]
-        if products or operation.kind in _PRODUCTS:
-            first = products[0] if products else operation
+        matmuls = [inner for inner in within if inner.kind in _MATMULS]
+        matmuls += [p for inner in within for p in _inner_matmuls(computations, inner)]
+        if matmuls or operation.kind in _MATMULS:
+            first = matmuls[0] if matmuls else operation
             return part_of(first.kind, first.scopes or _scopes_of_reader(instructions, name))
         named = [operation, *reversed(within)]
         return part_of(operation.kind, next((o.scopes for o in named if o.scopes), ""))
@@ -131,10 +136,10 @@ def _scopes_of_reader(instructions: Mapping[str, Operation], name: str) -> str:
         made |= readers.keys()
 
 
-def _inner_products(computations: Any, operation: Operation) -> list[Operation]:
-    """Products in what a fused operation calls in turn."""
+def _inner_matmuls(computations: Any, operation: Operation) -> list[Operation]:
+    """Matmuls in what a fused operation calls in turn."""
     within = computations.get(operation.calls, {}).values()
-    return [inner for inner in within if inner.kind in _PRODUCTS]
+    return [inner for inner in within if inner.kind in _MATMULS]
 
 
 def part_of(kind: str, scopes: str) -> str:
@@ -230,11 +235,11 @@ def read_trace(directory: Path) -> Trace:
     """The trace in a folder, by JAX's own reader.
 
     Raises:
-        ValueError: there is none.
+        ProfileError: there is none.
     """
     files = sorted(directory.glob("**/*.xplane.pb"))
     if not files:
-        raise ValueError(f"{directory} holds no trace; make one with train_step --profile")
+        raise ProfileError(f"{directory} holds no trace; make one with train_step --profile")
     lanes, waits = [], []
     planes = list(jax.profiler.ProfileData.from_file(str(files[-1])).planes)
     devices = [plane for plane in planes if plane.name.startswith("/device:")]
@@ -294,17 +299,16 @@ def account(trace: Trace, programs: dict[str, dict[str, str]], steps: int) -> di
     return found | {"input wait": waited / steps / 1e9, "idle": (idle - waited) / steps / 1e9}
 
 
-def report(directory: Path) -> dict[str, Any]:
+def report_of(directory: Path) -> Report:
     """What the folder of a profile says.
 
     Raises:
-        ValueError: it holds no profile.
+        ProfileError: it holds no profile.
     """
     try:
-        about = json.loads((directory / "about.json").read_text(encoding="utf-8"))
-        block = json.loads((directory / "block.json").read_text(encoding="utf-8"))
+        about, block = (harness.load(directory / f"{name}.json") for name in ("about", "block"))
     except FileNotFoundError as error:
-        raise ValueError(
+        raise ProfileError(
             f"{error.filename} is missing; make a profile with train_step --profile"
         ) from None
     programs = {
@@ -312,7 +316,7 @@ def report(directory: Path) -> dict[str, Any]:
         for path in directory.glob("program-*.hlo")
     }
     if not programs:
-        raise ValueError(
+        raise ProfileError(
             f"{directory} holds no program-*.hlo; make a profile with train_step --profile"
         )
     steps = len(block["seconds"])
@@ -320,86 +324,82 @@ def report(directory: Path) -> dict[str, Any]:
     samples = [sample for step in block["samples"] for sample in step]
     flops = flops_of(workloads.make(**about["settings"]["sides"]["jax"]), samples)
     flops = Flops(*(count / steps for count in flops))
-    made = f"{about['environment']['command']} && python -m benchmarks.profile_table DIR"
     rate = block["ceilings"]["flop_per_s"]
-    floors = {part: getattr(flops, kind) / rate for part, kind in FLOPS_OF.items()}
     return {
-        "environment": about["environment"] | {"command": made},
-        "workload": about["settings"]["workload"],
-        "batch": about["settings"]["batch"],
-        "scale": about["settings"]["scale"],
-        "packed": about["settings"]["packed"],
+        "environment": about["environment"],
+        **{key: about["settings"][key] for key in ("workload", "batch", "scale", "packed")},
         "steps": steps,
         "ceilings": block["ceilings"],
         "seconds": times,
-        "floors": floors,
+        "floors": {part: getattr(flops, kind) / rate for part, kind in FLOPS_OF.items()},
     }
 
 
-def name_of(found: Mapping[str, Any]) -> str:
+def name_of(found: Report) -> str:
     """A profile's workload, as tables name it."""
     batch = f" {found['batch']}" if found["batch"] else ""
     return f"{found['workload']}{batch}{', packed' if found['packed'] else ''}, {found['scale']}"
 
 
-def overview(reports: Sequence[Mapping[str, Any]]) -> str:
+def overview(reports: Sequence[Report]) -> str:
     """A Markdown table of profiles side by side: a step's time by part, and what is next."""
     parts = dict.fromkeys(part for found in reports for part in found["seconds"])
     whole = [sum(found["seconds"].values()) for found in reports]
-    lines = [
-        "| part | " + " | ".join(map(name_of, reports)) + " |",
-        "|---|" + "---|" * len(reports),
-    ]
+    rows = []
     for part in parts:
         times = [found["seconds"].get(part, 0.0) for found in reports]
-        cells = [f"{1e3 * s:,.1f} ms, {s / all:.1%}" if s else "" for s, all in zip(times, whole)]
-        lines.append(f"| {part} | " + " | ".join(cells) + " |")
-    cells = [f"{1e3 * seconds:,.0f} ms" for seconds in whole]
-    lines.append("| all | " + " | ".join(cells) + " |")
-    lines.append("| most to gain in | " + " | ".join(map(bottleneck, reports)) + " |")
-    return "\n".join(lines)
+        cells = (f"{1e3 * s:,.1f} ms, {s / all:.1%}" if s else "" for s, all in zip(times, whole))
+        rows.append((part, *cells))
+    rows.append(("all", *(f"{1e3 * seconds:,.0f} ms" for seconds in whole)))
+    rows.append(("most to gain in", *map(bottleneck, reports)))
+    return harness.markdown(("part", *map(name_of, reports)), rows)
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(found: Report) -> str:
     """A Markdown table of a profile."""
     total = sum(found["seconds"].values())
-    lines = [
-        f"{name_of(found)}, {found['environment']['device']}: {1e3 * total:,.1f} ms a step, over "
-        f"{found['steps']} steps; the largest product runs at "
-        f"{found['ceilings']['flop_per_s'] / 1e12:.3g} TFLOP/s, a copy at "
-        f"{found['ceilings']['bytes_per_s'] / 1e9:,.0f} GB/s",
-        "",
-        "| part | a step | share | its FLOPs at that rate | above it |",
-        "|---|---|---|---|---|",
-    ]
+    rows = []
     for part, seconds in found["seconds"].items():
         floor = found["floors"].get(part)
-        more = f"{1e3 * floor:,.1f} ms | {1e3 * (seconds - floor):,.1f} ms" if floor else " | "
-        lines.append(f"| {part} | {1e3 * seconds:,.1f} ms | {seconds / total:.1%} | {more} |")
-    return "\n".join([*lines, "", f"The most to gain is in {bottleneck(found)} of a step."])
+        more = (f"{1e3 * t:,.1f} ms" if floor else "" for t in (floor or 0, seconds - (floor or 0)))
+        rows.append((part, f"{1e3 * seconds:,.1f} ms", f"{seconds / total:.1%}", *more))
+    header = ("part", "a step", "share", "its FLOPs at that rate", "above it")
+    return "\n\n".join(
+        (
+            f"{name_of(found)}, {found['environment']['device']}: {1e3 * total:,.1f} ms a step, "
+            f"over {found['steps']} steps; a large matmul runs at "
+            f"{found['ceilings']['flop_per_s'] / 1e12:.3g} TFLOP/s, a copy at "
+            f"{found['ceilings']['bytes_per_s'] / 1e9:,.0f} GB/s",
+            harness.markdown(header, rows),
+            f"The most to gain is in {bottleneck(found)} of a step.",
+        )
+    )
 
 
-def bottleneck(found: Mapping[str, Any]) -> str:
+def bottleneck(found: Report) -> str:
     """The part with the most time above what its FLOPs take, and how much of a step that is."""
     room = {k: s - found["floors"].get(k, 0.0) for k, s in found["seconds"].items()}
     part = max(room, key=room.get)
     return f"{part}: {room[part] / sum(found['seconds'].values()):.0%}"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence where there is no profile."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("directory", type=Path, help="what train_step --profile wrote")
-    parser.add_argument("--out", type=Path, help="also write the numbers, as JSON")
-    args = parser.parse_args(argv if argv is not None else sys.argv[1:])
-    try:
-        found = report(args.directory)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    if args.out:
-        environment.save(found, args.out)
-    print(table(found))
+def flags(add: Callable[..., Any]) -> None:
+    add("directory", type=Path, nargs="?", help="what train_step --profile wrote")
 
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.directory is None:
+        parser.error("name the directory that train_step --profile wrote")
+
+
+COMMAND = harness.Measurement(
+    "profile_table",
+    lambda args: report_of(args.directory),
+    harness.each(table),
+    lambda args: "",
+    flags,
+    check=check,
+)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

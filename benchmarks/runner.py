@@ -20,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.config import ConfigError, parse_command_line
 
 TRAIN = (sys.executable, "-m", "affectgpt_jax.train")
 
 
-class RunError(ValueError):
+class RunError(UserError, ValueError):
     """A run that cannot be started as asked."""
 
 
@@ -49,11 +50,6 @@ class Outcome(NamedTuple):
 
     result: dict[str, Any] | None
     error: str = ""
-
-
-def available_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(_cores()) or os.cpu_count() or 1
 
 
 def _cores() -> list[int]:

@@ -2,15 +2,13 @@
 
 Both score the same random label lists on all five wheels, on one core, and must agree. The direct
 implementation applies the rules to every word where it stands, with dicts and sets, as one would
-write them down. Writes `benchmarks/results/scoring.json`; `--show` prints the table of such a file.
+write them down.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.evaluation.lexicon import (
     Lexicon,
     Source,
@@ -27,9 +26,9 @@ from affectgpt_jax.evaluation.lexicon import (
     read_source,
 )
 from affectgpt_jax.evaluation.metrics import score_fine
-from benchmarks import environment
+from benchmarks import harness
+from benchmarks.harness import Report
 
-RESULTS = Path(__file__).parent / "results" / "scoring.json"
 UNKNOWN_SHARE = 0.05
 
 
@@ -85,73 +84,68 @@ def draw(lexicon: Lexicon, clips: int, labels: int, seed: int) -> list[list[str]
 
 def measure(function: Callable[[], Any], repeats: int) -> tuple[dict[str, Any], Any]:
     """Seconds of repeated calls after one that does not count, and what the last one returned."""
-    result = function()
+    function()
     seconds = []
     for _ in range(repeats):
         began = time.perf_counter()
         result = function()
         seconds.append(time.perf_counter() - began)
-    summary = {"median_s": statistics.median(seconds), "min_s": min(seconds), "max_s": max(seconds)}
-    return summary | {"repeats": repeats}, result
+    return harness.spread(seconds) | {"repeats": repeats}, result
 
 
-def table(report: dict[str, Any]) -> str:
-    """A Markdown table of a report."""
-    lines = [
-        f"{report['clips']:,} clips with {report['labels']} labels, five wheels, "
-        f"lexicon: {report['lexicon']}",
-        "",
-        "| what | median | fastest | slowest |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {name} | {t['median_s']:.4f} s | {t['min_s']:.4f} s | {t['max_s']:.4f} s |"
-        for name, t in report["timings"].items()
-    ]
-    return "\n".join([*lines, "", f"arrays are {report['ratio']:.0f} times as fast"])
+def run(args: argparse.Namespace) -> Report:
+    """One measurement; returns the report.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--lexicon", type=Path, help="a lexicon's directory; default: shipped")
-    parser.add_argument("--clips", type=int, default=20_000)
-    parser.add_argument("--labels", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--show", type=Path, help="print the table of a result file and stop")
-    args = parser.parse_args()
-    if args.show:
-        print(table(json.loads(args.show.read_text(encoding="utf-8"))))
-        return
+    Raises:
+        UserError: the two score differently.
+    """
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     # The first, uncounted load leaves the compiled copy in the cache.
-    load, lexicon = measure(lambda: load_lexicon(args.lexicon), 20)
+    loading, lexicon = measure(lambda: load_lexicon(args.lexicon), 20)
     predictions = draw(lexicon, args.clips, args.labels, seed=0)
     truth = draw(lexicon, args.clips, args.labels, seed=1)
     arrays, score = measure(lambda: score_fine(predictions, truth, lexicon), 20)
     by_word = Direct(read_source(args.lexicon))
     direct, expected = measure(lambda: by_word.score(predictions, truth), 3)
     if abs(score.primary - expected) > 1e-12:
-        raise SystemExit(f"the scores differ: {score.primary} by arrays, {expected} by words")
-    report = {
-        "environment": environment.describe(),
+        raise UserError(f"the scores differ: {score.primary} by arrays, {expected} by words")
+    return {
         "lexicon": str(lexicon.identity),
         "clips": args.clips,
         "labels": args.labels,
         "timings": {
-            "load from the compiled cache": load,
+            "load from the compiled cache": loading,
             "score by arrays": arrays,
             "score word by word": direct,
         },
-        "ratio": direct["median_s"] / arrays["median_s"],
+        "ratio": direct["median"] / arrays["median"],
     }
-    # Where somebody keeps a lexicon says nothing; its hash does.
-    report["environment"]["command"] = "python -m benchmarks.scoring" + (
-        " --lexicon=DIR" if args.lexicon else ""
-    )
-    environment.save(report, args.out)
-    print(table(report))
 
+
+def table(report: Report) -> str:
+    """A Markdown table of a report."""
+    rows = [
+        (name, *(f"{found[key]:.4f} s" for key in ("median", "lowest", "highest")))
+        for name, found in report["timings"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"{report['clips']:,} clips with {report['labels']} labels, five wheels, "
+            f"lexicon: {report['lexicon']}",
+            harness.markdown(("what", "median", "fastest", "slowest"), rows),
+            f"arrays are {report['ratio']:.0f} times as fast",
+        ]
+    )
+
+
+def flags(add: Callable[..., Any]) -> None:
+    add("--lexicon", type=Path, help="a lexicon's directory; default: shipped")
+    add("--clips", type=int, default=20_000)
+    add("--labels", type=int, default=5)
+
+
+COMMAND = harness.Measurement("scoring", run, harness.each(table), lambda args: "scoring", flags)
 
 if __name__ == "__main__":
-    main()
+    COMMAND.main()

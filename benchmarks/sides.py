@@ -31,10 +31,10 @@ from affectgpt_jax.models.affectgpt import (
 )
 from affectgpt_jax.models.attention import causal
 from affectgpt_jax.models.decoder import lm_head
-from affectgpt_jax.program import compiler_options, make_program
+from affectgpt_jax.program import compiler_options, make_program, nbytes
 from affectgpt_jax.training import memory, sharding
-from benchmarks import environment, workloads
-from benchmarks.workloads import Contents, contents
+from benchmarks import harness, workloads
+from benchmarks.workloads import Contents, Workload, contents
 
 BASE_SEED, TRAINABLE_SEED = 0, 1
 # What has a column for every token, and for every target.
@@ -47,35 +47,42 @@ def one_device() -> jax.sharding.Mesh:
     return sharding.make_mesh("data:1", jax.devices()[:1])
 
 
-def draw_base(model: AffectGPT, mesh: jax.sharding.Mesh) -> Any:
-    """Random frozen parameters, made where they stay."""
-    return _started(lambda key: init_random_base(model, key), mesh, BASE_SEED)
+def draw_base(model: AffectGPT) -> Any:
+    """Random frozen parameters on one device, the same for both sides."""
+    return jax.jit(lambda key: init_random_base(model, key))(jax.random.key(BASE_SEED))
 
 
-def _started(init: Any, mesh: jax.sharding.Mesh, seed: int) -> Any:
-    places = sharding.shardings_of(sharding.abstract(mesh, init))
-    return jax.jit(init, out_shardings=places)(jax.random.key(seed))
-
-
-def draw_trainable(model: AffectGPT) -> Any:
+def random_trainable(model: AffectGPT, seed: int) -> Any:
     """Adapters and fusion at which every parameter matters, as NumPy arrays.
 
-    A fresh adapter adds nothing, behind which an error would hide.
+    Fresh ones have zero biases, unit norms and zero `lora_b`, behind which errors hide.
     """
-    rng = np.random.default_rng(TRAINABLE_SEED)
-
-    def draw(path: Any, leaf: Any) -> np.ndarray:
-        name, value = path[-1].key, rng.standard_normal(leaf.shape, np.float32)
-        if name == "scale":
-            return 1 + 0.1 * value
-        size = 0.1 if leaf.ndim < 2 else leaf.shape[-2] ** -0.5
-        return np.float32(size * (0.1 if name == "lora_b" else 1)) * value
-
     abstract = jax.eval_shape(lambda key: init_trainable(model, key), jax.random.key(0))
+    return random_parameters(abstract, seed)
+
+
+def random_parameters(abstract: Any, seed: int) -> Any:
+    """Normal values for a tree of shapes, of a size that keeps activations of order 1."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        value, name = rng.standard_normal(leaf.shape, np.float32), path[-1].key
+        match name:
+            case "scale":
+                return 1 + 0.1 * value
+            case "bias":
+                return 0.1 * value
+            case "queries" | "positions":
+                return value
+            case "lora_a" | "lora_b":
+                size = leaf.shape[-2] ** -0.5 * (0.05 if name == "lora_b" else 1)
+                return (size * value).astype(jnp.bfloat16).astype(np.float32)
+        return value * np.float32(leaf.shape[-2] ** -0.5)
+
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def finished(seconds: list[float], wait_s: float, losses: list[float], of: list[Contents]) -> dict:
+def block_of(seconds: list[float], wait_s: float, losses: list[float], of: list[Contents]) -> dict:
     """What a block of steps returns.
 
     Args:
@@ -99,10 +106,10 @@ def peak_of_process() -> int:
 
 
 def ceilings(dtype: str) -> dict[str, float]:
-    """What this device does at best: FLOP/s of a large product, bytes/s of a large copy."""
+    """What this device does at best: FLOP/s of a large matmul, bytes/s of a large copy."""
     size = 8192 if jax.default_backend() == "gpu" else 2048
     a, b = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
-    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: -x)
+    matmul, copy = jax.jit(jnp.matmul), jax.jit(lambda x: -x)
 
     def fastest(function: Any, *inputs: Any) -> float:
         times = []
@@ -113,7 +120,7 @@ def ceilings(dtype: str) -> dict[str, float]:
         return min(times)
 
     return {
-        "flop_per_s": 2 * size**3 / fastest(product, a, b),
+        "flop_per_s": 2 * size**3 / fastest(matmul, a, b),
         "bytes_per_s": 2 * a.nbytes / fastest(copy, a),
     }
 
@@ -123,7 +130,7 @@ def ceilings(dtype: str) -> dict[str, float]:
 WITHOUT = ("", "gather", "chunks", "overlap")
 
 
-class Ours:
+class Jax:
     """The update that `affectgpt_jax.train` compiles, on one device.
 
     Args:
@@ -165,14 +172,19 @@ class Ours:
         self.base = program.init_base(BASE_SEED)
         self.state = program.init_state(TRAINABLE_SEED)
         places = sharding.shardings_of(program.state["trainable"])
-        self.state["trainable"] = jax.device_put(draw_trainable(self.model), places)
+        drawn = random_trainable(self.model, TRAINABLE_SEED)
+        self.state["trainable"] = jax.device_put(drawn, places)
 
     def facts(self) -> dict[str, Any]:
         """What it runs on, and how."""
         return {
-            "environment": environment.describe(),
+            "environment": harness.describe(),
             "notes": self.notes,
             "compile_s": self.compile_s,
+            "base_bytes": nbytes(self.base),
+            "temporary_bytes": max(
+                program.memory_analysis().temp_size_in_bytes for program in self.programs.values()
+            ),
         }
 
     def token_losses(self, workload: Mapping[str, Any], records: str) -> list[float]:
@@ -226,7 +238,7 @@ class Ours:
             losses.append(metrics["loss"])
         losses[-1].block_until_ready()
         ends.append(time.perf_counter())
-        return finished(np.diff(ends).tolist(), wait_s, [float(x) for x in losses], of)
+        return block_of(np.diff(ends).tolist(), wait_s, [float(x) for x in losses], of)
 
     def profile(self, first: int, steps: int, directory: str) -> None:
         """Trace a block of updates into a folder, beside the programs that ran in it."""
@@ -251,11 +263,38 @@ class Ours:
         return stats.get("peak_bytes_in_use") or peak_of_process()
 
 
-class Theirs:
-    """The update of the PyTorch twin; methods as of `Ours`.
+def make_twin(workload: Workload, tuning: Any, device: str) -> Any:
+    """The PyTorch twin on the base and the adapters that the JAX side draws.
 
     Args:
-        workload, records: as for `Ours`.
+        workload: decides on its shape and dtype.
+        tuning: of `torch_reference.model.TUNINGS`.
+        device: "cpu" or "cuda", as JAX's.
+    """
+    import torch
+
+    from benchmarks.torch_reference import model
+    from benchmarks.torch_reference.weights import load_trainable
+
+    jax_model = build.model(workload.config, workload.llm, attend=causal)
+    twin = model.AffectGPT.from_base(
+        workload.llm,
+        draw_base(jax_model),
+        jax_model.fusion and jax_model.fusion.config,
+        jax_model.decoder.lora,
+        dtype=getattr(torch, workload.config.dtype),
+        tuning=tuning,
+        device=device,
+    )
+    load_trainable(twin, random_trainable(jax_model, TRAINABLE_SEED))
+    return twin
+
+
+class Torch:
+    """The update of the PyTorch twin; methods as of `Jax`.
+
+    Args:
+        workload, records: as for `Jax`.
         tuning: one of the twin's.
 
     Raises:
@@ -266,11 +305,10 @@ class Theirs:
         import torch
 
         from benchmarks.torch_reference import model, training
-        from benchmarks.torch_reference.weights import load_trainable
 
         self._torch, self._training = torch, training
         self.workload = workloads.make(**workload)
-        config, llm = self.workload.config, self.workload.llm
+        config = self.workload.config
         if config.base_precision:
             raise ConfigError("the twin has no quantized base; leave config.base_precision empty")
         self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -282,17 +320,7 @@ class Theirs:
         self._to_device = functools.partial(
             model.to_device, tuning=self._tuning, device=self.device
         )
-        ours = build.model(config, llm, attend=causal)
-        self.twin = model.AffectGPT.from_base(
-            llm,
-            draw_base(ours, one_device()),
-            ours.fusion and ours.fusion.config,
-            ours.decoder.lora,
-            dtype=getattr(torch, config.dtype),
-            tuning=self._tuning,
-            device=self.device,
-        )
-        load_trainable(self.twin, draw_trainable(ours))
+        self.twin = make_twin(self.workload, self._tuning, self.device)
         self.optimizer_config = build.optimizer_config(config)
         self.optimizer = training.make_optimizer(
             self.twin.named_parameters(), self.optimizer_config
@@ -301,7 +329,7 @@ class Theirs:
     def facts(self) -> dict[str, Any]:
         threads = self._torch.get_num_threads()
         return {
-            "environment": environment.describe("torch", "peft"),
+            "environment": harness.describe("torch", "peft"),
             "notes": [f"{self._tuning}, {threads} CPU threads"],
         }
 
@@ -319,8 +347,8 @@ class Theirs:
     def warm_up(self, steps: int) -> None:
         # `torch.compile` compiles when it first sees a length.
         for bucket in self.feed.buckets if self._tuning.compile else ():
-            parts = self._parts(self.feed.filler_batch(bucket))
-            self._training.train_step(self.twin, self.optimizer, parts, learning_rate=0.0)
+            microbatches = self._microbatches(self.feed.filler_batch(bucket))
+            self._training.train_step(self.twin, self.optimizer, microbatches, learning_rate=0.0)
         if steps:
             self.block(0, steps)
 
@@ -328,25 +356,27 @@ class Theirs:
         self.twin.train()
         batches = self.feed.batches(first, first + steps)
         batch = next(batches)
-        parts = self._parts(batch)
+        microbatches = self._microbatches(batch)
         stamps, wait_s, losses, of = [self._stamp()], 0.0, [], []
         for i in range(steps):
             rate = self._training.learning_rate(
                 self.optimizer_config, first + i, self.workload.config.steps
             )
             losses.append(
-                self._training.train_step(self.twin, self.optimizer, parts, learning_rate=rate)
+                self._training.train_step(
+                    self.twin, self.optimizer, microbatches, learning_rate=rate
+                )
             )
             stamps.append(self._stamp())
             of.append(contents(batch))
             asked = time.perf_counter()
             batch = next(batches, None)
             wait_s += time.perf_counter() - asked
-            parts = batch and self._parts(batch)
-        return finished(self._seconds(stamps), wait_s, [x.item() for x in losses], of)
+            microbatches = batch and self._microbatches(batch)
+        return block_of(self._seconds(stamps), wait_s, [x.item() for x in losses], of)
 
-    def _parts(self, batch: Batch) -> list[Any]:
-        """The parts that a batch runs in, on the device; rows as JAX's accumulation takes them."""
+    def _microbatches(self, batch: Batch) -> list[Any]:
+        """The microbatches of a batch, on the device; rows as JAX's accumulation takes them."""
         # Only compiled programs need rows of a few lengths.
         batch = batch if self._tuning.compile else trimmed(batch)
         count = self.workload.config.gradient_accumulation_steps

@@ -6,16 +6,16 @@ expected; then every measurement.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from affectgpt_jax.cli import make_parser
 from benchmarks import (
     compile_time,
     generation,
+    harness,
     input_pipeline,
     loop_overhead,
     low_precision,
@@ -24,9 +24,8 @@ from benchmarks import (
     train_step,
 )
 from benchmarks.generation import Case
-from benchmarks.train_step import RESULTS
+from benchmarks.harness import RESULTS, Measurement, Report, spread_in_words
 
-Report = Mapping[str, Any]
 NO_GPU = "no GPU has run it yet"
 
 
@@ -67,7 +66,7 @@ def over(tuning: str, aim: float, twin_mfu: float = 0.0) -> Callable[[Report], M
         if tuning not in report["ratios"]:
             return Measured(f"measured without the {tuning} twin", None)
         ratio, mfu = report["ratios"][tuning], report["sides"][tuning]["mfu"] or 0.0
-        words = "{median:.2f} times ({lowest:.2f} to {highest:.2f})".format(**ratio)
+        words = spread_in_words(ratio, ".2f", " times")
         if twin_mfu:
             words += f", the twin at {mfu:.0%} MFU"
         return Measured(words, ratio["median"] >= aim and mfu >= twin_mfu)
@@ -94,8 +93,7 @@ def input_rate(report: Report) -> Measured:
 
 def host_time(report: Report) -> Measured:
     found = report["milliseconds"]["host"]
-    words = "{median:.1f} ms ({lowest:.1f} to {highest:.1f})".format(**found)
-    return Measured(words, found["median"] < loop_overhead.AIM_MS)
+    return Measured(spread_in_words(found, ".1f", " ms"), found["median"] < loop_overhead.AIM_MS)
 
 
 def data_wait(report: Report) -> Measured:
@@ -150,14 +148,14 @@ def compiled(report: Report) -> Measured:
     return Measured(words, times["cold"] < 60 and times["from the cache"] < 5)
 
 
-# Products of a 7B model's size ran at 80 % of the H100's peak where they were measured alone.
+# Matmuls of a 7B model's size ran at 80 % of the H100's peak where they were measured alone.
 AIMS = (
     Aim(
         "anchor: tokens/s of one H100 or H200, bfloat16",
         "17,600 (55 % MFU)",
         "train_step_anchor_full",
         tokens(17_600),
-        expected="50 to 60 % MFU: large products reach 80 % of the peak, passes over memory and "
+        expected="50 to 60 % MFU: large matmuls reach 80 % of the peak, passes over memory and "
         "attention take the rest",
     ),
     Aim(
@@ -261,20 +259,20 @@ AIMS = (
 def load(folder: Path, name: str) -> Report | None:
     """A result by its name; None if it is not there."""
     path = folder / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return harness.load(path) if path.is_file() else None
 
 
 def targets(folder: Path) -> str:
     """The table of what was aimed at."""
-    lines = ["| what | aim | measured | |", "|---|---|---|---|"]
+    rows = []
     for aim in AIMS:
         report = load(folder, aim.result) or load(folder, aim.otherwise)
         words, met = aim.read(report) if report else Measured(aim.why, None)
         if met is None and aim.expected:
             words += f"; expected: {aim.expected}"
         state = {True: "met", False: "**missed**", None: "open"}[met]
-        lines.append(f"| {aim.what} | {aim.aim} | {words} | {state} |")
-    return "\n".join(lines)
+        rows.append((aim.what, aim.aim, words, state))
+    return harness.markdown(("what", "aim", "measured", ""), rows)
 
 
 TERMS = f"""\
@@ -289,64 +287,59 @@ TERMS = f"""\
 
 
 class Section(NamedTuple):
-    """A table, or several.
+    """The tables of a measurement.
 
     Attributes:
-        heading: above it.
+        heading: above them.
         files: which reports.
-        table: what makes it of them.
+        of: whose they are.
         note: what a reader must know.
     """
 
     heading: str
     files: str
-    table: Callable[[list[Report]], str]
+    of: Measurement
     note: str = ""
-
-
-def each(table: Callable[[Report], str]) -> Callable[[list[Report]], str]:
-    """A table of every report."""
-    return lambda reports: "\n\n".join(map(table, reports))
 
 
 SECTIONS = (
     Section(
         "Training beside PyTorch",
         "train_step_*.json",
-        train_step.table,
+        train_step.COMMAND,
         "Ratios are of a run's own sides: its blocks alternated, other rows were measured apart.",
     ),
     Section(
         "Single savings",
         "savings_*.json",
-        each(savings.table),
+        savings.COMMAND,
         "All savings but the named one stay on, and clips share rows but where it says otherwise.",
     ),
     Section(
         "Generation",
         "generation_*.json",
-        generation.table,
+        generation.COMMAND,
         "Answers have the lengths of the record set's own, for the weights are random.",
     ),
-    Section("Input", "input_*.json", each(input_pipeline.table)),
-    Section("The loop", "loop_overhead_*.json", each(loop_overhead.table)),
+    Section("Input", "input_*.json", input_pipeline.COMMAND),
+    Section("The loop", "loop_overhead_*.json", loop_overhead.COMMAND),
     Section(
         "Compilation",
         "compile_time_*.json",
-        each(compile_time.table),
+        compile_time.COMMAND,
         "The update of 3 rows of 512 tokens, from the shapes of Qwen2.5-7B alone.",
     ),
     Section(
         "Low precision of the frozen base",
         "low_precision*.json",
-        each(low_precision.tables),
+        low_precision.COMMAND,
         "No GPU has run it; expected of int8 there: an anchor step 1.27 times as fast, if its "
-        "products run at 1.6 times the rate of bfloat16's.",
+        "matmuls run at 1.6 times the rate of bfloat16's.",
     ),
     Section(
         "Where a step's time goes",
         "profile_*.json",
-        each(profile_table.table),
+        profile_table.COMMAND,
         "A part that computes none of the model's FLOPs has no floor: its last cells are blank.",
     ),
 )
@@ -357,10 +350,10 @@ def all_tables(folder: Path) -> str:
     parts = ["# Results", "Printed by `python -m benchmarks.tables`.", TERMS, targets(folder)]
     for section in SECTIONS:
         files = sorted(folder.glob(section.files))
-        reports = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+        reports = [harness.load(path) for path in files]
         if reports:
             parts += [f"## {section.heading}", *([section.note] if section.note else [])]
-            parts += [made_by(files, reports), section.table(reports)]
+            parts += [made_by(files, reports), section.of.tables(reports)]
     return "\n\n".join(parts)
 
 
@@ -381,7 +374,7 @@ def made_by(files: Sequence[Path], reports: Sequence[Report]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser("benchmarks.tables", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     print(all_tables(parser.parse_args(argv).results))
 

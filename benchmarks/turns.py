@@ -4,9 +4,9 @@ Each side of a comparison is a process of its own: memory is counted by process,
 threads or allocators of the other, and where the device has no room for both, a side can leave
 between its turns.
 
-A worker is `python -m benchmarks.turns MODULE:CLASS JSON`. It builds `CLASS(**JSON)`, then answers
-one line of JSON on its standard output for every one on its standard input: `[method, arguments]`
-in, `{"value": ...}` or `{"error": ...}` out. What libraries print goes to standard error.
+A worker is `python -m benchmarks.turns MODULE:CLASS JSON`. It builds `CLASS(**JSON)` and serves
+calls: one line of JSON on standard input, `[method, arguments]`, is answered by one line on
+standard output, `{"value": ...}` or `{"error": ...}`. What libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from typing import Any, Self
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Self, TypeVar
+
+from affectgpt_jax.common.errors import UserError
+
+T = TypeVar("T")
 
 
-class TurnError(RuntimeError):
+class TurnError(UserError, RuntimeError):
     """A side of a comparison that failed."""
 
 
@@ -47,12 +51,8 @@ class Side:
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen | None = None
 
-    def call(self, method: str, **arguments: Any) -> Any:
-        """What a method of the worker's object returns.
-
-        Raises:
-            TurnError: the method failed, or the worker ended.
-        """
+    def send(self, method: str, **arguments: Any) -> None:
+        """Ask for a call, whose value `receive` waits for."""
         if self._process is None:
             self._process = subprocess.Popen(
                 self._command,
@@ -61,11 +61,16 @@ class Side:
                 text=True,
                 env=self._environment,
             )
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as `receive` finds out
             print(json.dumps([method, arguments]), file=self._process.stdin, flush=True)
-            answer = self._process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
+
+    def receive(self) -> Any:
+        """The value of the call that was sent.
+
+        Raises:
+            TurnError: the method failed, or the worker ended.
+        """
+        answer = self._process.stdout.readline()
         if not answer:
             raise TurnError(f"{self.name}: its process ended with status {self._process.wait()}")
         found = json.loads(answer)
@@ -73,11 +78,13 @@ class Side:
             raise TurnError(f"{self.name}: {found['error']}")
         return found["value"]
 
-    def leave(self) -> None:
-        """End the worker, which frees the device; the next call starts another."""
-        self._end(kill=False)
+    def call(self, method: str, **arguments: Any) -> Any:
+        """What a method of the worker's object returns; raises as `receive`."""
+        self.send(method, **arguments)
+        return self.receive()
 
-    def _end(self, kill: bool) -> None:
+    def leave(self, kill: bool = False) -> None:
+        """End the worker, which frees the device; the next call starts another."""
         if self._process is None:
             return
         if kill:
@@ -92,10 +99,21 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end(kill=True)
+        self.leave(kill=True)
 
 
-def work(target: str, arguments: Mapping[str, Any]) -> None:
+def alternate(names: Iterable[T], turns: int) -> Iterator[tuple[int, T]]:
+    """Turn and name: all names in every turn, every other turn from last to first.
+
+    So nobody always runs on what the one before has warmed.
+    """
+    names = list(names)
+    for turn in range(turns):
+        for name in names[:: 1 if turn % 2 == 0 else -1]:
+            yield turn, name
+
+
+def serve(target: str, arguments: Mapping[str, Any]) -> None:
     """Serve one object until standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -119,4 +137,4 @@ if __name__ == "__main__":
     from affectgpt_jax.runtime import keep_freed_memory
 
     keep_freed_memory()  # on both sides
-    work(sys.argv[1], json.loads(sys.argv[2]))
+    serve(sys.argv[1], json.loads(sys.argv[2]))

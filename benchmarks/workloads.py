@@ -22,6 +22,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build
+from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor, TrainPipeline
@@ -41,6 +42,10 @@ SCALES = {
     "tiny": (TINY, "float32", 64),  # for tests of the commands themselves
 }
 MEAN_TOKENS = 255  # of an AffectGPT example under hybrid labels
+PACK_LENGTH = {"full": 2048, "small": 1024, "tiny": 1024}
+# Layout of rows -> microbatches of 48 clips at full scale, so that activations fit into 80 GB: some
+# 6,000 tokens in each, and 4,000 where all logits are held.
+MICROBATCHES = {"padded": 6, "release": 8, "packed": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +79,7 @@ def make(
     gradient_accumulation_steps: int = 1,
     dtype: str = "",
     tokenizer: str = "tiny",
+    rows: tuple[int, int] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Workload:
     """A workload by its name.
@@ -83,13 +89,14 @@ def make(
         scale: of `SCALES`.
         batch: clips in an update of "affectgpt" or "input".
         pack_length: tokens of a row that holds several of them; 0 is a row for each.
-        gradient_accumulation_steps: parts that a batch runs in.
+        gradient_accumulation_steps: microbatches of an update.
         dtype: of the base and of computation; "" is the scale's.
         tokenizer: directory of one; "tiny" is the one that ships.
+        rows: of the anchor, and their tokens; None is the scale's.
         settings: keys of the config, dotted, and their values.
 
     Raises:
-        ValueError: a key that the config does not have, or a value of another type.
+        ConfigError: a key that the config does not have, or a value of another type.
     """
     llm, own_dtype, records = SCALES[scale]
     config = affectgpt_qwen25_7b.get_config()
@@ -102,8 +109,8 @@ def make(
     if name == "anchor":
         config.input, config.lora.dropout = "text", 0.0
         # The last token predicts nothing that is there.
-        rows, length = {"full": (2, 4096), "small": (1, 4096), "tiny": (2, 64)}[scale]
-        config.batch_size = rows
+        of_scale = {"full": (2, 4096), "small": (1, 4096), "tiny": (2, 64)}[scale]
+        config.batch_size, length = rows or of_scale
         workload = dataclasses.replace(workload, records=0, row=(length, length - 1))
     elif name == "small":
         config.batch_size, config.label, config.lora.dropout = 4, "description", 0.0
@@ -121,11 +128,42 @@ def make(
         try:
             config.update_from_flattened_dict({key: value})
         except KeyError:
-            raise ValueError(f"the config has no key {key!r}") from None
+            raise ConfigError(f"the config has no key {key!r}") from None
         except TypeError:
             kind = type(functools.reduce(getattr, key.split("."), config)).__name__
-            raise ValueError(f"config.{key} is {value!r}; expected a value of {kind}") from None
+            raise ConfigError(f"config.{key} is {value!r}; expected a value of {kind}") from None
     return workload
+
+
+def arguments(
+    name: str,
+    scale: str,
+    batch: int,
+    layout: str,
+    *,
+    pack_length: int | None = None,
+    gradient_accumulation_steps: int = 0,
+    **others: Any,
+) -> dict[str, Any]:
+    """What `make` is given for rows of a layout.
+
+    Args:
+        name, scale, batch: as for `make`.
+        layout: of `MICROBATCHES`.
+        pack_length: tokens of a packed row; None or 0 is the scale's.
+        gradient_accumulation_steps: microbatches of an update; 0 chooses.
+        others: more arguments of `make`.
+    """
+    in_parts = name == "affectgpt" and scale == "full" and batch >= 48
+    return {
+        "name": name,
+        "scale": scale,
+        "batch": batch,
+        "pack_length": (pack_length or PACK_LENGTH[scale]) if layout == "packed" else 0,
+        "gradient_accumulation_steps": gradient_accumulation_steps
+        or (MICROBATCHES[layout] if in_parts else 1),
+        **others,
+    }
 
 
 def prompt_processor(workload: Workload) -> PromptProcessor:

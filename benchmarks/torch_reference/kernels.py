@@ -64,7 +64,7 @@ def varlen_attention(
     """Causal attention within samples, in the form in which transformers calls attention.
 
     PyTorch's own flash kernel for variable lengths on a GPU that has it; elsewhere sample by
-    sample, so that no product of two samples is computed there either.
+    sample, so that scores between two samples are not computed there either.
 
     Args:
         module: not read.
@@ -110,7 +110,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """`-log softmax(states @ vocabulary^T)[label]` by position, the logits of a chunk at a time.
 
     The vocabulary is frozen, so all that the backward pass needs is the gradient by the states,
-    which is made while the logits are there: two products instead of three.
+    which is made while the logits are there: two matmuls instead of three.
     """
 
     @staticmethod

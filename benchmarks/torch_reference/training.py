@@ -55,7 +55,7 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
 def train_step(
     model: AffectGPT,
     optimizer: torch.optim.Optimizer,
-    parts: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    microbatches: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     *,
     learning_rate: float,
     clip_norm: float = 0.0,
@@ -65,17 +65,18 @@ def train_step(
     Args:
         model: in the mode that decides on dropout.
         optimizer: of `make_optimizer`.
-        parts: tensors on the model's device: a batch, or the parts that it runs in one after the
-            other.
+        microbatches: tensors on the model's device: a batch, or its microbatches, which run one
+            after the other.
         learning_rate: of this update.
         clip_norm: bound on the global gradient norm; 0 is off.
     """
-    parts = [parts] if isinstance(parts, Mapping) else parts
-    count = sum(part["target_weights"].sum() for part in parts).clamp(min=1)
+    if isinstance(microbatches, Mapping):
+        microbatches = [microbatches]
+    count = sum(batch["target_weights"].sum() for batch in microbatches).clamp(min=1)
     optimizer.zero_grad(set_to_none=True)
     total = 0
-    for part in parts:
-        loss, _ = model.loss_sum_and_count(part)
+    for batch in microbatches:
+        loss, _ = model.loss_sum_and_count(batch)
         loss = loss / count
         loss.backward()
         total = total + loss.detach()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from affectgpt_jax.config import check_same_run, parse_command_line
-from benchmarks import ablation, environment
+from benchmarks import ablation, harness
 from benchmarks.ablation import (
     DEFAULT,
     LENGTH,
@@ -150,7 +150,7 @@ def test_the_table_reads_as_expected():
 @pytest.mark.parametrize("seeds", [(), (0,), (0, 1, 2)])
 def test_reports_are_written_and_shown(seeds, tmp_path, capsys):
     outcomes = {key: value for key, value in OUTCOMES.items() if key[1] in seeds}
-    about = {"environment": environment.describe(), "jobs": 2}
+    about = {"environment": {"command": "ablation", **harness.describe()}, "jobs": 2}
     report = about | summarise(5, outcomes)
     ablation.write(report, tmp_path / "new")
     written = tmp_path / "new" / "ablation_table5"

@@ -1,6 +1,7 @@
 """One command for all measurements: what runs, in which order, and what a limit of time does."""
 
 import _thread
+import importlib
 import os
 import re
 import threading
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import all as everything
-from benchmarks import tables, workloads
+from benchmarks import tables
 from benchmarks.all import Step, run, steps
+from benchmarks.harness import SCALES
 
 PLANNED = [Step(name, ("true",), 10) for name in ("a", "b", "c")]
 
@@ -57,21 +59,17 @@ def test_one_that_fails_is_told_and_the_next_is_run(tmp_path, status, words):
     assert log == ["a", "b", "c"] and any(f"a: {words}" in line for line in said)
 
 
-@pytest.mark.parametrize("scale", workloads.SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 def test_every_command_is_one_that_its_module_takes(scale, tmp_path):
     pytest.importorskip("torch", reason="the benchmark of the extraction runs in PyTorch")
     planned = steps(scale, tmp_path, tmp_path)
     assert len({step.result for step in planned}) == len(planned)
     for step in planned:
         module, *words = step.command
-        assert module.startswith("benchmarks.") and words[-2:] == [
-            "--out",
-            str(tmp_path / f"{step.result}.json"),
-        ]
-        name = module.removeprefix("benchmarks.")
-        parser = getattr(__import__(module, fromlist=[name]), "parse", None)
-        if parser:
-            assert parser(words).out == tmp_path / f"{step.result}.json"
+        args = importlib.import_module(module).COMMAND.parse(words)
+        assert args.out == tmp_path / f"{step.result}.json"
+        if step.profile:  # as `train_step` names it
+            assert args.profile and step.profile == step.result.replace("train_step", "profile")
 
 
 def test_every_aim_is_answered_by_a_measurement_that_is_made(tmp_path):
@@ -126,49 +124,14 @@ def test_a_step_has_time_to_end_by_itself(tmp_path):
     assert left.exists()
 
 
-def profiled(tmp_path):
-    last = tmp_path / "profile" / "about.json"
-    return last, [
-        Step("train_step_a", ("true",), 10, leaves=last),
-        Step("profile_a", ("true",), 10, reads=last),
-    ]
-
-
-def test_a_profile_that_is_gone_is_made_again_where_it_is_wanted(tmp_path):
-    last, planned = profiled(tmp_path)
-    make(tmp_path, "train_step_a", "profile_a")
+def test_a_measurement_whose_profile_is_missing_is_run_again(tmp_path):
+    planned = [Step("train_step_a", ("true",), 10, profile="profile_a")]
+    make(tmp_path, "train_step_a")
     log, start = started(tmp_path)
-    run(planned, tmp_path, again=False, budget_s=0, start=start, say=list)
-    assert log == [], "its table is there"
-    (tmp_path / "profile_a.json").unlink()
-
-    def trace(step):
-        last.parent.mkdir(exist_ok=True)
-        last.touch()
-        return start(step)
-
-    said = []
-    assert run(planned, tmp_path, again=False, budget_s=0, start=trace, say=said.append)
-    assert log == ["train_step_a", "profile_a"]
-    assert said[0].startswith("train_step_a: its profile is gone; python -m")
-
-
-def test_a_table_without_a_profile_is_one_sentence(tmp_path):
-    last, planned = profiled(tmp_path)
-    said, (log, start) = [], started(tmp_path)
-    assert not run(planned[1:], tmp_path, again=False, budget_s=0, start=start, say=said.append)
-    assert log == []
-    assert said == [
-        f"profile_a: {last} is missing, of the profile that train_step_a leaves; make it with "
-        "--only train_step_a --again; not started"
-    ]
-
-
-def test_a_trace_is_read_where_it_is_left(tmp_path):
-    for scale in workloads.SCALES:
-        planned = steps(scale, tmp_path, tmp_path)
-        left = [step.leaves for step in planned if step.leaves]
-        assert left == [step.reads for step in planned if step.reads] and len(left) == 3
+    assert not run(planned, tmp_path, again=False, budget_s=0, start=start, say=list)
+    make(tmp_path, "profile_a")
+    assert run(planned, tmp_path, again=False, budget_s=0, start=start, say=list)
+    assert log == ["train_step_a"]
 
 
 def test_what_no_result_is_called_is_refused(tmp_path, capsys):

@@ -1,7 +1,6 @@
 """The benchmark of the extraction, on shapes that take no time."""
 
 import json
-import sys
 
 import pytest
 
@@ -25,8 +24,7 @@ def test_every_stage_and_both_ways_are_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(extraction, "SECONDS", 1)
     out = tmp_path / "report.json"
     flags = ["--device=cpu", "--clips=3", "--workers=0", "--batch=2", "--repeats=1"]
-    monkeypatch.setattr(sys, "argv", ["extraction", *flags, f"--out={out}"])
-    extraction.main()
+    extraction.COMMAND.main([*flags, f"--out={out}"])
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["environment"]["versions"]["torch"]
     for name in (

@@ -14,8 +14,8 @@ def test_answers_are_compared_one_by_one():
     assert same([[1, 2], [1, 3, 4]], [[1, 2], [1, 3]]) == {"first": 1.0, "all": 0.5}
 
 
-class Writer:
-    """A side that writes answers of this many clips a second."""
+class Generator:
+    """A side that answers this many clips a second."""
 
     def __init__(self, rate, tokens=(1, 2)):
         self.rate, self.tokens, self.asked = rate, list(tokens), []
@@ -30,7 +30,7 @@ def measured(sides):
 
 
 def test_rates_are_of_the_turns_after_the_first():
-    sides = {"jax": Writer(8.0), "transformers": Writer(2.0)}
+    sides = {"jax": Generator(8.0), "transformers": Generator(2.0)}
     found = measured(sides)
     assert found["equal"] == {"first": 1.0, "all": 1.0}
     rates = [case["clips_per_s"] for case in found["cases"].values()]
@@ -42,7 +42,7 @@ def test_rates_are_of_the_turns_after_the_first():
 
 
 def test_different_answers_are_refused():
-    sides = {"jax": Writer(8.0), "transformers": Writer(2.0, tokens=(1, 3))}
+    sides = {"jax": Generator(8.0), "transformers": Generator(2.0, tokens=(1, 3))}
     with pytest.raises(
         TurnError, match=r"labels: of the answers .* 100% start .* and 12% are equal"
     ):
@@ -52,8 +52,8 @@ def test_different_answers_are_refused():
 def test_a_table_compares_what_there_is():
     """Cases are found by their names: a run without the peer has the same columns."""
     settings = {"scale": "small", "dtype": "float32", "batch": 4}
-    both = measured({"jax": Writer(8.0), "transformers": Writer(2.0)})
-    one = measured({"jax": Writer(8.0)})
+    both = measured({"jax": Generator(8.0), "transformers": Generator(2.0)})
+    one = measured({"jax": Generator(8.0)})
 
     def ends(found):
         lines = table([{"settings": settings, "kinds": {"labels": found}}]).splitlines()
@@ -67,7 +67,7 @@ def test_a_table_compares_what_there_is():
 
 def test_only_what_runs_by_default_has_the_file_that_an_aim_reads():
     names = {
-        generation.name_of(generation.parse(["--scale=small", *flags]))
+        generation.name_of(generation.COMMAND.parse(["--scale=small", *flags]))
         for flags in (
             [],
             ["--turns=2"],
@@ -75,7 +75,6 @@ def test_only_what_runs_by_default_has_the_file_that_an_aim_reads():
             ["--kind", "first token"],
             ["--batch=8"],
             ["--dtype=bfloat16"],
-            ["--cache=static"],
         )
     }
     assert names == {
@@ -84,7 +83,6 @@ def test_only_what_runs_by_default_has_the_file_that_an_aim_reads():
         "generation_first_token_small",
         "generation_8_rows_small",
         "generation_bfloat16_small",
-        "generation_static_small",
     }
 
 
@@ -93,21 +91,21 @@ def test_only_what_runs_by_default_has_the_file_that_an_aim_reads():
 )
 def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
-        generation.parse(flags)
+        generation.COMMAND.parse(flags)
     assert re.search(r"expected \d or more", capsys.readouterr().err)
 
 
 def test_answers_are_as_long_as_those_of_the_clips(tmp_path):
-    """Those of the record set, end marks included, whatever the order in which they are written."""
-    ours = generation.Ours({"name": "decode", "scale": "tiny"}, str(tmp_path))
+    """Those of the record set, end marks included, in whatever order they are generated."""
+    ours = generation.Jax({"name": "decode", "scale": "tiny"}, str(tmp_path))
     _, limits = ours.asked("labels")
     assert len(set(limits.tolist())) > 2
-    found = ours.write("labels", 4, 10)["tokens"]
+    found = ours.generate("labels", 4, 10)["tokens"]
     assert [len(tokens) for tokens in found] == [limits[i % 8] for i in range(10)]
     assert found[:2] == found[8:], "the same clips, asked again"
 
 
-def test_both_sides_write_the_same_answers(tmp_path, capsys, monkeypatch):
+def test_both_sides_generate_the_same_answers(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch", reason="the peer runs in PyTorch")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compilation takes longest
     out = tmp_path / "out.json"
@@ -119,7 +117,7 @@ def test_both_sides_write_the_same_answers(tmp_path, capsys, monkeypatch):
         "--singles=1",
         f"--records={tmp_path}",
     ]
-    generation.main([*flags, f"--out={out}"])
+    generation.COMMAND.main([*flags, f"--out={out}"])
     report = json.loads(out.read_text())
     assert report["kinds"]["labels"]["equal"]["all"] == 1.0
     assert len(report["kinds"]["labels"]["cases"]) == 4

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from benchmarks import compile_time, input_pipeline, tables
+from benchmarks import compile_time, harness, input_pipeline, tables
 
 
 def test_both_layouts_are_read_whole_and_taken_apart(tmp_path, capsys):
     out = tmp_path / "out.json"
     flags = ["--scale=tiny", "--batch=8", "--blocks=2", "--step=0.5", f"--records={tmp_path}"]
-    input_pipeline.main([*flags, f"--out={out}"])
+    input_pipeline.COMMAND.main([*flags, f"--out={out}"])
     report = json.loads(out.read_text())
     for found in report["layouts"].values():
         assert found["records"] == 64
@@ -19,13 +19,13 @@ def test_both_layouts_are_read_whole_and_taken_apart(tmp_path, capsys):
         assert parts.pop("together") > 0 and all(value >= 0 for value in parts.values())
     printed = capsys.readouterr().out
     assert "| share of a step |" in printed
-    input_pipeline.main([f"--show={out}"])
+    input_pipeline.COMMAND.main([f"--show={out}"])
     assert capsys.readouterr().out == printed
 
 
 def test_the_second_compilation_comes_from_the_cache(tmp_path):
     out = tmp_path / "out.json"
-    compile_time.main(["--scale=tiny", "--length=64", "--repeats=1", f"--out={out}"])
+    compile_time.COMMAND.main(["--scale=tiny", "--length=64", "--repeats=1", f"--out={out}"])
     report = json.loads(out.read_text())
     hits = {kind: found["hits"] for kind, found in report["seconds"].items()}
     assert hits["cold"] == [0] and hits["from the cache"][0] > 0
@@ -37,15 +37,10 @@ def test_the_second_compilation_comes_from_the_cache(tmp_path):
     ("module", "result"), [(input_pipeline, "input"), (compile_time, "compile_time")]
 )
 def test_alone_they_write_what_the_tables_read(module, result, scale, monkeypatch):
-    written = []
-    monkeypatch.setattr(module, "run", lambda args: {})
-    monkeypatch.setattr(module, "table", lambda report: "")
-    monkeypatch.setattr(module, "default_scale", lambda: scale)
-    monkeypatch.setattr(module.environment, "save", lambda report, path: written.append(path))
-    for flags in ([], ["--scale=tiny"]):
-        module.main(flags)
+    monkeypatch.setattr(harness, "default_scale", lambda: scale)
+    whole, trial = (
+        module.COMMAND.result(module.COMMAND.parse(flags)) for flags in ([], ["--scale=tiny"])
+    )
     (aim,) = (aim for aim in tables.AIMS if aim.result == f"{result}_small")
-    whole, trial = written
-    assert whole == tables.RESULTS / f"{result}_{scale}.json"
-    assert whole.stem in (aim.result, aim.otherwise)
-    assert trial.stem not in (aim.result, aim.otherwise)
+    assert whole == f"{result}_{scale}" and whole in (aim.result, aim.otherwise)
+    assert trial not in (aim.result, aim.otherwise)

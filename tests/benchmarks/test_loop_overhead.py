@@ -30,7 +30,7 @@ def test_host_time_is_of_windows_that_do_not_overlap_after_the_first(tmp_path, m
     log, out = [], tmp_path / "out.json"
     times = [90, 80, 70, 3.0, 60, 1.0, 50, 2.0]  # at steps 10, 20, ... 80
     monkeypatch.setattr(loop_overhead, "train_all", fake_run(log, times))
-    loop_overhead.main(["--steps=80", f"--out={out}", "--config.batch_size=8"])
+    loop_overhead.COMMAND.main(["--steps=80", f"--out={out}", "--config.batch_size=8"])
     [(flags, jobs, command)] = log
     assert {"--config.steps=80", "--config.batch_size=8"} < set(flags)
     assert jobs == 1 and command[:2] == ("env", "NPROC=1")
@@ -47,7 +47,7 @@ def test_what_fails_is_one_sentence(monkeypatch, capsys):
 
     monkeypatch.setattr(loop_overhead, "train_all", failing)
     with pytest.raises(SystemExit, match="error: no such config"):
-        loop_overhead.main([])
+        loop_overhead.COMMAND.main([])
     with pytest.raises(SystemExit):
-        loop_overhead.main(["--steps=40"])
-    assert "--steps is 40; expected more than 40" in capsys.readouterr().err
+        loop_overhead.COMMAND.main(["--steps=40"])
+    assert "'40' given; expected 41 or more" in capsys.readouterr().err

@@ -3,12 +3,12 @@
 import pytest
 
 from benchmarks.profile_table import (
+    COMMAND,
     Event,
     Trace,
     account,
     bottleneck,
     exclusive,
-    main,
     overview,
     part_of,
     read_program,
@@ -31,7 +31,7 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 }
 """
 PARTS = {
-    "fusion.1": "frozen products",
+    "fusion.1": "frozen matmuls",
     "low.2": "LoRA",
     "reduce.3": "communication",
     "exp.4": "vocabulary",
@@ -72,7 +72,7 @@ def test_a_moment_is_shared_by_what_runs_in_it():
     assert times == {"a": 2 + 1 + 1, "b": 1 + 2} and gaps == [(6, 8)]
 
 
-def test_a_product_without_scopes_is_of_the_part_that_reads_its_result():
+def test_a_matmul_without_scopes_is_of_the_part_that_reads_its_result():
     program = """HloModule jit_train_step
 
 %fused (p: f32[2]) -> f32[2] {
@@ -99,7 +99,7 @@ def test_gaps_are_input_wait_or_idle():
     assert found == pytest.approx(
         {
             k: v / 2e9
-            for k, v in (("frozen products", 2), ("vocabulary", 2), ("input wait", 2), ("idle", 2))
+            for k, v in (("frozen matmuls", 2), ("vocabulary", 2), ("input wait", 2), ("idle", 2))
         }
     )
 
@@ -126,11 +126,11 @@ def test_profiles_stand_side_by_side():
 
 def test_a_folder_without_a_profile_is_refused(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*about.json is missing; make a profile with"):
-        main([str(tmp_path)])
+        COMMAND.main([str(tmp_path)])
 
 
 def test_a_profile_without_programs_is_refused(tmp_path):
     for name in ("about", "block"):
         (tmp_path / f"{name}.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"error: .* holds no program-\*.hlo; make a profile with"):
-        main([str(tmp_path)])
+        COMMAND.main([str(tmp_path)])

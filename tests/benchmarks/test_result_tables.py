@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import environment, profile_table, tables
+from benchmarks import profile_table, tables
 from benchmarks.tables import AIMS, Measured
 
 SIDES = {"jax": {"mfu": 0.56, "tokens_per_s": 17_900.0, "data_wait": 0.002}, "tuned": {"mfu": 0.39}}
@@ -175,9 +175,3 @@ def test_the_kept_results_make_the_tables(capsys):
     printed = capsys.readouterr().out
     assert "| what | aim | measured | |" in printed
     assert (tables.RESULTS.parent / "RESULTS.md").read_text(encoding="utf-8") == printed
-
-
-def test_a_result_names_no_folder_of_the_machine():
-    words = ["--records", "/a/b", "--batch", "12", "--out=/c", "--pack", "--profile", "/d"]
-    found = environment.command("benchmarks.train_step", words)
-    assert found == "python -m benchmarks.train_step --batch 12 --pack"

@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import savings, sides, workloads
-from benchmarks.train_step import workload_arguments
+from benchmarks import blocks, savings, sides, workloads
 
 
 class Here:
@@ -19,7 +18,7 @@ class Here:
 
     def call(self, method, **arguments):
         if self.side is None:
-            self.side = sides.Ours(**self.arguments)
+            self.side = sides.Jax(**self.arguments)
             self.made.append(self.side)
         return json.loads(json.dumps(getattr(self.side, method)(**arguments)))
 
@@ -31,10 +30,10 @@ class Here:
 
 
 def test_a_saving_is_measured_with_it_and_without(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(savings, "Side", Here)
+    monkeypatch.setattr(blocks, "Side", Here)
     out = tmp_path / "savings.json"
     small = ["--scale=tiny", "--batch=4", "--steps=2", "--block=1", "--warmup=1"]
-    savings.main([*small, "--only", "gather", f"--records={tmp_path}", f"--out={out}"])
+    savings.COMMAND.main([*small, "--only", "gather", f"--records={tmp_path}", f"--out={out}"])
     on, off = Here.made
     supervised, everything = (side.feed.buckets[0].targets for side in (on, off))
     assert supervised < everything == on.feed.buckets[0].length == off.feed.buckets[0].length
@@ -44,14 +43,14 @@ def test_a_saving_is_measured_with_it_and_without(tmp_path, monkeypatch, capsys)
     assert found["ratio"]["lowest"] <= found["ratio"]["median"] <= found["ratio"]["highest"]
     assert found["sides"]["on"]["steps"] == found["sides"]["off"]["steps"] == 2
     printed = capsys.readouterr().out.strip()
-    savings.main(["--show", str(out)])
+    savings.COMMAND.main(["--show", str(out)])
     assert capsys.readouterr().out.strip() == printed == savings.table(report)
     assert len(printed.splitlines()) == 3
 
 
 def test_a_side_without_overlap_reads_no_batch_ahead(tmp_path):
-    told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
-    side = sides.Ours(told, str(tmp_path), without="overlap")
+    told = workloads.arguments("affectgpt", "tiny", 4, "packed", settings={})
+    side = sides.Jax(told, str(tmp_path), without="overlap")
     read, batch = [], side.feed.batch
     side.feed.batch = lambda step: read.append(step) or batch(step)
 
@@ -66,8 +65,8 @@ def test_a_side_without_overlap_reads_no_batch_ahead(tmp_path):
 
 
 def test_a_side_without_chunks_makes_all_logits_at_once(tmp_path):
-    told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
-    side = sides.Ours(told, str(tmp_path), without="chunks")
+    told = workloads.arguments("affectgpt", "tiny", 4, "packed", settings={})
+    side = sides.Jax(told, str(tmp_path), without="chunks")
     rows, targets = side.workload.config.batch_size, side.feed.buckets[0].targets
     assert side.model.decoder.compute.loss_chunk == rows * targets
 
@@ -75,14 +74,14 @@ def test_a_side_without_chunks_makes_all_logits_at_once(tmp_path):
 @pytest.mark.parametrize("flags", [["--steps=0"], ["--block=0"], ["--warmup=-1"], ["--batch=-1"]])
 def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
     with pytest.raises(SystemExit):
-        savings.parse(flags)
+        savings.COMMAND.parse(flags)
     assert "given; expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", savings.SAVINGS)
 def test_every_side_without_a_saving_is_one_that_can_be_made(name):
     saving = savings.SAVINGS[name]
-    told = workload_arguments("affectgpt", "tiny", 4, saving.layout, settings=saving.settings)
+    told = workloads.arguments("affectgpt", "tiny", 4, saving.layout, settings=saving.settings)
     config = workloads.make(**told).config
     assert (config.pack_length == 0) == (name == "packing")
     assert saving.without in sides.WITHOUT
@@ -90,9 +89,9 @@ def test_every_side_without_a_saving_is_one_that_can_be_made(name):
 
 
 def test_a_side_without_something_unknown_is_refused_before_anything_is_written(tmp_path):
-    told = workload_arguments("affectgpt", "tiny", 4, "packed", settings={})
+    told = workloads.arguments("affectgpt", "tiny", 4, "packed", settings={})
     with pytest.raises(ValueError, match="without is 'sleep'; expected one of"):
-        sides.Ours(told, str(tmp_path / "records"), without="sleep")
+        sides.Jax(told, str(tmp_path / "records"), without="sleep")
     assert not (tmp_path / "records").exists()
 
 

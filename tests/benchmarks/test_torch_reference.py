@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from tiny_model import FUSION, LLM, make_batch, make_model, random_base, random_trainable
 
-from affectgpt_jax.models.fusers import SLOTS, FusionConfig
-from affectgpt_jax.models.lora import TARGETS
+from affectgpt_jax.models.fusers import SLOTS
 from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.training.optimizer import OptimizerConfig
 from affectgpt_jax.weights.huggingface import save_base
@@ -17,7 +16,6 @@ torch = pytest.importorskip("torch", reason="the twin runs in PyTorch")
 pytest.importorskip("peft", reason="the twin's adapters are PEFT's")
 
 from benchmarks.torch_reference import training  # noqa: E402
-from benchmarks.torch_reference.fusers import Fusers  # noqa: E402
 from benchmarks.torch_reference.model import TUNINGS, AffectGPT, next_tokens, to_device  # noqa: E402
 from benchmarks.torch_reference.qformer import QFormer  # noqa: E402
 from benchmarks.torch_reference.weights import (  # noqa: E402
@@ -47,76 +45,7 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-# --- Names ----------------------------------------------------------------------------------------
-
-
-def names_of(slots, **kinds):
-    fusion = FusionConfig(slots, 32, 6, 10, width=8, qformer=QFORMER, **kinds)
-    return {name for name, _ in Fusers(fusion).named_parameters()}
-
-
-def both(*modules):
-    return {f"{module}.{kind}" for module in modules for kind in ("weight", "bias")}
-
-
-def qformer_names(head):
-    layer = f"{head}_Qformer.bert.encoder.layer"
-    names = both(f"{head}_Qformer.bert.embeddings.LayerNorm") | {f"{head}_query_tokens"}
-    for i in range(QFORMER.layers):
-        for attention in ("attention", "crossattention"):
-            names |= both(*(f"{layer}.{i}.{attention}.self.{n}" for n in ("query", "key", "value")))
-            names |= both(*(f"{layer}.{i}.{attention}.output.{n}" for n in ("dense", "LayerNorm")))
-        names |= both(f"{layer}.{i}.intermediate_query.dense")
-        names |= both(*(f"{layer}.{i}.output_query.{n}" for n in ("dense", "LayerNorm")))
-    return names
-
-
-PRE_FUSION = ("multi_video_embs", "multi_audio_embs", "multi_llama_proj")
-
-
-@pytest.mark.parametrize(
-    ("slots", "kinds", "names"),
-    [
-        (("multi",), {}, both(*PRE_FUSION, "attention_mlp", "fc_att")),
-        (("audio",), {}, both("audio_attention_mlp", "audio_llama_proj")),
-        (("face", "frame"), {}, both("video_attention_mlp", "affectgpt_proj")),
-        (("audio",), {"audio_head": "mean"}, both("audio_llama_proj")),
-        (("image",), {}, both("image_llama_proj")),
-        (
-            ("multi_frame",),
-            {"pre_fusion": "qformer"},
-            both(*PRE_FUSION) | qformer_names("multi") | {"multi_position_embedding.weight"},
-        ),
-        (
-            ("audio",),
-            {"audio_head": "qformer"},
-            both("audio_llama_proj") | qformer_names("audio") | {"audio_position_embedding.weight"},
-        ),
-        (
-            ("face",),
-            {"video_head": "qformer"},
-            both("affectgpt_proj")
-            | qformer_names("video")
-            | {"video_frame_position_embedding.weight"},
-        ),
-    ],
-    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
-)
-def test_heads_are_named_as_in_the_release(slots, kinds, names):
-    assert names_of(slots, **kinds) == names
-
-
-def test_adapters_are_named_as_in_the_release(directory):
-    found = {name for name in trained(make_twin(directory)) if name.startswith("llama_model")}
-    groups = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_attn"}
-    assert found == {
-        f"llama_model.base_model.model.model.layers.{i}."
-        f"{groups.get(target[0], 'mlp') if len(target) == 6 else 'mlp'}.{target}."
-        f"lora_{factor}.default.weight"
-        for i in range(LLM.num_hidden_layers)
-        for target in TARGETS
-        for factor in "AB"
-    }
+# --- Weights --------------------------------------------------------------------------------------
 
 
 def test_every_trained_parameter_is_copied_and_no_other(directory):

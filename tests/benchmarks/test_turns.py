@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.turns import Side, TurnError
+from benchmarks.turns import Side, TurnError, alternate
 
 
 class Counter:
@@ -57,3 +57,17 @@ def test_what_cannot_be_built_is_an_error():
         pytest.raises(TurnError, match="theirs: AttributeError"),
     ):
         found.call("anything")
+
+
+def test_every_other_turn_goes_from_last_to_first():
+    assert list(alternate("ab", 3)) == [
+        (0, "a"), (0, "b"), (1, "b"), (1, "a"), (2, "a"), (2, "b"),
+    ]  # fmt: skip
+
+
+def test_two_workers_run_a_call_at_the_same_time(side):
+    """Each waits for what the other one does."""
+    with Side("other", "test_turns:Counter", {"start": 7}) as other:
+        for one in (side, other):
+            one.send("add", by=1)
+        assert [other.receive(), side.receive()] == [8, 6]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.examples import build_examples
 from affectgpt_jax.data.records import Annotations
 from benchmarks import synthetic, workloads
@@ -121,7 +122,7 @@ def test_packed_and_padded_epochs_hold_the_same_clips(root):
 
 
 def test_an_unknown_key_is_refused():
-    with pytest.raises(ValueError, match="the config has no key 'no.such'"):
+    with pytest.raises(ConfigError, match="the config has no key 'no.such'"):
         workloads.make("small", "tiny", settings={"no.such": 1})
 
 
