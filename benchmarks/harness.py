@@ -175,9 +175,14 @@ def _cpu_name() -> str:
     return found[1].strip() if found else platform.processor() or "unknown"
 
 
+def core_numbers() -> list[int]:
+    """The numbers of the cores that this process may use; none where the system does not tell."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
 def cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many cores this process may use."""
+    return len(core_numbers()) or os.cpu_count() or 1
 
 
 def command(module: str, words: Sequence[str]) -> str:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.config import ConfigError, parse_command_line
+from benchmarks.harness import core_numbers
 
 TRAIN = (sys.executable, "-m", "affectgpt_jax.train")
 
@@ -50,11 +51,6 @@ class Outcome(NamedTuple):
 
     result: dict[str, Any] | None
     error: str = ""
-
-
-def _cores() -> list[int]:
-    """Their numbers; none where the system does not tell."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def finished(run: Run) -> Outcome | None:
@@ -100,7 +96,7 @@ def train_all(
     outcomes = {run: outcome for run in runs if (outcome := finished(run))}
     if outcomes:
         say(f"{len(outcomes)} of {len(runs)} runs are finished already")
-    cores, shares = _cores(), queue.SimpleQueue()
+    cores, shares = core_numbers(), queue.SimpleQueue()
     for job in range(jobs):
         shares.put(cores[job % max(len(cores), 1) :: jobs])
     running: set[subprocess.Popen] = set()
