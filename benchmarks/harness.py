@@ -84,14 +84,15 @@ class Measurement:
     """A command.
 
     Attributes:
-        module: its module, in `benchmarks`; the docstring's first line is the description.
+        module: its name in `benchmarks`; the module's docstring is the description.
         run: measures; returns the report. "environment" is filled in where `run` leaves it out.
         tables: Markdown of reports.
         result: name of the result file without ending; "" to write one for `--out` alone.
         flags: adds the command's own flags to a parser.
         shared: names of `_shared_flags` that it takes.
         check: refuses combinations of flags, and fills in what follows from others.
-        finish: called with flags, report and its path once that is written and its table printed.
+        finish: called with the flags, the report and its path once the report is written and its
+            table printed.
         packages: whose versions are recorded beside `PACKAGES`.
         overrides: take `--config.key=value`, as `args.overrides`.
     """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import resource
 import time
 from collections.abc import Mapping
@@ -242,7 +241,7 @@ class Jax:
 
     def profile(self, first: int, steps: int, directory: str) -> None:
         """Trace a block of updates into a folder, beside the programs that ran in it."""
-        # Names of operations are looked up in every program there is: none of before may stay.
+        # Operations are looked up in every program of the folder: none of an earlier run may stay.
         for pattern in ("program-*.hlo", "block.json", "about.json"):
             for path in Path(directory).glob(pattern):
                 path.unlink()
@@ -255,7 +254,7 @@ class Jax:
             text = program.as_text()
             (Path(directory) / f"program-{length}.hlo").write_text(text, encoding="utf-8")
         found["ceilings"] = ceilings(self.workload.config.dtype)
-        (Path(directory) / "block.json").write_text(json.dumps(found), encoding="utf-8")
+        harness.save(found, Path(directory) / "block.json")
 
     def peak_bytes(self) -> int:
         """The most memory that was in use: the device's, or on a CPU the process's."""
