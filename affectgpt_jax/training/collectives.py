@@ -1,8 +1,8 @@
-"""What devices send each other during a program, read off the program that XLA partitioned.
+"""The collectives of a program, read from the HLO that XLA's partitioner wrote.
 
-The text is the one right after partitioning, before a backend's own passes: a CPU compile turns
-bfloat16 into float32 afterwards, and a GPU compile combines and reorders. So a GPU sends these
-bytes, in fewer and larger pieces.
+The text is read right after partitioning, before the passes of a backend: a CPU's compiler turns
+bfloat16 into float32 afterwards, a GPU's combines and reorders collectives. So a GPU sends the same
+bytes in fewer and larger pieces.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Collective(NamedTuple):
     Attributes:
         kind: of `KINDS`.
         axes: mesh axes whose devices exchange data.
-        count: operations in a step, those in loops as often as they run.
-        bytes: of the whole array in all of them: an all-gather's result, a reduce-scatter's
-            input, and on each device what an all-reduce, all-to-all or permute takes.
+        count: operations in a step, counted once per iteration of a loop.
+        bytes: sum over these operations of the whole array: the result of an all-gather, the input
+            of a reduce-scatter, and the operand on each device of the other kinds.
     """
 
     kind: str
@@ -41,7 +41,7 @@ class Collective(NamedTuple):
 
 
 class ProgramError(UserError, RuntimeError):
-    """A partitioned program that could not be had or understood."""
+    """A partitioned program that XLA did not write, or that cannot be parsed."""
 
 
 def compile_and_read(lowered: Any, mesh: Mesh) -> tuple[Any, list[Collective]]:
@@ -62,7 +62,7 @@ def compile_and_read(lowered: Any, mesh: Mesh) -> tuple[Any, list[Collective]]:
             "xla_dump_to": folder,
             "xla_dump_hlo_pass_re": "spmd-partitioning",
             "xla_dump_hlo_as_text": True,
-            # Nobody runs it; without LLVM's work it is compiled in half the time.
+            # The program is not run; without LLVM's optimisations it compiles in half the time.
             "xla_backend_optimization_level": 0,
         }
         compiled = lowered.compile(compiler_options=options)

@@ -1,4 +1,4 @@
-"""AdamW as the published recipe configures it, through optax."""
+"""AdamW with the schedule and the decay mask of the published recipe, through optax."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def decay_mask(trainable: Any) -> Any:
     """True for the tensors that weight decay moves: no vectors, no biases.
 
-    The recipe spares 1-D tensors and names that hold "bias", "ln" or "bn". In our tree every such
-    tensor is a leaf called `bias` or `scale`, and none of them is stacked.
+    The recipe exempts 1-D tensors and names that contain "bias", "ln" or "bn". In this tree each of
+    them is a leaf called `bias` or `scale`, and none is stacked.
     """
 
     def decays(path, leaf) -> bool:

@@ -1,4 +1,4 @@
-"""Why a run ends before its last step, other than by an error: signals, a hang, a lock."""
+"""Ends of a run before its last step, other than errors: signals, hangs, a workdir in use."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ from affectgpt_jax.common.errors import UserError
 
 
 class Stopped(SystemExit):
-    """A run ends because it was told to; its status is 128 and the signal's number, as a shell's
-    is for a command that the signal has ended."""
+    """A signal has ended the run; the status is 128 plus the signal's number, as in a shell."""
 
 
 class StopSignals:
-    """SIGTERM and SIGINT as a wish to stop, which the training loop fulfils when it has saved.
+    """Turns SIGTERM and SIGINT into a request to stop, which the loop follows after saving.
 
-    The first of them is remembered; a second SIGINT ends the process at once. Several processes
-    agree on where to stop, whichever of them was told to.
+    The first signal is remembered; a second SIGINT ends the process at once. Several processes
+    agree on the step at which they stop, whichever of them got the signal.
 
     Args:
-        say: told that a signal has come.
+        say: prints that a signal has come.
     """
 
     def __init__(self, say: Callable[[str], None]):
@@ -45,7 +44,7 @@ class StopSignals:
         self._calls, self._agreed = 0, False
 
     def reached(self) -> bool:
-        """Whether to stop here. Several processes must all call it equally often."""
+        """Whether to stop here. Of several processes, all must call it equally often."""
         if jax.process_count() == 1:
             return self._signal is not None
         self._calls += 1
@@ -63,7 +62,7 @@ class StopSignals:
             raise self.stopped()
 
     def stopped(self) -> Stopped:
-        """What to raise once everything is saved."""
+        """The exception to raise once everything is saved."""
         return Stopped(128 + (self._signal or signal.SIGTERM))
 
     def _handle(self, number: int, frame: object) -> None:
@@ -97,10 +96,10 @@ class StopSignals:
 
 
 class Watchdog:
-    """Ends a process that makes no progress, after it has shown where each of its threads is.
+    """Ends a process that makes no progress, after it has printed the stacks of all threads.
 
     Args:
-        limit_s: the longest that may pass between two calls of `beat`; 0 is for ever.
+        limit_s: the longest time in s between two calls of `beat`; 0 is no limit.
         tell: called with a sentence before the process ends.
     """
 
@@ -110,13 +109,13 @@ class Watchdog:
         self._done = threading.Event()
 
     def beat(self, what: str) -> None:
-        """There is progress, now at `what`."""
+        """Note progress, now at `what`."""
         self._what, self._since_s = what, time.monotonic()
 
     def _watch(self) -> None:
         interval_s = min(self._limit_s / 4, 10.0)
         while not self._done.wait(interval_s):
-            # For a thread that keeps the interpreter to itself, so that this one never runs.
+            # In case a thread never releases the interpreter lock, so that this one cannot run.
             if _has_descriptor(sys.__stderr__):
                 faulthandler.dump_traceback_later(
                     2 * self._limit_s + 60, exit=True, file=sys.__stderr__

@@ -1,8 +1,8 @@
-"""XLA's settings for a train step on GPUs, beyond its defaults.
+"""XLA options for the train step on GPUs.
 
-They are handed to the compiler with the program, not through the environment: they then hold for
-the train step alone, can follow from the devices that are there, and one that this version of XLA
-does not know is an error that can be caught, where an unknown name in `XLA_FLAGS` ends the process.
+They are passed to the compiler with the program, not through the environment: so they hold for the
+train step alone and can depend on the devices, and an option that this version of XLA does not know
+is an error that can be caught, where an unknown name in `XLA_FLAGS` ends the process.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Option(NamedTuple):
     reason: str
 
 
-# Short on purpose: an entry needs a measurement, or the word of JAX's own guide for this very case
+# An entry needs a measurement, or the advice of JAX's own guide for this case
 # (docs.jax.dev/en/latest/gpu_performance_tips.html).
 GPU_OPTIONS = (
     Option(
