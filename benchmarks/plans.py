@@ -26,17 +26,17 @@ PLANS = (
     ("--device=a100-40g", "--devices=8", "--config.batch_size=24"),
     ("--device=a100-40g", "--devices=8", "--config.batch_size=24", "--config.mesh=fsdp:8"),
 )
-COMMAND = ("python", "-m", "affectgpt_jax.plan", "--config=affectgpt_qwen25_7b")
+PLAN = ("python", "-m", "affectgpt_jax.plan", "--config=affectgpt_qwen25_7b")
 GIB = 2**30
 
 
 def make(flags: Sequence[str]) -> dict[str, Any]:
     """One plan, with its command and the seconds that it took."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    output = subprocess.check_output([sys.executable, *COMMAND[1:], *flags, "--json"])
+    output = subprocess.check_output([sys.executable, *PLAN[1:], *flags, "--json"])
     seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     return {
-        "command": " ".join([*COMMAND, *flags]),
+        "command": " ".join([*PLAN, *flags]),
         "seconds": seconds,
         # Of all cores together: what others do on the machine leaves it alone.
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,

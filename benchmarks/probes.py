@@ -179,8 +179,8 @@ def make_probe_jax(model: AffectGPT) -> Callable[[Any, Any, Batch], Quantities]:
         base, lora = ({**tree, **_first_layers(tree, depth)} for tree in (base, trainable["lora"]))
         states = hidden_states(model, base, {**trainable, "lora": lora}, batch)[0]
         chosen = jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
-        vocabulary = lm_head(base).astype(chosen.dtype)
-        logits = jnp.einsum("bsd,dv->bsv", chosen, vocabulary, preferred_element_type=jnp.float32)
+        head = lm_head(base).astype(chosen.dtype)
+        logits = jnp.einsum("bsd,dv->bsv", chosen, head, preferred_element_type=jnp.float32)
         return states, logits
 
     @jax.jit

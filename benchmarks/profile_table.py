@@ -35,7 +35,7 @@ PARTS = (
     ("dropout", r"[Dd]ropout|threefry|bernoulli|random_bits"),
     ("LoRA", r"/low_rank/"),
     ("attention", r"/attention/"),
-    ("vocabulary", r"[/(]vocabulary[/)]"),
+    ("lm_head", r"[/(]lm_head[/)]"),
     ("heads and fusion", r"[/(]Fusion[/)]"),
     ("frozen matmuls", r"^(dot|custom-call|convolution)\b.*_proj/"),
     ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers|norm)/|[/(]Decoder\)?\)/(?!while)"),
@@ -51,7 +51,7 @@ FLOPS_OF = {
     "frozen matmuls": "frozen",
     "LoRA": "adapters",
     "attention": "attention",
-    "vocabulary": "vocabulary",
+    "lm_head": "lm_head",
 }
 
 

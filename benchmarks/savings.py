@@ -38,7 +38,7 @@ class Saving(NamedTuple):
 SAVINGS = {
     "packing": Saving("clips share rows", "a row for each, in buckets of length", layout="padded"),
     "gather": Saving(
-        "supervised positions are chosen before the vocabulary",
+        "supervised positions are chosen before the lm_head",
         "logits at every position",
         without="gather",
     ),

@@ -124,8 +124,8 @@ def ceilings(dtype: str) -> dict[str, float]:
     }
 
 
-# What has no setting: supervised positions are chosen before the vocabulary, and their logits made
-# in chunks; what the next step needs is read and moved while one runs.
+# What has no setting: supervised positions are chosen before the lm_head, and their logits made in
+# chunks; what the next step needs is read and moved while one runs.
 WITHOUT = ("", "gather", "chunks", "overlap")
 
 

@@ -247,7 +247,7 @@ class RandomRows:
 
 
 class EveryPosition:
-    """The batches of a feed, with a target at every position: what the vocabulary costs where
+    """The batches of a feed, with a target at every position: what the lm_head costs where
     supervised positions are not chosen first."""
 
     def __init__(self, feed: Feed):

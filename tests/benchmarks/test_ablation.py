@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from affectgpt_jax.config import check_same_run, parse_command_line
+from affectgpt_jax.config import parse_command_line, save_config
 from benchmarks import ablation, harness
 from benchmarks.ablation import (
     DEFAULT,
@@ -340,7 +340,7 @@ def test_the_config_that_the_training_command_leaves_is_known_again(tmp_path):
     for run in plan([5, 6, 8], [1], tmp_path, ["--config.steps=1"]).values():
         config, _ = parse_command_line(run.flags, "")
         run.workdir.mkdir()
-        check_same_run(config, run.workdir)  # which writes it
+        save_config(config, run.workdir)
         assert finished(run) is None
         touch(run, "result.json", '{"hit": 0.25}')
         assert finished(run).result == {"hit": 0.25, "process_wall_s": None}

@@ -7,7 +7,7 @@ def test_the_table_has_a_row_for_every_plan():
     report = harness.load(harness.RESULTS / "plans.json")
     kept = report["plans"]
     assert [made["command"] for made in kept] == [
-        " ".join([*plans.COMMAND, *flags]) for flags in plans.PLANS
+        " ".join([*plans.PLAN, *flags]) for flags in plans.PLANS
     ]
     rows = plans.table(report).splitlines()[2:]
     for row, made in zip(rows[: len(plans.PLANS)], kept, strict=True):

@@ -27,14 +27,14 @@ ENTRY %main (a: f32[2]) -> f32[2] {
   %fusion.1 = f32[2] fusion(%a), kind=kOutput, calls=%fused, metadata={op_name="jvp(Decoder)/add"}
   %low.2 = f32[2] dot(%a, %a), metadata={op_name="jit(f)/layers/q_proj/low_rank/dot_general"}
   %reduce.3 = f32[2] all-reduce(%a), metadata={op_name="jit(f)/layers/q_proj/low_rank/add"}
-  ROOT %exp.4 = f32[2] exponential(%a), metadata={op_name="jit(f)/jvp(vocabulary)/exp"}
+  ROOT %exp.4 = f32[2] exponential(%a), metadata={op_name="jit(f)/jvp(lm_head)/exp"}
 }
 """
 PARTS = {
     "fusion.1": "frozen matmuls",
     "low.2": "LoRA",
     "reduce.3": "communication",
-    "exp.4": "vocabulary",
+    "exp.4": "lm_head",
 }
 
 
@@ -99,7 +99,7 @@ def test_gaps_are_input_wait_or_idle():
     assert found == pytest.approx(
         {
             k: v / 2e9
-            for k, v in (("frozen matmuls", 2), ("vocabulary", 2), ("input wait", 2), ("idle", 2))
+            for k, v in (("frozen matmuls", 2), ("lm_head", 2), ("input wait", 2), ("idle", 2))
         }
     )
 

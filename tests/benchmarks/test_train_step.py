@@ -161,7 +161,7 @@ def test_a_profile_accounts_for_every_part_of_a_step(measured, tmp_path, capsys)
         "frozen matmuls",
         "attention",
         "LoRA",
-        "vocabulary",
+        "lm_head",
         "heads and fusion",
     } <= parts.keys()
     assert parts.get("other", 0) < 0.2 * sum(parts.values()), "the names of scopes are not found"
