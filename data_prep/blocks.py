@@ -1,4 +1,4 @@
-"""What an extraction has finished: features of a block of clips a file, under a name that says all.
+"""Store of finished work of an extraction: one file with the features of a block of clips.
 
 The name is a hash of the settings and of the block's clips (names, paths, sizes and times of their
 files), so a file is used again exactly where computing it again would give the same. It appears
@@ -22,7 +22,7 @@ from data_prep.clips import Clip
 
 
 def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:
-    """The name of what these settings make of these clips."""
+    """Name of the block file for these settings and clips."""
     described = [
         [clip.name, *(_stamp(path) for path in (clip.video, clip.audio, clip.faces))]
         for clip in clips
@@ -43,7 +43,7 @@ def _stamp(path: Path | None) -> list[Any] | None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Block:
-    """Finished clips.
+    """The features of finished clips.
 
     Attributes:
         rows: of each clip: name, problems by feature, facts.
@@ -55,7 +55,7 @@ class Block:
 
 
 class BlockStore:
-    """A folder of blocks; it need not be there to be empty."""
+    """A folder of blocks; a missing folder counts as empty."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -65,7 +65,7 @@ class BlockStore:
         return self._path(key).is_file() and self._rows(key) is not None
 
     def write(self, key: str, block: Block) -> None:
-        """Add a block; a killed process leaves nothing under its name."""
+        """Add a block, atomically."""
         rows = np.frombuffer(json.dumps(block.rows, ensure_ascii=True).encode(), np.uint8)
         temporary = self.folder / f".{key}.{os.getpid()}"
         with open(temporary, "wb") as file:
@@ -73,11 +73,11 @@ class BlockStore:
         os.replace(temporary, self._path(key))
 
     def rows(self, key: str) -> list[dict[str, Any]]:
-        """The rows of a block that is there."""
+        """The rows of a block of the store."""
         return self._rows(key)
 
     def read(self, key: str) -> Block:
-        """A block that is there; the one read last is at hand."""
+        """A block of the store; the one read last is cached."""
         if self._last is None or self._last[0] != key:
             with np.load(self._path(key), allow_pickle=False) as file:
                 features = {name: file[name] for name in file.files if name != "rows"}
@@ -97,7 +97,7 @@ class BlockStore:
 
 
 class FeatureOf(Mapping[str, np.ndarray]):
-    """One feature of all clips that have it, by name, read from a store when it is asked for."""
+    """One feature of all clips that have it, by clip name, read from the store on access."""
 
     def __init__(self, store: BlockStore, feature: str, places: Mapping[str, tuple[str, int]]):
         self._store, self._feature, self._places = store, feature, places

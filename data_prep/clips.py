@@ -1,4 +1,4 @@
-"""Which clips there are, and in which files: a folder, a CSV file, or both.
+"""Find clips and their files in a folder, a CSV file, or both.
 
 A name is a path below the folder without its suffix. The video is NAME with a suffix of `VIDEO`,
 the sound is NAME with one of `AUDIO`, or else what the video file holds. In a CSV file, the columns
@@ -22,12 +22,12 @@ MEDIA_COLUMNS = ("video", "audio", "face")
 
 
 class ClipError(UserError, ValueError):
-    """Clips that cannot be told from the folder or the CSV file."""
+    """A folder or CSV file whose clips cannot be determined."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A clip's files; None where it has none of a kind.
+    """The files of a clip; None for a kind that it lacks.
 
     Attributes:
         name: unique among the clips.
@@ -43,13 +43,13 @@ class Clip:
 
     @property
     def sound(self) -> Path | None:
-        """The file that is listened to."""
+        """The file whose sound is used."""
         return self.audio or self.video
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What there is.
+    """The clips that were found, and remarks on them.
 
     Attributes:
         clips: in order.
@@ -74,7 +74,7 @@ class Found:
 def find_clips(
     folders: Sequence[Path], table: Path | None = None, faces: Path | None = None
 ) -> Found:
-    """The clips of folders, of a CSV file, or those of the one that the other names.
+    """The clips of a folder, of a CSV file, or those of the folder that the CSV file names.
 
     Args:
         folders: searched with all that is below them; a name may have its video in one and its
@@ -126,7 +126,7 @@ def find_clips(
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder, links to folders included, but for what is hidden."""
+    """All files below a folder, linked folders included, hidden files excluded."""
     if not folder.is_dir():
         raise ClipError(f"{folder} is not a folder; expected one with a file per clip")
     seen = set()

@@ -114,7 +114,7 @@ class PlainSet:
     remarks: list[str]
 
     def as_csv(self) -> str:
-        """The file's text."""
+        """The text of the CSV file."""
         stream = io.StringIO(newline="")
         writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
         writer.writeheader()
@@ -211,7 +211,7 @@ def _descriptions(path: Path) -> dict[str, str]:
 def _add_media(
     rows: Sequence[dict[str, str]], dataset: CaptionSet | DataSet, folder: Path
 ) -> list[Finding]:
-    """Name the files that are there; what is not is left to the extraction's report."""
+    """Name the files that exist; the extraction's report names those that are missing."""
     findings = []
     kinds = {
         "video": (dataset.video, VIDEO),
@@ -275,7 +275,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def build(key: str, arguments: argparse.Namespace) -> PlainSet | None:
-    """One set; None where it does not lie below the root.
+    """One data set; None where it is not below the root.
 
     Raises:
         ReadError: a file that cannot be used.

@@ -1,4 +1,4 @@
-"""Clips decoded side by side in worker processes, and handed over in order."""
+"""Decode clips in parallel worker processes, and return them in order."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Job:
 
 @dataclasses.dataclass(eq=False)
 class Decoded:
-    """What encoders get of a clip.
+    """The decoded input of the encoders for one clip.
 
     Attributes:
         arrays: by feature: pixels uint8 `[8, S, S, 3]`, or samples float32 `[8, 32000]`.
@@ -56,7 +56,7 @@ class Decoded:
 
 
 def decode_clip(job: Job) -> Decoded:
-    """Everything of a clip that can be used, and why the rest cannot."""
+    """Decode a clip: the usable parts, and a reason for each part that is not usable."""
     out = Decoded()
     clip = job.clip
     start = time.perf_counter()
@@ -88,7 +88,7 @@ def _trouble(path: Path) -> str | None:
 
 
 def _attempt(out: Decoded, features: list[str], take: Callable[[], None]) -> None:
-    """Note what hinders, for the features that are not there."""
+    """Record the error as the reason why these features are missing."""
     try:
         take()
     except MediaError as error:
@@ -97,7 +97,7 @@ def _attempt(out: Decoded, features: list[str], take: Callable[[], None]) -> Non
 
 
 def _look(job: Job, out: Decoded, damage: dict[Path, str | None]) -> None:
-    """Add face and frame, as far as they are wanted.
+    """Add face and frame where the job asks for them.
 
     Raises:
         MediaError: why those that are not there are missing.
@@ -160,7 +160,7 @@ def _listen(clip: Clip, out: Decoded, damage: dict[Path, str | None]) -> None:
 
 
 def available_cores() -> int:
-    """How many this process may use, as far as the system tells."""
+    """The number of cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
@@ -218,7 +218,7 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _start() -> None:
-    """End with the process that started this one, even if that is killed, and not before it."""
+    """Start of a worker: it ends with its parent, even if that is killed, and ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
 
     def follow() -> None:

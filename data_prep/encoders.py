@@ -1,4 +1,4 @@
-"""Frozen encoders, from a name to features: one table, and what its rows have in common.
+"""Frozen encoders: a table of names, and the code that turns images or sound into features.
 
 Weights come from a local directory in Hugging Face's layout, or from the hub's cache; nothing is
 downloaded unless that is asked for, and no code that comes with weights is ever run. `transformers`
@@ -47,7 +47,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class EncoderError(UserError, ValueError):
-    """An encoder that is unknown, not here, or not what its name says."""
+    """An encoder that is unknown, not on this machine, or not the one that its name says."""
 
 
 def _last_layers(outputs: Any) -> torch.Tensor:
@@ -61,7 +61,7 @@ def _last_layers(outputs: Any) -> torch.Tensor:
 
 
 def _heard(outputs: Any) -> torch.Tensor:
-    """The mean over the positions of a window; the others are the 28 s of silence that follow."""
+    """The mean over the positions of a window, without those of the 28 s of silence after it."""
     return outputs.last_hidden_state[:, :WHISPER_POSITIONS].mean(dim=1)
 
 
@@ -76,7 +76,7 @@ POOLING: dict[str, Callable[[Any], Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What is true of all sizes of an encoder: its class in transformers, and what is taken."""
+    """An encoder of any size: its class in transformers, and the output that is used."""
 
     kind: str  # video or audio
     types: tuple[str, ...]  # what config.json calls it
@@ -105,7 +105,7 @@ ARCHITECTURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """Weights that a name stands for, and the width [d] of their features."""
+    """Published weights: the hub's name, and the width [d] of their features."""
 
     architecture: str
     width: int
@@ -130,7 +130,7 @@ PUBLISHED = {
 
 
 def names(kind: str) -> list[str]:
-    """What `--video` or `--audio` may be: published weights, then bare architectures."""
+    """The choices of `--video` or `--audio`: published weights, then bare architectures."""
     published = [n for n, p in PUBLISHED.items() if ARCHITECTURES[p.architecture].kind == kind]
     return published + [n for n, a in ARCHITECTURES.items() if a.kind == kind]
 
@@ -164,13 +164,13 @@ class EncoderPlace:
         return configs
 
     def sha256(self) -> str:
-        """Of names and contents of `files`."""
+        """SHA-256 of the names and contents of `files`."""
         lines = [f"{path.name} {sha256_of(path)}" for path in self.files()]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def find_encoder(text: str, kind: str, download: bool = False) -> EncoderPlace:
-    """The encoder that the command line means by `NAME` or `NAME=DIR`.
+    """The encoder for `NAME` or `NAME=DIR` on the command line.
 
     Args:
         text: a name of `names(kind)`; a bare architecture needs a directory.
@@ -229,7 +229,7 @@ def _from_hub(name: str, repository: str, kind: str, download: bool) -> Path:
 
 
 class Encoder:
-    """A loaded encoder: `encoder(batch)` are features `[B, 8, d]`, float32.
+    """A loaded encoder: `encoder(batch)` returns features `[B, 8, d]`, float32.
 
     A batch is uint8 pixels `[B, 8, S, S, 3]` with S the `image_size`, or float32 samples
     `[B, 8, 32000]` at 16 kHz.

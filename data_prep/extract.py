@@ -171,7 +171,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def extract(arguments: argparse.Namespace) -> None:
-    """Run the whole extraction; what is finished is used again."""
+    """Run the whole extraction; finished blocks are reused."""
     out = arguments.out.expanduser()
     device, precision = placement(arguments.device, arguments.precision)
     found = find_clips(
@@ -238,7 +238,7 @@ def extract(arguments: argparse.Namespace) -> None:
 
 
 def placement(device: str | None, precision: str | None) -> tuple[str, str]:
-    """Device and precision, where they are not given the best that this machine has.
+    """Device and precision; by default the fastest that this machine has.
 
     Raises:
         EncoderError: a GPU that is not here, or a precision that a CPU does not have.
@@ -262,7 +262,7 @@ def in_blocks(clips: Sequence[Clip], settings: Mapping[str, Any]) -> dict[str, S
 
 
 def is_complete(out: Path, identity: str) -> bool:
-    """Whether a directory holds the records that follow from `identity` already.
+    """Whether a directory already holds the records of this `identity`.
 
     Raises:
         RecordError: it holds others.
@@ -279,7 +279,7 @@ def is_complete(out: Path, identity: str) -> bool:
 
 
 class Stages:
-    """Seconds that stages were busy, and for how long encoders had to wait for clips."""
+    """Seconds that each stage was busy, and that encoders waited for clips."""
 
     def __init__(self, workers: int):
         self.workers, self.clips = workers, 0
@@ -291,14 +291,14 @@ class Stages:
         self.busy[stage] += seconds
 
     def tell(self, of: int) -> None:
-        """A line now and then."""
+        """Print a line at intervals."""
         if (now := time.perf_counter()) - self._told > PROGRESS_EVERY:
             self._told = now
             rate = self.clips / (now - self._began)
             print(f"{self.clips:,} of {of:,} clips, {rate:.1f} clips/s", file=sys.stderr)
 
     def lines(self) -> list[str]:
-        """Speed, the share of time of each stage, and which of them holds up the others."""
+        """Speed, each stage's share of the time, and the bottleneck."""
         wall = time.perf_counter() - self._began
         parallel = max(self.workers, 1)
         per_stage = {
@@ -447,7 +447,7 @@ def summary(out: Path) -> list[str]:
 
 
 def _identity(arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Elsewhere) -> str:
-    """A hash of all that the output follows from."""
+    """A hash of everything that determines the output."""
     table = sha256_of(arguments.csv.expanduser()) if arguments.csv else None
     facts = [
         list(keys),

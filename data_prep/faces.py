@@ -35,7 +35,7 @@ Square = tuple[int, int, int]  # left, top and side, in pixels
 
 
 def find_face(image: np.ndarray, near: Square | None = None) -> Square | None:
-    """The face in uint8 RGB `[H, W, 3]`, as a square with the margin around it; None without one.
+    """Find the face in uint8 RGB `[H, W, 3]`: a square with a margin; None without a face.
 
     The largest face counts, unless there is one about where it was in an earlier frame: so a track
     stays with one person, and most frames are searched in a small part only.
@@ -82,7 +82,7 @@ def _search(grey: np.ndarray, smallest: float, largest: float) -> Square | None:
 
 
 def crop(image: np.ndarray, square: Square) -> np.ndarray:
-    """What a square shows, uint8 RGB `[112, 112, 3]`; beyond the edge, the edge is repeated."""
+    """The pixels of a square, uint8 RGB `[112, 112, 3]`; pixels beyond the edge repeat the edge."""
     left, top, side = square
     rows = np.clip(np.arange(top, top + side), 0, image.shape[0] - 1)
     columns = np.clip(np.arange(left, left + side), 0, image.shape[1] - 1)

@@ -110,7 +110,7 @@ class WordNet:
 
 
 class Family(NamedTuple):
-    """Words that mean about the same.
+    """Words of about the same meaning.
 
     Attributes:
         valence: the table it stands in.
@@ -203,7 +203,7 @@ def senses(wordnet: WordNet, word: str) -> list[Key]:
 
 
 def first_sense(wordnet: WordNet, word: str, part: str) -> Synset | None:
-    """What a word means most often, as a part of speech; None if it is none."""
+    """The most frequent sense of a word as a part of speech; None without one."""
     keys = wordnet.senses.get(word, {}).get(part)
     return wordnet.synsets[keys[0]] if keys else None
 
@@ -392,7 +392,7 @@ def _take(owner: dict[str, Base], form: str, base: Base) -> bool:
 
 
 def usable(word: str) -> bool:
-    """Lower-case words and short phrases; names and abbreviations are no feelings."""
+    """Whether a word is a lower-case word or short phrase, not a name or abbreviation."""
     return bool(re.fullmatch(r"[a-z][a-z'-]+(_[a-z'-]+)*", word)) and (
         word.count("_") < LONGEST_PHRASE
     )
@@ -420,7 +420,7 @@ def _synonyms_by_vote(
 
 
 def spell(word: str) -> str:
-    """WordNet's underscores are spaces."""
+    """A word with spaces for WordNet's underscores."""
     return word.replace("_", " ")
 
 
@@ -438,7 +438,7 @@ def parents(rows: Rows) -> dict[str, tuple[str, str]]:
 
 
 def stand_for(base: str, on: Sequence[str], wheels: Sequence[dict]) -> list[str]:
-    """The wheel words to write beside a base word, so that the scoring rule finds what is meant.
+    """The wheel words written beside a base word, so that the scoring rule finds its place.
 
     Of all wheel words of a base word the rule takes, on each wheel, the alphabetically first one
     that stands there; so a word that is meant for one wheel may shadow another's. Where it would, a
@@ -574,7 +574,7 @@ def _notice() -> str:
 
 
 def wordnet_directory() -> Path:
-    """Where WordNet's own tools look, else where Debian's package puts it."""
+    """The directory of WordNet's own tools, else that of Debian's package."""
     return Path(os.environ.get("WNSEARCHDIR") or "/usr/share/wordnet")
 
 

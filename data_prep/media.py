@@ -1,4 +1,4 @@
-"""Pixels and samples of a clip, as AffectGPT looks at it and listens to it (arXiv 2501.16566).
+"""Frames and sound of a clip, sampled as AffectGPT does (arXiv 2501.16566).
 
 Frames are sampled uniformly over all frames of the video stream, `floor(i * n / min(k, n))`, and
 turned upright. Audio is brought to 16 kHz, its channels averaged, and cut into 8 windows of two
@@ -51,7 +51,7 @@ class MediaError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class VideoFacts:
-    """What a video stream is.
+    """Size and length of a video stream.
 
     Attributes:
         frames: how many it has.
@@ -66,7 +66,7 @@ class VideoFacts:
 
 
 def check_whole(path: Path) -> None:
-    """Read a file to its end, decoding nothing.
+    """Read a file to its end without decoding it.
 
     Ogg, MP3 and MPEG streams name no length, so that a part of one is as whole as all of it.
 
@@ -89,7 +89,7 @@ def check_whole(path: Path) -> None:
 
 
 def _check_wav(path: Path) -> None:
-    """Raises MediaError where samples are missing: FFmpeg takes what there is for the length."""
+    """Raise MediaError where samples are missing, which FFmpeg does not report."""
     with open(path, "rb") as file:
         file.seek(12)  # behind RIFF, size and WAVE
         while len(header := file.read(8)) == 8:
@@ -105,7 +105,7 @@ def _check_wav(path: Path) -> None:
 def read_frames(
     path: Path, count: int, convert: Callable[[np.ndarray], Converted]
 ) -> tuple[list[Converted], VideoFacts]:
-    """The frames that stand for a video, at most `count` of them.
+    """The frames that are sampled from a video, at most `count`.
 
     With `count` a multiple of 8, `sample_rows(len(frames), 8)` of what is returned are the same
     frames as `sample_rows(n, 8)` of all `n` are.
@@ -225,7 +225,7 @@ def _open(path: Path) -> av.container.InputContainer:
 def _stream(
     container: av.container.InputContainer, kind: str
 ) -> av.video.stream.VideoStream | av.audio.stream.AudioStream:
-    """The first stream of a kind; the picture on a record's cover is no video."""
+    """The first stream of a kind; cover art does not count as video."""
     for stream in getattr(container.streams, kind):
         if not stream.disposition & av.stream.Disposition.attached_pic:
             return stream
@@ -242,7 +242,7 @@ def _decoded(path: Path, kind: str) -> Iterator[av.VideoFrame | av.AudioFrame]:
 
 
 def _guarded(items: Iterable[Any]) -> Iterator[Any]:
-    """The same, with FFmpeg's errors as MediaError."""
+    """Iterate with FFmpeg's errors turned into MediaError."""
     try:
         yield from items
     except (av.FFmpegError, OSError) as error:

@@ -1,4 +1,4 @@
-"""extraction.csv: a row per clip with what became of it, and why; and the same in a few lines."""
+"""Report of an extraction: `extraction.csv` with a row per clip, and a summary in a few lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REASONS_SHOWN = 20
 
 @dataclasses.dataclass(frozen=True)
 class Elsewhere:
-    """The clips of other extractions, which must not be here again.
+    """The clips of other extractions, which this one must not contain.
 
     Attributes:
         files: by the hash of a clip's files, which clip of which directory has them.
@@ -35,7 +35,7 @@ class Elsewhere:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def remarks(self, report: Sequence[Mapping[str, Any]]) -> list[str]:
-        """A line about clips that are here, and share no more than a name with others."""
+        """A line about clips that share a name, but no content, with clips of other extractions."""
         shared = [r["name"] for r in report if r["status"] == OK and r["name"] in self.names]
         if not shared:
             return []
@@ -46,7 +46,7 @@ class Elsewhere:
 
 
 def read_elsewhere(directories: Sequence[Path]) -> Elsewhere:
-    """The clips that the reports of extractions call ok.
+    """The clips that the reports of other extractions list as ok.
 
     Raises:
         ReadError: a directory without such a report, or one that cannot be read.
@@ -69,7 +69,7 @@ def clip_report(
     allow_missing: bool,
     elsewhere: Elsewhere,
 ) -> list[dict[str, Any]]:
-    """What becomes of each clip: a row of `COLUMNS`, in their order.
+    """A row of `COLUMNS` for each clip, in order.
 
     Args:
         rows: of each clip: name, problems by feature, facts.
@@ -102,7 +102,7 @@ def clip_report(
 
 
 def _reason(problems: Mapping[str, str], features: Sequence[str]) -> str:
-    """Problems as one text; what hinders every feature stands alone."""
+    """The reasons as one text; a reason for all features is given once."""
     causes: dict[str, list[str]] = {}
     for feature in features:
         if feature in problems:
@@ -113,7 +113,7 @@ def _reason(problems: Mapping[str, str], features: Sequence[str]) -> str:
 
 
 def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
-    """The CSV file of `COLUMNS`; it appears when it is whole."""
+    """Write the CSV file of `COLUMNS`, atomically."""
     stream = io.StringIO(newline="")
     writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
@@ -125,7 +125,7 @@ def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
 
 
 def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why clips are left out, or lack a modality: a line a kind of reason, most frequent first."""
+    """Reasons why clips are left out or lack a modality: a line each, the most frequent first."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in report:
         if row["reason"]:

@@ -1,4 +1,4 @@
-"""What record directories hold, in numbers and pictures.
+"""Statistics of record directories: tables and plots.
 
     python -m data_prep.statistics --records train=records/mercaptionplus test=records/mer2024 \\
         --out statistics
@@ -40,7 +40,7 @@ SHOWN_SETS = 6  # in a picture, before lines cannot be told apart
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What the clips of a directory have.
+    """The contents of the clips of a directory.
 
     Attributes:
         name: of the set.
@@ -54,7 +54,7 @@ class Contents:
 
     @property
     def labels(self) -> list[tuple[str, ...]]:
-        """Label lists of the clips that have one; a single true emotion is a list of one."""
+        """Label lists of the clips that have one; a single emotion is a list of one."""
         lists = (
             entry.labels or ((entry.emotion,) if entry.emotion else ()) for entry in self.entries
         )
@@ -73,7 +73,7 @@ class Contents:
 
 
 def read_contents(name: str, directory: Path) -> Contents:
-    """The index of a record directory, and durations where it was extracted here.
+    """Read the index of a record directory, and durations from its extraction.csv if there is one.
 
     Raises:
         RecordError, ReadError: a directory that is none, or a report that cannot be read.
@@ -93,7 +93,7 @@ def read_contents(name: str, directory: Path) -> Contents:
 
 
 def table_row(contents: Contents) -> dict[str, Any]:
-    """A row of `statistics.csv`; empty where no clip has the quantity."""
+    """A row of `statistics.csv`; a cell is empty where no clip has the quantity."""
     labels, seconds = contents.labels, contents.seconds
     row: dict[str, Any] = {
         "set": contents.name,
@@ -115,7 +115,7 @@ def table_row(contents: Contents) -> dict[str, Any]:
 
 
 def distributions(contents: Contents) -> dict[str, dict[str, int]]:
-    """By quantity, clips by value or by bin, which is named by its lower end."""
+    """For each quantity the number of clips by value, or by bin, named by its lower end."""
     words = Counter(word for each in contents.labels for word in dict.fromkeys(each))
     # Equally frequent labels in alphabetical order, so that the files do not depend on the clips'.
     top = sorted(words.items(), key=lambda item: (-item[1], item[0]))[:TOP_LABELS]

@@ -3,7 +3,7 @@
     python -m data_prep.to_tfds --out DIR \\
         --records train=/records/mercaptionplus test=/records/mer2024
 
-Without a name before it, a directory becomes the split that its manifest names.
+A directory without a name before it becomes the split that its manifest names.
 """
 
 from __future__ import annotations
