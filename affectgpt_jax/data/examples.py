@@ -1,4 +1,4 @@
-"""From a clip's texts to token ids: one training example, and where its soft tokens stand."""
+"""Turn a clip's texts into token ids, and find the positions of its soft tokens."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def soft_token_index(
     token_counts: Mapping[str, int],
     slots: Sequence[str],
 ) -> np.ndarray:
-    """Which soft token stands at each position of a row: int32 `[T]`, 0 for none.
+    """The soft token at each position of a row: int32 `[T]`, 0 for none.
 
     Args:
         tokens: ids of a row, `[T]`.

@@ -1,4 +1,4 @@
-"""Clips on disk: precomputed features and their annotations, as ArrayRecord shards.
+"""Clips on disk: precomputed features and annotations in ArrayRecord shards.
 
 A record directory holds one split of a data set:
 
@@ -56,12 +56,12 @@ _RESTORE = "restore the directory from its source, or write it again"
 
 
 class RecordError(UserError, ValueError):
-    """A record, or a directory of records, is not what it has to be."""
+    """A record, or a directory of records, that is damaged or malformed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Annotations:
-    """What is said about a clip. All but the name may be empty; each label type reads some."""
+    """Annotations of a clip. All but the name may be empty; each label type reads some of them."""
 
     name: str
     subtitle: str = ""
@@ -343,7 +343,7 @@ class Records(Protocol):
 
 
 def _name_share(name: str, draw: int) -> float:
-    """A number in [0, 1) that a name alone decides; every `draw` gives another one."""
+    """A number in [0, 1) that depends on the name and on `draw` alone."""
     digest = hashlib.sha256(name.encode("utf-8")).digest()
     return int.from_bytes(digest[8 * draw : 8 * draw + 8], "little") / 2**64
 

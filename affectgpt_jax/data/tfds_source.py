@@ -1,4 +1,4 @@
-"""The same clips as a TensorFlow-Datasets data set, written and read without TensorFlow.
+"""Records as a TensorFlow-Datasets data set, written and read without TensorFlow.
 
 A data set of one or several splits, each out of one record directory, lies in `DIR/NAME/VERSION`:
 
@@ -67,7 +67,7 @@ _OTHER_VERSION = "it was written by another version of this code: update, or wri
 
 @dataclasses.dataclass(frozen=True)
 class _Column:
-    """How a field of `Annotations` is stored: its TFDS feature, and the way there and back."""
+    """How a field of `Annotations` is stored: its TFDS feature and both conversions."""
 
     feature: Callable[[], Any]
     encode: Callable[[Any], Any]
@@ -437,7 +437,7 @@ def _find(directory: Path) -> Path:
 
 
 def _open(directory: Path) -> tuple[tfds.core.DatasetBuilder, dict[str, Manifest]]:
-    """The data set as TFDS sees it, and the manifest of every split."""
+    """The TFDS builder of a data set, and the manifest of every split."""
     try:
         builder = tfds.builder_from_directory(directory)
     # A damaged file fails in TFDS, in JSON, or in protocol buffers.

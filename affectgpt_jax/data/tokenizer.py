@@ -85,7 +85,7 @@ class Tokenizer:
         return [vocabulary[token] for token in tokens if token in vocabulary]
 
     def chat_prompt(self, message: str) -> str:
-        """A message to the base as its chat format has it, up to where the reply starts.
+        """A message in the chat format of the base, up to the start of the reply.
 
         By the template of the base's directory (`chat_template.jinja`, or `chat_template` in
         `tokenizer_config.json`) if there is one, else as Qwen2.5 has it. Marks of turns and soft
@@ -114,7 +114,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _chat_template(self) -> str | None:
-        """The template of the directory, in Jinja; None if it has none."""
+        """The Jinja template of the directory; None if it has none."""
         path = self._directory / "chat_template.jinja"
         try:
             if path.is_file():

@@ -1,4 +1,4 @@
-"""Which labels are predicted where others are true, counted in clips."""
+"""Confusion tables: clips by true and predicted label."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OTHERS = "(others)"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Confusion:
-    """Clips by what is true and what is predicted.
+    """Number of clips by true and predicted label.
 
     Attributes:
         wheel: 1 to 5; None where the labels are on none.
@@ -57,7 +57,7 @@ def confusions(
     lexicon: Lexicon | None = None,
     level: int = 1,
 ) -> tuple[Confusion, ...]:
-    """One table per wheel, or one where no lexicon is asked.
+    """One table per wheel, or a single one without a lexicon.
 
     Rows are the true words of basic and words, the commonest first, the true labels of the wheel
     for fine, and the sign of the valence for sentiment; columns are the labels of the wheel, the

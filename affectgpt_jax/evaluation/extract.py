@@ -1,4 +1,4 @@
-"""Emotion labels out of descriptions: what is asked of a language model, and how its reply is read.
+"""Extract emotion labels from descriptions: messages to a language model, and readers of replies.
 
 A description ("He frowns, so he may be worried ...") is scored by the emotions that it names. Who
 finds them is an `Extractor`: the rules of `evaluation.rules`, or a `ChatExtractor`, which asks a
@@ -37,7 +37,7 @@ LONGEST_LABEL = 4
 
 
 class Extractor(Protocol):
-    """Who turns descriptions into labels.
+    """Turns descriptions into labels.
 
     Attributes:
         identity: for reports: what it is, and all that its results depend on.
@@ -48,7 +48,7 @@ class Extractor(Protocol):
     unparsed: dict[str, str]
 
     def labels(self, texts: Sequence[str]) -> list[list[str]]:
-        """The emotions that each text names, lower-case, in order, without repeats."""
+        """The emotions that each text names, in lower case, in order, without repeats."""
         ...
 
     def sentiments(self, label_lists: Sequence[Sequence[str]]) -> list[str]:
@@ -71,12 +71,12 @@ class Chat(Protocol):
 
 
 def label_message(text: str) -> str:
-    """What a model is asked about a description; the paper does not say how the text follows."""
+    """The message about a description; how the text is appended is ours, the paper does not say."""
     return f"{LABEL_PROMPT}\nClues: {text.strip()}"
 
 
 def sentiment_message(labels: Sequence[str]) -> str:
-    """What a model is asked about a label list."""
+    """The message about a label list."""
     return f"{SENTIMENT_PROMPT}\nWords: [{', '.join(labels)}]"
 
 
@@ -124,7 +124,7 @@ def _key(identity: str, message: str) -> str:
 
 
 class ChatExtractor:
-    """Asks a language model, and never twice the same.
+    """Asks a language model, each distinct message once.
 
     Args:
         chat: the model.

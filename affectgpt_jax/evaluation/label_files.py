@@ -1,4 +1,4 @@
-"""The truth and subtitles of a data set, out of the files that its authors publish."""
+"""Read the truth and subtitles of a data set from the files that its authors publish."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VALUES_SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class SetTruth:
-    """What people say about the clips of a data set.
+    """Human labels and subtitles of the clips of a data set.
 
     Attributes:
         dataset: which one.
@@ -166,7 +166,7 @@ def _read_utterances(path: Path, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _media_names(folder: Path, suffixes: tuple[str, ...]) -> set[str]:
-    """What the files of a folder are called without one of these suffixes.
+    """Names of the files of a folder without one of these suffixes.
 
     Raises:
         ReadError: the folder cannot be listed.

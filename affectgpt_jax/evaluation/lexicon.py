@@ -1,4 +1,4 @@
-"""From a word to an emotion of a wheel: surface form -> base words -> wheel words -> label.
+"""Map a word to an emotion of a wheel: surface form -> base words -> wheel words -> label.
 
 MER-UniBench scores free words. A word's surface form ("crying") belongs to base words ("cry"),
 these are synonyms of words that stand on an emotion wheel ("sad"), and each of the five wheels has
@@ -39,7 +39,7 @@ COMPILER = 1
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Which lexicon made a score; scores of two lexicons do not compare.
+    """Identity of the lexicon behind a score; scores of different lexicons are not comparable.
 
     Attributes:
         name: what people call it.
@@ -51,7 +51,7 @@ class Identity:
 
     @property
     def official(self) -> bool:
-        """Whether it is, byte by byte, the one that made the published scores."""
+        """Whether the files are byte for byte those behind the published scores."""
         return self.sha256 == OFFICIAL_SHA256
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Identity:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What a lexicon's files say, lower-cased and stripped.
+    """The contents of a lexicon's files, lower-cased and stripped.
 
     Attributes:
         wheels: rows (level 1, level 2, level 3) of each wheel, in the order of the file; "" where
@@ -111,7 +111,7 @@ class Lexicon:
 
 
 def normalise(word: str) -> str:
-    """How words are compared: without space around them, in lower case."""
+    """The form in which words are compared: stripped and lower-cased."""
     return word.strip().lower()
 
 
@@ -139,7 +139,7 @@ def load_lexicon(directory: str | Path | None = None) -> Lexicon:
 
 
 def read_source(directory: str | Path | None = None) -> Source:
-    """What a lexicon's files say; for arguments and errors see `load_lexicon`."""
+    """Read a lexicon's files; arguments and errors are those of `load_lexicon`."""
     directory = DEFAULT if directory is None else Path(directory)
     return _parse(directory, _read_files(directory))
 
@@ -163,7 +163,7 @@ def _parse(directory: Path, content: dict[str, bytes]) -> Source:
 
 
 def _source_files(directory: Path) -> tuple[str, ...]:
-    """The files that make a directory one lexicon or the other."""
+    """The files by which a directory is recognised as an official or a neutral lexicon."""
     if not directory.is_dir():
         raise ReadError(f"{directory} is not a directory; expected that of a lexicon")
     present = {path.name for path in directory.iterdir()}
@@ -340,14 +340,14 @@ def level2_parents(rows: Iterable[tuple[str, str, str]]) -> dict[str, str]:
 
 
 def _cache_directory() -> Path:
-    """Where the XDG base directory specification wants files that can be made again."""
+    """The cache directory of the XDG base directory specification."""
     home = os.environ.get("XDG_CACHE_HOME", "")
     # It says that a relative path must be ignored.
     return (Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()) / "affectgpt_jax"
 
 
 def _read_cache(path: Path, identity: Identity) -> Lexicon | None:
-    """The compiled lexicon; None if there is none, or one that is not whole."""
+    """The cached compiled lexicon; None if it is missing or damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
             forms, *names = json.loads(arrays["words"].tobytes())

@@ -31,7 +31,7 @@ Labels = Sequence[Sequence[str]]
 
 
 class ScoreError(UserError, ValueError):
-    """Predictions and truth that give no score, or scores that do not compare."""
+    """Predictions and truth without a score, or scores that are not comparable."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class Score:
 
     @property
     def primary(self) -> float:
-        """The value that counts for MER-UniBench: F, hit rate, or weighted F1."""
+        """The primary value in MER-UniBench: F, hit rate, or weighted F1."""
         return next(iter(self.values.values()))
 
     def as_dict(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class EncodedLabels:
         return cls(len(labels), clip, form, dict(unknown.most_common()))
 
     def on_wheel(self, lexicon: Lexicon, level: int, wheel: int) -> tuple[np.ndarray, float]:
-        """Which labels of a wheel each clip has, bool [clips, labels], and the unmapped share."""
+        """Labels of a wheel by clip, bool [clips, labels], and the share of unmapped labels."""
         label = lexicon.table[level - 1, wheel, self.form]
         mapped = label >= 0
         present = np.zeros((self.clips, len(lexicon.labels[level - 1][wheel])), bool)
@@ -330,7 +330,7 @@ def score_sentiment(predictions: Sequence[str], truth: Sequence[float]) -> Score
 
 
 def score_words(predictions: Labels, truth: Sequence[str], max_labels: int = 1) -> Score:
-    """Hit rate of one true word among the first labels, compared as words; no lexicon is asked.
+    """Hit rate of one true word among the first labels, compared as words, without a lexicon.
 
     For sets whose words are closed, such as the demo world. Clips without a true word are left
     out. A class's precision is over all labels that count.
@@ -457,7 +457,7 @@ class Interval:
 
 
 def clip_scores(score: Score) -> np.ndarray:
-    """How each clip fared by itself, float64 [clips], 0 to 1; nan where it is not scored.
+    """The score of each clip alone, float64 [clips], 0 to 1; nan where it is not scored.
 
     Hits, as a mean over the wheels that score the clip; F of the clip's mean precision and recall
     for fine. Means of these are not the score.
@@ -514,7 +514,7 @@ def mean_interval(
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How two systems differ on the same clips.
+    """The difference of two systems on the same clips.
 
     Attributes:
         difference: of the primary values, first minus second.
@@ -618,7 +618,7 @@ def _interval(values: np.ndarray, confidence: float) -> Interval:
 
 @dataclasses.dataclass(frozen=True)
 class Protocols:
-    """What several checkpoints of one run score, told in both ways.
+    """Scores of several checkpoints of a run under both protocols.
 
     Attributes:
         fixed: the checkpoint that was named before the test set was looked at.
@@ -638,7 +638,7 @@ class Protocols:
 
 
 def protocols(values: Mapping[str, float], fixed: str) -> Protocols:
-    """Fixed checkpoint beside best of several; of equals, the first is best.
+    """The fixed checkpoint and the best of several; of equal scores, the first is best.
 
     Raises:
         ScoreError: the fixed checkpoint is not among them.

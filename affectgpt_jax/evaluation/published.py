@@ -1,4 +1,4 @@
-"""The published figures that ship with the package, to set one's own beside."""
+"""Published figures that ship with the package, for comparison."""
 
 from __future__ import annotations
 

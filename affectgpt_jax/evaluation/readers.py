@@ -1,4 +1,4 @@
-"""Predictions and truth out of the files that people have, clip by clip, nothing lost silently."""
+"""Read predictions and truth from files, clip by clip; nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NO_PREDICTION = "without a prediction, scored as empty"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """Something about a few clips that the reader of a score must know.
+    """A remark about some clips that affects how a score is read.
 
     Attributes:
         what: of the clips, after their number: "with an empty prediction".
@@ -97,7 +97,7 @@ def count(names: Sequence[str]) -> str:
 
 
 def parse_labels(text: str) -> list[str]:
-    """The words of a label list that a model or a file writes as text.
+    """The words of a label list that is written as text by a model or in a file.
 
     One leading `[` and one trailing `]` go, then every quote and comma separates; empty words are
     dropped, the others stripped and lower-cased. So `["a", 'b']`, `[a, b]` and `a,b` are the same.
@@ -109,7 +109,7 @@ def parse_labels(text: str) -> list[str]:
 
 
 def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) -> Table:
-    """What a system says about each clip.
+    """Read the predictions of a system for each clip.
 
     Args:
         path: a JSONL file (one object a line with `name` and `labels`, `openset` or `text`; for
@@ -140,7 +140,7 @@ def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) ->
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
-    """What the model wrote about each clip, where a prediction file in JSONL has it as `text`.
+    """Read the model's text about each clip, the field `text` of a JSONL prediction file.
 
     Other files, and lines without a text, have none.
 
@@ -160,7 +160,7 @@ def read_texts(path: str | Path) -> dict[str, str]:
 def read_truth(
     path: str | Path, task: str, allow_pickle: bool = False, split: str | None = None
 ) -> Table:
-    """What people say about each clip.
+    """Read the true labels of each clip.
 
     Args:
         path: a CSV or JSONL file with `name` and, by task, `openset` (fine), `emotion` (basic and
@@ -192,7 +192,7 @@ def read_truth(
 
 
 def pair(predictions: Table, truth: Table, missing: str = "error") -> Pairs:
-    """Bring predictions and truth together.
+    """Pair predictions with the truth.
 
     Args:
         predictions: a prediction per clip; more clips than the truth has are reported.

@@ -1,4 +1,4 @@
-"""What a system scores on a data set, with all its checkpoints: what every report is made of."""
+"""Results of a system on a data set, with all its checkpoints: the content of every report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NEEDS_LEXICON = ("fine", "basic")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """The score of one prediction file, which is that of one checkpoint.
+    """The score of one prediction file, that is of one checkpoint.
 
     Attributes:
         predictions: the file, or what the checkpoint is called.
@@ -61,7 +61,7 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """A clip as people read it.
+    """A clip as shown in a report.
 
     Attributes:
         name: of the clip.
@@ -80,7 +80,7 @@ class Example:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class SetResult:
-    """What a system scores on one data set.
+    """The results of a system on one data set.
 
     Attributes:
         name: of the set; one of MER-UniBench counts for its mean.
@@ -102,7 +102,7 @@ class SetResult:
 
     @property
     def fixed(self) -> Result:
-        """The checkpoint that was named before the test set was looked at."""
+        """The checkpoint that was chosen without the test set."""
         return self.results[-1]
 
     @property
@@ -184,7 +184,7 @@ def score_checkpoints(
 
 
 def protocols(results: Sequence[Result]) -> metrics.Protocols:
-    """The last checkpoint, which was fixed, beside the best."""
+    """The last checkpoint, which is the fixed one, and the best."""
     values = {result.predictions: result.score.primary for result in results}
     return metrics.protocols(values, results[-1].predictions)
 
@@ -201,7 +201,7 @@ def score_set(
     texts: Mapping[str, str] | None = None,
     references: Mapping[str, float] | None = None,
 ) -> SetResult:
-    """Everything a report says about one data set.
+    """Compute everything that a report shows about one data set.
 
     Args:
         name: of the set, as Table 2 writes it if it is of MER-UniBench.
@@ -223,7 +223,7 @@ def score_set(
 def _draw_examples(
     result: Result, texts: Mapping[str, str], seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """Some of all scored clips, and some of those that miss, none of them twice."""
+    """Random examples of all scored clips and of those that miss, without repeats."""
     scores, pairs = metrics.clip_scores(result.score), result.pairs
 
     def example(clip: int) -> Example:
@@ -284,7 +284,7 @@ def group_means(
 
 
 def check_lexicons(sets: Sequence[SetResult]) -> None:
-    """Refuse scores that were not made the same way.
+    """Refuse to combine scores of different lexicons or levels.
 
     Raises:
         ScoreError: two lexicons, two levels, or two results of one set.

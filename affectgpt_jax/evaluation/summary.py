@@ -1,4 +1,4 @@
-"""Everything that is told about a system: its results, their means, and what to be wary of."""
+"""The report on a system: its results, their means, and warnings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from affectgpt_jax.evaluation.tables import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """Everything that is told about a system.
+    """The report on a system.
 
     Attributes:
         system: what it is called.
@@ -68,7 +68,7 @@ def make_report(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Report:
-    """Bring the results of a system together.
+    """Combine the results of a system into a report.
 
     Args:
         system: what to call it.

@@ -1,4 +1,4 @@
-"""How many floating-point operations an update's matrix products take.
+"""Floating-point operations of the matmuls of an update.
 
 Model FLOPs, as the field counts them for MFU (PaLM, arXiv 2204.02311, appendix B): a product of
 `[n, in]` with `[in, out]` is 2 n in out, and what is computed again in the backward pass
@@ -22,7 +22,7 @@ from affectgpt_jax.models.lora import LoraConfig
 
 
 class Flops(NamedTuple):
-    """FLOPs by what they are spent on."""
+    """FLOPs by kind of matmul."""
 
     frozen: int
     adapters: int

@@ -33,7 +33,7 @@ class QFormerConfig:
     norm_eps: float = 1e-12
 
     def __post_init__(self) -> None:
-        """Rejects sizes and rates out of range, and a width that the heads cannot share."""
+        """Rejects sizes and rates out of range, and a width that `heads` does not divide."""
         for field in ("width", "heads", "layers", "intermediate"):
             if getattr(self, field) < 1:
                 raise ValueError(f"qformer.{field} is {getattr(self, field)}; expected 1 or more")

@@ -1,4 +1,4 @@
-"""Frozen kernels in 8 or 4 bits, and products with them.
+"""Frozen kernels in 8 or 4 bits, and matmuls with them.
 
     int8   8-bit integers; activations and gradients too, so that products run on integer units
     fp8    float8 e4m3 in the same way, for GPUs from Hopper on
@@ -54,7 +54,7 @@ NF4_BLOCK = 64
 
 
 class QuantizedKernel(NamedTuple):
-    """A kernel `[..., in, out]`, as numbers of few bits and their scales.
+    """A kernel `[..., in, out]` as low-bit numbers and their scales.
 
     Attributes:
         values: `[..., in, out]` int8 or float8_e4m3fn, or `[..., in / 2, out]` uint8, which holds
@@ -68,13 +68,13 @@ class QuantizedKernel(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the kernel that this stands for."""
+        """Shape of the kernel that this represents."""
         *lead, rows, columns = self.values.shape
         return (*lead, rows * (2 if self.precision == "nf4" else 1), columns)
 
     @property
     def precision(self) -> str:
-        """Which one of `PRECISIONS` this is."""
+        """The precision, one of `PRECISIONS`."""
         return next(name for name, dtype in _DTYPES.items() if self.values.dtype == dtype)
 
 
@@ -107,7 +107,7 @@ def _scaled(x: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _divide(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """`x / scale`, where the scale of nothing but zeros is zero."""
+    """`x / scale`, and 0 where the scale is 0."""
     return x / jnp.where(scale == 0, 1, scale)
 
 
@@ -126,7 +126,7 @@ def _quantize_nf4(kernel: jax.Array) -> QuantizedKernel:
 
 
 def dequantize(kernel: QuantizedKernel, dtype: Any) -> jax.Array:
-    """The kernel `[..., in, out]` that a quantized one stands for."""
+    """The kernel `[..., in, out]` that a quantized one represents."""
     values, scale = kernel.values, kernel.scale.astype(jnp.float32)
     if kernel.precision == "nf4":
         pairs = jnp.stack([values & 15, values >> 4], axis=-2)

@@ -1,1 +1,1 @@
-"""Weights on disk to parameter trees and back."""
+"""Conversion between weights on disk and parameter trees."""

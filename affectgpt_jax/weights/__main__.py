@@ -1,4 +1,4 @@
-"""Look into weights, and write those of a run for other programs.
+"""Inspect weights, and export those of a run to other programs.
 
     python -m affectgpt_jax.weights inspect PATH
     python -m affectgpt_jax.weights export-peft WORKDIR OUT
@@ -133,7 +133,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def inspect(arguments: argparse.Namespace) -> str:
-    """The report on what stands at a path."""
+    """The report on the weights at a path."""
     path = arguments.path
     if path.suffix == ".safetensors":
         raise WeightsError(f"{path} is a part of a model or an adapter; name its directory")
@@ -154,7 +154,7 @@ def inspect(arguments: argparse.Namespace) -> str:
 
 
 def describe_run(checkpoint: Checkpoint) -> report.Report:
-    """A checkpoint, and the run that it is of."""
+    """The report on a checkpoint and its run."""
     saved, config, lora = checkpoint.saved, checkpoint.config, checkpoint.lora
     loss = saved.val_loss(checkpoint.step)
     validation = "" if loss is None else f", validation loss {loss:.4f}"
@@ -188,7 +188,7 @@ def export_peft(arguments: argparse.Namespace) -> str:
 
 
 def export_release(arguments: argparse.Namespace) -> str:
-    """Write a run's LoRA, heads and pre-fusion as a checkpoint of the release."""
+    """Write a run's LoRA, projectors and pre-fusion as a checkpoint of the release."""
     checkpoint = open_checkpoint(arguments.workdir, arguments.step)
     epoch = checkpoint.step // release.STEPS_PER_EPOCH
     trainable = checkpoint.saved.trainable(checkpoint.step)

@@ -54,7 +54,7 @@ def tensor_name(path: tuple[str, ...]) -> tuple[str, bool]:
 
 
 def _transposed(path: tuple[str, ...]) -> bool:
-    """Whether Hugging Face stores this parameter as `[out, in]` where we hold `[in, out]`."""
+    """Whether Hugging Face stores this parameter transposed, as `[out, in]`."""
     return path[-1] in ("kernel", "lm_head")
 
 
@@ -173,7 +173,7 @@ def base_identity(directory: Path) -> BaseIdentity:
 
 
 def _identity_shape(config: DecoderConfig) -> dict[str, Any]:
-    """A config as identities count it.
+    """The fields of a config that enter an identity.
 
     Fields that came after the first checkpoints count only where they say something: a Qwen2.5
     keeps the identity under which those checkpoints know it.

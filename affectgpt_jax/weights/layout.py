@@ -1,4 +1,4 @@
-"""One parameter tree, several sets of names: how other libraries store what is trained here."""
+"""Mapping between parameter trees and the tensor names of other libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Path = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """How a parameter of ours is stored elsewhere.
+    """How another library stores a parameter.
 
     Attributes:
         name: of the tensor; with `{}` in it, of one tensor per layer: the first axis of ours.
@@ -42,7 +42,7 @@ class Stored:
         return (1, *shape) if self.batched else shape
 
     def outward(self, value: np.ndarray) -> np.ndarray:
-        """A parameter, or one layer of it, as it is stored."""
+        """Convert a parameter, or one layer of it, to its stored form."""
         value = value.T if self.transposed else value
         return np.ascontiguousarray(value[None] if self.batched else value)
 
@@ -56,7 +56,7 @@ Layout = Callable[[Path], Stored]
 
 
 def expected_shapes(abstract: Any, layout: Layout) -> dict[str, Shape]:
-    """Name and shape of every tensor that a tree is stored as."""
+    """Name and shape of every tensor of a stored tree."""
     shapes = {}
     for path, leaf in _leaves(abstract):
         stored = layout(path)
@@ -100,7 +100,7 @@ def from_tensors(abstract: Any, layout: Layout, read: Callable[[str], np.ndarray
 
 
 def compare_shapes(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> str | None:
-    """What is wrong with the tensors of a file, in words; None where nothing is missing.
+    """Describe missing or misshapen tensors of a file; None where nothing is missing.
 
     Tensors that are not expected are left to the caller.
     """

@@ -1,4 +1,4 @@
-"""LoRA folded into its base, `W + (alpha / r) A B`: plain `transformers` runs the result."""
+"""Merge LoRA into its base, `W + (alpha / r) A B`, for use with plain `transformers`."""
 
 from __future__ import annotations
 

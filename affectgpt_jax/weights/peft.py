@@ -44,7 +44,7 @@ _MODULE = re.compile(r"base_model\.model\.model\.layers\.\d+\.(?:self_attn|mlp)\
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What an `adapter_config.json` says.
+    """The settings of an `adapter_config.json`.
 
     Attributes:
         rank, alpha, dropout: as in `LoraConfig`.

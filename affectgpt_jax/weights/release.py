@@ -118,7 +118,7 @@ def read_release(path: Path) -> ReleaseFile:
 
 
 def release_layout(path: layout.Path) -> layout.Stored:
-    """How the release stores a parameter of `trainable`, by its path.
+    """The stored form in the release of a parameter of `trainable`, by its path.
 
     Raises:
         WeightsError: it has no such parameter: Q-Formers for images are ours alone.
@@ -150,12 +150,12 @@ def _qformer_name(middle: list[str]) -> str:
 
 
 def owner(name: str) -> str | None:
-    """What a tensor of the release belongs to: "lora", a head, "multi", or None of these."""
+    """The part that a tensor of the release belongs to: "lora", a projector, "multi", or None."""
     return "lora" if _LORA.fullmatch(name) else _OWNERS.get(name.split(".")[0])
 
 
 def head_kinds(names: Iterable[str]) -> dict[str, str]:
-    """Type of every head, and of the pre-fusion ("multi"), by the names of the tensors."""
+    """Type of every projector, and of the pre-fusion ("multi"), by the names of the tensors."""
     names = set(names)
     kinds = {}
     for module, projection in _PROJECTIONS.items():
@@ -177,7 +177,7 @@ def lora_rank_and_targets(tensors: Mapping[str, layout.Shape]) -> tuple[int, tup
 
 
 def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[Any, list[str]]:
-    """Load the adapters, heads and pre-fusion of a checkpoint of the release.
+    """Load the adapters, projectors and pre-fusion of a checkpoint of the release.
 
     Args:
         path: the `.pth` file.
@@ -225,7 +225,7 @@ def save_release(
     epoch: int,
     config: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write adapters, heads and pre-fusion as the release loads them, bit for bit.
+    """Write adapters, projectors and pre-fusion as the release loads them, bit for bit.
 
     The file has no `optimizer` and no `scaler`: it can be run and trained on, not resumed.
 

@@ -1,4 +1,4 @@
-"""What weights on disk are, read off headers and configs: no values, no accelerator."""
+"""Reports on weights on disk, from headers and configs alone."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Facts by name, and the parts that the weights consist of."""
+    """Facts about weights, and the parts that they consist of."""
 
     facts: Sequence[tuple[str, str]]
     parts: Sequence[Part]
@@ -205,7 +205,7 @@ def _release_part(name: str) -> str:
 
 
 def tree_kinds(fusion: Mapping[str, Any]) -> dict[str, str]:
-    """Type of every head and of the pre-fusion ("multi") of a `fusion` tree."""
+    """Type of every projector and of the pre-fusion ("multi") of a `fusion` tree."""
     kinds = {}
     for head in _HEADS:
         if head in fusion:
@@ -216,7 +216,7 @@ def tree_kinds(fusion: Mapping[str, Any]) -> dict[str, str]:
 
 
 def head_name(head: str) -> str:
-    """What a head is called in reports."""
+    """Name of a projector in reports."""
     return "pre-fusion" if head == "multi" else f"{head} head"
 
 
@@ -229,7 +229,7 @@ def describe_lora(rank: int, alpha: float | None, targets: Sequence[str]) -> str
 
 
 def describe_heads(kinds: Mapping[str, str]) -> str:
-    """Types of the heads in words."""
+    """Types of the projectors in words."""
     return ", ".join(f"{head_name(h)} {kinds[h]}" for h in _HEADS if h in kinds) or "none"
 
 

@@ -43,7 +43,7 @@ class WeightsError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies, `offset` bytes from the start of a safetensors file."""
+    """A tensor in a safetensors file, `offset` bytes from its start."""
 
     name: str
     path: Path
@@ -227,7 +227,7 @@ def _computes_in_host_memory(device: jax.Device) -> bool:
 
 
 class _HostShard:
-    """A part that is filled as a NumPy array; CPU devices then take it over without a copy.
+    """A shard that is filled as a NumPy array, which a CPU device takes over without a copy.
 
     XLA's CPU backend has no in-place update of a bfloat16 array, so `_DeviceShard` would copy the
     whole of it for every block.
@@ -252,7 +252,7 @@ class _HostShard:
 
 
 class _DeviceShard:
-    """A part in the memory of accelerators, updated in place: its buffer is donated every time."""
+    """A shard in the memory of an accelerator, updated in place by donating its buffer."""
 
     block_bytes = DEVICE_BLOCK
 
@@ -288,7 +288,7 @@ def _as_part(block, ndim: int, transposed: bool):
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that starts where XLA's CPU backend takes an array over as it is."""
+    """Memory with the alignment at which XLA's CPU backend takes an array over without a copy."""
     alignment = 64
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + alignment, np.uint8)

@@ -1,4 +1,4 @@
-"""Files of `torch.save` and `torch.load`, without PyTorch, and without running what they hold.
+"""Read and write files of `torch.save` without PyTorch, and without running their contents.
 
 Since version 1.6, PyTorch writes an uncompressed zip: `NAME/data.pkl` is a pickle of the saved
 value, whose tensors point to the raw bytes in `NAME/data/KEY`. Here the pickle goes through the
@@ -52,7 +52,7 @@ _ALIGNMENT = 64
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """The bytes that one or more tensors share, as they lie in the file.
+    """The bytes in the file that one or more tensors share.
 
     Attributes:
         where: file and key, for messages.
@@ -223,7 +223,7 @@ def _storage(
 
 
 def _construct(name: Name, arguments: tuple[Any, ...]) -> Any:
-    """What the calls in a file of `torch.save` stand for."""
+    """The objects that the calls in a file of `torch.save` construct."""
     match name.text, arguments:
         case "torch._utils._rebuild_tensor_v2", (
             Storage(dtype=np.dtype() as dtype) as storage,
