@@ -33,6 +33,7 @@ from typing import Any
 from affectgpt_jax import build, inference, runtime
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
@@ -41,7 +42,6 @@ from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
 from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCache
-from affectgpt_jax.evaluation.files import ReadError
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair

@@ -9,15 +9,15 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from jax.sharding import Mesh
 
+from affectgpt_jax.common.json import ResumableJsonl
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
-from affectgpt_jax.evaluation.files import ReadError, shorten, whole_lines
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.generate import (
     GREEDY,
@@ -243,6 +243,16 @@ def _settled(text: str, end: str) -> str:
     return text[: len(text) - next(started, 0)]
 
 
+class _NamedAnswer(TypedDict):
+    """A line of a file of answers: a clip's name, and the fields of `Answer`."""
+
+    name: str
+    text: str
+    tokens: int
+    cut: bool
+    log_prob: float | None
+
+
 def answers_on_disk(
     path: Path,
     generator: Generator,
@@ -263,31 +273,22 @@ def answers_on_disk(
         DataError: a clip that cannot be asked.
         ReadError: other lines in the file.
     """
-    known: dict[str, Answer] = {}
-    for number, line in enumerate(whole_lines(path), start=1):
-        try:
-            fields = json.loads(line)
-            name = fields.pop("name")
-            known[name] = Answer(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ReadError(
-                f"{path}, line {number}: expected the answer about a clip, found {shorten(line)}; "
-                "delete the file, and all is asked again"
-            ) from None
-    missing = [n for n, entry in enumerate(dataset.index) if entry.name not in known]
+    file = ResumableJsonl(
+        path, _NamedAnswer, ("name",), advice="delete the file, and all is asked again"
+    )
+    missing = [n for n, entry in enumerate(dataset.index) if (entry.name,) not in file.records]
     total = len(dataset)
     progress(total - len(missing), total)
     if missing:
-        path.parent.mkdir(parents=True, exist_ok=True)
         rest = RecordSubset(dataset, missing)
-        with path.open("a", encoding="utf-8", buffering=1) as file:
+        with file:
             asked = enumerate(generator.answers(trainable, rest, question), start=1)
             for done, (number, answer) in asked:
-                name = rest.index[number].name
-                file.write(json.dumps({"name": name} | dataclasses.asdict(answer)) + "\n")
-                known[name] = answer
+                file.append({"name": rest.index[number].name} | dataclasses.asdict(answer))
                 progress(total - len(missing) + done, total)
-    return Answers([known[entry.name] for entry in dataset.index])
+    fields = [field.name for field in dataclasses.fields(Answer)]
+    records = (file.records[(entry.name,)] for entry in dataset.index)
+    return Answers([Answer(**{key: record[key] for key in fields}) for record in records])
 
 
 # Label types whose answers name the clip's one true word, best first.

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from affectgpt_jax.cli import escape_what_cannot_be_shown
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS
-from affectgpt_jax.evaluation.files import ReadError
 from affectgpt_jax.evaluation.label_files import SetTruth, find_set, read_set
 
 

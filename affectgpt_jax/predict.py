@@ -33,15 +33,15 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self, TypedDict
 
 from affectgpt_jax import build, runtime
 from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
-from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.json import ResumableJsonl, read_json, write_json
 from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordError, Records, RecordSubset
-from affectgpt_jax.evaluation.files import ReadError, whole_lines
 from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
 from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
@@ -398,6 +398,13 @@ def file_settings(run: Run, clips: Records, arguments: argparse.Namespace) -> di
     }
 
 
+class _AnswerLine(TypedDict):
+    """What tells the answers of a file apart; `as_dict` has the other keys."""
+
+    name: str
+    question: str
+
+
 class AnswerFile:
     """Answers as lines of JSON, which an interrupted command goes on with.
 
@@ -412,36 +419,39 @@ class AnswerFile:
 
     Raises:
         PredictError: the file was not written by this command, or with other settings.
-        ReadError: it is not UTF-8.
-        OSError: it cannot be read or written.
+        ReadError: it cannot be read, or a line of it is not an answer.
+        OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        self.answered: set[tuple[str, str]] = set()
         beside = path.with_name(f"{path.name}.settings.json")
-        if path.exists() and path.stat().st_size:
+        begun = path.exists() and path.stat().st_size
+        if begun:
             self._check(path, beside, settings)
-            self._read(path)
         else:
-            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        self._file: TextIO = path.open("a", encoding="utf-8")
+            write_json(beside, settings)
+        self._file = ResumableJsonl(
+            path, _AnswerLine, ("name", "question"), advice="mend it, or name another --out"
+        )
+        self.answered = self._file.records.keys()
+        if self._file.torn:
+            say(f"{path}: the last line was half written; that answer is asked for again")
+        if begun:
+            say(f"{path}: {len(self.answered):,} answers are there already")
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append an answer, as `as_dict` gives it."""
-        self._file.write(to_json(line) + "\n")
-        self._file.flush()
+        self._file.append(line)
 
     @staticmethod
     def _check(path: Path, beside: Path, settings: Mapping[str, Any]) -> None:
         try:
-            theirs = json.loads(beside.read_bytes())
-        except (OSError, ValueError):
-            theirs = None
-        if not isinstance(theirs, dict):
+            theirs = read_json(beside, dict[str, Any])
+        except ReadError:
             raise PredictError(
                 f"{path} is there, but no {beside.name} that says how it was made; name another "
                 "--out"
-            )
+            ) from None
         for key, mine in settings.items():
             if theirs.get(key) != mine:
                 raise PredictError(
@@ -449,25 +459,12 @@ class AnswerFile:
                     "name another --out, or the same settings to go on"
                 )
 
-    def _read(self, path: Path) -> None:
-        size = path.stat().st_size
-        for number, line in enumerate(whole_lines(path), start=1):
-            try:
-                fields = json.loads(line)
-                self.answered.add((fields["name"], fields["question"]))
-            except (ValueError, KeyError, TypeError):
-                raise PredictError(
-                    f"{path}, line {number} is not an answer; mend it, or name another --out"
-                ) from None
-        if path.stat().st_size < size:
-            say(f"{path}: the last line was half written; that answer is asked for again")
-        say(f"{path}: {len(self.answered):,} answers are there already")
-
     def __enter__(self) -> Self:
+        self._file.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    def __exit__(self, *error: object) -> None:
+        self._file.__exit__(*error)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

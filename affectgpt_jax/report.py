@@ -23,9 +23,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from affectgpt_jax.cli import escape_what_cannot_be_shown
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.datasets import BY_KEY
-from affectgpt_jax.evaluation.files import ReadError
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_texts, read_truth

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from affectgpt_jax.cli import escape_what_cannot_be_shown
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.evaluation import metrics
-from affectgpt_jax.evaluation.files import ReadError, shorten
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth

@@ -24,8 +24,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from affectgpt_jax.cli import escape_what_cannot_be_shown
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
-from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
 from affectgpt_jax.evaluation.label_files import find_set, read_set, read_subtitles
 from affectgpt_jax.evaluation.readers import Finding, read_truth
 

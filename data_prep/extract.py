@@ -41,6 +41,8 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.cli import escape_what_cannot_be_shown
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.data.arrays import listed, records_from_csv
 from affectgpt_jax.data.records import (
     MANIFEST_FILE,
@@ -50,7 +52,6 @@ from affectgpt_jax.data.records import (
     sha256_of,
     write_records,
 )
-from affectgpt_jax.evaluation.files import ReadError, read_bytes
 from data_prep.report import (
     OK,
     REPORT_FILE,

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.data.arrays import listed
-from affectgpt_jax.evaluation.files import csv_rows, read_bytes
 
 REPORT_FILE = "extraction.csv"
 FACTS = ("frames", "faces", "width", "height", "seconds", "sha256")

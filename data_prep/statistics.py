@@ -23,6 +23,9 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.data.records import (
     INDEX_FILE,
     IndexEntry,
@@ -30,7 +33,6 @@ from affectgpt_jax.data.records import (
     read_index,
     read_manifest,
 )
-from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
 from data_prep.report import REPORT_FILE
 
 TOP_LABELS = 30

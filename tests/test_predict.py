@@ -447,7 +447,7 @@ def test_a_file_with_other_answers_is_left_alone(ask, tmp_path):
     assert "holds answers with max_new_tokens 8, but now it is 3" in message
     assert out.read_text() == mine
     out.write_text(mine + "something else\n")
-    assert "line 3 is not an answer" in refusal(ask, f"--out={out}")
+    assert "line 3: not JSON" in refusal(ask, f"--out={out}")
     out.write_bytes(mine.encode() + b"\xff\n")
     assert "line 3: byte 0xff is not UTF-8" in refusal(ask, f"--out={out}")
     other = tmp_path / "notes.txt"

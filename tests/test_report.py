@@ -237,7 +237,7 @@ def test_trouble_is_one_sentence(files):
     message = failure("--set", known, "--set", known, "--out", out)
     assert message == "error: there are two results of the set 'demo'; keep one"
     message = failure("--ablation=4", f"--run=a={files / 'truth.csv'}", "--out", out)
-    assert "is not a report.json" in message
+    assert "not JSON" in message and message.endswith("expected a report.json")
 
 
 def nasty_report(seed, words=NASTY):

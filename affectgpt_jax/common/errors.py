@@ -1,4 +1,4 @@
-"""The base of all errors that commands show as one sentence."""
+"""Errors that commands show as one sentence, without a traceback."""
 
 from __future__ import annotations
 
@@ -10,3 +10,7 @@ class UserError(Exception):
     Commands print it without a traceback and end with status 1. A subclass that code catches as a
     `ValueError` or `RuntimeError` inherits from that as well.
     """
+
+
+class ReadError(UserError, ValueError):
+    """A file that cannot be used: one sentence that names it, and the place in it."""

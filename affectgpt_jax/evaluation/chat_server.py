@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.evaluation.files import shorten
+from affectgpt_jax.common.text import shorten
 
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 120.0

@@ -7,14 +7,13 @@ language model, be it behind `evaluation.chat_server` or the very one that wrote
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
-from affectgpt_jax.evaluation.files import ReadError, shorten, whole_lines
+from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import ResumableJsonl
 from affectgpt_jax.evaluation.lexicon import normalise
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
 from affectgpt_jax.evaluation.readers import parse_labels
@@ -80,11 +79,17 @@ def sentiment_message(labels: Sequence[str]) -> str:
     return f"{SENTIMENT_PROMPT}\nWords: [{', '.join(labels)}]"
 
 
+class _Reply(TypedDict):
+    """A line of a `ReplyCache`: what a reply depends on, as a hash, and the reply."""
+
+    key: str
+    reply: str
+
+
 class ReplyCache:
     """Replies by what they depend on, in a file that grows as they come.
 
-    A line of the file is `{"key": ..., "reply": ...}`. What a killed run left unfinished at the
-    end of the file is dropped, and asked again.
+    A line of the file is a `_Reply`. One that a killed run left unfinished is asked again.
 
     Args:
         path: the file; it and its folder are made with the first reply.
@@ -94,33 +99,18 @@ class ReplyCache:
     """
 
     def __init__(self, path: Path):
-        self._path, self._replies = path, {}
-        for number, line in enumerate(whole_lines(path), start=1):
-            try:
-                entry = json.loads(line)
-                self._replies[entry["key"]] = str(entry["reply"])
-            except (ValueError, TypeError, KeyError):
-                raise ReadError(
-                    f"{path}, line {number}: expected a key and a reply, found {shorten(line)}; "
-                    "delete the file, and all is asked again"
-                ) from None
+        self._file = ResumableJsonl(
+            path, _Reply, ("key",), advice="delete the file, and all is asked again"
+        )
 
     def get(self, identity: str, message: str) -> str | None:
         """The reply of a model to a message; None if it has not been asked."""
-        return self._replies.get(_key(identity, message))
+        found = self._file.records.get((json_sha256([identity, message]),))
+        return found and found["reply"]
 
     def put(self, identity: str, message: str, reply: str) -> None:
         """Remember a reply, on disk when this returns."""
-        key = _key(identity, message)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            # A lone surrogate could not be written as it is.
-            file.write(json.dumps({"key": key, "reply": reply}) + "\n")
-        self._replies[key] = reply
-
-
-def _key(identity: str, message: str) -> str:
-    return hashlib.sha256(json.dumps([identity, message]).encode()).hexdigest()
+        self._file.append({"key": json_sha256([identity, message]), "reply": reply})
 
 
 class ChatExtractor:

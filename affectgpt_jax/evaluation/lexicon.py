@@ -16,46 +16,34 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
-from affectgpt_jax.evaluation.files import ReadError, csv_rows, decode, read_bytes, xlsx_rows
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import atomic_write, read_bytes
+from affectgpt_jax.common.identity import Identity
+from affectgpt_jax.common.json import parse_json
+from affectgpt_jax.common.tables import csv_rows, xlsx_rows
 
 WHEELS = 5
 LEVELS = (1, 2)
 DEFAULT = Path(__file__).parent.parent / "assets" / "lexicon"
 OFFICIAL_FILES = (*(f"wheel{k}.xlsx" for k in range(1, WHEELS + 1)), "synonym.xlsx", "format.csv")
 NEUTRAL_FILES = ("lexicon.json", "wheels.csv", "synonyms.csv", "forms.csv")
-# Of the files with which the published scores were made, as `Identity` has it.
+# Of the files with which the published scores were made, as their `Identity` has it.
 OFFICIAL_SHA256 = "1aef686d372e21426047b2681ea6250f8c41ae7fbf178aa1739c608dd24cad7f"
 SYNONYM_RUNS = 8
 # Part of a cache file's name: another number makes every older file stale.
 COMPILER = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """Identity of the lexicon behind a score; scores of different lexicons are not comparable.
-
-    Attributes:
-        name: what people call it.
-        sha256: of its source files.
-    """
-
-    name: str
-    sha256: str
-
-    @property
-    def official(self) -> bool:
-        """Whether the files are byte for byte those behind the published scores."""
-        return self.sha256 == OFFICIAL_SHA256
-
-    def __str__(self) -> str:
-        return f"{self.name} (sha256 {self.sha256[:12]})"
+def is_official(identity: Identity) -> bool:
+    """Whether a lexicon is byte for byte the one behind the published scores."""
+    return identity.sha256 == OFFICIAL_SHA256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,15 +216,17 @@ def _comma_list(text: str) -> list[str]:
     return [word for word in map(normalise, text.split(",")) if word]
 
 
+class _About(TypedDict):
+    """What `lexicon.json` must have."""
+
+    name: str
+    version: str | int
+
+
 def _read_name(directory: Path, content: dict[str, bytes]) -> str:
     path = directory / "lexicon.json"
-    text = decode(content[path.name], str(path))
-    try:
-        about = json.loads(text)
-        name, version = about["name"], about["version"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ReadError(f"{path}: expected a JSON object with name and version") from None
-    return f"{name} {version}"
+    about = parse_json(content[path.name], str(path), _About)
+    return f"{about['name']} {about['version']}"
 
 
 def read_neutral(directory: Path, content: dict[str, bytes]) -> Source:
@@ -367,15 +357,6 @@ def _read_cache(path: Path, identity: Identity) -> Lexicon | None:
 def _write_cache(path: Path, lexicon: Lexicon) -> None:
     """Best effort: a home that cannot be written costs the next start a fraction of a second."""
     words = json.dumps([lexicon.forms, *lexicon.labels]).encode()
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-            np.savez(file, words=np.frombuffer(words, np.uint8), table=lexicon.table)
-        # Another process may read at any time, so the file appears whole or not at all.
-        os.replace(temporary, path)
-    except OSError:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+    # Another process may read at any time.
+    with contextlib.suppress(OSError), atomic_write(path) as file:
+        np.savez(file, words=np.frombuffer(words, np.uint8), table=lexicon.table)

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.evaluation.datasets import UNIBENCH
-from affectgpt_jax.evaluation.lexicon import WHEELS, Identity, Lexicon, normalise
+from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon, normalise
 
 # Those of MER-UniBench, and words that must be named exactly, without a lexicon.
 TASKS = (*UNIBENCH, "words")

@@ -6,7 +6,9 @@ import dataclasses
 import functools
 from pathlib import Path
 
-from affectgpt_jax.evaluation.files import ReadError, csv_rows, read_bytes
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.tables import csv_rows
 
 RESULTS = Path(__file__).parent.parent / "assets" / "published" / "results.csv"
 SOURCE = "arXiv 2501.16566"

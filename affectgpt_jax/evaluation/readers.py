@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -12,15 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax.evaluation.files import (
-    ReadError,
-    csv_rows,
-    decode,
-    npz_values,
-    read_bytes,
-    shorten,
-)
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.json import json_lines
+from affectgpt_jax.common.tables import csv_rows
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.evaluation.lexicon import normalise
+from affectgpt_jax.evaluation.npz import npz_values
 
 # Where a prediction may stand, the first that is present counts.
 PREDICTION_KEYS = {
@@ -129,7 +126,7 @@ def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) ->
     data, where = read_bytes(path), str(path)
     match path.suffix.lower():
         case ".jsonl":
-            records = _choose_key(_jsonl_records(data, where), PREDICTION_KEYS[task], where)
+            records = _choose_key(json_lines(data, where), PREDICTION_KEYS[task], where)
         case ".csv":
             records = _choose_key(csv_rows(data, where, ("name",)), PREDICTION_KEYS[task], where)
         case ".npz":
@@ -152,7 +149,7 @@ def read_texts(path: str | Path) -> dict[str, str]:
         return {}
     return {
         record["name"].strip(): record["text"]
-        for _, record in _jsonl_records(read_bytes(path), str(path))
+        for _, record in json_lines(read_bytes(path), str(path))
         if isinstance(record.get("name"), str) and isinstance(record.get("text"), str)
     }
 
@@ -180,7 +177,7 @@ def read_truth(
     data, where, key = read_bytes(path), str(path), TRUTH_KEYS[task]
     match path.suffix.lower():
         case ".jsonl":
-            records = _choose_key(_jsonl_records(data, where), (key,), where)
+            records = _choose_key(json_lines(data, where), (key,), where)
         case ".csv":
             records = _truth_csv(data, where, key)
         case ".npz":
@@ -243,31 +240,6 @@ Record = tuple[str, Any, Any]
 
 def _unknown_suffix(where: str) -> ReadError:
     return ReadError(f"{where}: expected a file that ends in .jsonl, .csv or .npz")
-
-
-def _jsonl_records(data: bytes, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line that is not blank."""
-    # Not splitlines(), which takes characters that JSON may hold inside a text for line ends.
-    for line, text in enumerate(decode(data, where).split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text, object_pairs_hook=_unique_keys)
-        except (ValueError, RecursionError) as error:
-            reason = str(error) or "nested too deeply"
-            raise ReadError(f"{where}, line {line}: not JSON: {shorten(reason)}") from None
-        if not isinstance(record, dict):
-            raise ReadError(
-                f"{where}, line {line}: expected a JSON object, found {shorten(record)}"
-            )
-        yield line, record
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"a key more than once in {keys}")
-    return dict(pairs)
 
 
 def _choose_key(

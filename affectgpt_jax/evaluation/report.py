@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.evaluation.page import render_ablation, render_page
 from affectgpt_jax.evaluation.summary import Report
 from affectgpt_jax.evaluation.tables import Table, as_dict, render_markdown
@@ -50,21 +48,6 @@ def write_ablation(table: Table, directory: str | Path) -> tuple[Path, ...]:
 
 
 def _write(directory: Path, files: Mapping[str, str]) -> tuple[Path, ...]:
-    directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        temporary = None
-        try:
-            with tempfile.NamedTemporaryFile(dir=directory, suffix=".tmp", delete=False) as file:
-                temporary = file.name
-                file.write(text.encode("utf-8"))
-            # A temporary file is its owner's alone; a report is as open as the umask allows.
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-            os.replace(temporary, directory / name)
-        except BaseException:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-            raise
+        write_text(directory / name, text)
     return tuple(directory / name for name in files)

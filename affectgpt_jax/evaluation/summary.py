@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.evaluation.datasets import BY_NAME
-from affectgpt_jax.evaluation.lexicon import Identity
 from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import NO_PREDICTION
 from affectgpt_jax.evaluation.results import GroupMean, SetResult, group_means

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.json import read_json
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.evaluation.datasets import GROUPS, UNIBENCH
-from affectgpt_jax.evaluation.files import ReadError, decode, read_bytes, shorten
+from affectgpt_jax.evaluation.lexicon import is_official
 from affectgpt_jax.evaluation.markup import escape_markdown
 from affectgpt_jax.evaluation.metrics import Interval, Score, ScoreError
 from affectgpt_jax.evaluation.published import (
@@ -93,7 +95,7 @@ class Table:
 
 def comparable(score: Score) -> bool:
     """Whether a score was made as published ones are: official wheels at level 1, or none."""
-    return score.lexicon is None or (score.lexicon.official and score.level == 1)
+    return score.lexicon is None or (is_official(score.lexicon) and score.level == 1)
 
 
 def main_table(
@@ -242,9 +244,8 @@ def read_run(name: str, path: str | Path) -> Run:
         ReadError: a file that is not one.
     """
     path = Path(path)
-    text = decode(read_bytes(path), str(path))
+    report = read_json(path, dict[str, Any], advice="expected a report.json")
     try:
-        report = json.loads(text)
         if report["format"] != FORMAT:
             raise ValueError
         lexicon = report["lexicon"]
@@ -266,7 +267,7 @@ def read_run(name: str, path: str | Path) -> Run:
                 best[group] = _share(mean["best"])
         made = lexicon and f"{lexicon['name']} (sha256 {lexicon['sha256'][:12]})"
         return Run(name, values, intervals, best, made, report["level"], bool(report["comparable"]))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise ReadError(
             f"{path} is not a report.json of this version ({FORMAT!r}); make it anew from its "
             "predictions"

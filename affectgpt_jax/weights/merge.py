@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.weights.files import new_directory
+from affectgpt_jax.common.files import new_path
 from affectgpt_jax.weights.huggingface import stored_tensors, tensor_name
 from affectgpt_jax.weights.streaming import StoredTensor, WeightsError
 from affectgpt_jax.weights.tensors import write_tensors
@@ -69,7 +69,8 @@ def save_merged(
         return value
 
     shards = list(_split(tensors, shard_bytes))
-    with new_directory(out) as partial:
+    with new_path(out, WeightsError) as partial:
+        partial.mkdir()
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = "model.safetensors"

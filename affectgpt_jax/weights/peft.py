@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from affectgpt_jax.common.files import new_path
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
 from affectgpt_jax.weights import layout
-from affectgpt_jax.weights.files import new_directory
 from affectgpt_jax.weights.huggingface import tensor_name
 from affectgpt_jax.weights.streaming import StoredTensor, WeightsError, read_header
 from affectgpt_jax.weights.tensors import write_tensors
@@ -104,7 +104,8 @@ def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "")
         "modules_to_save": None,
         "inference_mode": True,
     }
-    with new_directory(directory) as partial:
+    with new_path(directory, WeightsError) as partial:
+        partial.mkdir()
         write_tensors(partial / TENSORS, tensors, tensors.__getitem__)
         text = json.dumps(options, indent=2) + "\n"
         (partial / CONFIG).write_text(text, encoding="utf-8")

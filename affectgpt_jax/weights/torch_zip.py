@@ -23,9 +23,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from affectgpt_jax.evaluation import plain_pickle
-from affectgpt_jax.evaluation.plain_pickle import Name, PickleError
-from affectgpt_jax.weights.files import new_file
+from affectgpt_jax.common import plain_pickle
+from affectgpt_jax.common.files import new_path
+from affectgpt_jax.common.plain_pickle import Name, PickleError
 from affectgpt_jax.weights.streaming import WeightsError
 
 # Storage classes of PyTorch by the dtype of their elements; later dtypes have no class, and their
@@ -274,7 +274,7 @@ def save(path: Path, value: Any) -> None:
     """
     arrays: list[np.ndarray] = []
     program = _dumps(value, arrays)
-    with new_file(path) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with new_path(path, WeightsError) as partial, zipfile.ZipFile(partial, "w") as archive:
 
         def write(name: str, content: bytes) -> None:
             info = zipfile.ZipInfo(f"archive/{name}")

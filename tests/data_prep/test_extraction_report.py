@@ -4,7 +4,7 @@ import csv
 
 import pytest
 
-from affectgpt_jax.evaluation.files import ReadError
+from affectgpt_jax.common.errors import ReadError
 from data_prep.report import (
     COLUMNS,
     Elsewhere,

@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.evaluation.confusion import MAX_ROWS, NOTHING, OTHERS, confusions
-from affectgpt_jax.evaluation.lexicon import Identity, Source, compile_lexicon
+from affectgpt_jax.evaluation.lexicon import Source, compile_lexicon
 from affectgpt_jax.evaluation.metrics import score_basic, score_sentiment, score_words
 
 WHEEL = (("sad", "lonely", "left"), ("sad", "blue", "low"), ("glad", "proud", "merry"))

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.evaluation import extract
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
 from affectgpt_jax.evaluation.extract import (
@@ -18,7 +19,6 @@ from affectgpt_jax.evaluation.extract import (
     read_sentiment_reply,
     sentiment_message,
 )
-from affectgpt_jax.evaluation.files import ReadError
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
@@ -269,7 +269,7 @@ def test_a_cache_survives_a_torn_line_and_names_a_wrong_one(tmp_path):
     cache.put("m", "b", "z")
     assert path.read_bytes() == whole
     path.write_text('{"key": "k"}\n')
-    with pytest.raises(ReadError, match="cache.jsonl, line 1: expected a key and a reply"):
+    with pytest.raises(ReadError, match="cache.jsonl, line 1: the key 'reply' is missing"):
         ReplyCache(path)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.evaluation import lexicon as lexicon_module
-from affectgpt_jax.evaluation.files import ReadError
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 
 OFFICIAL = Path(__file__).parents[2].parent / "shared" / "emotion_wheel"
@@ -291,8 +291,9 @@ def test_a_home_that_cannot_be_written_does_no_harm(neutral, own_cache):
         ({"wheels_csv": "a,b\n"}, r"wheels.csv: no column 'wheel'"),
         ({"synonyms_csv": SYNONYMS_CSV + "merry,\n"}, r"line 6: expected a word in word and in"),
         ({"forms_csv": FORMS_CSV + "a,b,c\n"}, r"line 8: expected 2 cells.*found 3"),
-        ({"lexicon_json": "{}"}, r"lexicon.json: expected a JSON object with name"),
-        ({"lexicon_json": "["}, r"lexicon.json: expected a JSON object with name"),
+        ({"lexicon_json": "{}"}, r"lexicon.json: the key 'name' is missing"),
+        ({"lexicon_json": "["}, r"lexicon.json: not JSON"),
+        ({"lexicon_json": '{"name": "a", "version": []}'}, "lexicon.json: version: expected text"),
         ({"wheel1_xlsx": "x"}, r"two lexicons"),
     ],
 )

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.evaluation import metrics
-from affectgpt_jax.evaluation.lexicon import Identity, Source, compile_lexicon, load_lexicon
+from affectgpt_jax.evaluation.lexicon import Source, compile_lexicon, load_lexicon
 from affectgpt_jax.evaluation.metrics import (
     ScoreError,
     bootstrap,

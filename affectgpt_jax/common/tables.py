@@ -1,0 +1,150 @@
+"""Rows of tables: CSV files, and the first sheet of an xlsx workbook."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from xml.etree import ElementTree
+
+from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.files import decode
+from affectgpt_jax.common.text import shorten
+
+SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
+NAME_AN_ENCODING = "save it as UTF-8, or name its encoding, as in --encoding gb18030"
+
+
+class CsvTable:
+    """A CSV file (RFC 4180) with a header; iterating gives line number and cells by column name.
+
+    Blank lines are no rows. Rows are read as they are asked for.
+
+    Args:
+        data: the file's bytes, with or without a byte order mark.
+        where: what messages call it.
+        columns: those it must have; others are handed over as well.
+        ignore: columns to leave out, which may stand in the header more than once.
+        encoding: of the file.
+        advice: what to do about another encoding, for messages.
+        error: the class to raise.
+
+    Attributes:
+        header: the names of the columns, those to ignore left out.
+
+    Raises:
+        ReadError: another encoding, broken quoting, a missing or repeated column; while iterating,
+            a row with more or fewer cells than the header, or a cell of more than 131,072
+            characters.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        where: str,
+        columns: Sequence[str] = (),
+        *,
+        ignore: Collection[str] = (),
+        encoding: str = "utf-8",
+        advice: str = "save it as UTF-8",
+        error: type[UserError] = ReadError,
+    ):
+        self._where, self._ignore, self._error = where, frozenset(ignore), error
+        text = decode(data, where, encoding, advice=advice, error=error)
+        # Lenient quoting would let one open quote swallow the rest of the file as a single cell.
+        self._reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        self._cells = [cell.strip() for cell in next(self._rows(), ())]
+        self.header = [cell for cell in self._cells if cell not in self._ignore]
+        if not self._cells:
+            raise error(f"{where} is empty; expected a CSV file with a header")
+        for column in columns:
+            if column not in self.header:
+                shown = shorten(self._cells)
+                raise error(
+                    f"{where}: no column {column!r} in the header {shown}; expected columns with "
+                    "commas between them"
+                )
+        for column, times in Counter(self.header).items():
+            if times > 1:
+                raise error(f"{where}: the header has column {shorten(column)} more than once")
+
+    def _rows(self) -> Iterator[list[str]]:
+        try:
+            yield from filter(None, self._reader)
+        except csv.Error as trouble:
+            raise self._error(
+                f"{self._where}, line {self._reader.line_num}: not CSV: {trouble}"
+            ) from None
+
+    def __iter__(self) -> Iterator[tuple[int, dict[str, str]]]:
+        for row in self._rows():
+            line = self._reader.line_num
+            if len(row) != len(self._cells):
+                raise self._error(
+                    f"{self._where}, line {line}: expected {len(self._cells)} cells, as in the "
+                    f'header, found {len(row)}; a cell with commas needs "double quotes"'
+                )
+            named = zip(self._cells, row, strict=True)
+            yield line, {name: cell for name, cell in named if name not in self._ignore}
+
+
+def csv_rows(
+    data: bytes, where: str, columns: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """The rows of a `CsvTable`, whose header is read with the first one."""
+    yield from CsvTable(data, where, columns)
+
+
+def xlsx_rows(data: bytes, where: str) -> Iterator[dict[str, str]]:
+    """Cells by column name of each row of a workbook's first sheet, whose first row is the header.
+
+    An empty cell is absent from its row. The format (ECMA-376) is a zip of XML, and text cells
+    are all that is needed of it.
+
+    Raises:
+        ReadError: not such a file.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            strings = _shared_strings(archive)
+            sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
+        header: dict[str, str] = {}
+        for row in sheet.iter(f"{SHEET}row"):
+            cells = {}
+            for cell in row.iter(f"{SHEET}c"):
+                if text := _cell_text(cell, strings):
+                    cells[re.match("[A-Z]+", cell.attrib["r"])[0]] = text
+            if not header:
+                header = cells
+            elif cells:
+                yield {header[column]: text for column, text in cells.items() if column in header}
+    # A damaged archive fails in any layer: zip, deflate, XML, or the references between cells.
+    except Exception as error:
+        raise ReadError(f"{where} is not a readable xlsx workbook: {_reason(error)}") from None
+
+
+def _shared_strings(archive: zipfile.ZipFile) -> list[str]:
+    root = ElementTree.fromstring(archive.read("xl/sharedStrings.xml"))
+    return [_plain_text(item) for item in root.iter(f"{SHEET}si")]
+
+
+def _plain_text(item: ElementTree.Element) -> str:
+    """The text of a string item, in one or several formatted runs, without its phonetic guide."""
+    runs = [item, *item.findall(f"{SHEET}r")]
+    return "".join(run.findtext(f"{SHEET}t") or "" for run in runs)
+
+
+def _cell_text(cell: ElementTree.Element, strings: list[str]) -> str:
+    if cell.get("t") == "inlineStr":
+        return _plain_text(cell.find(f"{SHEET}is"))
+    value = cell.findtext(f"{SHEET}v") or ""
+    return strings[int(value)] if cell.get("t") == "s" and value else value
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message, which libraries may leave empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
