@@ -325,6 +325,9 @@ sys.exit(f"loaded {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0
     command = [sys.executable, "-c", code, *map(str, arguments_of(files, files / "out"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    # Templates are loaded when a page is written.
+    importing = "import sys, affectgpt_jax.report; sys.exit('jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", importing]).returncode == 0
 
 
 @functools.cache
