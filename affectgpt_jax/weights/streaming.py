@@ -2,6 +2,10 @@
 
 Beside the arrays themselves, host memory holds one block for every reader, whatever the size of the
 model. Each process reads what its own devices hold, and each byte of that once, in long runs.
+
+Blocks are read here and not by `safetensors.safe_open(...).get_slice`, which maps the file: every
+page that it has read counts as memory of the process until the file is closed, a file that shrinks
+while it is read kills the process (SIGBUS), and each slice is a new array.
 """
 
 from __future__ import annotations
