@@ -1,11 +1,11 @@
-"""Several processes as one run: how they find each other, and what they tell each other.
+"""Several processes as one run: how they find each other, and what they exchange.
 
-A run has as many processes as its launcher starts: `srun`, `mpirun`, or one command a process
-with `--coordinator_address=HOST:PORT --process_id=I --num_processes=N`. Before JAX starts,
-process 0 listens at the coordinator's address and calls the roll, so that a process that is
-missing, or was started with another config, is a sentence that names it. These connections stay
-open beside JAX's collectives: over them process 0 hands out what it alone decides, and each process
-learns at once when another one has failed or gone, where a collective would wait for it.
+A launcher starts the processes of a run: `srun`, `mpirun`, or one command for each process with
+`--coordinator_address=HOST:PORT --process_id=I --num_processes=N`. Before JAX starts, process 0
+listens at the coordinator's address and calls the roll: an error names each process that is missing
+or that was started with another config. These connections stay open beside JAX's collectives.
+Process 0 sends its decisions over them, and each process learns at once that another one has failed
+or is gone, where a collective would wait for it.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ class LaunchError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Where a process stands among those of its run.
+    """The place of a process in its run.
 
     Attributes:
         coordinator_address: "HOST:PORT", where process 0 listens.
-        process_id, num_processes: its number, from 0, and how many there are.
-        local: its number among the processes of its machine; None where it has the machine, or the
-            devices that it sees, to itself.
+        process_id, num_processes: its number, from 0, and the number of processes.
+        local_process_id: its number among the processes of its machine, which is the one device
+            that it takes; None if it takes all devices that it sees.
     """
 
     coordinator_address: str
     process_id: int
     num_processes: int
-    local: int | None = None
+    local_process_id: int | None = None
 
 
 # --- how a process was launched -------------------------------------------------------------------
@@ -68,19 +68,19 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "process_id",
         None,
-        "number of this process, from 0; SLURM and MPI know it",
+        "number of this process, from 0; SLURM and Open MPI set it",
         flag_values=values,
     )
     flags.DEFINE_integer(
-        "num_processes", None, "how many there are; SLURM and MPI know it", flag_values=values
+        "num_processes", None, "number of processes; SLURM and Open MPI set it", flag_values=values
     )
     flags.DEFINE_integer(
-        "join_timeout", 300, "s to wait for all processes at the start", flag_values=values
+        "join_timeout", 300, "seconds to wait for all processes at the start", flag_values=values
     )
 
 
 def find_launch(values: flags.FlagValues, environ: Mapping[str, str] = os.environ) -> Launch | None:
-    """How this process was launched: by flags, else as SLURM or Open MPI say; None if alone.
+    """How this process was launched: by flags, else by SLURM or Open MPI; None for a run of one.
 
     Raises:
         LaunchError: flags that are incomplete or out of range, or no address of process 0.
@@ -125,25 +125,34 @@ def find_launch(values: flags.FlagValues, environ: Mapping[str, str] = os.enviro
     return launch
 
 
+# JAX's own detection (`jax._src.clusters`) does not fit:
+# - jax 0.10 does not recognise Open MPI 5, so that each process would run alone; jax 0.12 needs
+#   mpi4py.
+# - It takes the number of tasks from the SLURM job. A batch script that was submitted from an
+#   interactive step, whose variables it inherits, would wait for processes that nobody starts.
+# - It gives all steps of a SLURM job one port.
+# - A process whose launcher shows it one device would look for the device of its local number.
 def _slurm(environ: Mapping[str, str]) -> Launch | None:
-    """What `srun` tells each task. Only a step has these: a batch script around it is alone."""
+    """What `srun` sets for each task. Only steps have these variables: a batch script is alone."""
     names = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST", "SLURM_JOB_ID")
     if any(name not in environ for name in names):
         return None
-    tasks, process, nodes, job = (environ[name] for name in names)
+    num_processes, process_id, nodes, job = (environ[name] for name in names)
     # "node001", "node001,node007", "node[001-004,009],other3"
     prefix, number = re.match(r"([^,\[]*)(?:\[(\w+))?", nodes).groups()
     step = environ.get("SLURM_STEP_ID", "0")
     return Launch(
         f"{prefix}{number or ''}:{_port(f'{job}.{step}')}",
-        int(process),
-        int(tasks),
-        _local(environ, environ.get("SLURM_LOCALID"), environ.get("SLURM_STEP_TASKS_PER_NODE")),
+        int(process_id),
+        int(num_processes),
+        _local_process_id(
+            environ, environ.get("SLURM_LOCALID"), environ.get("SLURM_STEP_TASKS_PER_NODE")
+        ),
     )
 
 
 def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
-    """What `mpirun` tells each process; of several machines, versions before 5 name the first."""
+    """What `mpirun` sets for each process. Of several hosts, only versions before 5 name one."""
     names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")
     if any(name not in environ for name in names):
         return None
@@ -158,20 +167,24 @@ def _open_mpi(environ: Mapping[str, str]) -> Launch | None:
         f"{host}:{port}" if host else "",
         int(rank),
         int(size),
-        _local(environ, environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), neighbours),
+        _local_process_id(environ, environ.get("OMPI_COMM_WORLD_LOCAL_RANK"), neighbours),
     )
 
 
 def _port(job: str) -> int:
-    """A port that all processes of a job derive from its name, above those that Linux gives to
-    outgoing connections."""
+    """A port that all processes derive from the name of their job.
+
+    It is above the ports that Linux gives to outgoing connections.
+    """
     return 61440 + zlib.crc32(job.encode()) % 4096
 
 
-def _local(environ: Mapping[str, str], number: str | None, neighbours: str | None) -> int | None:
-    """Which of a machine's devices a process takes; None for all that it sees.
+def _local_process_id(
+    environ: Mapping[str, str], number: str | None, neighbours: str | None
+) -> int | None:
+    """The device of its machine that a process takes; None for all that it sees.
 
-    Launchers that bind devices to processes show each its own alone.
+    A launcher that binds devices to processes shows each process its own device alone.
     """
     bound = "," not in environ.get("CUDA_VISIBLE_DEVICES", ",")
     alone = neighbours is None or re.match(r"1(\(x\d+\))?$", neighbours)
@@ -182,11 +195,11 @@ def _local(environ: Mapping[str, str], number: str | None, neighbours: str | Non
 
 
 class ProcessGroup:
-    """The processes of a run, as one of them sees the others. A run of one has no others.
+    """The processes of a run, as one of them sees the others.
 
     Attributes:
         process_id, num_processes: as in `Launch`.
-        is_main_process: whether this is process 0, which alone writes.
+        is_main_process: whether this is process 0, the only one that writes.
     """
 
     def __init__(self, process_id: int = 0, num_processes: int = 1):
@@ -196,9 +209,9 @@ class ProcessGroup:
         self._ending = threading.Lock()
 
     def from_main_process(self, compute: Callable[[], Value]) -> Value:
-        """What `compute()` gives on process 0, a JSON value, on every process.
+        """Call `compute()` on process 0, and return its value, a JSON value, on every process.
 
-        Only process 0 calls it; where it raises there, `fail` ends the others.
+        If it raises, the exit of the group on process 0 ends the others.
         """
         if not self.is_main_process:
             return self._links[0].receive()
@@ -208,8 +221,10 @@ class ProcessGroup:
         return value
 
     def main_process_first(self, compute: Callable[[], Value]) -> Value:
-        """What `compute()` gives on each process, on the others after process 0 is done with it:
-        for what finds there what it would have to write."""
+        """Call `compute()` on each process, on the others after it has returned on process 0.
+
+        For work that writes a file which the others then find.
+        """
         if self.is_main_process:
             value = compute()
             self.from_main_process(lambda: None)
@@ -221,7 +236,7 @@ class ProcessGroup:
         """The JSON values of all processes, in their order, on process 0; empty on the others.
 
         Raises:
-            LaunchError: on process 0, naming those that gave none within `timeout_s`.
+            LaunchError: on process 0, naming the processes that sent none within `timeout_s`.
         """
         if not self.is_main_process:
             self._links[0].send(value)
@@ -240,15 +255,15 @@ class ProcessGroup:
         return found
 
     def meet(self) -> None:
-        """Wait until all have come here."""
+        """Wait until all processes have called this."""
         self.gather(None)
         self.from_main_process(lambda: None)
 
     def require_same(self, facts: Mapping[str, str]) -> None:
-        """Refuse a run whose processes differ in one of these.
+        """Refuse a run whose processes differ in one of these facts.
 
         Raises:
-            LaunchError: on process 0, naming process and fact.
+            LaunchError: on process 0, naming the process and the fact.
         """
         for number, theirs in enumerate(self.gather(dict(facts))):
             for name in sorted(facts.keys() | theirs.keys()):
@@ -261,19 +276,21 @@ class ProcessGroup:
         self.from_main_process(lambda: None)
 
     def fail(self, sentence: str) -> None:
-        """Tell the others that this process ends, and why; they end with it."""
+        """Tell the others that this process ends, and why. They end too."""
         for link in self._links.values():
             link.send(sentence, kind="failed")
 
     def close(self) -> None:
-        """Part from the others when all have come here: JAX waits for them at the end, but not
-        for long."""
+        """Leave the run once all processes have called this.
+
+        JAX waits for the others at the end as well, but not for long.
+        """
         self.meet()
         for link in self._links.values():
             link.send(None, kind="bye")
 
     def _watch(self, number: int, link: _Link) -> None:
-        """Follow a link in a thread, and end this process when the other one fails or is gone."""
+        """Read a link in a thread, and end this process when the other one fails or is gone."""
 
         def follow() -> None:
             sentence = link.read()
@@ -283,10 +300,10 @@ class ProcessGroup:
         self._links[number] = link
         threading.Thread(target=follow, name=f"link to process {number}", daemon=True).start()
 
-    def _end(self, source: int, sentence: str) -> None:
-        with self._ending:  # held until the end: the first sentence is the one that counts
+    def _end(self, sender: int, sentence: str) -> None:
+        with self._ending:  # never released: only the first sentence is printed
             for number, link in self._links.items():
-                if number != source:
+                if number != sender:
                     link.send(sentence, kind="relayed")
             print(
                 f"error: process {self.process_id} of {self.num_processes} stops, since "
@@ -294,7 +311,7 @@ class ProcessGroup:
                 file=sys.stderr,
                 flush=True,
             )
-            # The main thread may be inside a collective that never ends.
+            # The main thread may wait in a collective that never ends.
             os._exit(1)
 
     def __enter__(self) -> Self:
@@ -308,10 +325,10 @@ class ProcessGroup:
 
 
 class _Link:
-    """A connection to another process: JSON messages, one a line."""
+    """A connection to another process. Each line is a JSON message, `[kind, value]`."""
 
     def __init__(self, connection: socket.socket, host: str = ""):
-        # A machine that is lost sends no farewell; without these its silence would last for hours.
+        # A lost machine closes no connection. Keep-alive finds that out in minutes, not hours.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
             if hasattr(socket, name):
@@ -323,11 +340,11 @@ class _Link:
         self._sending = threading.Lock()
 
     def hello(self, timeout_s: float = 5.0) -> dict[str, Any] | None:
-        """Who connects; None if it is no process of a run, such as a scanner of ports."""
+        """The first message of a process; None from anything else, such as a port scanner."""
         self._connection.settimeout(timeout_s)
         try:
             kind, value = json.loads(self._lines.readline(2**16))
-            known = kind == "hello" and {"process", "processes", "host"} <= value.keys()
+            known = kind == "hello" and {"process_id", "num_processes", "host"} <= value.keys()
         except (OSError, ValueError, TypeError, AttributeError):
             known = False
         self._connection.settimeout(None)
@@ -338,16 +355,16 @@ class _Link:
         self._connection.close()
 
     def send(self, value: Any, kind: str = "value") -> None:
-        # Where the other side is gone, whoever reads from it will say so.
+        # If the other side is gone, the thread that reads from it reports that.
         with self._sending, contextlib.suppress(OSError):
             self._connection.sendall(json.dumps([kind, value]).encode() + b"\n")
 
     def receive(self, timeout_s: float | None = None) -> Any:
-        """The next value; waits for it, and raises `queue.Empty` after `timeout_s`."""
+        """Wait for the next value; raises `queue.Empty` after `timeout_s`."""
         return self._values.get(timeout=timeout_s)
 
     def read(self) -> str | None:
-        """Take in messages until the other side leaves; why it did, None for a farewell."""
+        """Read messages until the other side leaves; returns why, or None after its "bye"."""
         with contextlib.suppress(OSError, ValueError):
             for line in self._lines:
                 kind, value = json.loads(line)
@@ -383,10 +400,10 @@ def join(
     """Bring the processes of a run together and start JAX on all of them.
 
     Args:
-        launch: of this process; None for a run of one, which needs none of this.
-        facts: what has to be the same in all processes.
-        timeout_s: to wait for all of them.
-        say: told the roll, on process 0.
+        launch: of this process; None for a run of one.
+        facts: must be the same in all processes.
+        timeout_s: how long to wait for all of them.
+        say: receives one line about each process, on process 0.
 
     Raises:
         LaunchError: processes that do not come in time, come twice, or differ; the message names
@@ -408,10 +425,10 @@ def join(
             f"{host}:{service}",
             launch.num_processes,
             launch.process_id,
-            local_device_ids=launch.local,
+            local_device_ids=launch.local_process_id,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(deadline - time.monotonic())),
-            # Later than the links: these say more, and JAX can only abort.
+            # Longer than the links need: they say which process failed, and JAX can only abort.
             heartbeat_timeout_seconds=150,
             shutdown_timeout_seconds=60,
         )
@@ -436,10 +453,10 @@ def leave(launch: Launch, status: int, sentence: str = "") -> NoReturn:
 
 
 def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dict[int, _Link]:
-    """Process 0: links to all the others."""
+    """On process 0: wait for all others, and return a link to each."""
     loopback = host in ("localhost", "127.0.0.1")
     try:
-        # Not the host's own address: its name may mean another one here than elsewhere.
+        # On all addresses: the host's name may resolve to another address here than elsewhere.
         server = socket.create_server(("127.0.0.1" if loopback else "", port), backlog=1024)
     except OSError as error:
         raise LaunchError(
@@ -469,23 +486,24 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
             if hello is None:
                 link.close()
                 continue
-            link.host, number = hello["host"], hello["process"]
-            if hello["processes"] != launch.num_processes or number not in missing:
-                links[-1] = link  # is told as well
+            link.host, number = hello["host"], hello["process_id"]
+            if hello["num_processes"] != launch.num_processes or number not in missing:
+                links[-1] = link  # receives the refusal as well
                 raise refuse(
-                    f"process {number} of {hello['processes']} came from {link.host}, but process "
-                    f"0 waits for {', '.join(map(str, missing[:10]))} of {launch.num_processes}; "
-                    "give each process a number of its own, and all the same --num_processes"
+                    f"process {number} of {hello['num_processes']} came from {link.host}, but "
+                    f"process 0 waits for {', '.join(map(str, missing[:10]))} of "
+                    f"{launch.num_processes}; give each process a number of its own, and all the "
+                    "same --num_processes"
                 )
             links[number] = link
     return links
 
 
 def _report(launch: Launch, host: str, port: int, deadline: float) -> dict[int, _Link]:
-    """Every other process: its link to process 0."""
+    """On every other process: connect to process 0, and return the link."""
     hello = {
-        "process": launch.process_id,
-        "processes": launch.num_processes,
+        "process_id": launch.process_id,
+        "num_processes": launch.num_processes,
         "host": socket.gethostname(),
     }
     while True:
@@ -495,7 +513,7 @@ def _report(launch: Launch, host: str, port: int, deadline: float) -> dict[int, 
             link = _Link(connection, host)
             link.send(hello, kind="hello")
             return {0: link}
-        except OSError as error:  # process 0 may be on its way
+        except OSError as error:  # process 0 may not listen yet
             if time.monotonic() > deadline:
                 raise LaunchError(
                     f"process {launch.process_id} of {launch.num_processes} cannot reach process 0 "

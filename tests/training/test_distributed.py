@@ -44,7 +44,11 @@ OPEN_MPI = {
 
 def test_a_process_without_a_launcher_is_alone():
     assert launch() is None
-    assert launch(environ={"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0"}) is None  # a batch script
+    batch_script = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}
+    assert launch(environ=batch_script) is None
+    # Submitted from an interactive step, it inherits the variables of that step.
+    step = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NODELIST": "login1", "SLURM_LOCALID": "0"}
+    assert launch(environ=batch_script | step) is None
     assert launch("--coordinator_address=a:1", "--process_id=0", "--num_processes=1") is None
 
 
@@ -65,13 +69,13 @@ def test_flags_say_where_a_process_stands_and_come_before_the_launcher():
 )
 def test_slurm_names_the_first_node_of_the_step(nodes, host):
     found = launch(environ=SLURM | {"SLURM_STEP_NODELIST": nodes})
-    assert found.coordinator_address.rsplit(":")[0] == host
+    assert found.coordinator_address.rsplit(":", 1)[0] == host
     assert (found.process_id, found.num_processes) == (5, 8)
 
 
 def test_all_tasks_of_a_step_derive_one_port_and_other_steps_another():
     ports = {
-        launch(environ=SLURM | {"SLURM_PROCID": str(i), "SLURM_STEP_ID": step}).coordinator
+        launch(environ=SLURM | {"SLURM_PROCID": str(i), "SLURM_STEP_ID": step}).coordinator_address
         for i in range(8)
         for step in "01"
     }
@@ -91,12 +95,12 @@ def test_all_tasks_of_a_step_derive_one_port_and_other_steps_another():
     ],
 )
 def test_tasks_of_one_node_share_its_devices(changes, local):
-    assert launch(environ=SLURM | changes).local == local
+    assert launch(environ=SLURM | changes).local_process_id == local
 
 
 def test_open_mpi_on_one_machine_and_on_several():
     found = launch(environ=OPEN_MPI)
-    assert found.coordinator_address.startswith("127.0.0.1:") and found.local == 3
+    assert found.coordinator_address.startswith("127.0.0.1:") and found.local_process_id == 3
     assert (found.process_id, found.num_processes) == (3, 4)
     several = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
     with pytest.raises(LaunchError, match="is not HOST:PORT; name the host of process 0"):
@@ -130,7 +134,7 @@ def test_flags_that_do_not_fit_together_are_refused(argv, said):
 def ends(monkeypatch):
     """What would have ended a process; here, several are threads of one."""
     found = []
-    monkeypatch.setattr(ProcessGroup, "_end", lambda self, source, sentence: found.append(sentence))
+    monkeypatch.setattr(ProcessGroup, "_end", lambda self, sender, sentence: found.append(sentence))
     return found
 
 
@@ -188,19 +192,19 @@ def on_all(groups, act):
     for thread in threads:
         thread.start()
     for thread in threads:
-        # Those who wait for a is_main_process that has failed are left behind.
+        # Those that wait for a process 0 that has failed are left behind.
         thread.join(0 if isinstance(results[0], LaunchError) else 10)
     return results
 
 
-def test_what_the_chief_decides_all_get(three):
+def test_what_process_0_decides_all_get(three):
     values = iter([{"step": 7}, None, "text"])
     for expected in ({"step": 7}, None, "text"):
         found = on_all(three, lambda group: group.from_main_process(lambda: next(values)))
         assert found == [expected] * 3
 
 
-def test_the_others_begin_after_the_chief_is_done(three):
+def test_the_others_begin_after_process_0_is_done(three):
     order = []
     on_all(three, lambda group: group.main_process_first(lambda: order.append(group.process_id)))
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
@@ -219,7 +223,7 @@ def test_nobody_parts_before_all_have_come(three, ends):
     assert not ends
 
 
-def test_the_chief_gathers_in_the_order_of_the_processes(three):
+def test_process_0_gathers_in_the_order_of_the_processes(three):
     found = on_all(three, lambda group: group.gather(group.process_id * 10))
     assert found == [[0, 10, 20], [], []]
 
@@ -245,11 +249,10 @@ def test_a_process_that_fails_or_leaves_without_a_word_ends_the_others(three, en
 
 def test_missing_processes_are_named(ends):
     coordinator = f"127.0.0.1:{free_port()}"
-    (is_main_process, other) = meet(
-        [Launch(coordinator, 0, 4), Launch(coordinator, 2, 4)], timeout_s=1.0
-    )
-    assert "but 1, 3 did not come" in str(is_main_process)
-    assert other.process == 2
+    launches = [Launch(coordinator, 0, 4), Launch(coordinator, 2, 4)]
+    (error, other) = meet(launches, timeout_s=1.0)
+    assert "but 1, 3 did not come" in str(error)
+    assert other.process_id == 2
     (lonely,) = meet([Launch(coordinator, 1, 2)], timeout_s=0.5)
     assert f"cannot reach process 0 at {coordinator}: Connection refused" in str(lonely)
 
@@ -271,21 +274,17 @@ def test_a_process_that_does_not_belong_is_named(number, count, said):
 
     thread = threading.Thread(target=report)
     thread.start()
-    (is_main_process,) = meet([Launch(coordinator, 0, 2)])
+    (error,) = meet([Launch(coordinator, 0, 2)])
     thread.join()
-    assert said in str(is_main_process) and "give each process a number of its own" in str(
-        is_main_process
-    )
+    assert said in str(error) and "give each process a number of its own" in str(error)
     assert said in results[0].read()
 
 
 def test_what_else_knocks_at_the_port_is_let_go():
     coordinator = f"127.0.0.1:{free_port()}"
     found = []
-    is_main_process = threading.Thread(
-        target=lambda: found.extend(meet([Launch(coordinator, 0, 2)]))
-    )
-    is_main_process.start()
+    main_process = threading.Thread(target=lambda: found.extend(meet([Launch(coordinator, 0, 2)])))
+    main_process.start()
     host, port = coordinator.split(":")
     for noise in (b"GET / HTTP/1.1\r\n\r\n", b'["hello", 3]\n', b""):
         while True:
@@ -296,8 +295,8 @@ def test_what_else_knocks_at_the_port_is_let_go():
             except ConnectionRefusedError:
                 continue
     (other,) = meet([Launch(coordinator, 1, 2)])
-    is_main_process.join()
-    assert found[0].processes == other.processes == 2
+    main_process.join()
+    assert found[0].num_processes == other.num_processes == 2
     on_all([found[0], other], lambda group: group.close())
 
 
@@ -399,7 +398,7 @@ def test_two_processes_write_validate_and_score_what_one_does(records, tmp_path)
         assert (tmp_path / "two" / file).read_text() == (tmp_path / "one" / file).read_text()
 
 
-def test_a_fleet_of_one_needs_nobody():
+def test_a_run_of_one_needs_nobody():
     one = ProcessGroup()
     assert one.from_main_process(lambda: 3) == one.main_process_first(lambda: 3) == 3
     assert one.gather(4) == [4]
