@@ -5,36 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import blocks, savings, sides, workloads
+from benchmarks import savings, sides, workloads
 
 
-class Here:
-    """A `turns.Side` in this process, of a class whose instances are kept."""
-
-    made = []
-
-    def __init__(self, name, target, arguments, environment=None):
-        self.arguments, self.side = arguments, None
-
-    def call(self, method, **arguments):
-        if self.side is None:
-            self.side = sides.Jax(**self.arguments)
-            self.made.append(self.side)
-        return json.loads(json.dumps(getattr(self.side, method)(**arguments)))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
-def test_a_saving_is_measured_with_it_and_without(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(blocks, "Side", Here)
+def test_a_saving_is_measured_with_it_and_without(sides_here, tmp_path, capsys):
     out = tmp_path / "savings.json"
     small = ["--scale=tiny", "--batch=4", "--steps=2", "--block=1", "--warmup=1"]
     savings.COMMAND.main([*small, "--only", "gather", f"--records={tmp_path}", f"--out={out}"])
-    on, off = Here.made
+    on, off = sides_here
     supervised, everything = (side.feed.buckets[0].targets for side in (on, off))
     assert supervised < everything == on.feed.buckets[0].length == off.feed.buckets[0].length
     report = json.loads(out.read_text())
@@ -49,8 +27,7 @@ def test_a_saving_is_measured_with_it_and_without(tmp_path, monkeypatch, capsys)
 
 
 def test_a_side_without_overlap_reads_no_batch_ahead(tmp_path):
-    told = workloads.arguments("affectgpt", "tiny", 4, "packed", settings={})
-    side = sides.Jax(told, str(tmp_path), without="overlap")
+    side = sides.Jax({"name": "small", "scale": "tiny"}, str(tmp_path), without="overlap")
     read, batch = [], side.feed.batch
     side.feed.batch = lambda step: read.append(step) or batch(step)
 
@@ -65,8 +42,7 @@ def test_a_side_without_overlap_reads_no_batch_ahead(tmp_path):
 
 
 def test_a_side_without_chunks_makes_all_logits_at_once(tmp_path):
-    told = workloads.arguments("affectgpt", "tiny", 4, "packed", settings={})
-    side = sides.Jax(told, str(tmp_path), without="chunks")
+    side = sides.Jax({"name": "small", "scale": "tiny"}, str(tmp_path), without="chunks")
     rows, targets = side.workload.config.batch_size, side.feed.buckets[0].targets
     assert side.model.decoder.compute.loss_chunk == rows * targets
 
@@ -89,7 +65,7 @@ def test_every_side_without_a_saving_is_one_that_can_be_made(name):
 
 
 def test_a_side_without_something_unknown_is_refused_before_anything_is_written(tmp_path):
-    told = workloads.arguments("affectgpt", "tiny", 4, "packed", settings={})
+    told = {"name": "small", "scale": "tiny"}
     with pytest.raises(ValueError, match="without is 'sleep'; expected one of"):
         sides.Jax(told, str(tmp_path / "records"), without="sleep")
     assert not (tmp_path / "records").exists()
