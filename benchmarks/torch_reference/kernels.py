@@ -107,29 +107,29 @@ transformers.AttentionInterface.register(VARLEN, varlen_attention)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """`-log softmax(states @ vocabulary^T)[label]` by position, the logits of a chunk at a time.
+    """`-log softmax(states @ lm_head^T)[label]` by position, the logits of a chunk at a time.
 
-    The vocabulary is frozen, so all that the backward pass needs is the gradient by the states,
+    The lm_head is frozen, so all that the backward pass needs is the gradient by the states,
     which is made while the logits are there: two matmuls instead of three.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: torch.Tensor, vocabulary: torch.Tensor, labels: torch.Tensor
+        ctx: Any, states: torch.Tensor, lm_head: torch.Tensor, labels: torch.Tensor
     ) -> torch.Tensor:
-        """Float32 `[N]` of states `[N, D]`, vocabulary `[V, D]` and labels `[N]`."""
+        """Float32 `[N]` of states `[N, D]`, lm_head `[V, D]` and labels `[N]`."""
         losses = states.new_empty(len(states), dtype=torch.float32)
         slopes = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         for start in range(0, len(states), LOSS_CHUNK):
             here = slice(start, start + LOSS_CHUNK)
-            logits = F.linear(states[here], vocabulary).float()
+            logits = F.linear(states[here], lm_head).float()
             losses[here] = F.cross_entropy(logits, labels[here], reduction="none")
             if slopes is not None:
                 slope = logits.softmax(dim=-1)
                 slope.scatter_add_(
                     1, labels[here, None], torch.full_like(slope[:, :1], -1, dtype=slope.dtype)
                 )
-                slopes[here] = slope.to(states.dtype) @ vocabulary
+                slopes[here] = slope.to(states.dtype) @ lm_head
         ctx.save_for_backward(slopes)
         return losses
 

@@ -211,9 +211,9 @@ class AffectGPT(Fusers):
             return F.cross_entropy(
                 logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
             )
-        states, vocabulary = self._target_states(batch), self.causal_lm.lm_head.weight
+        states, lm_head = self._target_states(batch), self.causal_lm.lm_head.weight
         losses = ChunkedCrossEntropy.apply(
-            states.flatten(0, 1).to(vocabulary.dtype), vocabulary, batch["targets"].flatten()
+            states.flatten(0, 1).to(lm_head.dtype), lm_head, batch["targets"].flatten()
         )
         return losses * batch["target_weights"].flatten()
 
