@@ -140,10 +140,10 @@ def attention(config: ConfigDict, llm: DecoderConfig) -> Choice:
     packed = config.pack_length > 0
     where = (platform, capability, llm.head_dim, config.dtype, packed)
     try:
-        choice = choose(config.attention, *where, kv_heads_split=split, devices=jax.device_count())
+        choice = choose(config.attention, *where, kv_heads_split=split)
     except ValueError as error:
         raise ConfigError(f"config.{error}; config.attention=auto takes what can") from None
-    if choice.name.startswith("xla"):
+    if choice.name == "xla":
         return choice
     # A packed kernel is tested with several samples a row, whatever the rows of this run are.
     doubt = _doubt(choice.attend, llm, config.dtype, choice.name == "cudnn_packed")
@@ -232,26 +232,12 @@ def model(
         param_dtype=dtype,
         base_precision=config.base_precision,
         remat="none" if config.remat == "auto" else config.remat,
-        unroll=_unroll(config, llm),
         attend=attend or attention(config, llm).attend,
     )
     if shard is not None:
         compute = dataclasses.replace(compute, shard=shard)
     # The fusion costs next to nothing, and bfloat16 would round features that float16 holds.
     return AffectGPT(Decoder(llm, lora, compute), Fusion(fusion) if fusion.slots else None)
-
-
-# A loop copies each layer's weights in and its activations out, 7 % of a step on a CPU; every layer
-# in a row is compiled anew.
-_MOST_UNROLLED = 12
-
-
-def _unroll(config: ConfigDict, llm: DecoderConfig) -> bool:
-    """Whether layers are compiled in a row."""
-    if config.unroll_layers != "auto":
-        return config.unroll_layers == "true"
-    one_cpu = device_platform() == "cpu" and jax.device_count() == 1
-    return one_cpu and llm.num_hidden_layers <= _MOST_UNROLLED and config.base_precision != "nf4"
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:

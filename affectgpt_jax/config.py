@@ -30,8 +30,7 @@ CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "base_precision": ("", "int8", "fp8", "nf4"),
     "remat": ("auto", "none", "save_projections", "full"),
-    "unroll_layers": ("auto", "true", "false"),
-    "attention": ("auto", "xla", "xla_packed", "cudnn", "cudnn_packed"),
+    "attention": ("auto", "xla", "cudnn", "cudnn_packed"),
     "fusion": ("attention", "qformer", "none"),
     "projectors.video": ("attention", "mean", "qformer"),
     "projectors.audio": ("attention", "mean", "qformer"),
@@ -60,7 +59,6 @@ FREE_ON_RESUME = (
     "llm",
     "mesh",
     "remat",
-    "unroll_layers",
     "attention",
     "xla_options",
     "log_every",
@@ -227,11 +225,6 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             "config.generate.merge_lora='true' cannot add LoRA to quantized weights, and "
             f"config.base_precision is {config.base_precision!r}; use auto"
-        )
-    if config.base_precision == "nf4" and config.unroll_layers == "true":
-        raise ConfigError(
-            "config.base_precision='nf4' with config.unroll_layers='true' would hold the widened "
-            "kernels of all layers at once, which is more than a plain base; unset one of the two"
         )
     if not 0 <= config.step_timeout < float("inf"):
         raise ConfigError(

@@ -87,9 +87,6 @@ class Planner:
     """
 
     def __init__(self, config: ConfigDict, device: Device, rows: Bucket, efficiency: float):
-        if config.unroll_layers == "auto":  # it asks what runs here; a GPU has a loop
-            config = ConfigDict(config)
-            config.unroll_layers = "false"
         self.config, self.device, self.rows = config, device, rows
         self.llm = build.base_config(config.llm)
         self._efficiency = efficiency

@@ -60,11 +60,6 @@ SAVINGS = {
         "whole layers",
         settings={"remat": "full"},
     ),
-    "unroll": Saving(
-        "layers in a row, where that is the default",
-        "a loop over layers",
-        settings={"unroll_layers": "false"},
-    ),
     "overlap": Saving(
         "batches are read and moved while a step runs", "one after the other", without="overlap"
     ),

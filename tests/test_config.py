@@ -213,10 +213,6 @@ def test_help_is_printed(capsys):
             "config.pack_length is 63; expected 0, or at least the 64 of config.max_tokens",
         ),
         (
-            "--config.base_precision=nf4 --config.unroll_layers=true",
-            "config.base_precision='nf4' with config.unroll_layers='true' would hold",
-        ),
-        (
             "--config.base_precision=int8 --config.generate.merge_lora=true",
             "config.generate.merge_lora='true' cannot add LoRA to quantized weights",
         ),

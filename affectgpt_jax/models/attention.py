@@ -4,11 +4,10 @@ Two entry points, because they have different shapes and different fast kernels:
 over whole rows (training and prefill), for which `choose` picks a backend, and `cached` for one new
 token against a key-value cache (decoding).
 
-The backends are four functions of one signature. `causal` is plain XLA, for every device, and
-`xla_packed` a loop that skips what packed rows do not need, for a CPU. `cudnn` is the flash kernel
-behind `jax.nn.dot_product_attention`, for rows of one sample. `cudnn_packed` is the same kernel
-given where each sample begins, for rows of several. A row that a kernel would compute wrongly comes
-out as NaN, so that no sample ever sees another in silence.
+The backends are three functions of one signature. `causal` is plain XLA, for every device. `cudnn`
+is the flash kernel behind `jax.nn.dot_product_attention`, for rows of one sample. `cudnn_packed` is
+the same kernel given where each sample begins, for rows of several. A row that a kernel would
+compute wrongly comes out as NaN, so that no sample ever sees another in silence.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from affectgpt_jax.models import cudnn_packed, xla_packed
-from affectgpt_jax.models.xla_packed import MASKED, transposed_times
+from affectgpt_jax.models import cudnn_packed
 
 # (query [B, T, H, d], key [B, T, K, d], value [B, T, K, d], segment_ids [B, T]) -> [B, T, H, d]
 CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -31,9 +29,10 @@ CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Arr
 # large enough for efficient products. Long rows take larger blocks, since each is compiled.
 _BLOCK = 128
 _MAX_BLOCKS = 8
-# Slots of the cache that a CPU reads at a time, and of how many rows where they differ in length.
-_CACHE_BLOCK = 128
-_CACHE_ROWS = 8
+
+# Scores of masked positions, whose softmax weight is then 0. Finite, so that a row without any
+# allowed key gives a uniform average instead of NaN; such rows are padding, and no loss reads them.
+_MASKED = -1e30
 
 DEFAULT_SEGMENTS = 64
 
@@ -137,14 +136,14 @@ def _by_position(x: jax.Array) -> jax.Array:
 
 def _masked_scores(query: jax.Array, key: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """Scaled float32 products `[B, K, H/K, t, S]` of queries `[B, K, H/K, t, d]`, which are the
-    last t of the S tokens that keys `[B, K, S, d]` are of; where a token does not see a key, a
-    number that no exponential survives."""
+    last t of the S tokens that keys `[B, K, S, d]` are of; `_MASKED` where a token does not see a
+    key."""
     queries, keys = query.shape[3], key.shape[2]
     positions = jnp.arange(keys - queries, keys)
     mask = positions[:, None] >= jnp.arange(keys)
     same = segment_ids[:, keys - queries : keys, None] == segment_ids[:, None, :keys]
     scores = _times(query, key.swapaxes(2, 3))
-    return jnp.where((mask & same)[:, None, None], scores * query.shape[-1] ** -0.5, MASKED)
+    return jnp.where((mask & same)[:, None, None], scores * query.shape[-1] ** -0.5, _MASKED)
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -156,10 +155,10 @@ def _times(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
-    """`transposed_times` `[B, K, S, d]` of scores `[B, K, G, t, S]` and `[B, K, G, t, d]`."""
+    """Float32 sums over queries `[B, K, S, d]` of scores `[B, K, G, t, S]` and `[B, K, G, t, d]`."""
     batch, kv_heads, group, queries, _ = x.shape
     x, y = (a.reshape(batch, kv_heads, group * queries, a.shape[-1]) for a in (x, y))
-    return transposed_times(x, y)
+    return jnp.einsum("bkxs,bkxd->bksd", x, y, preferred_element_type=jnp.float32)
 
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -241,7 +240,6 @@ def choose(
     packed: bool,
     *,
     kv_heads_split: bool = True,
-    devices: int = 1,
 ) -> Choice:
     """The causal attention backend of a run.
 
@@ -253,7 +251,6 @@ def choose(
         dtype: of activations, by name.
         packed: whether rows hold several samples.
         kv_heads_split: whether the devices that share query heads can share key heads as well.
-        devices: of the run, all processes together.
 
     Raises:
         ValueError: a backend that cannot run here; the message says why.
@@ -261,17 +258,14 @@ def choose(
     where = platform, compute_capability, head_dim, dtype, packed, kv_heads_split
     refusals = {
         "xla": "",
-        "xla_packed": _refusal_of_loop(platform, packed, devices),
         "cudnn": _refusal_of_cudnn("cudnn", *where),
         "cudnn_packed": _refusal_of_cudnn("cudnn_packed", *where),
     }
     if requested == "auto":
         # Without packing cudnn comes first, since its function is public and needs no offsets.
-        order = ("cudnn", "cudnn_packed", "xla_packed", "xla")
+        order = ("cudnn", "cudnn_packed", "xla")
         name = next(name for name in order if not refusals[name])
-        faster = "cudnn"
-        if packed:
-            faster = "xla_packed" if platform == "cpu" else "cudnn_packed"
+        faster = "cudnn_packed" if packed else "cudnn"
         reason = _REASONS[name] if name != "xla" else f"not {faster}: {refusals[faster]}"
     else:
         if refusals[requested]:
@@ -283,14 +277,12 @@ def choose(
 _REASONS = {
     "cudnn": "rows of one sample, on a GPU with cuDNN's flash attention",
     "cudnn_packed": "rows of several samples, on a GPU with cuDNN's packed flash attention",
-    "xla_packed": "rows of several samples, on a CPU: what no sample sees is skipped",
 }
 
 
 def _attention(name: str) -> CausalAttention:
     return {
         "xla": causal,
-        "xla_packed": xla_packed.attend,
         "cudnn": cudnn,
         "cudnn_packed": packed_rows(DEFAULT_SEGMENTS),
     }[name]
@@ -329,15 +321,6 @@ def _refusal_of_cudnn(
             *compute_capability
         )
     return cudnn_packed.unavailable()
-
-
-def _refusal_of_loop(platform: str, packed: bool, devices: int) -> str:
-    """Why `xla_packed` cannot run, or has no point; empty otherwise."""
-    if platform != "cpu":
-        return f"it is a loop over small blocks, for CPUs, and this is {platform}"
-    if not packed:
-        return "rows hold one sample each, of which it would skip nothing"
-    return f"its loop runs on one device, and there are {devices}" if devices > 1 else ""
 
 
 def deviation(
@@ -389,9 +372,8 @@ def cached(
     value_cache: jax.Array,
     layer: jax.Array | int,
     key_mask: jax.Array,
-    data_parallel_size: int = 1,
 ) -> jax.Array:
-    """Attention of new tokens to all valid slots of a layer's cache; it has no gradient on a CPU.
+    """Attention of new tokens to all valid slots of a layer's cache.
 
     Args:
         query: `[B, 1, H, d]`.
@@ -400,126 +382,19 @@ def cached(
         layer: int32, which of the L.
         key_mask: `[B, W]` bool, True for slots that hold a token of this row, the new one included.
             Slots from W on are not read.
-        data_parallel_size: devices that share the rows.
 
     Returns:
-        `[B, 1, H, d]`.
+        `[B, 1, H, d]` in the dtype of the values.
     """
     batch, _, heads, width = query.shape
-    kv_heads = key_cache.shape[2]
+    kv_heads, slots = key_cache.shape[2], key_mask.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
-    # Rows that lie on several devices cannot be chosen by their length without being moved.
-    rows = _CACHE_ROWS if data_parallel_size == 1 else batch
-    attended = jax.lax.platform_dependent(
-        grouped,
-        key_cache,
-        value_cache,
-        layer,
-        key_mask,
-        cpu=functools.partial(_cached_in_blocks, rows),
-        default=_cached_at_once,
+    shape = (1, batch, kv_heads, slots, width)
+    key, value = (
+        jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), shape)[0] for x in (key_cache, value_cache)
     )
-    return attended.reshape(query.shape)
-
-
-def _cached_at_once(
-    query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array, key_mask: jax.Array
-) -> jax.Array:
-    """`cached` of queries `[B, K, H/K, d]`."""
-    slots = key_mask.shape[1]
-    key, value = (_slots(x, layer, 0, slots) for x in (keys, values))
-    weights = jax.nn.softmax(_cached_scores(query, key, key_mask), axis=-1)
-    return _mixed(weights, value).astype(values.dtype)
-
-
-def _cached_in_blocks(
-    rows: int,
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    layer: jax.Array,
-    key_mask: jax.Array,
-) -> jax.Array:
-    """The same, of so many rows at a time, the shortest first, in blocks of slots up to the last
-    one that any of these rows may read.
-
-    A CPU copies what a product reads out of the stack of all layers. A block's copy is still in a
-    core's cache when it is read. On a GPU the host would have to learn the number of blocks first.
-    """
-    batch, slots = key_mask.shape
-    used = jnp.max(jnp.where(key_mask, jnp.arange(1, slots + 1), 0), axis=1)
-    if batch <= rows:
-        return _attend_blocks(query, keys, values, layer, key_mask, used.max(), None)
-    # The longest row comes again where the last rows are fewer.
-    order = jnp.pad(jnp.argsort(used), (0, -batch % rows), mode="edge")
-
-    def attend(i: jax.Array, attended: jax.Array) -> jax.Array:
-        chosen = jax.lax.dynamic_slice_in_dim(order, i * rows, rows)
-        of = query[chosen], keys, values, layer, key_mask[chosen], used[chosen].max()
-        return attended.at[chosen].set(_attend_blocks(*of, chosen))
-
-    return jax.lax.fori_loop(0, len(order) // rows, attend, jnp.zeros(query.shape, values.dtype))
-
-
-def _attend_blocks(
-    query: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    layer: jax.Array,
-    key_mask: jax.Array,
-    used: jax.Array,
-    rows: jax.Array | None,
-) -> jax.Array:
-    """What queries `[R, K, H/K, d]` of some rows find in the first `used` slots of these rows."""
-    slots = key_mask.shape[1]
-    size = min(_CACHE_BLOCK, slots)
-
-    def add(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest, total, mixed = carry
-        start = jnp.minimum(i * size, slots - size)  # the last block may overlap the one before
-        mask = jax.lax.dynamic_slice_in_dim(key_mask, start, size, axis=1)
-        mask &= start + jnp.arange(size) >= i * size
-        key, value = (_slots(x, layer, start, size, rows) for x in (keys, values))
-        scores = _cached_scores(query, key, mask)
-        larger = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
-        shrink, weights = jnp.exp(largest - larger), jnp.exp(scores - larger)
-        total = total * shrink + weights.sum(axis=-1, keepdims=True)
-        return larger, total, mixed * shrink + _mixed(weights, value)
-
-    row = (*query.shape[:3], 1)
-    nothing = jnp.zeros(query.shape, jnp.float32)
-    carry = jnp.full(row, MASKED, jnp.float32), jnp.zeros(row, jnp.float32), nothing
-    blocks = jnp.maximum((used + size - 1) // size, 1)
-    _, total, mixed = jax.lax.fori_loop(0, blocks, add, carry)
-    return (mixed / total).astype(values.dtype)
-
-
-def _slots(
-    cache: jax.Array,
-    layer: jax.Array,
-    start: jax.Array | int,
-    size: int,
-    rows: jax.Array | None = None,
-) -> jax.Array:
-    """Some slots `[R, K, size, d]` of a layer, out of `[L, B, K, S, d]`; `rows` `[R]` None: all."""
-    _, batch, kv_heads, _, width = cache.shape
-
-    def read(row: jax.Array | int, count: int) -> jax.Array:
-        at, shape = (layer, row, 0, start, 0), (1, count, kv_heads, size, width)
-        return jax.lax.dynamic_slice(cache, at, shape)[0]
-
-    if rows is None:
-        return read(0, batch)
-    return jnp.concatenate([read(row, 1) for row in rows])
-
-
-def _cached_scores(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled float32 products `[B, K, H/K, S]` of `[B, K, H/K, d]` and `[B, K, S, d]`."""
-    scores = jnp.einsum("bkgd,bksd->bkgs", query, key, preferred_element_type=jnp.float32)
-    return jnp.where(mask[:, None, None], scores * query.shape[-1] ** -0.5, MASKED)
-
-
-def _mixed(weights: jax.Array, value: jax.Array) -> jax.Array:
-    """Float32 sums `[B, K, H/K, d]` of values `[B, K, S, d]` by their weights `[B, K, H/K, S]`."""
-    weights = weights.astype(value.dtype)
-    return jnp.einsum("bkgs,bksd->bkgd", weights, value, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.where(key_mask[:, None, None], scores * width**-0.5, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    attended = jnp.einsum("bkgs,bksd->bkgd", weights, value, preferred_element_type=jnp.float32)
+    return attended.astype(value.dtype).reshape(query.shape)

@@ -227,8 +227,6 @@ class ComputeConfig:
         remat: "none" keeps what the backward pass reads; "save_projections" keeps the outputs of
             the projections, adapters included, and recomputes attention and the rest; "full" keeps
             only each layer's input.
-        unroll: put the layers one behind the other into the program, instead of a loop over them.
-            A loop copies each layer's weights in and its activations out, which CPUs feel.
         loss_chunk: supervised positions whose logits are alive at once.
         attend: the causal attention backend.
         shard: `(x, logical axes) -> x`, called on activations; its `data_parallel_size` is
@@ -242,7 +240,6 @@ class ComputeConfig:
     param_dtype: Any = jnp.float32
     base_precision: str = ""
     remat: str = "none"
-    unroll: bool = False
     loss_chunk: int = LOSS_CHUNK
     attend: attention.CausalAttention = attention.causal
     shard: Any = OneDevice()
@@ -321,8 +318,7 @@ class DecoderLayer(nn.Module):
                 cache.value.at[at].set(value[:, 0], mode="drop", unique_indices=True),
             )
             kept = None
-            of = query, *cache, layer, step.key_mask
-            attended = attention.cached(*of, data_parallel_size=run.shard.data_parallel_size)
+            attended = attention.cached(query, *cache, layer, step.key_mask)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
         hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
 
@@ -362,12 +358,12 @@ class Decoder(nn.Module):
             )
         layer = DecoderLayer
         if run.remat != "none":
-            # Inside a loop XLA cannot merge the recomputation with the forward pass, so the
-            # barriers that prevent it elsewhere would only cost.
+            # XLA cannot merge recomputation inside a scan with the forward pass, so the barriers
+            # that `prevent_cse` adds have no use here.
             layer = nn.remat(
                 layer,
                 policy=REMAT_POLICIES[run.remat],
-                prevent_cse=run.unroll,
+                prevent_cse=False,
                 static_argnums=(6, 7),
             )
         self.layers = nn.scan(
@@ -376,7 +372,6 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "lora": True, "dropout": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.num_hidden_layers,
-            unroll=c.num_hidden_layers if run.unroll else 1,
         )(c, self.lora, run)
         self.norm = RMSNorm(c.rms_norm_eps, run.param_dtype)
 

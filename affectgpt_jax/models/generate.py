@@ -35,7 +35,6 @@ from affectgpt_jax.models.affectgpt import (
     hidden_states,
     target_states,
     token_log_probs,
-    with_compute,
 )
 from affectgpt_jax.models.decoder import DecodeStep, KVCache, lm_head
 
@@ -275,8 +274,7 @@ def prefill(
     Raises:
         ValueError: a temperature without `rows`.
     """
-    # Layers in a row gain only where there is a backward pass; a token takes 1.2 times as long.
-    model, sampling = with_compute(model, unroll=False), decoding.sampling
+    sampling = decoding.sampling
     if sampling.temperature and rows is None:
         raise ValueError("sampling needs the identities of the rows, which its keys derive from")
     size = len(batch["tokens"])
@@ -320,7 +318,6 @@ def decode(
     up the first `kv_bucket` slots of the cache (None: all slots), beyond which nothing is read. The
     state that comes in is consumed.
     """
-    model = with_compute(model, unroll=False)  # as in `prefill`
     slots = jnp.arange(state.cache.key.shape[3] if kv_bucket is None else kv_bucket)
     enough = len(state.lengths) if enough is None else enough
 

@@ -14,7 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as private
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.models import attention, cudnn_packed, xla_packed
+from affectgpt_jax.models import attention, cudnn_packed
 from affectgpt_jax.models.attention import choose
 from affectgpt_jax.models.decoder import PUBLISHED, DecoderConfig
 
@@ -107,7 +107,7 @@ def rows(length):
 SHAPES = [(2, 1, 2, 2, 64), (2, 37, 4, 1, 64), (2, 131, 7, 1, 64), (2, 300, 4, 2, 64)]
 
 
-@pytest.mark.parametrize("name", ["xla", "xla_packed", "cudnn_packed"])
+@pytest.mark.parametrize("name", ["xla", "cudnn_packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_rows_equal_float64_forward_and_backward(name, shape):
     attend, dtype = backend(name, packed=True)
@@ -136,25 +136,19 @@ def test_padded_rows_equal_float64_forward_and_backward(name, shape):
     check()
 
 
-# Rows; slots that are there; slots that may be read. None behind them, some, less and more than a
-# block; as many rows as are read together, more, and a last part of fewer.
-CACHES = [(4, 1, 1), (4, 37, 20), (8, 128, 128), (16, 400, 300), (11, 400, 400)]
+# Rows; slots that are there; slots that may be read: one, all of them, less than all.
+CACHES = [(4, 1, 1), (4, 37, 20), (8, 128, 128), (11, 400, 300)]
 
 
-@pytest.mark.parametrize("platform", ["cpu", "default"])
-@pytest.mark.parametrize("data_parallel_size", [1, 2])
 @pytest.mark.parametrize(("batch", "slots", "window"), CACHES)
-def test_cached_attention_equals_float64(
-    platform, data_parallel_size, batch, slots, window, monkeypatch
-):
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, **how: how[platform](*args))
+def test_cached_attention_equals_float64(batch, slots, window):
     layers, layer, heads, kv_heads, width = 3, 1, 4, 2, 16
     rng = np.random.default_rng(slots)
     query = rng.standard_normal((batch, 1, heads, width))
     keys, values = rng.standard_normal((2, layers, batch, kv_heads, slots, width))
     for x in (keys, values):  # nothing of another layer, or from beyond the window, is read
         x[[0, 2]], x[:, :, :, window:] = np.nan, np.nan
-    cached = jax.jit(functools.partial(attention.cached, data_parallel_size=data_parallel_size))
+    cached = jax.jit(attention.cached)
     of_row = st.sets(st.integers(0, window - 1), min_size=1)
 
     @settings(max_examples=8)
@@ -175,20 +169,7 @@ def test_cached_attention_equals_float64(
     check()
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other devices read all slots at once")
-def test_a_cpu_reads_no_further_for_short_rows_than_they_reach():
-    size, rows = attention._CACHE_BLOCK, attention._CACHE_ROWS
-    lengths = np.tile([size, 3 * size], rows)  # short and long in turns
-    mask = jnp.asarray(np.arange(3 * size) < lengths[:, None])
-    # One that is read makes the whole row NaN, though its weight be 0.
-    cache = np.where(mask[:, None, :, None], np.float32(1), np.nan)[None]
-    query = jnp.ones((2 * rows, 1, 1, 8))
-    cache = jnp.broadcast_to(cache, (*cache.shape[:-1], 8))
-    found = attention.cached(query, cache, cache, 0, mask)
-    np.testing.assert_allclose(found, 1, rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["xla", "xla_packed", "cudnn_packed"])
+@pytest.mark.parametrize("name", ["xla", "cudnn_packed"])
 def test_packed_equals_unpacked_forward_and_backward(name):
     attend, dtype = backend(name, packed=True)
     lengths = (101, 50, 140)
@@ -209,7 +190,7 @@ def test_packed_equals_unpacked_forward_and_backward(name):
 
 
 @pytest.mark.parametrize("ids", ["descending", "in turns", "with holes"])
-def test_xla_packed_asks_no_order_of_segments(ids):
+def test_xla_asks_no_order_of_segments(ids):
     shape = (2, 300, 4, 2, 64)
     row = {
         "descending": 9 - segment_row((90, 130, 290), 300),
@@ -217,20 +198,7 @@ def test_xla_packed_asks_no_order_of_segments(ids):
         "with holes": np.where(np.arange(300) % 7 == 0, 0, segment_row((100, 300), 300)),
     }[ids]
     segment_ids = np.stack([row, np.roll(row, 17)]).astype(np.int32)
-    assert_equal_reference(xla_packed.attend, jnp.float32, shape, segment_ids)
-
-
-def test_xla_packed_visits_what_samples_need_and_nothing_else():
-    block, row = xla_packed.BLOCK, np.ones(1024, np.int32)
-    whole = xla_packed.find_pairs(jnp.asarray(row.reshape(1, -1, block)))
-    assert whole.count == 16 * 17 // 2
-    # Four samples of four blocks each, and a row whose second sample begins within a block.
-    four = np.repeat(np.arange(1, 5, dtype=np.int32), 256)
-    across = np.where(np.arange(1024) < block + 1, 1, 2).astype(np.int32)
-    pairs = xla_packed.find_pairs(jnp.asarray(np.stack([four, across]).reshape(2, -1, block)))
-    assert pairs.count == 4 * 4 * 5 // 2 + 16 * 17 // 2 - 14  # 14 blocks do not see the first
-    first = np.asarray(pairs.first)[: pairs.count]
-    assert first.sum() == 2 * 16  # every block of queries begins once
+    assert_equal_reference(attention.causal, jnp.float32, shape, segment_ids)
 
 
 def test_xla_keeps_no_square_of_scores_for_the_backward_pass():
@@ -408,7 +376,7 @@ def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(hopper):
         (("cuda", AMPERE, 128, "bfloat16"), False, "cudnn", "rows of one sample"),
         (("cuda", HOPPER, 256, "float16"), False, "cudnn", "rows of one sample"),
         (("cuda", HOPPER, 128, "bfloat16"), True, "cudnn_packed", "rows of several samples"),
-        (("cpu", (0, 0), 128, "float32"), True, "xla_packed", "what no sample sees is skipped"),
+        (("cpu", (0, 0), 128, "float32"), True, "xla", "not cudnn_packed: it needs an NVIDIA GPU"),
     ],
 )
 def test_auto_takes_the_fastest_that_can_run_and_says_why(where, packed, name, reason):
@@ -425,16 +393,6 @@ def test_packed_rows_are_never_given_to_cudnn_for_single_samples():
 def test_xla_can_always_be_asked_for():
     found = choose("xla", "cuda", HOPPER, 128, "bfloat16", packed=True)
     assert found == ("xla", "as asked for", attention.causal)
-
-
-def test_the_loop_over_blocks_is_for_packed_rows_on_one_cpu():
-    where = ("cpu", (0, 0), 64, "float32")
-    found = choose("auto", *where, packed=True, devices=8)
-    assert found.name == "xla" and "one device, and there are 8" in found.reason
-    with pytest.raises(ValueError, match="'xla_packed' cannot be used: rows hold one sample"):
-        choose("xla_packed", *where, packed=False)
-    with pytest.raises(ValueError, match="for CPUs, and this is cuda"):
-        choose("xla_packed", "cuda", HOPPER, 64, "bfloat16", packed=True)
 
 
 def test_a_mesh_that_splits_query_heads_but_not_key_heads_takes_xla():

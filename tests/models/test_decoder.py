@@ -1,7 +1,6 @@
 """The decoder against Hugging Face's, and what packing, caching and rematerialisation promise."""
 
 import dataclasses
-import itertools
 import math
 import tempfile
 from pathlib import Path
@@ -380,29 +379,24 @@ def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
 
 @pytest.fixture(scope="module")
 def compiled_gradients():
-    """By remat policy, and whether layers are unrolled: the compiled gradient of a sum of squares
-    with respect to the inputs."""
+    """By remat policy: the compiled gradient of a sum of squares with respect to the inputs."""
     llm = dataclasses.replace(LLM, num_hidden_layers=6)
     base = random_tree(abstract_base(Decoder(llm)))
     embeds = random_embeds(4, 32)
     rows = rows_of(32, 4)
 
-    def compile_one(remat, unroll):
-        module = Decoder(llm, compute=ComputeConfig(remat=remat, unroll=unroll))
+    def compile_one(remat):
+        module = Decoder(llm, compute=ComputeConfig(remat=remat))
         gradient = jax.grad(lambda e: (forward(e, *rows, module, base) ** 2).sum())
         return jax.jit(gradient).lower(embeds).compile()
 
-    looped = itertools.product(("none", "save_projections", "full"), (False,))
-    unrolled = itertools.product(("none", "full"), (True,))
-    return embeds, {how: compile_one(*how) for how in (*looped, *unrolled)}
+    return embeds, {how: compile_one(how) for how in ("none", "save_projections", "full")}
 
 
-@pytest.mark.parametrize(
-    "how", [("save_projections", False), ("full", False), ("none", True), ("full", True)], ids=str
-)
-def test_neither_rematerialisation_nor_unrolling_changes_gradients(compiled_gradients, how):
+@pytest.mark.parametrize("remat", ["save_projections", "full"])
+def test_rematerialisation_does_not_change_gradients(compiled_gradients, remat):
     embeds, gradients = compiled_gradients
-    assert relative_error(gradients[how](embeds), gradients["none", False](embeds)) < FLOAT32
+    assert relative_error(gradients[remat](embeds), gradients["none"](embeds)) < FLOAT32
 
 
 def test_rematerialisation_saves_memory():
@@ -424,18 +418,11 @@ def test_rematerialisation_saves_memory():
     )
 
 
-def test_barriers_keep_unrolled_layers_from_being_merged_with_their_recomputation():
-    def attend(query, key, value, segment_ids):  # one without barriers of its own
-        return query
-
-    def barriers(unroll):
-        module = Decoder(LLM, compute=ComputeConfig(remat="full", unroll=unroll, attend=attend))
-        base = random_tree(abstract_base(module))
-        gradient = jax.grad(lambda e: forward(e, *rows_of(8, 2), module, base).sum())
-        return jax.jit(gradient).lower(random_embeds(2, 8)).as_text().count("optimization_barrier")
-
-    assert barriers(unroll=True) > 0
-    assert barriers(unroll=False) == 0, "in a loop they would only cost"
+def test_recomputation_inside_the_loop_over_layers_has_no_barriers():
+    module = Decoder(LLM, compute=ComputeConfig(remat="full", attend=lambda q, k, v, ids: q))
+    base = random_tree(abstract_base(module))
+    gradient = jax.grad(lambda e: forward(e, *rows_of(8, 2), module, base).sum())
+    assert "optimization_barrier" not in jax.jit(gradient).lower(random_embeds(2, 8)).as_text()
 
 
 def test_an_unknown_remat_policy_is_refused():
