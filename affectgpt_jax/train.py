@@ -175,7 +175,8 @@ def train(
                 session.writer.write(config.steps, {"test/hit": result["hit"]})
             else:
                 say("not scored: " + result["not_scored"])
-    result |= {"wall_s": sum(clock.report().values()), "time_s": clock.report()}
+    times = clock.report()
+    result |= {"wall_s": sum(times.values()), "time_s": times}
     if group.is_main_process:
         report(config, workdir, result)
         print(clock.table())
