@@ -31,7 +31,7 @@ SENTIMENT_PROMPT = (
     "emotions of a character. Please choose the most likely sentiment from the given candidates: "
     "[positive, negative, neutral]."
 )
-# An item of a list is an emotion ("at a loss for words"), not a sentence.
+# Words of the longest item that is read as an emotion ("ill at ease"); longer ones are prose.
 LONGEST_LABEL = 4
 
 

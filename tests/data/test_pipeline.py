@@ -329,6 +329,15 @@ def test_every_row_fits_its_bucket_wherever_it_ends_up(tmp_path, processor):
     assert sorted(number for number, _ in epoch_of(pipeline, processor, 0)) == list(range(10))
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_longest_example_fits_also_where_the_first_epoch_does_not_draw_it(
+    dataset, processor, seed
+):
+    examples = [processor.training_examples(dataset, t) for t in ("description", "ovlabel")]
+    longest = max(len(example) for kind in examples for example in kind)
+    assert make(dataset, processor, seed=seed).buckets[-1].length >= longest
+
+
 def test_a_batch_mixes_label_types_and_is_as_long_as_its_longest_row_needs(processor, pipeline):
     mixed = 0
     for step in epoch_steps(pipeline, 0):
@@ -595,6 +604,37 @@ def test_an_epoch_of_a_mixture_visits_every_clip_as_often_as_its_weight(
     assert draws[COUNT:].sum() == math.floor(10 * second * 10)
 
 
+def test_components_of_one_size_draw_clips_and_label_types_of_their_own(dataset, processor):
+    twice = [
+        MixtureComponent(dataset, processor, "hybrid", name, weight=0.5) for name in ("one", "two")
+    ]
+    pipeline = TrainPipeline(twice, batch_size=BATCH, max_tokens=128)
+
+    def epoch(number):
+        """Component, record and label type of every draw, in their order: `[3, N]`."""
+        parts = ([b.components, b.records, b.label_types] for b in pipeline.plan(number))
+        draws = np.concatenate(list(parts), axis=1)[..., 0]
+        return draws[:, draws[1] >= 0]
+
+    draws = epoch(0)
+    first, second = ({tuple(x) for x in draws[1:, draws[0] == i].T.tolist()} for i in (0, 1))
+    assert {record for record, _ in first} != {record for record, _ in second}
+    both = {record for record, _ in first} & {record for record, _ in second}
+    types = [dict(first), dict(second)]
+    assert any(types[0][record] != types[1][record] for record in both)
+    # The components meet in another order in every epoch.
+    assert draws[0].tolist() != epoch(2)[0].tolist()
+
+
+def test_packed_rows_have_room_for_what_epochs_draw_often(dataset, other, processor):
+    # The first set has descriptions among its answers, the second words alone.
+    words, descriptions = (
+        mixed(dataset, other, processor, first, second, pack_length=256).buckets[0].targets
+        for first, second in ((0.25, 8), (8, 0.25))
+    )
+    assert words < descriptions - 16
+
+
 def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, processor):
     pipeline, again = mixed(dataset, other, processor), mixed(dataset, other, processor)
     mixes = [pipeline.component_counts(step) for step in range(40)]
@@ -677,12 +717,14 @@ def test_a_weight_is_positive(dataset, processor, weight):
 @pytest.mark.parametrize("num_buckets", [1, 3])
 def test_sequential_batches_visit_every_clip_once(dataset, processor, num_buckets):
     examples = processor.training_examples(dataset, "ovlabel")
-    visited = []
+    visited, widths = [], []
     for numbers, batch in sequential_batches(dataset, processor, examples, BATCH, num_buckets):
+        widths.append(batch["tokens"].shape[1])
         assert len(batch["tokens"]) == BATCH
         assert [number for number, _ in clips_and_types(processor, batch)] == numbers.tolist()
         visited += numbers.tolist()
     assert sorted(visited) == list(range(COUNT))
+    assert widths == sorted(widths, reverse=True), "what may not fit comes first"
 
 
 def test_prompts_alone_have_nothing_to_supervise(dataset, processor):

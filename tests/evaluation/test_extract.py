@@ -149,6 +149,8 @@ def test_every_label_of_the_demo_is_found_in_its_descriptions():
         ("[]", []),
         ("The list is empty: []", []),
         ("happy, sad, and at a loss", ["happy", "sad", "at a loss"]),
+        ("happy, a bit at loss", ["happy", "a bit at loss"]),  # four words are a label
+        ("happy, a bit at a loss", None),  # five are not
         ("Happy and sad.", ["happy", "sad"]),
         ("happy\nsad\nhappy", ["happy", "sad"]),
         ("- **Happy**: she smiles\n- sad (a little)", ["happy", "sad"]),

@@ -173,6 +173,14 @@ def test_tables_by_class():
     ]
 
 
+def test_a_class_s_figures_are_over_scored_clips_alone():
+    # The second clip has no true label: what is predicted for it is neither right nor wrong.
+    score = score_fine([["sad"], ["sad", "glad"]], [["sad"], ["zebra"]], SMALL)
+    rows = {row["label"]: row for row in score.classes if row["wheel"] == 1}
+    assert (rows["sad"]["clips"], rows["sad"]["predicted"], rows["sad"]["p"]) == (1, 1, 1)
+    assert (rows["glad"]["clips"], rows["glad"]["predicted"], rows["glad"]["p"]) == (0, 0, None)
+
+
 def test_unknown_and_unmapped_words_are_counted():
     score = score_fine(
         [["Zebra", "sad", "zebra "], ["glad", "lynx"], [" "]], [["sad", "ox"], ["low"], []], SMALL

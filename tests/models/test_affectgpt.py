@@ -70,6 +70,23 @@ def test_a_text_only_model_has_no_soft_tokens_and_no_fusion():
     np.testing.assert_array_equal(found, np.asarray(BASE["embed_tokens"])[BATCH["tokens"]])
 
 
+def test_the_dropout_of_qformers_follows_from_the_key():
+    fusion = dataclasses.replace(
+        FUSION,
+        audio_head="qformer",
+        qformer=QFormerConfig(width=16, heads=2, layers=1, intermediate=24, dropout=0.5),
+    )
+    model = make_model(fusion=fusion)
+    batch = {**BATCH, "soft_token_index": np.tile(np.arange(16, dtype=np.int32) % 11, (4, 1))}
+    embed = jax.jit(functools.partial(embed_inputs, model, BASE, random_trainable(model), batch))
+    first, again, other = (np.asarray(embed(jax.random.key(seed))) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    # Soft tokens 2 to 9 are the audio's; those of the other heads draw nothing.
+    index = batch["soft_token_index"]
+    drawn = (index >= 2) & (index <= 9) & BATCH["present"]["audio"]
+    assert ((first != other).any(axis=-1) == drawn).all()
+
+
 # --- Several clips a row --------------------------------------------------------------------------
 
 QFORMER = QFormerConfig(width=16, heads=2, layers=1, intermediate=24, dropout=0.0)

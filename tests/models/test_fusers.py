@@ -464,6 +464,14 @@ def test_a_sequence_beyond_the_positions_is_refused(slot: str, lengths: dict, nu
         jax.eval_shape(Fusion(config).init, jax.random.key(0), features, all_present(config, 1))
 
 
+def test_the_shortest_table_of_positions_that_a_feature_meets_is_its_limit() -> None:
+    config = all_of_one_kind("qformer", ("multi", "audio", "face"))
+    assert (config.longest("audio"), config.longest("face")) == (8, 32)
+    fused = dataclasses.replace(config, audio_head="mean", video_head="attention")
+    assert (fused.longest("audio"), fused.longest("face")) == (264, 264)
+    assert dataclasses.replace(fused, pre_fusion="attention").longest("audio") == float("inf")
+
+
 @pytest.mark.parametrize(
     ("features", "present", "message"),
     [

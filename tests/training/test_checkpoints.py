@@ -174,6 +174,17 @@ def test_a_checkpoint_that_was_not_validated_can_be_later(tmp_path):
         assert_same_tree(checkpoints.restore(2, abstract()), make_state(2))
 
 
+def test_a_save_ends_on_what_the_save_before_it_met(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    checkpoints = Checkpoints(tmp_path, BASE)
+    monkeypatch.setattr("affectgpt_jax.training.checkpoints.Manifest.write", full)
+    checkpoints.save(1, make_state(1), 0.5)
+    with pytest.raises(CheckpointWriteError, match="No space left on device"):
+        checkpoints.save(2, make_state(2), 0.5)
+
+
 # --- What is damaged ------------------------------------------------------------------------------
 
 

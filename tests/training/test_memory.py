@@ -9,8 +9,8 @@ from tiny_model import make_batch, make_model
 
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.models.affectgpt import init_random_base, with_compute
-from affectgpt_jax.models.decoder import PUBLISHED
+from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, with_compute
+from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder
 from affectgpt_jax.training import memory, sharding
 from affectgpt_jax.training.optimizer import make_optimizer
 from affectgpt_jax.training.step import init_state
@@ -124,6 +124,30 @@ def test_many_long_rows_need_rematerialisation_on_an_80_gb_card():
     limit = 60 * 2**30  # the share of it that JAX takes
     assert memory.choose_remat(*paper(3), 1, limit).policy == "none"
     assert memory.choose_remat(*paper(48, 1024), 1, limit).policy == "full"
+
+
+@pytest.mark.parametrize(
+    ("rows", "targets", "positions"),
+    [(3, 100, 300), (3, 256, 512), (600, 4, 600)],  # a chunk is 512 positions, or one a row
+)
+def test_a_chunk_of_logits_and_its_gradient_are_counted(rows, targets, positions):
+    model, *_ = paper(3)
+    assert memory.logit_bytes(model, rows, targets) == 2 * positions * 152_064 * 4
+
+
+def test_of_what_fsdp_splits_two_layers_or_the_vocabulary_are_whole_at_a_time():
+    def gathered(name, mesh):
+        half = ComputeConfig(param_dtype=jnp.bfloat16)
+        model = AffectGPT(Decoder(PUBLISHED[name], None, half), None)
+        shapes = jax.eval_shape(lambda key: init_random_base(model, key), jax.random.key(0))
+        return memory.gathered_bytes(sharding.with_shardings(sharding.make_mesh(mesh), shapes))
+
+    # Llama's layers are large beside its vocabulary, Qwen's vocabulary beside its layers.
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11_008
+    assert gathered("Llama-2-7b-chat-hf", "fsdp:8") == 2 * layer * 2
+    assert gathered("Qwen2.5-7B-Instruct", "fsdp:8") == 152_064 * 3584 * 2
+    assert gathered("Qwen2.5-7B-Instruct", "fsdp:4,tensor:2") == 152_064 * 3584 * 2 / 2
+    assert gathered("Qwen2.5-7B-Instruct", "data:8") == 0
 
 
 # --- The choice -----------------------------------------------------------------------------------

@@ -23,6 +23,8 @@ from affectgpt_jax.program import lower_step
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.step import (
+    dropout_key,
+    init_key,
     init_state,
     make_eval_step,
     make_train_step,
@@ -262,6 +264,11 @@ def test_the_same_seed_gives_the_same_losses_bit_for_bit():
 
     # Compiled once more, as in a run that is resumed.
     assert losses(jitted_step(dropout=DROPOUT)) == losses(one_device_step(dropout=DROPOUT))
+
+
+def test_initialisation_and_dropout_draw_from_keys_of_their_own():
+    keys = [key(seed) for key in (init_key, dropout_key) for seed in (0, 1)]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 4
 
 
 def test_dropout_follows_from_seed_and_step():

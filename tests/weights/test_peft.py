@@ -248,6 +248,7 @@ def test_options_that_are_off_or_do_not_matter_are_read_over(saved):
     edit_config(saved, rank_pattern={}, revision="main", peft_version="9", lora_dropout=0.3)
     edit_config(saved, init_lora_weights="gaussian", target_modules="all-linear")
     assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), LORA)
+    assert read_adapter_config(saved).dropout == 0.3
 
 
 def test_another_rank_alpha_or_set_of_targets_is_refused_with_both_sides(saved):
