@@ -147,7 +147,7 @@ def _masked_scores(query: jax.Array, key: jax.Array, segment_ids: jax.Array) -> 
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Float32 products `[B, K, G, t, n]` of `[B, K, G, t, m]` and `[B, K, m, n]`."""
+    """The float32 matmul `[B, K, G, t, n]` of `[B, K, G, t, m]` and `[B, K, m, n]`."""
     batch, kv_heads, group, rows, inner = x.shape
     flat = x.reshape(batch, kv_heads, group * rows, inner)
     product = jnp.einsum("bkxm,bkmn->bkxn", flat, y, preferred_element_type=jnp.float32)
@@ -155,7 +155,7 @@ def _times(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def _transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Float32 sums over queries `[B, K, S, d]` of scores `[B, K, G, t, S]` and `[B, K, G, t, d]`."""
+    """Float32 `[B, K, S, d]`: the sum over queries of `[B, K, G, t, S]` times `[B, K, G, t, d]`."""
     batch, kv_heads, group, queries, _ = x.shape
     x, y = (a.reshape(batch, kv_heads, group * queries, a.shape[-1]) for a in (x, y))
     return jnp.einsum("bkxs,bkxd->bksd", x, y, preferred_element_type=jnp.float32)
