@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
+from affectgpt_jax.data.modalities import HEADS, INPUT_MODES, MODALITIES, InputMode
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
-from affectgpt_jax.data.prompts import INPUT_MODES, InputMode, load_prompts
+from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
@@ -91,20 +92,17 @@ def input_modes(config: ConfigDict) -> list[InputMode]:
     return [input_mode(config, name) for name in names]
 
 
-def fusion_config(config: ConfigDict, llm_width: int) -> FusionConfig:
+def fusion_config(config: ConfigDict) -> FusionConfig:
     """Slots, projectors and pre-fusion of the config's input modes together."""
-    projectors = config.projectors
+    readers = [head.name for head in HEADS.values() if head.feature_width]
+    kinds = {name: config.projectors[name] for name in readers}
+    if config.fusion != "none":
+        kinds |= {name: config.fusion for name in HEADS if name not in readers}
     return FusionConfig(
         slots=tuple(dict.fromkeys(s for mode in input_modes(config) for s in mode.slots)),
-        llm_width=llm_width,
-        video_width=projectors.video_width,
-        audio_width=projectors.audio_width,
-        image_width=projectors.image_width,
-        pre_fusion="attention" if config.fusion == "none" else config.fusion,
-        video_head=projectors.video,
-        audio_head=projectors.audio,
-        image_head=projectors.image,
-        width=projectors.fusion_width,
+        kinds=kinds,
+        widths={name: config.projectors[f"{name}_width"] for name in readers},
+        width=config.projectors.fusion_width,
         qformer=QFormerConfig(**config.qformer),
     )
 
@@ -193,7 +191,7 @@ def check_model(config: ConfigDict, llm: DecoderConfig) -> tuple[LoraConfig | No
             f"of {llm.hidden_size} and an intermediate_size of {llm.intermediate_size}; use int8"
         )
     try:
-        fusion = fusion_config(config, llm.hidden_size)
+        fusion = fusion_config(config)
         lora = None
         if config.lora.rank:
             lora = LoraConfig(**{**config.lora, "targets": tuple(config.lora.targets)})
@@ -237,7 +235,9 @@ def model(
     if shard is not None:
         compute = dataclasses.replace(compute, shard=shard)
     # The fusion costs next to nothing, and bfloat16 would round features that float16 holds.
-    return AffectGPT(Decoder(llm, lora, compute), Fusion(fusion) if fusion.slots else None)
+    return AffectGPT(
+        Decoder(llm, lora, compute), Fusion(fusion, llm.hidden_size) if fusion.slots else None
+    )
 
 
 def optimizer_config(config: ConfigDict) -> OptimizerConfig:
@@ -258,7 +258,7 @@ def prompt_processor(config: ConfigDict, tokenizer: Tokenizer, mode: str = "") -
     Raises:
         PromptError: a prompt file that cannot be used.
     """
-    fusion = fusion_config(config, llm_width=1)  # the width plays no part in counts and inputs
+    fusion = fusion_config(config)
     return PromptProcessor(
         tokenizer=tokenizer,
         prompts=load_prompts(config.prompts),
@@ -274,8 +274,8 @@ def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> Non
     Raises:
         ConfigError: a feature is missing, of another width, or too long; the message names it.
     """
-    fusion = fusion_config(config, llm_width=1)
-    for name in dict.fromkeys(n for slot in mode.slots for n in fusion.read_by(slot)):
+    fusion = fusion_config(config)
+    for name in mode.features:
         if name not in dataset.manifest.features:
             raise ConfigError(
                 f"the input mode {mode.name!r} reads the feature {name!r}, but the records of "
@@ -293,10 +293,10 @@ def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> Non
                 f"embedding of a qformer has {limit}; use another head, or fewer frames"
             )
         if facts["width"] != fusion.feature_width(name):
-            key = "video" if name in ("face", "frame") else name
+            key = HEADS[MODALITIES[name].head].width_key
             raise ConfigError(
                 f"the records' {name} features ({facts['encoder']}) are {facts['width']} wide, "
-                f"but config.projectors.{key}_width is {fusion.feature_width(name)}; set it to "
+                f"but config.{key} is {fusion.feature_width(name)}; set it to "
                 f"{facts['width']}, or use records of another encoder"
             )
 
@@ -391,7 +391,7 @@ def open_records(
     """
     seed = demo.world_seed(place, config.demo_seed)
     if seed is not None:
-        features = demo.features_for(fusion_config(config, llm_width=1).inputs)
+        features = demo.features_for(fusion_config(config).inputs)
         extra = "".join(f"-{name}" for name in features if name not in demo.DEFAULT_FEATURES)
         directory = workdir / "data" / f"demo-{seed}-{split}{extra}"
         dataset = demo.materialize(directory, seed, split, say, features)

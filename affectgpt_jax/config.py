@@ -21,7 +21,8 @@ from ml_collections import ConfigDict, config_flags
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.data.prompts import INPUT_MODES, PromptError, parse_label
+from affectgpt_jax.data.modalities import HEADS, INPUT_MODES
+from affectgpt_jax.data.prompts import PromptError, parse_label
 
 DEFAULT = "demo"
 MIX = "config.data.mixture"
@@ -31,10 +32,7 @@ CHOICES = {
     "base_precision": ("", "int8", "fp8", "nf4"),
     "remat": ("auto", "none", "save_projections", "full"),
     "attention": ("auto", "xla", "cudnn", "cudnn_packed"),
-    "fusion": ("attention", "qformer", "none"),
-    "projectors.video": ("attention", "mean", "qformer"),
-    "projectors.audio": ("attention", "mean", "qformer"),
-    "projectors.image": ("mean", "qformer"),
+    "fusion": (*HEADS["multi"].kinds, "none"),
     "generate.merge_lora": ("auto", "true", "false"),
 }
 POSITIVE = (
@@ -43,9 +41,6 @@ POSITIVE = (
     "gradient_accumulation_steps",
     "num_buckets",
     "max_tokens",
-    "projectors.video_width",
-    "projectors.audio_width",
-    "projectors.image_width",
     "projectors.fusion_width",
     "generate.batch_size",
     "generate.max_new_tokens",
@@ -202,10 +197,11 @@ def validate(config: ConfigDict) -> None:
     _check_mix(config)
     _check_label("config.label", config.label)
     _check_input("config.input", config.input)
-    for key, choices in CHOICES.items():
+    heads = [head for head in HEADS.values() if head.feature_width]
+    for key, choices in (CHOICES | {head.kind_key: head.kinds for head in heads}).items():
         if _get(config, key) not in choices:
             raise ConfigError(f"config.{key} is {_get(config, key)!r}; expected one of {choices}")
-    for key in POSITIVE:
+    for key in (*POSITIVE, *(head.width_key for head in heads)):
         if _get(config, key) < 1:
             raise ConfigError(f"config.{key} is {_get(config, key)}; expected 1 or more")
     for key in ("seed", "demo_seed"):

@@ -36,6 +36,7 @@ from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
+from affectgpt_jax.data.modalities import MODALITIES
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, RecordError, Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
@@ -590,10 +591,8 @@ def _write_predictions(path: Path, predictions: Table, answers: inference.Answer
 
 def modalities(processor: PromptProcessor) -> str:
     """What the model is given, as tables of the field write it: A, V and T."""
-    slots = set(processor.mode.slots)
-    heard, seen = {"audio", "multi", "multi_frame"}, {"face", "frame", "image", "multi"}
-    letters = ("A" if slots & heard else "", "V" if slots & (seen | {"multi_frame"}) else "")
-    return "".join((*letters, "T" if processor.mode.text else ""))
+    letters = {MODALITIES[feature].letter for feature in processor.mode.features}
+    return "".join((*sorted(letters), "T" if processor.mode.text else ""))
 
 
 class _Counter:

@@ -11,13 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import inference
+from affectgpt_jax.data.modalities import InputMode
 from affectgpt_jax.data.pipeline import (
     DataError,
     MixtureComponent,
     sequential_batches,
     too_long_message,
 )
-from affectgpt_jax.data.prompts import InputMode, parse_label
+from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.program import Program
 from affectgpt_jax.training.sharding import shard_whole_batch
 

@@ -20,7 +20,8 @@ from pathlib import Path
 
 from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.data.arrays import COLUMNS, Arrays, listed, open_arrays, records_from_csv
-from affectgpt_jax.data.records import FEATURES, RecordDataset, RecordError, write_records
+from affectgpt_jax.data.modalities import feature_names
+from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
 
 MOST_FREQUENT = 5
 
@@ -39,7 +40,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--csv", type=Path, required=True, metavar="FILE", help="a row per clip")
-    for feature in FEATURES:
+    for feature in feature_names():
         add(f"--{feature}", type=Path, metavar="DIR", help=f"{feature} arrays: a folder or .npz")
     add(
         "--encoder",
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     escape_what_cannot_be_shown()
-    given = {f: path for f in FEATURES if (path := getattr(arguments, f)) is not None}
+    given = {f: path for f in feature_names() if (path := getattr(arguments, f)) is not None}
     try:
         names = encoders(arguments.encoder, given)
         arrays = {feature: open_arrays(path.expanduser()) for feature, path in given.items()}

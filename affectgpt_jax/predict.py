@@ -43,7 +43,6 @@ from affectgpt_jax.data.pipeline import DataError
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordError, Records, RecordSubset
 from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
-from affectgpt_jax.models.fusers import FusionConfig
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.restore import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
 from affectgpt_jax.training.checkpoints import silence_threads
@@ -270,8 +269,7 @@ def choose_clips(clips: Records, names: Sequence[str] | None, first: int | None)
 
 def report_missing(run: Run, clips: Records) -> None:
     """Say which clips lack a modality that the input mode reads; the model goes without it."""
-    slots = run.processor.mode.slots
-    for feature in dict.fromkeys(name for slot in slots for name in FusionConfig.read_by(slot)):
+    for feature in run.processor.mode.features:
         without = [entry.name for entry in clips.index if feature not in entry.present]
         if without:
             more = f" and {len(without) - 1} more" if len(without) > 1 else ""

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from affectgpt_jax.cli import exit_on_error, make_parser
-from affectgpt_jax.data.prompts import INPUT_MODES
+from affectgpt_jax.data.modalities import INPUT_MODES
 from benchmarks import harness
 from benchmarks.harness import Report, at_least
 from benchmarks.runner import Outcome, Run, RunError, train_all

@@ -34,10 +34,11 @@ import transformers
 
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
+from affectgpt_jax.data.modalities import MODALITIES, placeholders
 from affectgpt_jax.data.pipeline import Bucket
-from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER, PLACEHOLDERS, parse_label
+from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.models.affectgpt import Batch
-from affectgpt_jax.models.fusers import SLOTS, Fusion, FusionConfig
+from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from benchmarks import harness, probes
 from benchmarks.harness import Report, at_least
@@ -148,7 +149,7 @@ def compare_tokens(case: probes.Case) -> Row:
     """
     processor, dataset, types = case.processor, case.dataset, parse_label(case.config.label)
     theirs = transformers.AutoTokenizer.from_pretrained(case.directory)
-    theirs.add_tokens(list(PLACEHOLDER_ORDER), special_tokens=True)
+    theirs.add_tokens(list(placeholders()), special_tokens=True)
     start, end = theirs.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     wrong = dict.fromkeys(("tokens", "supervised tokens", "soft tokens"), 0)
     for kind in types:
@@ -164,7 +165,7 @@ def compare_tokens(case: probes.Case) -> Row:
             tokens = [start, *prompt, *answer, end]
             soft, first = [0] * len(tokens), 1
             for slot, count in processor.token_counts.items():
-                placeholder = theirs.convert_tokens_to_ids(PLACEHOLDERS[slot])
+                placeholder = theirs.convert_tokens_to_ids(MODALITIES[slot].placeholder)
                 at = [i for i, token in enumerate(tokens) if token == placeholder]
                 for i, place in enumerate(at):
                     soft[place] = first + i
@@ -176,30 +177,32 @@ def compare_tokens(case: probes.Case) -> Row:
     return Row(what, wrong, sum(wrong.values()), 0, "examples that differ")
 
 
-def compare_fusers(config: FusionConfig, seed: int) -> list[Row]:
+def compare_fusers(config: FusionConfig, llm_width: int, seed: int) -> list[Row]:
     """Every slot by every kind of head and pre-fusion, on samples that lack this or that."""
     rows, samples = [], 8
     rng = np.random.default_rng(seed)
     for kind, (pre_fusion, image_head) in probes.HEADS.items():
         fusion = dataclasses.replace(
             config,
-            slots=SLOTS,
-            video_head=kind,
-            audio_head=kind,
-            image_head=image_head,
-            pre_fusion="attention" if pre_fusion == "none" else pre_fusion,
+            slots=tuple(MODALITIES),
+            kinds={
+                "video": kind,
+                "audio": kind,
+                "image": image_head,
+                "multi": "attention" if pre_fusion == "none" else pre_fusion,
+            },
         )
         features = {
             name: rng.standard_normal((samples, frames, fusion.feature_width(name)), np.float32)
             for name, frames in {"audio": 8, "face": 8, "frame": 5, "image": 3}.items()
         }
         present = {name: rng.random(samples) < 0.7 for name in fusion.inputs}
-        module = Fusion(fusion)
+        module = Fusion(fusion, llm_width)
         abstract = jax.eval_shape(module.init, jax.random.key(0), features, present)["params"]
         params = random_parameters(abstract, seed)
         ours = jax.jit(module.apply)({"params": params}, features, present)
 
-        fusers = Fusers(fusion).eval()
+        fusers = Fusers(fusion, llm_width).eval()
         load_trainable(fusers, {"fusion": params})
         with torch.no_grad():
             theirs = fusers.soft_tokens(
@@ -411,7 +414,7 @@ def check(args: argparse.Namespace, device: str) -> dict[str, Any]:
         case = cases["attention"]
         optimizer = build.optimizer_config(case.config)
         rows.append(compare_tokens(case))
-        rows += compare_fusers(build.fusion_config(case.config, case.llm.hidden_size), args.seed)
+        rows += compare_fusers(build.fusion_config(case.config), case.llm.hidden_size, args.seed)
         rows.append(compare_schedules(optimizer, args.steps))
         for heads, other in cases.items():
             rows += compare_models(other, heads, args.seed, update=other is case)

@@ -150,7 +150,7 @@ def load_jax(case: Case, dtype: str, **changes: Any) -> tuple[Program, Any]:
 
 def load_torch(case: Case, dtype: str) -> Twin:
     """The twin on the same base, with adapters and fusers of its own."""
-    fusion = build.fusion_config(case.config, case.llm.hidden_size)
+    fusion = build.fusion_config(case.config)
     lora = build.model(case.config, case.llm).decoder.lora
     twin = Twin.from_pretrained(case.directory, fusion, lora, dtype=torch.bfloat16)
     return (twin.float() if dtype == "float32" else twin).to(case.device)

@@ -5,6 +5,8 @@ Every key that training reads stands here, with its meaning; other configs chang
 
 from ml_collections import ConfigDict
 
+from affectgpt_jax.data.modalities import projectors
+
 
 def data_set(
     source: str, *, weight: float = 1.0, share: float = 1.0, label: str = "", input: str = ""
@@ -92,13 +94,10 @@ def get_config() -> ConfigDict:
     )
 
     c.fusion = "attention"  # pre-fusion outside the LLM: attention | qformer | none
-    c.projectors = ConfigDict()
-    c.projectors.video = "attention"  # attention | mean | qformer
-    c.projectors.audio = "attention"
-    c.projectors.image = "mean"  # mean | qformer
-    c.projectors.video_width = 768  # of the features, as the records have them
-    c.projectors.audio_width = 1024
-    c.projectors.image_width = 768
+    # Of the heads video, audio and image (data/modalities.py): how a head computes its soft tokens,
+    # as in projectors.video = "attention" (attention | mean | qformer; image: mean | qformer), and
+    # the width of its features in the records, as in projectors.video_width = 768.
+    c.projectors = ConfigDict(projectors())
     c.projectors.fusion_width = 1024  # common width inside the pre-fusion
     c.qformer = ConfigDict()
     c.qformer.width = 768

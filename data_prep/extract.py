@@ -44,6 +44,7 @@ from affectgpt_jax.cli import escape_what_cannot_be_shown
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.data.arrays import listed, records_from_csv
+from affectgpt_jax.data.modalities import extracted_features
 from affectgpt_jax.data.records import (
     MANIFEST_FILE,
     Record,
@@ -80,7 +81,7 @@ USER_ERRORS = (ClipError, EncoderError, ReadError, RecordError)
 
 BLOCKS = ".blocks"
 FINISHED = "finished"  # in there: of what the records are
-FEATURES = {"video": ("face", "frame"), "audio": ("audio",)}
+FEATURES = extracted_features()
 # Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
 BATCH = {"cpu": 4, "cuda": 16}
 PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
@@ -117,7 +118,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--features",
         nargs="+",
-        choices=("face", "frame", "audio"),
+        choices=[feature for features in FEATURES.values() for feature in features],
         help="which to extract; default: all that the encoders allow",
     )
     add("--faces", type=Path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")

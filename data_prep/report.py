@@ -15,10 +15,15 @@ from typing import Any
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.data.arrays import listed
+from affectgpt_jax.data.modalities import extracted_features
 
 REPORT_FILE = "extraction.csv"
 FACTS = ("frames", "faces", "width", "height", "seconds", "sha256")
-COLUMNS = ("name", "status", "reason", "face", "frame", "audio", *FACTS)
+COLUMNS = (
+    *("name", "status", "reason"),
+    *(feature for features in extracted_features().values() for feature in features),
+    *FACTS,
+)
 OK, LEFT_OUT = "ok", "left out"
 REASONS_SHOWN = 20
 

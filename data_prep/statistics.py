@@ -26,6 +26,7 @@ import numpy as np
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
+from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import (
     INDEX_FILE,
     IndexEntry,
@@ -110,7 +111,7 @@ def table_row(contents: Contents) -> dict[str, Any]:
         row[f"{name}, mean"] = round(statistics.fmean(values), 3) if values else ""
         row[f"{name}, median"] = round(statistics.median(values), 3) if values else ""
         row[f"{name}, largest"] = round(max(values), 3) if values else ""
-    for feature in ("face", "frame", "audio", "image"):
+    for feature in feature_names():
         present = sum(1 for entry in contents.entries if feature in entry.present)
         row[f"clips with {feature}"] = present
     return row

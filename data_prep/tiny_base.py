@@ -28,7 +28,8 @@ from tokenizers import Tokenizer as RawTokenizer
 
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.examples import Example, build_examples
-from affectgpt_jax.data.prompts import INPUT_MODES, PLACEHOLDERS, InputMode, load_prompts
+from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode
+from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import Annotations
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.decoder import ComputeConfig, Decoder, DecoderConfig, init_base, lm_head
@@ -55,7 +56,7 @@ MODEL = DecoderConfig(
 )
 LENGTH = 48  # tokens a row; the longest text of the corpus fits
 MODES = ("multi_audio_face_text", "audio_face", "audio_text", "face_text", "audio", "face", "text")
-ONE_EACH = dict.fromkeys(PLACEHOLDERS, 1)
+ONE_EACH = dict.fromkeys(MODALITIES, 1)
 SEED = 20250117
 
 
@@ -97,7 +98,7 @@ def _slot_words(rng, clips: demo.Clips, i: int, mode: InputMode) -> dict[str, st
 def train_tokenizer(path: Path, rng: np.random.Generator) -> None:
     """Byte-level BPE with Qwen2's pre-tokenizer and chat tokens, from corpus texts."""
     texts, answers, _ = draw_texts(rng, 20_000)
-    for placeholder in PLACEHOLDERS.values():
+    for placeholder in (m.placeholder for m in MODALITIES.values()):
         texts = [text.replace(placeholder, "") for text in texts]
     cues = [f" {word}" for word in (*demo.FACE_WORDS, *demo.VOICE_WORDS)] * 1000
     raw = RawTokenizer(models.BPE())
@@ -109,7 +110,7 @@ def train_tokenizer(path: Path, rng: np.random.Generator) -> None:
     )
     raw.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(SPECIAL) - len(PLACEHOLDERS),
+        vocab_size=VOCAB - len(SPECIAL) - len(MODALITIES),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -150,7 +151,7 @@ def fill_rows(
         # Prompts are mostly fixed text; a small weight keeps the model fluent in them.
         weight[row, 1:n] = np.where(np.arange(1, n) < example.answer_start, 0.1, 1.0)
         for slot, word in slots.items():
-            at = tokens[row] == tokenizer.placeholder_ids[PLACEHOLDERS[slot]]
+            at = tokens[row] == tokenizer.placeholder_ids[MODALITIES[slot].placeholder]
             weight[row, at] = 0
             absent[row, at] = not word
             tokens[row, at] = ids[word] if word else tokenizer.end_id
@@ -197,7 +198,7 @@ def word_score(module: Decoder, params, tokenizer: Tokenizer, n: int = 4096) -> 
     guess = np.asarray(jnp.argmax((last @ lm_head(params))[:, first], axis=-1))
     return {
         "hit": float((guess == clips.emotion).mean()),
-        "ceiling": demo.ceiling(demo.word_evidence(clips), demo.MODALITIES),
+        "ceiling": demo.ceiling(demo.word_evidence(clips), demo.CUES),
     }
 
 

@@ -409,8 +409,8 @@ def test_a_wrong_command_line_is_refused(capsys, flags, said):
 
 
 def test_the_modalities_are_those_of_the_input_mode():
+    from affectgpt_jax.data.modalities import INPUT_MODES
     from affectgpt_jax.data.pipeline import PromptProcessor
-    from affectgpt_jax.data.prompts import INPUT_MODES
 
     def letters(mode):
         return evaluate.modalities(PromptProcessor(None, None, INPUT_MODES[mode], {}, {}))

@@ -65,6 +65,10 @@ def imports(source: str) -> set[str]:
     return found
 
 
+# `models` and `weights` know the registry of modalities, and nothing else of the data.
+REGISTRY = "affectgpt_jax.data.modalities"
+
+
 def within(name: str, roots) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
@@ -77,6 +81,7 @@ def test_nothing_imports_upward(module):
     found = imports((PACKAGE.parent / module).read_text(encoding="utf-8"))
     for folder, banned in BANNED.items():
         if PACKAGE.name / Path(folder) in module.parents:
+            found = {name for name in found if not within(name, [REGISTRY])}
             assert not {name for name in found if within(name, banned)}
 
 

@@ -14,7 +14,8 @@ import pytest
 from affectgpt_jax import train
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES
+from affectgpt_jax.data.modalities import INPUT_MODES
+from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.models import attention
 from affectgpt_jax.restore import load_run

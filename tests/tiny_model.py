@@ -21,7 +21,7 @@ LLM = DecoderConfig(
     rope_theta=500.0,
     rms_norm_eps=1e-3,
 )
-FUSION = FusionConfig(("multi", "audio", "face"), LLM.hidden_size, 6, 10, width=8)
+FUSION = FusionConfig(("multi", "audio", "face"), widths={"video": 6, "audio": 10}, width=8)
 FRAMES = 3
 
 
@@ -33,8 +33,9 @@ def make_model(
     **execution,
 ) -> AffectGPT:
     adapters = LoraConfig(rank=4, alpha=2.0, dropout=dropout) if lora else None
-    qwen2 = Decoder(llm, adapters, ComputeConfig(**execution))
-    return AffectGPT(qwen2, fusion and Fusion(fusion, qwen2.compute.dtype))
+    decoder = Decoder(llm, adapters, ComputeConfig(**execution))
+    module = fusion and Fusion(fusion, llm.hidden_size, decoder.compute.dtype)
+    return AffectGPT(decoder, module)
 
 
 def random_tree(abstract, seed: int = 0):
@@ -86,8 +87,8 @@ def make_batch(lengths, width: int = 16, targets: int = 6, llm: DecoderConfig = 
         "targets": np.zeros((rows, targets), np.int32),
         "target_weights": np.zeros((rows, targets), np.float32),
         "features": {
-            "audio": rng.normal(size=(rows, 1, FRAMES, FUSION.audio_width)).astype(np.float16),
-            "face": rng.normal(size=(rows, 1, FRAMES, FUSION.video_width)).astype(np.float16),
+            "audio": rng.normal(size=(rows, 1, FRAMES, FUSION.widths["audio"])).astype(np.float16),
+            "face": rng.normal(size=(rows, 1, FRAMES, FUSION.widths["video"])).astype(np.float16),
         },
         "present": {"audio": lengths[:, None] > 0, "face": lengths[:, None] > 0},
     }

@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.data.records import FEATURES, Annotations, Record, RecordError
+from affectgpt_jax.data.modalities import feature_names
+from affectgpt_jax.data.records import Annotations, Record, RecordError
 
 _PLAIN = "save it as an array of plain numbers, with np.save or np.savez"
 _SHOWN = 5
@@ -55,7 +56,8 @@ def records_from_csv(
 
     Args:
         path: the CSV file.
-        arrays: by feature (one of `FEATURES`) a folder, an archive or a dict of arrays.
+        arrays: by feature, a name of `modalities.feature_names()`, a folder, an archive or a dict
+            of arrays.
         ignore: columns to leave out.
         allow_missing: whether a clip without an array lacks that modality; else it is an error.
         frames: the number T of rows that every array is to have: they are sampled uniformly, the
@@ -67,8 +69,8 @@ def records_from_csv(
             that is empty or comes twice, a clip without an array, or an array that is not `[T, d]`
             or of another shape than those before it.
     """
-    if unknown := sorted(set(arrays) - set(FEATURES)):
-        raise RecordError(f"features {unknown} are unknown; use {FEATURES}")
+    if unknown := sorted(set(arrays) - set(feature_names())):
+        raise RecordError(f"features {unknown} are unknown; use {feature_names()}")
     if frames is not None and frames < 1:
         raise RecordError(f"frames is {frames}; expected 1 or more")
     rows = _read_rows(Path(path), ignore, encoding)

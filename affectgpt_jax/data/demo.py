@@ -31,6 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
+from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode
 from affectgpt_jax.data.records import MANIFEST_FILE, Record, RecordDataset, write_records
 
 # Rows: valence from very negative to very positive. Columns: arousal from calm to intense.
@@ -69,30 +70,19 @@ TOPICS = (
 )
 OBJECTS = ("letter", "ticket", "house", "train", "dog", "song", "game", "key", "boat", "photo")
 
-MODALITIES = ("face", "audio", "text")
+CUES = ("face", "audio", "text")
 # What can be observed of a clip, and the modality whose cue it tells of.
-OBSERVATIONS = {"face": "face", "audio": "audio", "frame": "face", "image": "face", "text": "text"}
-# What each input mode sees; the pre-fusion adds nothing to the features that it reads.
-CEILING_MODES = {
-    "face": ("face",),
-    "audio": ("audio",),
-    "text": ("text",),
-    "audio_face": ("audio", "face"),
-    "face_text": ("face", "text"),
-    "audio_text": ("audio", "text"),
-    "multi_audio_face_text": ("audio", "face", "text"),
-    "multi_audio_frame_text": ("audio", "frame", "text"),
-    "multi_audio_face_frame_text": ("audio", "face", "frame", "text"),
-    "multi_text": ("audio", "face", "text"),
-    "audio_face_frame_text": ("audio", "face", "frame", "text"),
-    "audio_face_text": ("audio", "face", "text"),
-    "audio_frame_text": ("audio", "frame", "text"),
-    "frame_text": ("frame", "text"),
-    "frame": ("frame",),
-    "image": ("image",),
-}
-# The ceilings that every run is compared with: one, two and three modalities.
-MAIN_CEILINGS = tuple(CEILING_MODES)[:7]
+OBSERVATIONS = {m.name: m.demo_cue for m in MODALITIES.values() if m.demo_cue} | {"text": "text"}
+# The input modes whose ceilings every run is compared with: one, two and three modalities.
+MAIN_CEILINGS = (
+    "face",
+    "audio",
+    "text",
+    "audio_face",
+    "face_text",
+    "audio_text",
+    "multi_audio_face_text",
+)
 SIZES = {"train": 6144, "val": 512, "test": 2048}
 _SPLIT_KEYS = {"train": 1, "val": 2, "test": 3}
 
@@ -174,7 +164,7 @@ def draw_clips(rng: np.random.Generator, n: int) -> Clips:
     conflicting = np.where(rng.random(n) < CONFLICT, rng.integers(3, size=n), -1)
     other = rng.integers(len(EMOTIONS), size=n)
     cues, present = {}, {}
-    for m, modality in enumerate(MODALITIES):
+    for m, modality in enumerate(CUES):
         cause = np.where(conflicting == m, other, emotion)
         cumulative = np.cumsum(CUE_TABLES[modality], axis=1)[cause]
         draw = rng.random(n)[:, None]
@@ -222,7 +212,7 @@ def posterior(evidence: dict[str, np.ndarray], seen: tuple[str, ...]) -> np.ndar
         views = [evidence[name] for name in seen if OBSERVATIONS[name] == modality]
         own[modality] = np.prod(views, axis=0) @ CUE_TABLES[modality].T
     anybody = {m: p.mean(axis=1, keepdims=True) for m, p in own.items()}  # of a random emotion
-    cases = [(None, 1 - CONFLICT)] + [(m, CONFLICT / 3) for m in MODALITIES]
+    cases = [(None, 1 - CONFLICT)] + [(m, CONFLICT / 3) for m in CUES]
     joint = np.zeros((len(evidence[seen[0]]), len(EMOTIONS)))
     for conflicting, weight in cases:
         likelihood = np.full_like(joint, weight)
@@ -236,7 +226,7 @@ def word_evidence(clips: Clips) -> dict[str, np.ndarray]:
     """Evidence for a reader of cue words: the cue itself where present, nothing where absent."""
     return {
         m: np.where(clips.present[m][:, None], np.eye(CUE_TABLES[m].shape[1])[clips.cues[m]], 1.0)
-        for m in MODALITIES
+        for m in CUES
     }
 
 
@@ -366,12 +356,17 @@ class World:
         return out
 
 
+def seen_by(mode: InputMode) -> tuple[str, ...]:
+    """The observations that an input mode sees; the pre-fusion adds none to what it reads."""
+    return (*sorted(mode.features), *(["text"] if mode.text else []))
+
+
 def ceilings(evidence: dict[str, np.ndarray]) -> dict[str, float]:
     """Ceiling, 0 to 1, of every input mode whose observations are all in `evidence`."""
     return {
-        mode: ceiling(evidence, seen)
-        for mode, seen in CEILING_MODES.items()
-        if evidence.keys() >= set(seen)
+        mode.name: ceiling(evidence, seen_by(mode))
+        for mode in INPUT_MODES.values()
+        if evidence.keys() >= set(seen_by(mode))
     }
 
 
@@ -389,7 +384,7 @@ class DemoDataset(RecordDataset):
 
     def ceilings(self, mode: str) -> dict[str, float]:
         """The ceilings of these clips: `MAIN_CEILINGS`, and that of the input mode `mode`."""
-        features = features_for(CEILING_MODES[mode])
+        features = features_for(INPUT_MODES[mode].features)
         evidence = World(self._seed).evidence(self.manifest.split, len(self), features)
         known = ceilings(evidence)
         return {name: known[name] for name in dict.fromkeys([*MAIN_CEILINGS, mode])}

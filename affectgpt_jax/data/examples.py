@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from affectgpt_jax.data.prompts import PLACEHOLDERS
+from affectgpt_jax.data.modalities import MODALITIES
 from affectgpt_jax.data.tokenizer import Tokenizer
 
 
@@ -67,7 +67,7 @@ def soft_token_index(
     first = 1
     for slot, count in token_counts.items():
         if slot in slots:
-            at = tokens == tokenizer.placeholder_ids[PLACEHOLDERS[slot]]
+            at = tokens == tokenizer.placeholder_ids[MODALITIES[slot].placeholder]
             index[at] = np.arange(first, first + count)
         first += count
     return index

@@ -21,8 +21,9 @@ import numpy as np
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.examples import Example, build_examples, soft_token_index
+from affectgpt_jax.data.modalities import InputMode
 from affectgpt_jax.data.packing import Bucket, pack, packed_bucket, round_up
-from affectgpt_jax.data.prompts import InputMode, PromptError, PromptSet, parse_label
+from affectgpt_jax.data.prompts import PromptError, PromptSet, parse_label
 from affectgpt_jax.data.records import Annotations, Records
 from affectgpt_jax.data.tokenizer import Tokenizer
 

@@ -17,76 +17,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode, placeholders
 from affectgpt_jax.data.records import Annotations
 
-# Slots of soft tokens, and the placeholder that stands for one soft token of each in the text. The
-# two "multi" slots are one pre-fusion of audio with the face or with the frame.
-PLACEHOLDERS = {
-    "multi": "<MultiHere>",
-    "multi_frame": "<MultiHere>",
-    "audio": "<AudioHere>",
-    "face": "<FaceHere>",
-    "frame": "<FrameHere>",
-    "image": "<ImageHere>",
-}
-# The order in which the release adds them to the tokenizer, which fixes their ids.
-PLACEHOLDER_ORDER = ("<ImageHere>", "<AudioHere>", "<FrameHere>", "<FaceHere>", "<MultiHere>")
-
-# In a clip's own texts these would be taken for soft tokens, or for the start or end of a turn.
-_RESERVED = (*PLACEHOLDER_ORDER, "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 _SETS = ("default", "compact")
 
 
 class PromptError(UserError, ValueError):
     """A prompt file that cannot be used, or a clip that does not fit its templates."""
-
-
-# --- input modes --------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class InputMode:
-    """What a model sees of a clip.
-
-    Attributes:
-        name: the mode's name in configs and prompt files.
-        slots: soft-token slots, in prompt order.
-        text: whether the subtitle is part of the prompt.
-    """
-
-    name: str
-    slots: tuple[str, ...]
-    text: bool
-
-    def without_pre_fusion(self) -> InputMode:
-        """The mode that sees the same, each modality through its own head only."""
-        slots = tuple(slot for slot in self.slots if not slot.startswith("multi"))
-        return next(m for m in INPUT_MODES.values() if (m.slots, m.text) == (slots, self.text))
-
-
-INPUT_MODES = {
-    mode.name: mode
-    for mode in (
-        # With the pre-fusion of voice and picture; the first is the paper's default.
-        InputMode("multi_audio_face_text", ("multi", "audio", "face"), True),
-        InputMode("multi_audio_frame_text", ("multi_frame", "audio", "frame"), True),
-        InputMode("multi_audio_face_frame_text", ("multi", "audio", "face", "frame"), True),
-        InputMode("multi_text", ("multi",), True),
-        # Without.
-        InputMode("audio_face_frame_text", ("audio", "face", "frame"), True),
-        InputMode("audio_face_text", ("audio", "face"), True),
-        InputMode("audio_frame_text", ("audio", "frame"), True),
-        InputMode("audio_face", ("audio", "face"), False),
-        InputMode("audio_text", ("audio",), True),
-        InputMode("face_text", ("face",), True),
-        InputMode("frame_text", ("frame",), True),
-        InputMode("audio", ("audio",), False),
-        InputMode("face", ("face",), False),
-        InputMode("frame", ("frame",), False),
-        InputMode("text", (), True),
-        InputMode("image", ("image",), False),
-    )
-}
 
 
 # --- label types --------------------------------------------------------------------------------
@@ -211,7 +149,7 @@ class PromptSet:
     Attributes:
         source: the file, for messages.
         human, assistant, end: role marks and the end of an answer.
-        inputs: by slot, and "text" for the subtitle.
+        inputs: by `Modality.prompt_slot`, and "text" for the subtitle.
         questions: by label type; a clip takes one of several by a hash of its name.
         answers: by label type, and `preference_same`.
         modes: whole prompts by input mode, for modes that are not composed from `inputs`.
@@ -241,16 +179,16 @@ class PromptSet:
             PromptError: the subtitle or the question holds a placeholder or chat token, the clip
                 lacks what its question needs, or this prompt set has no such question.
         """
-        _refuse_reserved("subtitle", clip.subtitle, _RESERVED)
+        reserved = _reserved()
+        _refuse_reserved("subtitle", clip.subtitle, reserved)
         asked = self.question(question, clip) if question in LABEL_TYPES else question
-        _refuse_reserved("question", asked, _RESERVED)
-        soft = {slot: PLACEHOLDERS[slot] * token_counts[slot] for slot in mode.slots}
-        if "multi_frame" in soft:
-            soft["multi"] = soft["multi_frame"]
+        _refuse_reserved("question", asked, reserved)
+        shown = [MODALITIES[slot] for slot in mode.slots]
+        soft = {m.prompt_slot: m.placeholder * token_counts[m.name] for m in shown}
         if mode.name in self.modes:
             values = {**soft, "subtitle": clip.subtitle, "question": asked}
             return self.modes[mode.name].render(values)
-        parts = [self.inputs[slot].render(soft) for slot in mode.slots]
+        parts = [self.inputs[slot].render({slot: tokens}) for slot, tokens in soft.items()]
         if mode.text and clip.subtitle:
             parts.append(self.inputs["text"].render({"subtitle": clip.subtitle}))
         return "".join([self.human, *parts, asked, self.assistant])
@@ -286,7 +224,7 @@ class PromptSet:
         """
         kind = LABEL_TYPES[label_type]
         text = kind.text(clip)
-        _refuse_reserved(kind.slot, text, (*_RESERVED, self.end))
+        _refuse_reserved(kind.slot, text, (*_reserved(), self.end))
         name = _SAME if label_type == "preference" and text == "same" else label_type
         if name not in self.answers:
             raise PromptError(f"{self.source} has no [answers].{name}; add it")
@@ -374,7 +312,7 @@ class _Reader:
         }
         if not roles["end"]:
             raise self._error("[roles].end is empty; generation needs a mark to stop at")
-        slots = {key: key for key in PLACEHOLDERS if key != "multi_frame"} | {"text": "subtitle"}
+        slots = {m.prompt_slot: m.prompt_slot for m in MODALITIES.values()} | {"text": "subtitle"}
         inputs = {
             key: self._template(f"[inputs].{key}", value, once=(slots[key],))
             for key, value in self._table(data, "inputs", slots).items()
@@ -396,13 +334,12 @@ class _Reader:
             key: self._mode(INPUT_MODES[key], value)
             for key, value in self._table(data, "modes", optional=INPUT_MODES).items()
         }
-        inputs["multi_frame"] = inputs["multi"]
         return PromptSet(
             self._source, **roles, inputs=inputs, questions=questions, answers=answers, modes=modes
         )
 
     def _mode(self, mode: InputMode, value: object) -> Template:
-        slots = ["multi" if slot == "multi_frame" else slot for slot in mode.slots]
+        slots = [MODALITIES[slot].prompt_slot for slot in mode.slots]
         once = (*slots, *(["subtitle"] if mode.text else []), "question")
         return self._template(f"[modes].{mode.name}", value, once=once)
 
@@ -466,6 +403,11 @@ class _Reader:
 
     def _error(self, message: str) -> PromptError:
         return PromptError(f"{self._source}: {message}")
+
+
+def _reserved() -> tuple[str, ...]:
+    """What a clip's own texts may not hold: it would be taken for a soft token or a chat token."""
+    return (*placeholders(), "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
 def _refuse_reserved(what: str, text: str, reserved: tuple[str, ...]) -> None:

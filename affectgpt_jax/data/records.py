@@ -40,8 +40,8 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.data.modalities import feature_names
 
-FEATURES = ("face", "frame", "audio", "image")
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.jsonl"
@@ -83,8 +83,9 @@ class Annotations:
 class Record(Annotations):
     """One clip.
 
-    `features` maps names of `FEATURES` to arrays `[T, d]`, finite and in the range of float16; a
-    modality that the clip lacks has no key. A decoded record holds read-only float16 arrays.
+    `features` maps names of `modalities.feature_names()` to arrays `[T, d]`, finite and in the
+    range of float16; a modality that the clip lacks has no key. A decoded record holds read-only
+    float16 arrays.
     """
 
     features: dict[str, np.ndarray]
@@ -92,7 +93,7 @@ class Record(Annotations):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IndexEntry(Annotations):
-    """A `Record` without its feature values; `present` names its features in `FEATURES` order."""
+    """A `Record` without its feature values; `present` names its features in their order."""
 
     present: tuple[str, ...]
 
@@ -120,13 +121,13 @@ def encode(record: Record) -> bytes:
     """Returns the bytes of a record, in the format that this module's docstring gives.
 
     Raises:
-      RecordError: a field has the wrong type, a feature is not one of `FEATURES`, or its array is
-        not `[T, d]`, empty, not finite, or overflows float16.
+      RecordError: a field has the wrong type, a feature is not one of
+        `modalities.feature_names()`, or its array is not `[T, d]`, empty, not finite, or overflows
+        float16.
     """
     where = f"record {record.name!r}"
-    unknown = set(record.features) - set(FEATURES)
-    if unknown:
-        raise RecordError(f"{where}: features {sorted(unknown)} are unknown; use {FEATURES}")
+    if unknown := set(record.features) - set(feature_names()):
+        raise RecordError(f"{where}: features {sorted(unknown)} are unknown; use {feature_names()}")
     arrays = {feature: _to_float16(record, feature) for feature in _present(record)}
     shapes = [[feature, *array.shape] for feature, array in arrays.items()]
     header = _to_json(_annotations(record) | {"features": shapes}, where)
@@ -207,7 +208,7 @@ def write_records(
             split=directory.absolute().name if split is None else split,
             count=len(tally.names),
             shards=shards,
-            features={f: tally.features[f] for f in FEATURES if f in tally.features},
+            features={f: tally.features[f] for f in feature_names() if f in tally.features},
             sources=dict(tally.sources),
             index_sha256=sha256_of(staging / INDEX_FILE),
             extra=extra or {},
@@ -381,7 +382,7 @@ def hold_out(dataset: Records, share: float) -> tuple[RecordSubset, RecordSubset
 
 
 def _present(record: Record) -> tuple[str, ...]:
-    return tuple(feature for feature in FEATURES if feature in record.features)
+    return tuple(feature for feature in feature_names() if feature in record.features)
 
 
 def _annotations(record: Record) -> dict[str, Any]:

@@ -41,8 +41,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import (
-    FEATURES,
     FORMAT_VERSION,
     INDEX_FILE,
     Annotations,
@@ -129,8 +129,8 @@ class AffectRecords(tfds.core.ShardBasedBuilder):
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Video clips as precomputed face, frame, audio and image features, with "
-            "their subtitles and emotion annotations, for affectgpt_jax.",
+            description="Video clips as precomputed features, with their subtitles and emotion "
+            "annotations, for affectgpt_jax.",
             homepage="https://arxiv.org/abs/2501.16566",
             features=_schema(self._records) if self._records else None,
             disable_shuffling=True,
@@ -412,7 +412,9 @@ class TfdsDataset:
             split=split,
             count=len(self.index),
             shards=[shard for manifest in manifests for shard in manifest.shards],
-            features={f: features[f] | {"present": present[f]} for f in FEATURES if f in features},
+            features={
+                f: features[f] | {"present": present[f]} for f in feature_names() if f in features
+            },
             sources=dict(Counter(entry.source for entry in self.index)),
             index_sha256="+".join(manifest.index_sha256 for manifest in manifests),
             extra=manifests[0].extra if len(names) == 1 else {m.split: m.extra for m in manifests},
@@ -489,6 +491,6 @@ def _to_record(example: Mapping[str, Any]) -> Record:
     if unknown := example.keys() - _FIELDS.keys():
         raise RecordError(f"it has a field {min(unknown)!r} that is unknown here; {_OTHER_VERSION}")
     return Record(
-        features={f: features[f] for f in FEATURES if f in features and len(features[f])},
+        features={f: features[f] for f in feature_names() if f in features and len(features[f])},
         **{name: _FIELDS[name].decode(value) for name, value in example.items()},
     )

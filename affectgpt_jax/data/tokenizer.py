@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER
+from affectgpt_jax.data.modalities import placeholders
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 # What Qwen2.5's own template, of which this is one turn, says where nobody sets the scene.
@@ -52,10 +52,10 @@ class Tokenizer:
             raise TokenizerError(
                 f"{path}: no token {' or '.join(missing)}; expected a Qwen2-style chat tokenizer"
             )
-        self._fast.add_tokens(list(PLACEHOLDER_ORDER), special_tokens=True)
+        self._fast.add_tokens(list(placeholders()), special_tokens=True)
         self.start_id, self.end_id = self._fast.convert_tokens_to_ids(list(CHAT_TOKENS))
         self.placeholder_ids = {
-            text: self._fast.convert_tokens_to_ids(text) for text in PLACEHOLDER_ORDER
+            text: self._fast.convert_tokens_to_ids(text) for text in placeholders()
         }
 
     def __len__(self) -> int:

@@ -9,37 +9,18 @@ gradients depend on what stands in the feature array at that place.
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 from jax import Array
 
+from affectgpt_jax.data.modalities import HEADS, MODALITIES, Head
 from affectgpt_jax.models.qformer import QFormer, QFormerConfig
-
-SLOTS = ("multi", "multi_frame", "audio", "face", "frame", "image")
-# The visual feature that a pre-fused slot reads, beside audio.
-MULTI_VIDEO = {"multi": "face", "multi_frame": "frame"}
-
-# The module that serves a slot: face and frame share one head, and one pre-fusion.
-_MODULES = {
-    "multi": "multi",
-    "multi_frame": "multi",
-    "audio": "audio",
-    "face": "video",
-    "frame": "video",
-    "image": "image",
-}
-# The Q-Former of each module: its queries, and the rows of the position embedding before it.
-_QUERIES = {"multi": 16, "audio": 8, "video": 32, "image": 32}
-_POSITIONS = {"multi": 264, "audio": 8, "video": 32, "image": 257}
-
-_CHOICES = {
-    "pre_fusion": ("attention", "qformer"),
-    "video_head": ("attention", "mean", "qformer"),
-    "audio_head": ("attention", "mean", "qformer"),
-    "image_head": ("mean", "qformer"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,78 +28,74 @@ class FusionConfig:
     """Which soft tokens an input mode has, and how they are computed.
 
     Attributes:
-      slots: the soft-token slots of the input mode, in prompt order; each one of `SLOTS`.
-      llm_width: width of the language model, hence of every soft token.
-      video_width: width of the face and frame features.
-      audio_width: width of the audio features.
-      image_width: width of the image features.
-      pre_fusion: "attention" or "qformer"; read when a slot is pre-fused.
-      video_head: "attention", "mean" or "qformer", for face and frame.
-      audio_head: "attention", "mean" or "qformer".
-      image_head: "mean" or "qformer".
-      width: the width to which the pre-fusion projects video and audio.
+      slots: the soft-token slots of the input mode, in prompt order; names of `MODALITIES`.
+      kinds: by head (a name of `modalities.HEADS`), how its tokens are computed; a head that is
+        left out has its default.
+      widths: by head, the width of the features that it reads, with defaults likewise.
+      width: the width to which the pre-fusion projects both of its features.
       qformer: sizes of every Q-Former.
 
-    Raises ValueError for an unknown or repeated slot, and for an unknown choice.
+    Raises ValueError for an unknown or repeated slot, and for an unknown head or kind.
     """
 
     slots: tuple[str, ...]
-    llm_width: int
-    video_width: int = 768
-    audio_width: int = 1024
-    image_width: int = 768
-    pre_fusion: str = "attention"
-    video_head: str = "attention"
-    audio_head: str = "attention"
-    image_head: str = "mean"
+    kinds: Mapping[str, str] = FrozenDict()
+    widths: Mapping[str, int] = FrozenDict()
     width: int = 1024
     qformer: QFormerConfig = QFormerConfig()
 
     def __post_init__(self) -> None:
-        """Rejects slots and choices that do not exist."""
-        unknown = [slot for slot in self.slots if slot not in SLOTS]
+        """Fills in the defaults; rejects slots, heads and kinds that do not exist."""
+        unknown = [slot for slot in self.slots if slot not in MODALITIES]
         if unknown:
-            raise ValueError(f"Unknown slots {unknown}: choose from {', '.join(SLOTS)}.")
+            raise ValueError(f"Unknown slots {unknown}: choose from {', '.join(MODALITIES)}.")
         if len(set(self.slots)) < len(self.slots):
             raise ValueError(f"A slot stands twice in {self.slots}: name each at most once.")
-        for field, choices in _CHOICES.items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise ValueError(f"Unknown {field} {value!r}: choose from {', '.join(choices)}.")
+        for field in ("kinds", "widths"):
+            given = dict(getattr(self, field))
+            if unknown := [name for name in given if name not in HEADS]:
+                raise ValueError(f"Unknown heads {unknown} in {field}: choose from {list(HEADS)}.")
+            defaults = {
+                head.name: head.kinds[0] if field == "kinds" else head.feature_width
+                for head in HEADS.values()
+            }
+            object.__setattr__(self, field, FrozenDict(defaults | given))
+        for name, kind in self.kinds.items():
+            choices = HEADS[name].kinds
+            if kind not in choices:
+                raise ValueError(
+                    f"Unknown {HEADS[name].kind_key} {kind!r}: choose from {', '.join(choices)}."
+                )
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The features that a batch must hold, in the order of `SLOTS`."""
-        read = {name for slot in self.slots for name in self.read_by(slot)}
-        return tuple(name for name in SLOTS if name in read)
-
-    @staticmethod
-    def read_by(slot: str) -> tuple[str, ...]:
-        """The features that the tokens of `slot` are computed from."""
-        return (MULTI_VIDEO[slot], "audio") if slot in MULTI_VIDEO else (slot,)
+        """The features that a batch must hold, in the order of `MODALITIES`."""
+        read = {name for slot in self.slots for name in MODALITIES[slot].features}
+        return tuple(name for name in MODALITIES if name in read)
 
     def kind(self, slot: str) -> str:
-        """How the tokens of `slot` are computed: "attention", "mean" or "qformer"."""
-        return self.pre_fusion if slot in MULTI_VIDEO else getattr(self, f"{_MODULES[slot]}_head")
+        """How the tokens of `slot` are computed, such as "attention", "mean" or "qformer"."""
+        return self.kinds[MODALITIES[slot].head]
 
     def feature_width(self, name: str) -> int:
         """The width `d` of the feature `name`, one of `inputs`."""
-        return getattr(self, f"{_MODULES[name]}_width")
+        return self.widths[MODALITIES[name].head]
 
     def longest(self, name: str) -> float:
         """How many vectors of the feature `name` a sample may have; infinite without a Q-Former."""
-        rows = [
-            _POSITIONS[_MODULES[slot]]
+        lengths = [
+            head_class(head, self.kind(slot)).max_length(head)
             for slot in self.slots
-            if self.kind(slot) == "qformer" and name in self.read_by(slot)
+            if name in MODALITIES[slot].features
+            for head in [HEADS[MODALITIES[slot].head]]
         ]
-        return min(rows, default=float("inf"))
+        return min(lengths, default=math.inf)
 
     def token_counts(self) -> dict[str, int]:
         """The number of soft tokens of each slot, in slot order."""
+        heads = {slot: HEADS[MODALITIES[slot].head] for slot in self.slots}
         return {
-            slot: _QUERIES[_MODULES[slot]] if self.kind(slot) == "qformer" else 1
-            for slot in self.slots
+            slot: head_class(head, self.kind(slot)).num_tokens(head) for slot, head in heads.items()
         }
 
 
@@ -162,46 +139,67 @@ def linear(in_features: int, features: int, dtype: jnp.dtype, name: str) -> nn.D
     return nn.Dense(features, dtype=dtype, kernel_init=init, bias_init=init, name=name)
 
 
-class AttentionHead(nn.Module):
-    """One token: the sum of all states, each weighted by a learned scalar of itself, projected."""
+class FusionHead(nn.Module):
+    """A module that computes the soft tokens of a slot; the base of every kind.
 
-    llm_width: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, states: Array, deterministic: bool = True) -> Array:
-        """Maps `[B, T, d]` to `[B, 1, llm_width]`; it has no dropout."""
-        del deterministic
-        width = states.shape[-1]
-        weights = linear(width, 1, self.dtype, "score")(states)[..., 0]
-        pooled = weighted_sum(states, weights)
-        return linear(width, self.llm_width, self.dtype, "projection")(pooled)[:, None]
-
-
-class MeanHead(nn.Module):
-    """One token: the mean of all states, projected."""
-
-    llm_width: int
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, states: Array, deterministic: bool = True) -> Array:
-        """Maps `[B, T, d]` to `[B, 1, llm_width]`; it has no dropout."""
-        del deterministic
-        pooled = states.mean(axis=1)
-        return linear(states.shape[-1], self.llm_width, self.dtype, "projection")(pooled)[:, None]
-
-
-class QFormerHead(nn.Module):
-    """A Q-Former over the states and their positions, projected: one token per query.
-
-    `module` is the head's name in `Fusion` ("multi", "audio", "video" or "image"). It decides how
-    many queries there are and how long a sequence may be.
+    Attributes:
+      spec: its row in the registry; its name there is its name in `Fusion`.
+      config: of the whole fusion.
+      llm_width: width of the language model, hence of every soft token.
+      dtype: of the computation.
     """
 
+    spec: Head
     config: FusionConfig
-    module: str
+    llm_width: int
     dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def num_tokens(cls, spec: Head) -> int:
+        """How many soft tokens it computes."""
+        return 1
+
+    @classmethod
+    def max_length(cls, spec: Head) -> float:
+        """How many feature vectors a sample may have."""
+        return math.inf
+
+    def project(self, states: Array) -> Array:
+        """Projects `[..., d]` to `[..., llm_width]`."""
+        return linear(states.shape[-1], self.llm_width, self.dtype, "projection")(states)
+
+
+class AttentionHead(FusionHead):
+    """One token: the sum of all states, each weighted by a learned scalar of itself, projected."""
+
+    @nn.compact
+    def __call__(self, states: Array, deterministic: bool = True) -> Array:
+        """Maps `[B, T, d]` to `[B, 1, llm_width]`; it has no dropout."""
+        del deterministic
+        weights = linear(states.shape[-1], 1, self.dtype, "score")(states)[..., 0]
+        return self.project(weighted_sum(states, weights))[:, None]
+
+
+class MeanHead(FusionHead):
+    """One token: the mean of all states, projected."""
+
+    @nn.compact
+    def __call__(self, states: Array, deterministic: bool = True) -> Array:
+        """Maps `[B, T, d]` to `[B, 1, llm_width]`; it has no dropout."""
+        del deterministic
+        return self.project(states.mean(axis=1))[:, None]
+
+
+class QFormerHead(FusionHead):
+    """A Q-Former over the states and their positions, projected: one token per query."""
+
+    @classmethod
+    def num_tokens(cls, spec: Head) -> int:
+        return spec.num_queries
+
+    @classmethod
+    def max_length(cls, spec: Head) -> float:
+        return spec.max_positions
 
     @nn.compact
     def __call__(
@@ -213,25 +211,21 @@ class QFormerHead(nn.Module):
         ValueError if the sequence is longer than the position embedding.
         """
         config, dtype = self.config, self.dtype
-        shape = (_POSITIONS[self.module], states.shape[-1])
+        shape = (self.spec.max_positions, states.shape[-1])
         positions = self.param("positions", nn.initializers.normal(1.0), shape)
         states = add_positions(states, positions)
         if mask is None:
             mask = jnp.ones(states.shape[:2], bool)
-        qformer = QFormer(config.qformer, _QUERIES[self.module], dtype, name="qformer")
-        tokens = qformer(states, mask, deterministic)
-        return linear(config.qformer.width, config.llm_width, dtype, "projection")(tokens)
+        qformer = QFormer(config.qformer, self.spec.num_queries, dtype, name="qformer")
+        return self.project(qformer(states, mask, deterministic))
 
 
-class AttentionPreFusion(nn.Module):
+class AttentionPreFusion(FusionHead):
     """One token: the weighted sum of a video and an audio vector, projected (Eq. 5-7).
 
     The paper maps both vectors to the two weights by one matrix and puts audio first. The released
     checkpoints factor that matrix in two, each with a bias, and put video first; so does this.
     """
-
-    config: FusionConfig
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -257,14 +251,19 @@ class AttentionPreFusion(nn.Module):
         hidden = linear(2 * width, width, dtype, "hidden")(jnp.concatenate([video, audio], axis=-1))
         weights = linear(width, 2, dtype, "score")(hidden)
         fused = weighted_sum(jnp.stack([video, audio], axis=1), weights)
-        return linear(width, self.config.llm_width, dtype, "projection")(fused)[:, None]
+        return self.project(fused)[:, None]
 
 
-class QFormerPreFusion(nn.Module):
+class QFormerPreFusion(FusionHead):
     """A Q-Former over the video sequence followed by the audio sequence, projected (Eq. 3-4)."""
 
-    config: FusionConfig
-    dtype: jnp.dtype = jnp.float32
+    @classmethod
+    def num_tokens(cls, spec: Head) -> int:
+        return spec.num_queries
+
+    @classmethod
+    def max_length(cls, spec: Head) -> float:
+        return spec.max_positions
 
     @nn.compact
     def __call__(
@@ -275,7 +274,7 @@ class QFormerPreFusion(nn.Module):
         audio_present: Array,
         deterministic: bool = True,
     ) -> Array:
-        """Maps `[B, Tv, dv]`, `[B, Ta, da]` and their `[B]` bool masks to `[B, 16, llm_width]`.
+        """Maps `[B, Tv, dv]`, `[B, Ta, da]` and their `[B]` masks to `[B, queries, llm_width]`.
 
         The Q-Former does not read the states of an absent modality. Raises ValueError if Tv + Ta
         exceeds the position embedding.
@@ -287,18 +286,31 @@ class QFormerPreFusion(nn.Module):
         video_mask = jnp.broadcast_to(video_present[:, None], video.shape[:2])
         audio_mask = jnp.broadcast_to(audio_present[:, None], audio.shape[:2])
         mask = jnp.concatenate([video_mask, audio_mask], axis=1)
-        return QFormerHead(self.config, "multi", dtype, name="head")(states, deterministic, mask)
+        head = QFormerHead(self.spec, self.config, self.llm_width, dtype, name="head")
+        return head(states, deterministic, mask)
+
+
+# By kind: the modules that read one feature, and those of the pre-fusion, which read two.
+HEAD_CLASSES = {"attention": AttentionHead, "mean": MeanHead, "qformer": QFormerHead}
+PRE_FUSION_CLASSES = {"attention": AttentionPreFusion, "qformer": QFormerPreFusion}
+
+
+def head_class(spec: Head, kind: str) -> type[FusionHead]:
+    """The module that computes the tokens of a head in one of its kinds."""
+    return (HEAD_CLASSES if spec.feature_width else PRE_FUSION_CLASSES)[kind]
 
 
 class Fusion(nn.Module):
     """All soft tokens of an input mode; only what its slots use has parameters.
 
-    The submodules are `multi` (the pre-fusion, shared by the slots "multi" and "multi_frame"),
-    `audio`, `video` (shared by "face" and "frame") and `image`. Parameters are float32; the
-    computation runs in `dtype`.
+    The submodules are those of `modalities.HEADS`, such as `multi` (the pre-fusion, shared by the
+    slots "multi" and "multi_frame"), `audio`, `video` (shared by "face" and "frame") and `image`.
+    Parameters are float32; the computation runs in `dtype`. `llm_width` is the width of the
+    language model, hence of every soft token.
     """
 
     config: FusionConfig
+    llm_width: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -334,33 +346,22 @@ class Fusion(nn.Module):
             name: keep_present(features[name], present[name]).astype(self.dtype)
             for name in config.inputs
         }
-        kinds = {_MODULES[slot]: config.kind(slot) for slot in config.slots}
-        modules = {name: self._module(name, kind) for name, kind in kinds.items()}
+        kinds = {MODALITIES[slot].head: config.kind(slot) for slot in config.slots}
+        modules = {}
+        for name, kind in kinds.items():
+            module = head_class(HEADS[name], kind)
+            modules[name] = module(HEADS[name], config, self.llm_width, self.dtype, name=name)
 
         tokens = []
         for slot in config.slots:
-            module = modules[_MODULES[slot]]
-            if slot in MULTI_VIDEO:
-                video, audio = config.read_by(slot)
-                valid = present[video] | present[audio]
-                slot_tokens = module(
-                    states[video], states[audio], present[video], present[audio], deterministic
-                )
-            else:
-                valid = present[slot]
-                slot_tokens = module(states[slot], deterministic)
-            tokens.append(keep_present(slot_tokens, valid))
+            read = MODALITIES[slot].features
+            module = modules[MODALITIES[slot].head]
+            arguments = [states[name] for name in read]
+            if MODALITIES[slot].fused:
+                arguments += [present[name] for name in read]
+            valid = functools.reduce(jnp.logical_or, [present[name] for name in read])
+            tokens.append(keep_present(module(*arguments, deterministic), valid))
         return jnp.concatenate(tokens, axis=1)
-
-    def _module(self, name: str, kind: str) -> nn.Module:
-        config, dtype = self.config, self.dtype
-        if name == "multi":
-            pre_fusion = {"attention": AttentionPreFusion, "qformer": QFormerPreFusion}[kind]
-            return pre_fusion(config, dtype, name=name)
-        if kind == "qformer":
-            return QFormerHead(config, name, dtype, name=name)
-        head = {"attention": AttentionHead, "mean": MeanHead}[kind]
-        return head(config.llm_width, dtype, name=name)
 
 
 def _check_inputs(

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from affectgpt_jax.data.modalities import HEADS
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.weights import layout, torch_zip
 from affectgpt_jax.weights.peft import adapter_targets, check_adapter, lora_layout
@@ -121,12 +122,15 @@ def release_layout(path: layout.Path) -> layout.Stored:
     """The stored form in the release of a parameter of `trainable`, by its path.
 
     Raises:
-        WeightsError: it has no such parameter: Q-Formers for images are ours alone.
+        WeightsError: it has no such parameter: Q-Formers for images are ours alone, as are heads of
+            modalities that the release does not have.
     """
     if path[0] == "lora":
         return lora_layout(path[1:], "llama_model.base_model.model.", ".default.weight")
     # The pre-fusion of type Q-Former is a head with two projections before it.
     _, module, *middle, leaf = (part for part in path if part != "head")
+    if module not in _PROJECTIONS:
+        raise WeightsError(f"the release has no {module} head; use a config.input without it")
     if leaf in ("queries", "positions") or middle[0] == "qformer":
         if module not in _POSITIONS:
             raise WeightsError(
@@ -206,7 +210,7 @@ def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[An
     there = head_kinds(shapes)
     for module, kind in head_kinds(expected).items():
         if there.get(module, kind) != kind:
-            key = "config.fusion" if module == "multi" else f"config.projectors.{module}"
+            key = f"config.{HEADS[module].kind_key}"
             raise WeightsError(
                 f"{path}: its {module} head is of type {there[module]}, but {key} is {kind}; set "
                 "it to the checkpoint's type"

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.data.modalities import HEADS
 from affectgpt_jax.weights import peft, release
 from affectgpt_jax.weights.huggingface import base_identity, read_config, stored_tensors
 from affectgpt_jax.weights.streaming import WeightsError
 
-_HEADS = ("multi", "audio", "video", "image")
 _ATTENTION = re.compile(r"\.(self_attn|attention)\.")
 _BASE_PARTS = (
     "embedding",
@@ -193,7 +193,7 @@ def describe_release(path: Path) -> Report:
         ("heads", describe_heads(kinds)),
         ("beside", ", ".join(file.others) or "nothing"),
     ]
-    order = ("LoRA", *map(head_name, _HEADS), "other")
+    order = ("LoRA", *map(head_name, HEADS), "other")
     return Report(facts, _group(file.tensors, _release_part, order))
 
 
@@ -207,7 +207,7 @@ def _release_part(name: str) -> str:
 def tree_kinds(fusion: Mapping[str, Any]) -> dict[str, str]:
     """Type of every projector and of the pre-fusion ("multi") of a `fusion` tree."""
     kinds = {}
-    for head in _HEADS:
+    for head in HEADS:
         if head in fusion:
             inner = fusion[head].get("head", fusion[head])  # the pre-fusion has one inside
             kind = "attention" if "score" in inner else "mean"
@@ -230,7 +230,7 @@ def describe_lora(rank: int, alpha: float | None, targets: Sequence[str]) -> str
 
 def describe_heads(kinds: Mapping[str, str]) -> str:
     """Types of the projectors in words."""
-    return ", ".join(f"{head_name(h)} {kinds[h]}" for h in _HEADS if h in kinds) or "none"
+    return ", ".join(f"{head_name(h)} {kinds[h]}" for h in HEADS if h in kinds) or "none"
 
 
 def count(number: int, noun: str) -> str:

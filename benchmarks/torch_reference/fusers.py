@@ -50,15 +50,15 @@ class Fusers(nn.Module):
     Everything is float32: the parameters are few, and the features float16.
     """
 
-    def __init__(self, fusion: FusionConfig | None):
+    def __init__(self, fusion: FusionConfig | None, llm_width: int):
         super().__init__()
         self.fusion = fusion
         kinds = {HEADS[slot]: fusion.kind(slot) for slot in fusion.slots} if fusion else {}
         for head, kind in kinds.items():
-            width = fusion.width if head == "multi" else getattr(fusion, f"{head}_width")
+            width = fusion.width if head == "multi" else fusion.widths[head]
             if head == "multi":
-                self.multi_video_embs = nn.Linear(fusion.video_width, width)
-                self.multi_audio_embs = nn.Linear(fusion.audio_width, width)
+                self.multi_video_embs = nn.Linear(fusion.widths["video"], width)
+                self.multi_audio_embs = nn.Linear(fusion.widths["audio"], width)
             if kind == "qformer":
                 queries = torch.empty(1, NUM_QUERIES[head], fusion.qformer.width).normal_(std=0.02)
                 setattr(self, f"{head}_query_tokens", nn.Parameter(queries))
@@ -70,7 +70,7 @@ class Fusers(nn.Module):
                 self.fc_att = nn.Linear(width, 2)
             elif kind == "attention":
                 setattr(self, f"{head}_attention_mlp", nn.Linear(width, 1))
-            setattr(self, PROJECTIONS[head], nn.Linear(width, fusion.llm_width))
+            setattr(self, PROJECTIONS[head], nn.Linear(width, llm_width))
 
     def soft_tokens(
         self, features: Mapping[str, torch.Tensor], present: Mapping[str, torch.Tensor]
@@ -105,7 +105,7 @@ class Fusers(nn.Module):
         audio_present: torch.Tensor,
     ) -> torch.Tensor:
         """Video `[B, Tv, dv]` and audio `[B, Ta, da]` to `[B, 1 or 16, llm_width]`."""
-        if self.fusion.pre_fusion == "qformer":
+        if self.fusion.kinds["multi"] == "qformer":
             states = torch.cat([self.multi_video_embs(video), self.multi_audio_embs(audio)], dim=1)
             mask = torch.cat(
                 [

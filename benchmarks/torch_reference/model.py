@@ -77,7 +77,7 @@ class AffectGPT(Fusers):
         fusion: FusionConfig | None,
         tuning: Tuning = TUNINGS["tuned"],
     ):
-        super().__init__(fusion)
+        super().__init__(fusion, llama_model.config.hidden_size)
         self.llama_model, self.tuning = llama_model, tuning
         for module in llama_model.modules():
             if isinstance(module, LoraLayer):

@@ -136,15 +136,17 @@ def test_another_family_of_language_models_agrees(tmp_path):
 
 def test_every_fuser_agrees():
     qformer = QFormerConfig(width=16, heads=4, layers=1, intermediate=24)
-    rows = parity.compare_fusers(dataclasses.replace(FUSION, image_width=7, qformer=qformer), 0)
+    rows = parity.compare_fusers(
+        dataclasses.replace(FUSION, widths=FUSION.widths | {"image": 7}, qformer=qformer), 32, 0
+    )
     assert [row for row in rows if not row.passed] == []
     assert all(len(row.errors) == 6 for row in rows), "a slot was not compared"
 
 
 def test_gradients_of_qformers_agree(directory):
     qformer = QFormerConfig(width=16, heads=4, layers=1, intermediate=24)
-    kinds = {"pre_fusion": "qformer", "audio_head": "qformer", "video_head": "mean"}
-    model = make_model(fusion=dataclasses.replace(FUSION, qformer=qformer, **kinds))
+    kinds = {"multi": "qformer", "audio": "qformer", "video": "mean"}
+    model = make_model(fusion=dataclasses.replace(FUSION, qformer=qformer, kinds=kinds))
     batch = edge_cases()
     # Some of each Q-Former's tokens; row 25 is the only one of the mean head.
     batch["soft_token_index"] = np.where(

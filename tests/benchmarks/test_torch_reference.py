@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny_model import FUSION, LLM, make_batch, make_model, random_base, random_trainable
 
-from affectgpt_jax.models.fusers import SLOTS
+from affectgpt_jax.data.modalities import MODALITIES
 from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.training.optimizer import OptimizerConfig
 from affectgpt_jax.weights.huggingface import save_base
@@ -198,7 +198,9 @@ def test_weight_decay_spares_vectors_and_names_with_bias_ln_or_bn():
 
 
 def test_dropout_acts_in_training_only(directory):
-    fusion = dataclasses.replace(FUSION, slots=SLOTS[:1], pre_fusion="qformer", qformer=QFORMER)
+    fusion = dataclasses.replace(
+        FUSION, slots=tuple(MODALITIES)[:1], kinds={"multi": "qformer"}, qformer=QFORMER
+    )
     lora = dataclasses.replace(MODEL.decoder.lora, dropout=0.3)
     twin = make_twin(directory, fusion=fusion, lora=lora)
     load = {name: np.asarray(p.detach()) + 0.1 for name, p in trained(twin).items()}

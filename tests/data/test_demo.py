@@ -8,8 +8,9 @@ import pytest
 
 import affectgpt_jax
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.demo import CONFLICT, CUE_TABLES, EMOTIONS, MODALITIES, Clips, World
-from affectgpt_jax.data.prompts import INPUT_MODES, LABEL_TYPES, load_prompts
+from affectgpt_jax.data.demo import CONFLICT, CUE_TABLES, CUES, EMOTIONS, Clips, World
+from affectgpt_jax.data.modalities import INPUT_MODES
+from affectgpt_jax.data.prompts import LABEL_TYPES, load_prompts
 from affectgpt_jax.data.records import RecordDataset, RecordSubset, decode, encode
 from affectgpt_jax.data.tokenizer import Tokenizer
 
@@ -39,7 +40,7 @@ def assert_share(found: np.ndarray, expected: float) -> None:
     assert abs(found.mean() - expected) < 4 * error, (found.mean(), expected, error)
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
+@pytest.mark.parametrize("modality", CUES)
 def test_cue_tables_are_distributions(modality):
     table = CUE_TABLES[modality]
     assert len(table) == len(EMOTIONS) == len(set(EMOTIONS)) >= 24
@@ -49,9 +50,9 @@ def test_cue_tables_are_distributions(modality):
 
 def test_posterior_is_a_sum_over_every_emotion_and_conflict():
     rng = np.random.default_rng(0)
-    evidence = {m: rng.random((2, CUE_TABLES[m].shape[1])) for m in MODALITIES}
+    evidence = {m: rng.random((2, CUE_TABLES[m].shape[1])) for m in CUES}
     for size in (1, 2, 3):
-        for seen in itertools.combinations(MODALITIES, size):
+        for seen in itertools.combinations(CUES, size):
             found = demo.posterior(evidence, seen)
             for n in range(2):
                 expected = slow_posterior({m: evidence[m][n] for m in seen})
@@ -67,7 +68,7 @@ def slow_posterior(evidence: dict[str, np.ndarray]) -> np.ndarray:
     joint = np.zeros(len(EMOTIONS))
     for emotion in emotions:
         joint[emotion] += (1 - CONFLICT) * math.prod(likelihood[m][emotion] for m in evidence)
-        for conflicting, other in itertools.product(MODALITIES, emotions):
+        for conflicting, other in itertools.product(CUES, emotions):
             joint[emotion] += (CONFLICT / 3 / len(EMOTIONS)) * math.prod(
                 likelihood[m][other if m == conflicting else emotion] for m in evidence
             )
@@ -127,10 +128,10 @@ def test_a_frame_shows_less_than_a_face_and_adds_nothing_to_it(test_split):
             assert found[plain] == value
 
 
-@pytest.mark.parametrize("mode", demo.CEILING_MODES)
+@pytest.mark.parametrize("mode", INPUT_MODES)
 def test_the_bayes_predictor_reaches_its_ceiling_on_drawn_clips(test_split, mode):
     clips, evidence = test_split
-    belief = demo.posterior(evidence, demo.CEILING_MODES[mode])
+    belief = demo.posterior(evidence, demo.seen_by(INPUT_MODES[mode]))
     best = belief.max(axis=1)
     hit = belief.argmax(axis=1) == clips.emotion
     error = math.sqrt((best * (1 - best)).sum()) / len(clips)
@@ -139,7 +140,7 @@ def test_the_bayes_predictor_reaches_its_ceiling_on_drawn_clips(test_split, mode
 
 def test_absence_and_conflict_are_as_frequent_as_stated():
     clips = demo.draw_clips(np.random.default_rng(0), 60_000)
-    for modality in MODALITIES:
+    for modality in CUES:
         assert_share(~clips.present[modality], demo.ABSENT)
     # A face is never read two levels off, so where it stands there, another emotion caused it.
     levels, columns = len(demo.FACE_CUES), len(demo.VOICE_CUES)
@@ -307,7 +308,7 @@ def test_cue_and_emotion_words_are_single_tokens_of_the_tiny_base():
 
 def test_an_absent_modality_says_nothing():
     clips = World(0).clips("val", 200)
-    nothing = {m: np.zeros(200, bool) for m in MODALITIES}
+    nothing = {m: np.zeros(200, bool) for m in CUES}
     evidence = demo.word_evidence(dataclasses.replace(clips, present=nothing))
-    np.testing.assert_allclose(demo.posterior(evidence, MODALITIES), 1 / len(EMOTIONS))
-    assert demo.ceiling(evidence, MODALITIES) == pytest.approx(1 / len(EMOTIONS))
+    np.testing.assert_allclose(demo.posterior(evidence, CUES), 1 / len(EMOTIONS))
+    assert demo.ceiling(evidence, CUES) == pytest.approx(1 / len(EMOTIONS))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trees import assert_same_tree
 
 import affectgpt_jax
+from affectgpt_jax.data.modalities import INPUT_MODES
 from affectgpt_jax.data.packing import LENGTH_MULTIPLE
 from affectgpt_jax.data.pipeline import (
     DataError,
@@ -22,7 +23,7 @@ from affectgpt_jax.data.pipeline import (
     choose_lengths,
     sequential_batches,
 )
-from affectgpt_jax.data.prompts import INPUT_MODES, load_prompts
+from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import (
     Record,
     RecordDataset,

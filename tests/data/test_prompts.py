@@ -11,11 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, placeholders
 from affectgpt_jax.data.prompts import (
-    INPUT_MODES,
     LABEL_TYPES,
-    PLACEHOLDER_ORDER,
-    PLACEHOLDERS,
     PromptError,
     Template,
     load_prompts,
@@ -23,6 +21,7 @@ from affectgpt_jax.data.prompts import (
 )
 from affectgpt_jax.data.records import Annotations
 
+PLACEHOLDERS = {name: modality.placeholder for name, modality in MODALITIES.items()}
 ONE_EACH = dict.fromkeys(PLACEHOLDERS, 1)
 SHIPPED = ("default", "compact")
 COMPACT, DEFAULT = load_prompts("compact"), load_prompts("default")
@@ -258,7 +257,7 @@ def test_reading_labels_copes_with_what_models_write(text, expected):
     assert COMPACT.read_labels(text) == expected
 
 
-@pytest.mark.parametrize("placeholder", PLACEHOLDER_ORDER)
+@pytest.mark.parametrize("placeholder", placeholders())
 def test_a_subtitle_may_not_hold_a_placeholder(placeholder):
     with pytest.raises(PromptError, match=f"holds the reserved text {placeholder}"):
         clip = dataclasses.replace(CLIP, subtitle=f"a {placeholder} b")
@@ -267,7 +266,7 @@ def test_a_subtitle_may_not_hold_a_placeholder(placeholder):
         DEFAULT.prompt(INPUT_MODES["audio"], ONE_EACH, CLIP, f"What is {placeholder}?")
 
 
-@pytest.mark.parametrize("reserved", [*PLACEHOLDER_ORDER, "###"])
+@pytest.mark.parametrize("reserved", [*placeholders(), "###"])
 def test_an_answer_may_hold_neither_a_placeholder_nor_its_end(reserved):
     with pytest.raises(PromptError, match=f"holds the reserved text {reserved}"):
         clip = dataclasses.replace(CLIP, description=f"She smiles. {reserved} He frowns.")
@@ -482,5 +481,5 @@ def test_slots_are_told_apart_by_every_shipped_set():
     """Inputs that read alike would leave the model to guess what a soft token is."""
     for prompts in (DEFAULT, COMPACT):
         fills = dict.fromkeys([*PLACEHOLDERS, "subtitle"], "")
-        texts = [t.render(fills) for slot, t in prompts.inputs.items() if slot != "multi_frame"]
+        texts = [t.render(fills) for t in prompts.inputs.values()]
         assert len(set(texts)) == len(texts)

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from affectgpt_jax.data import records as records_module
+from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import (
-    FEATURES,
     FORMAT_VERSION,
     IndexEntry,
     Manifest,
@@ -96,7 +96,7 @@ def flip(path: Path, position: int) -> None:
 
 
 features_strategy = st.dictionaries(
-    st.sampled_from(FEATURES),
+    st.sampled_from(feature_names()),
     hnp.arrays(
         np.float16,
         st.tuples(st.integers(1, 9), st.integers(1, 40)),

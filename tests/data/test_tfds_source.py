@@ -17,13 +17,14 @@ from trees import assert_same_tree
 
 import affectgpt_jax
 from affectgpt_jax.data import demo, tfds_source
+from affectgpt_jax.data.modalities import INPUT_MODES
 from affectgpt_jax.data.pipeline import (
     MixtureComponent,
     PromptProcessor,
     TrainPipeline,
     sequential_batches,
 )
-from affectgpt_jax.data.prompts import INPUT_MODES, load_prompts
+from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import (
     Record,
     RecordDataset,

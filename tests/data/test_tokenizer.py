@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 import affectgpt_jax
-from affectgpt_jax.data.prompts import PLACEHOLDER_ORDER
+from affectgpt_jax.data.modalities import placeholders
 from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
 
 TINY_BASE = Path(affectgpt_jax.__file__).parent / "assets" / "tiny_base"
@@ -92,8 +92,8 @@ def test_a_tokenizer_that_wraps_texts_does_not_get_to_do_so(tiny, tmp_path):
 
 
 def test_placeholders_are_added_in_the_order_of_the_release(tiny):
-    first = len(tiny) - len(PLACEHOLDER_ORDER)
-    assert [tiny.placeholder_ids[text] for text in PLACEHOLDER_ORDER] == [*range(first, len(tiny))]
+    first = len(tiny) - len(placeholders())
+    assert [tiny.placeholder_ids[text] for text in placeholders()] == [*range(first, len(tiny))]
 
 
 def test_ids_holding_a_text_are_those_whose_piece_has_it(tiny):

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from affectgpt_jax.data.prompts import INPUT_MODES, PLACEHOLDERS, PromptError, load_prompts
+from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES
 from affectgpt_jax.data.prompts import LABEL_TYPES as OUR_LABEL_TYPES
+from affectgpt_jax.data.prompts import PromptError, load_prompts
 from affectgpt_jax.data.records import Annotations
 from data_prep import release_prompts
 from data_prep.release_prompts import LABEL_TYPES, MODES, ReleaseError, read_release
 
 ROOT = Path(__file__).parents[2]
-ONE_EACH = dict.fromkeys(PLACEHOLDERS, 1)
+ONE_EACH = dict.fromkeys(MODALITIES, 1)
 
 # The branches in the release's order, and what each shows.
 SHOWN = {

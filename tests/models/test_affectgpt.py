@@ -92,9 +92,9 @@ def test_the_dropout_of_qformers_follows_from_the_key():
 QFORMER = QFormerConfig(width=16, heads=2, layers=1, intermediate=24, dropout=0.0)
 FUSIONS = {
     "attention": FUSION,
-    "mean": dataclasses.replace(FUSION, video_head="mean", audio_head="mean"),
+    "mean": dataclasses.replace(FUSION, kinds={"video": "mean", "audio": "mean"}),
     "qformer": dataclasses.replace(
-        FUSION, video_head="qformer", audio_head="qformer", pre_fusion="qformer", qformer=QFORMER
+        FUSION, kinds=dict.fromkeys(("video", "audio", "multi"), "qformer"), qformer=QFORMER
     ),
     "none": None,
 }

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from affectgpt_jax.models.fusers import SLOTS, Fusion, FusionConfig, keep_present
+from affectgpt_jax.data.modalities import MODALITIES
+from affectgpt_jax.models.fusers import Fusion, FusionConfig, keep_present
 from affectgpt_jax.models.qformer import QFormerConfig
 
+SLOTS = tuple(MODALITIES)
+LLM_WIDTH = 12
 LENGTHS = {"audio": 3, "face": 4, "frame": 5, "image": 6}
 KINDS = ("attention", "mean", "qformer")
 # Each Q-Former takes seconds to compile, so these two stand for the others of the same classes.
@@ -22,19 +25,19 @@ FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def small(slots: tuple[str, ...] = SLOTS, **changes) -> FusionConfig:
-    sizes = dict(llm_width=12, video_width=6, audio_width=10, image_width=7, width=9)
     qformer = QFormerConfig(width=8, heads=2, layers=1, intermediate=16)
-    return FusionConfig(slots=slots, qformer=qformer, **(sizes | changes))
+    sizes = dict(widths={"video": 6, "audio": 10, "image": 7}, width=9, qformer=qformer)
+    return FusionConfig(slots=slots, **(sizes | changes))
 
 
 def all_of_one_kind(kind: str, slots: tuple[str, ...] = SLOTS) -> FusionConfig:
     """Every slot by the given kind, or by its default where there is no such kind."""
-    changes = {"video_head": kind, "audio_head": kind}
+    kinds = {"video": kind, "audio": kind}
     if kind != "attention":
-        changes["image_head"] = kind
+        kinds["image"] = kind
     if kind != "mean":
-        changes["pre_fusion"] = kind
-    return small(slots, **changes)
+        kinds["multi"] = kind
+    return small(slots, kinds=kinds)
 
 
 def make_features(config: FusionConfig, batch: int, seed: int = 0) -> dict[str, jax.Array]:
@@ -47,13 +50,15 @@ def all_present(config: FusionConfig, batch: int) -> dict[str, jax.Array]:
     return {name: jnp.ones(batch, bool) for name in config.inputs}
 
 
-def abstract_params(config: FusionConfig) -> dict:
+def abstract_params(config: FusionConfig, llm_width: int = LLM_WIDTH) -> dict:
     features = {
         name: jax.ShapeDtypeStruct((1, 8, config.feature_width(name)), jnp.float32)
         for name in config.inputs
     }
     present = {name: jax.ShapeDtypeStruct((1,), bool) for name in config.inputs}
-    return jax.eval_shape(Fusion(config).init, jax.random.key(0), features, present)["params"]
+    return jax.eval_shape(Fusion(config, llm_width).init, jax.random.key(0), features, present)[
+        "params"
+    ]
 
 
 def make_params(config: FusionConfig, seed: int = 0) -> dict:
@@ -67,14 +72,14 @@ def make_params(config: FusionConfig, seed: int = 0) -> dict:
     return jax.tree.map(draw, abstract_params(config))
 
 
-def initial_params(config: FusionConfig) -> dict:
-    init = jax.jit(Fusion(config).init)
+def initial_params(config: FusionConfig, llm_width: int = LLM_WIDTH) -> dict:
+    init = jax.jit(Fusion(config, llm_width).init)
     return init(jax.random.key(0), make_features(config, 1), all_present(config, 1))["params"]
 
 
 @functools.cache
 def jitted(config: FusionConfig) -> jax.stages.Wrapped:
-    return jax.jit(Fusion(config).apply)
+    return jax.jit(Fusion(config, LLM_WIDTH).apply)
 
 
 def apply(config: FusionConfig, params: dict, features: dict, present: dict) -> jax.Array:
@@ -86,7 +91,7 @@ def value_and_gradients(config: FusionConfig) -> jax.stages.Wrapped:
     """`f(params, features, present)`: the tokens, and the gradients of a loss of them."""
 
     def loss(params: dict, features: dict, present: dict) -> tuple[jax.Array, jax.Array]:
-        tokens = Fusion(config).apply({"params": params}, features, present)
+        tokens = Fusion(config, LLM_WIDTH).apply({"params": params}, features, present)
         # Its slope is not zero where the tokens are: only the mask can stop the gradient there.
         return jnp.sum((tokens + 1) ** 2), tokens
 
@@ -108,7 +113,7 @@ def slot_presence(config: FusionConfig, present: dict) -> np.ndarray:
     """`[B, K]`: whether the tokens of a sample have anything to speak of."""
 
     def speaks(slot: str) -> np.ndarray:
-        return np.logical_or.reduce([present[name] for name in config.read_by(slot)])
+        return np.logical_or.reduce([present[name] for name in MODALITIES[slot].features])
 
     columns = [
         np.repeat(speaks(slot)[:, None], count, axis=1)
@@ -134,7 +139,7 @@ def test_attention_head_is_an_unnormalised_weighted_sum() -> None:
     actual = apply(config, params, features, all_present(config, 3))
 
     head, frames = float64(params)["audio"], np.asarray(features["audio"], np.float64)
-    pooled = np.zeros((3, config.audio_width))
+    pooled = np.zeros((3, config.widths["audio"]))
     for t in range(frames.shape[1]):
         pooled += affine(head["score"], frames[:, t]) * frames[:, t]
     np.testing.assert_allclose(actual[:, 0], affine(head["projection"], pooled), **FLOAT32)
@@ -183,7 +188,7 @@ def test_pre_fusion_reads_the_chosen_visual_feature() -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "qformer"])
 def test_both_fused_slots_share_one_pre_fusion(kind: str) -> None:
-    config = small(("multi", "multi_frame"), pre_fusion=kind)
+    config = small(("multi", "multi_frame"), kinds={"multi": kind})
     features = make_features(config, batch=2)
     features["frame"] = features["face"]
     params = make_params(config)
@@ -195,7 +200,7 @@ def test_both_fused_slots_share_one_pre_fusion(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_face_and_frame_share_one_head(kind: str) -> None:
-    config = small(("face", "frame"), video_head=kind)
+    config = small(("face", "frame"), kinds={"video": kind})
     features = make_features(config, batch=2)
     features["frame"] = features["face"]
     face, frame = jnp.split(
@@ -205,11 +210,11 @@ def test_face_and_frame_share_one_head(kind: str) -> None:
 
 
 def test_tokens_stand_in_slot_order() -> None:
-    config = small(("image", "face", "audio", "multi", "frame"), audio_head="qformer")
+    config = small(("image", "face", "audio", "multi", "frame"), kinds={"audio": "qformer"})
     params, features = make_params(config), make_features(config, batch=2)
     present = all_present(config, 2)
     tokens = apply(config, params, features, present)
-    assert tokens.shape == (2, 12, config.llm_width)
+    assert tokens.shape == (2, 12, LLM_WIDTH)
 
     starts = {"image": 0, "face": 1, "audio": 2, "multi": 10, "frame": 11}
     for slot, count in config.token_counts().items():
@@ -290,7 +295,7 @@ def test_a_sample_does_not_depend_on_its_neighbours(kind: str) -> None:
 
 
 def test_pre_fusion_qformer_skips_an_absent_audio_of_any_length() -> None:
-    config = small(("multi",), pre_fusion="qformer")
+    config = small(("multi",), kinds={"multi": "qformer"})
     params, features = make_params(config), make_features(config, batch=2)
     present = {"face": jnp.ones(2, bool), "audio": jnp.zeros(2, bool)}
     shorter = {"face": features["face"], "audio": features["audio"][:, :1]}
@@ -324,12 +329,12 @@ def test_keep_present_selects_samples() -> None:
 )
 @pytest.mark.parametrize("kind", ["attention", "qformer"])
 def test_only_used_modules_have_parameters(slots: tuple, modules: set, kind: str) -> None:
-    config = small(slots, pre_fusion=kind, video_head=kind, audio_head=kind)
+    config = small(slots, kinds={"multi": kind, "video": kind, "audio": kind})
     assert set(abstract_params(config)) == modules
 
 
 def test_parameter_count_of_the_paper() -> None:
-    params = abstract_params(FusionConfig(("multi", "audio", "face"), llm_width=3584))
+    params = abstract_params(FusionConfig(("multi", "audio", "face")), llm_width=3584)
     expected = {
         "video": (768 + 1) + (768 * 3584 + 3584),
         "audio": (1024 + 1) + (1024 * 3584 + 3584),
@@ -358,7 +363,7 @@ def test_linear_layers_start_uniform_within_one_over_root_in() -> None:
         ("multi", "score"): 1024,
         ("multi", "projection"): 1024,
     }
-    params = initial_params(FusionConfig(("multi", "audio", "face"), llm_width=256))
+    params = initial_params(FusionConfig(("multi", "audio", "face")), llm_width=256)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         *module, kind = (entry.key for entry in path)
         bound = fan_in[tuple(module)] ** -0.5
@@ -394,10 +399,10 @@ def test_qformer_heads_start_with_standard_normal_positions() -> None:
 
 
 def test_token_counts_follow_kinds_in_slot_order() -> None:
-    assert FusionConfig(("multi", "audio", "face"), 8).token_counts() == dict.fromkeys(
+    assert FusionConfig(("multi", "audio", "face")).token_counts() == dict.fromkeys(
         ("multi", "audio", "face"), 1
     )
-    means = FusionConfig(("image", "frame", "audio"), 8, video_head="mean", audio_head="mean")
+    means = FusionConfig(("image", "frame", "audio"), {"video": "mean", "audio": "mean"})
     assert list(means.token_counts().items()) == [("image", 1), ("frame", 1), ("audio", 1)]
     counts = all_of_one_kind("qformer").token_counts()
     assert counts == {
@@ -408,7 +413,7 @@ def test_token_counts_follow_kinds_in_slot_order() -> None:
         "frame": 32,
         "image": 32,
     }
-    assert FusionConfig((), 8).token_counts() == {}
+    assert FusionConfig(()).token_counts() == {}
 
 
 @pytest.mark.parametrize(
@@ -425,7 +430,7 @@ def test_token_counts_follow_kinds_in_slot_order() -> None:
     ],
 )
 def test_inputs_are_what_the_slots_read(slots: tuple, inputs: tuple) -> None:
-    assert FusionConfig(slots, 8).inputs == inputs
+    assert FusionConfig(slots).inputs == inputs
 
 
 @pytest.mark.parametrize(
@@ -436,10 +441,12 @@ def test_inputs_are_what_the_slots_read(slots: tuple, inputs: tuple) -> None:
             r"slots \['video'\].*multi, multi_frame, audio, face, frame, image",
         ),
         ({"slots": ("audio", "face", "audio")}, "twice"),
-        ({"pre_fusion": "mean"}, "pre_fusion 'mean'.*attention, qformer"),
-        ({"video_head": "max"}, "video_head 'max'.*attention, mean, qformer"),
-        ({"audio_head": ""}, "audio_head ''.*attention, mean, qformer"),
-        ({"image_head": "attention"}, "image_head 'attention'.*mean, qformer"),
+        ({"kinds": {"multi": "mean"}}, "fusion 'mean'.*attention, qformer"),
+        ({"kinds": {"video": "max"}}, "projectors.video 'max'.*attention, mean, qformer"),
+        ({"kinds": {"audio": ""}}, "projectors.audio ''.*attention, mean, qformer"),
+        ({"kinds": {"image": "attention"}}, "projectors.image 'attention'.*mean, qformer"),
+        ({"kinds": {"face": "mean"}}, r"heads \['face'\] in kinds.*multi.*audio.*video.*image"),
+        ({"widths": {"frame": 6}}, r"heads \['frame'\] in widths.*multi.*audio.*video.*image"),
     ],
 )
 def test_a_wrong_config_is_refused(changes: dict, message: str) -> None:
@@ -461,7 +468,9 @@ def test_a_sequence_beyond_the_positions_is_refused(slot: str, lengths: dict, nu
     widths = {name: config.feature_width(name) for name in config.inputs}
     features = {name: jnp.zeros((1, lengths[name], width)) for name, width in widths.items()}
     with pytest.raises(ValueError, match=numbers):
-        jax.eval_shape(Fusion(config).init, jax.random.key(0), features, all_present(config, 1))
+        jax.eval_shape(
+            Fusion(config, LLM_WIDTH).init, jax.random.key(0), features, all_present(config, 1)
+        )
 
 
 def test_the_shortest_table_of_positions_that_a_feature_meets_is_its_limit() -> None:
@@ -487,12 +496,12 @@ def test_the_shortest_table_of_positions_that_a_feature_meets_is_its_limit() -> 
 )
 def test_a_wrong_batch_is_refused(features: dict, present: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Fusion(small(("audio",))).init(jax.random.key(0), features, present)
+        Fusion(small(("audio",)), LLM_WIDTH).init(jax.random.key(0), features, present)
 
 
 def test_a_mode_without_slots_is_refused() -> None:
     with pytest.raises(ValueError, match="no soft tokens"):
-        Fusion(small(())).init(jax.random.key(0), {}, {})
+        Fusion(small(()), LLM_WIDTH).init(jax.random.key(0), {}, {})
 
 
 # --- dtype and dropout ----------------------------------------------------------------------------
@@ -503,7 +512,9 @@ def test_bfloat16_follows_float32(kind: str) -> None:
     config = all_of_one_kind(kind, ("audio",) if kind == "qformer" else SLOTS)
     params, features = make_params(config), make_features(config, batch=2)
     present = all_present(config, 2)
-    half = jax.jit(Fusion(config, jnp.bfloat16).apply)({"params": params}, features, present)
+    half = jax.jit(Fusion(config, LLM_WIDTH, jnp.bfloat16).apply)(
+        {"params": params}, features, present
+    )
     assert half.dtype == jnp.bfloat16
     # bfloat16 keeps 8 bits (0.4 %): over ten to twenty roundings the error of a token stays within
     # some percent of its size.
@@ -523,7 +534,9 @@ def test_dropout_only_in_training_and_only_in_qformers(kind: str, draws: bool) -
     @functools.partial(jax.jit, static_argnames="deterministic")
     def run(seed: int, deterministic: bool) -> jax.Array:
         rngs = {"dropout": jax.random.key(seed)}
-        return Fusion(config).apply({"params": params}, features, present, deterministic, rngs=rngs)
+        return Fusion(config, LLM_WIDTH).apply(
+            {"params": params}, features, present, deterministic, rngs=rngs
+        )
 
     still = run(1, deterministic=True)
     np.testing.assert_array_equal(run(0, deterministic=True), still)

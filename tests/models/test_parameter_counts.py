@@ -5,7 +5,7 @@ import pytest
 
 from affectgpt_jax import build
 from affectgpt_jax.configs import affectgpt_qwen25_7b
-from affectgpt_jax.data.prompts import INPUT_MODES
+from affectgpt_jax.data.modalities import INPUT_MODES
 from affectgpt_jax.models.affectgpt import init_random_base, init_trainable
 from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.program import count

@@ -26,14 +26,17 @@ LORA = LoraConfig(rank=4, alpha=32.0, dropout=0.0)
 WIDTHS = {"audio": 10, "face": 6, "image": 7}
 QFORMER = QFormerConfig(width=16, heads=4, layers=2, intermediate=24)
 FUSION = FusionConfig(
-    ("multi", "audio", "face", "image"), LLM.hidden_size, 6, 10, 7, width=8, qformer=QFORMER
+    ("multi", "audio", "face", "image"),
+    widths={"video": 6, "audio": 10, "image": 7},
+    width=8,
+    qformer=QFORMER,
 )
 KINDS = ("attention", "mean", "qformer")
 
 
 def fusion_of(pre_fusion="attention", audio="attention", video="attention", **changes):
     return dataclasses.replace(
-        FUSION, pre_fusion=pre_fusion, audio_head=audio, video_head=video, **changes
+        FUSION, kinds={"multi": pre_fusion, "audio": audio, "video": video}, **changes
     )
 
 
@@ -100,18 +103,18 @@ def make_release(torch, fusion):
             setattr(model, f"{name}_attention_mlp", nn.Linear(states, 1))
         return states
 
-    video, audio = fusion.video_width, fusion.audio_width
-    model.image_llama_proj = nn.Linear(fusion.image_width, fusion.llm_width)
-    model.affectgpt_proj = nn.Linear(head(fusion.video_head, "video", video), fusion.llm_width)
-    model.audio_llama_proj = nn.Linear(head(fusion.audio_head, "audio", audio), fusion.llm_width)
+    video, audio = fusion.widths["video"], fusion.widths["audio"]
+    model.image_llama_proj = nn.Linear(fusion.widths["image"], LLM.hidden_size)
+    model.affectgpt_proj = nn.Linear(head(fusion.kinds["video"], "video", video), LLM.hidden_size)
+    model.audio_llama_proj = nn.Linear(head(fusion.kinds["audio"], "audio", audio), LLM.hidden_size)
     model.multi_audio_embs = nn.Linear(audio, width)
     model.multi_video_embs = nn.Linear(video, width)
-    if fusion.pre_fusion == "qformer":
+    if fusion.kinds["multi"] == "qformer":
         inner = qformer("multi", width)
     else:
         model.attention_mlp, model.fc_att = nn.Linear(2 * width, width), nn.Linear(width, 2)
         inner = width
-    model.multi_llama_proj = nn.Linear(inner, fusion.llm_width)
+    model.multi_llama_proj = nn.Linear(inner, LLM.hidden_size)
 
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -157,7 +160,7 @@ def release_tokens(torch, model, fusion, features):
         return (states.mT @ weights).mT
 
     video, audio, image = (features[name] for name in ("face", "audio", "image"))
-    if fusion.pre_fusion == "qformer":
+    if fusion.kinds["multi"] == "qformer":
         joined = torch.cat([model.multi_video_embs(video), model.multi_audio_embs(audio)], 1)
         multi = read("multi", "multi_position", joined)
     else:
@@ -166,8 +169,8 @@ def release_tokens(torch, model, fusion, features):
         multi = (torch.stack([v, a], 2) @ weights[..., None]).mT
     tokens = [
         model.multi_llama_proj(multi),
-        model.audio_llama_proj(pool(fusion.audio_head, "audio", "audio_position", audio)),
-        model.affectgpt_proj(pool(fusion.video_head, "video", "video_frame_position", video)),
+        model.audio_llama_proj(pool(fusion.kinds["audio"], "audio", "audio_position", audio)),
+        model.affectgpt_proj(pool(fusion.kinds["video"], "video", "video_frame_position", video)),
         model.image_llama_proj(image.mean(1, keepdim=True)),
     ]
     return torch.cat(tokens, 1)
@@ -225,7 +228,9 @@ def test_its_file_gives_its_soft_tokens(torch, tmp_path, pre_fusion, kind):
     rng = np.random.default_rng(0)
     features = {n: rng.normal(size=(3, 5, w)).astype(np.float32) for n, w in WIDTHS.items()}
     present = {name: np.ones(3, bool) for name in features}
-    found = jax.jit(Fusion(fusion).apply)({"params": trainable["fusion"]}, features, present)
+    found = jax.jit(Fusion(fusion, LLM.hidden_size).apply)(
+        {"params": trainable["fusion"]}, features, present
+    )
     with torch.no_grad():
         tensors = {name: torch.tensor(value) for name, value in features.items()}
         expected = release_tokens(torch, model, fusion, tensors).numpy()
@@ -314,7 +319,9 @@ def test_pytorch_loads_what_is_written_into_the_release(torch, tmp_path):
     rng = np.random.default_rng(0)
     features = {n: rng.normal(size=(2, 4, w)).astype(np.float32) for n, w in WIDTHS.items()}
     present = {name: np.ones(2, bool) for name in features}
-    expected = jax.jit(Fusion(fusion).apply)({"params": trainable["fusion"]}, features, present)
+    expected = jax.jit(Fusion(fusion, LLM.hidden_size).apply)(
+        {"params": trainable["fusion"]}, features, present
+    )
     with torch.no_grad():
         tensors = {name: torch.tensor(value) for name, value in features.items()}
         found = release_tokens(torch, model, fusion, tensors).numpy()
@@ -487,7 +494,7 @@ def test_another_alpha_is_refused_both_ways(saved, tmp_path):
 
 
 def test_a_qformer_for_images_is_ours_alone(saved, tmp_path):
-    fusion = dataclasses.replace(FUSION, image_head="qformer")
+    fusion = dataclasses.replace(FUSION, kinds={"image": "qformer"})
     words = "no Q-Former for images.*config.projectors.image=mean"
     with pytest.raises(WeightsError, match=words):
         load_release(saved, abstract(fusion), LORA)
