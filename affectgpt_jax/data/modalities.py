@@ -27,7 +27,7 @@ class Head:
         name: of the submodule, hence of its parameters.
         kinds: how it may compute them (keys of `fusers.HEAD_CLASSES` or
             `fusers.PRE_FUSION_CLASSES`), the default first.
-        num_queries: soft tokens where the kind is "qformer"; other kinds compute one.
+        num_queries: soft tokens where the kind is "qformer"; the other kinds that ship compute one.
         max_positions: feature vectors per sample where the kind is "qformer".
         feature_width: default width of the features that it reads; 0 for a pre-fusion, which reads
             features of other heads.
