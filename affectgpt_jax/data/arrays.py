@@ -112,12 +112,12 @@ def parse_list(text: str) -> tuple[str, ...]:
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """The words of a list in lower case: how MER-UniBench reads labels, and so what to teach."""
+    """The words of a list in lower case, as MER-UniBench reads labels."""
     return tuple(word.lower() for word in parse_list(text))
 
 
 def sample_rows(count: int, frames: int) -> np.ndarray:
-    """Which of `count` rows stand for a clip in `frames` rows: int `[frames]`.
+    """The indices that sample `count` rows to `frames` rows: int `[frames]`.
 
     Uniform, `floor(i * count / n)` with n the smaller of both, then the last one repeated, as
     AffectGPT samples the frames of a video.
@@ -131,7 +131,7 @@ class Arrays(Mapping[str, np.ndarray]):
     """Arrays by clip name."""
 
     def place(self, name: str) -> str:
-        """Where the array of a clip is, or would be, for messages."""
+        """The location of a clip's array, for messages; the array need not exist."""
         raise NotImplementedError
 
 
@@ -153,7 +153,7 @@ class _Folder(Arrays):
                 return np.lib.format.read_array(file, allow_pickle=False)
         except FileNotFoundError:
             raise KeyError(name) from None
-        # Besides OSError, what NumPy makes of a damaged header, down to its tokenizer's.
+        # A damaged header raises OSError, ValueError or errors of Python's tokenizer.
         except Exception as error:
             raise _unreadable(self.place(name), error) from None
 
@@ -187,7 +187,7 @@ class _Archive(Arrays):
             raise KeyError(name)
         try:
             return self._file[name]
-        # Damage shows in any layer: zip, deflate, the array's header.
+        # A damaged file may raise errors of zipfile, of zlib, or of the array's header.
         except Exception as error:
             raise _unreadable(self.place(name), error) from None
 
@@ -347,7 +347,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
     float | None: _number,
     tuple[float, ...]: _bounds,
 }
-# Space around a text is the text's own, around a word it is the table's.
+# Texts keep the space around them; words lose it.
 _SPECIAL: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("name", "emotion", "preferred", "source"), str.strip),
     "labels": parse_labels,
@@ -389,7 +389,7 @@ def _read_cells(
     path: Path, ignore: Sequence[str], encoding: str
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """Line number and cells by column of every row that is not blank."""
-    # Lenient quoting would let one open quote swallow the rest of the file as a single cell.
+    # With lenient quoting, an open quote would turn the rest of the file into a single cell.
     reader = csv.reader(io.StringIO(_read_text(path, encoding), newline=""), strict=True)
     header: list[str] | None = None
     try:
@@ -420,7 +420,7 @@ def _read_text(path: Path, encoding: str) -> str:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from None
     except LookupError:
         raise RecordError(f"{encoding!r} is not an encoding; try utf-8 or gb18030") from None
-    # Other encodings are not guessed: most bytes are text in several of them.
+    # No other encoding is guessed, because most bytes are valid text in several encodings.
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise RecordError(

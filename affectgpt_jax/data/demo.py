@@ -1,24 +1,26 @@
-"""The demo world: generated clips whose emotion, and whose best possible score, are known.
+"""The demo world: generated clips with known emotions and a known best possible score.
 
-Twenty-four emotion words stand on a grid of six valence by four arousal levels. An emotion causes
+Twenty-four emotion words lie on a grid of six valence levels by four arousal levels. An emotion
+causes
 
 * a **face** cue, a noisy reading of its valence level,
 * a **voice** cue, a noisy reading of its arousal level,
-* a **subtitle**, whose topic tells only a third of the valence and a half of the arousal scale.
+* a **subtitle**, whose topic reveals the valence to a third and the arousal to a half of its
+  scale.
 
-No modality names the emotion alone. Cues are words; what a model sees of face and voice are feature
-vectors, `cue direction + clip nuisance + per-frame noise`, as an encoder would give. In some clips
-a modality is absent, and in some it comes from another emotion (a conflict).
+No single modality determines the emotion. Cues are words. A model sees the cues of face and voice
+as feature vectors, `cue direction + clip nuisance + per-frame noise`, as an encoder would compute
+them. In some clips a modality is absent, and in some it comes from another emotion (a conflict).
 
-The face cue has three views: the `face` itself; the `frame`, the whole picture, in which the face
-is so small that only a third of the valence scale can be told; and an `image`, one portrait.
+Three features show the face cue: `face`; `frame`, the whole picture, in which the face is so small
+that it reveals the valence to a third of its scale; and `image`, one portrait.
 
-All of it is one generative model with exact likelihoods, so `posterior` is Bayes' rule and not an
-estimate, and the ceiling of an input mode is the hit rate of the best possible predictor.
+Clips come from one generative model with exact likelihoods. So `posterior` is Bayes' rule and not
+an estimate, and the ceiling of an input mode is the hit rate of the best possible predictor.
 
-The *meaning* of cues is fixed; a seed draws their *appearance* (directions in feature space) and
-the clips. So a language model that knows the meaning can be shipped, while what joins features to
-words has to be learned anew for every seed.
+The *meaning* of cues is fixed. A seed draws their *appearance* (directions in feature space) and
+the clips. So the shipped language model knows the meaning, and every seed needs training to connect
+features with words.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ TOPICS = (
 OBJECTS = ("letter", "ticket", "house", "train", "dog", "song", "game", "key", "boat", "photo")
 
 CUES = ("face", "audio", "text")
-# What can be observed of a clip, and the modality whose cue it tells of.
+# What can be observed of a clip, and the cue that it shows.
 OBSERVATIONS = {m.name: m.demo_cue for m in MODALITIES.values() if m.demo_cue} | {"text": "text"}
 # The input modes whose ceilings every run is compared with: one, two and three modalities.
 MAIN_CEILINGS = (
@@ -91,8 +93,8 @@ ABSENT = 0.04  # chance that a modality is absent, each
 CONFLICT = 0.06  # chance that one modality of a clip comes from another emotion
 COMPANION = 0.3  # chance that a clip lists a second, neighbouring emotion
 
-# Feature space. Cue directions are long against the noise, so features hide next to nothing of the
-# cues and the ceilings are set by what cues mean; what has to be learned is where to look.
+# Feature space. Cue directions are long compared with the noise: features reveal nearly all of the
+# cues, so the meaning of the cues sets the ceilings, and a model has to learn the directions.
 # Shapes are those of CLIP ViT-L/14 and HuBERT-Large, and of four patches of a picture.
 SHAPES = {"face": (8, 768), "audio": (8, 1024), "frame": (8, 768), "image": (4, 768)}
 DEFAULT_FEATURES = ("face", "audio")
@@ -200,8 +202,8 @@ def posterior(evidence: dict[str, np.ndarray], seen: tuple[str, ...]) -> np.ndar
     Args:
         evidence: for each of `OBSERVATIONS` p(observation | cue), `[N, cues]`, up to a factor per
             clip; a row of ones says nothing (the modality is absent).
-        seen: the observations that the predictor sees. Two views of one cue differ by noise alone,
-            so given the cue they are independent.
+        seen: the observations that the predictor sees. Two observations of one cue differ by their
+            noise only, so they are independent given the cue.
 
     Returns:
         `[N, 24]`. A conflict touches at most one modality, so given the emotion the modalities are
@@ -209,8 +211,8 @@ def posterior(evidence: dict[str, np.ndarray], seen: tuple[str, ...]) -> np.ndar
     """
     own = {}  # p(all observations of a modality | emotion)
     for modality in dict.fromkeys(OBSERVATIONS[name] for name in seen):
-        views = [evidence[name] for name in seen if OBSERVATIONS[name] == modality]
-        own[modality] = np.prod(views, axis=0) @ CUE_TABLES[modality].T
+        observed = [evidence[name] for name in seen if OBSERVATIONS[name] == modality]
+        own[modality] = np.prod(observed, axis=0) @ CUE_TABLES[modality].T
     anybody = {m: p.mean(axis=1, keepdims=True) for m, p in own.items()}  # of a random emotion
     cases = [(None, 1 - CONFLICT)] + [(m, CONFLICT / 3) for m in CUES]
     joint = np.zeros((len(evidence[seen[0]]), len(EMOTIONS)))

@@ -87,7 +87,7 @@ def _asked_values(clip: Annotations) -> dict[str, str]:
     }
 
 
-# Where both alternatives are as good, a sentence without any slot answers.
+# The answer where both alternatives are equally good: a template without slots.
 _SAME = "preference_same"
 _HYBRID = ("description", "ovlabel")
 
@@ -317,7 +317,7 @@ class _Reader:
             key: self._template(f"[inputs].{key}", value, once=(slots[key],))
             for key, value in self._table(data, "inputs", slots).items()
         }
-        # A file need not serve every label type; what it lacks is said when it is asked for.
+        # A file need not have every label type; asking for one that it lacks is an error then.
         questions = {
             key: self._variants(key, value)
             for key, value in self._table(data, "questions", optional=LABEL_TYPES).items()
@@ -406,7 +406,7 @@ class _Reader:
 
 
 def _reserved() -> tuple[str, ...]:
-    """What a clip's own texts may not hold: it would be taken for a soft token or a chat token."""
+    """Texts that a clip may not contain, because they would be read as soft or chat tokens."""
     return (*placeholders(), "<|im_start|>", "<|im_end|>", "<|endoftext|>")
 
 
