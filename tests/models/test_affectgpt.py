@@ -73,7 +73,7 @@ def test_a_text_only_model_has_no_soft_tokens_and_no_fusion():
 def test_the_dropout_of_qformers_follows_from_the_key():
     fusion = dataclasses.replace(
         FUSION,
-        audio_head="qformer",
+        kinds={"audio": "qformer"},
         qformer=QFormerConfig(width=16, heads=2, layers=1, intermediate=24, dropout=0.5),
     )
     model = make_model(fusion=fusion)

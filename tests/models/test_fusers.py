@@ -476,9 +476,9 @@ def test_a_sequence_beyond_the_positions_is_refused(slot: str, lengths: dict, nu
 def test_the_shortest_table_of_positions_that_a_feature_meets_is_its_limit() -> None:
     config = all_of_one_kind("qformer", ("multi", "audio", "face"))
     assert (config.longest("audio"), config.longest("face")) == (8, 32)
-    fused = dataclasses.replace(config, audio_head="mean", video_head="attention")
+    fused = dataclasses.replace(config, kinds={"multi": "qformer", "audio": "mean"})
     assert (fused.longest("audio"), fused.longest("face")) == (264, 264)
-    assert dataclasses.replace(fused, pre_fusion="attention").longest("audio") == float("inf")
+    assert dataclasses.replace(fused, kinds={}).longest("audio") == float("inf")
 
 
 @pytest.mark.parametrize(
