@@ -31,6 +31,7 @@ from jax.sharding import PartitionSpec as P
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.training import distributed
 from affectgpt_jax.training.distributed import LaunchError, ProcessGroup
 
@@ -70,11 +71,11 @@ def parse_arguments(argv: Sequence[str]) -> flags.FlagValues:
     )
     flags.DEFINE_bool("help", False, "print this help", short_name="h", flag_values=values)
     try:
-        rest = values(["check_cluster", *argv])[1:]
+        rest = values(["check_cluster", *cli.flags_with_underscores(argv)])[1:]
     except flags.Error as error:
         raise LaunchError(str(error)) from None
     if values.help:
-        print(f"{__doc__}\n\n{values.get_help()}")
+        print(f"{cli.wrap_help(__doc__)}\n\n{values.get_help()}")
         raise SystemExit(0)
     if rest:
         raise LaunchError(f"unexpected argument {rest[0]!r}; flags are --name=value")
@@ -144,7 +145,7 @@ def _time_limit(group: ProcessGroup, what: str, seconds: float) -> Iterator[None
             cause = f"{error}; look whether it hangs"
         if group.is_main_process:
             sentence = f"{what} did not end within {seconds:g} s; {cause}"
-            print(f"error: {sentence}", file=sys.stderr, flush=True)
+            print_lines([f"error: {sentence}"], sys.stderr)
             group.fail(sentence)
             os._exit(1)
 
@@ -232,7 +233,7 @@ def _size(size: int) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    """Entry point; see `cli.exit_on_error`."""
     launch = None
 
     def leave(status: int, sentence: str) -> NoReturn:
@@ -244,7 +245,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def say(line: str) -> None:
             if launch is None or launch.process_id == 0:
-                print(line, flush=True)
+                print_lines([line])
 
         if launch is None:
             say("one process: neither flags nor SLURM or Open MPI name any others")

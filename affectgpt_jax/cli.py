@@ -10,7 +10,7 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.text import one_line
@@ -60,6 +60,18 @@ def make_parser(module: str, description: str) -> Parser:
     return Parser(prog=f"python -m {module}", description=description)
 
 
+def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A `type=` of `argparse` that shows the message of a `ValueError` of `parse`."""
+
+    def parse_or_refuse(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse_or_refuse
+
+
 def flags_with_hyphens(argv: Sequence[str]) -> list[str]:
     """A command line in whose names of flags `_` is as good as `-`; keys of the config stay."""
     return [_flag_name(arg, "_", "-") for arg in argv]
@@ -100,14 +112,22 @@ def leave(status: int, sentence: str = "") -> NoReturn:
     raise SystemExit(status)
 
 
-def describe_os_error(error: OSError) -> str:
-    """The file and the reason."""
-    return f"{error.filename or 'input or output'}: {error.strerror or error}"
+def describe_os_error(error: OSError, output: Any = None) -> str:
+    """The file, or the output of the command where the error names no file, and the reason."""
+    return f"{error.filename or output or 'input or output'}: {error.strerror or error}"
 
 
-def cannot_be_written(output: str, error: OSError) -> str:
-    """An error of a command that reads nothing once it writes `output`, such as `--out=x.csv`."""
-    return f"{output} cannot be written: {error.strerror or error}"
+@contextlib.contextmanager
+def writing(output: str) -> Iterator[None]:
+    """Around what writes an output, such as `--out=x.csv`, which errors then name.
+
+    Raises:
+        UserError: instead of an `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -163,9 +183,11 @@ def _without_memory(error: Exception) -> str | None:
     """What an error says has no memory left, if it says so."""
     if isinstance(error, MemoryError):
         return "this machine"
-    # Commands that run no model do not load JAX. XLA's error has no type of its own: it is a
-    # `JaxRuntimeError` whose text names the status.
-    jax = sys.modules.get("jax")
+    # Commands load JAX or PyTorch only if they run a model.
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    # XLA's error has no type of its own: it is a `JaxRuntimeError` whose text names the status.
     if jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+        return "the device"
+    if isinstance(error, getattr(torch, "OutOfMemoryError", ())):
         return "the device"
     return None

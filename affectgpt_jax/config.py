@@ -19,6 +19,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from affectgpt_jax.cli import flags_with_underscores, wrap_help
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.modalities import HEADS, INPUT_MODES
@@ -86,7 +87,7 @@ def parse_command_line(
         SystemExit: after printing the help.
     """
     values = flags.FlagValues() if values is None else values
-    argv = ["affectgpt_jax", *_resolve_config_flag(argv)]
+    argv = ["affectgpt_jax", *_resolve_config_flag(flags_with_underscores(argv))]
     for arg in argv:
         _check_override(arg)
     flags.DEFINE_string(
@@ -108,7 +109,7 @@ def parse_command_line(
     except Exception as error:
         raise ConfigError(f"{_one_sentence(error)} ({type(error).__name__})") from None
     if values.help:
-        print(f"{description}\n\n{values.get_help()}")
+        print(f"{wrap_help(description)}\n\n{values.get_help()}")
         raise SystemExit(0)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; flags are --config.key=value")

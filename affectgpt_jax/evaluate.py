@@ -24,40 +24,31 @@ import hashlib
 import json
 import os
 import re
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax import build, inference, runtime
+from affectgpt_jax import build, cli, inference, runtime
 from affectgpt_jax.chat import BaseChat
-from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
-from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.progress import Counter
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import MODALITIES
-from affectgpt_jax.data.pipeline import DataError, PromptProcessor
-from affectgpt_jax.data.records import MANIFEST_FILE, RecordError, Records, RecordSubset
-from affectgpt_jax.evaluation import metrics
-from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
-from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS
+from affectgpt_jax.data.pipeline import PromptProcessor
+from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
+from affectgpt_jax.evaluation.chat_server import ChatServer
+from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, TASKS, name_and_task
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCache
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
-from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
 from affectgpt_jax.evaluation.report import write_report
-from affectgpt_jax.evaluation.results import NEEDS_LEXICON, score_set
+from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, percent, score_set
 from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
-from affectgpt_jax.report import DEMO, name_and_task
-from affectgpt_jax.restore import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
-from affectgpt_jax.score import TITLES, percent
+from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, load_run, set_up_process
 from affectgpt_jax.training.checkpoints import silence_threads
-
-# Trouble that a user can mend: shown as one sentence, without a traceback.
-USER_ERRORS = (*LOAD_ERRORS, ChatError, DataError, ReadError, RecordError, ScoreError)
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
@@ -100,28 +91,22 @@ def parse_set(text: str) -> SetPlace:
     """`NAME[:TASK]=RECORDS`.
 
     Raises:
-        argparse.ArgumentTypeError: another form, or a task that is unknown or not the set's.
+        ValueError: another form, or a task that is unknown or not the set's.
     """
     head, _, place = text.partition("=")
     if not head.partition(":")[0] or not place:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not NAME=RECORDS, as in mer2024=/records/mer2024"
-        )
+        raise ValueError(f"{text!r} is not NAME=RECORDS, as in mer2024=/records/mer2024")
     return SetPlace(*name_and_task(head), place)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; in names of flags, `_` is as good as `-`.
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.evaluate",
-        description=__doc__.format(keys=", ".join(BY_KEY), tasks=", ".join(metrics.TASKS)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    description = __doc__.format(keys=", ".join(BY_KEY), tasks=", ".join(TASKS))
+    parser = cli.make_parser("affectgpt_jax.evaluate", description)
     add = parser.add_argument
     add("--workdir", required=True, metavar="RUN", help="of the run")
     add(
@@ -137,13 +122,18 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--set",
         action="append",
         default=[],
-        type=parse_set,
+        type=cli.argument_type(parse_set),
         dest="sets",
         metavar="NAME[:TASK]=RECORDS",
         help="clips to ask about, once or more; default: the run's own test set",
     )
     add("--root", metavar="DIR", help="records of sets of MER-UniBench, in folders by their names")
-    add("--question", choices=QUESTIONS, help="default: ovlabel, if the run was trained on it")
+    add(
+        "--question",
+        choices=QUESTIONS,
+        metavar="TYPE",
+        help=f"one of {', '.join(QUESTIONS)}; default: the first that the run was trained on",
+    )
     add(
         "--extractor",
         choices=EXTRACTORS,
@@ -179,7 +169,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
     add("--out", metavar="DIR", help="default: RUN/evaluate")
-    arguments = parser.parse_args(flags_with_hyphens(argv))
+    arguments = parser.parse_args(argv)
     _check_arguments(parser, arguments)
     return arguments
 
@@ -245,7 +235,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
-    extractor = make_extractor(arguments, run, lexicon, out, say) if extracts else None
+    replies = Counter("replies about labels")
+    extractor = make_extractor(arguments, run, lexicon, out, replies) if extracts else None
     generator = inference.Generator(
         run.model,
         run.base,
@@ -264,18 +255,14 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         trainable = (run if step == run.step else run.at_step(step)).trainable
         checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test in sets:
-            answers = inference.answers_on_disk(
-                out
-                / "answers"
-                / _answer_file(run, step, checkpoint, test, question, limit, arguments),
-                generator,
-                trainable,
-                test.dataset,
-                question,
-                _Counter(say, f"step {step}: answers about {test.name}"),
-            )
+            file = _answer_file(run, step, checkpoint, test, question, limit, arguments)
+            with Counter(f"answers about {test.name}", f"step {step}") as count:
+                answers = inference.answers_on_disk(
+                    out / "answers" / file, generator, trainable, test.dataset, question, count
+                )
             names = [entry.name for entry in test.dataset.index]
-            predictions = predict(test, answers, processor, question, extractor)
+            with replies:
+                predictions = predict(test, answers, processor, question, extractor)
             pairs[test.name][f"step {step}"] = pair(predictions, test.truth)
             texts[test.name] = dict(zip(names, answers.texts, strict=True))
             _write_predictions(
@@ -489,7 +476,7 @@ def make_extractor(
     run: Run,
     lexicon: Lexicon,
     out: Path,
-    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
 ) -> Extractor:
     """Who finds labels in descriptions, and the sentiment of labels.
 
@@ -519,7 +506,7 @@ def make_extractor(
             batch_size=arguments.batch_size or run.config.generate.batch_size,
         )
     cache = ReplyCache(out / "replies.jsonl")
-    return ChatExtractor(chat, cache, rules.in_text, _Counter(say, "replies about labels"))
+    return ChatExtractor(chat, cache, rules.in_text, progress)
 
 
 def predict(
@@ -595,22 +582,8 @@ def modalities(processor: PromptProcessor) -> str:
     return "".join((*sorted(letters), "T" if processor.mode.text else ""))
 
 
-class _Counter:
-    """Says how far something is, now and then and at its end."""
-
-    def __init__(self, say: Callable[[str], None], what: str, interval_s: float = 5.0):
-        self._say, self._what, self._interval_s = say, what, interval_s
-        self._said_s = -interval_s
-
-    def __call__(self, done: int, total: int) -> None:
-        now_s = time.monotonic()
-        if done == total or now_s - self._said_s >= self._interval_s:
-            self._said_s = now_s
-            self._say(f"{self._what}: {done:,} of {total:,}")
-
-
-def summarise(report: Report, out: Path) -> str:
-    """The closing words: every set's score, and where to look."""
+def summarise(report: Report, out: Path) -> list[str]:
+    """The closing lines: every set's score, and where to look."""
     lines = []
     for result in report.sets:
         fixed = result.fixed
@@ -632,7 +605,7 @@ def summarise(report: Report, out: Path) -> str:
         lines += [f"  {finding}" for finding in fixed.pairs.findings]
     lines += [f"warning: {warning}" for warning in report.warnings]
     lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
-    return "\n".join(lines)
+    return lines
 
 
 def describe(error: OSError, out: Path) -> str:
@@ -648,19 +621,16 @@ def describe(error: OSError, out: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
-    try:
-        with asking():
-            report, out = evaluate(arguments, lambda text: print(text, flush=True))
-            print(summarise(report, out))
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {describe(error, output_folder(arguments))}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from there")
+    """Entry point; see `cli.exit_on_error`."""
+    arguments = parse_arguments(argv)
+    with cli.exit_on_error(
+        interrupted="interrupted; the same command goes on from there",
+        out_of_memory=OUT_OF_MEMORY,
+        os_error=lambda error: describe(error, output_folder(arguments)),
+    ):
+        set_up_process()
+        report, out = evaluate(arguments, lambda text: print_lines([text]))
+        print_lines(summarise(report, out))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Turn a CSV file and arrays of features into records to train on.
 
     python -m affectgpt_jax.import_arrays --csv clips.csv --face features/clip \\
-        --audio features/hubert --encoder face=clip-vit-l-14 --encoder audio=hubert-large \\
-        --out /records/mine
+        --audio features/hubert --encoder face=clip-vit-l-14 \\
+        --encoder audio=hubert-large --out /records/mine
 
 The CSV file has a row per clip: its name, and any of the columns below. A feature's arrays, [T, d]
 per clip, are a folder of NAME.npy, an .npz archive with an array per name, or one with the arrays
@@ -12,32 +12,27 @@ names [N] and, under another key, [N, T, d].
 from __future__ import annotations
 
 import argparse
-import sys
-import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from affectgpt_jax.cli import escape_what_cannot_be_shown
-from affectgpt_jax.data.arrays import COLUMNS, Arrays, listed, open_arrays, records_from_csv
+from affectgpt_jax import cli
+from affectgpt_jax.common.text import listed, print_lines
+from affectgpt_jax.data.arrays import COLUMNS, Arrays, open_arrays, records_from_csv
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
 
 MOST_FREQUENT = 5
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.import_arrays",
-        description=f"{__doc__}\n{textwrap.fill('Columns: ' + ', '.join(COLUMNS), 100)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    description = f"{__doc__}\nColumns: {', '.join(COLUMNS)}"
+    parser = cli.make_parser("affectgpt_jax.import_arrays", description)
     add = parser.add_argument
     add("--csv", type=Path, required=True, metavar="FILE", help="a row per clip")
     for feature in feature_names():
@@ -119,11 +114,10 @@ def _facts(column: str, values: list) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
-    given = {f: path for f in feature_names() if (path := getattr(arguments, f)) is not None}
-    try:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        arguments = parse_arguments(argv)
+        given = {f: path for f in feature_names() if (path := getattr(arguments, f)) is not None}
         names = encoders(arguments.encoder, given)
         arrays = {feature: open_arrays(path.expanduser()) for feature, path in given.items()}
         records = records_from_csv(
@@ -135,13 +129,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             encoding=arguments.encoding,
         )
         out = arguments.out.expanduser()
-        write_records(out, records, encoders=names, split=arguments.split)
-        dataset = RecordDataset(out)
-    except RecordError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {arguments.out} cannot be written: {error.strerror or error}")
-    print("\n".join([f"{out}:", *summary(dataset, arrays)]))
+        with cli.writing(str(arguments.out)):
+            write_records(out, records, encoders=names, split=arguments.split)
+        print_lines([f"{out}:", *summary(RecordDataset(out), arrays)])
 
 
 if __name__ == "__main__":

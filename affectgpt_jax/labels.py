@@ -1,7 +1,9 @@
 """The truth of the data sets of MER-UniBench as plain CSV files, with what is missing.
 
-    python -m affectgpt_jax.labels --set meld --root datasets/meld-process --out truth/meld.csv
-    python -m affectgpt_jax.labels --all --root datasets --out truth --allow-pickle
+    python -m affectgpt_jax.labels --set meld --root datasets/meld-process \\
+        --out truth/meld.csv
+    python -m affectgpt_jax.labels --all --root datasets --out truth \\
+        --allow-pickle
 
 A file has the columns name, openset or emotion or valence, and subtitle. Below the root, a set lies
 in the folder that the AffectGPT release uses, or in one that has its key as its name:
@@ -12,29 +14,24 @@ in the folder that the AffectGPT release uses, or in one that has its key as its
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from affectgpt_jax.cli import escape_what_cannot_be_shown
+from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS
 from affectgpt_jax.evaluation.label_files import SetTruth, find_set, read_set
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
     sets = "\n".join(f"    {d.key:<11}{d.folder}: {' or '.join(d.labels)}" for d in DATASETS)
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.labels",
-        description=__doc__.format(sets=sets),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("affectgpt_jax.labels", __doc__.format(sets=sets))
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--set", choices=BY_KEY, metavar="KEY", help=f"one of {', '.join(BY_KEY)}")
@@ -65,10 +62,13 @@ def _write(truth: SetTruth, path: Path) -> None:
     path.write_bytes(content)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
+def write_labels(arguments: argparse.Namespace) -> Iterator[str]:
+    """Write the truth files; yields lines about each set as it is done.
+
+    Raises:
+        ReadError: a file that cannot be used, or no set below the root.
+        UserError: a file that cannot be written.
+    """
     root, out = Path(arguments.root).expanduser(), Path(arguments.out).expanduser()
     wanted = DATASETS if arguments.all else (BY_KEY[arguments.set],)
     found = {dataset: find_set(dataset, root, alone=not arguments.all) for dataset in wanted}
@@ -77,22 +77,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         folders = (
             f", or in its folder {wanted[0].folder}" if len(wanted) == 1 else " or its folders"
         )
-        sys.exit(f"error: --root={arguments.root}: found no {files} there{folders}")
-    path = out
-    try:
-        for dataset, labels in found.items():
-            if labels is None:
-                print(f"{dataset.name}: not found ({' or '.join(dataset.labels)})")
-                continue
-            truth = read_set(dataset, labels, arguments.allow_pickle)
-            path = out / f"{dataset.key}.csv" if arguments.all else out
+        raise ReadError(f"--root={arguments.root}: found no {files} there{folders}")
+    for dataset, labels in found.items():
+        if labels is None:
+            yield f"{dataset.name}: not found ({' or '.join(dataset.labels)})"
+            continue
+        truth = read_set(dataset, labels, arguments.allow_pickle)
+        path = out / f"{dataset.key}.csv" if arguments.all else out
+        with cli.writing(f"--out={path}"):
             _write(truth, path)
-            print(f"{dataset.name}: {len(truth.names):,} clips of {labels} -> {path}")
-            print("\n".join(f"  {line}" for line in truth.summary()))
-    except ReadError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: --out={path} cannot be written: {error.strerror or error}")
+        yield f"{dataset.name}: {len(truth.names):,} clips of {labels} -> {path}"
+        yield from (f"  {line}" for line in truth.summary())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        print_lines(write_labels(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

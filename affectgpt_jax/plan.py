@@ -1,9 +1,10 @@
 """What a training run takes, before a node is booked: `python -m affectgpt_jax.plan`.
 
-    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b --device=a100-80g --devices=8 \\
-        --config.batch_size=24
-    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b --config.llm=/models/Qwen3-8B \\
-        --device=a100-40g --devices=8 --config.mesh=fsdp:8 --config.batch_size=24 --json
+    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b \\
+        --device=a100-80g --devices=8 --config.batch_size=24
+    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b \\
+        --config.llm=/models/Qwen3-8B --config.mesh=fsdp:8 \\
+        --config.batch_size=24 --device=a100-40g --devices=8 --json
 
 Compiles the train step of a config for emulated devices, from shapes alone: no weights, no data, no
 GPU. --config.llm is the name of a published model or a directory with a config.json, and
@@ -21,7 +22,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,6 +29,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from affectgpt_jax import cli
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError, parse_command_line
 from affectgpt_jax.data.packing import CLIP_ROOM, Bucket, round_up
 from affectgpt_jax.planner import Layout, Planner
@@ -36,7 +38,6 @@ from affectgpt_jax.program import check_rows, count
 from affectgpt_jax.training import collectives, memory, sharding
 from affectgpt_jax.training.devices import DEVICES
 from affectgpt_jax.training.roofline import EFFICIENCY, Shape
-from affectgpt_jax.weights.huggingface import WeightsError
 
 # Under `hybrid` labels half of AffectGPT's examples are labels and half descriptions, behind
 # prompts of about 120 tokens: 55 % of their tokens are supervised, and rows have room for more.
@@ -44,8 +45,6 @@ MEAN_CLIP = 255
 SUPERVISED = 0.6
 CURVE = tuple(2**i for i in range(10))
 GIB = 2**30
-
-USER_ERRORS = (ConfigError, WeightsError, sharding.MeshError, collectives.ProgramError)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -55,21 +54,22 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         ConfigError: as `parse_command_line`.
         SystemExit: after the help, or for a wrong flag of the plan.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.plan",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("affectgpt_jax.plan", __doc__)
     add = parser.add_argument
-    add("--device", choices=DEVICES, default="a100-80g", help="default: a100-80g")
+    add(
+        "--device",
+        choices=DEVICES,
+        default="a100-80g",
+        metavar="NAME",
+        help=f"one of {', '.join(DEVICES)}; default: a100-80g",
+    )
     add("--devices", type=_positive, default=8, metavar="N", help="how many; default: 8")
     add("--length", type=_positive, metavar="TOKENS", help="of a row; default: the longest")
     add(
         "--targets",
         type=_positive,
         metavar="TOKENS",
-        help=f"supervised ones of a row; default: {SUPERVISED:.0%} of it",
+        help=f"supervised ones of a row; default: {SUPERVISED:.0%}% of it",
     )
     add(
         "--efficiency",
@@ -366,19 +366,15 @@ def _ms(seconds: float) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    try:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
         arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
         # The devices are emulated, and their number is fixed once JAX has started.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
         plan = make_plan(config, arguments)
-        print(json.dumps(plan, indent=2) if arguments.json else report(plan), flush=True)
-    except USER_ERRORS as error:
-        raise SystemExit(f"error: {error}") from None
-    except BrokenPipeError:  # whoever read the output has left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        text = json.dumps(plan, indent=2) if arguments.json else report(plan)
+        print_lines(text.split("\n"))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """Ask a trained run about clips: what does the person feel, and why?
 
     python -m affectgpt_jax.predict --workdir runs/demo --name demo-test-00000
-    python -m affectgpt_jax.predict --workdir runs/demo --first 3 --question ovlabel
-    python -m affectgpt_jax.predict --workdir runs/paper --records /records/mine \\
-        --question "Does the voice fit the face?" --temperature 1 --top-p 0.9
-    python -m affectgpt_jax.predict --workdir runs/paper --records /records/mine \\
-        --question ovlabel --out answers.jsonl
+    python -m affectgpt_jax.predict --workdir runs/demo --first 3 \\
+        --question ovlabel
+    python -m affectgpt_jax.predict --workdir runs/paper \\
+        --records /records/mine --temperature 1 --top-p 0.9 \\
+        --question "Does the voice fit the face?"
+    python -m affectgpt_jax.predict --workdir runs/paper \\
+        --records /records/mine --question ovlabel --out answers.jsonl
 
 One clip is answered as you watch, several side by side. With --json every answer is a line of
 JSON on the standard output; with --out these lines go to a file, and the same command, interrupted
@@ -30,29 +32,26 @@ import difflib
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from affectgpt_jax import build, runtime
-from affectgpt_jax.cli import escape_what_cannot_be_shown, flags_with_hyphens
+from affectgpt_jax import build, cli, runtime
 from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.json import ResumableJsonl, read_json, write_json
-from affectgpt_jax.data.pipeline import DataError
+from affectgpt_jax.common.progress import Counter
+from affectgpt_jax.common.text import json_line, one_line, print_lines, say
 from affectgpt_jax.data.prompts import LABEL_TYPES
-from affectgpt_jax.data.records import RecordError, Records, RecordSubset
+from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.restore import LOAD_ERRORS, Run, add_merge_lora, asking, load_run
+from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, load_run, set_up_process
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
 class PredictError(UserError, ValueError):
     """A question or an output file that cannot be used."""
 
-
-USER_ERRORS = (*LOAD_ERRORS, DataError, PredictError, ReadError, RecordError)
 
 # Asked by default, as far as the run has been trained on them.
 DEFAULT_QUESTIONS = ("description", "ovlabel")
@@ -63,18 +62,13 @@ def path_from_flag(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    """Read the command line; in names of flags, `_` is as good as `-`.
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.predict",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("affectgpt_jax.predict", __doc__)
     add = parser.add_argument
     add(
         "--workdir",
@@ -111,7 +105,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of sampling; default: 0")
     add("--max-new-tokens", type=int, metavar="N", help="default: the run's")
     add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
-    arguments = parser.parse_args(flags_with_hyphens(argv))
+    arguments = parser.parse_args(argv)
     for name in ("step", "first", "max_new_tokens", "batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
@@ -137,7 +131,7 @@ def predict(arguments: argparse.Namespace) -> None:
     """Answer every question about every clip.
 
     Raises:
-        One of `USER_ERRORS`.
+        UserError: a run, clips, a question or an output file that cannot be used.
     """
     check_questions(arguments.question or ())
     if arguments.out and not arguments.out.parent.is_dir():
@@ -181,15 +175,10 @@ def predict(arguments: argparse.Namespace) -> None:
     else:
         for name, question, answer in ask(run, generator, clips, questions):
             if arguments.json:
-                print(to_json(as_dict(run, name, question, answer)), flush=True)
+                print(json_line(to_json(as_dict(run, name, question, answer))), flush=True)
             else:
-                shown = f"{heading(name, question)}{answer.text}\n"
-                print(shown + remarks(run, question, answer), end="", flush=True)
-
-
-def say(text: str) -> None:
-    """Tell the user something that is no answer."""
-    print(text, file=sys.stderr, flush=True)
+                answered = f"{heading(name, question)}{answer.text}"
+                print_lines([answered, *remarks(run, question, answer)])
 
 
 # --- what is asked ------------------------------------------------------------------------------
@@ -293,38 +282,46 @@ def ask(
         parts[question] = RecordSubset(clips, left)
     # A line that is rewritten would mix with answers on the same terminal.
     in_place = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
-    progress = Progress(sum(map(len, parts.values())), in_place)
-    for question, part in parts.items():
-        if not len(part):
-            continue
-        for number, answer in generator.answers(run.trainable, part, question):
-            yield part.index[number].name, question, answer
-            progress.advance()
+    done, total = 0, sum(map(len, parts.values()))
+    if not total:
+        return
+    with Counter("answers", stream=sys.stderr, in_place=in_place) as count:
+        count(done, total)
+        for question, part in parts.items():
+            if not len(part):
+                continue
+            for number, answer in generator.answers(run.trainable, part, question):
+                yield part.index[number].name, question, answer
+                done += 1
+                count(done, total)
 
 
 def show_while_writing(run: Run, generator: Generator, clip: Records, question: str) -> None:
     """Print the answer about a single clip as it is written."""
-    print(heading(clip.index[0].name, question), end="", flush=True)
+    print(one_line(heading(clip.index[0].name, question)), end="", flush=True)
     shown = 0
-    for answer in generator.stream(run.trainable, clip, question):
-        print(answer.text[shown:], end="", flush=True)
-        shown = len(answer.text)
-    print("\n" + remarks(run, question, answer), end="", flush=True)
+    try:
+        for answer in generator.stream(run.trainable, clip, question):
+            print(one_line(answer.text[shown:]), end="", flush=True)
+            shown = len(answer.text)
+    finally:
+        print()
+    print_lines(remarks(run, question, answer))
 
 
 def heading(name: str, question: str) -> str:
     return f"{name} [{question}] "
 
 
-def remarks(run: Run, question: str, answer: Answer) -> str:
+def remarks(run: Run, question: str, answer: Answer) -> list[str]:
     """What stands below an answer on a terminal."""
     lines = []
     labels = read_labels(run, question, answer)
     if labels is not None:
-        lines.append(f"  labels: {', '.join(labels) or 'none'}\n")
+        lines.append(f"  labels: {', '.join(labels) or 'none'}")
     if answer.cut:
-        lines.append(f"  cut at {answer.tokens} tokens; --max-new-tokens allows more\n")
-    return "".join(lines)
+        lines.append(f"  cut at {answer.tokens} tokens; --max-new-tokens allows more")
+    return lines
 
 
 def read_labels(run: Run, question: str, answer: Answer) -> list[str] | None:
@@ -347,34 +344,6 @@ def as_dict(run: Run, name: str, question: str, answer: Answer) -> dict[str, Any
 
 def to_json(line: Mapping[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False)
-
-
-class Progress:
-    """How many answers there are, how fast they come, and when the last one will.
-
-    On the standard error: one line kept up to date `in_place`, or a new one every 10 s.
-    """
-
-    def __init__(self, total: int, in_place: bool):
-        self._total, self._done = total, 0
-        self._start = self._drawn = time.perf_counter()
-        self._in_place = in_place
-
-    def advance(self) -> None:
-        """Count one answer."""
-        self._done += 1
-        now, last = time.perf_counter(), self._done == self._total
-        if not last and now - self._drawn < (0.2 if self._in_place else 10):
-            return
-        self._drawn = now
-        rate = self._done / (now - self._start)
-        text = f"{self._done:,} of {self._total:,} answers, {rate:.3g}/s"
-        if not last:
-            text += f", {(self._total - self._done) / rate:.0f} s left"
-        if self._in_place:
-            print(f"\r{text:<60}", end="\n" if last else "", file=sys.stderr, flush=True)
-        else:
-            say(text)
 
 
 # --- a file of answers --------------------------------------------------------------------------
@@ -466,21 +435,16 @@ class AnswerFile:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
-    try:
-        with asking():
-            predict(arguments)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(
-            f"error: {error.filename or arguments.out or 'the output'}: {error.strerror or error}"
-        )
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it stopped" if arguments.out else ""
-        sys.exit(f"\ninterrupted{goes_on}")
+    """Entry point; see `cli.exit_on_error`."""
+    arguments = parse_arguments(argv)
+    goes_on = "; the same command goes on where it stopped" if arguments.out else ""
+    with cli.exit_on_error(
+        interrupted=f"interrupted{goes_on}",
+        out_of_memory=OUT_OF_MEMORY,
+        os_error=lambda error: cli.describe_os_error(error, arguments.out),
+    ):
+        set_up_process()
+        predict(arguments)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """A report from prediction files alone; needs no accelerator and no model.
 
-    python -m affectgpt_jax.report --set mer2023=predictions.jsonl,truth.csv --out report
+    python -m affectgpt_jax.report --set mer2023=predictions.jsonl,truth.csv \\
+        --out report
 
 writes report.html, report.json and report.md (the paper's Table 2). A set is a known one
 ({keys})
 or any other as NAME:TASK=... Several prediction files before the truth are checkpoints, the last of
 them the one that was fixed beforehand.
 
-    python -m affectgpt_jax.report --ablation 5 --run none=runs/none --run qformer=runs/qformer \\
-        --out ablation
+    python -m affectgpt_jax.report --ablation 5 --run none=runs/none \\
+        --run qformer=runs/qformer --out ablation
 
 brings the reports that affectgpt_jax.evaluate has written into several workdirs (or any other
 report.json) together in the shape of the paper's Table 4, 5, 6 or 8.
@@ -18,24 +19,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from affectgpt_jax.cli import escape_what_cannot_be_shown
-from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.evaluation import metrics
-from affectgpt_jax.evaluation.datasets import BY_KEY
+from affectgpt_jax import cli
+from affectgpt_jax.common.text import print_lines, say
+from affectgpt_jax.evaluation.datasets import BY_KEY, DEMO, TASKS, name_and_task
 from affectgpt_jax.evaluation.lexicon import load_lexicon
-from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_texts, read_truth
 from affectgpt_jax.evaluation.report import write_ablation, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, SetResult, score_set
 from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.evaluation.tables import ABLATIONS, ablation_table, read_run
-
-# The world that `train` generates; its words are its own, so that no lexicon is asked.
-DEMO = "demo"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,48 +54,31 @@ def parse_set(text: str) -> SetFiles:
     """`NAME[:TASK]=PREDICTIONS[,PREDICTIONS...],TRUTH`.
 
     Raises:
-        argparse.ArgumentTypeError: another form, an unknown set without a task, another task.
+        ValueError: another form, an unknown set without a task, another task.
     """
     head, _, files = text.partition("=")
     key = head.partition(":")[0]
     *predictions, truth = files.split(",")
     if not key or not truth or not predictions or not all(predictions):
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"{text!r} is not NAME=PREDICTIONS,TRUTH, as in mer2023=predictions.jsonl,truth.csv"
         )
     if len(set(predictions)) != len(predictions):
-        raise argparse.ArgumentTypeError(f"{text!r} names a prediction file twice")
+        raise ValueError(f"{text!r} names a prediction file twice")
     name, task = name_and_task(head)
     if not task:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"{key!r} is none of {', '.join(BY_KEY)}, {DEMO}; say how it is scored, as in "
-            f"{key}:basic=... ({', '.join(metrics.TASKS)})"
+            f"{key}:basic=... ({', '.join(TASKS)})"
         )
     return SetFiles(name, task, tuple(predictions), truth)
-
-
-def name_and_task(head: str) -> tuple[str, str]:
-    """Name for the report, and task, of `NAME[:TASK]`; the task is "" where nothing tells it.
-
-    Raises:
-        argparse.ArgumentTypeError: an unknown task, or one that is not the set's.
-    """
-    key, _, task = head.partition(":")
-    known = BY_KEY.get(key)
-    expected = known.task if known else "words" if key == DEMO else task
-    if (expected and expected not in metrics.TASKS) or (known and task not in ("", expected)):
-        raise argparse.ArgumentTypeError(
-            f"{task!r} is not the task of {key}; expected "
-            f"{expected if known else ', '.join(metrics.TASKS)}"
-        )
-    return known.name if known else key, task or expected
 
 
 def parse_reference(text: str) -> tuple[str, str, float]:
     """`SET:LABEL=SHARE`: name of the set or its key, label, share.
 
     Raises:
-        argparse.ArgumentTypeError: another form, or a share that is not between 0 and 1.
+        ValueError: another form, or a share that is not between 0 and 1.
     """
     head, _, value = text.rpartition("=")
     key, _, label = head.partition(":")
@@ -109,7 +87,7 @@ def parse_reference(text: str) -> tuple[str, str, float]:
     except ValueError:
         share = -1.0
     if not key or not label or not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(
+        raise ValueError(
             f"{text!r} is not SET:LABEL=SHARE with a share from 0 to 1, as in demo:ceiling=0.664"
         )
     return BY_KEY[key].name if key in BY_KEY else key, label, share
@@ -121,11 +99,11 @@ def parse_run(text: str) -> tuple[str, str]:
     RUN may be that file, the folder that it is in, or the workdir of an evaluated run.
 
     Raises:
-        argparse.ArgumentTypeError: another form.
+        ValueError: another form.
     """
     label, _, path = text.rpartition("=")
     if not label or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=RUN, as in qformer=runs/qformer")
+        raise ValueError(f"{text!r} is not LABEL=RUN, as in qformer=runs/qformer")
     place = Path(path).expanduser()
     if place.is_dir():
         inside = place / "evaluate"
@@ -133,24 +111,20 @@ def parse_run(text: str) -> tuple[str, str]:
     return label, str(place)
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.report",
-        description=__doc__.format(keys=", ".join([*BY_KEY, DEMO])),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    description = __doc__.format(keys=", ".join([*BY_KEY, DEMO]))
+    parser = cli.make_parser("affectgpt_jax.report", description)
     add = parser.add_argument
     add(
         "--set",
         action="append",
         default=[],
-        type=parse_set,
+        type=cli.argument_type(parse_set),
         dest="sets",
         metavar="NAME=PREDICTIONS,TRUTH",
         help="predictions and truth of a data set, in the formats of affectgpt_jax.score",
@@ -160,7 +134,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--run",
         action="append",
         default=[],
-        type=parse_run,
+        type=cli.argument_type(parse_run),
         dest="runs",
         metavar="LABEL=RUN",
         help="a row of --ablation, and the workdir of an evaluated run or a report.json",
@@ -175,7 +149,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--reference",
         action="append",
         default=[],
-        type=parse_reference,
+        type=cli.argument_type(parse_reference),
         dest="references",
         metavar="SET:LABEL=SHARE",
         help="a value to draw beside a set's score, such as a ceiling",
@@ -242,15 +216,15 @@ def score_files(arguments: argparse.Namespace) -> list[SetResult]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
-    out = Path(arguments.out).expanduser()
-    warnings: Sequence[str] = ()
-    try:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        arguments = parse_arguments(argv)
+        out = Path(arguments.out).expanduser()
         if arguments.ablation:
             runs = [read_run(label, path) for label, path in arguments.runs]
-            written = write_ablation(ablation_table(arguments.ablation, runs, arguments.peers), out)
+            table = ablation_table(arguments.ablation, runs, arguments.peers)
+            with cli.writing(f"--out={arguments.out}"):
+                written = write_ablation(table, out)
         else:
             report = make_report(
                 arguments.system,
@@ -260,16 +234,11 @@ def main(argv: Sequence[str] | None = None) -> None:
                 resamples=arguments.bootstrap,
                 seed=arguments.seed,
             )
-            warnings = report.warnings
-            written = write_report(report, out)
-    except (ReadError, ScoreError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: --out={arguments.out} cannot be written: {error.strerror or error}")
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    for path in written:
-        print(path)
+            with cli.writing(f"--out={arguments.out}"):
+                written = write_report(report, out)
+            for warning in report.warnings:
+                say(f"warning: {warning}")
+        print_lines(map(str, written))
 
 
 if __name__ == "__main__":

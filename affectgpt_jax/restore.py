@@ -6,16 +6,12 @@ Shared by the commands that use a run, so that each sees the model as it was tra
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,16 +20,14 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import PromptProcessor
-from affectgpt_jax.data.prompts import PromptError, parse_label
-from affectgpt_jax.data.tokenizer import TokenizerError
+from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
 from affectgpt_jax.program import Program
 from affectgpt_jax.training import sharding, xla_options
-from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun
+from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.step import State
 from affectgpt_jax.weights.huggingface import (
     BaseIdentity,
-    WeightsError,
     base_identity,
     load_base,
 )
@@ -43,18 +37,6 @@ from affectgpt_jax.weights.release import load_release
 
 class RunError(UserError, ValueError):
     """A workdir without a run that can be used."""
-
-
-# What `load_run` says about trouble that a user can mend.
-LOAD_ERRORS = (
-    CheckpointError,
-    ConfigError,
-    PromptError,
-    RunError,
-    TokenizerError,
-    WeightsError,
-    sharding.MeshError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,27 +127,16 @@ def _like(schema: Any, value: Any) -> Any:
     return tuple(value) if isinstance(schema, tuple) and isinstance(value, list) else value
 
 
-@contextlib.contextmanager
-def asking() -> Iterator[None]:
-    """Around what a command asks of a run: compiled programs are kept, as in training.
+OUT_OF_MEMORY = (
+    "pass a smaller --batch-size, or --config.generate.merge_lora=false, which saves a second copy "
+    "of the weights"
+)
 
-    Raises:
-        SystemExit: a device has no memory left, or whoever read the output is gone.
-    """
+
+def set_up_process() -> None:
+    """Prepare a process that loads a run: compiled programs are kept, as in training."""
     runtime.use_compilation_cache()
     xla_options.reserve_gpu_memory()
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if not runtime.out_of_memory(error):
-            raise
-        raise SystemExit(
-            "error: the devices have no memory left; pass a smaller --batch-size, or "
-            "--config.generate.merge_lora=false, which saves a second copy of the weights"
-        ) from None
-    except BrokenPipeError:  # there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
 
 
 def add_merge_lora(parser: argparse.ArgumentParser) -> None:
@@ -175,7 +146,9 @@ def add_merge_lora(parser: argparse.ArgumentParser) -> None:
         dest="merge_lora",
         default="",
         choices=CHOICES["generate.merge_lora"],
-        help="add LoRA to a copy of the weights first; default: as the run does",
+        metavar="WHEN",
+        help="whether to add LoRA to a copy of the weights first: "
+        f"{', '.join(CHOICES['generate.merge_lora'])}; default: as the run does",
     )
 
 

@@ -1,6 +1,7 @@
 """Scores of prediction files, as MER-UniBench computes them; needs no accelerator and no model.
 
-    python -m affectgpt_jax.score --task fine --predictions predictions.jsonl --truth truth.csv
+    python -m affectgpt_jax.score --task fine --predictions predictions.jsonl \\
+        --truth truth.csv
 
 Several prediction files are checkpoints of one run, the last of them the one that was fixed
 beforehand: it stands beside the best, which is marked as chosen on the test set.
@@ -11,38 +12,37 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax.cli import escape_what_cannot_be_shown
-from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.text import shorten
+from affectgpt_jax import cli
+from affectgpt_jax.common.text import print_lines, shorten
 from affectgpt_jax.evaluation import metrics
+from affectgpt_jax.evaluation.datasets import TASKS
 from affectgpt_jax.evaluation.lexicon import load_lexicon
-from affectgpt_jax.evaluation.metrics import ScoreError
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth
-from affectgpt_jax.evaluation.results import NEEDS_LEXICON, Result, protocols, score_checkpoints
+from affectgpt_jax.evaluation.results import (
+    NEEDS_LEXICON,
+    TITLES,
+    Result,
+    percent,
+    protocols,
+    score_checkpoints,
+)
 
-TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weighted F1"}
 UNKNOWN_SHOWN = 10
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("affectgpt_jax.score", __doc__)
     add = parser.add_argument
-    add("--task", required=True, choices=metrics.TASKS, help="what the truth is and how it counts")
+    add("--task", required=True, choices=TASKS, help="what the truth is and how it counts")
     add(
         "--predictions",
         required=True,
@@ -102,14 +102,12 @@ def score_files(
     return results, protocols(results)
 
 
-def render(results: Sequence[Result], told: metrics.Protocols) -> str:
-    """The report as text, in percent."""
-    lines = []
-    for result in results:
-        lines += [*_render_result(result), ""]
+def render(results: Sequence[Result], told: metrics.Protocols) -> list[str]:
+    """The lines of the report, in percent."""
+    blocks = [_render_result(result) for result in results]
     if len(results) > 1:
-        lines += _render_protocols(results, told)
-    return "\n".join(lines).rstrip() + "\n"
+        blocks.append(_render_protocols(results, told))
+    return [line for block in blocks for line in (*block, "")][:-1]
 
 
 def _render_result(result: Result) -> list[str]:
@@ -188,11 +186,6 @@ def _align(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def percent(share: float) -> str:
-    """A share, 0 to 1, with two decimals of a percent."""
-    return f"{100 * share:.2f}"
-
-
 def as_dict(
     results: Sequence[Result], told: metrics.Protocols, arguments: argparse.Namespace
 ) -> dict[str, Any]:
@@ -209,19 +202,15 @@ def as_dict(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
-    try:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        arguments = parse_arguments(argv)
         results, told = score_files(arguments)
         if arguments.json:
             report = json.dumps(as_dict(results, told, arguments), indent=2) + "\n"
-            Path(arguments.json).write_text(report, encoding="utf-8")
-    except (ReadError, ScoreError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: --json={arguments.json} cannot be written: {error.strerror}")
-    print(render(results, told), end="")
+            with cli.writing(f"--json={arguments.json}"):
+                Path(arguments.json).write_text(report, encoding="utf-8")
+        print_lines(render(results, told))
 
 
 if __name__ == "__main__":

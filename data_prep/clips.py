@@ -15,7 +15,7 @@ from pathlib import Path
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.data.arrays import listed
+from affectgpt_jax.common.text import listed
 
 VIDEO = tuple(".mp4 .avi .mkv .mov .webm .flv .m4v .mpg .mpeg .ts .wmv .3gp".split())
 AUDIO = tuple(".wav .mp3 .flac .m4a .ogg .opus .aac .wma".split())

@@ -1,8 +1,10 @@
 """The public data sets in the plain layout that data_prep.extract reads: one CSV file each.
 
-    python -m data_prep.datasets --set mercaptionplus --root datasets --out csv/mercaptionplus.csv
+    python -m data_prep.datasets --set mercaptionplus --root datasets \\
+        --out csv/mercaptionplus.csv
     python -m data_prep.datasets --all --root datasets --out csv --allow-pickle
-    python -m data_prep.extract --csv csv/mercaptionplus.csv --out records/mercaptionplus ...
+    python -m data_prep.extract --csv csv/mercaptionplus.csv \\
+        --out records/mercaptionplus ...
 
 A row is a clip: its name, the files of its video, audio and face, and what is said about it. Below
 the root, a set lies in the folder that the AffectGPT release uses, or in one that has its key as
@@ -19,14 +21,14 @@ import argparse
 import csv
 import dataclasses
 import io
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from affectgpt_jax.cli import escape_what_cannot_be_shown
+from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
 from affectgpt_jax.evaluation.label_files import find_set, read_set, read_subtitles
 from affectgpt_jax.evaluation.readers import Finding, read_truth
@@ -241,7 +243,7 @@ def _size(found: int, published: int) -> str:
     return f"size: {found:,} clips, published {published:,}"
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
@@ -250,12 +252,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     sets = [(s.key, s.folder, s.labels or "--labels FILE") for s in CAPTION_SETS]
     sets += [(d.key, d.folder, " or ".join(d.labels)) for d in TESTED.values()]
     lines = "\n".join(f"    {key:<15}{folder}: {labels}" for key, folder, labels in sets)
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.datasets",
-        description=__doc__.format(sets=lines),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("data_prep.datasets", __doc__.format(sets=lines))
     add = parser.add_argument
     keys = [*CAPTIONED, *TESTED]
     which = parser.add_mutually_exclusive_group(required=True)
@@ -297,35 +294,39 @@ def build(key: str, arguments: argparse.Namespace) -> PlainSet | None:
     return folder and caption_set(dataset, folder, None, arguments.descriptions)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
-    found = 0
-    path = out = arguments.out.expanduser()
-    try:
-        for key in [*CAPTIONED, *TESTED] if arguments.all else [arguments.set]:
-            plain = build(key, arguments)
-            if plain is None:
-                continue
-            found += 1
-            path = out / f"{key}.csv" if arguments.all else out
+def write_sets(arguments: argparse.Namespace) -> Iterator[str]:
+    """Write the CSV files; yields lines about each set as it is done.
+
+    Raises:
+        ReadError: a file that cannot be used, or no set below the root.
+        UserError: a file that cannot be written.
+    """
+    found, out = 0, arguments.out.expanduser()
+    for key in [*CAPTIONED, *TESTED] if arguments.all else [arguments.set]:
+        plain = build(key, arguments)
+        if plain is None:
+            continue
+        found += 1
+        path = out / f"{key}.csv" if arguments.all else out
+        with cli.writing(f"--out={path}"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(plain.as_csv(), encoding="utf-8", newline="")
-            print(f"{plain.name}: {len(plain.rows):,} clips -> {path}")
-            print("\n".join(f"  {line}" for line in plain.remarks))
-    except ReadError as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: --out={path} cannot be written: {error.strerror or error}")
+        yield f"{plain.name}: {len(plain.rows):,} clips -> {path}"
+        yield from (f"  {line}" for line in plain.remarks)
     if not found:
         folders = {d.folder for d in (*CAPTION_SETS, *DATASETS)}
         if arguments.set:
             folders = {(CAPTIONED | TESTED)[arguments.set].folder}
-        sys.exit(
-            f"error: --root={arguments.root}: found no label file there or in its folders "
+        raise ReadError(
+            f"--root={arguments.root}: found no label file there or in its folders "
             f"{', '.join(sorted(folders))}"
         )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        print_lines(write_sets(parse_arguments(argv)))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Turn a folder of clips into records: decode, find faces, run the encoders, write.
 
-    python -m data_prep.extract --clips DIR --out RECORDS --video clip-vit-l --audio hubert-l
+    python -m data_prep.extract --clips DIR --out RECORDS \\
+        --video clip-vit-l --audio hubert-l
     python -m data_prep.extract --csv clips.csv --clips DIR --out RECORDS \\
         --video clip-vit-l=/models/clip --audio hubert-l=/models/hubert
 
@@ -15,8 +16,9 @@ stopped and run again, goes on where it stopped; what is finished lies in RECORD
 be deleted when nothing is to be added any more. The output is the same, byte by byte, for any
 number of workers and stops.
 
-    video encoders: {video}
-    audio encoders: {audio}
+Video encoders: {video}.
+
+Audio encoders: {audio}.
 
 A name alone is looked up in the hub's cache, NAME=DIR is a directory; the bare architectures
 ({bare}) take weights of any size.
@@ -30,7 +32,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -40,10 +41,11 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.cli import escape_what_cannot_be_shown
-from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax import cli
 from affectgpt_jax.common.files import read_bytes
-from affectgpt_jax.data.arrays import listed, records_from_csv
+from affectgpt_jax.common.progress import Counter
+from affectgpt_jax.common.text import listed, print_lines, say
+from affectgpt_jax.data.arrays import records_from_csv
 from affectgpt_jax.data.modalities import extracted_features
 from affectgpt_jax.data.records import (
     MANIFEST_FILE,
@@ -63,6 +65,8 @@ from data_prep.report import (
     write_report,
 )
 
+MISSING = "the package {} is missing: pip install -e '.[features]'"
+
 try:
     import cv2
 
@@ -75,9 +79,7 @@ try:
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"error: the package {error.name} is missing: pip install -e '.[features]'")
-
-USER_ERRORS = (ClipError, EncoderError, ReadError, RecordError)
+    sys.exit(f"error: {MISSING.format(error.name)}")
 
 BLOCKS = ".blocks"
 FINISHED = "finished"  # in there: of what the records are
@@ -89,10 +91,9 @@ PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "f
 VERSION = 1
 # What may change a bit of the features, beside the weights.
 VERSIONS = ("av", "numpy", "pillow", "torch", "transformers")
-PROGRESS_EVERY = 10.0  # s
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
@@ -103,12 +104,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         audio=", ".join(n for n in encoder_names("audio") if n not in ARCHITECTURES),
         bare=", ".join(ARCHITECTURES),
     )
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.extract",
-        description=described,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("data_prep.extract", described)
     add = parser.add_argument
     add("--clips", nargs="+", default=[], type=Path, metavar="DIR", help="folders of media files")
     add("--csv", type=Path, metavar="FILE", help="which clips, what is known of them, their files")
@@ -119,7 +115,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--features",
         nargs="+",
         choices=[feature for features in FEATURES.values() for feature in features],
-        help="which to extract; default: all that the encoders allow",
+        metavar="FEATURE",
+        help=f"of {', '.join(f for features in FEATURES.values() for f in features)}; default: "
+        "all that the encoders allow",
     )
     add("--faces", type=Path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
     add(
@@ -204,13 +202,13 @@ def extract(arguments: argparse.Namespace) -> None:
     blocks = in_blocks(found.clips, settings)
     identity = _identity(arguments, list(blocks), elsewhere)
     if is_complete(out, identity):
-        print(f"{out} is complete: nothing has changed since it was written")
+        print_lines([f"{out} is complete: nothing has changed since it was written"])
         return
     store = BlockStore(out / BLOCKS)
     store.folder.mkdir(parents=True, exist_ok=True)  # trouble with it must show now, too
     missing = {key: part for key, part in blocks.items() if key not in store}
     if done := sum(len(part) for key, part in blocks.items() if key not in missing):
-        print(f"{done:,} of {len(found.clips):,} clips are finished", file=sys.stderr)
+        say(f"{done:,} of {len(found.clips):,} clips are finished")
     stages = None
     if missing:
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
@@ -236,7 +234,7 @@ def extract(arguments: argparse.Namespace) -> None:
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
     lines += [*elsewhere.remarks(report), *found.remarks(), *(stages.lines() if stages else ())]
-    print("\n".join(lines))
+    print_lines(lines)
 
 
 def placement(device: str | None, precision: str | None) -> tuple[str, str]:
@@ -287,17 +285,9 @@ class Stages:
         self.workers, self.clips = workers, 0
         self.busy: dict[str, float] = defaultdict(float)
         self._began = time.perf_counter()
-        self._told = self._began
 
     def add(self, stage: str, seconds: float) -> None:
         self.busy[stage] += seconds
-
-    def tell(self, of: int) -> None:
-        """Print a line at intervals."""
-        if (now := time.perf_counter()) - self._told > PROGRESS_EVERY:
-            self._told = now
-            rate = self.clips / (now - self._began)
-            print(f"{self.clips:,} of {of:,} clips, {rate:.1f} clips/s", file=sys.stderr)
 
     def lines(self) -> list[str]:
         """Speed, each stage's share of the time, and the bottleneck."""
@@ -346,22 +336,25 @@ def run(
         return Decoded(problems=dict.fromkeys(arguments.features, DIED))
 
     results = in_order(decode_clip, jobs, workers, ahead=2 * batch + workers, died=died)
-    for key, part in missing.items():
-        start = time.perf_counter()
-        decoded = [next(results) for _ in part]
-        stages.add("waiting", time.perf_counter() - start)
-        for result in decoded:
-            for stage, seconds in result.seconds.items():
-                stages.add(stage, seconds)
-        # A folder that is copied to, or a drive that went away, must not be remembered as it was.
-        if block_key(settings, part) != key:
-            raise ClipError(
-                f"files of the clips {listed([clip.name for clip in part])} changed while they "
-                "were read; run the command again when nobody writes to them"
-            )
-        store.write(key, encode(part, decoded, encoders, arguments.features, batch, stages))
-        stages.clips += len(part)
-        stages.tell(len(jobs))
+    with Counter("clips", stream=sys.stderr) as count:
+        count(0, len(jobs))
+        for key, part in missing.items():
+            start = time.perf_counter()
+            decoded = [next(results) for _ in part]
+            stages.add("waiting", time.perf_counter() - start)
+            for result in decoded:
+                for stage, seconds in result.seconds.items():
+                    stages.add(stage, seconds)
+            # A folder that is copied to, or a drive that went away, must not be remembered as it
+            # was.
+            if block_key(settings, part) != key:
+                raise ClipError(
+                    f"files of the clips {listed([clip.name for clip in part])} changed while they "
+                    "were read; run the command again when nobody writes to them"
+                )
+            store.write(key, encode(part, decoded, encoders, arguments.features, batch, stages))
+            stages.clips += len(part)
+            count(stages.clips, len(jobs))
     results.close()
     return stages
 
@@ -469,20 +462,17 @@ def _has_gpu() -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    escape_what_cannot_be_shown()
-    try:
-        extract(arguments)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-    except USER_ERRORS as error:
-        sys.exit(f"error: {error}")
-    except ModuleNotFoundError as error:
-        sys.exit(f"error: the package {error.name} is missing: pip install -e '.[features]'")
-    except OSError as error:
-        sys.exit(f"error: {error.filename or arguments.out}: {error.strerror or error}")
+    """Entry point; see `cli.exit_on_error`."""
+    arguments = parse_arguments(argv)
+    with cli.exit_on_error(
+        interrupted="stopped; the same command goes on from here",
+        out_of_memory="lower --batch or --workers",
+        os_error=lambda error: cli.describe_os_error(error, arguments.out),
+    ):
+        try:
+            extract(arguments)
+        except ModuleNotFoundError as error:
+            raise EncoderError(MISSING.format(error.name)) from None
 
 
 if __name__ == "__main__":

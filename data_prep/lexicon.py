@@ -12,7 +12,6 @@ Writes `lexicon.json`, `wheels.csv`, `synonyms.csv` and `forms.csv` in the neutr
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import functools
@@ -26,6 +25,10 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from affectgpt_jax import cli
+from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.text import print_lines
 
 HERE = Path(__file__).parent
 ASSET = HERE.parent / "affectgpt_jax" / "assets" / "lexicon"
@@ -135,7 +138,7 @@ def read_wordnet(directory: Path) -> WordNet:
     """Read WordNet's database; the format is that of wndb(5WN).
 
     Raises:
-        SystemExit: the files are not there.
+        UserError: the files are not there.
     """
     synsets: dict[Key, Synset] = {}
     senses: defaultdict[str, dict[str, list[Key]]] = defaultdict(dict)
@@ -154,7 +157,7 @@ def read_wordnet(directory: Path) -> WordNet:
                 for lemma in lemmas:
                     exceptions[part][lemma].append(form)
     except FileNotFoundError as error:
-        raise SystemExit(
+        raise UserError(
             f"{error.filename} is missing; expected WordNet 3.0's database there (Debian: "
             "apt install wordnet-base, else --wordnet DIR)"
         ) from None
@@ -579,20 +582,24 @@ def wordnet_directory() -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
-    parser.add_argument(
-        "--wordnet",
-        type=Path,
-        default=wordnet_directory(),
-        help="WordNet's database files; default: $WNSEARCHDIR, else /usr/share/wordnet",
-    )
-    args = parser.parse_args(argv)
-    files = build(read_wordnet(args.wordnet))
-    args.out.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (args.out / name).write_text(text, encoding="utf-8", newline="\n")
-        print(f"{args.out / name}: {len(text.encode()):,} bytes, {text.count(chr(10)):,} lines")
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        parser = cli.make_parser("data_prep.lexicon", __doc__.split("\n")[0])
+        parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
+        parser.add_argument(
+            "--wordnet",
+            type=Path,
+            default=wordnet_directory(),
+            help="WordNet's database files; default: $WNSEARCHDIR, else /usr/share/wordnet",
+        )
+        arguments = parser.parse_args(argv)
+        files = build(read_wordnet(arguments.wordnet))
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            path = arguments.out / name
+            path.write_text(text, encoding="utf-8", newline="\n")
+            lines = text.count("\n")
+            print_lines([f"{path}: {len(text.encode()):,} bytes, {lines:,} lines"])
 
 
 if __name__ == "__main__":

@@ -14,20 +14,20 @@ The same source gives the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
 import os
 import re
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from affectgpt_jax import cli
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.data.prompts import PromptError, parse_prompts
+from affectgpt_jax.common.text import one_line, print_lines
+from affectgpt_jax.data.prompts import parse_prompts
 
 PROMPT_METHOD = "get_prompt_for_multimodal"
 END = "###"  # where the source does not say what follows an answer
@@ -384,16 +384,11 @@ def to_toml(tables: Mapping[str, Mapping[str, str | Sequence[str]]], header: Seq
     def value(text: str | Sequence[str]) -> str:
         return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    blocks = ["\n".join(f"# {_printable(line)}".rstrip() for line in header)]
+    blocks = ["\n".join(f"# {one_line(line)}".rstrip() for line in header)]
     for name, table in tables.items():
         lines = [f"{key} = {value(text)}" for key, text in table.items()]
         blocks.append("\n".join([f"[{name}]", *lines]))
     return "\n\n".join(blocks) + "\n"
-
-
-def _printable(text: str) -> str:
-    """For comments and screens: names of files and branches may hold anything."""
-    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def header(source: Path, out: Path, caption: str, notes: Sequence[str]) -> list[str]:
@@ -411,30 +406,27 @@ def header(source: Path, out: Path, caption: str, notes: Sequence[str]) -> list[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--source", type=Path, required=True, help="base_dataset.py of your clone")
-    parser.add_argument("--out", type=Path, required=True, help="the TOML file to write")
-    parser.add_argument(
-        "--caption",
-        choices=("image", "audio"),
-        default="image",
-        help="what the caption questions are about (default: image)",
-    )
-    args = parser.parse_args(argv)
-    if args.out.exists() and args.out.samefile(args.source):
-        sys.exit(f"error: --out={args.out} is the source; name another file")
-    try:
-        tables, notes = read_release(args.source, args.caption)
-        comment = header(args.source, args.out, args.caption, notes)
-        args.out.write_text(to_toml(tables, comment), encoding="utf-8", newline="\n")
-    except (ReleaseError, PromptError) as error:
-        sys.exit(f"error: {_printable(str(error))}")
-    except OSError as error:
-        sys.exit(f"error: {error.filename}: {error.strerror}")
-    print(f"{args.out}: {len(tables['modes'])} input modes, {len(tables['questions'])} label types")
-    for line in notes:
-        print(_printable(line))
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        parser = cli.make_parser("data_prep.release_prompts", __doc__.split("\n")[0])
+        add = parser.add_argument
+        add("--source", type=Path, required=True, help="base_dataset.py of your clone")
+        add("--out", type=Path, required=True, help="the TOML file to write")
+        add(
+            "--caption",
+            choices=("image", "audio"),
+            default="image",
+            help="what the caption questions are about (default: image)",
+        )
+        arguments = parser.parse_args(argv)
+        source, out = arguments.source, arguments.out
+        if out.exists() and out.samefile(source):
+            raise ReleaseError(f"--out={out} is the source; name another file")
+        tables, notes = read_release(source, arguments.caption)
+        comment = header(source, out, arguments.caption, notes)
+        out.write_text(to_toml(tables, comment), encoding="utf-8", newline="\n")
+        modes, questions = len(tables["modes"]), len(tables["questions"])
+        print_lines([f"{out}: {modes} input modes, {questions} label types", *notes])
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.data.arrays import listed
+from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import extracted_features
 
 REPORT_FILE = "extraction.csv"

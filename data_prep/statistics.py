@@ -1,7 +1,7 @@
 """Statistics of record directories: tables and plots.
 
-    python -m data_prep.statistics --records train=records/mercaptionplus test=records/mer2024 \\
-        --out statistics
+    python -m data_prep.statistics --out statistics \\
+        --records train=records/mercaptionplus test=records/mer2024
 
 Writes `statistics.csv`, a row per directory in the shape of the paper's Table 1, and, in that of
 its Figures 7 and 8, `distributions.csv` (set, quantity, value or bin, clips) and
@@ -11,11 +11,9 @@ as extraction.csv has them.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import dataclasses
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,9 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import (
     INDEX_FILE,
@@ -188,34 +188,39 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
     figure.savefig(path, dpi=120, metadata={"Software": None})
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--records", nargs="+", required=True, metavar="[NAME=]DIR", help="record directories")
-    add("--out", type=Path, required=True, metavar="DIR", help="where to write")
-    arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    places = {}
-    for text in arguments.records:
+def named_places(arguments: Sequence[str]) -> dict[str, Path]:
+    """The record directories by name, from `DIR` and `NAME=DIR`.
+
+    Raises:
+        RecordError: two of the same name.
+    """
+    places: dict[str, Path] = {}
+    for text in arguments:
         name, equals, place = text.partition("=")
         directory = Path(place if equals else text).expanduser()
         name = name if equals else directory.absolute().name
         if name in places:
-            sys.exit(f"error: two directories are called {name!r}; name them apart, as in b={text}")
+            raise RecordError(
+                f"two directories are called {name!r}; name them apart, as in b={text}"
+            )
         places[name] = directory
-    try:
-        rows = write_statistics([read_contents(n, d) for n, d in places.items()], arguments.out)
-    except (RecordError, ReadError) as error:
-        sys.exit(f"error: {error}")
-    except OSError as error:
-        sys.exit(f"error: {arguments.out} cannot be written: {error.strerror or error}")
-    for row in rows:
-        print("\n".join(f"{name:>32}  {value}" for name, value in row.items() if value != ""))
+    return places
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        parser = cli.make_parser("data_prep.statistics", __doc__)
+        add = parser.add_argument
+        add("--records", nargs="+", required=True, metavar="[NAME=]DIR", help="record directories")
+        add("--out", type=Path, required=True, metavar="DIR", help="where to write")
+        arguments = parser.parse_args(argv)
+        places = named_places(arguments.records)
+        contents = [read_contents(name, place) for name, place in places.items()]
+        with cli.writing(str(arguments.out)):
+            rows = write_statistics(contents, arguments.out)
+        for row in rows:
+            print_lines(f"{name:>32}  {value}" for name, value in row.items() if value != "")
 
 
 if __name__ == "__main__":

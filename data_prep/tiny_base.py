@@ -11,12 +11,12 @@ and its score from words alone against the ceiling; below 90 % of it the script 
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +26,8 @@ import optax
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RawTokenizer
 
+from affectgpt_jax import cli
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.examples import Example, build_examples
 from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode
@@ -253,21 +255,26 @@ def train(out: Path, steps: int, batch_size: int, learning_rate: float) -> float
     return share
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
-    args = parser.parse_args()
-    # What ships is replaced only by a model that passes, and as a whole.
-    with tempfile.TemporaryDirectory() as temporary:
-        share = train(Path(temporary), args.steps, args.batch, args.learning_rate)
-        if share < 0.9:
-            raise SystemExit(
-                f"from words alone the base reaches {share:.1%} of the ceiling, not 90 %"
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        parser = cli.make_parser("data_prep.tiny_base", __doc__.split("\n")[0])
+        parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
+        parser.add_argument("--steps", type=int, default=1200, help="default: 1200")
+        parser.add_argument("--batch", type=int, default=64, help="texts a step; default: 64")
+        parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: 0.002")
+        arguments = parser.parse_args(argv)
+        # What ships is replaced only by a model that passes, and as a whole.
+        with tempfile.TemporaryDirectory() as temporary:
+            share = train(
+                Path(temporary), arguments.steps, arguments.batch, arguments.learning_rate
             )
-        shutil.copytree(temporary, args.out, dirs_exist_ok=True)
+            if share < 0.9:
+                raise UserError(
+                    f"from words alone the base reaches {share:.1%} of the ceiling, not 90 %; "
+                    "train it for more --steps"
+                )
+            shutil.copytree(temporary, arguments.out, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ A directory without a name before it becomes the split that its manifest names.
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from affectgpt_jax import cli
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.data.records import RecordError, read_manifest
 from affectgpt_jax.data.tfds_source import TfdsDataset, write_tfds
 
@@ -39,32 +39,24 @@ def parse_splits(arguments: Sequence[str]) -> dict[str, Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.to_tfds",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--records", nargs="+", required=True, metavar="[SPLIT=]DIR", help="record directories"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a TFDS data_dir")
-    arguments = parser.parse_args(argv)
-    out = arguments.out.expanduser()
-    try:
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        parser = cli.make_parser("data_prep.to_tfds", __doc__)
+        add = parser.add_argument
+        add("--records", nargs="+", required=True, metavar="[SPLIT=]DIR", help="record directories")
+        add("--out", type=Path, required=True, metavar="DIR", help="a TFDS data_dir")
+        arguments = parser.parse_args(argv)
+        out = arguments.out.expanduser()
         splits = parse_splits(arguments.records)
         directory = write_tfds(out, splits)
-        datasets = {split: TfdsDataset(directory, split) for split in splits}
-    except RecordError as error:
-        sys.exit(f"error: {error}")
-    print(directory)
-    for split, dataset in datasets.items():
-        manifest = dataset.manifest
-        shapes = [f"{n} [{f['frames']}, {f['width']}]" for n, f in manifest.features.items()]
-        facts = [f"{manifest.count:,} clips", f"{len(manifest.shards)} shards", *shapes]
-        print(f"{split}: {', '.join(facts)}")
-    print(f"train on it with --config.data.train=tfds:{out}:{next(iter(splits))}")
+        lines = [str(directory)]
+        for split in splits:
+            manifest = TfdsDataset(directory, split).manifest
+            shapes = [f"{n} [{f['frames']}, {f['width']}]" for n, f in manifest.features.items()]
+            facts = [f"{manifest.count:,} clips", f"{len(manifest.shards)} shards", *shapes]
+            lines.append(f"{split}: {', '.join(facts)}")
+        lines.append(f"train on it with --config.data.train=tfds:{out}:{next(iter(splits))}")
+        print_lines(lines)
 
 
 if __name__ == "__main__":

@@ -121,8 +121,8 @@ def test_a_port_that_is_taken_is_named():
 
 # What a process of this number does in place of a check: it stops as if its machine had, or dies.
 _DISTURBED = """
-from affectgpt_jax import check_cluster
-from affectgpt_jax.training import distributed
+import os
+import sys
 from affectgpt_jax import check_cluster
 check_cluster.ANSWER_S = 2
 if "--process_id=1" in sys.argv:

@@ -298,11 +298,13 @@ def test_a_file_is_gone_on_with_where_it_stopped(ask, tmp_path):
     assert len(again) == 2 * CLIPS
     texts = {key: line["text"] for key, line in by_name(again).items()}
     assert texts == {key: line["text"] for key, line in by_name(parsed(whole)).items()}
-    assert "answers, " not in ask(f"--out={out}", *WANDER)[1]
+    assert " of 20 answers" not in ask(f"--out={out}", *WANDER)[1]
     assert parsed(out.read_text()) == again
 
 
-def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(ask, tmp_path, monkeypatch):
+def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(
+    ask, tmp_path, monkeypatch, capsys
+):
     out, write_line = tmp_path / "answers.jsonl", predict.AnswerFile.write
 
     def interrupt(self, line):
@@ -311,8 +313,12 @@ def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(ask, tmp_path
         write_line(self, line)
 
     monkeypatch.setattr(predict.AnswerFile, "write", interrupt)
-    with pytest.raises(SystemExit, match="the same command goes on where it stopped"):
+    with pytest.raises(SystemExit) as end:
         ask(f"--out={out}")
+    assert end.value.code == 130
+    assert capsys.readouterr().err.endswith(
+        "interrupted; the same command goes on where it stopped\n"
+    )
     assert len(parsed(out.read_text())) == 3
     monkeypatch.undo()
     ask(f"--out={out}")

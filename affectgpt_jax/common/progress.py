@@ -110,12 +110,17 @@ class Counter(LiveLine):
         self._first: tuple[int, float] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Show that `done` of `total` are done; what the first call names was done before."""
+        """Show that `done` of `total` are done; what the first call names was done before.
+
+        With the last one the line ends, and another call begins to count anew.
+        """
         if self._first is None:
             self._first = done, self._clock()
+            self._drawn_s = -math.inf
         self.show(lambda: self._fields(done, total), last=done == total)
         if done == total:
             self.close()
+            self._first = None
 
     def _fields(self, done: int, total: int) -> list[str]:
         fields = [f"{self._what}{done:,} of {total:,} {self._unit}"]

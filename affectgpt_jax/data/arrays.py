@@ -33,11 +33,11 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import Annotations, Record, RecordError
 
 _PLAIN = "save it as an array of plain numbers, with np.save or np.savez"
-_SHOWN = 5
 
 
 def records_from_csv(
@@ -262,12 +262,6 @@ def _check_complete(
         f"{found}: {listed(missing)} ({first}); add them, or pass --allow-missing "
         "(allow_missing=True) to go without"
     )
-
-
-def listed(names: Sequence[str]) -> str:
-    """A few names, and how many more there are."""
-    shown = ", ".join(repr(name) for name in names[:_SHOWN])
-    return shown if len(names) <= _SHOWN else f"{shown} and {len(names) - _SHOWN} more"
 
 
 def _records(

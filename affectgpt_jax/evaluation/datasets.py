@@ -189,4 +189,28 @@ UNIBENCH = {
     task: tuple(d.name for d in DATASETS if d.unibench and d.task == task)
     for task in ("basic", "sentiment", "fine")
 }
+# Tasks of MER-UniBench, and words that must be named exactly, without a lexicon.
+TASKS = (*UNIBENCH, "words")
 GROUPS = {"fine": "Fine-grained", "basic": "Basic", "sentiment": "Sentiment"}
+# The world that `train` generates; its words are its own, so that no lexicon is asked.
+DEMO = "demo"
+
+
+def name_and_task(head: str) -> tuple[str, str]:
+    """The name for the report and the task, of `NAME[:TASK]` on a command line.
+
+    Returns:
+        The name of a known set as Table 2 has it, or the user's; the task is "" where nothing
+        tells it.
+
+    Raises:
+        ValueError: an unknown task, or one that is not the set's.
+    """
+    key, _, task = head.partition(":")
+    known = BY_KEY.get(key)
+    expected = known.task if known else "words" if key == DEMO else task
+    if (expected and expected not in TASKS) or (known and task not in ("", expected)):
+        raise ValueError(
+            f"{task!r} is not the task of {key}; expected {expected if known else ', '.join(TASKS)}"
+        )
+    return known.name if known else key, task or expected

@@ -13,9 +13,9 @@ from typing import Any
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.common.text import shorten
+from affectgpt_jax.common.text import listed, shorten
 from affectgpt_jax.evaluation.datasets import DataSet
-from affectgpt_jax.evaluation.readers import Finding, listed, read_truth
+from affectgpt_jax.evaluation.readers import Finding, read_truth
 
 # MELD's own file numbers dialogues anew in every split, so the release puts the split in front.
 MELD_PREFIX = "test_"

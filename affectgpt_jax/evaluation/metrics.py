@@ -22,8 +22,6 @@ from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.evaluation.datasets import UNIBENCH
 from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon, normalise
 
-# Those of MER-UniBench, and words that must be named exactly, without a lexicon.
-TASKS = (*UNIBENCH, "words")
 SENTIMENTS = ("negative", "neutral", "positive")
 # Elements of the largest temporary array of a resampling: 32 MiB of float64.
 CHUNK = 4_194_304

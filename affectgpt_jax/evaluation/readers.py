@@ -15,7 +15,7 @@ from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.json import json_lines
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.common.text import shorten
+from affectgpt_jax.common.text import listed, shorten
 from affectgpt_jax.evaluation.lexicon import normalise
 from affectgpt_jax.evaluation.npz import npz_values
 
@@ -34,7 +34,6 @@ SPLITS = {
     "test1_corpus": (),
     "whole_corpus": ("happy", "sad", "neutral", "anger"),
 }
-SHOWN = 5
 # What `pair` finds of clips that it was told to score as empty.
 NO_PREDICTION = "without a prediction, scored as empty"
 
@@ -80,12 +79,6 @@ class Pairs:
     predictions: list[Any]
     truth: list[Any]
     findings: tuple[Finding, ...]
-
-
-def listed(names: Sequence[str]) -> str:
-    """A few names, and how many more there are."""
-    shown = ", ".join(shorten(name, 40) for name in names[:SHOWN])
-    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 def count(names: Sequence[str]) -> str:

@@ -20,6 +20,13 @@ EXAMPLES = 8
 MEAN = "Mean"
 # Tasks whose words become labels of wheels.
 NEEDS_LEXICON = ("fine", "basic")
+# How texts and tables call the metrics.
+TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weighted F1"}
+
+
+def percent(share: float) -> str:
+    """A share, 0 to 1, in percent with two decimals."""
+    return f"{100 * share:.2f}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

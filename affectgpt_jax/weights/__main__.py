@@ -15,34 +15,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from affectgpt_jax import build
-from affectgpt_jax.cli import escape_what_cannot_be_shown
-from affectgpt_jax.config import ConfigError
+from affectgpt_jax import build, cli
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
 from affectgpt_jax.weights import merge, peft, release, report
 from affectgpt_jax.weights.huggingface import BaseIdentity, WeightsError, base_identity
 
 
-def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m affectgpt_jax.weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = cli.make_parser("affectgpt_jax.weights", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("inspect", help="what a directory or file holds")
@@ -230,14 +223,11 @@ def _require_lora(checkpoint: Checkpoint) -> LoraConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    jax.config.update("jax_platforms", "cpu")
-    escape_what_cannot_be_shown()
-    try:
-        print(arguments.run(arguments))
-    except (CheckpointError, ConfigError, WeightsError) as error:
-        sys.exit(f"error: {error}")
+    """Entry point; see `cli.exit_on_error`."""
+    with cli.exit_on_error():
+        arguments = parse_arguments(argv)
+        jax.config.update("jax_platforms", "cpu")
+        print_lines(arguments.run(arguments).split("\n"))
 
 
 if __name__ == "__main__":

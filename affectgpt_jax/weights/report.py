@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.text import one_line
 from affectgpt_jax.data.modalities import HEADS
 from affectgpt_jax.weights import peft, release
 from affectgpt_jax.weights.huggingface import base_identity, read_config, stored_tensors
@@ -102,7 +103,8 @@ class Report:
         for name, *numbers, dtypes in rows:
             cells = [name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:-1]), dtypes]
             lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        # Names come from the files.
+        return "\n".join(map(one_line, lines))
 
 
 def describe_base(directory: Path, hash_weights: bool = False) -> Report:

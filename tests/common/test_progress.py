@@ -122,6 +122,16 @@ def test_a_counter_moves_below_its_last_line(terminal, clock):
     assert terminal.rows() == ["2 of 2 clips", ""]
 
 
+def test_a_counter_counts_again_after_its_end(clock):
+    stream = io.StringIO()
+    count = Counter("replies", stream=stream, interval_s=10.0, clock=clock)
+    for _ in range(2):
+        for done in (0, 1, 2):
+            count(done, 2)
+            clock.advance(0.5)
+    assert stream.getvalue().splitlines() == ["0 of 2 replies", "2 of 2 replies  2/s"] * 2
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"), [(0, "0:00"), (59.2, "1:00"), (3_599.5, "1:00:00"), (-1, "0:00")]
 )
