@@ -26,6 +26,7 @@ class Saving(NamedTuple):
         layout: of rows, without it.
         settings: of the config, without it.
         without: argument of `sides.Jax`, where the config has no setting.
+        on_gpu: which nothing but a GPU has.
     """
 
     what: str
@@ -33,6 +34,7 @@ class Saving(NamedTuple):
     layout: str = "packed"
     settings: Mapping[str, Any] = {}
     without: str = ""
+    on_gpu: bool = False
 
 
 SAVINGS = {
@@ -48,7 +50,10 @@ SAVINGS = {
         without="chunks",
     ),
     "attention": Saving(
-        "attention skips what no sample sees", "plain XLA", settings={"attention": "xla"}
+        "cuDNN's attention skips what no sample sees",
+        "plain XLA",
+        settings={"attention": "xla"},
+        on_gpu=True,
     ),
     "save_projections": Saving(
         "the backward pass computes as little again as fits",
@@ -106,7 +111,7 @@ def run(args: argparse.Namespace) -> Report:
         TurnError: a side failed.
     """
     found = {}
-    for name in args.only or SAVINGS:
+    for name in args.only:
         found[name] = measure(SAVINGS[name], args)
         print(name, spread_in_words(found[name]["ratio"]), file=sys.stderr, flush=True)
     about = [of.pop("environment") for of in found.values()][0]
@@ -138,13 +143,15 @@ def table(report: Report) -> str:
 
 
 def flags(add: Callable[..., Any]) -> None:
-    add("--only", nargs="+", choices=SAVINGS, default=[], help="default: all")
+    add("--only", nargs="+", choices=SAVINGS, default=[], help="default: all that the device has")
     clips = "clips in an update; default: 48 in full, 12 else"
     add("--batch", type=at_least(0), default=0, help=clips)
 
 
 def check(_: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    args.batch = args.batch or (48 if args.scale == "full" else 12)
+    full = args.scale == "full"
+    args.batch = args.batch or (48 if full else 12)
+    args.only = args.only or [name for name, s in SAVINGS.items() if full or not s.on_gpu]
 
 
 COMMAND = harness.Measurement(
