@@ -103,7 +103,7 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, segments: Segment
     if query.size >= 2**31:
         raise ValueError(
             f"packed attention over queries of shape {query.shape} has offsets beyond 32 bits; "
-            "use a smaller batch, or more parts of one (accumulation)"
+            "use a smaller batch, or more microbatches"
         )
     if not _strides_of_key():
         groups = query.shape[2] // key.shape[2]
