@@ -94,7 +94,7 @@ def input_modes(config: ConfigDict) -> list[InputMode]:
 
 def fusion_config(config: ConfigDict) -> FusionConfig:
     """Slots, projectors and pre-fusion of the config's input modes together."""
-    readers = [head.name for head in HEADS.values() if head.feature_width]
+    readers = [head.name for head in HEADS.values() if not head.is_pre_fusion]
     kinds = {name: config.projectors[name] for name in readers}
     if config.fusion != "none":
         kinds |= {name: config.fusion for name in HEADS if name not in readers}

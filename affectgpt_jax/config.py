@@ -198,7 +198,7 @@ def validate(config: ConfigDict) -> None:
     _check_mix(config)
     _check_label("config.label", config.label)
     _check_input("config.input", config.input)
-    heads = [head for head in HEADS.values() if head.feature_width]
+    heads = [head for head in HEADS.values() if not head.is_pre_fusion]
     for key, choices in (CHOICES | {head.kind_key: head.kinds for head in heads}).items():
         if _get(config, key) not in choices:
             raise ConfigError(f"config.{key} is {_get(config, key)!r}; expected one of {choices}")

@@ -40,9 +40,14 @@ class Head:
     feature_width: int = 0
 
     @property
+    def is_pre_fusion(self) -> bool:
+        """Whether it reads two features together; any other head reads one."""
+        return not self.feature_width
+
+    @property
     def kind_key(self) -> str:
         """The config key that chooses the kind."""
-        return f"projectors.{self.name}" if self.feature_width else "fusion"
+        return "fusion" if self.is_pre_fusion else f"projectors.{self.name}"
 
     @property
     def width_key(self) -> str:
@@ -193,7 +198,7 @@ def extracted_features() -> dict[str, tuple[str, ...]]:
 
 def projectors() -> dict[str, str | int]:
     """The keys of `config.projectors` that heads have, with their defaults."""
-    heads = [head for head in HEADS.values() if head.feature_width]
+    heads = [head for head in HEADS.values() if not head.is_pre_fusion]
     kinds = {head.name: head.kinds[0] for head in heads}
     return kinds | {f"{head.name}_width": head.feature_width for head in heads}
 
@@ -219,7 +224,9 @@ def register(modality: Modality, head: Head | None = None, modes: Iterable[Input
         *((mode, INPUT_MODES) for mode in modes),
     ):
         if new.name in table:
-            raise ValueError(f"there is a {type(new).__name__} {new.name!r} already; name it apart")
+            raise ValueError(
+                f"{type(new).__name__} {new.name!r} is registered already; choose another name"
+            )
     if not re.fullmatch(r"<[A-Za-z]+Here>", modality.placeholder):
         raise ValueError(
             f"the placeholder of {modality.name!r} is {modality.placeholder!r}; expected a text "
@@ -230,7 +237,7 @@ def register(modality: Modality, head: Head | None = None, modes: Iterable[Input
             f"the modality {modality.name!r} names the head {modality.head!r}; expected one of "
             f"{', '.join(heads)}, or pass its head too"
         )
-    if bool(modality.fused) == bool(heads[modality.head].feature_width):
+    if bool(modality.fused) != heads[modality.head].is_pre_fusion:
         raise ValueError(
             f"the head {modality.head!r} of {modality.name!r} has the feature_width "
             f"{heads[modality.head].feature_width}; a pre-fusion has none, any other head has one"

@@ -297,7 +297,7 @@ PRE_FUSION_CLASSES = {"attention": AttentionPreFusion, "qformer": QFormerPreFusi
 
 def head_class(spec: Head, kind: str) -> type[FusionHead]:
     """The module that computes the tokens of a head in one of its kinds."""
-    return (HEAD_CLASSES if spec.feature_width else PRE_FUSION_CLASSES)[kind]
+    return (PRE_FUSION_CLASSES if spec.is_pre_fusion else HEAD_CLASSES)[kind]
 
 
 class Fusion(nn.Module):

@@ -219,7 +219,7 @@ def tree_kinds(fusion: Mapping[str, Any]) -> dict[str, str]:
 
 def head_name(head: str) -> str:
     """Name of a projector in reports."""
-    return "pre-fusion" if head == "multi" else f"{head} head"
+    return "pre-fusion" if HEADS[head].is_pre_fusion else f"{head} head"
 
 
 def describe_lora(rank: int, alpha: float | None, targets: Sequence[str]) -> str:

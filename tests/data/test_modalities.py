@@ -103,7 +103,7 @@ def test_every_row_of_the_registry_names_others_that_are_there():
     assert set(features) == {m.name for m in MODALITIES.values() if not m.fused}
     for modality in MODALITIES.values():
         assert set(modality.features) <= set(features)
-        assert bool(HEADS[modality.head].feature_width) != bool(modality.fused)
+        assert HEADS[modality.head].is_pre_fusion == bool(modality.fused)
         assert modality.fused or modality.letter in ("A", "V")
     for head in HEADS.values():
         assert head.name in {modality.head for modality in MODALITIES.values()}
@@ -140,9 +140,9 @@ def test_a_mode_reads_the_features_of_its_slots_once():
 @pytest.mark.parametrize(
     ("modality", "head", "modes", "message"),
     [
-        (dataclasses.replace(POSE, name="face"), POSE_HEAD, [], "a Modality 'face' already"),
-        (POSE, dataclasses.replace(POSE_HEAD, name="video"), [], "a Head 'video' already"),
-        (POSE, POSE_HEAD, [InputMode("text", (), True)], "a InputMode 'text' already"),
+        (dataclasses.replace(POSE, name="face"), POSE_HEAD, [], "Modality 'face' is registered"),
+        (POSE, dataclasses.replace(POSE_HEAD, name="video"), [], "Head 'video' is registered"),
+        (POSE, POSE_HEAD, [InputMode("text", (), True)], "InputMode 'text' is registered"),
         (dataclasses.replace(POSE, placeholder="pose"), POSE_HEAD, [], "is 'pose'.*<PoseHere>"),
         (POSE, None, [], "names the head 'pose'; expected one of multi, audio, video, image"),
         (POSE, dataclasses.replace(POSE_HEAD, feature_width=0), [], "feature_width 0"),
