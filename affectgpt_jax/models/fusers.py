@@ -190,8 +190,8 @@ class MeanHead(FusionHead):
         return self.project(states.mean(axis=1))[:, None]
 
 
-class QFormerHead(FusionHead):
-    """A Q-Former over the states and their positions, projected: one token per query."""
+class _WithQFormer(FusionHead):
+    """A module around a Q-Former, which has the sizes that the registry gives it."""
 
     @classmethod
     def num_tokens(cls, spec: Head) -> int:
@@ -200,6 +200,10 @@ class QFormerHead(FusionHead):
     @classmethod
     def max_length(cls, spec: Head) -> float:
         return spec.max_positions
+
+
+class QFormerHead(_WithQFormer):
+    """A Q-Former over the states and their positions, projected: one token per query."""
 
     @nn.compact
     def __call__(
@@ -254,16 +258,8 @@ class AttentionPreFusion(FusionHead):
         return self.project(fused)[:, None]
 
 
-class QFormerPreFusion(FusionHead):
+class QFormerPreFusion(_WithQFormer):
     """A Q-Former over the video sequence followed by the audio sequence, projected (Eq. 3-4)."""
-
-    @classmethod
-    def num_tokens(cls, spec: Head) -> int:
-        return spec.num_queries
-
-    @classmethod
-    def max_length(cls, spec: Head) -> float:
-        return spec.max_positions
 
     @nn.compact
     def __call__(
