@@ -53,6 +53,7 @@ setup(
             # Tests of data_prep make their own clips; PyTorch comes with [parity].
             "av>=15",
             "opencv-python-headless>=4.9,<5",
+            "openai>=3.57",  # asks a server that the tests start
         ],
         "parity": ["torch>=2.9", "peft>=0.17"],
         # OpenCV 5 ships no cascades, which find faces.
@@ -62,6 +63,7 @@ setup(
             "opencv-python-headless>=4.9,<5",
             "pillow>=10",
         ],
+        "openai": ["openai>=3.57"],
         "wandb": ["wandb>=0.19"],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
