@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Line ends that only Unicode has, and a byte order mark: nobody sees them.
+# Line and paragraph separators, and a byte order mark: they are invisible.
 INVISIBLE = "\u2028\u2029\ufeff"
 
 
@@ -23,6 +23,6 @@ def printable(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """One line that Markdown, and the HTML within it, takes for text."""
+    """The text on one line, so that Markdown, and HTML inside it, shows it as it is."""
     line = " ".join(printable(text).split()).replace("&", "&amp;")
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>#|~!" else char for char in line)

@@ -1,10 +1,11 @@
-"""Emotion labels out of descriptions by rule: the words of a lexicon, unless they are negated.
+"""Emotion labels from descriptions by rule: the words of a lexicon, unless they are negated.
 
     extractor = RuleExtractor(load_lexicon())
     extractor.labels(["He is not happy but worried."])      # [["worried"]]
 
-No model, no download, thousands of texts a second. It knows words, not meaning: who feels what,
-irony, guesses ("may be"), and emotions that are told without an emotion word are beyond it.
+It needs no model and no download, and reads thousands of texts a second. It matches words and does
+not know who feels what, irony, guesses ("may be"), or emotions without an emotion word. The word
+lists are in `assets/rules/words.toml`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import numpy as np
 
 from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon, load_lexicon, normalise
 
-# Part of the identity: another number says that other labels may come out.
+# Part of the identity: raise it with every change that can change labels.
 RULES = 1
-# Words that a negation reaches beyond it, or beyond the last emotion that it has negated.
+# The number of words that a negation reaches after it, or after the last emotion that it negated.
 REACH = 6
 
 STOPS = set(".;:!?()\n\u2014\u2026")
@@ -43,7 +44,7 @@ def _words(text: str) -> list[str]:
 
 
 class _Phrases:
-    """Finds the longest of many phrases at a place."""
+    """Finds the longest of many phrases at a position."""
 
     def __init__(self, phrases: dict[Words, str]):
         self._by_first: dict[str, list[tuple[Words, str]]] = defaultdict(list)
@@ -55,7 +56,7 @@ class _Phrases:
         return cls({tuple(words): text for text in texts if (words := _words(text))})
 
     def at(self, words: Sequence[str], place: int) -> tuple[str, int]:
-        """Name and length of the longest phrase that starts here; "" and 0 for none."""
+        """Name and length of the longest phrase that starts here; "" and 0 if there is none."""
         for phrase, name in self._by_first.get(words[place], ()):
             if tuple(words[place : place + len(phrase)]) == phrase:
                 return name, len(phrase)
@@ -75,23 +76,25 @@ _ABSENT = _Phrases.of(_absences(**_LISTS["absent"]))
 
 
 class _Unit(NamedTuple):
-    """A word or phrase, and what it does to a negation: `kind` is negation, privative, emotion,
-    absent (said after an emotion), end, comma, or, and, or word."""
+    """A word or phrase and its role.
+
+    `kind` is negation, privative, emotion, absent (after an emotion), end, comma, or, and, or word.
+    """
 
     kind: str
     text: str
 
 
 class RuleExtractor:
-    """Labels are the surface forms of a lexicon that a text holds, longest first, not negated.
+    """Finds the surface forms of a lexicon that a text holds and does not negate.
 
-    A negation reaches to the next stop, contrast ("but", "however"), new statement ("and looks")
-    or comma, unless commas and "or" join emotions to one list ("no fear, anger or shame"), and at
-    most `REACH` words. Words that mostly mean something else count only as predicates ("feels
-    down").
+    Of overlapping forms, the longest counts. A negation reaches at most `REACH` words, and ends at
+    the next stop, contrast ("but", "however"), new statement ("and looks") or comma; commas and
+    "or" between emotions ("no fear, anger or shame") do not end it. Words that mostly mean
+    something else count only as predicates ("feels down").
 
     Args:
-        lexicon: whose forms are looked for.
+        lexicon: the forms to find.
     """
 
     def __init__(self, lexicon: Lexicon):
@@ -105,7 +108,7 @@ class RuleExtractor:
         return [self.in_text(text) for text in texts]
 
     def in_text(self, text: str) -> list[str]:
-        """The emotions that one text names, first those that it says somebody is or feels."""
+        """The emotions that one text names; those that somebody is or feels come first."""
         units = self._units(_words(text))
         found: dict[str, bool] = {}
         negated, left = False, 0
@@ -134,7 +137,7 @@ class RuleExtractor:
         return units
 
     def _unit(self, words: list[str], place: int, before: list[_Unit]) -> tuple[_Unit, int]:
-        """What stands at a place, and how many words it takes."""
+        """The unit at a position, and its number of words."""
         word = words[place]
         form, form_length = self._forms.at(words, place)
         if length := _IDIOMS.at(words, place)[1]:
@@ -157,10 +160,11 @@ class RuleExtractor:
         return _Unit("word", word), 1
 
     def sentiments(self, label_lists: Sequence[Sequence[str]]) -> list[str]:
-        """Whether most labels are pleasant; of as many of both kinds, the first decides.
+        """Positive, negative or neutral by the majority of labels; in a tie the first decides.
 
-        Labels are looked up in the lexicon that ships, whichever finds them: on the official
-        wheels "fear" is an emotion of joy. Without a label that is either, it is neutral.
+        Labels are looked up in the lexicon that ships, whichever lexicon found them, because the
+        official wheels place "fear" under joy. Without a pleasant or unpleasant label, the
+        sentiment is neutral.
         """
         polarity = _polarities()
         found = []
@@ -175,7 +179,7 @@ _JOINTS = {",": "comma", "or": "or", "and": "and"}
 
 
 def _ends(units: Sequence[_Unit], place: int) -> bool:
-    """Whether a comma or an "and" ends what a negation before it reaches."""
+    """Whether a comma or an "and" ends the reach of a negation before it."""
     after = units[place + 1 :]
     if units[place].kind == "and":
         return bool(after) and after[0].text in _STATEMENTS
@@ -190,7 +194,7 @@ def _ends(units: Sequence[_Unit], place: int) -> bool:
 
 
 def _is_said(before: Sequence[_Unit]) -> bool:
-    """Whether what follows is said of somebody: after a link, alone or with other emotions."""
+    """Whether the next word is a predicate: it follows a link, alone or with other emotions."""
     for unit in reversed(before):
         if unit.text in _LINKS:
             return True
@@ -208,7 +212,7 @@ def _is_beside_an_emotion(before: Sequence[_Unit]) -> bool:
 def _polarities() -> dict[str, int]:
     """1 for the pleasant and -1 for the unpleasant forms of the shipped lexicon.
 
-    Two wheels must say so: on one of them, surprise counts as power.
+    Two wheels must agree, because one of them places surprise under power.
     """
     lexicon = load_lexicon()
     sign_of = dict.fromkeys(_LISTS["sentiment"]["pleasant"], 1)

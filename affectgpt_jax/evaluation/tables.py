@@ -1,4 +1,4 @@
-"""Tables of scores in the shapes of the paper's, ours above the published ones, and as Markdown."""
+"""Score tables in the shape of the paper's, with our rows above the published ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from affectgpt_jax.evaluation.results import MEAN, GroupMean, SetResult
 
 FORMAT = "affectgpt_jax report 1"
 NINE = tuple(name for names in UNIBENCH.values() for name in names)
-# Ablations of the paper by the number of their table: title, and what a row is.
+# The paper's ablations by table number: the title, and what distinguishes the rows.
 ABLATIONS = {
     "4": ("Filtering", "filter"),
     "5": ("Pre-fusion", "pre-fusion"),
@@ -45,9 +45,9 @@ class Cell:
     """A score in a table.
 
     Attributes:
-        value: share, 0 to 1; None where there is none.
-        interval: of it, if known.
-        comparable: with published scores.
+        value: share, 0 to 1; None for an empty cell.
+        interval: its confidence interval, if known.
+        comparable: whether it compares with published scores.
     """
 
     value: float | None = None
@@ -61,9 +61,9 @@ class Row:
 
     Attributes:
         name: of the system or run.
-        detail: modalities, or nothing.
+        detail: modalities, or "".
         cells: one per column.
-        published: whether it is the paper's.
+        published: whether the paper reports it.
     """
 
     name: str
@@ -78,11 +78,11 @@ class Table:
 
     Attributes:
         title: what it shows.
-        head: what rows are, and what their detail is; an empty detail has no column.
+        head: headings of the columns of names and of details; an empty one has no column.
         groups: heading and width of groups of columns.
         columns: headings.
         rows: ours first.
-        notes: sentences to stand below.
+        notes: sentences below the table.
     """
 
     title: str
@@ -105,14 +105,14 @@ def main_table(
     means: Mapping[str, GroupMean],
     peers: bool,
 ) -> Table:
-    """Our scores in the shape of Table 2: nine sets, their mean, and any further set to the right.
+    """Our scores in the shape of Table 2: nine sets, their mean, and further sets to the right.
 
-    A set that is not there leaves its column empty; of none of the nine, there are no columns.
+    A missing set leaves its column empty. Without any of the nine sets, their columns are left out.
 
     Args:
-        system: what to call ours.
-        modalities: that it was given, as A, V and T.
-        sets: of ours.
+        system: the name of our system.
+        modalities: its inputs, as A, V and T.
+        sets: its results.
         means: see `results.group_means`.
         peers: add the published systems.
     """
@@ -216,14 +216,14 @@ def ov_merd_table(system: str, sets: Sequence[SetResult]) -> Table | None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What an ablation needs of a report.
+    """The scores of a report that an ablation shows.
 
     Attributes:
         name: of the row.
         values: fixed-checkpoint scores, shares, by set and by group of sets.
         intervals: (low, high, confidence, resamples) of them, where known.
         best: scores of the best checkpoints, where there were several.
-        lexicon: name and hash of the one that made them, or None.
+        lexicon: name and hash of the lexicon behind the scores, or None.
         level: of its wheels, or None.
         comparable: whether the scores compare with published ones.
     """
@@ -290,11 +290,11 @@ def _interval(entry: dict[str, Any]) -> Interval:
 
 
 def ablation_table(number: str, runs: Sequence[Run], peers: bool = False) -> Table:
-    """Runs that differ in one thing, in the shape of the paper's Tables 4, 5, 6 and 8.
+    """Runs that differ in one setting, in the shape of the paper's Tables 4, 5, 6 and 8.
 
-    Columns are the means of the fine-grained, basic and sentiment sets and of all nine, and any
-    set that is in no mean; where runs had several checkpoints, a further column has the mean of
-    the best, chosen on the test set. Columns that nobody fills are left out.
+    The columns are the means of the fine-grained, basic and sentiment sets and of all nine, and
+    each set that is in no mean. If runs had several checkpoints, a further column has the mean of
+    the best ones, chosen on the test set. Empty columns are left out.
 
     Args:
         number: "4" (filtering), "5" (pre-fusion), "6" (input) or "8" (LoRA rank).
@@ -366,12 +366,12 @@ def _ablation_notes(rows: Sequence[Row], peers: bool, runs: Sequence[Run]) -> li
 
 
 def as_dict(table: Table) -> dict[str, Any]:
-    """Ready for JSON."""
+    """The table as JSON values."""
     return dataclasses.asdict(table)
 
 
 def cell_text(cell: Cell) -> str:
-    """A score in percent with its mark and, if known, its interval."""
+    """A score in percent, marked if it does not compare with published ones."""
     if cell.value is None:
         return "\u2013"
     mark = "" if cell.comparable else NOT_COMPARABLE
@@ -384,7 +384,7 @@ def interval_text(interval: Interval) -> str:
 
 
 def render_markdown(table: Table) -> str:
-    """A table of GitHub's Markdown, its title above and its notes below."""
+    """The table in GitHub's Markdown, with its title above and its notes below."""
     heads = [head for head in table.head if head] + list(table.columns)
     lines = [f"### {escape_markdown(table.title)}", ""]
     lines.append(_line(heads))
