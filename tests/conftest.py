@@ -43,6 +43,19 @@ def _few_programs_at_a_time():
 
 
 @pytest.fixture(scope="session")
+def demo_records(tmp_path_factory):
+    """Record directories of the demo world with every feature: 64 clips, and 16 in val and test."""
+    from affectgpt_jax.data import demo
+    from affectgpt_jax.data.records import write_records
+
+    folder = tmp_path_factory.mktemp("demo-records")
+    for split, size in (("train", 64), ("val", 16), ("test", 16)):
+        clips = demo.World(0).records(split, size, tuple(demo.SHAPES))
+        write_records(folder / split, clips, encoders=dict.fromkeys(demo.SHAPES, "demo"))
+    return {split: folder / split for split in ("train", "val", "test")}
+
+
+@pytest.fixture(scope="session")
 def records(tmp_path_factory):
     """Flags that name the records of `commands`."""
     from commands import write_small_records

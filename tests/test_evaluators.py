@@ -1,17 +1,21 @@
 """The held-out score, and its control: answers to the same questions with other clips' features."""
 
+import csv
+import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import affectgpt_jax
-from affectgpt_jax import evaluators
+from affectgpt_jax import build, evaluators
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
+from affectgpt_jax.data.modalities import INPUT_MODES
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
-from affectgpt_jax.data.prompts import INPUT_MODES, load_prompts
+from affectgpt_jax.data.prompts import LABEL_TYPES, load_prompts
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.inference import Answer, Answers
@@ -80,3 +84,79 @@ def test_without_features_there_is_no_control(dataset, tmp_path):
     result, orders = score(dataset, tmp_path, "text")
     assert orders == [None] and result["hit"] == 1
     assert "hit_features_shuffled" not in result
+
+
+# --- Every mode and label type --------------------------------------------------------------------
+
+
+def held_out(records, mode, label):
+    """A config and the test set that it names."""
+    config = demo_config.get_config()
+    config.update({"input": mode, "label": label})
+    config.data.update({split: str(path) for split, path in records.items()})
+    tokenizer = build.tokenizer(build.base_directory("tiny"), build.base_config("tiny"))
+    return config, build.data(config, records["train"].parent, tokenizer, say=print).test
+
+
+def scored(config, test, workdir, texts):
+    """`score_test_set` with a model that writes these answers; and which clips' features it saw."""
+    seen = []
+
+    def answer(trainable, dataset, question, feature_from=None):
+        seen.append(feature_from)
+        return Answers([Answer(text, 3, number == 0, None) for number, text in enumerate(texts)])
+
+    generator = SimpleNamespace(answer=answer)
+    return evaluators.score_test_set(config, workdir, None, generator, test), seen
+
+
+def right_answers(test, label):
+    """What a perfect model writes: the answers that it would be trained on."""
+    processor, dataset = test.processor, test.dataset
+    question = evaluators.question_for_test_set(SimpleNamespace(label=label))
+    examples = processor.training_examples(dataset, question)
+    return [
+        processor.tokenizer.decode(example.tokens[example.answer_start : -1])
+        for example in examples
+    ]
+
+
+# All modes beside all label types; nothing depends on which meets which.
+@pytest.mark.parametrize(("mode", "label"), [*zip(INPUT_MODES, itertools.cycle(LABEL_TYPES))])
+def test_every_label_type_with_a_true_answer_is_scored(mode, label, demo_records, tmp_path):
+    config, test = held_out(demo_records, mode, label)
+    result, seen = scored(config, test, tmp_path, right_answers(test, label))
+    lines = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+    assert [line["name"] for line in lines] == [entry.name for entry in test.dataset.index]
+    has_truth = label in ("ovlabel", "onehot", "onehot_candidates", "sentiment")
+    assert all(("labels" in line) == has_truth for line in lines)
+    assert ("hit" in result) == has_truth
+    assert ("not_scored" in result) != has_truth
+    assert result["answers_cut"] == 1
+    if has_truth:
+        assert result["hit"] == 1
+    # Without features there is nothing to shuffle.
+    shuffles = has_truth and mode != "text"
+    assert ("hit_features_shuffled" in result) == shuffles
+    assert len(seen) == 1 + shuffles and seen[0] is None
+    if shuffles:
+        assert sorted(seen[1]) == list(range(16)) and not np.array_equal(seen[1], range(16))
+
+
+def test_the_answers_of_a_hybrid_are_its_labels(demo_records, tmp_path):
+    config, test = held_out(demo_records, "audio_text", "hybrid")
+    texts = ["They feel nothing."] + right_answers(test, "ovlabel")[1:]
+    result, _ = scored(config, test, tmp_path, texts)
+    assert result["hit"] == 15 / 16
+    with (tmp_path / "truth.csv").open(newline="") as file:
+        rows = [*csv.reader(file)]
+    assert rows == [["name", "emotion"], *([e.name, e.emotion] for e in test.dataset.index)]
+
+
+def test_a_process_beside_the_main_one_writes_nothing(demo_records, tmp_path):
+    config, test = held_out(demo_records, "text", "sentiment")
+    answers = Answers([Answer(t, 3, False, None) for t in right_answers(test, "sentiment")])
+    generator = SimpleNamespace(answer=lambda *_, **__: answers)
+    found = evaluators.score_test_set(config, tmp_path, None, generator, test, write=False)
+    assert found["hit"] == 1
+    assert not list(tmp_path.iterdir())

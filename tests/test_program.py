@@ -1,5 +1,7 @@
 """The seam: any loss, any mesh, from a config and shapes to compiled updates."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,10 @@ from jax.sharding import AbstractMesh, AxisType
 from affectgpt_jax import build
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import demo
+from affectgpt_jax.data.modalities import INPUT_MODES
 from affectgpt_jax.data.packing import Bucket
-from affectgpt_jax.data.pipeline import empty_batch
+from affectgpt_jax.data.pipeline import TrainPipeline, empty_batch
+from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.models.affectgpt import loss_sum_and_count
 from affectgpt_jax.models.attention import causal
 from affectgpt_jax.program import make_program
@@ -110,3 +114,31 @@ def test_rows_that_the_devices_cannot_share_are_refused():
 def test_the_same_seed_draws_the_same_state_on_any_mesh():
     one, eight = (make(mesh=mesh).init_state(3) for mesh in ("data:1", "data:8"))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(eight))
+
+
+# All modes beside all label types; nothing depends on which meets which.
+@pytest.mark.parametrize(("mode", "label"), [*zip(INPUT_MODES, itertools.cycle(LABEL_TYPES))])
+def test_every_input_mode_and_label_type_has_an_update(mode, label, demo_records, tmp_path):
+    config = demo.get_config()
+    # The long question with all candidate words needs more tokens than the demo's other prompts.
+    config.update({"input": mode, "label": label, "batch_size": ROWS, "max_tokens": 160})
+    config.data.update({split: str(path) for split, path in demo_records.items()})
+    tokenizer = build.tokenizer(build.base_directory("tiny"), build.base_config("tiny"))
+    data = build.data(config, tmp_path, tokenizer, say=print)
+    pipeline = TrainPipeline(data.train, batch_size=ROWS, max_tokens=160, num_buckets=1)
+    program = make_program(
+        config,
+        sharding.make_mesh("data:-1"),
+        pipeline.filler_batches(),
+        llm=build.base_config("tiny"),
+        attend=causal,
+    )
+    [batch] = program.batches.values()
+    first = pipeline.batch(0)
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, batch)
+    assert first["target_weights"].any(axis=1).all(), "every clip has an answer to learn"
+    named = {"audio", "face"} if mode == "multi_text" else {"audio", "face", "frame", "image"}
+    assert first["features"].keys() == {name for name in named if name in mode or "multi_t" in mode}
+    state, metrics = jax.eval_shape(program.train_step, program.state, program.base, batch)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, program.state)
+    assert metrics["loss"].shape == ()

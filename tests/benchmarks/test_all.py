@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import needs_torch
 import pytest
 
 from benchmarks import all as everything
@@ -61,7 +62,7 @@ def test_one_that_fails_is_told_and_the_next_is_run(tmp_path, status, words):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_is_one_that_its_module_takes(scale, tmp_path):
-    pytest.importorskip("torch", reason="the benchmark of the extraction runs in PyTorch")
+    needs_torch.pytorch("the benchmark of the extraction runs in PyTorch")
     planned = steps(scale, tmp_path, tmp_path)
     assert len({step.result for step in planned}) == len(planned)
     for step in planned:

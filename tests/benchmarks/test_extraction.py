@@ -2,9 +2,9 @@
 
 import json
 
-import pytest
+import needs_torch
 
-pytest.importorskip("torch", reason="the encoders run in PyTorch")
+needs_torch.pytorch("the encoders run in PyTorch")
 
 from benchmarks import extraction  # noqa: E402
 

@@ -3,6 +3,7 @@
 import json
 import re
 
+import needs_torch
 import pytest
 
 from benchmarks import generation, tables
@@ -106,7 +107,7 @@ def test_answers_are_as_long_as_those_of_the_clips(tmp_path):
 
 
 def test_both_sides_generate_the_same_answers(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("torch", reason="the peer runs in PyTorch")
+    needs_torch.pytorch("the peer runs in PyTorch")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")  # compilation takes longest
     out = tmp_path / "out.json"
     flags = [

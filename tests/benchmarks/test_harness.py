@@ -4,6 +4,7 @@ import importlib
 import json
 from pathlib import Path
 
+import needs_torch
 import pytest
 
 from affectgpt_jax.common.errors import UserError
@@ -78,7 +79,7 @@ def test_a_spread_is_the_median_and_the_range():
 @pytest.mark.parametrize("name", sorted(COMMANDS | {"ablation", "all", "tables"}))
 def test_every_command_has_help(name, capsys):
     if name in ("parity", "extraction"):
-        pytest.importorskip("torch", reason="it runs in PyTorch")
+        needs_torch.pytorch("it runs in PyTorch")
     module = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit) as end:
         getattr(module, "COMMAND", module).main(["--help"])

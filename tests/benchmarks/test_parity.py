@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import needs_torch
 import numpy as np
 import pytest
 from tiny_model import (
@@ -26,8 +27,8 @@ from affectgpt_jax.training.optimizer import (
 from affectgpt_jax.training.step import make_train_step
 from affectgpt_jax.weights.huggingface import save_base
 
-torch = pytest.importorskip("torch", reason="the twin runs in PyTorch")
-pytest.importorskip("peft", reason="the twin's adapters are PEFT's")
+torch = needs_torch.pytorch("the twin runs in PyTorch")
+needs_torch.peft("the twin's adapters are PEFT's")
 
 from benchmarks import parity, probes  # noqa: E402
 from benchmarks.torch_reference.model import TUNINGS, AffectGPT  # noqa: E402

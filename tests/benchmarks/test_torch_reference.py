@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import needs_torch
 import numpy as np
 import pytest
 from tiny_model import FUSION, LLM, make_batch, make_model, random_base, random_trainable
@@ -12,8 +13,8 @@ from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.training.optimizer import OptimizerConfig
 from affectgpt_jax.weights.huggingface import save_base
 
-torch = pytest.importorskip("torch", reason="the twin runs in PyTorch")
-pytest.importorskip("peft", reason="the twin's adapters are PEFT's")
+torch = needs_torch.pytorch("the twin runs in PyTorch")
+needs_torch.peft("the twin's adapters are PEFT's")
 
 from benchmarks.torch_reference import training  # noqa: E402
 from benchmarks.torch_reference.model import TUNINGS, AffectGPT, next_tokens, to_device  # noqa: E402

@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import needs_torch
 import pytest
 
 from benchmarks import profile_table, train_step
@@ -100,7 +101,7 @@ def test_a_trial_has_a_file_of_its_own(flags, name):
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """A packed mix beside every tuning, with a profile: the report, what was printed, the trace."""
-    pytest.importorskip("torch", reason="the peer runs in PyTorch")
+    needs_torch.pytorch("the peer runs in PyTorch")
     folder = tmp_path_factory.mktemp("measured")
     flags = ["--workload", "affectgpt", "--scale", "tiny", "--batch", "8", "--pack"]
     flags += ["--peer", "torch", "--tuning", "release", "tuned", "packed", "--set", "lora.rank=8"]

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import needs_torch
 import numpy as np
 import pytest
 from clip_files import BROKEN, face_frames, tone, write_clip, write_talking
@@ -231,7 +232,7 @@ def test_faces_may_come_as_arrays(encoders, tmp_path):
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(flags, message, clips, tmp_path, monkeypatch):
-    pytest.importorskip("torch", reason="without it, that is the first thing to be said")
+    needs_torch.pytorch("without it, that is the first thing to be said")
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))

@@ -4,6 +4,7 @@ from fractions import Fraction
 from math import floor
 
 import av
+import needs_torch
 import numpy as np
 import pytest
 from clip_files import brightness, cut, grey_frames, rotate, tone, write_clip
@@ -212,7 +213,7 @@ def test_the_picture_on_a_cover_is_no_video(tmp_path):
 
 
 def test_resizing_is_bilinear_and_does_not_keep_the_aspect_ratio():
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
 
     image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
     planes = torch.from_numpy(image).permute(2, 0, 1)[None].float()

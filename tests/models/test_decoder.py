@@ -8,6 +8,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
@@ -157,7 +158,7 @@ layouts = st.lists(
 def test_logits_equal_hugging_face_for_any_shape_and_layout(
     model, layout, right_padding, max_shard_size, seed
 ):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
     reference = make_reference(*model, seed)
     module, base = import_reference(reference, max_shard_size)
     length = max(1, right_padding + max(sum(map(sum, row)) for row in layout))
@@ -191,7 +192,7 @@ def test_logits_equal_hugging_face_for_any_shape_and_layout(
     ],
 )
 def test_a_sequence_of_the_models_full_length_equals_hugging_face(family, rope):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
     length = 256
     shape = dict(
         vocab_size=64,
@@ -213,7 +214,7 @@ def test_a_sequence_of_the_models_full_length_equals_hugging_face(family, rope):
 
 
 def test_llama3_frequencies_equal_hugging_face_and_their_definition():
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
     import transformers
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

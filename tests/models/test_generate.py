@@ -7,6 +7,7 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 import scipy.special
@@ -490,7 +491,7 @@ def test_pairs_of_tokens_are_drawn_with_their_exact_probabilities(sampling):
 
 @pytest.fixture(scope="module")
 def hugging_face(tmp_path_factory):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
     import transformers
 
     directory = tmp_path_factory.mktemp("base")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 from tiny_model import LLM, random_tree, relative_error
@@ -154,8 +155,8 @@ QWEN3 = dataclasses.replace(LLM, qkv_bias=False, qk_norm=True)
     ids=["Qwen2", "two of Qwen2", "Llama", "Qwen3"],
 )
 def test_logits_and_gradients_equal_peft(llm, targets, tmp_path: Path):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
-    peft = pytest.importorskip("peft", reason="the reference is PEFT")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
+    peft = needs_torch.peft("the reference is PEFT")
     import transformers
 
     module = module_with(llm=llm, targets=targets, alpha=3.0)  # a scale of 3/4

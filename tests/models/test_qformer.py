@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 
@@ -75,7 +76,7 @@ def blip2_state_dict(params: dict, layers: int) -> dict[str, np.ndarray]:
 
 
 def test_matches_blip2_in_float64() -> None:
-    torch = pytest.importorskip("torch", reason="the reference Q-Former is PyTorch's")
+    torch = needs_torch.pytorch("the reference Q-Former is PyTorch's")
     transformers = pytest.importorskip("transformers", reason="it holds the reference Q-Former")
     config = dataclasses.replace(SMALL, layers=2)
     params = make_params(config)

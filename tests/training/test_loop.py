@@ -7,9 +7,7 @@ from tiny_model import make_batch, make_model
 
 from affectgpt_jax import build, runtime, train
 from affectgpt_jax.configs import demo as demo_config
-from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import TrainPipeline
-from affectgpt_jax.data.records import write_records
 from affectgpt_jax.models.affectgpt import init_random_base
 from affectgpt_jax.program import Program, lower_step
 from affectgpt_jax.training import loop, memory, sharding
@@ -47,14 +45,10 @@ def test_every_array_of_the_state_is_updated_in_its_own_memory():
 
 
 @pytest.fixture(scope="module")
-def records(tmp_path_factory):
+def records(demo_records):
     """Flags of a run of a few steps on text alone."""
-    folder = tmp_path_factory.mktemp("records")
-    for split, size in (("train", 32), ("val", 8)):
-        clips = demo.World(0).records(split, size, tuple(demo.SHAPES))
-        write_records(folder / split, clips, encoders=dict.fromkeys(demo.SHAPES, "demo"))
     return [
-        *(f"--config.data.{split}={folder / split}" for split in ("train", "val")),
+        *(f"--config.data.{split}={demo_records[split]}" for split in ("train", "val")),
         "--config.data.test=",
         "--config.input=text",
         "--config.label=description",

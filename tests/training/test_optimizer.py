@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 
@@ -50,7 +51,7 @@ def test_decay_spares_vectors_and_biases():
 
 @pytest.mark.parametrize("clip_norm", [0.0, 0.5], ids=["unclipped", "clipped"])
 def test_ten_updates_equal_adamw_of_pytorch(clip_norm):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
     # A large epsilon, so that an update depends on the size of a gradient, and clipping shows.
     config = OptimizerConfig(
         learning_rate=1e-2,

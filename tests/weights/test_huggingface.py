@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
@@ -111,7 +112,7 @@ MESHES = ["data:8", "fsdp:8", "tensor:8", "fsdp:4,tensor:2", "data:2,fsdp:2,tens
     st.sampled_from([1, 100, 10**6]),
 )
 def test_every_mesh_holds_what_transformers_saved(checkpoint, file_size, dtype, mesh, block_bytes):
-    torch = pytest.importorskip("torch", reason="the files are written by transformers")
+    torch = needs_torch.pytorch("the files are written by transformers")
     import transformers
 
     llm, stored = checkpoint
@@ -206,7 +207,7 @@ def logits_of(base, llm, tokens, shard=ComputeConfig.shard, precision=""):
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:8", "data:2,fsdp:2,tensor:2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_reads_a_saved_base_and_every_mesh_computes_the_same(tmp_path, family, mesh):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
     import transformers
 
     llm = FAMILIES[family]

@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -101,7 +102,7 @@ def test_a_merged_kernel_lies_on_the_devices_that_the_base_has():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_computes_the_same_logits_from_a_merged_directory(tmp_path, family):
-    torch = pytest.importorskip("torch", reason="the reference runs in PyTorch")
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
     import transformers
 
     llm = FAMILIES[family]

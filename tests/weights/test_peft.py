@@ -6,6 +6,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 from hypothesis import given
@@ -116,8 +117,7 @@ FAMILIES = {
 
 def reference(directory, llm):
     """A random base, and transformers' model of it."""
-    pytest.importorskip("torch", reason="the reference runs in PyTorch")
-    pytest.importorskip("peft", reason="the reference is PEFT")
+    needs_torch.peft("the reference is PEFT")
     import transformers
 
     base = random_base(make_model(llm))

@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 from hypothesis import given
@@ -206,7 +207,7 @@ def save_torch(torch, path, state, **others):
 
 @pytest.fixture(scope="module")
 def torch():
-    return pytest.importorskip("torch", reason="the release is in PyTorch")
+    return needs_torch.pytorch("the release is in PyTorch")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import zipfile
 from collections import OrderedDict
 
 import jax.numpy as jnp
+import needs_torch
 import numpy as np
 import pytest
 from hypothesis import given
@@ -19,7 +20,7 @@ from affectgpt_jax.weights.streaming import WeightsError
 
 @pytest.fixture(scope="module")
 def torch():
-    return pytest.importorskip("torch", reason="the files are written and read by PyTorch")
+    return needs_torch.pytorch("the files are written and read by PyTorch")
 
 
 def values(tree):
