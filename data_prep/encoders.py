@@ -345,6 +345,13 @@ class Encoder:
         return {"input_features": mel.to(self._device)}
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch finds a GPU."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def normalised(samples: torch.Tensor) -> torch.Tensor:
     """Samples `[B, 8, N]` with zero mean and unit variance over the 8 windows of each clip."""
     mean = samples.mean(dim=(1, 2), keepdim=True)

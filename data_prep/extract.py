@@ -74,7 +74,7 @@ try:
     from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
     from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
     from data_prep.decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
-    from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder
+    from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder, has_gpu
     from data_prep.encoders import names as encoder_names
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -243,9 +243,9 @@ def placement(device: str | None, precision: str | None) -> tuple[str, str]:
     Raises:
         EncoderError: a GPU that is not here, or a precision that a CPU does not have.
     """
-    has_gpu = _has_gpu()
-    device = device or ("cuda" if has_gpu else "cpu")
-    if device == "cuda" and not has_gpu:
+    gpu = has_gpu()
+    device = device or ("cuda" if gpu else "cpu")
+    if device == "cuda" and not gpu:
         raise EncoderError("--device cuda: PyTorch finds no GPU here; leave the flag out for a CPU")
     precision = precision or PRECISIONS[device][0]
     if precision not in PRECISIONS[device]:
@@ -453,12 +453,6 @@ def _identity(arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Els
         sorted(elsewhere.files.items()),
     ]
     return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -214,10 +214,15 @@ def check_file(path: Path) -> None:
         raise MediaError("empty file")
 
 
+# Metadata that is not UTF-8 is no reason to refuse a file. From version 19 on, PyAV keeps such
+# bytes by itself, and the argument is gone.
+_FOREIGN_METADATA = {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+
+
 def _open(path: Path) -> av.container.InputContainer:
     check_file(path)
     try:
-        return av.open(str(path), metadata_errors="ignore")
+        return av.open(str(path), **_FOREIGN_METADATA)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise MediaError(f"not readable as media: {_reason(error)}") from None
 

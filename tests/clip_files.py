@@ -72,6 +72,7 @@ def write_clip(
     video_codec: str = "mpeg4",
     audio_codec: str = "aac",
     options: dict[str, str] | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> Path:
     """A file with the streams that are given.
 
@@ -80,10 +81,11 @@ def write_clip(
         frames: uint8 RGB `[T, H, W, 3]`.
         sound: float32 `[channels, N]` at `rate`.
         fps, rate, video_codec, audio_codec: of the streams.
-        options: of the container.
+        options, metadata: of the container.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options or {}) as container:
+        container.metadata.update(metadata or {})
         pictures = voices = None
         if frames is not None:
             pictures = container.add_stream(video_codec, rate=fps)

@@ -222,3 +222,10 @@ def test_resizing_is_bilinear_and_does_not_keep_the_aspect_ratio():
     # Pillow rounds to integers twice, after each axis.
     assert np.abs(found - expected[0].permute(1, 2, 0).numpy()).max() <= 1.01
     assert media.resized(image[:, :50], 224).shape == (224, 224, 3)
+
+
+def test_a_title_that_is_no_utf8_is_no_reason_to_refuse_a_file(tmp_path):
+    path = write_clip(tmp_path / "a.mkv", grey_frames(10), metadata={"title": "a cafe, long ago"})
+    path.write_bytes(path.read_bytes().replace(b"a cafe, ", b"a caf\xe9, "))
+    assert b"caf\xe9" in path.read_bytes()
+    assert media.read_frames(path, 4, id)
