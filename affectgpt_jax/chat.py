@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.data.pipeline import choose_lengths
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.decoder import Decoder
 from affectgpt_jax.models.generate import Decoding, Prompts, generate_all, rows_and_prefill_batch
 from affectgpt_jax.training.sharding import data_parallel_size, shard_whole_batch
-from affectgpt_jax.weights.huggingface import BaseIdentity
 
 # Tokens that end a reply; Qwen2.5's generation_config.json names these two.
 STOPS = ("<|im_end|>", "<|endoftext|>")
@@ -42,7 +42,7 @@ class BaseChat:
         self,
         decoder: Decoder,
         base: Any,
-        identity: BaseIdentity,
+        identity: Identity,
         tokenizer: Tokenizer,
         mesh: Mesh,
         *,

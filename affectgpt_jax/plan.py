@@ -31,10 +31,11 @@ from ml_collections import ConfigDict
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.text import print_lines
+from affectgpt_jax.common.trees import device_nbytes, parameter_count
 from affectgpt_jax.config import ConfigError, parse_command_line
 from affectgpt_jax.data.packing import CLIP_ROOM, Bucket, round_up
 from affectgpt_jax.planner import Layout, Planner
-from affectgpt_jax.program import check_rows, count
+from affectgpt_jax.program import check_rows
 from affectgpt_jax.training import collectives, memory, sharding
 from affectgpt_jax.training.devices import DEVICES
 from affectgpt_jax.training.roofline import EFFICIENCY, Shape
@@ -154,14 +155,14 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
         "rows": dataclasses.asdict(rows),
         "attention": {"name": attention.name, "reason": attention.reason},
         "parameters": {
-            "base": count(base),
-            "lora": count(state["trainable"]["lora"]),
-            "fusion": count(state["trainable"]["fusion"]),
+            "base": parameter_count(base),
+            "lora": parameter_count(state["trainable"]["lora"]),
+            "fusion": parameter_count(state["trainable"]["fusion"]),
         },
         "arguments": {
-            "base": memory.device_bytes(base),
-            "trainable": memory.device_bytes(state["trainable"]),
-            "optimizer": memory.device_bytes(state["opt_state"]),
+            "base": device_nbytes(base),
+            "trainable": device_nbytes(state["trainable"]),
+            "optimizer": device_nbytes(state["opt_state"]),
             "compiled": compiled.memory_analysis().argument_size_in_bytes,
         },
         "efficiency": arguments.efficiency,

@@ -16,13 +16,14 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build
+from affectgpt_jax.common.trees import nbytes, parameter_count
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import empty_batch
 from affectgpt_jax.models.affectgpt import Batch
 from affectgpt_jax.models.attention import Choice, causal, choose
 from affectgpt_jax.models.flops import Flops, train_flops
-from affectgpt_jax.program import count, make_program, nbytes
+from affectgpt_jax.program import make_program
 from affectgpt_jax.training import memory, roofline, sharding
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import Device
@@ -180,7 +181,7 @@ class Planner:
         return Sizes(
             layers=nbytes(kernels),
             lm_head=nbytes(base.get("lm_head", base["embed_tokens"])),
-            adapters=count(state["trainable"]["lora"]) * itemsize,
+            adapters=parameter_count(state["trainable"]["lora"]) * itemsize,
             fusion=nbytes(state["trainable"]["fusion"]),
             hidden=rows * self.rows.length * self.llm.hidden_size * itemsize,
             num_layers=self.llm.num_hidden_layers,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,11 +20,11 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build
+from affectgpt_jax.common.trees import nbytes, parameter_count
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, with_compute
 from affectgpt_jax.models.attention import CausalAttention
 from affectgpt_jax.models.decoder import DecoderConfig
-from affectgpt_jax.models.quantize import QuantizedKernel
 from affectgpt_jax.training import memory, sharding, xla_options
 from affectgpt_jax.training.losses import LossFunction, cross_entropy
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -90,10 +89,10 @@ class Program:
         """Parameters and the remat policy, in lines for people."""
         config, trainable = self.config, self.state["trainable"]
         lines = [
-            f"{count(self.base):,} frozen parameters ({base_name}, "
+            f"{parameter_count(self.base):,} frozen parameters ({base_name}, "
             f"{nbytes(self.base) / 2**20:,.1f} MiB in {config.base_precision or config.dtype}), "
-            f"{count(trainable['lora']):,} in LoRA and {count(trainable['fusion']):,} in "
-            "projectors and fusion to train"
+            f"{parameter_count(trainable['lora']):,} in LoRA and "
+            f"{parameter_count(trainable['fusion']):,} in projectors and fusion to train"
         ]
         return lines + ([str(self.remat)] if self.remat else [])
 
@@ -199,17 +198,6 @@ def make_program(
     return dataclasses.replace(
         program, model=with_compute(model, remat=choice.policy), remat=choice
     )
-
-
-def count(tree: Any) -> int:
-    """Number of parameters in a tree of arrays or shapes."""
-    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, QuantizedKernel))
-    return sum(math.prod(leaf.shape) for leaf in leaves)
-
-
-def nbytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def lower_step(

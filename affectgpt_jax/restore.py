@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from affectgpt_jax import build, runtime
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import PromptProcessor
@@ -27,7 +28,6 @@ from affectgpt_jax.training import sharding, xla_options
 from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.step import State
 from affectgpt_jax.weights.huggingface import (
-    BaseIdentity,
     base_identity,
     load_base,
 )
@@ -61,7 +61,7 @@ class Run:
     model: AffectGPT
     base: Any
     trainable: Any
-    identity: BaseIdentity
+    identity: Identity
     processor: PromptProcessor
     mesh: Mesh
     step: int

@@ -23,9 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from affectgpt_jax.common.trees import nbytes
 from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, DecoderConfig, init_base
 from affectgpt_jax.models.quantize import PRECISIONS
-from affectgpt_jax.program import nbytes
 from benchmarks import harness
 from benchmarks.blocks import ratios, take_turns, workers
 from benchmarks.harness import Report, at_least

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from affectgpt_jax import build
+from affectgpt_jax.common.trees import nbytes
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.models.affectgpt import (
     AffectGPT,
@@ -30,7 +31,7 @@ from affectgpt_jax.models.affectgpt import (
 )
 from affectgpt_jax.models.attention import causal
 from affectgpt_jax.models.decoder import lm_head
-from affectgpt_jax.program import compiler_options, make_program, nbytes
+from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.training import memory, sharding
 from benchmarks import harness, workloads
 from benchmarks.workloads import Contents, Workload, contents

@@ -443,12 +443,13 @@ def test_a_workdir_of_another_run_is_refused(finished, records):
 
 def test_a_checkpoint_of_another_base_is_refused(finished, records, tmp_path):
     from affectgpt_jax.build import base_directory
+    from affectgpt_jax.common.identity import Identity
     from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
-    from affectgpt_jax.weights.huggingface import BaseIdentity, base_identity
+    from affectgpt_jax.weights.huggingface import base_identity
 
     workdir, _ = finished
     mine = base_identity(base_directory("tiny"))
-    other = BaseIdentity(mine.name, "0" * 64)
+    other = Identity(mine.name, "0" * 64)
     with Checkpoints(workdir, other) as checkpoints:
         with pytest.raises(CheckpointError, match="was trained on the base"):
             checkpoints.restore(6, {})

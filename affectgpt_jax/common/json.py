@@ -1,6 +1,6 @@
 """JSON from outside, with limits and checked types, and files of one record a line.
 
-The types of a document are said in Python: `dict[str, int]`, `tuple[str, ...]`, `float | None`, a
+The types of a document are said in Python: `dict[str, int]`, `tuple[int, str]`, `float | None`, a
 `TypedDict` (an object that may have more keys), or a dataclass (an object with exactly these keys,
 of which an instance is made). A value of another type is refused by file and key.
 """
@@ -173,6 +173,12 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
     # Not isinstance: to Python, true and false are whole numbers.
     if type(value) is not (list if origin is tuple else origin):
         raise _mismatch(value, kind, key)
+    if origin is tuple and arguments and Ellipsis not in arguments:
+        if len(value) != len(arguments):
+            raise _Mismatch(key, f"expected {len(arguments)} values, found {shorten(value)}")
+        return tuple(
+            _checked(v, k, f"{key}[{i}]") for i, (v, k) in enumerate(zip(value, arguments))
+        )
     if origin in (list, tuple) and arguments:
         return origin(_checked(v, arguments[0], f"{key}[{i}]") for i, v in enumerate(value))
     if origin is dict and arguments:

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -30,10 +27,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.training.sharding import path_name
+from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.files import sha256_of, sync
+from affectgpt_jax.common.identity import Identity, json_sha256
+from affectgpt_jax.common.json import check_type, read_json, write_json
+from affectgpt_jax.common.trees import path_name
 from affectgpt_jax.training.step import State
-from affectgpt_jax.weights.huggingface import BaseIdentity
 
 MANIFEST = "manifest.json"
 STATE = "state"
@@ -61,21 +60,14 @@ class Manifest:
     """
 
     step: int
-    base: dict[str, str]
+    base: Identity
     val_loss: float | None
-    files: dict[str, list[Any]]
+    files: dict[str, tuple[int, str]]
 
     def write(self, directory: Path) -> None:
         """Write or replace the manifest of a directory, at once and durably."""
         fields = dataclasses.asdict(self)
-        text = json.dumps(fields | {"sha256": _digest(fields)}, indent=1) + "\n"
-        beside = directory / f"{MANIFEST}.tmp"
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(directory / MANIFEST)
-        _sync(directory)
+        write_json(directory / MANIFEST, fields | {"sha256": json_sha256(fields)}, indent=1)
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
@@ -84,15 +76,16 @@ class Manifest:
         Raises:
             CheckpointError: it is missing, or not as it was written.
         """
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise _damaged(directory, f"{MANIFEST} is missing")
         try:
-            fields = json.loads((directory / MANIFEST).read_bytes())
-            digest = fields.pop("sha256")
-            manifest = cls(**fields)
-        except FileNotFoundError:
-            raise _damaged(directory, f"{MANIFEST} is missing") from None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            raise _damaged(directory, f"{MANIFEST} cannot be read") from None
-        if digest != _digest(fields):
+            fields = read_json(path, dict[str, Any])
+            digest = fields.pop("sha256", None)
+            manifest = check_type(fields, cls, str(path))
+        except ReadError as error:
+            raise _damaged(directory, str(error)) from None
+        if digest != json_sha256(fields):
             raise _damaged(directory, f"{MANIFEST}: its own sha256 does not match")
         return manifest
 
@@ -155,7 +148,7 @@ class _Folder:
             found = file.stat().st_size if file.is_file() else "no such file"
             if found != size:
                 raise _damaged(where, f"{name}: size in bytes: found {found}, expected {size}")
-            found = _sha256_of(file)
+            found = sha256_of(file)
             if found != digest:
                 raise _damaged(where, f"{name}: sha256: found {found}, expected {digest}")
         self._intact.add(step)
@@ -175,10 +168,8 @@ class Checkpoints:
         is_main_process: whether this is process 0.
     """
 
-    def __init__(
-        self, workdir: Path, base: BaseIdentity, keep: int = 3, is_main_process: bool = True
-    ):
-        self._base, self._keep = dataclasses.asdict(base), keep
+    def __init__(self, workdir: Path, base: Identity, keep: int = 3, is_main_process: bool = True):
+        self._base, self._keep = base, keep
         self._is_main_process = is_main_process
         self._folder = _Folder(workdir)
         self._broken = False
@@ -281,13 +272,13 @@ class Checkpoints:
             return
         files = {}
         for path in sorted(staging.rglob("*")):
-            _sync(path)
+            sync(path)
             if path.is_file():
                 name = str(path.relative_to(staging))
-                files[name] = [path.stat().st_size, _sha256_of(path)]
+                files[name] = path.stat().st_size, sha256_of(path)
         Manifest(step, self._base, val_loss, files).write(staging)
         staging.rename(self._folder.at(step))
-        _sync(self._folder.path)
+        sync(self._folder.path)
         steps = self._folder.steps()
         for old in set(steps) - {*steps[-self._keep :], self._folder.best()}:
             # Renamed first: what is half deleted must not look like a checkpoint.
@@ -370,9 +361,9 @@ class SavedRun:
         # What a standard handler has written, this one can also read in part.
         self._orbax = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
 
-    def base(self, step: int) -> BaseIdentity:
+    def base(self, step: int) -> Identity:
         """The base that the checkpoint was trained on."""
-        return BaseIdentity(**self._manifest(step).base)
+        return self._manifest(step).base
 
     def val_loss(self, step: int) -> float | None:
         """Its validation loss; None where it was not validated."""
@@ -380,7 +371,7 @@ class SavedRun:
 
     def fingerprint(self, step: int) -> str:
         """Sha256, in hex, over the hashes of its files: of another training, it is another one."""
-        return _digest(self._manifest(step).files)
+        return json_sha256(self._manifest(step).files)
 
     def _manifest(self, step: int) -> Manifest:
         """That of a checkpoint whose files are whole."""
@@ -403,7 +394,7 @@ class SavedRun:
         how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), shapes)
         return self._read_trainable(step, shapes, how)
 
-    def restore(self, step: int, base: BaseIdentity, abstract: Any) -> Any:
+    def restore(self, step: int, base: Identity, abstract: Any) -> Any:
         """Read the `trainable` tree into the shapes, dtypes and shardings of `abstract`.
 
         Args:
@@ -415,7 +406,7 @@ class SavedRun:
             CheckpointError: as for `Checkpoints.restore`, or there is no such step.
         """
         where = self._folder.at(step)
-        _check_base(where, dataclasses.asdict(self.base(step)), dataclasses.asdict(base))
+        _check_base(where, self.base(step), base)
         _check_tree(where, {"trainable": self.shapes(step)}, {"trainable": abstract})
         how = ocp.checkpoint_utils.construct_restore_args(abstract)
         return self._read_trainable(step, abstract, how)
@@ -459,30 +450,12 @@ def _damaged(where: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{where} is damaged: {what}")
 
 
-def _digest(fields: dict[str, Any]) -> str:
-    """The hash of a manifest's fields."""
-    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a directory, survive a loss of power."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
-
-
-def _check_base(where: Path, saved: dict[str, str], mine: dict[str, str]) -> None:
-    if saved["sha256"] != mine["sha256"]:
+def _check_base(where: Path, saved: Identity, mine: Identity) -> None:
+    if saved.sha256 != mine.sha256:
         raise CheckpointError(
-            f"{where} was trained on the base {saved}, but this run has {mine}; name that base "
-            "with --config.llm, or use another --workdir"
+            f"{where} was trained on the base {saved.name} (sha256 {saved.sha256}), but this run "
+            f"has {mine.name} (sha256 {mine.sha256}); name that base with --config.llm, or use "
+            "another --workdir"
         )
 
 

@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
+from affectgpt_jax.common.trees import device_nbytes, nbytes, path_name
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch, with_compute
 from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
 from affectgpt_jax.models.decoder import DecoderConfig, OneDevice
 from affectgpt_jax.training.losses import LossFunction, cross_entropy
-from affectgpt_jax.training.sharding import data_parallel_size, path_name
+from affectgpt_jax.training.sharding import data_parallel_size
 from affectgpt_jax.training.step import State
 
 # From the fastest to the one that saves the least.
@@ -148,8 +149,8 @@ def estimates(
 def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) -> Memory:
     """The memory of an update with so many bytes of residuals and of short-lived buffers."""
     return Memory(
-        base=device_bytes(abstract_base),
-        state=device_bytes(abstract_state) + device_bytes(abstract_state["trainable"]),
+        base=device_nbytes(abstract_base),
+        state=device_nbytes(abstract_state) + device_nbytes(abstract_state["trainable"]),
         saved=saved,
         work=work,
         gathered=gathered_bytes(abstract_base),
@@ -197,7 +198,7 @@ def gathered_bytes(abstract_base: Any) -> int:
         if not any("fsdp" in s and n > 1 for s, n in zip(shares, split)):
             continue
         others = math.prod(n for s, n in zip(shares, split) if "fsdp" not in s)
-        whole = _nbytes(leaf.shape, leaf.dtype) // others
+        whole = nbytes(leaf) // others
         if path_name(path).startswith("layers/"):
             layers += 2 * whole // leaf.shape[0]
         elif "lm_head" in abstract_base and path_name(path) == "embed_tokens":
@@ -255,19 +256,7 @@ def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
     jaxpr = jax.make_jaxpr(residuals)(differentiated, *others).jaxpr
     arguments = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
     kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in arguments}
-    return sum(_nbytes(aval.shape, aval.dtype) for aval in kept.values())
-
-
-def device_bytes(abstract_tree: Any) -> int:
-    """Bytes of one device's share of a tree of shapes with shardings."""
-    return sum(
-        _nbytes(x.sharding.shard_shape(x.shape), x.dtype) for x in jax.tree.leaves(abstract_tree)
-    )
-
-
-def _nbytes(shape: tuple[int, ...], dtype: Any) -> int:
-    # A key's dtype is as wide as the words that it holds.
-    return math.prod(shape) * dtype.itemsize
+    return nbytes(list(kept.values()))
 
 
 def device_limit() -> int | None:

@@ -19,6 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.trees import path_name
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -92,11 +93,6 @@ def make_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = parse_mesh(text, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
-
-
-def path_name(path) -> str:
-    """A tree path as rules see it, e.g. "layers/q_proj/kernel"."""
-    return "/".join(jax.tree_util.keystr((entry,), simple=True) for entry in path)
 
 
 def tree_shardings(mesh: Mesh | AbstractMesh, tree: Any) -> Any:

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
-import fcntl
-import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
 
-from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import lock_file
 
 
 class Stopped(SystemExit):
@@ -156,44 +152,18 @@ def _has_descriptor(stream: object) -> bool:
         return False
 
 
-class WorkdirInUse(UserError, RuntimeError):
-    """Another run is at work in a workdir."""
-
-
 LOCK_FILE = "run.lock"
 
 
-@contextlib.contextmanager
-def lock_workdir(workdir: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+def lock_workdir(
+    workdir: Path, say: Callable[[str], None] = print
+) -> contextlib.AbstractContextManager[None]:
     """Keep other runs out of a workdir, which is made if it is not there.
 
-    The lock is the kernel's, so it ends with the process, however that ends.
-
     Raises:
-        WorkdirInUse: another run holds it; the message names its host and process.
+        FileInUse: another run holds it; the message names its host and process.
         OSError: the workdir cannot be written to.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / LOCK_FILE).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            try:
-                holder = json.loads(file.read())
-                who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
-            except (ValueError, KeyError, TypeError):  # it is just writing that
-                who = "another process"
-            raise WorkdirInUse(
-                f"{workdir} is in use by {who}; wait for it, stop it, or name another --workdir"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            say(f"warning: {workdir} is on a file system without locks; see that one run uses it")
-        file.truncate(0)
-        since = time.strftime("%Y-%m-%d %H:%M:%S")
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        file.write(json.dumps(holder) + "\n")
-        file.flush()
-        yield
+    advice = "wait for it, stop it, or name another --workdir"
+    return lock_file(workdir / LOCK_FILE, str(workdir), advice, say)

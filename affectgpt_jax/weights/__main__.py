@@ -22,11 +22,12 @@ from typing import Any
 import jax
 
 from affectgpt_jax import build, cli
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
 from affectgpt_jax.weights import merge, peft, release, report
-from affectgpt_jax.weights.huggingface import BaseIdentity, WeightsError, base_identity
+from affectgpt_jax.weights.huggingface import WeightsError, base_identity
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -82,7 +83,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     step: int
     shapes: Mapping[str, Any]
-    base: BaseIdentity
+    base: Identity
     lora: LoraConfig | None
 
 

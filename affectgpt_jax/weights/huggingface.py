@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from affectgpt_jax.common.identity import Identity, files_sha256
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.quantize import QuantizedKernel, quantize
 from affectgpt_jax.weights.hf_config import from_hf, to_hf
@@ -149,27 +148,13 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-@dataclasses.dataclass(frozen=True)
-class BaseIdentity:
-    """Which frozen base an adapter belongs to: directory name and SHA-256 of its weights."""
+def base_identity(directory: Path) -> Identity:
+    """Which frozen base this is: the directory's name, and a hash of the model's shape and weights.
 
-    name: str
-    sha256: str
-
-
-def base_identity(directory: Path) -> BaseIdentity:
-    """Hash the model's shape and weights; reads every byte of the latter, file beside file."""
-
-    def hash_file(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
+    It reads every byte of the weights, file beside file.
+    """
     shape = _identity_shape(read_config(directory))
-    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    with ThreadPoolExecutor() as pool:
-        for file_digest in pool.map(hash_file, weight_files(directory)):
-            digest.update(file_digest)
-    return BaseIdentity(Path(directory).name, digest.hexdigest())
+    return Identity(Path(directory).name, files_sha256(weight_files(directory), about=shape))
 
 
 def _identity_shape(config: DecoderConfig) -> dict[str, Any]:

@@ -154,10 +154,13 @@ def test_types_of_every_kind():
     assert check_type({"file": "f", "count": 1, "more": []}, Shard, "f")["more"] == []
     assert check_type([1, "a"], list[int | str], "f") == [1, "a"]
     assert check_type(["a"], tuple[str, ...], "f") == ("a",)
+    assert check_type([1, "a"], tuple[int, str], "f") == (1, "a")
     assert check_type("b", Literal["a", "b"], "f") == "b"
     assert check_type({"a": [None]}, dict[str, Any], "f") == {"a": [None]}
     for value, kind, message in (
         ([1, 1.5], list[int | str], r"\[1\]: expected a whole number or text, found 1.5"),
+        ([1, 2], tuple[int, str], r"f: \[1\]: expected text, found 2"),
+        ([1], tuple[int, str], r"f: expected 2 values, found \[1\]"),
         ("c", Literal["a", "b"], "expected one of 'a', 'b', found 'c'"),
         (1, Literal[True], "expected one of True, found 1"),
         # The part that is wrong is named, not the whole.

@@ -4,11 +4,11 @@ import jax
 import pytest
 
 from affectgpt_jax import build
+from affectgpt_jax.common.trees import parameter_count
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.modalities import INPUT_MODES
 from affectgpt_jax.models.affectgpt import init_random_base, init_trainable
 from affectgpt_jax.models.decoder import PUBLISHED
-from affectgpt_jax.program import count
 
 LLM = PUBLISHED["Qwen2.5-7B-Instruct"]
 VIDEO, AUDIO, IMAGE, COMMON, OUT = 768, 1024, 768, 1024, 3584
@@ -59,10 +59,10 @@ def trained(**changes) -> dict:
     model = build.model(config, LLM)
     shapes = jax.eval_shape(lambda key: init_trainable(model, key), jax.random.key(0))
     base = jax.eval_shape(lambda key: init_random_base(model, key), jax.random.key(0))
-    assert count(base) == 7_615_616_512
+    assert parameter_count(base) == 7_615_616_512
     return {
-        **{name: count(module) for name, module in shapes["fusion"].items()},
-        "lora": count(shapes["lora"]),
+        **{name: parameter_count(module) for name, module in shapes["fusion"].items()},
+        "lora": parameter_count(shapes["lora"]),
     }
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from trees import assert_same_tree
 
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.checkpoints import (
     CheckpointError,
@@ -17,9 +18,8 @@ from affectgpt_jax.training.checkpoints import (
     SavedRun,
 )
 from affectgpt_jax.training.optimizer import OptimizerConfig, make_optimizer
-from affectgpt_jax.weights.huggingface import BaseIdentity
 
-BASE = BaseIdentity("Tiny", "0" * 64)
+BASE = Identity("Tiny", "0" * 64)
 SHAPES = {
     "lora": {"layers": {"q_proj": {"lora_a": (2, 8, 4), "lora_b": (2, 4, 8)}}},
     "fusion": {"audio": {"projection": {"kernel": (6, 8), "bias": (8,)}}},
@@ -306,7 +306,7 @@ def assert_refused(workdir, words, base=BASE, shapes=SHAPES):
 
 
 def test_a_checkpoint_of_another_base_is_refused_by_both_identities(saved):
-    other = BaseIdentity("Other", "1" * 64)
+    other = Identity("Other", "1" * 64)
     words = [BASE.name, BASE.sha256, other.name, other.sha256, "--config.llm"]
     assert_refused(saved, words, base=other)
 

@@ -6,11 +6,12 @@ import pytest
 from tiny_model import make_batch, make_model
 
 from affectgpt_jax import build, runtime, train
+from affectgpt_jax.common import trees
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data.pipeline import TrainPipeline
 from affectgpt_jax.models.affectgpt import init_random_base
 from affectgpt_jax.program import Program, lower_step
-from affectgpt_jax.training import loop, memory, sharding
+from affectgpt_jax.training import loop, sharding
 from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.step import init_state, make_train_step
@@ -38,7 +39,7 @@ def test_every_array_of_the_state_is_updated_in_its_own_memory():
     assert all(info.donated for info in jax.tree.leaves(donated))
     assert not any(info.donated for info in jax.tree.leaves(kept))
     # Donated is a wish; what XLA made of it is that outputs share the memory of inputs.
-    assert compiled.memory_analysis().alias_size_in_bytes >= memory.device_bytes(state)
+    assert compiled.memory_analysis().alias_size_in_bytes >= trees.device_nbytes(state)
 
 
 # --- The loop -------------------------------------------------------------------------------------

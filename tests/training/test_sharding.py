@@ -10,6 +10,7 @@ import pytest
 from tiny_model import make_batch
 
 from affectgpt_jax import build
+from affectgpt_jax.common import trees
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.models.affectgpt import init_random_base
 from affectgpt_jax.models.decoder import PUBLISHED
@@ -84,9 +85,7 @@ def paper(mesh, **changes):
 def splits(tree):
     """By path: into how many parts each dimension of a leaf is split."""
     return {
-        sharding.path_name(path): tuple(
-            np.array(leaf.shape) // leaf.sharding.shard_shape(leaf.shape)
-        )
+        trees.path_name(path): tuple(np.array(leaf.shape) // leaf.sharding.shard_shape(leaf.shape))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
