@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 
 from affectgpt_jax.cli import flags_with_underscores, wrap_help
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.modalities import HEADS, INPUT_MODES
 from affectgpt_jax.data.prompts import PromptError, parse_label
@@ -299,8 +300,7 @@ def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the config of a run to `workdir/config.json`, unless it resumes one."""
     path = workdir / "config.json"
     if not (_saved_steps(workdir) and path.exists()):
-        text = json.dumps(json.loads(config.to_json()), indent=2) + "\n"
-        path.write_text(text, encoding="utf-8")
+        write_json(path, json.loads(config.to_json()))
 
 
 def _saved_steps(workdir: Path) -> list[int]:
@@ -322,7 +322,7 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     if not (saved and path.exists()):
         return
     mine = dict(_leaves(json.loads(config.to_json())))
-    theirs = dict(_leaves(json.loads(path.read_text("utf-8"))))
+    theirs = dict(_leaves(read_json(path, dict[str, Any], error=ConfigError)))
     if config.optimizer.learning_rate == config.optimizer.final_learning_rate:
         theirs["steps"] = mine["steps"]  # a constant rate does not depend on the run's length
     for key in sorted(mine.keys() | theirs.keys()):

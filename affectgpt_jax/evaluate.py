@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -30,6 +29,8 @@ from typing import Any
 
 from affectgpt_jax import build, cli, inference, runtime
 from affectgpt_jax.chat import BaseChat
+from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError
@@ -561,14 +562,12 @@ def _answer_file(
         dataclasses.asdict(sampling),
         arguments.seed if sampling.temperature else None,
     ]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-    return f"{file_name(test.name)}-step-{step}-{question}-{digest[:12]}.jsonl"
+    return f"{file_name(test.name)}-step-{step}-{question}-{json_sha256(parts)[:12]}.jsonl"
 
 
 def _write_predictions(path: Path, predictions: Table, answers: inference.Answers) -> None:
     """Name, text and labels or sentiment of every clip, as `score` and `report` read them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
+    with atomic_write(path, "w") as file:
         for name, value, answer in zip(
             predictions.names, predictions.values, answers.each, strict=True
         ):

@@ -13,7 +13,9 @@ from typing import Any, TypedDict
 
 from jax.sharding import Mesh
 
+from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.json import ResumableJsonl
+from affectgpt_jax.common.text import json_line
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
@@ -334,13 +336,13 @@ def write_predictions(
 ) -> None:
     """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`
     (name, emotion)."""
-    with (workdir / "predictions.jsonl").open("w", encoding="utf-8") as file:
+    with atomic_write(workdir / "predictions.jsonl", "w") as file:
         for i, entry in enumerate(dataset.index):
             line: dict[str, Any] = {"name": entry.name, "text": answers.texts[i]}
             if labels is not None:
                 line["labels"] = list(labels[i])
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    with (workdir / "truth.csv").open("w", encoding="utf-8", newline="") as file:
+            file.write(json_line(json.dumps(line, ensure_ascii=False)) + "\n")
+    with atomic_write(workdir / "truth.csv", "w") as file:
         writer = csv.writer(file)
         writer.writerow(["name", "emotion"])
         writer.writerows([entry.name, entry.emotion] for entry in dataset.index)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build, runtime
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import Identity
+from affectgpt_jax.common.json import read_json
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import PromptProcessor
@@ -102,16 +102,11 @@ def load_config(workdir: Path) -> ConfigDict:
         ConfigError: a config that this version does not know.
     """
     path = workdir / "config.json"
-    try:
-        saved = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.is_file():
         raise RunError(
             f"{workdir} holds no run: {path.name} is missing; name the --workdir of a training run"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
-    if not isinstance(saved, dict):
-        raise RunError(f"{path} cannot be read: it holds no config")
+        )
+    saved = read_json(path, dict[str, Any], error=RunError, advice="expected the config of a run")
     config = ConfigDict(_like(affectgpt_qwen25_7b.get_config().to_dict(), saved))
     try:
         validate(config)

@@ -9,7 +9,6 @@ checkpoint. `--config.key=value` overrides any key of the config. Under srun or 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 import sys
@@ -22,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, evaluators, inference, restore, runtime
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.config import (
     ConfigError,
     check_same_run,
@@ -186,8 +186,7 @@ def train(
 
 def report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> None:
     """Write `result.json` and plot the run."""
-    text = json.dumps(result, indent=2) + "\n"
-    (workdir / "result.json").write_text(text, encoding="utf-8")
+    write_json(workdir / "result.json", result)
     ceiling = result.get("ceilings", {}).get(build.input_mode(config).name)
     metrics_writer.plot_run(
         workdir / "metrics.jsonl",

@@ -8,9 +8,7 @@ under its name when it is whole.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import parse_json
 from data_prep.clips import Clip
 
 
@@ -27,8 +28,7 @@ def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:
         [clip.name, *(_stamp(path) for path in (clip.video, clip.audio, clip.faces))]
         for clip in clips
     ]
-    text = json.dumps([settings, described], sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return json_sha256([settings, described])[:32]
 
 
 def _stamp(path: Path | None) -> list[Any] | None:
@@ -67,10 +67,8 @@ class BlockStore:
     def write(self, key: str, block: Block) -> None:
         """Add a block, atomically."""
         rows = np.frombuffer(json.dumps(block.rows, ensure_ascii=True).encode(), np.uint8)
-        temporary = self.folder / f".{key}.{os.getpid()}"
-        with open(temporary, "wb") as file:
+        with atomic_write(self._path(key)) as file:
             np.savez(file, rows=rows, **block.features)
-        os.replace(temporary, self._path(key))
 
     def rows(self, key: str) -> list[dict[str, Any]]:
         """The rows of a block of the store."""
@@ -90,7 +88,8 @@ class BlockStore:
     def _rows(self, key: str) -> list[dict[str, Any]] | None:
         try:
             with np.load(self._path(key), allow_pickle=False) as file:
-                return json.loads(file["rows"].tobytes())
+                rows = file["rows"].tobytes()
+                return parse_json(rows, str(self._path(key)), list[dict[str, Any]])
         # A disk that was full or lost power leaves what is no archive: not finished.
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from affectgpt_jax.common.identity import files_sha256
 from affectgpt_jax.data.arrays import sample_rows
 from data_prep import faces, media
 from data_prep.clips import Clip
@@ -63,7 +64,7 @@ def decode_clip(job: Job) -> Decoded:
     damage = {path: _trouble(path) for path in (clip.video, clip.audio) if path}
     # By what can be used, the same clip is known again under another name.
     if whole := [path for path, trouble in damage.items() if not trouble]:
-        out.facts["sha256"] = media.sha256_of_files(whole)
+        out.facts["sha256"] = files_sha256(whole)
     visual = [feature for feature in ("face", "frame") if feature in job.features]
     if visual:
         _attempt(out, visual, lambda: _look(job, out, damage))

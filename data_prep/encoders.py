@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.data.records import sha256_of
+from affectgpt_jax.common.identity import named_files_sha256
+from affectgpt_jax.common.json import read_json
 from data_prep.media import RATE, WINDOW, WINDOWS
 
 if TYPE_CHECKING:
@@ -165,8 +164,7 @@ class EncoderPlace:
 
     def sha256(self) -> str:
         """SHA-256 of the names and contents of `files`."""
-        lines = [f"{path.name} {sha256_of(path)}" for path in self.files()]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return named_files_sha256(self.files())
 
 
 def find_encoder(text: str, kind: str, download: bool = False) -> EncoderPlace:
@@ -394,8 +392,4 @@ def _load_model(place: EncoderPlace, model: str) -> Any:
 def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        facts = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise EncoderError(f"{path} is not JSON: {error}") from None
-    return facts if isinstance(facts, dict) else {}
+    return read_json(path, dict[str, Any], error=EncoderError)

@@ -27,11 +27,7 @@ A name alone is looked up in the hub's cache, NAME=DIR is a directory; the bare 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import importlib.metadata
-import io
-import json
 import sys
 import time
 from collections import defaultdict
@@ -42,17 +38,18 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax import cli
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import read_bytes, sha256_of
+from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.progress import Counter
+from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import listed, print_lines, say
-from affectgpt_jax.data.arrays import records_from_csv
+from affectgpt_jax.data.arrays import listed, records_from_csv
 from affectgpt_jax.data.modalities import extracted_features
 from affectgpt_jax.data.records import (
     MANIFEST_FILE,
     Record,
     RecordError,
     read_manifest,
-    sha256_of,
     write_records,
 )
 from data_prep.report import (
@@ -403,8 +400,8 @@ def annotated(
         RecordError, ReadError: a CSV file that cannot be used.
     """
     path = arguments.csv.expanduser()
-    header = next(csv.reader(io.StringIO(read_bytes(path).decode("utf-8-sig", "replace"))), [])
-    media = [c for c in MEDIA_COLUMNS if c in [cell.strip() for cell in header]]
+    header = CsvTable(read_bytes(path), str(path)).header
+    media = [column for column in MEDIA_COLUMNS if column in header]
     return records_from_csv(path, arrays, ignore=[*arguments.ignore, *media], allow_missing=True)
 
 
@@ -452,7 +449,7 @@ def _identity(arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Els
         arguments.split,
         sorted(elsewhere.files.items()),
     ]
-    return hashlib.sha256(json.dumps(facts).encode("utf-8", "surrogateescape")).hexdigest()
+    return json_sha256(facts)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,7 +12,6 @@ Decoding is FFmpeg's, through PyAV. What cannot be decoded whole is not used in 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -189,15 +188,6 @@ def resized(image: np.ndarray, size: int) -> np.ndarray:
     What shrinks is averaged over its area (Pillow's filter widens), so that nothing aliases.
     """
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR))
-
-
-def sha256_of_files(paths: Iterable[Path]) -> str:
-    """The hash of the hashes of files, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def check_file(path: Path) -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import extracted_features
@@ -124,10 +123,7 @@ def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(stream.getvalue(), encoding="utf-8", newline="")
-    os.replace(temporary, path)
+    write_text(path, stream.getvalue())
 
 
 def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:

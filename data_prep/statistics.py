@@ -23,7 +23,7 @@ import numpy as np
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import atomic_write, read_bytes
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.data.modalities import feature_names
@@ -140,12 +140,12 @@ def write_statistics(sets: Sequence[Contents], out: Path) -> list[dict[str, Any]
     """Write the two CSV files and the picture; returns the rows of the table."""
     out.mkdir(parents=True, exist_ok=True)
     rows = [table_row(contents) for contents in sets]
-    with open(out / "statistics.csv", "w", newline="", encoding="utf-8") as file:
+    with atomic_write(out / "statistics.csv", "w") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     spread = {contents.name: distributions(contents) for contents in sets}
-    with open(out / "distributions.csv", "w", newline="", encoding="utf-8") as file:
+    with atomic_write(out / "distributions.csv", "w") as file:
         plain = csv.writer(file, lineterminator="\n")
         plain.writerow(["set", "quantity", "value", "clips"])
         for name, quantities in spread.items():

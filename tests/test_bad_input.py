@@ -156,7 +156,7 @@ TABLE = {
         "manifest.json is missing: this is not a record directory",
     ),
     "a manifest that is not JSON": (
-        lambda f: text(f, "train/manifest.json", "{"), (), "manifest.json is malformed",
+        lambda f: text(f, "train/manifest.json", "{"), (), "manifest.json: not JSON",
     ),
     "an empty data set": (no_records, (), "train holds no records"),
     "features of another width": (

@@ -49,7 +49,7 @@ BANNED = {
         "jax.sharding",
     ),
     "weights": (*COMMANDS, "affectgpt_jax.training", "affectgpt_jax.data", "affectgpt_jax.configs"),
-    "training": (*COMMANDS, "affectgpt_jax.data", "affectgpt_jax.configs"),
+    "training": (*COMMANDS, "affectgpt_jax.data", "affectgpt_jax.weights", "affectgpt_jax.configs"),
 }
 
 

@@ -15,7 +15,6 @@ from affectgpt_jax.common.files import decode
 from affectgpt_jax.common.text import shorten
 
 SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
-NAME_AN_ENCODING = "save it as UTF-8, or name its encoding, as in --encoding gb18030"
 
 
 class CsvTable:
@@ -27,7 +26,7 @@ class CsvTable:
         data: the file's bytes, with or without a byte order mark.
         where: what messages call it.
         columns: those it must have; others are handed over as well.
-        ignore: columns to leave out, which may stand in the header more than once.
+        ignore: columns to leave out, which must stand in the header, and may do so repeatedly.
         encoding: of the file.
         advice: what to do about another encoding, for messages.
         error: the class to raise.
@@ -60,6 +59,11 @@ class CsvTable:
         self.header = [cell for cell in self._cells if cell not in self._ignore]
         if not self._cells:
             raise error(f"{where} is empty; expected a CSV file with a header")
+        for column in ignore:
+            if column not in self._cells:
+                raise error(
+                    f"{where}: no column {column!r} to ignore in the header {shorten(self._cells)}"
+                )
         for column in columns:
             if column not in self.header:
                 shown = shorten(self._cells)
@@ -69,7 +73,7 @@ class CsvTable:
                 )
         for column, times in Counter(self.header).items():
             if times > 1:
-                raise error(f"{where}: the header has column {shorten(column)} more than once")
+                raise error(f"{where}: the header has the column {shorten(column)} more than once")
 
     def _rows(self) -> Iterator[list[str]]:
         try:

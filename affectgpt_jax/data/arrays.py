@@ -17,10 +17,7 @@ key, all clips `[N, T, d]`. In Python, they may also be a dict. Nothing pickled 
 
 from __future__ import annotations
 
-import csv
 import difflib
-import io
-import json
 import math
 import os
 import shlex
@@ -33,6 +30,10 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.json import parse_json
+from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import Annotations, Record, RecordError
@@ -327,12 +328,9 @@ def _json_texts(text: str) -> tuple[str, ...]:
     if not text.strip():
         return ()
     try:
-        texts = json.loads(text)
-    except (ValueError, RecursionError):
-        texts = None
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-        raise ValueError(f'expected JSON, as in ["one text", "another"], found {text!r}')
-    return tuple(texts)
+        return parse_json(text, "the cell", tuple[str, ...])
+    except ReadError:
+        raise ValueError(f'expected JSON, as in ["one text", "another"], found {text!r}') from None
 
 
 _PARSERS: dict[Any, Callable[[str], Any]] = {
@@ -357,7 +355,7 @@ def _read_rows(path: Path, ignore: Sequence[str], encoding: str) -> list[dict[st
     """The fields of every clip, parsed."""
     rows: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    for line, cells in _read_cells(path, ignore, encoding):
+    for line, cells in _read_table(path, ignore, encoding):
         row = {}
         for column, text in cells.items():
             try:
@@ -379,62 +377,18 @@ def _read_rows(path: Path, ignore: Sequence[str], encoding: str) -> list[dict[st
     return rows
 
 
-def _read_cells(
-    path: Path, ignore: Sequence[str], encoding: str
-) -> Iterator[tuple[int, dict[str, str]]]:
-    """Line number and cells by column of every row that is not blank."""
-    # With lenient quoting, an open quote would turn the rest of the file into a single cell.
-    reader = csv.reader(io.StringIO(_read_text(path, encoding), newline=""), strict=True)
-    header: list[str] | None = None
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if header is None:
-                header = [cell.strip() for cell in cells]
-                _check_header(path, header, ignore)
-            elif len(cells) != len(header):
-                raise RecordError(
-                    f"{path}, line {reader.line_num}: expected {len(header)} cells, as in the "
-                    f'header, found {len(cells)}; a cell with commas needs "double quotes"'
-                )
-            else:
-                named = dict(zip(header, cells, strict=True))
-                yield reader.line_num, {c: t for c, t in named.items() if c not in ignore}
-    except csv.Error as error:
-        raise RecordError(f"{path}, line {reader.line_num}: not CSV: {error}") from None
-    if header is None:
-        raise RecordError(f"{path} is empty; expected a header with a column 'name'")
-
-
-def _read_text(path: Path, encoding: str) -> str:
-    try:
-        text = path.read_bytes().decode(encoding)
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from None
-    except LookupError:
-        raise RecordError(f"{encoding!r} is not an encoding; try utf-8 or gb18030") from None
-    # No other encoding is guessed, because most bytes are valid text in several encodings.
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise RecordError(
-            f"{path}, line {line}: byte {error.object[error.start]:#04x} is not {encoding}; save "
-            "the file as UTF-8, or name its encoding, as in --encoding gb18030"
-        ) from None
-    return text.removeprefix("\ufeff")
-
-
-def _check_header(path: Path, header: Sequence[str], ignore: Sequence[str]) -> None:
-    if "name" not in header or "name" in ignore:
-        raise RecordError(
-            f"{path}: no column 'name' in the header {list(header)}; expected columns with commas "
-            "between them, one of them 'name'"
-        )
-    if strange := [column for column in ignore if column not in header]:
-        raise RecordError(f"{path}: no column {strange[0]!r} to ignore in the header {header}")
-    for column in (column for column in header if column not in ignore):
-        if header.count(column) > 1:
-            raise RecordError(f"{path}: the header has the column {column!r} more than once")
+def _read_table(path: Path, ignore: Sequence[str], encoding: str) -> CsvTable:
+    data = read_bytes(path, error=RecordError)
+    table = CsvTable(
+        data,
+        str(path),
+        ("name",),
+        ignore=ignore,
+        encoding=encoding,
+        advice="save the file as UTF-8, or name its encoding, as in --encoding gb18030",
+        error=RecordError,
+    )
+    for column in table.header:
         if column not in COLUMNS:
             close = difflib.get_close_matches(column.lower(), COLUMNS, 1)
             known = f"did you mean {close[0]!r}" if close else f"known are {', '.join(COLUMNS)}"
@@ -442,3 +396,4 @@ def _check_header(path: Path, header: Sequence[str], ignore: Sequence[str]) -> N
                 f"{path}: the column {column!r} is unknown ({known}); rename it, or leave it out "
                 f"with --ignore {shlex.quote(column)}"
             )
+    return table

@@ -33,13 +33,15 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypedDict
 
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import read_bytes, sha256_of
+from affectgpt_jax.common.json import check_type, json_lines, parse_json, read_json
 from affectgpt_jax.data.modalities import feature_names
 
 FORMAT_VERSION = 1
@@ -103,6 +105,24 @@ _TEXTS = ("name", "subtitle", "description", "emotion", "caption", "question", "
 _TUPLES = ("labels", "candidates", "valence_range", "alternatives")
 
 
+class Shard(TypedDict):
+    """A file of records: its name, records, bytes and hash."""
+
+    file: str
+    count: int
+    bytes: int
+    sha256: str
+
+
+class Feature(TypedDict):
+    """A feature of all clips: T, d, what made it, and how many clips have it."""
+
+    frames: int
+    width: int
+    encoder: str
+    present: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """The contents of `manifest.json`; every clip has its features in the shapes given here."""
@@ -110,8 +130,8 @@ class Manifest:
     format_version: int
     split: str
     count: int
-    shards: list[dict[str, Any]]  # {file, count, bytes, sha256}
-    features: dict[str, dict[str, Any]]  # name -> {frames: T, width: d, encoder, present: clips}
+    shards: list[Shard]
+    features: dict[str, Feature]  # by name
     sources: dict[str, int]  # source -> clips
     index_sha256: str
     extra: dict[str, Any]  # the writer's own notes
@@ -150,18 +170,21 @@ def decode(data: bytes) -> Record:
     if zlib.crc32(memoryview(data)[12:]) != crc:  # 12: the crc covers what comes after it
         raise RecordError("the record is damaged: its checksum does not match")
     offset = _PREFIX.size + header_length
-    header = json.loads(str(data[_PREFIX.size : offset], "utf-8"))
+    header = parse_json(data[_PREFIX.size : offset], "its header", dict, error=RecordError)
     features = {}
-    for feature, frames, width in header.pop("features"):
-        values = np.frombuffer(data, "<f2", frames * width, offset)
-        # All exponent bits set is infinity or NaN, which `encode` never writes.
-        if (values.view("<u2") & 0x7C00 == 0x7C00).any():
-            raise RecordError(f"feature {feature!r} holds values that are not finite")
-        features[feature] = values.reshape(frames, width)
-        offset += values.nbytes
     try:
+        for feature, frames, width in header.pop("features"):
+            values = np.frombuffer(data, "<f2", frames * width, offset)
+            # All exponent bits set is infinity or NaN, which `encode` never writes.
+            if (values.view("<u2") & 0x7C00 == 0x7C00).any():
+                raise RecordError(f"feature {feature!r} holds values that are not finite")
+            features[feature] = values.reshape(frames, width)
+            offset += values.nbytes
         return Record(features=features, **_from_json(header))
-    except TypeError as error:  # a field that this version of `Annotations` does not have
+    except RecordError:
+        raise
+    # A field that `Annotations` does not have, or shapes that the bytes do not fill.
+    except (TypeError, ValueError, KeyError) as error:
         raise RecordError(f"the record was written by another version: {error}") from None
 
 
@@ -223,16 +246,22 @@ def write_records(
 def read_manifest(directory: str | os.PathLike[str]) -> Manifest:
     """Reads the manifest alone; RecordError if missing, malformed or of another version."""
     path = Path(directory) / MANIFEST_FILE
-    try:
-        fields = json.loads(path.read_bytes())
-        if fields["format_version"] == FORMAT_VERSION:
-            return Manifest(**fields)
-    except FileNotFoundError:
+    if not path.is_file():
         why = "this is not a record directory, or its writing was interrupted; write it again"
-        raise RecordError(f"{path} is missing: {why}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecordError(f"{path} is malformed: {error}; {_RESTORE}") from error
-    raise RecordError(f"{path}: format version {fields['format_version']} is unknown; {_UPDATE}")
+        raise RecordError(f"{path} is missing: {why}")
+    return as_manifest(read_json(path, error=RecordError, advice=_RESTORE), str(path))
+
+
+class _Versioned(TypedDict):
+    format_version: int
+
+
+def as_manifest(fields: Any, where: str) -> Manifest:
+    """A manifest out of parsed JSON; RecordError if malformed or of another version."""
+    version = check_type(fields, _Versioned, where, error=RecordError, advice=_RESTORE)
+    if (found := version["format_version"]) != FORMAT_VERSION:
+        raise RecordError(f"{where}: format version {found} is unknown; {_UPDATE}")
+    return check_type(fields, Manifest, where, error=RecordError, advice=_RESTORE)
 
 
 class RecordDataset:
@@ -528,12 +557,15 @@ def _write_errors(directory: Path) -> Iterator[None]:
 
 def read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
     """Reads an index file; RecordError where it is not the one that the manifest describes."""
-    data = path.read_bytes() if path.is_file() else b""
+    data = read_bytes(path, error=RecordError) if path.is_file() else b""
     lines = data.split(b"\n")[:-1]  # not splitlines(): texts may hold other line separators
     expect(path, "lines", len(lines), manifest.count)
     expect(path, "sha256", hashlib.sha256(data).hexdigest(), manifest.index_sha256)
-    entries = [json.loads(line) for line in lines]
-    return [IndexEntry(present=tuple(e.pop("present")), **_from_json(e)) for e in entries]
+    entries = [e for _, e in json_lines(data, str(path), error=RecordError, advice=_RESTORE)]
+    try:
+        return [IndexEntry(present=tuple(e.pop("present")), **_from_json(e)) for e in entries]
+    except (TypeError, KeyError) as error:
+        raise RecordError(f"{path} was written by another version: {error}; {_RESTORE}") from None
 
 
 def expect(path: Path, quantity: str, found: Any, expected: Any) -> None:
@@ -541,9 +573,3 @@ def expect(path: Path, quantity: str, found: Any, expected: Any) -> None:
     if found != expected:
         what = f"{quantity}: found {found}, the manifest expects {expected}"
         raise RecordError(f"{path}: {what}; {_RESTORE}")
-
-
-def sha256_of(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -27,7 +27,6 @@ import dataclasses
 import functools
 import io
 import itertools
-import json
 import os
 import re
 import shutil
@@ -36,11 +35,13 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from affectgpt_jax.common.files import sha256_of
+from affectgpt_jax.common.json import read_json
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import (
     FORMAT_VERSION,
@@ -51,9 +52,9 @@ from affectgpt_jax.data.records import (
     Record,
     RecordDataset,
     RecordError,
+    as_manifest,
     expect,
     read_index,
-    sha256_of,
 )
 
 INFO_FILE, METADATA_FILE = "dataset_info.json", "metadata.json"
@@ -451,16 +452,20 @@ def _open(directory: Path) -> tuple[tfds.core.DatasetBuilder, dict[str, Manifest
             f"data_prep.to_tfds wrote, {AffectRecords.name!r}"
         )
     path = directory / METADATA_FILE
-    try:
-        splits = json.loads(path.read_bytes())["splits"]
-        versions = {fields["format_version"] for fields in splits.values()}
-        if versions <= {FORMAT_VERSION}:
-            return builder, {split: Manifest(**fields) for split, fields in splits.items()}
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror}; {_RESTORE}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RecordError(f"{path} is malformed: {error!r}; {_RESTORE}") from error
-    raise RecordError(f"{path}: format versions {sorted(versions)}: {_OTHER_VERSION}")
+    splits = read_json(path, _Metadata, error=RecordError, advice=_RESTORE)["splits"]
+    if others := {fields["format_version"] for fields in splits.values()} - {FORMAT_VERSION}:
+        raise RecordError(f"{path}: format versions {sorted(others)}: {_OTHER_VERSION}")
+    return builder, {split: as_manifest(fields, str(path)) for split, fields in splits.items()}
+
+
+class _Versioned(TypedDict):
+    format_version: int
+
+
+class _Metadata(TypedDict):
+    """What the metadata of the data set holds: the manifest of every split."""
+
+    splits: dict[str, _Versioned]
 
 
 def _reason(error: Exception) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.json import read_json
 from affectgpt_jax.data.modalities import placeholders
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -120,11 +120,11 @@ class Tokenizer:
             if path.is_file():
                 return path.read_text("utf-8")
             path = self._directory / "tokenizer_config.json"
-            found = json.loads(path.read_bytes()).get("chat_template") if path.is_file() else None
+            found = read_json(path, dict).get("chat_template") if path.is_file() else None
             if isinstance(found, list):  # several by name, of which one is for everything else
                 found = {entry["name"]: entry["template"] for entry in found}["default"]
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise TokenizerError(f"{path}: no chat template can be read: {error!r}") from None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise TokenizerError(f"{path}: no chat template can be read: {error}") from None
         if found is not None and not isinstance(found, str):
             raise TokenizerError(f"{path}: chat_template is {type(found).__name__}; expected text")
         return found

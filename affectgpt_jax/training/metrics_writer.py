@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import re
 import secrets
 import statistics
@@ -17,11 +16,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self, SupportsFloat
+from typing import Any, NamedTuple, Self, SupportsFloat, TypedDict
 
 import jax
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.progress import LiveLine, duration
 
 Clock = Callable[[], float]
@@ -187,13 +188,9 @@ def _drop_steps_after(resume_step: int, metrics_file: Path) -> float:
         metrics_file.unlink(missing_ok=True)
         return 0.0
     kept = [record for record in read_metrics(metrics_file) if record["step"] <= resume_step]
-    # Written beside and renamed: a run killed at this point loses no line.
-    beside = metrics_file.with_name(metrics_file.name + ".tmp")
-    with beside.open("w", encoding="utf-8") as lines:
+    # A run that is killed at this point loses no line.
+    with atomic_write(metrics_file, "w") as lines:
         lines.writelines(json.dumps(record) + "\n" for record in kept)
-        lines.flush()
-        os.fsync(lines.fileno())
-    beside.replace(metrics_file)
     return kept[-1].get("time_s", 0.0) if kept else 0.0
 
 
@@ -228,19 +225,15 @@ def first_and_last_loss(path: Path) -> dict[str, float]:
     return {"loss_first": losses[0], "loss_last": losses[-1]}
 
 
+class _Record(TypedDict):
+    """A line of `metrics.jsonl`; its other keys are the names of metrics."""
+
+    step: int
+
+
 def _parse_record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise MetricsError(
-            f"{where}: expected one JSON object, got {line[:80]!r}; mend or delete that line"
-        ) from error
-    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-        raise MetricsError(
-            f"{where}: expected an object with an integer 'step', got {line[:80]!r}; mend or "
-            "delete that line"
-        )
-    return record
+    advice = "mend or delete that line"
+    return parse_json(line, where, _Record, error=MetricsError, advice=advice)
 
 
 # --- where the time goes ------------------------------------------------------------------------

@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
 from affectgpt_jax import build, cli
 from affectgpt_jax.common.identity import Identity
+from affectgpt_jax.common.json import check_type, read_json
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
@@ -62,6 +62,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         if run is export_merged:
             command.add_argument("--base", help="the base's directory; default: config.llm's")
     return parser.parse_args(argv)
+
+
+class _RunConfig(TypedDict):
+    """What is read of a run's config."""
+
+    llm: str
+
+
+class _LoraOptions(TypedDict):
+    rank: int
+    alpha: int | float
+    dropout: int | float
+    targets: tuple[str, ...]
+
+
+class _LoraRunConfig(_RunConfig):
+    lora: _LoraOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,19 +123,14 @@ def open_checkpoint(path: Path, step: int | None) -> Checkpoint:
     saved = SavedRun(workdir)
     step = saved.best if step is None else step
     shapes = saved.shapes(step)
-    try:
-        config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-        lora = None
-        if shapes["lora"]:
-            options = config["lora"]
-            values = {key: options[key] for key in ("rank", "alpha", "dropout")}
-            lora = LoraConfig(**values, targets=tuple(options["targets"]))
-        str(config["llm"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(
-            f"{workdir / 'config.json'} is not the config of a run; training writes it beside the "
-            "checkpoints"
-        ) from None
+    path = workdir / "config.json"
+    advice = "training writes it beside the checkpoints"
+    config = read_json(path, _RunConfig, error=CheckpointError, advice=advice)
+    lora = None
+    if shapes["lora"]:
+        found = check_type(config, _LoraRunConfig, str(path), error=CheckpointError, advice=advice)
+        options = {key: found["lora"][key] for key in ("rank", "alpha", "dropout", "targets")}
+        lora = LoraConfig(**options)
     return Checkpoint(workdir, saved, config, step, shapes, saved.base(step), lora)
 
 

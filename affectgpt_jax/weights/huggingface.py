@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from affectgpt_jax.common.identity import Identity, files_sha256
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.quantize import QuantizedKernel, quantize
 from affectgpt_jax.weights.hf_config import from_hf, to_hf
@@ -68,16 +68,14 @@ def read_config(directory: Path) -> DecoderConfig:
         WeightsError: no such file, not JSON, or a model this code cannot run.
     """
     path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("not a JSON object")
-        return from_hf(config)
-    except FileNotFoundError:
+    if not path.is_file():
         raise WeightsError(
             f"{path}: not found; expected the directory of a model as Hugging Face lays "
             "it out (config.json, *.safetensors, tokenizer.json)"
-        ) from None
+        )
+    config = read_json(path, dict[str, Any], error=WeightsError)
+    try:
+        return from_hf(config)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
 
@@ -117,15 +115,17 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     index = directory / _INDEX
     if not index.is_file():
         return None
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise WeightsError(
-            f"{index}: not an index of weights; expected JSON with the key 'weight_map'"
-        ) from None
+    advice = "expected the index that belongs to the *.safetensors beside it"
+    weight_map = read_json(index, _Index, error=WeightsError, advice=advice)["weight_map"]
+    if not weight_map:
+        raise WeightsError(f"{index}: weight_map: it names no tensor; {advice}")
     return weight_map
+
+
+class _Index(TypedDict):
+    """What `model.safetensors.index.json` must have: the file of every tensor."""
+
+    weight_map: dict[str, str]
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -260,6 +260,4 @@ def save_base(directory: Path, config: DecoderConfig, params: Any) -> None:
             tensors[name.format(i)] = np.ascontiguousarray(one.T if _transposed(keys) else one)
     save_file(tensors, directory / _SINGLE, metadata={"format": "pt"})
     dtype = jnp.dtype(params["embed_tokens"].dtype).name
-    (directory / "config.json").write_text(
-        json.dumps(to_hf(config, dtype), indent=2) + "\n", encoding="utf-8"
-    )
+    write_json(directory / "config.json", to_hf(config, dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.common.files import new_path
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.weights.huggingface import stored_tensors, tensor_name
 from affectgpt_jax.weights.streaming import StoredTensor, WeightsError
 from affectgpt_jax.weights.tensors import write_tensors
@@ -81,8 +81,7 @@ def save_merged(
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            text = json.dumps(index, indent=2) + "\n"
-            (partial / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            write_json(partial / "model.safetensors.index.json", index)
         for path in sorted(base.iterdir()):
             if path.is_file() and not path.name.endswith(_WEIGHTS):
                 shutil.copyfile(path, partial / path.name)

@@ -9,13 +9,13 @@ refused by name, since an adapter read without it would be another model.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from affectgpt_jax.common.files import new_path
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
 from affectgpt_jax.weights import layout
 from affectgpt_jax.weights.huggingface import tensor_name
@@ -107,8 +107,7 @@ def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "")
     with new_path(directory, WeightsError) as partial:
         partial.mkdir()
         write_tensors(partial / TENSORS, tensors, tensors.__getitem__)
-        text = json.dumps(options, indent=2) + "\n"
-        (partial / CONFIG).write_text(text, encoding="utf-8")
+        write_json(partial / CONFIG, options)
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:
@@ -118,22 +117,27 @@ def read_adapter_config(directory: Path) -> AdapterConfig:
         WeightsError: no such file, not JSON, or without rank and alpha.
     """
     path = Path(directory) / CONFIG
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-        return AdapterConfig(
-            rank=int(options["r"]),
-            alpha=float(options["lora_alpha"]),
-            dropout=float(options.get("lora_dropout") or 0.0),
-            base=str(options.get("base_model_name_or_path") or ""),
-            refused={key: value for key, value in options.items() if _refused(key, value)},
-        )
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise WeightsError(
-            f"{path} is not the config of a LoRA adapter; expected JSON with the keys 'r' and "
-            "'lora_alpha'"
-        ) from None
+    advice = "expected the config of a LoRA adapter, with the keys 'r' and 'lora_alpha'"
+    options = read_json(path, _Options, error=WeightsError, advice=advice)
+    return AdapterConfig(
+        rank=options["r"],
+        alpha=options["lora_alpha"],
+        dropout=options.get("lora_dropout") or 0.0,
+        base=options.get("base_model_name_or_path") or "",
+        refused={key: value for key, value in options.items() if _refused(key, value)},
+    )
+
+
+class _OptionalOptions(TypedDict, total=False):
+    lora_dropout: float | None
+    base_model_name_or_path: str | None
+
+
+class _Options(_OptionalOptions):
+    """The options of an adapter that are read here; others are refused or do not matter."""
+
+    r: int
+    lora_alpha: float
 
 
 def _refused(option: str, value: Any) -> bool:

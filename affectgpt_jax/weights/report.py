@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
+from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.text import one_line
 from affectgpt_jax.data.modalities import HEADS
 from affectgpt_jax.weights import peft, release
@@ -35,6 +35,19 @@ _SIZES = {
     "num_key_value_heads": "key-value heads",
     "vocab_size": "vocabulary",
 }
+
+
+_OptionalFields = TypedDict(
+    "_OptionalFields",
+    dict.fromkeys(_SIZES, int | None) | {"architectures": list[str] | None},
+    total=False,
+)
+
+
+class _Config(_OptionalFields):
+    """The fields of a `config.json` that are shown, of a model of any family."""
+
+    model_type: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +131,8 @@ def describe_base(directory: Path, hash_weights: bool = False) -> Report:
         WeightsError: a config or weights that cannot be read.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        family = config["model_type"]
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError):
-        raise WeightsError(f"{path} is not a model's config; expected 'model_type' in it") from None
+    config = read_json(path, _Config, error=WeightsError, advice="expected a model's config")
+    family = config["model_type"]
     tensors = stored_tensors(directory)
     files = {tensor.path for tensor in tensors.values()}
     try:

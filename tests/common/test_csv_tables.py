@@ -39,6 +39,8 @@ def test_columns_to_ignore_are_left_out_and_may_be_repeated():
     table = CsvTable(b"a,x,b,x\n1,2,3,4\n", "f", ("a",), ignore=["x"])
     assert table.header == ["a", "b"]
     assert list(table) == [(2, {"a": "1", "b": "3"})]
+    with pytest.raises(ReadError, match="f: no column 'y' to ignore in the header"):
+        CsvTable(b"a,b\n", "f", ignore=["y"])
 
 
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ def test_columns_to_ignore_are_left_out_and_may_be_repeated():
         (b"\n\r\n", "f is empty"),
         (b"a;b\n1;2\n", r"f: no column 'a' in the header \['a;b'\]; expected columns with commas"),
         (b"A\n1\n", r"f: no column 'a' in the header \['A'\]"),
-        (b"a,b,b\n", "f: the header has column 'b' more than once"),
+        (b"a,b,b\n", "f: the header has the column 'b' more than once"),
         (b"a,b\n1,2\n3\n", "f, line 3: expected 2 cells, as in the header, found 1"),
         (b"a,b\n1,2,3\n", "f, line 2: expected 2 cells.*found 3; a cell with commas needs"),
         (b'a,b\n1,"2\n3,4\n', "f, line 3: not CSV: unexpected end of data"),

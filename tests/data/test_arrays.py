@@ -193,7 +193,7 @@ def test_clips_of_many_lengths_are_sampled_to_one(clips, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "clips.csv is empty; expected a header with a column 'name'"),
+        ("", "clips.csv is empty; expected a CSV file with a header"),
         ("\n\n", "clips.csv is empty"),
         ("name\n", "clips.csv has no clips; expected a row for each below the header"),
         ("id,subtitle\na,x\n", r"no column 'name' in the header \['id', 'subtitle'\]; expected"),
@@ -237,7 +237,7 @@ def test_a_table_that_cannot_be_used_is_one_sentence(text, message, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoding": "utf-8"}, "clips.csv, line 2: byte 0xb1 is not utf-8; .*--encoding gb18030"),
+        ({"encoding": "utf-8"}, "clips.csv, line 2: byte 0xb1 is not UTF-8; .*--encoding gb18030"),
         ({"encoding": "utf-9"}, "'utf-9' is not an encoding; try utf-8 or gb18030"),
         ({"encoding": "gb18030", "ignore": ["note"]}, "no column 'note' to ignore in the header"),
         ({"encoding": "gb18030", "ignore": ["name"]}, "no column 'name'"),

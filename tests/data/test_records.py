@@ -376,11 +376,15 @@ def test_opening_refuses_other_versions_and_malformed_manifests(directory):
     with pytest.raises(RecordError, match=r"manifest.json: format version 99 .* reads version 1"):
         RecordDataset(directory)
     edit_manifest(directory, lambda fields: fields.update(format_version=1))
-    with pytest.raises(RecordError, match=r"manifest.json is malformed: .*novelty"):
+    with pytest.raises(RecordError, match=r"manifest.json: the key 'novelty' is unknown"):
         RecordDataset(directory)
-    for text in ("", "[]", "{}", '{"format_version": 1'):
+    edit_manifest(directory, lambda fields: fields.pop("novelty"))
+    edit_manifest(directory, lambda fields: fields["shards"][0].update(count="3"))
+    with pytest.raises(RecordError, match=r"manifest.json: shards\[0\].count: expected a whole"):
+        RecordDataset(directory)
+    for text in ("", "[]", "{}", '{"format_version": 1', "[" * 100_000):
         (directory / "manifest.json").write_text(text)
-        with pytest.raises(RecordError, match="manifest.json is malformed"):
+        with pytest.raises(RecordError, match="manifest.json: .*; restore the directory"):
             RecordDataset(directory)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from clip_files import face_frames, grey_frames, tone, write_clip, write_talking
 
+from affectgpt_jax.common.identity import files_sha256
 from data_prep import media
 from data_prep.clips import Clip
 from data_prep.decoding import Job, decode_clip, in_order
@@ -41,7 +42,7 @@ def test_a_clip_gives_pixels_windows_and_facts(tmp_path):
     assert found.arrays["face"].dtype == found.arrays["frame"].dtype == np.uint8
     np.testing.assert_array_equal(found.arrays["audio"], media.windows(media.read_waveform(path)))
     assert found.facts["frames"] == 60 and found.facts["seconds"] == pytest.approx(2.4)
-    assert found.facts["sha256"] == media.sha256_of_files([path])
+    assert found.facts["sha256"] == files_sha256([path])
     frames, _ = media.read_frames(path, 8, lambda image: media.resized(image, 64))
     np.testing.assert_array_equal(found.arrays["frame"], np.stack(frames))
 
@@ -93,7 +94,7 @@ def test_the_hash_is_of_what_can_be_used(tmp_path):
     def digest(*files, **more):
         return decode_clip(Job(Clip("a", *files, **more), ALL, 32)).facts.get("sha256")
 
-    assert digest(video, audio) == media.sha256_of_files([video, audio])
+    assert digest(video, audio) == files_sha256([video, audio])
     assert digest(video, audio) not in (digest(video), digest(None, audio))
     assert digest(tmp_path / "text.mp4", audio) == digest(None, audio)
     assert digest(faces=tmp_path / "a.npy") is None
