@@ -209,6 +209,29 @@ def test_decode_refuses_truncated_foreign_and_newer_bytes():
         decode(data[:4] + struct.pack("<I", 2) + data[8:])
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{",
+        b"[]",
+        b"[" * 100_000,
+        b"\xff",
+        b'{"name": "a"}',
+        b'{"name": "a", "features": 1}',
+        b'{"name": "a", "features": [["face", 1000, 1000]]}',
+        b'{"name": "a", "features": [["face", -1, 2]]}',
+        b'{"name": "a", "features": [["face", "1", 2]]}',
+        b'{"name": "a", "labels": 1, "features": []}',
+        b'{"name": "a", "novelty": 1, "features": []}',
+    ],
+)
+def test_decode_refuses_a_header_that_nobody_wrote_though_its_checksum_fits(header):
+    checked = struct.pack("<I", len(header)) + header + bytes(64)
+    data = struct.pack("<4sII", b"AGPT", 1, zlib.crc32(checked)) + checked
+    with pytest.raises(RecordError):
+        decode(data)
+
+
 def test_a_directory_gives_back_its_records_in_order(directory):
     dataset = RecordDataset(directory)
     dataset.verify()
