@@ -43,7 +43,7 @@ from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import listed, print_lines, say
-from affectgpt_jax.data.arrays import listed, records_from_csv
+from affectgpt_jax.data.arrays import records_from_csv
 from affectgpt_jax.data.modalities import extracted_features
 from affectgpt_jax.data.records import (
     MANIFEST_FILE,
