@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from affectgpt_jax.cli import exit_on_error, make_parser
+from affectgpt_jax.common.json import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
@@ -204,12 +204,16 @@ def command(module: str, words: Sequence[str]) -> str:
 def save(report: Report, path: Path) -> None:
     """Write a result file; its folder is made if it is not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(path, report, indent=1)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a result file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a result file.
+
+    Raises:
+        ReadError: it cannot be read, or holds no JSON object.
+    """
+    return read_json(path, dict[str, Any])
 
 
 def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

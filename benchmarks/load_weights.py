@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import socket
 import tempfile
@@ -26,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.models.decoder import PUBLISHED, Decoder, DecoderConfig, init_base
 from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.hf_config import to_hf
@@ -82,8 +82,8 @@ def write_checkpoint(directory: Path, llm: DecoderConfig, file_bytes: int) -> No
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    (directory / "config.json").write_text(json.dumps(to_hf(llm, "bfloat16")), encoding="utf-8")
+    write_json(directory / "model.safetensors.index.json", index)
+    write_json(directory / "config.json", to_hf(llm, "bfloat16"))
 
 
 def memory(key: str) -> int:

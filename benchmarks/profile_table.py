@@ -305,12 +305,11 @@ def report_of(directory: Path) -> Report:
     Raises:
         ProfileError: it holds no profile.
     """
-    try:
-        about, block = (harness.load(directory / f"{name}.json") for name in ("about", "block"))
-    except FileNotFoundError as error:
-        raise ProfileError(
-            f"{error.filename} is missing; make a profile with train_step --profile"
-        ) from None
+    files = [directory / f"{name}.json" for name in ("about", "block")]
+    for path in files:
+        if not path.exists():
+            raise ProfileError(f"{path} is missing; make a profile with train_step --profile")
+    about, block = map(harness.load, files)
     programs = {
         path.name: read_program(path.read_text(encoding="utf-8"))
         for path in directory.glob("program-*.hlo")

@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.config import ConfigError, parse_command_line
 from benchmarks.harness import core_numbers
 
@@ -141,8 +142,7 @@ def _train(run: Run, command: Sequence[str], running: set[subprocess.Popen]) -> 
         running.discard(process)
     wall_s = time.perf_counter() - began
     if status == 0:
-        about = {"wall_s": wall_s if fresh else None}
-        (run.workdir / "process.json").write_text(json.dumps(about) + "\n", encoding="utf-8")
+        write_json(run.workdir / "process.json", {"wall_s": wall_s if fresh else None})
         try:
             if outcome := finished(run):
                 shutil.rmtree(run.workdir / "data", ignore_errors=True)
@@ -164,6 +164,6 @@ def _in_words(outcome: Outcome) -> str:
 def _read_json(path: Path) -> dict[str, Any] | None:
     """A file's content; None where it is not there, or was cut off as it was written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+        return read_json(path, dict[str, Any])
+    except ReadError:
         return None
