@@ -168,6 +168,8 @@ def test_the_first_policy_that_fits_is_chosen(policy):
     choice = memory.choose_remat(model, mesh, state, base, batch, 1, int(need / memory.USABLE) + 1)
     assert choice.policy == policy
     assert "may not fit" not in str(choice)
+    less = memory.choose_remat(model, mesh, state, base, batch, 1, int(need / memory.USABLE) - 1)
+    assert less.policy != policy or not less.fits, "the rest of the memory is not for the program"
 
 
 def test_where_nothing_fits_the_last_policy_is_tried_and_it_says_so():

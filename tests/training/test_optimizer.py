@@ -25,6 +25,7 @@ TENSORS = {
     "fusion/video/qformer/attention/bias": ((2, 3), False),
     "fusion/video/qformer/norm/scale": ((6,), False),
     "fusion/video/positions": ((7, 4), True),
+    "fusion/video/temperature": ((4,), False),  # a vector by another name
 }
 
 

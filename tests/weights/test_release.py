@@ -424,6 +424,7 @@ FIRST = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.def
     ("change", "words"),
     [
         (lambda m: m.pop(FIRST), [FIRST, "missing", "(4, 32)"]),
+        (lambda m: m.pop("audio_llama_proj.weight"), ["audio_llama_proj.weight", "missing"]),
         (lambda m: m.pop("fc_att.bias"), ["fc_att.bias", "missing", "(2,)"]),
         (
             lambda m: m.update({"fc_att.bias": m["fc_att.bias"][:1]}),
@@ -440,6 +441,7 @@ FIRST = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.def
             ["layers.9", "not part of this model"],
         ),
         (lambda m: m.update({FIRST: m[FIRST][0, 0]}), [FIRST, "()", "(4, 32)"]),
+        (lambda m: m.update({FIRST: m[FIRST][:2]}), [FIRST, "(2, 32)", "(4, 32)"]),
         (
             lambda m: m.update({k: v[:2] for k, v in m.items() if "lora_A" in k}),
             ["rank is 2", "config.lora.rank is 4"],
@@ -456,6 +458,7 @@ FIRST = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.def
     ],
     ids=[
         "no adapter",
+        "no head",
         "no bias",
         "wrong shape",
         "no shape",
@@ -463,6 +466,7 @@ FIRST = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.def
         "unknown tensor",
         "unknown layer",
         "adapter without shape",
+        "an adapter of another rank",
         "another rank",
         "other targets",
         "no LoRA",
