@@ -325,6 +325,12 @@ def test_the_bits_behind_a_mask_look_random():
             assert abs(changed.mean() - 0.5) < 5 * 0.5 / math.sqrt(changed.size)
 
 
+def test_every_row_of_many_draws_bits_of_its_own():
+    # By one word of 32 bits for a row instead of two, some hundred of so many would be alike.
+    rows = np.asarray(hashed_bits(seed_of(4), (60_000, 20, 4))).reshape(-1, 4)
+    assert len(set(map(bytes, rows))) == len(rows)
+
+
 def test_gradients_through_dropout_are_those_of_the_plain_product():
     rng = np.random.default_rng(5)
     x, a, b, cotangent = (rng.normal(size=s) for s in [(3, 7, 12), (12, 4), (4, 9), (3, 7, 9)])
