@@ -137,9 +137,9 @@ def test_another_family_of_language_models_agrees(tmp_path):
 
 def test_every_fuser_agrees():
     qformer = QFormerConfig(width=16, heads=4, layers=1, intermediate=24)
-    rows = parity.compare_fusers(
-        dataclasses.replace(FUSION, widths=FUSION.widths | {"image": 7}, qformer=qformer), 32, 0
-    )
+    widths = {**FUSION.widths, "image": 7}
+    fusion = dataclasses.replace(FUSION, widths=widths, qformer=qformer)
+    rows = parity.compare_fusers(fusion, LLM.hidden_size, seed=0)
     assert [row for row in rows if not row.passed] == []
     assert all(len(row.errors) == 6 for row in rows), "a slot was not compared"
 
