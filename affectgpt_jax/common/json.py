@@ -63,7 +63,10 @@ def read_json(
     Raises:
         ReadError: it cannot be read, is larger than `MAX_BYTES`, or as `parse_json`.
     """
-    data = read_bytes(path, MAX_BYTES, error)
+    try:
+        data = read_bytes(path, MAX_BYTES)
+    except ReadError as trouble:
+        raise error(f"{trouble}{_ending(advice)}") from None
     return parse_json(data, str(path), kind, error=error, advice=advice)
 
 
@@ -86,8 +89,11 @@ def parse_json(
         ReadError: no JSON, nested deeper than `MAX_DEPTH`, an object with a key twice, or a value
             of another type than `kind`; the message has the key.
     """
-    ending = f"; {advice}" if advice else ""
-    text = data if isinstance(data, str) else decode(data, where, error=error)
+    ending = _ending(advice)
+    if isinstance(data, bytes):
+        text = decode(data, where, advice=advice or "save it as UTF-8", error=error)
+    else:
+        text = data
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
         # Most texts cannot be that deep, and need no second look.
@@ -100,6 +106,10 @@ def parse_json(
     except ValueError as trouble:
         raise error(f"{where}: not JSON: {shorten(str(trouble), 200)}{ending}") from None
     return check_type(value, kind, where, error=error, advice=advice)
+
+
+def _ending(advice: str) -> str:
+    return f"; {advice}" if advice else ""
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -148,8 +158,7 @@ def check_type(
         return _checked(value, kind, "")
     except _Mismatch as mismatch:
         place = f"{where}: {mismatch.key}" if mismatch.key else where
-        ending = f"; {advice}" if advice else ""
-        raise error(f"{place}: {mismatch.what}{ending}") from None
+        raise error(f"{place}: {mismatch.what}{_ending(advice)}") from None
 
 
 def _checked(value: Any, kind: Any, key: str) -> Any:

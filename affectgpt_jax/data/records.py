@@ -174,6 +174,8 @@ def decode(data: bytes) -> Record:
     features = {}
     try:
         for feature, frames, width in header.pop("features"):
+            if frames < 1 or width < 1:  # to NumPy, a negative count is all that is left
+                raise RecordError(f"feature {feature!r} has the shape {[frames, width]}")
             values = np.frombuffer(data, "<f2", frames * width, offset)
             # All exponent bits set is infinity or NaN, which `encode` never writes.
             if (values.view("<u2") & 0x7C00 == 0x7C00).any():

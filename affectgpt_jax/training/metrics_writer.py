@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self, SupportsFloat, TypedDict
 import jax
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.files import atomic_write, decode
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.progress import LiveLine, duration
 
@@ -203,7 +203,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         FileNotFoundError: there is no such file.
         MetricsError: any other line is not a JSON object with an integer `step`.
     """
-    *lines, tail = path.read_bytes().split(b"\n")
+    whole, newline, tail = path.read_bytes().rpartition(b"\n")
+    lines = decode(whole, str(path), error=MetricsError).split("\n") if newline else []
     records = [_parse_record(line, f"{path}, line {n}") for n, line in enumerate(lines, start=1)]
     # Every whole line ends in a newline, so what follows the last one may be half a line.
     with contextlib.suppress(MetricsError):
@@ -231,7 +232,7 @@ class _Record(TypedDict):
     step: int
 
 
-def _parse_record(line: bytes, where: str) -> dict[str, Any]:
+def _parse_record(line: bytes | str, where: str) -> dict[str, Any]:
     advice = "mend or delete that line"
     return parse_json(line, where, _Record, error=MetricsError, advice=advice)
 

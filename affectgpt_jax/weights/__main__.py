@@ -124,7 +124,7 @@ def open_checkpoint(path: Path, step: int | None) -> Checkpoint:
     step = saved.best if step is None else step
     shapes = saved.shapes(step)
     path = workdir / "config.json"
-    advice = "training writes it beside the checkpoints"
+    advice = "expected the config of a run, which training writes beside the checkpoints"
     config = read_json(path, _RunConfig, error=CheckpointError, advice=advice)
     lora = None
     if shapes["lora"]:

@@ -71,7 +71,7 @@ def test_a_file_is_written_and_read(tmp_path):
     [
         ("", "a.json: not JSON: 'Expecting value"),
         ("{", "a.json: not JSON"),
-        (b"\n\xff", "a.json, line 2: byte 0xff is not UTF-8"),
+        (b"\n\xff", "a.json, line 2: byte 0xff is not UTF-8; make it anew"),
         ("1" * 5000, "a.json: not JSON: .*digits"),
         ('{"a": 1, "b": {"c": 1, "c": 2}}', r"a.json: not JSON: .*a key more than once in \['c'"),
         ("[" * 100_000, "a.json: nested deeper than 100 levels"),
@@ -101,8 +101,8 @@ def test_a_large_file_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text("[1, 2, 3, 4, 5]")
     with pytest.raises(ReadError, match="a.json is larger than 10 bytes"):
         read_json(tmp_path / "a.json")
-    with pytest.raises(ReadError, match="b.json cannot be read: No such file"):
-        read_json(tmp_path / "b.json")
+    with pytest.raises(OtherError, match="b.json cannot be read: No such file.*; make it"):
+        read_json(tmp_path / "b.json", error=OtherError, advice="make it")
 
 
 # --- types --------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_any_other_damage_is_an_error_that_says_where(tmp_path: Path, bad: str) 
     path = tmp_path / "metrics.jsonl"
     text = f'{{"step": 1}}\n{bad}\n{{"step": 3}}\n'
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 2: expected"):
+    with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 2: "):
         read_metrics(path)
 
 

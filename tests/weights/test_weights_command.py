@@ -251,7 +251,7 @@ def test_a_run_without_its_config_is_refused(run, tmp_path, text):
     (copy / "config.json").unlink()
     if text is not None:
         (copy / "config.json").write_text(text)
-    assert "is not the config of a run" in refused("export-peft", copy, tmp_path / "out")
+    assert "expected the config of a run" in refused("export-peft", copy, tmp_path / "out")
 
 
 @pytest.mark.parametrize("file", ["state/_METADATA", "manifest.json"])
