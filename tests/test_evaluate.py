@@ -303,7 +303,7 @@ def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):
     shutil.rmtree(run / "checkpoints")
     assert "run holds no checkpoint; expected checkpoints/STEP in it" in refusal(run)
     (run / "config.json").write_text("{")
-    assert "config.json cannot be read" in refusal(run)
+    assert "expected the config of a run" in refusal(run)
     (run / "config.json").write_text('{"seed": 0}')
     assert "is missing; the paper's recipe has" in refusal(run)
 

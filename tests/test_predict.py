@@ -404,7 +404,7 @@ def test_a_workdir_that_holds_no_usable_run_is_refused(ask, workdir, changed, tm
     message = refusal(ask, workdir=tmp_path)
     assert f"{tmp_path} holds no run: config.json is missing" in message
     (tmp_path / "config.json").write_text("{")
-    assert "config.json cannot be read" in refusal(ask, workdir=tmp_path)
+    assert "expected the config of a run" in refusal(ask, workdir=tmp_path)
     shutil.copy(workdir / "config.json", tmp_path)
     assert f"{tmp_path} holds no checkpoint" in refusal(ask, workdir=tmp_path)
     assert not (tmp_path / "checkpoints").exists()
