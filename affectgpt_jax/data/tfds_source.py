@@ -453,8 +453,9 @@ def _open(directory: Path) -> tuple[tfds.core.DatasetBuilder, dict[str, Manifest
         )
     path = directory / METADATA_FILE
     splits = read_json(path, _Metadata, error=RecordError, advice=_RESTORE)["splits"]
-    if others := {fields["format_version"] for fields in splits.values()} - {FORMAT_VERSION}:
-        raise RecordError(f"{path}: format versions {sorted(others)}: {_OTHER_VERSION}")
+    versions = {fields["format_version"] for fields in splits.values()}
+    if not versions <= {FORMAT_VERSION}:
+        raise RecordError(f"{path}: format versions {sorted(versions)}: {_OTHER_VERSION}")
     return builder, {split: as_manifest(fields, str(path)) for split, fields in splits.items()}
 
 
