@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from affectgpt_jax import cpu
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
@@ -231,6 +232,7 @@ def model(
         base_precision=config.base_precision,
         remat="none" if config.remat == "auto" else config.remat,
         attend=attend or attention(config, llm).attend,
+        **cpu.decoding(),
     )
     if shard is not None:
         compute = dataclasses.replace(compute, shard=shard)

@@ -27,7 +27,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax import build, cli, inference, runtime
+from affectgpt_jax import build, cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.identity import json_sha256
@@ -634,5 +634,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     silence_threads()
-    runtime.keep_freed_memory()
+    cpu.keep_freed_memory()
     main()

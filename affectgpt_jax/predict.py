@@ -36,7 +36,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from affectgpt_jax import build, cli, runtime
+from affectgpt_jax import build, cli, cpu
 from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.json import ResumableJsonl, read_json, write_json
 from affectgpt_jax.common.progress import Counter
@@ -449,5 +449,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     silence_threads()
-    runtime.keep_freed_memory()
+    cpu.keep_freed_memory()
     main()

@@ -1,12 +1,8 @@
-"""How a process is set up before JAX starts its devices: compiled programs and freed memory."""
+"""How a process is set up before JAX starts its devices: where compiled programs are kept."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import jax
@@ -31,42 +27,9 @@ def cache_directory() -> Path:
     return root / "affectgpt_jax" / "xla"
 
 
-# glibc's numbers of the settings of `mallopt(3)`.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-
-
-def keep_freed_memory() -> bool:
-    """On a CPU, have malloc keep freed memory for the next step instead of giving it back.
-
-    XLA allocates the temporaries of a program in one block at every call. By default glibc maps
-    such a block anew each time, and the kernel clears it page by page: a sixth of a training step.
-    The end of the heap is never given back either, however large (a threshold of -1).
-    The price is that the process keeps the most that it ever held, and, as threads allocate between
-    the blocks, up to a few blocks more. For a process of one's own, before JAX starts its threads,
-    which otherwise bring heaps of their own that cannot grow to such a size.
-
-    Returns:
-        Whether it was done: not where there may be an accelerator, whose host works for many
-        threads on many cores and holds no temporaries, nor without glibc.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if _may_have_accelerator() or not hasattr(libc, "gnu_get_libc_version"):
-        return False
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1))
-    return all([libc.mallopt(name, value) for name, value in settings])
-
-
 def out_of_memory(error: Exception) -> bool:
     """Whether an error of XLA's says that a device has no memory left.
 
     It has no type of its own: a `jax.errors.JaxRuntimeError` whose text names the status.
     """
     return "RESOURCE_EXHAUSTED" in str(error)
-
-
-def _may_have_accelerator() -> bool:
-    """Whether JAX could find one, told without starting it."""
-    if platforms := jax.config.jax_platforms:
-        return platforms != "cpu"
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return bool(plugins) or importlib.util.find_spec("libtpu") is not None

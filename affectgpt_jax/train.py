@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, cli, evaluators, inference, restore, runtime
+from affectgpt_jax import build, cli, cpu, evaluators, inference, restore, runtime
 from affectgpt_jax.common.json import write_json
 from affectgpt_jax.config import (
     ConfigError,
@@ -278,5 +278,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     silence_threads()
-    runtime.keep_freed_memory()
+    cpu.keep_freed_memory()
     main()

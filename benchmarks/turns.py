@@ -134,7 +134,7 @@ def serve(target: str, arguments: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from affectgpt_jax.runtime import keep_freed_memory
+    from affectgpt_jax.cpu import keep_freed_memory
 
     keep_freed_memory()  # on both sides
     serve(sys.argv[1], json.loads(sys.argv[2]))

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from affectgpt_jax import evaluate, predict, runtime
+from affectgpt_jax import cpu, evaluate, predict, runtime
 from affectgpt_jax.config import find_config, parse_command_line, save_config, shipped_configs
 from affectgpt_jax.restore import RunError, load_config
 from affectgpt_jax.training import checkpoints, xla_options
@@ -33,7 +33,7 @@ def test_programs_are_kept_and_a_process_of_its_own_keeps_its_memory(
 ):
     called = []
     for module, name in (
-        (runtime, "keep_freed_memory"),
+        (cpu, "keep_freed_memory"),
         (runtime, "use_compilation_cache"),
         (xla_options, "reserve_gpu_memory"),
     ):

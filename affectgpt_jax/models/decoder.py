@@ -210,6 +210,11 @@ class OneDevice:
         return x
 
 
+def float32_logits(states: jax.Array, lm_head: jax.Array) -> jax.Array:
+    """The default of `ComputeConfig.logits`."""
+    return jnp.einsum("bd,dv->bv", states, lm_head, preferred_element_type=jnp.float32)
+
+
 # 512 x 152,064 float32 logits take 0.3 GiB, and the matmul is still large enough to run at full
 # speed.
 LOSS_CHUNK = 512
@@ -228,7 +233,9 @@ class ComputeConfig:
             the projections, adapters included, and recomputes attention and the rest; "full" keeps
             only each layer's input.
         loss_chunk: supervised positions whose logits are alive at once.
-        attend: the causal attention backend.
+        attend: the causal attention backend, over whole rows.
+        attend_cached: the attention backend of a decode step.
+        logits: `(states [B, D], lm_head [D, V]) -> [B, V]` float32, of a decode step.
         shard: `(x, logical axes) -> x`, called on activations; its `data_parallel_size` is
             the number of devices that share the rows of a batch.
 
@@ -242,6 +249,8 @@ class ComputeConfig:
     remat: str = "none"
     loss_chunk: int = LOSS_CHUNK
     attend: attention.CausalAttention = attention.causal
+    attend_cached: attention.CachedAttention = attention.cached
+    logits: Callable[[jax.Array, jax.Array], jax.Array] = float32_logits
     shard: Any = OneDevice()
 
     def __post_init__(self):
@@ -318,7 +327,7 @@ class DecoderLayer(nn.Module):
                 cache.value.at[at].set(value[:, 0], mode="drop", unique_indices=True),
             )
             kept = None
-            attended = attention.cached(query, *cache, layer, step.key_mask)
+            attended = run.attend_cached(query, *cache, layer, step.key_mask)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
         hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
 

@@ -295,7 +295,7 @@ def prefill(
     )
     # A row without a prompt has no last token; position 0 stands in, and nobody reads what follows.
     last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    state = _write(state, jnp.take_along_axis(states, last, axis=1)[:, 0], base, decoding)
+    state = _write(model, state, jnp.take_along_axis(states, last, axis=1)[:, 0], base, decoding)
     return _laid_out(model, state)
 
 
@@ -340,7 +340,8 @@ def decode(
             cache=state.cache,
             step=DecodeStep(position, slots <= position[:, None]),
         )
-        return step + 1, _write(state._replace(cache=cache), states[:, 0], base, decoding)
+        state = state._replace(cache=cache)
+        return step + 1, _write(model, state, states[:, 0], base, decoding)
 
     return _laid_out(model, jax.lax.while_loop(unfinished, write, (jnp.int32(0), state))[1])
 
@@ -418,13 +419,11 @@ def _with_room(generated: Generated, room: int, pad_id: int) -> Generated:
     )
 
 
-def _write(state: DecodeState, states: jax.Array, base: Any, decoding: Decoding) -> DecodeState:
+def _write(
+    model: AffectGPT, state: DecodeState, states: jax.Array, base: Any, decoding: Decoding
+) -> DecodeState:
     """Choose and write the next token of every row from its hidden state `[B, D]`."""
-    kernel = lm_head(base).astype(states.dtype)
-    # A CPU takes a third longer for a product whose right operand is transposed, as a tied
-    # vocabulary would be. Without the barrier XLA makes it one again.
-    logits = jnp.einsum("dv,bd->vb", kernel, states, preferred_element_type=jnp.float32)
-    logits = jax.lax.optimization_barrier(logits).T
+    logits = model.decoder.compute.logits(states, lm_head(base).astype(states.dtype))
     adjusted = adjust_logits(logits, decoding.sampling, state.seen)
     generated, done, seen = state.generated, state.done, state.seen
     token = choose_tokens(adjusted, state.keys, generated.counts)

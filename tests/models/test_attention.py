@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax._src.cudnn import fused_attention_stablehlo as private
 
-from affectgpt_jax import build
+from affectgpt_jax import build, cpu
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.models import attention, cudnn_packed
@@ -140,15 +140,16 @@ def test_padded_rows_equal_float64_forward_and_backward(name, shape):
 CACHES = [(4, 1, 1), (4, 37, 20), (8, 128, 128), (11, 400, 300)]
 
 
+@pytest.mark.parametrize("attend", [attention.cached, cpu.attend_by_row])
 @pytest.mark.parametrize(("batch", "slots", "window"), CACHES)
-def test_cached_attention_equals_float64(batch, slots, window):
+def test_cached_attention_equals_float64(attend, batch, slots, window):
     layers, layer, heads, kv_heads, width = 3, 1, 4, 2, 16
     rng = np.random.default_rng(slots)
     query = rng.standard_normal((batch, 1, heads, width))
     keys, values = rng.standard_normal((2, layers, batch, kv_heads, slots, width))
     for x in (keys, values):  # nothing of another layer, or from beyond the window, is read
         x[[0, 2]], x[:, :, :, window:] = np.nan, np.nan
-    cached = jax.jit(attention.cached)
+    cached = jax.jit(attend)
     of_row = st.sets(st.integers(0, window - 1), min_size=1)
 
     @settings(max_examples=8)
