@@ -30,8 +30,8 @@ from data_prep.blocks import BlockStore
 from data_prep.clips import Clip
 from data_prep.decoding import Job, decode_clip
 from data_prep.encoders import Encoder, find_encoder
-from data_prep.extract import BATCH, PRECISIONS, in_blocks
-from data_prep.extract import run as extract
+from data_prep.stages import BATCH, PRECISIONS, in_blocks
+from data_prep.stages import run as extract
 
 SIZE, FPS, SECONDS = (640, 360), 25, 3
 FEATURES = ("face", "frame", "audio")
@@ -125,12 +125,11 @@ def extraction(
     clips: list[Clip], encoders: dict[str, Encoder], workers: int, batch: int
 ) -> tuple[float, dict[str, float]]:
     """Seconds of the extraction with its processes, and how long each stage was busy."""
-    arguments = argparse.Namespace(features=FEATURES, face_order="bgr")
-    settings = {"batch": batch}
+    settings = {"batch": batch, "features": FEATURES, "faces": {"order of arrays": "bgr"}}
     blocks = in_blocks(clips, settings)
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        stages = extract(blocks, BlockStore(Path(folder)), encoders, arguments, settings, workers)
+        stages = extract(blocks, BlockStore(Path(folder)), encoders, settings, workers)
         return time.perf_counter() - began, dict(stages.busy)
 
 

@@ -29,22 +29,17 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.files import read_bytes, sha256_of
 from affectgpt_jax.common.identity import json_sha256
-from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.tables import CsvTable
-from affectgpt_jax.common.text import listed, print_lines, say
+from affectgpt_jax.common.text import print_lines, say
 from affectgpt_jax.data.arrays import records_from_csv
-from affectgpt_jax.data.modalities import extracted_features
 from affectgpt_jax.data.records import (
     MANIFEST_FILE,
     Record,
@@ -68,11 +63,12 @@ try:
     import cv2
 
     from data_prep import faces
-    from data_prep.blocks import Block, BlockStore, FeatureOf, block_key
+    from data_prep.blocks import BlockStore, FeatureOf
     from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
-    from data_prep.decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
+    from data_prep.decoding import available_cores
     from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder, has_gpu
     from data_prep.encoders import names as encoder_names
+    from data_prep.stages import BATCH, FEATURES, PRECISIONS, in_blocks, run
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
         raise
@@ -80,10 +76,6 @@ except ModuleNotFoundError as error:
 
 BLOCKS = ".blocks"
 FINISHED = "finished"  # in there: of what the records are
-FEATURES = extracted_features()
-# Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
-BATCH = {"cpu": 4, "cuda": 16}
-PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
 # To be raised with every change of this code that changes features.
 VERSION = 1
 # What may change a bit of the features, beside the weights.
@@ -210,7 +202,7 @@ def extract(arguments: argparse.Namespace) -> None:
     if missing:
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = available_cores() if arguments.workers is None else arguments.workers
-        stages = run(missing, store, encoders, arguments, settings, workers)
+        stages = run(missing, store, encoders, settings, workers)
     rows = (row for key in blocks for row in store.rows(key))
     report = clip_report(rows, arguments.features, arguments.allow_missing, elsewhere)
     write_report(out / REPORT_FILE, report)
@@ -251,13 +243,6 @@ def placement(device: str | None, precision: str | None) -> tuple[str, str]:
     return device, precision
 
 
-def in_blocks(clips: Sequence[Clip], settings: Mapping[str, Any]) -> dict[str, Sequence[Clip]]:
-    """Clips in blocks of a batch, in their order, by `block_key`."""
-    size = settings["batch"]
-    parts = (clips[i : i + size] for i in range(0, len(clips), size))
-    return {block_key(settings, part): part for part in parts}
-
-
 def is_complete(out: Path, identity: str) -> bool:
     """Whether a directory already holds the records of this `identity`.
 
@@ -273,122 +258,6 @@ def is_complete(out: Path, identity: str) -> bool:
         f"{out} holds the records of other clips or settings, or has lost {BLOCKS}; write "
         f"elsewhere, or delete {MANIFEST_FILE} there to make them anew from what {BLOCKS} has"
     )
-
-
-class Stages:
-    """Seconds that each stage was busy, and that encoders waited for clips."""
-
-    def __init__(self, workers: int):
-        self.workers, self.clips = workers, 0
-        self.busy: dict[str, float] = defaultdict(float)
-        self._began = time.perf_counter()
-
-    def add(self, stage: str, seconds: float) -> None:
-        self.busy[stage] += seconds
-
-    def lines(self) -> list[str]:
-        """Speed, each stage's share of the time, and the bottleneck."""
-        wall = time.perf_counter() - self._began
-        parallel = max(self.workers, 1)
-        per_stage = {
-            stage: seconds / (parallel if stage in ("decoding", "faces") else 1)
-            for stage, seconds in self.busy.items()
-            if stage != "waiting"
-        }
-        slowest = max(per_stage, key=per_stage.get)
-        shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in per_stage.items())
-        hint = {
-            "decoding": "more --workers or cores would help",
-            "faces": "more --workers or cores, or --faces with arrays, would help",
-        }.get(slowest, "a faster --device or a smaller encoder would help")
-        return [
-            f"{self.clips / wall:.1f} clips/s; busy: {shares}; the encoders waited "
-            f"{self.busy['waiting']:.1f} of {wall:.1f} s",
-            f"the bottleneck is {slowest}: {hint}",
-        ]
-
-
-def run(
-    missing: Mapping[str, Sequence[Clip]],
-    store: BlockStore,
-    encoders: Mapping[str, Encoder],
-    arguments: argparse.Namespace,
-    settings: Mapping[str, Any],
-    workers: int,
-) -> Stages:
-    """Compute blocks and store them, in order; worker processes decode ahead.
-
-    Raises:
-        ClipError: a file that changed while it was read.
-    """
-    size = encoders["video"].image_size if "video" in encoders else 0
-    jobs = [
-        Job(clip, arguments.features, size, arguments.face_order)
-        for part in missing.values()
-        for clip in part
-    ]
-    stages, batch = Stages(workers), settings["batch"]
-
-    def died() -> Decoded:
-        return Decoded(problems=dict.fromkeys(arguments.features, DIED))
-
-    results = in_order(decode_clip, jobs, workers, ahead=2 * batch + workers, died=died)
-    with Counter("clips", stream=sys.stderr) as count:
-        count(0, len(jobs))
-        for key, part in missing.items():
-            start = time.perf_counter()
-            decoded = [next(results) for _ in part]
-            stages.add("waiting", time.perf_counter() - start)
-            for result in decoded:
-                for stage, seconds in result.seconds.items():
-                    stages.add(stage, seconds)
-            # A folder that is copied to, or a drive that went away, must not be remembered as it
-            # was.
-            if block_key(settings, part) != key:
-                raise ClipError(
-                    f"files of the clips {listed([clip.name for clip in part])} changed while they "
-                    "were read; run the command again when nobody writes to them"
-                )
-            store.write(key, encode(part, decoded, encoders, arguments.features, batch, stages))
-            stages.clips += len(part)
-            count(stages.clips, len(jobs))
-    results.close()
-    return stages
-
-
-def encode(
-    clips: Sequence[Clip],
-    decoded: Sequence[Decoded],
-    encoders: Mapping[str, Encoder],
-    features: Sequence[str],
-    batch: int,
-    stages: Stages,
-) -> Block:
-    """The features of a block, as one batch of `batch` clips per feature."""
-    found = {}
-    for feature in features:
-        kind = next(kind for kind, names in FEATURES.items() if feature in names)
-        encoder = encoders[kind]
-        start = time.perf_counter()
-        inputs = encoder.empty(batch)
-        present = [i for i, result in enumerate(decoded) if feature in result.arrays]
-        for i in present:
-            inputs[i] = decoded[i].arrays[feature]
-        values = np.zeros((len(clips), *inputs.shape[1:2], encoder.width), np.float32)
-        if present:
-            values[present] = encoder(inputs)[present]
-        with np.errstate(over="ignore"):
-            half = values.astype("<f2")
-        for i in np.flatnonzero(~np.isfinite(half).all(axis=(1, 2))):
-            decoded[i].problems[feature] = "the encoder's values are not finite in float16"
-            half[i] = 0
-        found[feature] = half
-        stages.add(f"{kind} encoder", time.perf_counter() - start)
-    rows = [
-        {"name": clip.name, "problems": result.problems, "facts": result.facts}
-        for clip, result in zip(clips, decoded, strict=True)
-    ]
-    return Block(rows, found)
 
 
 def annotated(

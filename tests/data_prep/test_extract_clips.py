@@ -18,7 +18,7 @@ from clip_files import BROKEN, face_frames, tone, write_clip, write_talking
 from small_encoders import save_encoder
 
 from affectgpt_jax.data.records import RecordDataset
-from data_prep import extract
+from data_prep import extract, stages
 from data_prep.clips import Clip
 from data_prep.decoding import Job, decode_clip
 from data_prep.encoders import Encoder, find_encoder
@@ -332,12 +332,12 @@ def test_files_that_change_while_they_are_read_are_not_remembered(encoders, tmp_
         path.write_bytes(whole)
         return result
 
-    monkeypatch.setattr(extract, "decode_clip", copied_meanwhile)
+    monkeypatch.setattr(stages, "decode_clip", copied_meanwhile)
     with pytest.raises(
         SystemExit, match="files of the clips 'a' changed while they were read; run"
     ):
         run(tmp_path / "clips", tmp_path / "out", encoders)
-    monkeypatch.setattr(extract, "decode_clip", decode_clip)
+    monkeypatch.setattr(stages, "decode_clip", decode_clip)
     run(tmp_path / "clips", tmp_path / "out", encoders)
     assert report(tmp_path / "out")["a"]["status"] == "ok"
 

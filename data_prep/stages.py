@@ -1,0 +1,153 @@
+"""The stages of an extraction: decoding in processes, ahead of the encoders in this one.
+
+The features of a batch of clips are a block, and what is finished of an extraction is its blocks.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.common.progress import Counter
+from affectgpt_jax.common.text import listed
+from affectgpt_jax.data.modalities import extracted_features
+from data_prep.blocks import Block, BlockStore, block_key
+from data_prep.clips import Clip, ClipError
+from data_prep.decoding import DIED, Decoded, Job, decode_clip, in_order
+from data_prep.encoders import Encoder
+
+FEATURES = extracted_features()
+# Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
+BATCH = {"cpu": 4, "cuda": 16}
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
+
+
+def in_blocks(clips: Sequence[Clip], settings: Mapping[str, Any]) -> dict[str, Sequence[Clip]]:
+    """Clips in blocks of a batch, in their order, by `block_key`."""
+    size = settings["batch"]
+    parts = (clips[i : i + size] for i in range(0, len(clips), size))
+    return {block_key(settings, part): part for part in parts}
+
+
+class Stages:
+    """Seconds that each stage was busy, and that encoders waited for clips."""
+
+    def __init__(self, workers: int):
+        self.workers, self.clips = workers, 0
+        self.busy: dict[str, float] = defaultdict(float)
+        self._began = time.perf_counter()
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.busy[stage] += seconds
+
+    def lines(self) -> list[str]:
+        """Speed, each stage's share of the time, and the bottleneck."""
+        wall = time.perf_counter() - self._began
+        parallel = max(self.workers, 1)
+        per_stage = {
+            stage: seconds / (parallel if stage in ("decoding", "faces") else 1)
+            for stage, seconds in self.busy.items()
+            if stage != "waiting"
+        }
+        slowest = max(per_stage, key=per_stage.get)
+        shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in per_stage.items())
+        hint = {
+            "decoding": "more --workers or cores would help",
+            "faces": "more --workers or cores, or --faces with arrays, would help",
+        }.get(slowest, "a faster --device or a smaller encoder would help")
+        return [
+            f"{self.clips / wall:.1f} clips/s; busy: {shares}; the encoders waited "
+            f"{self.busy['waiting']:.1f} of {wall:.1f} s",
+            f"the bottleneck is {slowest}: {hint}",
+        ]
+
+
+def run(
+    missing: Mapping[str, Sequence[Clip]],
+    store: BlockStore,
+    encoders: Mapping[str, Encoder],
+    settings: Mapping[str, Any],
+    workers: int,
+) -> Stages:
+    """Compute blocks and store them, in order; worker processes decode ahead.
+
+    Args:
+        missing: the blocks, see `in_blocks`.
+        store: where they go.
+        encoders: by kind, "video" or "audio".
+        settings: with "features", "batch" and "faces", by which the blocks are named too.
+        workers: processes that decode; 0 for none beside this one.
+
+    Raises:
+        ClipError: a file that changed while it was read.
+    """
+    size = encoders["video"].image_size if "video" in encoders else 0
+    features, face_order = settings["features"], settings["faces"]["order of arrays"]
+    jobs = [Job(clip, features, size, face_order) for part in missing.values() for clip in part]
+    stages, batch = Stages(workers), settings["batch"]
+
+    def died() -> Decoded:
+        return Decoded(problems=dict.fromkeys(features, DIED))
+
+    results = in_order(decode_clip, jobs, workers, ahead=2 * batch + workers, died=died)
+    with Counter("clips", stream=sys.stderr) as count:
+        count(0, len(jobs))
+        for key, part in missing.items():
+            start = time.perf_counter()
+            decoded = [next(results) for _ in part]
+            stages.add("waiting", time.perf_counter() - start)
+            for result in decoded:
+                for stage, seconds in result.seconds.items():
+                    stages.add(stage, seconds)
+            # A folder that is copied to, or a drive that went away, must not be remembered as it
+            # was.
+            if block_key(settings, part) != key:
+                raise ClipError(
+                    f"files of the clips {listed([clip.name for clip in part])} changed while they "
+                    "were read; run the command again when nobody writes to them"
+                )
+            store.write(key, encode(part, decoded, encoders, features, batch, stages))
+            stages.clips += len(part)
+            count(stages.clips, len(jobs))
+    results.close()
+    return stages
+
+
+def encode(
+    clips: Sequence[Clip],
+    decoded: Sequence[Decoded],
+    encoders: Mapping[str, Encoder],
+    features: Sequence[str],
+    batch: int,
+    stages: Stages,
+) -> Block:
+    """The features of a block, as one batch of `batch` clips per feature."""
+    found = {}
+    for feature in features:
+        kind = next(kind for kind, names in FEATURES.items() if feature in names)
+        encoder = encoders[kind]
+        start = time.perf_counter()
+        inputs = encoder.empty(batch)
+        present = [i for i, result in enumerate(decoded) if feature in result.arrays]
+        for i in present:
+            inputs[i] = decoded[i].arrays[feature]
+        values = np.zeros((len(clips), *inputs.shape[1:2], encoder.width), np.float32)
+        if present:
+            values[present] = encoder(inputs)[present]
+        with np.errstate(over="ignore"):
+            half = values.astype("<f2")
+        for i in np.flatnonzero(~np.isfinite(half).all(axis=(1, 2))):
+            decoded[i].problems[feature] = "the encoder's values are not finite in float16"
+            half[i] = 0
+        found[feature] = half
+        stages.add(f"{kind} encoder", time.perf_counter() - start)
+    rows = [
+        {"name": clip.name, "problems": result.problems, "facts": result.facts}
+        for clip, result in zip(clips, decoded, strict=True)
+    ]
+    return Block(rows, found)
