@@ -24,10 +24,9 @@ from commands import (
     losses,
 )
 
-from affectgpt_jax import build
+from affectgpt_jax import build, program
 from affectgpt_jax.data import pipeline
 from affectgpt_jax.restore import load_config
-from affectgpt_jax.training import step as step_module
 from affectgpt_jax.training import stopping
 from affectgpt_jax.training.checkpoints import SavedRun
 
@@ -271,7 +270,7 @@ def test_a_record_that_is_damaged_in_mid_epoch_stops_the_run_by_its_name(
 
 def poison_weights(step):
     """For a command: a NaN in a moment of the optimizer, which no loss has shown yet."""
-    make = step_module.make_train_step
+    make = program.make_train_step
 
     def make_train_step(*args, **kwargs):
         train_step = make(*args, **kwargs)
@@ -286,7 +285,7 @@ def poison_weights(step):
 
         return poisoned
 
-    step_module.make_train_step = make_train_step
+    program.make_train_step = make_train_step
 
 
 def poison_batch(step):
