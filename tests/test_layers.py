@@ -8,15 +8,26 @@ from pathlib import Path
 
 import pytest
 
-import affectgpt_jax
-
-PACKAGE = Path(affectgpt_jax.__file__).parent
-MODULES = sorted(path.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("*.py"))
-COMMANDS = (
-    *(f"affectgpt_jax.{path.stem}" for path in PACKAGE.glob("*.py") if path.stem != "__init__"),
-    *(f"affectgpt_jax.{path.parent.stem}.__main__" for path in PACKAGE.glob("*/__main__.py")),
+ROOT = Path(__file__).parent.parent
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("affectgpt_jax", "data_prep", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+# From the ground up. A module of the package that is in none of the folders is on the floor of
+# `program`, and one that runs as a command is above all of them, wherever it lies.
+FLOORS = (
+    ("affectgpt_jax.common",),
+    ("affectgpt_jax.evaluation", "affectgpt_jax.data"),
+    ("affectgpt_jax.models",),
+    ("affectgpt_jax.weights", "affectgpt_jax.training"),
+    ("affectgpt_jax",),
+    ("data_prep",),
 )
+COMMAND_FLOOR = len(FLOORS)
+
 ACCELERATOR = ("jax", "jaxlib", "flax", "optax", "orbax")
+UNSAFE = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
 FILES_AND_FLAGS = (
     "os",
     "pathlib",
@@ -27,30 +38,31 @@ FILES_AND_FLAGS = (
     "absl",
     "ml_collections",
 )
+# What models and weights know of data.
+REGISTRY = "affectgpt_jax.data.modalities"
+# Beyond the floors, by folder.
 BANNED = {
-    ".": ("torch", "tensorflow", "pickle", "cloudpickle", "dill", "marshal", "shelve"),
-    "data": (
-        *COMMANDS,
-        *ACCELERATOR,
-        "affectgpt_jax.models",
-        "affectgpt_jax.weights",
-        "affectgpt_jax.training",
-        "affectgpt_jax.evaluation",
-        "affectgpt_jax.configs",
-    ),
-    "models": (
-        *COMMANDS,
+    "affectgpt_jax": ("torch", "tensorflow", *UNSAFE),
+    "affectgpt_jax.data": ACCELERATOR,
+    "affectgpt_jax.models": (
         *FILES_AND_FLAGS,
         "affectgpt_jax.data",
-        "affectgpt_jax.weights",
-        "affectgpt_jax.training",
         "affectgpt_jax.evaluation",
-        "affectgpt_jax.configs",
         "jax.sharding",
     ),
-    "weights": (*COMMANDS, "affectgpt_jax.training", "affectgpt_jax.data", "affectgpt_jax.configs"),
-    "training": (*COMMANDS, "affectgpt_jax.data", "affectgpt_jax.weights", "affectgpt_jax.configs"),
+    "affectgpt_jax.training": ("affectgpt_jax.data", "affectgpt_jax.evaluation"),
+    "affectgpt_jax.weights": ("affectgpt_jax.data",),
+    "data_prep": ("tensorflow", *UNSAFE),
 }
+# The ground floor and scoring need NumPy alone. Beyond it: trees are those of JAX, the page is a
+# template, and the client of a server is an extra, imported where it is used.
+NEED_NUMPY_ALONE = ("affectgpt_jax.common", "affectgpt_jax.evaluation")
+BEYOND_NUMPY = {
+    "affectgpt_jax.common.trees": ("jax",),
+    "affectgpt_jax.evaluation.page": ("jinja2",),
+    "affectgpt_jax.evaluation.chat_server": ("openai",),
+}
+PYTORCH = ("data_prep.encoders",)
 
 
 def imports(source: str) -> set[str]:
@@ -65,42 +77,72 @@ def imports(source: str) -> set[str]:
     return found
 
 
-# `models` and `weights` know the registry of modalities, and nothing else of the data.
-REGISTRY = "affectgpt_jax.data.modalities"
-
-
 def within(name: str, roots) -> bool:
     return any(name == root or name.startswith(f"{root}.") for root in roots)
 
 
-# A folder's `__main__.py` is a command: it stands above all floors.
-@pytest.mark.parametrize(
-    "module", [path for path in MODULES if path.name != "__main__.py"], ids=str
-)
-def test_nothing_imports_upward(module):
-    found = imports((PACKAGE.parent / module).read_text(encoding="utf-8"))
+def is_command(module: str) -> bool:
+    """Whether the module is run with `python -m`."""
+    tree = ast.parse(SOURCES[module].read_text(encoding="utf-8"))
+    guards = (node.test for node in tree.body if isinstance(node, ast.If))
+    return module.endswith(".__main__") or any(
+        ast.unparse(test) == "__name__ == '__main__'" for test in guards
+    )
+
+
+COMMANDS = frozenset(filter(is_command, SOURCES))
+
+
+def floor(module: str) -> tuple[int, str]:
+    """Number of the floor from the ground, and the folder on it."""
+    if module in COMMANDS:
+        return COMMAND_FLOOR, module
+    for number, folders in enumerate(FLOORS):
+        for folder in folders:
+            if within(module, (folder,)) and folder != "affectgpt_jax":
+                return number, folder
+    return FLOORS.index(("affectgpt_jax",)), "affectgpt_jax"
+
+
+def imports_of(module: str) -> set[str]:
+    return imports(SOURCES[module].read_text(encoding="utf-8"))
+
+
+HOUSE = [module for module in SOURCES if not within(module, ("benchmarks",))]
+
+
+@pytest.mark.parametrize("module", HOUSE)
+def test_nothing_imports_upward_or_from_the_other_folder_of_its_floor(module):
+    number, folder = floor(module)
+    for name in imports_of(module) & SOURCES.keys() - {"affectgpt_jax", module}:
+        other_number, other_folder = floor(name)
+        assert other_number < number or other_folder == folder, f"{module} imports {name}"
+    if number < FLOORS.index(("affectgpt_jax",)):
+        assert not {name for name in imports_of(module) if within(name, ["affectgpt_jax.configs"])}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_no_module_imports_a_command(module):
+    """Of the package or of data_prep: what two commands need lies below them."""
+    commands = {name for name in COMMANDS if not within(name, ("benchmarks",))}
+    assert not imports_of(module) & commands - {module}
+
+
+@pytest.mark.parametrize("module", HOUSE)
+def test_a_folder_is_free_of_what_it_has_to_do_without(module):
+    found = imports_of(module)
+    found = {name for name in found if not within(name, (REGISTRY,))}
     for folder, banned in BANNED.items():
-        if PACKAGE.name / Path(folder) in module.parents:
-            found = {name for name in found if not within(name, [REGISTRY])}
+        if within(module, (folder,)):
             assert not {name for name in found if within(name, banned)}
+    if module not in PYTORCH:
+        assert not {name for name in found if within(name, ("torch",))}
 
 
-@pytest.mark.parametrize(
-    ("module", "floors"),
-    [
-        *((path, ("common",)) for path in MODULES if path.parts[1] == "common"),
-        *((path, ("common", "evaluation")) for path in MODULES if path.parts[1] == "evaluation"),
-    ],
-    ids=str,
-)
-def test_the_ground_floor_and_evaluation_need_numpy_alone(module, floors):
-    found = imports((PACKAGE.parent / module).read_text(encoding="utf-8"))
-    # Trees are those of JAX; the page is a template; a chat server has a client, loaded when asked.
-    libraries = {"trees.py": "jax", "page.py": "jinja2", "chat_server.py": "openai"}
-    extra = [name for file, name in libraries.items() if file == module.name]
-    own = (f"affectgpt_jax.{floor}" for floor in floors)
-    allowed = (*sys.stdlib_module_names, "numpy", *extra, *own)
-    assert not {name for name in found if not within(name, allowed)}
+@pytest.mark.parametrize("module", [m for m in HOUSE if within(m, NEED_NUMPY_ALONE)])
+def test_the_ground_floor_and_evaluation_need_numpy_alone(module):
+    allowed = (*sys.stdlib_module_names, "numpy", "affectgpt_jax", *BEYOND_NUMPY.get(module, ()))
+    assert not {name for name in imports_of(module) if not within(name, allowed)}
 
 
 def test_the_check_sees_every_form_of_import():
@@ -113,6 +155,14 @@ def late():
     assert imports(source) == {"torch.nn", "jax", "jax.sharding", "pickle", "numpy"}
     assert within("torch.nn", ("torch",))
     assert not within("torchvision", ("torch",))
+
+
+def test_the_check_knows_commands_and_floors():
+    assert {"affectgpt_jax.train", "affectgpt_jax.weights.__main__", "data_prep.extract"} < COMMANDS
+    assert floor("affectgpt_jax.weights.__main__")[0] == COMMAND_FLOOR
+    order = ["common.files", "data.records", "models.lora", "training.step", "inference", "train"]
+    numbers = [floor(f"affectgpt_jax.{name}")[0] for name in order]
+    assert numbers == sorted(set(numbers))
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -131,5 +181,5 @@ def test_importing_the_package_imports_nothing():
 
 
 def test_scoring_and_reading_a_command_line_load_no_accelerator():
-    loaded = loaded_by("import affectgpt_jax.config, affectgpt_jax.evaluation.metrics")
+    loaded = loaded_by("import affectgpt_jax.config, affectgpt_jax.score, affectgpt_jax.report")
     assert not {name for name in loaded if within(name, (*ACCELERATOR, "torch", "transformers"))}
