@@ -25,11 +25,3 @@ def cache_directory() -> Path:
     # The XDG specification has relative paths ignored.
     root = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
     return root / "affectgpt_jax" / "xla"
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether an error of XLA's says that a device has no memory left.
-
-    It has no type of its own: a `jax.errors.JaxRuntimeError` whose text names the status.
-    """
-    return "RESOURCE_EXHAUSTED" in str(error)
