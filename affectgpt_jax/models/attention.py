@@ -89,10 +89,7 @@ def _causal_backward(
     # What the softmax's normaliser takes back: sum over keys of weight times its gradient.
     shared = jnp.sum(out * grad, axis=-1, keepdims=True, dtype=jnp.float32)
     grads_q = []
-    # Sums over queries are kept as `[B, K, d, S]`, and transposed once after the loop: of the two
-    # operands of a matmul the narrow one is then the transposed one.
-    q_by_width, grad_by_width = (x.transpose(0, 1, 4, 2, 3) for x in (q, grad))
-    grad_k, grad_v = (jnp.zeros(x.swapaxes(2, 3).shape, jnp.float32) for x in (k, v))
+    grad_k, grad_v = (jnp.zeros(x.shape, jnp.float32) for x in (k, v))
     for start, end in _blocks(query.shape[1]):
         here = (slice(None), slice(None), slice(None), slice(start, end))
         keys, values = k[:, :, :end], v[:, :, :end]
@@ -100,13 +97,14 @@ def _causal_backward(
         grad_weights = _times(grad[here], values.swapaxes(2, 3))
         grad_scores = (weights * (grad_weights - shared[here]) * scale).astype(key.dtype)
         grads_q.append(_times(grad_scores, keys))
-        weights = weights.astype(value.dtype)
-        grad_k = grad_k.at[..., :end].add(_over_queries(q_by_width[..., start:end], grad_scores))
-        grad_v = grad_v.at[..., :end].add(_over_queries(grad_by_width[..., start:end], weights))
+        grad_k = grad_k.at[:, :, :end].add(_transposed_times(grad_scores, q[here]))
+        grad_v = grad_v.at[:, :, :end].add(
+            _transposed_times(weights.astype(value.dtype), grad[here])
+        )
     return (
         _by_position(jnp.concatenate(grads_q, axis=3)).astype(query.dtype),
-        grad_k.transpose(0, 3, 1, 2).astype(key.dtype),
-        grad_v.transpose(0, 3, 1, 2).astype(value.dtype),
+        grad_k.swapaxes(1, 2).astype(key.dtype),
+        grad_v.swapaxes(1, 2).astype(value.dtype),
         None,
     )
 
@@ -157,12 +155,11 @@ def _times(x: jax.Array, y: jax.Array) -> jax.Array:
     return product.reshape(batch, kv_heads, group, rows, y.shape[-1])
 
 
-def _over_queries(x: jax.Array, weights: jax.Array) -> jax.Array:
-    """Float32 `[B, K, d, S]`: the sum over queries of `[B, K, d, G, t]` times `[B, K, G, t, S]`."""
-    batch, kv_heads, width = x.shape[:3]
-    x = x.reshape(batch, kv_heads, width, -1)
-    weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
-    return jnp.einsum("bkdx,bkxs->bkds", x, weights, preferred_element_type=jnp.float32)
+def _transposed_times(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Float32 `[B, K, S, d]`: the sum over queries of `[B, K, G, t, S]` times `[B, K, G, t, d]`."""
+    batch, kv_heads, group, queries, _ = x.shape
+    x, y = (a.reshape(batch, kv_heads, group * queries, a.shape[-1]) for a in (x, y))
+    return jnp.einsum("bkxs,bkxd->bksd", x, y, preferred_element_type=jnp.float32)
 
 
 def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array) -> jax.Array:

@@ -86,8 +86,9 @@ def low_rank(
     Returns:
         `[..., out]` in the dtype of `x`.
 
-    Gradients are written out so that masks are drawn again in the backward pass: kept, they and
-    what they leave of `x` are a third of what a layer saves.
+    Gradients are written out for two reasons. Those of A and B are sums over all tokens, and what
+    autodiff emits makes XLA transpose the wide operand on CPUs. And masks are drawn again in the
+    backward pass: kept, they and what they leave of `x` are a third of what a layer saves.
     """
     return _low_rank_forward(x, lora_a, lora_b, scale, rate, seed)[0]
 
@@ -103,9 +104,16 @@ def _low_rank_backward(scale, rate, residuals, grad):
     grad_narrow = grad @ lora_b.T.astype(x.dtype) * jnp.asarray(scale, x.dtype)
     # Dropout is a product with its mask: its own transpose.
     grad_x = dropout(grad_narrow @ lora_a.T.astype(x.dtype), rate, seed)
-    tokens = (tuple(range(x.ndim - 1)),) * 2
-    grad_a = jnp.tensordot(dropout(x, rate, seed), grad_narrow, tokens)
-    grad_b = jnp.tensordot(narrow, grad, tokens)
+
+    def over_tokens(few: jax.Array, many: jax.Array) -> jax.Array:
+        """`few^T many` `[r, n]` for `[..., r]` and `[..., n]`; only `few` is transposed."""
+        axes = tuple(range(few.ndim - 1))
+        return jax.lax.dot_general(few, many, ((axes, axes), ((), ())))
+
+    # Without the barrier XLA turns the transposed product into one of swapped operands, for which
+    # CPUs have no fast kernel.
+    grad_a = jax.lax.optimization_barrier(over_tokens(grad_narrow, dropout(x, rate, seed))).T
+    grad_b = over_tokens(narrow, grad)
     return grad_x, grad_a.astype(lora_a.dtype), grad_b.astype(lora_b.dtype), None
 
 
