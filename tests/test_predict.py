@@ -103,7 +103,7 @@ def test_json_lines_say_all_about_every_clip_and_question(ask):
         assert (line["labels"] is None) == (line["question"] == "description")
         assert 1 <= line["tokens"] <= 8 and line["logprob"] < 0
         assert line["tokens"] == 8 or not line["cut"]
-    assert len({line["text"] for line in lines}) > CLIPS, "answers that are alike prove little"
+    assert len({line["text"] for line in lines}) >= CLIPS, "answers that are alike prove little"
     assert "checkpoint of step " in said and "asking description and ovlabel" in said
     assert f"{2 * CLIPS} of {2 * CLIPS} answers" in said
 

@@ -101,7 +101,10 @@ def assert_same_update(found, expected, start=TRAINABLE):
         assert np.abs(x - y).max() < FLOAT32 * largest + rounding, path
 
 
-@pytest.mark.parametrize(("microbatches", "batch"), [(2, BATCH), (4, BATCH), (2, PACKED)])
+@pytest.mark.parametrize(
+    ("microbatches", "batch"),
+    [(2, BATCH), (2, PACKED), pytest.param(4, BATCH, marks=pytest.mark.slow)],
+)
 def test_accumulation_does_not_change_the_update(microbatches, batch):
     expected = one_device_step()(new_state(), batch)
     assert_same_update(one_device_step(microbatches)(new_state(), batch), expected)
@@ -151,8 +154,8 @@ DROPOUT = 0.25
 @pytest.mark.parametrize(
     ("layout", "dropout", "batch"),
     [
-        ("data:8", 0.0, BATCH),
-        ("fsdp:8", 0.0, BATCH),
+        pytest.param("data:8", 0.0, BATCH, marks=pytest.mark.slow),
+        pytest.param("fsdp:8", 0.0, BATCH, marks=pytest.mark.slow),
         ("data:2,fsdp:2,tensor:2", DROPOUT, BATCH),
         ("data:4,fsdp:2", 0.0, PACKED),
     ],
