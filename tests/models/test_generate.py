@@ -180,8 +180,8 @@ def test_decoding_updates_the_cache_where_it_lies():
     compiled = decode.lower(MODEL, BASE, TRAINABLE, state, settings, 9).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= held, "the cache that comes in is not reused"
-    # One block of slots of one layer is read at a time.
-    assert memory.temp_size_in_bytes < 0.2 * held
+    # One layer is read at a time; beside it there are scores and logits of a token.
+    assert memory.temp_size_in_bytes < 1.2 * held / len(state.cache.key)
     before = state.cache.key
     decode(MODEL, BASE, TRAINABLE, state, settings, 9)
     assert before.is_deleted()

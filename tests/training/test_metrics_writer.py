@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 from terminals import FakeClock, Terminal
 
-from affectgpt_jax.training import metrics_writer
 from affectgpt_jax.training.metrics_writer import (
     MetricsError,
     MetricsWriter,
@@ -128,7 +128,7 @@ def test_a_resume_that_is_killed_while_trimming_loses_nothing(
     def killed(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(metrics_writer.os, "fsync", killed)
+    monkeypatch.setattr(os, "fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsWriter(tmp_path, resume_step=2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
