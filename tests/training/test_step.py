@@ -154,7 +154,7 @@ DROPOUT = 0.25
 @pytest.mark.parametrize(
     ("layout", "dropout", "batch"),
     [
-        pytest.param("data:8", 0.0, BATCH, marks=pytest.mark.slow),
+        ("data:8", 0.0, BATCH),
         pytest.param("fsdp:8", 0.0, BATCH, marks=pytest.mark.slow),
         ("data:2,fsdp:2,tensor:2", DROPOUT, BATCH),
         ("data:4,fsdp:2", 0.0, PACKED),
