@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.files import sha256_of, sync
 from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import check_type, read_json, write_json
-from affectgpt_jax.common.trees import path_name
+from affectgpt_jax.common.trees import nbytes, path_name
 from affectgpt_jax.training.step import State
 
 MANIFEST = "manifest.json"
@@ -84,7 +83,7 @@ class Manifest:
             digest = fields.pop("sha256", None)
             manifest = check_type(fields, cls, str(path))
         except ReadError as error:
-            raise _damaged(directory, str(error)) from None
+            raise _damaged(directory, str(error).removeprefix(f"{directory}/")) from None
         if digest != json_sha256(fields):
             raise _damaged(directory, f"{MANIFEST}: its own sha256 does not match")
         return manifest
@@ -96,7 +95,7 @@ def check_disk(workdir: Path, abstract_state: State) -> None:
     Raises:
         CheckpointError: naming how much is free and how much a checkpoint needs.
     """
-    need = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(abstract_state))
+    need = nbytes(abstract_state)
     free = shutil.disk_usage(workdir).free
     if free < need:
         raise CheckpointError(
