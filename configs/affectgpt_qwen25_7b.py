@@ -15,7 +15,7 @@ def data_set(
 
     Args:
         source: as `data.train`.
-        weight: how often an epoch visits each clip; 0.5 is every other epoch.
+        weight: how often an epoch draws each clip; 0.5 is every other epoch.
         share: of its clips that is used at all; a clip's name alone decides.
         label: as `config.label`, which "" stands for.
         input: as `config.input`, which "" stands for.
@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
 
     c.steps = 300_000  # 60 epochs of 5,000 steps
     c.batch_size = 3  # rows in one update, over all devices; a row is a clip, unless packed
-    c.gradient_accumulation_steps = 1  # parts of a batch that run one after the other
+    c.gradient_accumulation_steps = 1  # microbatches of a batch, run one after the other
     c.num_buckets = 4  # row lengths that batches come in; each costs one compilation
     c.pack_length = 0  # tokens of a row that holds as many clips as fit; 0: a clip a row. All
     # training batches then have this one shape, and num_buckets is for validation and answers. A
@@ -80,7 +80,7 @@ def get_config() -> ConfigDict:
     c.optimizer.clip_norm = 0.0  # 0 is off
 
     c.lora = ConfigDict()
-    c.lora.rank = 16  # 0 trains heads and fusion alone
+    c.lora.rank = 16  # 0 trains projectors and fusion alone
     c.lora.alpha = 32.0
     c.lora.dropout = 0.05
     c.lora.targets = (

@@ -1,1 +1,1 @@
-"""Optimizer, step, sharding, checkpoints and metrics_writer."""
+"""The loop, the step, losses, optimizer, sharding, checkpoints and metrics of training."""
