@@ -134,7 +134,7 @@ def test_what_is_finished_is_used_again_and_damage_to_it_is_noticed(
     blocks[1].unlink()
     decoded = []
     monkeypatch.setattr(
-        extract, "decode_clip", lambda job: decoded.append(job.clip.name) or decode_clip(job)
+        stages, "decode_clip", lambda job: decoded.append(job.clip.name) or decode_clip(job)
     )
     run(clips, out, encoders)
     assert contents(out) == contents(extracted)
