@@ -110,7 +110,13 @@ class Watchdog:
 
     def _watch(self) -> None:
         interval_s = min(self._limit_s / 4, 10.0)
+        looked_s = time.monotonic()
         while not self._done.wait(interval_s):
+            now_s = time.monotonic()
+            if now_s - looked_s > interval_s + self._limit_s / 2:
+                # This process was suspended: its own pause is no lack of progress.
+                self._since_s = now_s
+            looked_s = now_s
             # In case a thread never releases the interpreter lock, so that this one cannot run.
             if _has_descriptor(sys.__stderr__):
                 faulthandler.dump_traceback_later(
