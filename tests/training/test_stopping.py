@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -115,6 +116,28 @@ def test_a_process_that_goes_on_is_left_alone(monkeypatch):
     monkeypatch.setattr(watchdog._done, "wait", tick)
     watchdog._watch()
     assert now[0] > 70
+
+
+def test_a_process_that_was_suspended_goes_on_when_it_wakes():
+    code = """
+import sys
+from affectgpt_jax.training.stopping import Watchdog
+with Watchdog(2.0):
+    print("watching", flush=True)
+    sys.stdin.readline()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "watching\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)
+    process.send_signal(signal.SIGCONT)
+    # Long enough for the watchdog to look, and within its limit.
+    time.sleep(0.8)
+    _, said = process.communicate("\n", timeout=60)
+    assert (process.returncode, said) == (0, "")
 
 
 def test_no_limit_is_no_watch():
