@@ -230,9 +230,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         for place in choose_sets(arguments, run, say)
     ]
     for test in sets:
-        processor.prompt_examples(
-            test.dataset, question
-        )  # trouble with a clip shows before any answer
+        # Trouble with a clip shows before any answer.
+        processor.prompt_examples(test.dataset, question)
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None

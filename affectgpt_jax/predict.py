@@ -149,9 +149,8 @@ def predict(arguments: argparse.Namespace) -> None:
     clips = choose_clips(open_clips(run, arguments.records), arguments.name, arguments.first)
     report_missing(run, clips)
     for question in questions:
-        run.processor.prompt_examples(
-            clips, question
-        )  # trouble with a clip shows now, not at the end
+        # Trouble with a clip shows now, not at the end.
+        run.processor.prompt_examples(clips, question)
     generator = Generator(
         run.model,
         run.base,
