@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +16,26 @@ from affectgpt_jax.data.modalities import placeholders
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 # What Qwen2.5's own template, of which this is one turn, says where nobody sets the scene.
 SYSTEM_MESSAGE = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+_NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 class TokenizerError(UserError, ValueError):
     """A directory whose tokenizer cannot be used."""
+
+
+def _fast_tokenizer_class() -> type:
+    """transformers' tokenizer, imported without its advice to install PyTorch.
+
+    The import takes seconds, and stands here so that commands which fail earlier fail at once.
+    """
+    said_before = os.environ.get(_NO_ADVICE)
+    os.environ.setdefault(_NO_ADVICE, "1")
+    try:
+        from transformers import PreTrainedTokenizerFast
+    finally:
+        if said_before is None:
+            del os.environ[_NO_ADVICE]
+    return PreTrainedTokenizerFast
 
 
 class Tokenizer:
@@ -34,15 +51,12 @@ class Tokenizer:
     """
 
     def __init__(self, directory: Path):
-        # transformers takes seconds to import; commands that fail earlier should fail at once.
-        from transformers import PreTrainedTokenizerFast
-
         self._directory = Path(directory)
         path = self._directory / "tokenizer.json"
         if not path.is_file():
             raise TokenizerError(f"{path}: not found; a base model directory holds tokenizer.json")
         try:
-            self._fast = PreTrainedTokenizerFast(tokenizer_file=str(path))
+            self._fast = _fast_tokenizer_class()(tokenizer_file=str(path))
         except Exception as error:  # the tokenizers library raises bare Exception on bad files
             raise TokenizerError(f"{path}: not a tokenizer: {error}") from None
         vocabulary = self._fast.get_vocab()
