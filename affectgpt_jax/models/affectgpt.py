@@ -109,8 +109,8 @@ def hidden_states(
     *,
     dropout_key: jax.Array | None = None,
     keep_cache: bool = False,
-) -> tuple[jax.Array, KVCache | None]:
-    """Final hidden states `[B, T, D]` of whole rows, and the key-value cache if asked for.
+) -> tuple[jax.Array, tuple[KVCache, ...] | None]:
+    """Final hidden states `[B, T, D]` of whole rows, and the key-value caches if asked for.
 
     `dropout_key` turns on the dropout of LoRA and Q-Formers; None is evaluation.
     """
@@ -124,8 +124,7 @@ def hidden_states(
         batch["positions"],
         batch["segment_ids"],
         keep_cache=keep_cache,
-        deterministic=dropout_key is None,
-        rngs=None if lora_key is None else {"dropout": lora_key},
+        dropout_key=lora_key,
     )
 
 

@@ -5,14 +5,17 @@ choices of `DecoderConfig`: which projections have a bias, whether queries and k
 whether rotary frequencies are scaled.
 
 One module, two variable collections: `params` holds the frozen base under its Hugging Face names,
-`lora` the adapters. Layers are stacked along a leading axis and run by `nn.scan`, so compile time
-does not grow with depth and a checkpoint tensor maps to one slice.
+`lora` the adapters. The base's layers are a tuple of trees, one array for every tensor of a
+checkpoint, and run one after the other in the program: a loop over a stack would copy each layer's
+weights out of it, and what each layer saves into another one, which in a LoRA update of a 7B model
+is a fifth of all bytes that are moved. Adapters are small, and stay stacked along a leading axis.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from affectgpt_jax.models import attention
-from affectgpt_jax.models.lora import PROJECTED, LoraConfig, Projection
+from affectgpt_jax.models.lora import PROJECTED, TARGETS, LoraConfig, Projection, project
 from affectgpt_jax.models.quantize import PRECISIONS
 
 
@@ -121,7 +124,7 @@ PUBLISHED = {
 
 
 class KVCache(NamedTuple):
-    """Keys (rotated) and values of all layers, `[L, B, K, S, d]` each.
+    """Keys (rotated) and values of one layer, `[B, K, S, d]` each.
 
     Heads come before slots, so that attention is one batched product over contiguous memory.
     """
@@ -270,12 +273,7 @@ REMAT_POLICIES = {
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm block, as a step of the scan over layers.
-
-    The carry is the hidden states and, in decoding, the whole cache, of which a step changes one
-    slot a row in its own layer. XLA updates a carry in place; a cache that was scanned over layer
-    by layer would be copied for every new token.
-    """
+    """One pre-norm block."""
 
     config: DecoderConfig
     lora: LoraConfig | None
@@ -284,64 +282,84 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple[jax.Array, KVCache | None],
-        layer: jax.Array,
+        hidden_states: jax.Array,
         rotary: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array | None,
-        step: DecodeStep | None,
-        keep_cache: bool,
-        deterministic: bool,
-    ) -> tuple[tuple[jax.Array, KVCache | None], KVCache | None]:
-        """Returns the carry, and with `keep_cache` this layer's keys and values of whole rows."""
-        hidden_states, cache = carry
+        segment_ids: jax.Array | None = None,
+        seeds: Mapping[str, jax.Array] | None = None,
+        cache: KVCache | None = None,
+        step: DecodeStep | None = None,
+        *,
+        keep_cache: bool = False,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Run the block.
+
+        Args:
+            hidden_states: `[B, T, D]`.
+            rotary: of `rotary_tables`.
+            segment_ids: `[B, T]` int32; needed unless `step` is given.
+            seeds: of the dropout of every projection, `[2]` uint32 by name; None drops nothing.
+            cache: this layer's keys and values so far, with `step`.
+            step: set for decoding.
+            keep_cache: without `step`: return the keys and values of the rows.
+
+        Returns:
+            Hidden states `[B, T, D]`, and the cache, updated or new, or None.
+        """
         c, run = self.config, self.compute
         batch, length, width = hidden_states.shape
 
-        def project(name: str, x: jax.Array, features: int, use_bias: bool = False) -> jax.Array:
-            lora = self.lora if self.lora and name in self.lora.targets else None
-            dtypes = run.dtype, run.param_dtype, run.base_precision
-            return Projection(features, use_bias, lora, *dtypes, name=name)(x, deterministic)
+        def projected(x: jax.Array, sizes: Mapping[str, int], use_bias: bool = False):
+            """The projections of one input to so many features each."""
+            weights = []
+            for name, features in sizes.items():
+                lora = self.lora if self.lora and name in self.lora.targets else None
+                precision = run.param_dtype, run.base_precision
+                layer = Projection(features, use_bias, lora, *precision, name=name)
+                weights.append(layer(x.shape[-1]))
+            scale, rate = (self.lora.scale, self.lora.dropout) if self.lora else (1.0, 0.0)
+            with jax.named_scope("_".join(sizes)):
+                return project(x, weights, scale, rate, seeds and [seeds[name] for name in sizes])
 
-        def heads(name: str, x: jax.Array, count: int) -> jax.Array:
-            y = project(name, x, count * c.head_dim, c.qkv_bias)
-            return run.shard(
-                y.reshape(batch, length, count, c.head_dim), ("batch", None, "heads", None)
-            )
+        def heads(x: jax.Array, count: int) -> jax.Array:
+            axes = ("batch", None, "heads", None)
+            return run.shard(x.reshape(batch, length, count, c.head_dim), axes)
 
         x = RMSNorm(c.rms_norm_eps, run.param_dtype, name="input_layernorm")(hidden_states)
-        query = heads("q_proj", x, c.num_attention_heads)
-        key = heads("k_proj", x, c.num_key_value_heads)
-        value = heads("v_proj", x, c.num_key_value_heads)
+        counts = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+        sizes = zip(("q_proj", "k_proj", "v_proj"), counts, strict=True)
+        qkv = projected(x, {name: count * c.head_dim for name, count in sizes}, c.qkv_bias)
+        query, key, value = (heads(y, count) for y, count in zip(qkv, counts, strict=True))
         if c.qk_norm:
             query = RMSNorm(c.rms_norm_eps, run.param_dtype, name="q_norm")(query)
             key = RMSNorm(c.rms_norm_eps, run.param_dtype, name="k_norm")(key)
         query, key = rotate(query, rotary), rotate(key, rotary)
-        if step is None:
-            with jax.named_scope("attention"):
+        with jax.named_scope("attention"):
+            if step is None:
                 attended = run.attend(query, key, value, segment_ids)
-            kept = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
-        else:
-            at = (layer, jnp.arange(batch), slice(None), step.slot)
-            cache = KVCache(
-                cache.key.at[at].set(key[:, 0], mode="drop", unique_indices=True),
-                cache.value.at[at].set(value[:, 0], mode="drop", unique_indices=True),
-            )
-            kept = None
-            attended = run.attend_cached(query, *cache, layer, step.key_mask)
+                kept = KVCache(key.swapaxes(1, 2), value.swapaxes(1, 2)) if keep_cache else None
+            else:
+                at = (jnp.arange(batch), slice(None), step.slot)
+                kept = KVCache(
+                    cache.key.at[at].set(key[:, 0], mode="drop", unique_indices=True),
+                    cache.value.at[at].set(value[:, 0], mode="drop", unique_indices=True),
+                )
+                attended = run.attend_cached(query, *kept, step.key_mask)
         attended = attended.reshape(batch, length, c.num_attention_heads * c.head_dim)
-        hidden_states = hidden_states + project("o_proj", attended, width, c.o_bias)
+        hidden_states += projected(attended, {"o_proj": width}, c.o_bias)[0]
 
         x = RMSNorm(c.rms_norm_eps, run.param_dtype, name="post_attention_layernorm")(hidden_states)
-        gate = project("gate_proj", x, c.intermediate_size)
-        up = project("up_proj", x, c.intermediate_size)
+        gate, up = projected(x, dict.fromkeys(("gate_proj", "up_proj"), c.intermediate_size))
         gated = run.shard(recomputed(swiglu)(gate, up), ("batch", None, "mlp"))
-        hidden_states = hidden_states + project("down_proj", gated, width)
-        hidden_states = run.shard(hidden_states, ("batch", None, None))
-        return (hidden_states, cache), kept
+        hidden_states += projected(gated, {"down_proj": width})[0]
+        return run.shard(hidden_states, ("batch", None, None)), kept
 
 
 class Decoder(nn.Module):
     """The decoder from embeddings to final-norm hidden states.
+
+    Variables: `params` {"embed_tokens", "lm_head" unless tied, "norm", "layers": a tuple of the
+    `params` of `DecoderLayer`}, and `lora` {"layers": adapters with a leading axis of layers}. They
+    are made by `init_base` and `init_lora`.
 
     The caller applies the `lm_head`, since it needs logits at few positions.
     """
@@ -365,23 +383,6 @@ class Decoder(nn.Module):
                 (c.hidden_size, c.vocab_size),
                 run.param_dtype,
             )
-        layer = DecoderLayer
-        if run.remat != "none":
-            # XLA cannot merge recomputation inside a scan with the forward pass, so the barriers
-            # that `prevent_cse` adds have no use here.
-            layer = nn.remat(
-                layer,
-                policy=REMAT_POLICIES[run.remat],
-                prevent_cse=False,
-                static_argnums=(6, 7),
-            )
-        self.layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "lora": 0},
-            split_rngs={"params": True, "lora": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=c.num_hidden_layers,
-        )(c, self.lora, run)
         self.norm = RMSNorm(c.rms_norm_eps, run.param_dtype)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -390,9 +391,14 @@ class Decoder(nn.Module):
         Placeholder ids that were added to the tokenizer may lie beyond the table; they are clipped
         here and their embeddings replaced by soft tokens.
         """
-        table = self.embed_tokens.astype(self.compute.dtype)
-        embeds = jnp.take(table, tokens, axis=0, mode="clip")
-        return self.compute.shard(embeds, ("batch", None, None))
+        with jax.named_scope("embed_tokens"):
+            table = self.embed_tokens.astype(self.compute.dtype)
+            embeds = jnp.take(table, tokens, axis=0, mode="clip")
+            return self.compute.shard(embeds, ("batch", None, None))
+
+    def final_norm(self, hidden_states: jax.Array) -> jax.Array:
+        """The norm behind the last layer."""
+        return self.norm(hidden_states)
 
     def __call__(
         self,
@@ -400,39 +406,77 @@ class Decoder(nn.Module):
         positions: jax.Array,
         segment_ids: jax.Array | None = None,
         *,
-        cache: KVCache | None = None,
+        cache: Sequence[KVCache] | None = None,
         step: DecodeStep | None = None,
         keep_cache: bool = False,
-        deterministic: bool = True,
-    ) -> tuple[jax.Array, KVCache | None]:
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple[KVCache, ...] | None]:
         """Run all layers.
 
         Args:
             inputs_embeds: `[B, T, D]`.
             positions: `[B, T]` int32 rotary positions, counted from 0 in every segment.
             segment_ids: `[B, T]` int32, 0 for padding; needed unless `step` is given.
-            cache: keys and values so far, with `step`.
+            cache: keys and values so far, of every layer, with `step`.
             step: set for decoding: `T` is 1 and a row's new token goes to its `step.slot`.
             keep_cache: without `step`: return the keys and values of the rows, S = T slots.
-            deterministic: no LoRA dropout.
+            dropout_key: of LoRA's dropout; None drops nothing.
 
         Returns:
-            Hidden states `[B, T, D]` after the final norm, and the cache, updated or new, or None.
+            Hidden states `[B, T, D]` after the final norm, and the caches, updated or new, or None.
         """
-        c = self.config
+        c, run = self.config, self.compute
         frequencies = rotary_frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
         rotary = rotary_tables(positions, frequencies)
-        carry = inputs_embeds.astype(self.compute.dtype), cache
-        (hidden_states, cache), kept = self.layers(
-            carry,
-            jnp.arange(c.num_hidden_layers),
-            rotary,
-            segment_ids,
-            step,
-            keep_cache,
-            deterministic,
+        depth = c.num_hidden_layers
+        seeds = [None] * depth
+        if dropout_key is not None and self.lora is not None and self.lora.dropout:
+            seeds = _unstacked(_dropout_seeds(dropout_key, depth))
+        adapters = [{}] * depth
+        if self.has_variable("lora", "layers"):
+            adapters = _unstacked(self.get_variable("lora", "layers"))
+        run_layer = functools.partial(
+            DecoderLayer(c, self.lora, run, parent=None).apply, keep_cache=keep_cache
         )
-        return self.norm(hidden_states), kept if step is None else cache
+        if run.remat != "none":
+            run_layer = jax.checkpoint(run_layer, policy=REMAT_POLICIES[run.remat])
+        hidden_states = inputs_embeds.astype(run.dtype)
+        caches = []
+        for i, params in enumerate(self.get_variable("params", "layers")):
+            with jax.named_scope(f"layers_{i}"):
+                hidden_states, kept = run_layer(
+                    {"params": params, "lora": adapters[i]},
+                    hidden_states,
+                    rotary,
+                    segment_ids,
+                    seeds[i],
+                    None if cache is None else cache[i],
+                    step,
+                )
+            caches.append(kept)
+        return self.norm(hidden_states), None if caches[0] is None else tuple(caches)
+
+
+def _unstacked(tree: Any) -> list[Any]:
+    """The trees of every layer of a tree of arrays `[L, ...]`."""
+    parts = jax.tree.map(_parts, tree)
+    structure = jax.tree.structure(tree)
+    return [structure.unflatten(leaves) for leaves in zip(*structure.flatten_up_to(parts))]
+
+
+@jax.custom_vjp
+def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
+    """`x[0], x[1], ...`. Autodiff would add up a whole array of zeros for each gradient."""
+    return tuple(x)
+
+
+_parts.defvjp(lambda x: (tuple(x), None), lambda _, grads: (jnp.stack(grads),))
+
+
+def _dropout_seeds(key: jax.Array, count: int) -> dict[str, jax.Array]:
+    """The seeds `[L, 2]` uint32 of the dropout of every projection, in one draw."""
+    seeds = jax.random.bits(key, (len(TARGETS), count, 2), jnp.uint32)
+    return dict(zip(TARGETS, seeds, strict=True))
 
 
 def lm_head(params: Mapping[str, Any]) -> jax.Array:
@@ -442,16 +486,28 @@ def lm_head(params: Mapping[str, Any]) -> jax.Array:
 
 def init_base(module: Decoder, key: jax.Array) -> dict[str, Any]:
     """Random base weights, the `params` tree; with `jax.eval_shape` just its shapes."""
-    return _init(module, key)["params"]
+    params_key, _ = jax.random.split(key)
+    hidden_states = jnp.zeros((1, 1, module.config.hidden_size), module.compute.dtype)
+    outer = module.init(params_key, hidden_states, method="final_norm")["params"]
+    return {**outer, "layers": tuple(_unstacked(_init_layers(module, key)["params"]))}
 
 
 def init_lora(module: Decoder, key: jax.Array) -> dict[str, Any]:
     """Fresh adapters, the `lora` tree (empty where the module has none)."""
-    return _init(module, key).get("lora", {})
+    layers = _init_layers(module, key).get("lora")
+    return {"layers": layers} if layers else {}
 
 
-def _init(module: Decoder, key: jax.Array) -> dict[str, Any]:
-    embeds = jnp.zeros((1, 1, module.config.hidden_size), module.compute.dtype)
+def _init_layers(module: Decoder, key: jax.Array) -> dict[str, Any]:
+    """The variables of all layers, stacked: one program draws them, however many there are."""
+    c, run = module.config, module.compute
+    hidden_states = jnp.zeros((1, 1, c.hidden_size), run.dtype)
     ids = jnp.zeros((1, 1), jnp.int32)
-    params_key, lora_key = jax.random.split(key)
-    return module.init({"params": params_key, "lora": lora_key}, embeds, ids, ids)
+    rotary = rotary_tables(ids, rotary_frequencies(c.head_dim, c.rope_theta))
+    layer = DecoderLayer(c, module.lora, run)
+
+    def init(params_key: jax.Array, lora_key: jax.Array) -> Any:
+        return layer.init({"params": params_key, "lora": lora_key}, hidden_states, rotary, ids)
+
+    keys = (jax.random.split(k, c.num_hidden_layers) for k in jax.random.split(key))
+    return jax.vmap(init)(*keys)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,11 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from affectgpt_jax.models.quantize import frozen_dot, initializer
+from affectgpt_jax.models.quantize import (
+    QuantizedKernel,
+    frozen_dot,
+    frozen_dot_transposed,
+    initializer,
+)
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# What rematerialisation policies call a projection's result. Its two products would be twice as
-# much to keep as their sum.
+# What rematerialisation policies call a projection's result and its narrow product. The two wide
+# products would be twice as much to keep as their sum.
 PROJECTED = "projected"
 
 
@@ -65,59 +71,152 @@ def kaiming_uniform(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def low_rank(
+class ProjectionWeights(NamedTuple):
+    """What a linear layer multiplies with.
+
+    Attributes:
+        kernel: `[in, out]`, frozen.
+        bias: `[out]`, frozen, or None.
+        lora_a, lora_b: the adapter, `[in, r]` and `[r, out]` float32; None where it has none.
+    """
+
+    kernel: jax.Array | QuantizedKernel
+    bias: jax.Array | None = None
+    lora_a: jax.Array | None = None
+    lora_b: jax.Array | None = None
+
+
+def project(
     x: jax.Array,
-    lora_a: jax.Array,
-    lora_b: jax.Array,
+    weights: Sequence[ProjectionWeights],
     scale: float,
     rate: float = 0.0,
-    seed: jax.Array | None = None,
-) -> jax.Array:
-    """`scale * dropout(x) A B`, computed in the dtype of `x`.
+    seeds: Sequence[jax.Array] | None = None,
+) -> tuple[jax.Array, ...]:
+    """`x W + b + scale * dropout(x) A B` of several projections of one input.
 
     Args:
         x: `[..., in]`.
-        lora_a: `[in, r]`, of any float dtype.
-        lora_b: `[r, out]`.
-        scale: applied where it is narrow, so that no array of the output's width is passed over.
-        rate, seed: of `dropout`; none without a seed.
+        weights: of each projection.
+        scale: alpha / r.
+        rate, seeds: of `dropout`, a seed for each projection, as PEFT draws a mask for each; no
+            dropout without seeds.
 
     Returns:
-        `[..., out]` in the dtype of `x`.
-
-    Gradients are written out for two reasons. Those of A and B are sums over all tokens, and what
-    autodiff emits makes XLA transpose the wide operand on CPUs. And masks are drawn again in the
-    backward pass: kept, they and what they leave of `x` are a third of what a layer saves.
+        `[..., out]` for each projection, in the dtype of `x`. Rematerialisation policies know them
+        as `PROJECTED`.
     """
-    return _low_rank_forward(x, lora_a, lora_b, scale, rate, seed)[0]
+    seeds = [None] * len(weights) if seeds is None else seeds
+    adapted = [i for i, w in enumerate(weights) if w.lora_a is not None]
+    results: list[Any] = [None] * len(weights)
+    if adapted:
+        chosen = [weights[i] for i in adapted]
+        found = _adapted(x, chosen, [seeds[i] for i in adapted], scale, rate)
+        for i, y in zip(adapted, found, strict=True):
+            results[i] = y
+    for i, w in enumerate(weights):
+        y = _frozen(x, w) if results[i] is None else results[i]
+        results[i] = checkpoint_name(y, PROJECTED)
+    return tuple(results)
 
 
-def _low_rank_forward(x, lora_a, lora_b, scale, rate, seed):
-    dropped = dropout(x, rate, seed)
-    narrow = dropped @ lora_a.astype(x.dtype) * jnp.asarray(scale, x.dtype)
-    return narrow @ lora_b.astype(x.dtype), (x, narrow, lora_a, lora_b, seed)
+def _frozen(x: jax.Array, weights: ProjectionWeights) -> jax.Array:
+    y = frozen_dot(x, weights.kernel)
+    return y if weights.bias is None else y + weights.bias.astype(x.dtype)
 
 
-def _low_rank_backward(scale, rate, residuals, grad):
-    x, narrow, lora_a, lora_b, seed = residuals
-    grad_narrow = grad @ lora_b.T.astype(x.dtype) * jnp.asarray(scale, x.dtype)
-    # Dropout is a product with its mask: its own transpose.
-    grad_x = dropout(grad_narrow @ lora_a.T.astype(x.dtype), rate, seed)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _adapted(
+    x: jax.Array,
+    weights: Sequence[ProjectionWeights],
+    seeds: Sequence[jax.Array | None],
+    scale: float,
+    rate: float,
+) -> list[jax.Array]:
+    """`project` for projections that all have an adapter.
 
-    def over_tokens(few: jax.Array, many: jax.Array) -> jax.Array:
-        """`few^T many` `[r, n]` for `[..., r]` and `[..., n]`; only `few` is transposed."""
-        axes = tuple(range(few.ndim - 1))
-        return jax.lax.dot_general(few, many, ((axes, axes), ((), ())))
+    A rank-16 product costs what reading its wide operand costs. So adapters of one input share its
+    read, forward and in the gradients of A; with dropout, each has its own. The frozen product
+    comes first in every sum, so that a GPU adds the narrow one to it in the same launch.
 
-    # Without the barrier XLA turns the transposed product into one of swapped operands, for which
+    Gradients are written out for three reasons: those sums; the masks, which are drawn again in the
+    backward pass, since kept they and what they leave of `x` are a third of what a layer saves; and
+    the gradients of A and B, which are summed over all tokens, and over all devices, in float32.
+    """
+    return _adapted_forward(x, weights, seeds, scale, rate)[0]
+
+
+def _adapted_forward(x, weights, seeds, scale, rate):
+    with jax.named_scope("low_rank"):  # by which profiles tell it from the frozen products
+        narrow = [
+            checkpoint_name(product * jnp.asarray(scale, x.dtype), PROJECTED)
+            for product in _products_with_a(x, [w.lora_a for w in weights], seeds, rate)
+        ]
+    results = []
+    for n, w in zip(narrow, weights, strict=True):
+        y = _frozen(x, w)
+        with jax.named_scope("low_rank"):
+            results.append(y + n @ w.lora_b.astype(x.dtype))
+    return results, (x, narrow, weights, seeds)
+
+
+def _products_with_a(x, factors, seeds, rate):
+    """`dropout(x) A` for every A."""
+    factors = [a.astype(x.dtype) for a in factors]
+    if any(seed is not None for seed in seeds):
+        return [dropout(x, rate, seed) @ a for a, seed in zip(factors, seeds, strict=True)]
+    return jnp.split(x @ jnp.concatenate(factors, axis=1), _ends(factors), axis=-1)
+
+
+def _ends(factors: Sequence[jax.Array]) -> list[int]:
+    """Where the columns of one A end and those of the next begin."""
+    return np.cumsum([a.shape[1] for a in factors])[:-1].tolist()
+
+
+def _adapted_backward(scale, rate, residuals, grads):
+    x, narrow, weights, seeds = residuals
+    grad_x = functools.reduce(
+        jnp.add, [frozen_dot_transposed(g, w.kernel) for g, w in zip(grads, weights, strict=True)]
+    )
+    with jax.named_scope("low_rank"):
+        factors = [w.lora_a.astype(x.dtype) for w in weights]
+        grads_narrow = [
+            g @ w.lora_b.T.astype(x.dtype) * jnp.asarray(scale, x.dtype)
+            for g, w in zip(grads, weights, strict=True)
+        ]
+        if all(seed is None for seed in seeds):
+            together = jnp.concatenate(grads_narrow, axis=-1)
+            grad_x = grad_x + together @ jnp.concatenate(factors, axis=1).T
+            grads_a = jnp.split(_over_tokens(together, x).T, _ends(factors), axis=1)
+        else:
+            grads_a = []
+            for few, a, seed in zip(grads_narrow, factors, seeds, strict=True):
+                # Dropout is a product with its mask: its own transpose.
+                grad_x = grad_x + dropout(few @ a.T, rate, seed)
+                grads_a.append(_over_tokens(few, dropout(x, rate, seed)).T)
+        grads_b = [_over_tokens(few, many) for few, many in zip(narrow, grads, strict=True)]
+    nothing = [
+        ProjectionWeights(
+            kernel=None,
+            lora_a=grad_a.astype(w.lora_a.dtype),
+            lora_b=grad_b.astype(w.lora_b.dtype),
+        )
+        for w, grad_a, grad_b in zip(weights, grads_a, grads_b, strict=True)
+    ]
+    return grad_x, nothing, [None] * len(seeds)
+
+
+_adapted.defvjp(_adapted_forward, _adapted_backward)
+
+
+def _over_tokens(few: jax.Array, many: jax.Array) -> jax.Array:
+    """`few^T many` `[r, n]` float32 for `[..., r]` and `[..., n]`; only `few` is transposed."""
+    axes = tuple(range(few.ndim - 1))
+    contracted = ((axes, axes), ((), ()))
+    product = jax.lax.dot_general(few, many, contracted, preferred_element_type=jnp.float32)
+    # Without the barrier XLA turns a transposed product into one of swapped operands, for which
     # CPUs have no fast kernel.
-    grad_a = jax.lax.optimization_barrier(over_tokens(grad_narrow, dropout(x, rate, seed))).T
-    grad_b = over_tokens(narrow, grad)
-    return grad_x, grad_a.astype(lora_a.dtype), grad_b.astype(lora_b.dtype), None
-
-
-low_rank.defvjp(_low_rank_forward, _low_rank_backward)
+    return jax.lax.optimization_barrier(product)
 
 
 def dropout(x: jax.Array, rate: float, seed: jax.Array | None) -> jax.Array:
@@ -171,8 +270,7 @@ def _mix(x: jax.Array) -> jax.Array:
 def merge(base: Any, lora: Any, scale: float) -> Any:
     """A base with its adapters added to its kernels, `W + scale * A B`, which runs without them.
 
-    Computed in float32 or wider and rounded once to the kernel's dtype, where the kernel lies, a
-    layer at a time.
+    Computed in float32 or wider and rounded once to the kernel's dtype, where the kernel lies.
 
     Args:
         base: the `params` tree of a decoder, of kernels that are not quantized.
@@ -182,66 +280,57 @@ def merge(base: Any, lora: Any, scale: float) -> Any:
     Returns:
         The `params` tree; every other leaf is the same array.
     """
-    layers = dict(base["layers"])
+    layers = [dict(layer) for layer in base["layers"]]
     for name, factors in lora.get("layers", {}).items():
-        kernel = layers[name]["kernel"]
-        merged = _merged(kernel, factors["lora_a"], factors["lora_b"], scale)
-        if isinstance(kernel, jax.Array):
-            merged = jax.device_put(merged, kernel.sharding)
-        layers[name] = {**layers[name], "kernel": merged}
-    return {**base, "layers": layers}
+        for i, layer in enumerate(layers):
+            kernel = layer[name]["kernel"]
+            merged = _merged(kernel, factors["lora_a"], factors["lora_b"], i, scale)
+            if isinstance(kernel, jax.Array):
+                merged = jax.device_put(merged, kernel.sharding)
+            layer[name] = {**layer[name], "kernel": merged}
+    return {**base, "layers": tuple(layers)}
 
 
 @functools.partial(jax.jit, static_argnames="scale")
-def _merged(kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, scale: float) -> jax.Array:
-    """Kernels `[L, in, out]` with adapters `[L, in, r]` and `[L, r, out]`."""
-
-    def one_layer(arrays: tuple[jax.Array, ...]) -> jax.Array:
-        kernel, lora_a, lora_b = arrays
-        wide = jnp.promote_types(kernel.dtype, jnp.float32)
-        # A GPU's TF32 has three digits.
-        added = jnp.matmul(lora_a.astype(wide) * scale, lora_b.astype(wide), precision="highest")
-        return (kernel + added).astype(kernel.dtype)
-
-    return jax.lax.map(one_layer, (kernel, lora_a, lora_b))
+def _merged(
+    kernel: jax.Array, lora_a: jax.Array, lora_b: jax.Array, layer: jax.Array | int, scale: float
+) -> jax.Array:
+    """A kernel `[in, out]` with the adapter of its layer out of `[L, in, r]` and `[L, r, out]`."""
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    lora_a, lora_b = (x[layer].astype(wide) for x in (lora_a, lora_b))
+    # A GPU's TF32 has three digits.
+    added = jnp.matmul(lora_a * scale, lora_b, precision="highest")
+    return (kernel + added).astype(kernel.dtype)
 
 
 class Projection(nn.Module):
-    """A linear layer with frozen `params` (kernel `[in, out]`, bias) and an optional adapter.
+    """The weights of a linear layer: frozen `params` (kernel `[in, out]`, bias), and an optional
+    adapter in the collection `lora`.
 
-    The adapter lives in the collection `lora`; applied without that collection, the layer is the
-    plain base model. Dropout draws one mask per projection from the stream `dropout`, as PEFT does.
+    Applied without that collection, the layer is the plain base model.
     """
 
     features: int
     use_bias: bool
     lora: LoraConfig | None
-    dtype: jnp.dtype
     param_dtype: jnp.dtype
     precision: str = ""  # of the kernel: one of quantize.PRECISIONS
 
     @nn.compact
-    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, width: int) -> ProjectionWeights:
+        """The weights for inputs `[..., width]`."""
         init = initializer(nn.initializers.normal(0.02), self.precision)
-        kernel = self.param("kernel", init, (x.shape[-1], self.features), self.param_dtype)
-        y = frozen_dot(x, kernel)
+        kernel = self.param("kernel", init, (width, self.features), self.param_dtype)
+        bias = None
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-            y = y + bias.astype(self.dtype)
         if self.lora is None or not (self.is_initializing() or self.has_variable("lora", "lora_a")):
-            return checkpoint_name(y, PROJECTED)
+            return ProjectionWeights(kernel, bias)
         rank = self.lora.rank
         lora_a = self.variable(
-            "lora",
-            "lora_a",
-            lambda: kaiming_uniform(self.make_rng("lora"), (x.shape[-1], rank)),
+            "lora", "lora_a", lambda: kaiming_uniform(self.make_rng("lora"), (width, rank))
         ).value
         lora_b = self.variable(
             "lora", "lora_b", lambda: jnp.zeros((rank, self.features), jnp.float32)
         ).value
-        seed = None
-        if self.lora.dropout and not deterministic:
-            seed = jax.random.bits(self.make_rng("dropout"), (2,), jnp.uint32)
-        with jax.named_scope("low_rank"):  # by which profiles tell it from the frozen product
-            adapted = low_rank(x, lora_a, lora_b, self.lora.scale, self.lora.dropout, seed)
-        return checkpoint_name(y + adapted, PROJECTED)
+        return ProjectionWeights(kernel, bias, lora_a, lora_b)

@@ -153,6 +153,13 @@ def frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
     return x @ kernel.astype(x.dtype)
 
 
+def frozen_dot_transposed(grad: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
+    """The gradient of `frozen_dot` by `x`: `grad @ kernel^T` for `[..., out]`, in its dtype."""
+    if isinstance(kernel, QuantizedKernel):
+        return _backward(kernel, grad)[0]
+    return grad @ kernel.T.astype(grad.dtype)
+
+
 @jax.custom_vjp
 def _quantized_dot(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     if kernel.precision == "nf4":
