@@ -58,26 +58,18 @@ def decoding() -> dict[str, Any]:
 
 
 def attend_by_row(
-    query: jax.Array,
-    key_cache: jax.Array,
-    value_cache: jax.Array,
-    layer: jax.Array | int,
-    key_mask: jax.Array,
+    query: jax.Array, key_cache: jax.Array, value_cache: jax.Array, key_mask: jax.Array
 ) -> jax.Array:
     """`attention.cached`, one row after another.
 
-    XLA's CPU backend copies what a matmul reads out of the stack of all layers. The copy of one row
-    is still in a core's cache when the matmul reads it.
+    XLA's CPU backend copies what a matmul reads out of the cache. The copy of one row is still in a
+    core's cache when the matmul reads it.
     """
 
-    def attend(row: jax.Array) -> jax.Array:
-        def of(x: jax.Array, axis: int) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
+    def attend(row: tuple[jax.Array, ...]) -> jax.Array:
+        return attention.cached(*(x[None] for x in row))[0]
 
-        cache = of(key_cache, 1), of(value_cache, 1)
-        return attention.cached(of(query, 0), *cache, layer, of(key_mask, 0))[0]
-
-    return jax.lax.map(attend, jnp.arange(len(query)))
+    return jax.lax.map(attend, (query, key_cache, value_cache, key_mask))
 
 
 def logits_by_word(states: jax.Array, lm_head: jax.Array) -> jax.Array:

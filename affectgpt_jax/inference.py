@@ -232,7 +232,7 @@ def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
     if setting != "auto" or not _can_merge(model):
         return setting == "true" and _can_merge(model)
     lora = model.decoder.lora
-    kernels = [base["layers"][name]["kernel"] for name in lora.targets]
+    kernels = [layer[name]["kernel"] for layer in base["layers"] for name in lora.targets]
     copy = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
     limit = device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4 * copy <= limit

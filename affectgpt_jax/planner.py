@@ -177,7 +177,12 @@ class Planner:
         """What an update's collectives follow from."""
         state, base = self.abstract(Shape(1, 1, 1))
         itemsize = jnp.dtype(self.config.dtype).itemsize
-        kernels = [part["kernel"] for part in base["layers"].values() if "kernel" in part]
+        kernels = [
+            part["kernel"]
+            for layer in base["layers"]
+            for part in layer.values()
+            if "kernel" in part
+        ]
         return Sizes(
             layers=nbytes(kernels),
             lm_head=nbytes(base.get("lm_head", base["embed_tokens"])),

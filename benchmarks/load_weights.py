@@ -29,13 +29,12 @@ from affectgpt_jax.common.json import write_json
 from affectgpt_jax.models.decoder import PUBLISHED, Decoder, DecoderConfig, init_base
 from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.hf_config import to_hf
-from affectgpt_jax.weights.huggingface import load_base, read_config, tensor_name, weight_files
+from affectgpt_jax.weights.huggingface import base_tensors, load_base, read_config, weight_files
 from benchmarks import harness
 from benchmarks.harness import Report, at_least, spread
 from benchmarks.turns import Side
 
 GIB = 2**30
-TRANSPOSED = ("kernel", "lm_head")  # what a file holds as [out, in]
 # Name -> processes, CPU devices of each, mesh.
 CASES = {
     "load_base, one device": (1, 1, "data:1"),
@@ -54,14 +53,10 @@ def abstract_base(llm: DecoderConfig) -> Any:
 def write_checkpoint(directory: Path, llm: DecoderConfig, file_bytes: int) -> None:
     """Random weights in files of about `file_bytes`, as Hugging Face lays them out."""
     rng = np.random.default_rng(0)
-    stored = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_base(llm)):
-        keys = tuple(entry.key for entry in path)
-        name, stacked = tensor_name(keys)
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if keys[-1] in TRANSPOSED else shape
-        for i in range(leaf.shape[0] if stacked else 1):
-            stored[name.format(i)] = shape
+    stored = {
+        name: leaf.shape[::-1] if transposed else leaf.shape
+        for name, (leaf, transposed) in base_tensors(abstract_base(llm)).items()
+    }
     files: list[list[str]] = [[]]
     size = 0
     for name, shape in stored.items():

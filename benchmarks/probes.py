@@ -176,7 +176,7 @@ def make_probe_jax(model: AffectGPT) -> Callable[[Any, Any, Batch], Quantities]:
 
     @jax.jit
     def outputs(base, trainable, batch, depth):
-        base, lora = ({**tree, **_first_layers(tree, depth)} for tree in (base, trainable["lora"]))
+        base, lora = _first_layers(base, trainable["lora"], depth)
         states = hidden_states(model, base, {**trainable, "lora": lora}, batch)[0]
         chosen = jnp.take_along_axis(states, batch["target_positions"][..., None], axis=1)
         head = lm_head(base).astype(chosen.dtype)
@@ -203,22 +203,35 @@ def make_probe_jax(model: AffectGPT) -> Callable[[Any, Any, Batch], Quantities]:
     return probe
 
 
-def _first_layers(tree: Any, depth: jax.Array) -> Any:
-    """The layers of a base or of adapters, of which those from `depth` on add nothing.
+def _first_layers(base: Any, lora: Any, depth: jax.Array) -> tuple[Any, Any]:
+    """A base and adapters of which the layers from `depth` on add nothing.
 
     A layer whose two output projections are zero passes on what it is given. So one program gives
-    the output of every layer, though the scan over layers keeps all but the last to itself.
+    the output of every layer.
     """
+    last = ("o_proj", "down_proj")
 
-    def cut(x: jax.Array) -> jax.Array:
+    def cut_layer(number: int, layer: Any) -> Any:
+        def cut(x: jax.Array) -> jax.Array:
+            return jnp.where(number < depth, x, 0)
+
+        return {
+            name: jax.tree.map(cut, part) if name in last else part for name, part in layer.items()
+        }
+
+    def cut_adapters(x: jax.Array) -> jax.Array:
         keep = jnp.arange(len(x)) < depth
         return jnp.where(keep.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
 
-    layers = {
-        name: jax.tree.map(cut, part) if name in ("o_proj", "down_proj") else part
-        for name, part in tree.get("layers", {}).items()
+    layers = tuple(cut_layer(i, layer) for i, layer in enumerate(base["layers"]))
+    adapters = {
+        part: {
+            name: jax.tree.map(cut_adapters, factors) if name in last else factors
+            for name, factors in targets.items()
+        }
+        for part, targets in lora.items()
     }
-    return {"layers": layers} if layers else {}
+    return {**base, "layers": layers}, adapters
 
 
 def probe_torch(twin: Twin, batch: Mapping[str, Any]) -> Quantities:

@@ -25,7 +25,7 @@ from affectgpt_jax.models import cudnn_packed
 # (query [B, T, H, d], key [B, T, K, d], value [B, T, K, d], segment_ids [B, T]) -> [B, T, H, d]
 CausalAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 # The arguments and the result of `cached`.
-CachedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+CachedAttention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 # Queries that `causal` takes at a time: small enough to skip most keys that lie in the future,
 # large enough for efficient products. Long rows take larger blocks, since each is compiled.
@@ -368,19 +368,14 @@ def _segment_row(ends: tuple[int, ...], length: int) -> np.ndarray:
 
 
 def cached(
-    query: jax.Array,
-    key_cache: jax.Array,
-    value_cache: jax.Array,
-    layer: jax.Array | int,
-    key_mask: jax.Array,
+    query: jax.Array, key_cache: jax.Array, value_cache: jax.Array, key_mask: jax.Array
 ) -> jax.Array:
     """Attention of new tokens to all valid slots of a layer's cache.
 
     Args:
         query: `[B, 1, H, d]`.
-        key_cache: `[L, B, K, S, d]` of all layers, the new token's key already written.
-        value_cache: `[L, B, K, S, d]`.
-        layer: int32, which of the L.
+        key_cache: `[B, K, S, d]`, the new token's key already written.
+        value_cache: `[B, K, S, d]`.
         key_mask: `[B, W]` bool, True for slots that hold a token of this row, the new one included.
             Slots from W on are not read.
 
@@ -388,12 +383,9 @@ def cached(
         `[B, 1, H, d]` in the dtype of the values.
     """
     batch, _, heads, width = query.shape
-    kv_heads, slots = key_cache.shape[2], key_mask.shape[1]
+    kv_heads, slots = key_cache.shape[1], key_mask.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
-    shape = (1, batch, kv_heads, slots, width)
-    key, value = (
-        jax.lax.dynamic_slice(x, (layer, 0, 0, 0, 0), shape)[0] for x in (key_cache, value_cache)
-    )
+    key, value = key_cache[:, :, :slots], value_cache[:, :, :slots]
     scores = jnp.einsum("bkgd,bksd->bkgs", grouped, key, preferred_element_type=jnp.float32)
     scores = jnp.where(key_mask[:, None, None], scores * width**-0.5, _MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)

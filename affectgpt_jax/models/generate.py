@@ -136,8 +136,8 @@ class DecodeState(NamedTuple):
         generated: what is written; N is the room for new tokens.
         lengths: `[B]` int32, tokens of each prompt; 0 for a row without one, which writes nothing.
         limits: `[B]` int32, tokens that each row may write.
-        cache: of T + N - 1 slots: the last token is never fed. A row's tokens lie side by side,
-            each in the slot of its position.
+        cache: of every layer, of T + N - 1 slots: the last token is never fed. A row's tokens lie
+            side by side, each in the slot of its position.
         seen: `[B, V]` bool, tokens to penalise; None without a penalty.
         keys: `[B, 2]` uint32, the data of random keys; None at temperature 0.
     """
@@ -145,7 +145,7 @@ class DecodeState(NamedTuple):
     generated: Generated
     lengths: jax.Array
     limits: jax.Array
-    cache: KVCache
+    cache: tuple[KVCache, ...]
     seen: jax.Array | None
     keys: jax.Array | None
 
@@ -154,6 +154,11 @@ class DecodeState(NamedTuple):
         """`[B]` bool, rows that write no more."""
         written = self.generated.counts >= self.limits
         return self.generated.ended | written | (self.lengths == 0)
+
+    @property
+    def slots(self) -> int:
+        """Of the cache."""
+        return self.cache[0].key.shape[2]
 
 
 class Prompts(NamedTuple):
@@ -318,7 +323,7 @@ def decode(
     up the first `kv_bucket` slots of the cache (None: all slots), beyond which nothing is read. The
     state that comes in is consumed.
     """
-    slots = jnp.arange(state.cache.key.shape[3] if kv_bucket is None else kv_bucket)
+    slots = jnp.arange(state.slots if kv_bucket is None else kv_bucket)
     enough = len(state.lengths) if enough is None else enough
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
@@ -356,10 +361,10 @@ def init_decode_state(fresh: DecodeState, size: int, decoding: Decoding) -> Deco
 
     room = decoding.max_new_tokens
     rest = fresh._replace(generated=None, cache=None)
-    slots = fresh.cache.key.shape[3] + room - 1
+    slots = fresh.slots + room - 1
     return jax.tree.map(lambda x: zeros(x, {0: size}), rest)._replace(
         generated=jax.tree.map(lambda x: zeros(x, {0: size, 1: room}), fresh.generated),
-        cache=jax.tree.map(lambda x: zeros(x, {1: size, 3: slots}), fresh.cache),
+        cache=jax.tree.map(lambda x: zeros(x, {0: size, 2: slots}), fresh.cache),
     )
 
 
@@ -387,14 +392,13 @@ def insert(
     def put(x: jax.Array, new: jax.Array) -> jax.Array:
         return x.at[rows].set(new, mode="drop", unique_indices=True)
 
-    # What a row's cache holds behind its prompt is written before it is read.
-    length = fresh.cache.key.shape[3]
-    cache = (
-        x.at[:, rows, :, :length].set(new, mode="drop", unique_indices=True)
-        for x, new in zip(state.cache, fresh.cache, strict=True)
-    )
+    def put_slots(x: jax.Array, new: jax.Array) -> jax.Array:
+        # What a row's cache holds behind its prompt is written before it is read.
+        return x.at[rows, :, : new.shape[2]].set(new, mode="drop", unique_indices=True)
+
+    cache = jax.tree.map(put_slots, state.cache, fresh.cache)
     placed = jax.tree.map(put, state._replace(cache=None), fresh._replace(cache=None))
-    return _laid_out(model, placed._replace(cache=KVCache(*cache)))
+    return _laid_out(model, placed._replace(cache=cache))
 
 
 def _laid_out(model: AffectGPT, state: DecodeState) -> DecodeState:
@@ -404,10 +408,10 @@ def _laid_out(model: AffectGPT, state: DecodeState) -> DecodeState:
     are compiled for each choice.
     """
     shard = model.decoder.compute.shard
-    cache = (shard(x, (None, "batch", "heads", None, None)) for x in state.cache)
+    cache = jax.tree.map(lambda x: shard(x, ("batch", "heads", None, None)), state.cache)
     rest = state._replace(cache=None)
     rest = jax.tree.map(lambda x: shard(x, ("batch",) + (None,) * (x.ndim - 1)), rest)
-    return rest._replace(cache=KVCache(*cache))
+    return rest._replace(cache=cache)
 
 
 def _with_room(generated: Generated, room: int, pad_id: int) -> Generated:
@@ -506,7 +510,7 @@ def _kv_bucket(state: DecodeState, needed: int) -> int:
     kv_bucket = KV_BUCKET
     while kv_bucket < needed:
         kv_bucket *= 2
-    return min(kv_bucket, state.cache.key.shape[3])
+    return min(kv_bucket, state.slots)
 
 
 def _on_host(array: jax.Array) -> np.ndarray:

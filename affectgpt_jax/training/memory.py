@@ -199,8 +199,10 @@ def gathered_bytes(abstract_base: Any) -> int:
             continue
         others = math.prod(n for s, n in zip(shares, split) if "fsdp" not in s)
         whole = nbytes(leaf) // others
-        if path_name(path).startswith("layers/"):
-            layers += 2 * whole // leaf.shape[0]
+        if path_name(path).startswith("layers/0/"):
+            layers += 2 * whole
+        elif path_name(path).startswith("layers/"):
+            pass  # like the first
         elif "lm_head" in abstract_base and path_name(path) == "embed_tokens":
             pass  # its rows are looked up where they are
         else:

@@ -24,14 +24,14 @@ from affectgpt_jax.common.trees import path_name
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 
-# The first match wins. Stacked layers start with the layer axis, which is never split, since a scan
-# reads one layer at a time. Kernels are [layer, in, out].
+# The first match wins. Kernels are [in, out]; adapters start with an axis of layers, which is never
+# split, since a layer is read at a time.
 PARAMETER_RULES = (
     (r"embed_tokens$", ("tensor", "fsdp")),
     (r"lm_head$", ("fsdp", "tensor")),
-    (r"layers/(q|k|v|gate|up)_proj/kernel(/(values|scale))?$", (None, "fsdp", "tensor")),
-    (r"layers/(o|down)_proj/kernel(/(values|scale))?$", (None, "tensor", "fsdp")),
-    (r"layers/(q|k|v)_proj/bias$", (None, "tensor")),
+    (r"layers/\d+/(q|k|v|gate|up)_proj/kernel(/(values|scale))?$", ("fsdp", "tensor")),
+    (r"layers/\d+/(o|down)_proj/kernel(/(values|scale))?$", ("tensor", "fsdp")),
+    (r"layers/\d+/(q|k|v)_proj/bias$", ("tensor",)),
     # Adapters are small, but their optimizer state is twice as large: fsdp splits the long side.
     (r"layers/(q|k|v|gate|up)_proj/lora_a$", (None, "fsdp", None)),
     (r"layers/(q|k|v|gate|up)_proj/lora_b$", (None, None, "tensor")),

@@ -34,31 +34,39 @@ _SINGLE = "model.safetensors"
 _REDUNDANT = ("lm_head.weight", ".self_attn.rotary_emb.inv_freq")
 
 
-def tensor_name(path: tuple[str, ...]) -> tuple[str, bool]:
-    """Hugging Face name of a parameter, and whether it is one of the stacked layers.
+def tensor_name(path: tuple[str | int, ...]) -> str:
+    """Hugging Face name of a parameter.
 
-    A layer's name holds `{}` where the layer number goes:
-    `("layers", "q_proj", "kernel")` -> `("model.layers.{}.self_attn.q_proj.weight", True)`.
+    `("layers", 3, "q_proj", "kernel")` -> `"model.layers.3.self_attn.q_proj.weight"`.
     """
     if path == ("lm_head",):
-        return "lm_head.weight", False
+        return "lm_head.weight"
     if path == ("embed_tokens",):
-        return "model.embed_tokens.weight", False
+        return "model.embed_tokens.weight"
     if path[0] == "norm":
-        return "model.norm.weight", False
-    _, module, leaf = path
+        return "model.norm.weight"
+    _, layer, module, leaf = path
     group = "self_attn." if module in _ATTENTION else "mlp." if module.endswith("_proj") else ""
     leaf = "bias" if leaf == "bias" else "weight"
-    return f"model.layers.{{}}.{group}{module}.{leaf}", True
+    return f"model.layers.{layer}.{group}{module}.{leaf}"
 
 
-def _transposed(path: tuple[str, ...]) -> bool:
+def _transposed(path: tuple[str | int, ...]) -> bool:
     """Whether Hugging Face stores this parameter transposed, as `[out, in]`."""
     return path[-1] in ("kernel", "lm_head")
 
 
-def _keys(path) -> tuple[str, ...]:
-    return tuple(entry.key for entry in path)
+def base_tensors(tree: Any) -> dict[str, tuple[Any, bool]]:
+    """The parameters of a base by their Hugging Face names, and whether those store the transpose.
+
+    A quantized kernel is one parameter.
+    """
+    found = {}
+    for path, leaf in _parameters(tree)[0]:
+        # An entry of a tuple has an index, one of a dict a key.
+        keys = tuple(getattr(entry, "key", getattr(entry, "idx", None)) for entry in path)
+        found[tensor_name(keys)] = leaf, _transposed(keys)
+    return found
 
 
 def read_config(directory: Path) -> DecoderConfig:
@@ -171,7 +179,7 @@ def _identity_shape(config: DecoderConfig) -> dict[str, Any]:
 
 
 def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
-    """Load a base straight into sharded, stacked, transposed arrays.
+    """Load a base straight into sharded, transposed arrays.
 
     Args:
         directory: a model directory in Hugging Face layout.
@@ -189,18 +197,15 @@ def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:
     """
     stored = stored_tensors(Path(directory))
     _check_tensors(directory, stored, abstract)
-    targets, jobs = [], []
-    parameters, treedef = _parameters(abstract)
-    for (path, leaf), placed in zip(parameters, treedef.flatten_up_to(shardings), strict=True):
-        keys = _keys(path)
-        name, stacked = tensor_name(keys)
+    treedef = _parameters(abstract)[1]
+    targets = {}
+    for (name, (leaf, transposed)), placed in zip(
+        base_tensors(abstract).items(), treedef.flatten_up_to(shardings), strict=True
+    ):
         encode = {"encode": _quantizer(leaf)} if isinstance(leaf, QuantizedKernel) else {}
-        target = Target(leaf, placed, stacked=stacked, transposed=_transposed(keys), **encode)
-        targets.append(target)
-        layers = range(leaf.shape[0] if stacked else 1)
-        jobs += [(target, stored[name.format(layer)], layer) for layer in layers]
-    fill_all(jobs)
-    return treedef.unflatten(target.value() for target in targets)
+        targets[name] = Target(leaf, placed, transposed=transposed, **encode)
+    fill_all([(target, stored[name]) for name, target in targets.items()])
+    return treedef.unflatten(target.value() for target in targets.values())
 
 
 def _parameters(tree: Any) -> tuple[list[tuple[Any, Any]], Any]:
@@ -227,14 +232,10 @@ def _quantize_rows(precision: str) -> Callable[[np.ndarray], QuantizedKernel]:
 
 
 def _check_tensors(directory: Path, stored: Mapping[str, StoredTensor], abstract: Any) -> None:
-    expected = {}
-    for path, leaf in _parameters(abstract)[0]:
-        keys = _keys(path)
-        name, stacked = tensor_name(keys)
-        shape = leaf.shape[1:] if stacked else leaf.shape
-        shape = shape[::-1] if _transposed(keys) else shape
-        for i in range(leaf.shape[0] if stacked else 1):
-            expected[name.format(i)] = shape
+    expected = {
+        name: leaf.shape[::-1] if transposed else leaf.shape
+        for name, (leaf, transposed) in base_tensors(abstract).items()
+    }
     for name, shape in expected.items():
         if name not in stored:
             raise WeightsError(f"{directory}: the tensor {name} is missing; expected {shape}")
@@ -251,13 +252,10 @@ def save_base(directory: Path, config: DecoderConfig, params: Any) -> None:
     """Write `config.json` and `model.safetensors`, as `transformers` reads them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors: dict[str, np.ndarray] = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        keys = _keys(path)
-        name, stacked = tensor_name(keys)
+    tensors = {}
+    for name, (leaf, transposed) in base_tensors(params).items():
         value = np.asarray(leaf)
-        for i, one in enumerate(value if stacked else [value]):
-            tensors[name.format(i)] = np.ascontiguousarray(one.T if _transposed(keys) else one)
+        tensors[name] = np.ascontiguousarray(value.T if transposed else value)
     save_file(tensors, directory / _SINGLE, metadata={"format": "pt"})
     dtype = jnp.dtype(params["embed_tokens"].dtype).name
     write_json(directory / "config.json", to_hf(config, dtype))

@@ -95,7 +95,7 @@ def _factors(
     for target, factors in lora.get("layers", {}).items():
         lora_a, lora_b = (np.asarray(factors[key]) for key in ("lora_a", "lora_b"))
         for i, pair in enumerate(zip(lora_a, lora_b, strict=True)):
-            name = tensor_name(("layers", target, "kernel"))[0].format(i)
+            name = tensor_name(("layers", i, target, "kernel"))
             shape = (lora_b.shape[-1], lora_a.shape[-2])
             if name not in tensors:
                 raise WeightsError(f"{base}: the tensor {name} is missing, but the adapter has it")

@@ -65,8 +65,7 @@ def lora_layout(path: layout.Path, prefix: str, suffix: str) -> layout.Stored:
     `("layers", "q_proj", "lora_a")` -> `{prefix}model.layers.{}.self_attn.q_proj.lora_A{suffix}`.
     """
     _, target, factor = path
-    kernel, _ = tensor_name(("layers", target, "kernel"))
-    module = kernel.removesuffix(".weight")
+    module = tensor_name(("layers", "{}", target, "kernel")).removesuffix(".weight")
     return layout.Stored(f"{prefix}{module}.lora_{factor[-1].upper()}{suffix}", transposed=True)
 
 

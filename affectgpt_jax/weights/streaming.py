@@ -130,13 +130,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 class Target:
-    """A parameter that is filled from stored tensors: a sharded array, or a tree of them.
+    """A parameter that is filled from a stored tensor: a sharded array, or a tree of them.
 
     Args:
         parameter: the shape and dtype of every array; what is stored is cast to the latter.
         shardings: a tree of the same structure: where they go.
-        stacked: whether the first axis counts layers, each a tensor of its own.
-        transposed: whether a tensor is stored as `[out, in]` where the array is `[..., in, out]`.
+        transposed: whether the tensor is stored as `[out, in]` where the array is `[in, out]`.
         encode: makes the tree out of rows of a stored tensor, so that each array is given the same
             rows of its own; for a single array that is stored as it is, the identity.
     """
@@ -146,12 +145,11 @@ class Target:
         parameter: Any,
         shardings: Any,
         *,
-        stacked: bool,
         transposed: bool,
         encode: Callable[[np.ndarray], Any] = lambda block: block,
     ):
         self._parameter, self._shardings = parameter, shardings
-        self._stacked, self._transposed = stacked, transposed
+        self._transposed = transposed
         self._encode = encode
         leaves = jax.tree.leaves(parameter)
         self._shards = [
@@ -159,27 +157,22 @@ class Target:
             for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
         ]
 
-    def fill(self, tensor: StoredTensor, layer: int = 0) -> None:
-        """Copy a stored tensor to its place; different layers may be filled at the same time."""
+    def fill(self, tensor: StoredTensor) -> None:
+        """Copy the stored tensor to its place."""
         # What several shards need of the same rows is read once for all of them.
         by_rows = collections.defaultdict(list)
         for leaf, shards in enumerate(self._shards):
             for bounds, shard in shards.items():
-                lead, part = (bounds[:1], bounds[1:]) if self._stacked else ((), bounds)
-                if all(start <= layer < stop for start, stop in lead):
-                    rows, *columns = part[::-1] if self._transposed else part
-                    lead = tuple(layer - start for start, _ in lead)
-                    by_rows[rows].append((leaf, lead, columns, shard))
+                rows, *columns = bounds[::-1] if self._transposed else bounds
+                by_rows[rows].append((leaf, columns, shard))
         for (start, stop), parts in by_rows.items():
             size = max(shard.block_bytes for *_, shard in parts)
             for row, block in tensor.blocks(start, stop, size):
                 encoded = jax.tree.leaves(self._encode(block))
-                for leaf, lead, columns, shard in parts:
+                for leaf, columns, shard in parts:
                     at = (row - start, *(0 for _ in columns))
                     values = encoded[leaf][(slice(None), *(slice(*column) for column in columns))]
-                    shard.write(
-                        (*lead, *(at[::-1] if self._transposed else at)), values, self._transposed
-                    )
+                    shard.write(at[::-1] if self._transposed else at, values, self._transposed)
 
     def value(self) -> Any:
         """The array or arrays, once every part of them has been filled."""
@@ -192,11 +185,11 @@ class Target:
         return jax.tree.map(array, self._parameter, self._shardings, shards)
 
 
-def fill_all(jobs: Iterable[tuple[Target, StoredTensor, int]]) -> None:
-    """Fill targets from `(target, tensor, layer)`, several at a time, in the order of the disk."""
+def fill_all(jobs: Iterable[tuple[Target, StoredTensor]]) -> None:
+    """Fill targets from their tensors, several at a time, in the order of the disk."""
     jobs = sorted(jobs, key=lambda job: (job[1].path, job[1].offset))
     with ThreadPoolExecutor(READERS) as pool:
-        for _ in pool.map(lambda job: job[0].fill(*job[1:]), jobs):
+        for _ in pool.map(lambda job: job[0].fill(job[1]), jobs):
             pass
 
 
@@ -244,8 +237,7 @@ class _HostShard:
         self._values = _aligned_empty(shape, dtype)
 
     def write(self, at: tuple[int, ...], block: np.ndarray, transposed: bool) -> None:
-        block = _as_part(block, self._values.ndim, transposed)
-        block = np.asarray(block)
+        block = np.asarray(block.T if transposed else block)
         place = self._values[tuple(slice(i, i + n) for i, n in zip(at, block.shape, strict=True))]
         if place.dtype == block.dtype:  # NumPy copies whole numbers several times as fast
             place, block = (x.view(f"u{x.itemsize}") for x in (place, block))
@@ -281,14 +273,8 @@ class _DeviceShard:
 def _update(
     array: jax.Array, block: jax.Array, at: tuple[jax.Array, ...], transposed: bool
 ) -> jax.Array:
-    block = _as_part(block, array.ndim, transposed).astype(array.dtype)
+    block = (block.T if transposed else block).astype(array.dtype)
     return jax.lax.dynamic_update_slice(array, block, at)
-
-
-def _as_part(block, ndim: int, transposed: bool):
-    """A block of a stored tensor as a part of the array: `[..., in, out]` and a layer axis."""
-    block = block.T if transposed else block
-    return block[(None,) * (ndim - block.ndim)]
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

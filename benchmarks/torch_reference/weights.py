@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from affectgpt_jax.weights import layout
-from affectgpt_jax.weights.huggingface import tensor_name
+from affectgpt_jax.weights.huggingface import base_tensors
 from affectgpt_jax.weights.release import release_layout
 
 
@@ -38,7 +38,7 @@ def move_base(causal_lm: torch.nn.Module, base: dict[str, Any]) -> None:
 
     Args:
         causal_lm: without adapters.
-        base: a tree of JAX arrays. Each is dropped once it is copied, so that two copies of a large
+        base: a tree of JAX arrays. Each is deleted once it is copied, so that two copies of a large
             base never exist whole.
 
     Raises:
@@ -48,19 +48,10 @@ def move_base(causal_lm: torch.nn.Module, base: dict[str, Any]) -> None:
     if causal_lm.config.tie_word_embeddings:
         unfilled.pop("lm_head.weight", None)
 
-    def move(path: tuple[str, ...], node: dict[str, Any]) -> None:
-        for key in list(node):
-            value = node.pop(key)
-            if isinstance(value, dict):
-                move((*path, key), value)
-                continue
-            name, stacked = tensor_name((*path, key))
-            tensor = torch.from_dlpack(value)
-            for i, part in enumerate(tensor if stacked else [tensor]):
-                parameter = unfilled.pop(name.format(i))
-                parameter.data.copy_(part.T if key in ("kernel", "lm_head") else part)
-
-    move((), base)
+    for name, (value, transposed) in base_tensors(base).items():
+        part = torch.from_dlpack(value)
+        unfilled.pop(name).data.copy_(part.T if transposed else part)
+        value.delete()
     if unfilled:
         raise ValueError(f"the base has no {min(unfilled)}, nor {len(unfilled) - 1} more")
 
