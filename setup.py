@@ -70,6 +70,13 @@ setup(
         ],
         "openai": ["openai>=3.57"],
         "wandb": ["wandb>=0.19"],
+        # XLA's CUDA compiler and what assembles its kernels, without CUDA's libraries: plan --compile.
+        "gpu-compile": [
+            "jax[cuda12-local]; python_version < '3.12'",
+            "nvidia-cuda-nvcc-cu12>=12.9; python_version < '3.12'",
+            "jax[cuda13-local]; python_version >= '3.12'",
+            "nvidia-cuda-nvcc>=13.0; python_version >= '3.12'",
+        ],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
     },

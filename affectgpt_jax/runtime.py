@@ -1,11 +1,40 @@
-"""How a process is set up before JAX starts its devices: where compiled programs are kept."""
+"""How a process is set up before JAX starts its devices: the platform, kept compiled programs."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from pathlib import Path
 
 import jax
+
+# JAX takes their presence for that of a GPU as well.
+_NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+_CUDA_PLUGINS = {"jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"}
+
+
+def has_gpu_compiler_alone() -> bool:
+    """Whether JAX's CUDA plugin is here for what it compiles, as the extra `gpu-compile` brings it.
+
+    That is: no NVIDIA GPU, and no plugin for anything else. Told without starting JAX.
+    """
+    plugins = {entry.value for entry in importlib.metadata.entry_points(group="jax_plugins")}
+    return (
+        bool(plugins)
+        and plugins <= _CUDA_PLUGINS
+        and importlib.util.find_spec("libtpu") is None
+        and not any(map(os.path.exists, _NVIDIA_FILES))
+    )
+
+
+def use_cpu_beside_gpu_compiler() -> None:
+    """Where `has_gpu_compiler_alone`, have JAX use the CPU, unless it has been told otherwise.
+
+    It does so in the end anyway, but first prints which of CUDA's libraries it has not found.
+    """
+    if not jax.config.jax_platforms and has_gpu_compiler_alone():
+        jax.config.update("jax_platforms", "cpu")
 
 
 def use_compilation_cache() -> None:
