@@ -38,7 +38,7 @@ import jax
 from ml_collections import ConfigDict
 
 from affectgpt_jax import cli
-from affectgpt_jax.common.files import write_json
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.common.trees import device_nbytes, parameter_count
 from affectgpt_jax.config import ConfigError, parse_command_line
