@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -29,11 +30,16 @@ def has_gpu_compiler_alone() -> bool:
 
 
 def use_cpu_beside_gpu_compiler() -> None:
-    """Where `has_gpu_compiler_alone`, have JAX use the CPU, unless it has been told otherwise.
+    """Where `has_gpu_compiler_alone`, have JAX use the CPU and say nothing of the plugin.
 
-    It does so in the end anyway, but first prints which of CUDA's libraries it has not found.
+    It uses the CPU anyway, but prints which of CUDA's libraries it has not found. What JAX has been
+    told of platforms comes first. To be called before the first use of a device.
     """
-    if not jax.config.jax_platforms and has_gpu_compiler_alone():
+    if not has_gpu_compiler_alone():
+        return
+    for plugin in _CUDA_PLUGINS:
+        logging.getLogger(plugin).setLevel(logging.ERROR)
+    if not jax.config.jax_platforms:
         jax.config.update("jax_platforms", "cpu")
 
 

@@ -10,6 +10,7 @@ The plugin belongs into a process of its own (`affectgpt_jax.gpu_plan`), whose J
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import importlib.resources
 import importlib.util
 import math
@@ -27,9 +28,10 @@ from affectgpt_jax.training.devices import GPUS_PER_NODE
 # Matmuls become calls of cuBLAS, which can be told from everything else. The alternative, Triton,
 # has to be chosen by measuring anyway.
 OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+# JAX's plugin, its distribution, and where CUDA's assembler is.
 _PLUGINS = (
-    ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"),
-    ("jax_plugins.xla_cuda13", "nvidia.cu13"),
+    ("jax_plugins.xla_cuda12", "jax-cuda12-pjrt", "nvidia.cuda_nvcc"),
+    ("jax_plugins.xla_cuda13", "jax-cuda13-pjrt", "nvidia.cu13"),
 )
 # As `jax._src.cudnn` counts them; the first without known faults in the graphs that JAX builds.
 _CUDNN_VERSION = 91002
@@ -43,13 +45,20 @@ class CompilerError(UserError, RuntimeError):
 
 def unavailable() -> str:
     """Why nothing can be compiled for GPUs in this installation; empty if it can be."""
-    if not any(all(map(_installed, modules)) for modules in _PLUGINS):
+    found = [name for plugin, name, nvcc in _PLUGINS if _installed(plugin) and _installed(nvcc)]
+    if not found:
         return "XLA's CUDA compiler is not installed: pip install 'affectgpt-jax[gpu-compile]'"
     if not _VERSIONS[0] <= jax.__version_info__[:2] < _VERSIONS[1]:
         low, high = (".".join(map(str, version)) for version in _VERSIONS)
         return (
             f"compiling for GPUs answers private questions of jax >= {low}, < {high}, and this is "
             f"jax {jax.__version__}"
+        )
+    version = importlib.metadata.version(found[0])
+    if version.split(".")[:2] != jax.__version__.split(".")[:2]:
+        return (
+            f"{found[0]} {version} is not for jax {jax.__version__}: pip install "
+            f"'{found[0]}=={jax.__version__}'"
         )
     return ""
 
