@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with cli.exit_on_error(leave=leave):
         values = parse_arguments(sys.argv[1:] if argv is None else argv)
-        runtime.use_cpu_beside_gpu_compiler()
+        runtime.leave_out_gpu_compiler()
         launch = distributed.find_launch(values)
 
         def say(line: str) -> None:

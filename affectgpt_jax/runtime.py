@@ -1,11 +1,11 @@
-"""How a process is set up before JAX starts its devices: the platform, kept compiled programs."""
+"""How a process is set up before JAX starts its devices: plugins, and kept compiled programs."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import logging
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ def has_gpu_compiler_alone() -> bool:
 
     That is: no NVIDIA GPU, and no plugin for anything else. Told without starting JAX.
     """
-    plugins = {entry.value for entry in importlib.metadata.entry_points(group="jax_plugins")}
+    plugins = _plugins()
     return (
         bool(plugins)
         and plugins <= _CUDA_PLUGINS
@@ -29,18 +29,22 @@ def has_gpu_compiler_alone() -> bool:
     )
 
 
-def use_cpu_beside_gpu_compiler() -> None:
-    """Where `has_gpu_compiler_alone`, have JAX use the CPU and say nothing of the plugin.
+def leave_out_gpu_compiler() -> None:
+    """Where `has_gpu_compiler_alone`, hide the plugin from JAX, unless it has loaded it already.
 
-    It uses the CPU anyway, but prints which of CUDA's libraries it has not found. What JAX has been
-    told of platforms comes first. To be called before the first use of a device.
+    JAX would use the CPU anyway, but would load 480 MB of compiler, look for CUDA's libraries and
+    print what it misses. To be called before the first use of a device.
     """
     if not has_gpu_compiler_alone():
         return
-    for plugin in _CUDA_PLUGINS:
-        logging.getLogger(plugin).setLevel(logging.ERROR)
-    if not jax.config.jax_platforms:
-        jax.config.update("jax_platforms", "cpu")
+    for name in _plugins() - sys.modules.keys():
+        plugin = importlib.util.module_from_spec(importlib.util.find_spec(name))
+        plugin.initialize = lambda: None  # by which JAX has a plugin register itself
+        sys.modules[name] = plugin
+
+
+def _plugins() -> set[str]:
+    return {entry.value for entry in importlib.metadata.entry_points(group="jax_plugins")}
 
 
 def use_compilation_cache() -> None:

@@ -140,7 +140,7 @@ class Measurement:
             return
         from affectgpt_jax import runtime  # loads JAX
 
-        runtime.use_cpu_beside_gpu_compiler()
+        runtime.leave_out_gpu_compiler()
         report = self.run(args)
         about = report.get("environment") or describe(*self.packages)
         about = {"command": command(self.module, args.words), **about}

@@ -239,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
         arguments = parse_arguments(argv)
-        runtime.use_cpu_beside_gpu_compiler()
+        runtime.leave_out_gpu_compiler()
         jax.config.update("jax_platforms", "cpu")
         print_lines(arguments.run(arguments).split("\n"))
 

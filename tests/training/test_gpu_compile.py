@@ -15,6 +15,9 @@ gpu_compiled = pytest.mark.skipif(
     bool(gpu_compile.unavailable()), reason=gpu_compile.unavailable() or "it can be"
 )
 
+if not gpu_compile.unavailable():
+    jax.devices()  # JAX loads the plugin now, before a command under test hides it
+
 
 def mesh_of(name, text="data:1", count=1):
     return sharding.make_mesh(text, gpu_compile.devices(name, count))
