@@ -70,6 +70,15 @@ setup(
         ],
         "openai": ["openai>=3.57"],
         "wandb": ["wandb>=0.19"],
+        # XLA's CUDA compiler and what assembles its kernels, for plan --compile: none of CUDA's
+        # libraries, and not JAX's plugin package, which prints lines at every import without a GPU.
+        # The compiler's version is that of jax, of which Python 3.11 has 0.10 at most.
+        "gpu-compile": [
+            "jax-cuda12-pjrt>=0.10,<0.11; python_version < '3.12'",
+            "nvidia-cuda-nvcc-cu12>=12.9; python_version < '3.12'",
+            "jax-cuda13-pjrt>=0.10; python_version >= '3.12'",
+            "nvidia-cuda-nvcc>=13.0; python_version >= '3.12'",
+        ],
         "cuda12": ["jax[cuda12]"],
         "cuda13": ["jax[cuda13]"],
     },

@@ -29,7 +29,7 @@ from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from affectgpt_jax import cli
+from affectgpt_jax import cli, runtime
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.training import distributed
@@ -241,6 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with cli.exit_on_error(leave=leave):
         values = parse_arguments(sys.argv[1:] if argv is None else argv)
+        runtime.leave_out_gpu_compiler()
         launch = distributed.find_launch(values)
 
         def say(line: str) -> None:

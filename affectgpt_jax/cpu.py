@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from affectgpt_jax import runtime
 from affectgpt_jax.models import attention
 
 # glibc's numbers of the settings of `mallopt(3)`.
@@ -47,7 +48,8 @@ def _may_have_accelerator() -> bool:
     if platforms := jax.config.jax_platforms:
         return platforms != "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
-    return bool(plugins) or importlib.util.find_spec("libtpu") is not None
+    found = bool(plugins) or importlib.util.find_spec("libtpu") is not None
+    return found and not runtime.has_gpu_compiler_alone()
 
 
 def decoding() -> dict[str, Any]:

@@ -5,6 +5,8 @@
     python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b \\
         --config.llm=/models/Qwen3-8B --config.mesh=fsdp:8 \\
         --config.batch_size=24 --device=a100-40g --devices=8 --json
+    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b \\
+        --device=h100-80g --devices=1 --shape=2x4096 --compile
 
 Compiles the train step of a config for emulated devices, from shapes alone: no weights, no data, no
 GPU. --config.llm is the name of a published model or a directory with a config.json, and
@@ -15,6 +17,10 @@ micro-batch and rematerialisation to take.
 
 Rows are as long as the longest that training may have: config.pack_length, or config.max_tokens
 where a row is one clip. Tokens are places in rows, padding included.
+
+With --compile, XLA's CUDA compiler compiles the step for the GPUs as well, which takes the extra
+[gpu-compile] and no GPU. It says what a device holds, what it launches, how many bytes that moves
+and what is sent; nothing is run or measured.
 """
 
 from __future__ import annotations
@@ -22,23 +28,27 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from affectgpt_jax import cli
+from affectgpt_jax import cli, runtime
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.common.trees import device_nbytes, parameter_count
 from affectgpt_jax.config import ConfigError, parse_command_line
 from affectgpt_jax.data.packing import CLIP_ROOM, Bucket, round_up
+from affectgpt_jax.gpu_plan import Compilation, Request
 from affectgpt_jax.planner import Layout, Planner
 from affectgpt_jax.program import check_rows
-from affectgpt_jax.training import collectives, memory, sharding
+from affectgpt_jax.training import collectives, gpu_compile, memory, sharding
 from affectgpt_jax.training.devices import DEVICES
-from affectgpt_jax.training.roofline import EFFICIENCY, Shape
+from affectgpt_jax.training.roofline import BANDWIDTH_SHARE, EFFICIENCY, MATMUL_SHARE, Shape
 
 # Under `hybrid` labels half of AffectGPT's examples are labels and half descriptions, behind
 # prompts of about 120 tokens: 55 % of their tokens are supervised, and rows have room for more.
@@ -46,6 +56,7 @@ MEAN_CLIP = 255
 SUPERVISED = 0.6
 CURVE = tuple(2**i for i in range(10))
 GIB = 2**30
+_PRINT = "-"  # of --json
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -79,10 +90,46 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         metavar="SHARE",
         help=f"of the device's peaks, to expect; default: {EFFICIENCY}",
     )
-    add("--json", action="store_true", help="print the plan as JSON")
+    add(
+        "--shape",
+        type=cli.argument_type(_rows_and_tokens),
+        metavar="ROWSxTOKENS",
+        help="rows of a device at a time and their length, all tokens but the last supervised, in "
+        "place of --length, --targets and --config.batch_size",
+    )
+    add("--compile", action="store_true", help="also with XLA's CUDA compiler, for the GPUs")
+    add(
+        "--json",
+        nargs="?",
+        const=_PRINT,
+        metavar="FILE",
+        help="write the plan to a file as JSON; without a file, print it in place of the report",
+    )
     arguments, rest = parser.parse_known_args(argv)
     config, _ = parse_command_line(rest, __doc__)
+    if arguments.shape:
+        named = [
+            *(f"--{flag}" for flag in ("length", "targets") if getattr(arguments, flag)),
+            *(flag for flag in ("--config.batch_size",) if _names(rest, flag)),
+        ]
+        if named:
+            raise ConfigError(f"--shape stands in place of {', '.join(named)}; name one of them")
+        rows, length = arguments.shape
+        arguments.length, arguments.targets = length, max(1, length - 1)
+        data, fsdp, _ = sharding.parse_mesh(config.mesh, arguments.devices)
+        config.batch_size = rows * data * fsdp * config.gradient_accumulation_steps
     return arguments, config
+
+
+def _names(argv: Sequence[str], flag: str) -> bool:
+    return any(argument.split("=")[0] == flag for argument in argv)
+
+
+def _rows_and_tokens(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if not found:
+        raise ValueError(f"{text!r} is not ROWSxTOKENS, as in 2x4096")
+    return int(found[1]), int(found[2])
 
 
 def _positive(text: str) -> int:
@@ -125,7 +172,10 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     Raises:
         ConfigError, WeightsError, MeshError: what training would refuse as well.
         ProgramError: XLA's program cannot be read.
+        CompilerError: XLA's CUDA compiler is asked for and missing, or refuses the step.
     """
+    if arguments.compile and (missing := gpu_compile.unavailable()):
+        raise gpu_compile.CompilerError(missing)
     device = DEVICES[arguments.device]
     rows = rows_of(config, arguments.length, arguments.targets)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
@@ -134,7 +184,11 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     shape, microbatches = Shape(**mesh.shape), config.gradient_accumulation_steps
     on_device = config.batch_size // (microbatches * shape.data * shape.fsdp)
     remat = planner.layout(shape, microbatches, on_device, config.remat).remat
-    compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
+    plain = json.loads(config.to_json())
+    request = Request(plain, arguments.device, arguments.devices, rows, remat)
+    with Compilation(request, arguments.compile) as compilation:
+        compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
+        on_gpu = compilation.result()
     asked = planner.layout(shape, microbatches, on_device, remat, sent)
     state, base = planner.abstract(shape)
     flops = planner.flops()
@@ -175,6 +229,8 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
         },
         "collectives": [c._asdict() for c in sent],
         "layout": _summary(asked, tokens),
+        "estimate": {"peak_gib": asked.memory.total / GIB},
+        **({"compiled": on_gpu} if on_gpu else {}),
         "curve": [
             _summary(layout, layout.batch_size * rows.length)
             for layout in planner.curve(asked, CURVE, config.remat)
@@ -295,6 +351,9 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         + ", ".join(f"{n} with remat {p}" for p, n in plan["most_rows"].items())
     )
     yield ""
+    if "compiled" in plan:
+        yield from _compiled(plan)
+        yield ""
     yield (
         f"FLOPs: {flops['step'] / 1e12:,.1f} T an update, {flops['token'] / 1e9:.1f} G a token "
         "(model FLOPs, without what is computed again)"
@@ -358,6 +417,47 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  expected {_ms(best['seconds']['expected'])}, {best['tokens_per_s']:,.0f} tokens/s"
 
 
+def _compiled(plan: dict[str, Any]) -> Iterator[str]:
+    found, device = plan["compiled"], plan["device"]
+    bandwidth = BANDWIDTH_SHARE * device["hbm"]
+    yield (
+        f"compiled for one {device['name']} by XLA's CUDA compiler of jax {found['jax']} in "
+        f"{found['compile_s']:.0f} s, not run"
+    )
+    yield (
+        f"  peak memory {found['peak_gib']:.2f} GiB by buffer assignment, "
+        f"{plan['estimate']['peak_gib']:.2f} by the estimate above"
+    )
+    yield "  an update                      launches        GB        ms"
+    for kind, words in (
+        ("matmul", "large matmuls"),
+        ("attention", "attention kernels"),
+        ("lora", "narrow matmuls (LoRA)"),
+        ("movement", "movement without arithmetic"),
+        ("other", "elementwise and reductions"),
+        ("collective", "collectives"),
+    ):
+        part = found["kinds"][kind]
+        if part["launches"]:
+            ms = "" if kind in ("matmul", "attention") else f"{1e12 * part['gb'] / bandwidth:10.1f}"
+            yield f"  {words:<30} {part['launches']:8,} {part['gb']:9.1f}{ms}"
+    yield f"  {'all':<30} {found['launches']:8,} {found['moved_gb']:9.1f}"
+    yield (
+        f"  floor {found['floor_ms']:,.0f} ms: {found['tflop']:,.1f} TFLOP at {MATMUL_SHARE:.0%} "
+        f"of the peak, and all other launches' bytes at {BANDWIDTH_SHARE:.0%} of the bandwidth"
+    )
+    yield (
+        f"  there {found['tokens_per_s']:,.0f} tokens/s and {found['mfu']:.0%} MFU a device; "
+        f"matmuls as executed are {found['matmul_tflop']:,.1f} TFLOP"
+    )
+    for c in found["collectives"]:
+        where = "in a loop" if c["in_loop"] else "once"
+        yield (
+            f"  {c['count']:6,} {c['kind']:<18} over {'+'.join(c['axes']):<12} of "
+            f"{c['bytes'] / 1e6:10.3f} MB, {where}, beside {c['overlapped_by']} large matmuls"
+        )
+
+
 def _mesh(mesh: dict[str, int]) -> str:
     return ",".join(f"{axis}:{size}" for axis, size in mesh.items() if size > 1) or "data:1"
 
@@ -370,11 +470,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
         arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
+        runtime.leave_out_gpu_compiler()
         # The devices are emulated, and their number is fixed once JAX has started.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
         plan = make_plan(config, arguments)
-        text = json.dumps(plan, indent=2) if arguments.json else report(plan)
+        if arguments.json and arguments.json != _PRINT:
+            write_json(Path(arguments.json), plan)
+        text = json.dumps(plan, indent=2) if arguments.json == _PRINT else report(plan)
         print_lines(text.split("\n"))
 
 

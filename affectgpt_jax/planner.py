@@ -220,8 +220,6 @@ class Planner:
         if sent is None:
             sent = roofline.model_collectives(self.sizes(rows, microbatches), shape, remat)
         executed = microbatches * rows * roofline.executed_flops(self.flops(), remat) / shape.tensor
-        # float32 products run as TF32, at half of bfloat16's rate on all of these devices.
-        peak = self.device.flops / (2 if self.config.dtype == "float32" else 1)
         traffic = roofline.memory_traffic(
             self.llm,
             weights=needed.base * shape.fsdp,
@@ -232,17 +230,26 @@ class Planner:
             passes=microbatches * (3 if remat == "full" else 2),
         )
         time = StepTime(
-            compute=executed / peak,
+            compute=executed / roofline.matmul_peak(self.device, self.config.dtype),
             memory=traffic / self.device.hbm,
             network=roofline.network_time(sent, shape, self.device),
             efficiency=self._efficiency,
         )
         return Layout(shape, microbatches, rows, remat, needed, self.fits(needed), time)
 
-    def lower(self, mesh: Mesh, remat: str) -> Any:
-        """The real train step, lowered for a mesh of emulated devices."""
-        backend = self.attention(mesh.shape["tensor"]).name
-        attend = memory.kernel_stand_in(backend, self.rows.clips)
+    def lower(self, mesh: Mesh, remat: str, *, stand_in: bool = True) -> jax.stages.Lowered:
+        """The real train step, lowered for a mesh of devices that are not here.
+
+        Args:
+            mesh: emulated devices, or GPUs to compile for.
+            remat: the policy.
+            stand_in: whether attention is replaced by what its kernel would save, without which
+                only GPUs can be compiled for.
+        """
+        choice = self.attention(mesh.shape["tensor"])
+        attend = choice.for_rows_of(self.rows.clips)
+        if stand_in:
+            attend = memory.kernel_stand_in(choice.name, self.rows.clips)
         return self.program.on(mesh, remat=remat, attend=attend).lower(self.rows.length)
 
     def curve(self, asked: Layout, counts: Sequence[int], remat: str) -> list[Layout]:

@@ -1,11 +1,50 @@
-"""How a process is set up before JAX starts its devices: where compiled programs are kept."""
+"""How a process is set up before JAX starts its devices: plugins, and kept compiled programs."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import jax
+
+# JAX takes their presence for that of a GPU as well.
+_NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+_CUDA_PLUGINS = {"jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"}
+
+
+def has_gpu_compiler_alone() -> bool:
+    """Whether JAX's CUDA plugin is here for what it compiles, as the extra `gpu-compile` brings it.
+
+    That is: no NVIDIA GPU, and no plugin for anything else. Told without starting JAX.
+    """
+    plugins = _plugins()
+    return (
+        bool(plugins)
+        and plugins <= _CUDA_PLUGINS
+        and importlib.util.find_spec("libtpu") is None
+        and not any(map(os.path.exists, _NVIDIA_FILES))
+    )
+
+
+def leave_out_gpu_compiler() -> None:
+    """Where `has_gpu_compiler_alone`, hide the plugin from JAX, unless it has loaded it already.
+
+    JAX would use the CPU anyway, but would load 480 MB of compiler, look for CUDA's libraries and
+    print what it misses. To be called before the first use of a device.
+    """
+    if not has_gpu_compiler_alone():
+        return
+    for name in _plugins() - sys.modules.keys():
+        plugin = importlib.util.module_from_spec(importlib.util.find_spec(name))
+        plugin.initialize = lambda: None  # by which JAX has a plugin register itself
+        sys.modules[name] = plugin
+
+
+def _plugins() -> set[str]:
+    return {entry.value for entry in importlib.metadata.entry_points(group="jax_plugins")}
 
 
 def use_compilation_cache() -> None:

@@ -261,6 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__, own)
         launch = distributed.find_launch(own)
+        runtime.leave_out_gpu_compiler()
         runtime.use_compilation_cache()
         xla_options.reserve_gpu_memory()
         facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}

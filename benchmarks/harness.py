@@ -138,6 +138,9 @@ class Measurement:
         if args.show:
             print(self.tables([load(path) for path in args.show]))
             return
+        from affectgpt_jax import runtime  # loads JAX
+
+        runtime.leave_out_gpu_compiler()
         report = self.run(args)
         about = report.get("environment") or describe(*self.packages)
         about = {"command": command(self.module, args.words), **about}

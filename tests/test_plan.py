@@ -17,7 +17,7 @@ from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.models.decoder import PUBLISHED
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.training import collectives, memory, roofline, sharding
+from affectgpt_jax.training import collectives, gpu_compile, memory, roofline, sharding
 from affectgpt_jax.training.devices import DEVICES
 from affectgpt_jax.training.roofline import Shape
 
@@ -184,7 +184,9 @@ def test_a_longer_data_axis_changes_the_network_alone():
 
 
 def arguments(**changes):
-    values = dict(device="a100-80g", devices=8, length=None, targets=None, efficiency=0.5)
+    values = dict(
+        device="a100-80g", devices=8, length=None, targets=None, efficiency=0.5, compile=False
+    )
     return SimpleNamespace(**values | changes)
 
 
@@ -254,6 +256,9 @@ def test_a_plan_needs_a_config_json_and_no_weights(tmp_path):
         (["--config.attention=cudnn"], "bfloat16 or float16, not in float32"),
         (["--config.no_such_key=1"], "config.no_such_key is not a key"),
         (["--length=8", "--targets=9"], "--targets=9 are more than the 8 tokens"),
+        (["--shape=2x8", "--length=8"], "--shape stands in place of --length"),
+        (["--shape=2x8", "--config.batch_size=8"], "in place of --config.batch_size"),
+        (["--shape=2x8", "--config.mesh=data:3"], "must multiply to the 8 devices"),
         (["--no_such_flag=1"], "no_such_flag"),
     ],
 )
@@ -263,7 +268,7 @@ def test_what_training_would_refuse_is_refused(flags, message):
 
 
 def test_wrong_values_of_its_own_flags_are_refused(capsys):
-    for flag in ("--devices=0", "--device=a100", "--efficiency=2", "--length=x"):
+    for flag in ("--devices=0", "--device=a100", "--efficiency=2", "--length=x", "--shape=2,8"):
         with pytest.raises(SystemExit):
             plan.main([flag])
         assert flag.split("=")[0] in capsys.readouterr().err
@@ -275,6 +280,36 @@ def test_rows_are_the_longest_that_training_may_have():
     config.pack_length = 2048
     assert plan.rows_of(config, None, None) == Bucket(2048, 1228, 12)
     assert plan.rows_of(config, 512, 100) == Bucket(512, 100, 3)
+
+
+def test_a_shape_is_of_the_rows_of_a_device_with_all_tokens_but_the_last_supervised():
+    flags = ["--devices=8", "--shape=3x64", "--config.mesh=data:2,fsdp:2,tensor:2"]
+    found, config = plan.parse_arguments([*flags, "--config.gradient_accumulation_steps=2"])
+    assert config.batch_size == 3 * 4 * 2
+    assert plan.rows_of(config, found.length, found.targets) == Bucket(64, 63, 1)
+
+
+def test_a_mesh_that_splits_heads_can_be_planned():
+    # The loss skips chunks in a conditional inside a loop, and sums over the vocabulary's parts.
+    config = tiny_config(mesh="data:4,tensor:2")
+    found = plan.make_plan(config, arguments(length=32, targets=16))
+    assert ["tensor"] in [list(c["axes"]) for c in found["collectives"]]
+
+
+def test_without_its_wheels_the_gpu_compiler_is_named_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(gpu_compile, "_installed", lambda module: False)
+    with pytest.raises(SystemExit, match=r"pip install 'affectgpt-jax\[gpu-compile\]'$"):
+        plan.main(["--compile", "--config.input=text"])
+
+
+def test_a_plan_can_be_written_to_a_file_beside_the_report(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    flags = ["--devices=8", "--shape=1x32", "--config.input=text"]
+    plan.main([*flags, f"--json={path}"])
+    found = json.loads(path.read_text())
+    assert found["estimate"]["peak_gib"] == found["layout"]["memory"]["total"] / 2**30
+    assert "compiled" not in found
+    assert "memory of one device" in capsys.readouterr().out
 
 
 def test_recomputation_and_efficiency_make_the_expected_time_longer():

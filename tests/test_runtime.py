@@ -1,6 +1,9 @@
-"""Where a process keeps compiled programs: JAX's own settings come first."""
+"""What a process is set up with: JAX's plugins, and where it keeps compiled programs."""
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -36,3 +39,36 @@ def test_a_directory_that_jax_was_given_stays():
     assert before is not None
     runtime.use_compilation_cache()
     assert jax.config.jax_compilation_cache_dir == before
+
+
+PLUGIN = "jax_plugins.xla_cuda12"
+
+
+def pretend_plugins(monkeypatch, *names):
+    entries = [SimpleNamespace(value=name) for name in names]
+    monkeypatch.setattr(runtime.importlib.metadata, "entry_points", lambda group: entries)
+    monkeypatch.setattr(runtime, "_NVIDIA_FILES", ("/no/such/device",))
+
+
+def test_a_gpu_compiler_is_alone_without_a_gpu_and_other_plugins(monkeypatch, tmp_path):
+    pretend_plugins(monkeypatch, PLUGIN)
+    assert runtime.has_gpu_compiler_alone()
+    monkeypatch.setattr(runtime, "_NVIDIA_FILES", (str(tmp_path),))
+    assert not runtime.has_gpu_compiler_alone()
+    for names in ((), (PLUGIN, "jax_plugins.xla_rocm7")):
+        pretend_plugins(monkeypatch, *names)
+        assert not runtime.has_gpu_compiler_alone()
+
+
+def test_a_plugin_that_is_left_out_is_never_run(monkeypatch, tmp_path):
+    (tmp_path / "jax_plugin_of_a_test.py").write_text("raise AssertionError('it was loaded')")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = "jax_plugin_of_a_test"
+    pretend_plugins(monkeypatch, name)
+    monkeypatch.setattr(runtime, "_CUDA_PLUGINS", {name})
+    runtime.leave_out_gpu_compiler()
+    try:
+        importlib.import_module(name).initialize()
+        assert importlib.util.find_spec(name) is not None  # it is installed all the same
+    finally:
+        del sys.modules[name]

@@ -11,7 +11,6 @@ import math
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +18,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from affectgpt_jax.common.errors import UserError
-
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+from affectgpt_jax.training import hlo
 
 
 class Collective(NamedTuple):
     """Collectives of one kind over the same mesh axes.
 
     Attributes:
-        kind: of `KINDS`.
+        kind: of `hlo.COLLECTIVES`.
         axes: mesh axes whose devices exchange data.
         count: operations in a step, counted once per iteration of a loop.
         bytes: sum over these operations of the whole array: the result of an all-gather, the input
@@ -78,100 +76,46 @@ def compile_and_read(lowered: Any, mesh: Mesh) -> tuple[Any, list[Collective]]:
 def read(text: str, mesh: Mesh) -> list[Collective]:
     """The collectives of a partitioned module in HLO's text form, by kind and axes.
 
+    Of a conditional, all branches are counted.
+
     Raises:
         ProgramError: a loop around a collective whose number of iterations is not known, or
             devices that are no axes of the mesh.
     """
-    computations = dict(_computations(text))
-    times = _times_run(computations)
+    module = hlo.parse(text)
+    times = module.times()
     totals: dict[tuple[str, tuple[str, ...]], list[int]] = defaultdict(lambda: [0, 0])
-    for name, lines in computations.items():
-        for line in lines:
-            match = _COLLECTIVE.match(line)
-            if not match:
+    for name, computation in module.computations.items():
+        for instruction in computation.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind not in hlo.COLLECTIVES:
                 continue
-            kind = match["kind"]
-            groups = _groups(line, kind, mesh.size)
-            if groups.shape[1] == 1:
+            found = groups(instruction.attributes, kind, mesh.size)
+            if found.shape[1] == 1:
                 continue
             if not times[name]:
-                raise ProgramError(f"{kind} in a loop of unknown length: {line.strip()[:200]}")
-            size = _shape_bytes(match["shape"])
-            if kind == "reduce-scatter":
-                size *= groups.shape[1]
-            total = totals[kind, _axes(groups, mesh)]
+                raise ProgramError(
+                    f"{kind} in a loop of unknown length: {instruction.name} of {name}"
+                )
+            total = totals[kind, axes(found, mesh)]
             total[0] += times[name]
-            total[1] += times[name] * size
+            total[1] += times[name] * array_bytes(instruction, kind, found.shape[1])
     found = [Collective(*key, *total) for key, total in totals.items()]
     return sorted(found, key=lambda c: -c.bytes)
 
 
-_COLLECTIVE = re.compile(
-    rf"\s*(ROOT )?%?[\w.\-]+ = (?P<shape>\(.*?\)|\S+) (?P<kind>{'|'.join(KINDS)})(-start)?\("
-)
-_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
-_CALLED = re.compile(r"(?:to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)")
-_ARRAY = re.compile(r"\b(pred|bf16|f8\w*|[fsuc]\d+)\[([\d,]*)\]")
+def array_bytes(instruction: hlo.Instruction, kind: str, members: int) -> int:
+    """Bytes of a collective over groups of so many members, as `Collective` counts them."""
+    size = hlo.shape_bytes(hlo.result_shape(instruction))
+    return size * members if kind == "reduce-scatter" else size
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Names and lines of a module's computations; the entry is called "ENTRY"."""
-    name, lines = "", []
-    for line in text.splitlines():
-        if match := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$", line):
-            name, lines = "ENTRY" if match[1] else match[2], []
-        elif line.startswith("}") and name:
-            yield name, lines
-            name = ""
-        elif name:
-            lines.append(line)
-
-
-def _times_run(computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs in a step; 0 if that could not be told."""
-    times: dict[str, int] = defaultdict(int)
-
-    def visit(name: str, factor: int) -> None:
-        times[name] += factor
-        for line in computations.get(name, ()):
-            if loop := _WHILE.search(line):
-                visit(loop[2], factor * _trip_count(computations.get(loop[1], [])))
-            else:
-                for called in _CALLED.findall(line):
-                    visit(called, factor)
-
-    visit("ENTRY", 1)
-    return times
-
-
-def _trip_count(condition: list[str]) -> int:
-    """Iterations of a loop that counts up from 0, as JAX's scans do; 0 for any other."""
-    text = "\n".join(condition)
-    if not re.search(r"ROOT .* compare\(.*direction=LT", text):
-        return 0
-    limits = re.findall(r"= s(?:32|64)\[\] constant\((\d+)\)", text)
-    return int(limits[0]) if len(limits) == 1 else 0
-
-
-def _shape_bytes(shape: str) -> int:
-    return sum(
-        math.prod(int(n) for n in sizes.split(",") if n) * _item_bits(kind) // 8
-        for kind, sizes in _ARRAY.findall(shape)
-    )
-
-
-def _item_bits(kind: str) -> int:
-    if kind == "pred":
-        return 8
-    return int(re.match(r"[a-z]+(\d+)", kind)[1])
-
-
-def _groups(line: str, kind: str, devices: int) -> np.ndarray:
+def groups(attributes: str, kind: str, devices: int) -> np.ndarray:
     """Partition numbers `[groups, members]` of a collective, in any of HLO's notations."""
     if kind == "collective-permute":
-        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", line)[1]
+        pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)[1]
         return np.array([[int(n) for n in re.findall(r"\d+", p)] for p in pairs.split("},")])
-    text = line.split("replica_groups=", 1)[1]
+    text = attributes.split("replica_groups=", 1)[1]
     if match := re.match(r"mesh\[(.*?)\](?:, device_ids=\((.*?)\)+)? \{(.*?)\}", text):
         names, sizes = zip(*re.findall(r"'(\w+)'=(\d+)", match[1]))
         ids = _iota(match[2] + ")") if match[2] else np.arange(devices)
@@ -183,8 +127,8 @@ def _groups(line: str, kind: str, devices: int) -> np.ndarray:
         return _iota(text)
     if text.startswith("{}"):
         return np.arange(devices)[None]
-    groups = re.match(r"\{(\{.*?\})\}", text)[1]
-    return np.array([[int(n) for n in re.findall(r"\d+", g)] for g in groups.split("},")])
+    listed = re.match(r"\{(\{.*?\})\}", text)[1]
+    return np.array([[int(n) for n in re.findall(r"\d+", g)] for g in listed.split("},")])
 
 
 def _iota(text: str) -> np.ndarray:
@@ -197,7 +141,7 @@ def _iota(text: str) -> np.ndarray:
     return ids.reshape(shape) if match[2] else ids
 
 
-def _axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
+def axes(groups: np.ndarray, mesh: Mesh) -> tuple[str, ...]:
     """The mesh axes along which a group's members differ."""
     places = np.stack(np.unravel_index(groups, mesh.devices.shape))  # [axis, groups, members]
     differ = (places != places[:, :, :1]).any(axis=(1, 2))

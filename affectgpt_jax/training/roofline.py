@@ -75,6 +75,46 @@ def executed_flops(flops: Flops, remat: str) -> float:
     return flops.total + again[remat]
 
 
+# Shares of its peaks that a good step may come near to: what well-tuned matmuls reach of the
+# FLOP/s, and passes over memory of the bandwidth.
+MATMUL_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
+
+
+def compiled_floor(
+    flops: Flops, remat: str, moved: float, device: Device, dtype: str, precision: str
+) -> float:
+    """Seconds below which a compiled update will hardly come, one launch after the other.
+
+    Matmuls and attention at `MATMUL_SHARE` of the device's peak, and after them the bytes of
+    everything else at `BANDWIDTH_SHARE` of its bandwidth.
+
+    Args:
+        flops: of a device's part of an update, forward and backward.
+        remat: the policy, as for `executed_flops`.
+        moved: bytes of the launches that are neither large matmuls nor attention kernels.
+        device: the GPU.
+        dtype: of activations.
+        precision: of the base's projections, `config.base_precision`.
+    """
+    executed = executed_flops(flops, remat)
+    projections = executed_flops(Flops(flops.frozen, 0, 0, 0), remat)
+    peak = matmul_peak(device, dtype)
+    fast = device.flops_8bit if eight_bit_matmuls(device, precision) else peak
+    seconds = projections / fast + (executed - projections) / peak
+    return seconds / MATMUL_SHARE + moved / (BANDWIDTH_SHARE * device.hbm)
+
+
+def matmul_peak(device: Device, dtype: str) -> float:
+    """FLOP/s of matmuls: those of float32 run as TF32, at half of bfloat16's rate on all of these
+    devices."""
+    return device.flops / (2 if dtype == "float32" else 1)
+
+
+def eight_bit_matmuls(device: Device, precision: str) -> bool:
+    """Whether the device multiplies kernels of this `config.base_precision` as they are."""
+    return precision == "int8" or (precision == "fp8" and device.compute_capability >= (9, 0))
+
+
 def memory_traffic(
     config: DecoderConfig,
     *,

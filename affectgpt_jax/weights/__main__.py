@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 
 import jax
 
-from affectgpt_jax import build, cli
+from affectgpt_jax import build, cli, runtime
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import check_type, read_json
 from affectgpt_jax.common.text import print_lines
@@ -239,6 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
         arguments = parse_arguments(argv)
+        runtime.leave_out_gpu_compiler()
         jax.config.update("jax_platforms", "cpu")
         print_lines(arguments.run(arguments).split("\n"))
 

@@ -79,7 +79,16 @@ MODULE = """HloModule m
   ROOT %less = pred[] compare(%i, %limit), direction=LT
 }}
 
+%branch (p: f32[4]) -> f32[4] {{
+  ROOT %g = f32[4]{{0}} all-gather(%q), channel_id=2, replica_groups={groups}, dimensions={{0}}
+}}
+
+%other (p: f32[4]) -> f32[4] {{
+  ROOT %p = f32[4]{{0}} parameter(0)
+}}
+
 ENTRY %main (x: f32[4]) -> f32[4] {{
+  %c = f32[4]{{0}} conditional(%i, %x, %x), branch_computations={{%other, %branch}}
   %w = (s32[], f32[4]{{0}}) while(%t), condition=%condition, body=%body
   %s = (bf16[2,8]{{1,0}}, pred[3]{{0}}) reduce-scatter(%a, %b), replica_groups={groups}
 }}
@@ -108,7 +117,21 @@ def test_every_notation_of_groups_is_understood(groups, axes):
     assert {c.kind: (c.axes, c.count, c.bytes) for c in found} == {
         "reduce-scatter": (axes, 1, (2 * 8 * 2 + 3) * 2 ** len(axes)),
         "all-reduce": (axes, 7, 7 * 16),
+        "all-gather": (axes, 1, 16),
     }
+
+
+def test_what_the_branches_of_a_loop_send_is_counted_as_often_as_the_loop_runs():
+    mesh = sharding.make_mesh("data:8")
+
+    def sum_of_all(x):
+        def add(total, wanted):
+            return total + jax.lax.cond(wanted, jnp.sum, lambda x: 0.0, x), None
+
+        return jax.lax.scan(add, 0.0, jnp.arange(LAYERS) % 2 == 0)[0]
+
+    found = sent_by(mesh, sum_of_all, argument(mesh, (WIDTH,), P("data")))
+    assert found == [Collective("all-reduce", ("data",), LAYERS, LAYERS * 4)]
 
 
 def test_a_loop_of_unknown_length_is_an_error_only_around_a_collective():
