@@ -150,7 +150,8 @@ def loss_sum_and_count(
     # Gathered once, before the loop over chunks. Without the constraint the partitioner gathers it
     # in every chunk, and sends the gradient of all logits as well.
     kernel = shard(lm_head(base), (None, "vocab"))
-    loss = cross_entropy_sum(states, kernel, targets, weights, compute.loss_chunk)
+    chunk = compute.loss_chunk * shard.data_parallel_size
+    loss = cross_entropy_sum(states, kernel, targets, weights, chunk)
     return loss, weights.sum()
 
 
@@ -216,8 +217,9 @@ def token_log_probs(
         states: `[B, S, D]`.
         kernel: `[D, V]`, the lm_head, frozen: no gradient reaches it.
         targets: `[B, S]` int32.
-        chunk: positions per block; the logits of one block are alive at a time. A block is a few
-            columns of all rows, so that rows stay on the devices that hold them.
+        chunk: positions per block, on all devices together; the logits of one block are alive at a
+            time. A block is a few columns of all rows, so that rows stay on the devices that hold
+            them.
         needed: `[B, S]` bool; where there are several blocks, those without any needed position
             are skipped, and their values are 0. None: all are needed.
 

@@ -16,7 +16,7 @@ except ImportError:
     varlen_attn = None
 
 # Positions whose logits are alive at once, as on the other side (`models.affectgpt.LOSS_CHUNK`).
-LOSS_CHUNK = 512
+LOSS_CHUNK = 1024
 VARLEN = "varlen"  # the name under which transformers finds `varlen_attention`
 
 
