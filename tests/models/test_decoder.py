@@ -331,7 +331,7 @@ def test_a_query_that_may_read_no_key_stays_finite():
     query, key, value = random_embeds(3, 1, 4)[..., :8].reshape(3, 1, 2, 4, 4)
     nothing = jnp.zeros((1, 4), bool)
     query = query[:, :, :1].swapaxes(1, 2)
-    assert np.isfinite(attention.cached(query, key[None], value[None], 0, nothing)).all()
+    assert np.isfinite(attention.cached(query, key, value, nothing)).all()
 
 
 def test_a_single_token_equals_the_first_of_a_longer_row():
@@ -361,8 +361,9 @@ def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
     expected, cache = jax.jit(
         lambda e: module.apply({"params": base}, e, positions, segment_ids, keep_cache=True)
     )(embeds)
+    assert [type(layer) for layer in cache] == [KVCache] * LLM.num_hidden_layers
     # What the full pass left beyond the prompt must be overwritten before it is read.
-    cache = KVCache(*(x.at[:, :, :, prompt:].set(99.0) for x in cache))
+    cache = jax.tree.map(lambda x: x.at[:, :, prompt:].set(99.0), cache)
 
     @jax.jit
     def decode(cache, slot, embed, position):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import needs_torch
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from tiny_model import LLM, random_tree, relative_error
 
 from affectgpt_jax.models.decoder import (
@@ -19,7 +20,15 @@ from affectgpt_jax.models.decoder import (
     init_lora,
     lm_head,
 )
-from affectgpt_jax.models.lora import TARGETS, LoraConfig, dropout, hashed_bits, low_rank
+from affectgpt_jax.models.lora import (
+    TARGETS,
+    LoraConfig,
+    ProjectionWeights,
+    dropout,
+    hashed_bits,
+    project,
+)
+from affectgpt_jax.models.quantize import dequantize, quantize
 from affectgpt_jax.weights.huggingface import save_base, tensor_name
 
 ROWS, LENGTH = 2, 6
@@ -55,24 +64,162 @@ def test_the_scale_follows_from_an_alpha_of_32_at_every_rank(rank, scale):
 
 # --- The product ----------------------------------------------------------------------------------
 
+SCALE, RATE = 2.0, 0.25
+IN, RANK, OUTS = 24, 4, (40, 12, 16)
 
-def test_the_low_rank_product_and_its_gradients_are_exact():
-    rng = np.random.default_rng(0)
-    x, a, b = (rng.normal(size=s) / s[-2] ** 0.5 for s in ((3, 70, 24), (24, 4), (4, 40)))
-    weight = rng.normal(size=(3, 70, 40))
-    grad = 2.0 * weight @ b.T  # [3, 70, 4]
-    exact = [
-        2.0 * np.sum(x @ a @ b * weight),
-        grad @ a.T,
-        np.einsum("bti,btr->ir", x, grad),
-        2.0 * np.einsum("btr,bto->ro", x @ a, weight),
+
+def seed_of(number):
+    return jax.random.bits(jax.random.key(number), (2,), jnp.uint32)
+
+
+SEEDS = [seed_of(10 + i) for i in range(len(OUTS))]
+
+
+def random_weights(adapted=range(len(OUTS)), seed=0):
+    """Weights of three projections of one input, the second of them without a bias."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+
+    weights = [
+        ProjectionWeights(draw(IN, out), draw(out), draw(IN, RANK), draw(RANK, out)) for out in OUTS
     ]
-    function = jax.value_and_grad(
-        lambda x, a, b: jnp.sum(low_rank(x, a, b, 2.0) * weight), (0, 1, 2)
+    weights[1] = weights[1]._replace(bias=None)
+    return [
+        w if i in adapted else w._replace(lora_a=None, lora_b=None) for i, w in enumerate(weights)
+    ]
+
+
+def random_input(seed=1):
+    x = np.random.default_rng(seed).normal(size=(3, 70, IN))
+    return jnp.asarray(x, jnp.float32)
+
+
+def random_cotangents(seed=2):
+    rng = np.random.default_rng(seed)
+    return tuple(jnp.asarray(rng.normal(size=(3, 70, out)), jnp.float32) for out in OUTS)
+
+
+def formula(x, weights, cotangents, rate=0.0, seeds=None):
+    """Each projection alone, in float64: results, and the gradients of x and of every A and B."""
+    x = np.asarray(x, np.float64)
+    results, grad_x, grads = [], np.zeros(x.shape), []
+    for i, (w, grad) in enumerate(zip(weights, cotangents, strict=True)):
+        kernel, bias, a, b = (None if v is None else np.asarray(v, np.float64) for v in w)
+        grad = np.asarray(grad, np.float64)
+        results.append(x @ kernel + (0 if bias is None else bias))
+        grad_x += grad @ kernel.T
+        if a is None:
+            grads.append((None, None))
+            continue
+        mask = 1 if seeds is None else np.asarray(dropout(jnp.ones(x.shape), rate, seeds[i]))
+        dropped = x * mask
+        results[-1] += SCALE * (dropped @ a) @ b
+        narrow = SCALE * grad @ b.T
+        grad_x += narrow @ a.T * mask
+        grads.append(
+            (
+                np.einsum("bti,btr->ir", dropped, narrow),
+                SCALE * np.einsum("btr,bto->ro", dropped @ a, grad),
+            )
+        )
+    return tuple(results), grad_x, grads
+
+
+def projected(x, weights, cotangents, rate=0.0, seeds=None):
+    """The same of `project`."""
+
+    @jax.jit
+    def run(x, weights):
+        results, pullback = jax.vjp(lambda x, w: project(x, w, SCALE, rate, seeds), x, weights)
+        return results, pullback(cotangents)
+
+    results, (grad_x, grads) = run(x, weights)
+    return results, grad_x, [(grad.lora_a, grad.lora_b) for grad in grads]
+
+
+def assert_close(found, expected, bound=1e-5):  # sums of up to 210 float32 products
+    def check(value, exact):
+        assert value.shape == exact.shape and relative_error(value, exact) < bound
+
+    jax.tree.map(check, found, expected)
+
+
+@pytest.mark.parametrize("seeds", [None, SEEDS], ids=["whole", "dropout"])
+@pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,), ()], ids=str)
+def test_projections_of_one_input_equal_the_formula_of_each_alone(adapted, seeds):
+    given = random_input(), random_weights(adapted), random_cotangents(), RATE, seeds
+    assert_close(projected(*given), formula(*given))
+    if seeds is not None:  # that a mask of another projection would show
+        for i in adapted:
+            others = SEEDS[:i] + [seed_of(99)] + SEEDS[i + 1 :]
+            assert relative_error(formula(*given)[0][i], formula(*given[:4], others)[0][i]) > 0.1
+
+
+# int8 and fp8 round gradients to a scale of their own for each token: other bounds hold there.
+@pytest.mark.parametrize("seeds", [None, SEEDS], ids=["whole", "dropout"])
+@pytest.mark.parametrize(("precision", "bound"), [("nf4", 1e-5), ("int8", 0.03), ("fp8", 0.1)])
+def test_projections_with_quantized_kernels_equal_those_with_the_widened_ones(
+    precision, bound, seeds
+):
+    x, weights, cotangents = random_input(), random_weights((0, 2)), random_cotangents()
+    low = [w._replace(kernel=quantize(w.kernel, precision)) for w in weights]
+    wide = [w._replace(kernel=dequantize(w.kernel, jnp.float32)) for w in low]
+    results, grad_x, grads = projected(x, low, cotangents, RATE, seeds)
+    expected_results, expected_grad_x, expected_grads = formula(x, wide, cotangents, RATE, seeds)
+    assert_close((results, grad_x), (expected_results, expected_grad_x), bound)
+    # What is trained is multiplied with nothing that was rounded.
+    assert_close(grads, expected_grads)
+
+
+def test_gradients_of_adapters_are_summed_in_float32():
+    """Integers, of which bfloat16 holds all that is multiplied but not the sums over tokens."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.integers(0, 2, size=shape)
+
+    x, a, b, cotangent = draw(2, 1000, 24), draw(24, 4), draw(4, 8), draw(2, 1000, 8)
+    weights = ProjectionWeights(jnp.zeros((24, 8), jnp.bfloat16), None, *map(jnp.float32, (a, b)))
+
+    def run(weights):
+        return project(jnp.bfloat16(x), [weights], 1.0)[0]
+
+    grads = jax.vjp(run, weights)[1](jnp.bfloat16(cotangent))[0]
+    expected = (
+        np.einsum("bti,btr->ir", x, cotangent @ b.T),
+        np.einsum("btr,bto->ro", x @ a, cotangent),
     )
-    found = jax.jit(function)(*(jnp.asarray(leaf, jnp.float32) for leaf in (x, a, b)))
-    for value, expected in zip(jax.tree.leaves(found), exact, strict=True):
-        assert relative_error(value, expected) < 1e-5  # sums of up to 210 float32 products
+    for found, exact in zip((grads.lora_a, grads.lora_b), expected, strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, exact)
+        assert (exact != exact.astype(jnp.bfloat16)).any()
+
+
+def reads_of(shape, function, *args):
+    """Matmuls of a function that have an operand of this shape."""
+
+    def walk(jaxpr):
+        count = 0
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                count += any(x.aval.shape == shape for x in eqn.invars)
+            count += sum(map(walk, jaxprs_in_params(eqn.params)))
+        return count
+
+    return walk(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def test_adapters_share_the_read_of_their_input_unless_each_drops_its_own_part():
+    x, weights, cotangents = random_input(), random_weights(), random_cotangents()
+
+    def gradient(seeds):
+        return lambda x, w: jax.vjp(lambda *p: project(*p, SCALE, RATE, seeds), x, w)[1](cotangents)
+
+    # Three frozen kernels forward; adapters forward, and in the gradients of A.
+    assert reads_of(x.shape, gradient(None), x, weights) == 3 + 1 + 1
+    assert reads_of(x.shape, gradient(SEEDS), x, weights) == 3 + 3 + 3
 
 
 # --- The start ------------------------------------------------------------------------------------
@@ -186,11 +333,11 @@ def test_logits_and_gradients_equal_peft(llm, targets, tmp_path: Path):
     parameters = dict(reference.named_parameters())
     ours = {}  # PEFT's name -> our factor and its gradient, in PyTorch's layout [out, in]
     for target in targets:
-        name = tensor_name(("layers", target, "kernel"))[0].removesuffix(".weight")
-        for ab in "ab":
-            leaf = f"lora_{ab}"
-            for i in range(llm.num_hidden_layers):
-                path = f"base_model.model.{name.format(i)}.lora_{ab.upper()}.default.weight"
+        for i in range(llm.num_hidden_layers):
+            name = tensor_name(("layers", i, target, "kernel")).removesuffix(".weight")
+            for ab in "ab":
+                leaf = f"lora_{ab}"
+                path = f"base_model.model.{name}.lora_{ab.upper()}.default.weight"
                 pair = (tree["layers"][target][leaf][i].T for tree in (lora, gradient))
                 ours[path] = tuple(np.asarray(x) for x in pair)
     assert set(ours) == {name for name in parameters if "lora" in name}
@@ -208,8 +355,6 @@ def test_logits_and_gradients_equal_peft(llm, targets, tmp_path: Path):
 
 # --- Dropout --------------------------------------------------------------------------------------
 
-RATE = 0.25
-
 
 @pytest.fixture(scope="module")
 def dropped():
@@ -225,7 +370,8 @@ def dropped():
     lora = abstract(init_lora, module)
     identity = jnp.broadcast_to(jnp.eye(width), (llm.num_hidden_layers, width, width))
     for name in ("k_proj", "v_proj"):
-        base["layers"][name] = jax.tree.map(jnp.zeros_like, base["layers"][name])
+        for layer in base["layers"]:
+            layer[name] = jax.tree.map(jnp.zeros_like, layer[name])
         lora["layers"][name] = {"lora_a": identity, "lora_b": identity / module.lora.scale}
     ids = np.ones((8, 64), np.int32)
     embeds = np.random.default_rng(0).normal(size=(*ids.shape, width)).astype(np.float32)
@@ -238,14 +384,16 @@ def dropped():
             0 * ids,
             ids,
             keep_cache=True,
-            deterministic=key is None,
-            rngs=None if key is None else {"dropout": key},
+            dropout_key=key,
         )[1]
 
     def run(key):
-        cache = keys_and_values(key)
+        caches = keys_and_values(key)
         # Layer 0 reads the same input in every call, deeper layers what dropout left of it.
-        return {"k_proj": np.asarray(cache.key), "v_proj": np.asarray(cache.value)}
+        return {
+            "k_proj": np.stack([cache.key for cache in caches]),
+            "v_proj": np.stack([cache.value for cache in caches]),
+        }
 
     return run
 
@@ -281,10 +429,6 @@ def test_dropout_is_a_function_of_its_key_and_off_without_one(dropped):
         np.testing.assert_array_equal(first[name], again[name])
         assert (first[name] != other[name]).any()
         assert plain[name].all(), "a value was dropped without a key"
-
-
-def seed_of(number):
-    return jax.random.bits(jax.random.key(number), (2,), jnp.uint32)
 
 
 @pytest.mark.parametrize("rate", [0.05, 1e-3, 0.5, 1 - 1e-6])
@@ -331,31 +475,13 @@ def test_every_row_of_many_draws_bits_of_its_own():
     assert len(set(map(bytes, rows))) == len(rows)
 
 
-def test_gradients_through_dropout_are_those_of_the_plain_product():
-    rng = np.random.default_rng(5)
-    x, a, b, cotangent = (rng.normal(size=s) for s in [(3, 7, 12), (12, 4), (4, 9), (3, 7, 9)])
-    seed, rate, scale = seed_of(9), 0.3, 2.0
-    with jax.enable_x64(True):
-        x, a, b, cotangent = map(jnp.asarray, (x, a, b, cotangent))
-        mask = dropout(jnp.ones_like(x), rate, seed)
-        assert 0 < int((mask == 0).sum()) < mask.size
-
-        def plain(x, a, b):
-            return scale * (x * mask) @ a @ b
-
-        found, pull_found = jax.vjp(lambda *args: low_rank(*args, scale, rate, seed), x, a, b)
-        expected, pull = jax.vjp(plain, x, a, b)
-        np.testing.assert_allclose(found, expected, rtol=1e-12)
-        for ours, theirs in zip(pull_found(cotangent), pull(cotangent), strict=True):
-            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-12)
-
-
 def test_dropout_keeps_nothing_for_the_backward_pass():
-    def saved(seed):
-        x, a, b = jnp.ones((8, 32)), jnp.ones((32, 4)), jnp.ones((4, 16))
+    def saved(seeds):
         pull = jax.eval_shape(
-            lambda *p: jax.vjp(lambda *q: low_rank(*q, 1.0, 0.1, seed), *p)[1], x, a, b
+            lambda *p: jax.vjp(lambda *q: project(*q, 1.0, 0.1, seeds), *p)[1],
+            random_input(),
+            random_weights(),
         )
         return sum(leaf.size for leaf in jax.tree.leaves(pull))
 
-    assert saved(seed_of(0)) == saved(None) + 2  # the seed
+    assert saved(SEEDS) == saved(None) + 2 * len(SEEDS)  # the seeds

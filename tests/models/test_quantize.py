@@ -279,7 +279,9 @@ def test_a_quantized_base_has_the_names_and_the_shapes_of_a_plain_one():
     )
     assert [(path, leaf.shape) for path, leaf in low] == [(p, leaf.shape) for p, leaf in plain]
     kernels = [path for path, leaf in low if is_quantized(leaf)]
-    assert len(kernels) == 7 and all(path[-1].key == "kernel" for path in kernels)
+    assert len(kernels) == 7 * LLM.num_hidden_layers and all(
+        path[-1].key == "kernel" for path in kernels
+    )
 
 
 def test_a_random_quantized_base_is_a_random_base_quantized():
@@ -287,9 +289,10 @@ def test_a_random_quantized_base_is_a_random_base_quantized():
         return jax.jit(lambda key: init_random_base(model, key))(jax.random.key(3))["layers"]
 
     plain, low = start(make_model()), start(make_model(base_precision="int8"))
-    for name in ("q_proj", "down_proj"):
-        found, expected = low[name]["kernel"], np.asarray(plain[name]["kernel"])
-        assert (np.abs(widened(found) - expected) <= 0.51 * np.asarray(found.scale)).all()
+    for quantized_layer, layer in zip(low, plain, strict=True):
+        for name in ("q_proj", "down_proj"):
+            found, expected = quantized_layer[name]["kernel"], np.asarray(layer[name]["kernel"])
+            assert (np.abs(widened(found) - expected) <= 0.51 * np.asarray(found.scale)).all()
 
 
 @pytest.mark.parametrize(
