@@ -21,8 +21,9 @@ from jax.ad_checkpoint import checkpoint_name
 from affectgpt_jax.models.quantize import (
     QuantizedKernel,
     frozen_dot,
-    frozen_dot_transposed,
     initializer,
+    product,
+    product_with_transpose,
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -115,14 +116,13 @@ def project(
         for i, y in zip(adapted, found, strict=True):
             results[i] = y
     for i, w in enumerate(weights):
-        y = _frozen(x, w) if results[i] is None else results[i]
+        y = _with_bias(frozen_dot(x, w.kernel), w.bias) if results[i] is None else results[i]
         results[i] = checkpoint_name(y, PROJECTED)
     return tuple(results)
 
 
-def _frozen(x: jax.Array, weights: ProjectionWeights) -> jax.Array:
-    y = frozen_dot(x, weights.kernel)
-    return y if weights.bias is None else y + weights.bias.astype(x.dtype)
+def _with_bias(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias.astype(y.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -154,9 +154,10 @@ def _adapted_forward(x, weights, seeds, scale, rate):
         ]
     results = []
     for n, w in zip(narrow, weights, strict=True):
-        y = _frozen(x, w)
+        frozen = product(x, w.kernel)
         with jax.named_scope("low_rank"):
-            results.append(y + n @ w.lora_b.astype(x.dtype))
+            y = frozen.plus(n, w.lora_b.astype(x.dtype))
+        results.append(_with_bias(y, w.bias))
     return results, (x, narrow, weights, seeds)
 
 
@@ -175,9 +176,9 @@ def _ends(factors: Sequence[jax.Array]) -> list[int]:
 
 def _adapted_backward(scale, rate, residuals, grads):
     x, narrow, weights, seeds = residuals
-    grad_x = functools.reduce(
-        jnp.add, [frozen_dot_transposed(g, w.kernel) for g, w in zip(grads, weights, strict=True)]
-    )
+    products = [product_with_transpose(g, w.kernel) for g, w in zip(grads, weights, strict=True)]
+    # What is narrow is added to the first one.
+    others = [p.result(x.dtype) for p in products[1:]]
     with jax.named_scope("low_rank"):
         factors = [w.lora_a.astype(x.dtype) for w in weights]
         grads_narrow = [
@@ -186,14 +187,15 @@ def _adapted_backward(scale, rate, residuals, grads):
         ]
         if all(seed is None for seed in seeds):
             together = jnp.concatenate(grads_narrow, axis=-1)
-            grad_x = grad_x + together @ jnp.concatenate(factors, axis=1).T
+            grad_x = products[0].plus(together, jnp.concatenate(factors, axis=1).T)
             grads_a = jnp.split(_over_tokens(together, x).T, _ends(factors), axis=1)
         else:
-            grads_a = []
+            grad_x, grads_a = products[0].result(x.dtype), []
             for few, a, seed in zip(grads_narrow, factors, seeds, strict=True):
                 # Dropout is a product with its mask: its own transpose.
                 grad_x = grad_x + dropout(few @ a.T, rate, seed)
                 grads_a.append(_over_tokens(few, dropout(x, rate, seed)).T)
+        grad_x = functools.reduce(jnp.add, others, grad_x)
         grads_b = [_over_tokens(few, many) for few, many in zip(narrow, grads, strict=True)]
     nothing = [
         ProjectionWeights(

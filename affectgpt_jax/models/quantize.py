@@ -142,56 +142,99 @@ def initializer(init: Callable[..., jax.Array], precision: str) -> Callable[...,
     return lambda *args: quantize(init(*args), precision)
 
 
+class Product(NamedTuple):
+    """A matmul whose result is `values * rows * columns`.
+
+    What a low-bit matmul writes is scaled only afterwards. Whoever adds to it may do so before, so
+    that no array of its width is passed over for the scales alone.
+
+    Attributes:
+        values: `[..., out]`.
+        rows: `[..., 1]` float32, or None for ones.
+        columns: `[1, out]` float32, or None for ones.
+    """
+
+    values: jax.Array
+    rows: jax.Array | None = None
+    columns: jax.Array | None = None
+
+    def plus(self, narrow: jax.Array, factor: jax.Array) -> jax.Array:
+        """The result plus `narrow @ factor`, `[..., r]` times `[r, out]`, in the narrow's dtype."""
+        dtype = narrow.dtype
+        for_rows, for_columns = (
+            1 if scale is None else 1 / jnp.where(scale == 0, 1, scale)
+            for scale in (self.rows, self.columns)
+        )
+        narrow, factor = (narrow * for_rows).astype(dtype), (factor * for_columns).astype(dtype)
+        return self._replace(values=self.values.astype(dtype) + narrow @ factor).result(dtype)
+
+    def result(self, dtype: Any) -> jax.Array:
+        """The result `[..., out]`."""
+        if self.rows is None and self.columns is None:
+            return self.values.astype(dtype)
+        scales = (scale for scale in (self.rows, self.columns) if scale is not None)
+        found = self.values.astype(jnp.float32)
+        for scale in scales:
+            found *= scale
+        return found.astype(dtype)
+
+
 def frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
     """`x @ kernel` for `[..., in]` and a frozen kernel `[in, out]`, in the dtype of `x`.
 
     With an "int8" or "fp8" kernel, every token of `x` is rounded to the kernel's format by a scale
     of its own, and in the backward pass so is every token of the gradient.
     """
-    if isinstance(kernel, QuantizedKernel):
-        return _quantized_dot(x, kernel)
-    return x @ kernel.astype(x.dtype)
-
-
-def frozen_dot_transposed(grad: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
-    """The gradient of `frozen_dot` by `x`: `grad @ kernel^T` for `[..., out]`, in its dtype."""
-    if isinstance(kernel, QuantizedKernel):
-        return _backward(kernel, grad)[0]
-    return grad @ kernel.T.astype(grad.dtype)
+    return _frozen_dot(x, kernel)
 
 
 @jax.custom_vjp
-def _quantized_dot(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
-    if kernel.precision == "nf4":
-        return x @ dequantize(kernel, x.dtype)
-    product = _rounded_dot(x, kernel.values, axis=0)
-    return (product * kernel.scale).astype(x.dtype)
+def _frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
+    return product(x, kernel).result(x.dtype)
 
 
 def _forward(x, kernel):
-    return _quantized_dot(x, kernel), kernel
+    return _frozen_dot(x, kernel), kernel
 
 
 def _backward(kernel, grad):
-    values, scale = kernel
+    return product_with_transpose(grad, kernel).result(grad.dtype), None
+
+
+_frozen_dot.defvjp(_forward, _backward)
+
+
+def product(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
+    """`frozen_dot` before its scales are applied; not to be differentiated."""
+    if not isinstance(kernel, QuantizedKernel):
+        return Product(x @ kernel.astype(x.dtype))
     if kernel.precision == "nf4":
-        return grad @ dequantize(kernel, grad.dtype).T, None
+        return Product(x @ dequantize(kernel, x.dtype))
+    values, rows = _rounded_dot(x, kernel.values, 0, x.dtype)
+    return Product(values, rows, kernel.scale)
+
+
+def product_with_transpose(grad: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
+    """The gradient of `frozen_dot` by `x`, `grad @ kernel^T` for `[..., out]`, in the same form."""
+    if not isinstance(kernel, QuantizedKernel):
+        return Product(grad @ kernel.T.astype(grad.dtype))
+    if kernel.precision == "nf4":
+        return Product(grad @ dequantize(kernel, grad.dtype).T)
     # The sum runs over the outputs here, so their scales go to the gradient.
-    scaled = grad.astype(jnp.float32) * scale
-    return _rounded_dot(scaled, values, axis=1).astype(grad.dtype), None
+    scaled = grad.astype(jnp.float32) * kernel.scale
+    return Product(*_rounded_dot(scaled, kernel.values, 1, grad.dtype))
 
 
-_quantized_dot.defvjp(_forward, _backward)
-
-
-def _rounded_dot(x: jax.Array, values: jax.Array, axis: int) -> jax.Array:
-    """`x` `[..., n]` times a matrix, summed over the matrix's `axis`; float32.
+def _rounded_dot(
+    x: jax.Array, values: jax.Array, axis: int, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`x` `[..., n]` times a matrix, summed over the matrix's `axis`, and the scale of every row.
 
     Every token of `x` is rounded to the matrix's dtype, so that the hardware multiplies numbers of
-    one kind.
+    one kind. Products of integers are int32; those of float8 are sums in float32, rounded to
+    `dtype`, whose range holds them.
     """
     x, scale = _scaled(x, values.dtype, axis=-1)
-    wide = jnp.int32 if values.dtype == jnp.int8 else jnp.float32
+    wide = jnp.int32 if values.dtype == jnp.int8 else dtype
     contracted = (((x.ndim - 1,), (axis,)), ((), ()))
-    product = jax.lax.dot_general(x, values, contracted, preferred_element_type=wide)
-    return product.astype(jnp.float32) * scale
+    return jax.lax.dot_general(x, values, contracted, preferred_element_type=wide), scale
