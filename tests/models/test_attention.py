@@ -397,6 +397,12 @@ def test_a_mask_lowers_to_flash_attention_that_skips_the_future(lower_for, capab
         assert "2x1x256x256" not in backward.split("->")[-1]
 
 
+def test_a_mask_lowers_for_rows_of_odd_length(lower_for):
+    lower_for(AMPERE)
+    for call in cudnn_calls(attention.cudnn_masked, 2, 131, 7, 1, 64):
+        assert "tensor<2x1x132x132xbf16>" in call  # cuDNN's backward pass refuses 131
+
+
 def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(lower_for):
     lower_for(HOPPER)
     forward, backward = cudnn_calls(attention.packed_rows(7), 2, 256, 28, 4, 128)
