@@ -25,7 +25,7 @@ from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
-from affectgpt_jax.models.attention import CausalAttention, Choice, causal, choose, deviation
+from affectgpt_jax.models.attention import CausalAttention, Choice, choose, deviation
 from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, DecoderConfig
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
@@ -126,7 +126,7 @@ def attention(config: ConfigDict, llm: DecoderConfig) -> Choice:
     """The causal attention of a config on the devices that are here.
 
     A kernel of a library is first compared with plain XLA on this device, with the heads of the
-    base, which takes a few seconds.
+    base, which takes a few seconds. Of an "auto", the next one is tried where one fails.
 
     Raises:
         ConfigError: `config.attention` names a backend that cannot be used here, or whose result
@@ -138,19 +138,19 @@ def attention(config: ConfigDict, llm: DecoderConfig) -> Choice:
         split = kv_heads_split(llm, parse_mesh(config.mesh, jax.device_count())[2])
     packed = config.pack_length > 0
     where = (platform, capability, llm.head_dim, config.dtype, packed)
-    try:
-        choice = choose(config.attention, *where, kv_heads_split=split)
-    except ValueError as error:
-        raise ConfigError(f"config.{error}; config.attention=auto takes what can") from None
-    if choice.name == "xla":
-        return choice
-    # A packed kernel is tested with several samples a row, whatever the rows of this run are.
-    doubt = _doubt(choice.attend, llm, config.dtype, choice.name == "cudnn_packed")
-    if not doubt:
-        return choice
-    if config.attention == "auto":
-        return Choice("xla", f"not {choice.name}: {doubt}", causal)
-    raise ConfigError(f"config.attention={choice.name!r} cannot be used: {doubt}")
+    failed: dict[str, str] = {}
+    while True:
+        try:
+            choice = choose(config.attention, *where, kv_heads_split=split, failed=failed)
+        except ValueError as error:
+            raise ConfigError(f"config.{error}; config.attention=auto takes what can") from None
+        if choice.name == "xla":
+            return choice
+        # All but cudnn are tested with several samples a row, whatever the rows of this run are.
+        doubt = _doubt(choice.attend, llm, config.dtype, choice.name != "cudnn")
+        if not doubt:
+            return choice
+        failed[choice.name] = doubt
 
 
 def kv_heads_split(llm: DecoderConfig, shares: int) -> bool:

@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     # auto | none | save_projections | full: what the backward pass recomputes; auto is the first of
     # the others that fits into the device's memory.
     c.remat = "auto"
-    # auto | xla | cudnn | cudnn_packed; auto is the fastest that runs here
+    # auto | xla | cudnn | cudnn_masked | cudnn_packed; auto is the fastest that runs here
     c.attention = "auto"
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 

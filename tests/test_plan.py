@@ -91,7 +91,9 @@ def test_what_a_batch_takes_is_in_proportion_to_its_rows():
         )
 
 
-@pytest.mark.parametrize(("backend", "statistics"), [("cudnn", 1), ("cudnn_packed", 4)])
+@pytest.mark.parametrize(
+    ("backend", "statistics"), [("cudnn", 1), ("cudnn_masked", 1), ("cudnn_packed", 4)]
+)
 def test_a_kernel_saves_its_inputs_its_output_and_statistics(backend, statistics):
     attend = memory.kernel_stand_in(backend, samples=3)
 

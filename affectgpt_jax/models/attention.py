@@ -4,16 +4,18 @@ Two entry points, because they have different shapes and different fast kernels:
 over whole rows (training and prefill), for which `choose` picks a backend, and `cached` for one new
 token against a key-value cache (decoding).
 
-The backends are three functions of one signature. `causal` is plain XLA, for every device. `cudnn`
-is the flash kernel behind `jax.nn.dot_product_attention`, for rows of one sample. `cudnn_packed` is
-the same kernel given where each sample begins, for rows of several. A row that a kernel would
-compute wrongly comes out as NaN, so that no sample ever sees another in silence.
+The backends are four functions of one signature. `causal` is plain XLA, for every device. `cudnn`
+is the flash kernel behind `jax.nn.dot_product_attention`, for rows of one sample. For rows of
+several, `cudnn_masked` is the same kernel with a mask, and `cudnn_packed` the kernel that is given
+where each sample begins and skips what no sample sees. A row that a kernel would compute wrongly
+comes out as NaN, so that no sample ever sees another in silence.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -184,6 +186,31 @@ def cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.A
     )
 
 
+def cudnn_masked(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """`causal` by cuDNN's flash kernel, with a mask of what no token sees beside the future.
+
+    The kernel skips the future and reads a bfloat16 mask `[B, 1, T, T]` for the rest, which all
+    heads and layers share. Every row is right, whatever the order of its segments.
+    """
+    length = query.shape[1]
+    # cuDNN's backward pass with a mask wants an even length. The token added comes last, so that
+    # no other sees it.
+    padding = ((0, 0), (0, length % 2), (0, 0), (0, 0))
+    query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
+    segment_ids = jnp.pad(segment_ids, padding[:2])
+    attended = jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=(segment_ids[:, :, None] == segment_ids[:, None])[:, None],
+        is_causal=True,
+        implementation="cudnn",
+    )
+    return attended[:, :length]
+
+
 def packed_rows(max_segments: int) -> CausalAttention:
     """`causal` by cuDNN's flash kernel, for rows of at most `max_segments` samples and padding.
 
@@ -241,6 +268,7 @@ def choose(
     packed: bool,
     *,
     kv_heads_split: bool = True,
+    failed: Mapping[str, str] = MappingProxyType({}),
 ) -> Choice:
     """The causal attention backend of a run.
 
@@ -252,22 +280,23 @@ def choose(
         dtype: of activations, by name.
         packed: whether rows hold several samples.
         kv_heads_split: whether the devices that share query heads can share key heads as well.
+        failed: backends that were tried on the device, and what was wrong with each.
 
     Raises:
         ValueError: a backend that cannot run here; the message says why.
     """
     where = platform, compute_capability, head_dim, dtype, packed, kv_heads_split
-    refusals = {
-        "xla": "",
-        "cudnn": _refusal_of_cudnn("cudnn", *where),
-        "cudnn_packed": _refusal_of_cudnn("cudnn_packed", *where),
-    }
+    # The fastest first, by arithmetic: cudnn needs neither offsets nor a mask, but takes no packed
+    # rows.
+    kernels = ("cudnn", "cudnn_packed", "cudnn_masked")
+    refusals = {name: failed.get(name) or _refusal_of_cudnn(name, *where) for name in kernels}
+    refusals["xla"] = ""
     if requested == "auto":
-        # Without packing cudnn comes first, since its function is public and needs no offsets.
-        order = ("cudnn", "cudnn_packed", "xla")
-        name = next(name for name in order if not refusals[name])
-        faster = "cudnn_packed" if packed else "cudnn"
-        reason = _REASONS[name] if name != "xla" else f"not {faster}: {refusals[faster]}"
+        name = next(name for name, refusal in refusals.items() if not refusal)
+        fastest = "cudnn_packed" if packed else "cudnn"
+        passed_over = dict.fromkeys((fastest, *failed))
+        others = "; ".join(f"not {other}: {refusals[other]}" for other in passed_over)
+        reason = _REASONS[name] if name == fastest else others
     else:
         if refusals[requested]:
             raise ValueError(f"attention={requested!r} cannot be used: {refusals[requested]}")
@@ -285,6 +314,7 @@ def _attention(name: str) -> CausalAttention:
     return {
         "xla": causal,
         "cudnn": cudnn,
+        "cudnn_masked": cudnn_masked,
         "cudnn_packed": packed_rows(DEFAULT_SEGMENTS),
     }[name]
 
@@ -298,7 +328,7 @@ def _refusal_of_cudnn(
     packed: bool,
     kv_heads_split: bool,
 ) -> str:
-    """Why one of cuDNN's two layouts cannot run; empty if it can."""
+    """Why one of cuDNN's kernels cannot run; empty if it can."""
     if platform != "cuda":
         return f"it needs an NVIDIA GPU, and this is {platform}"
     if compute_capability < (8, 0):
@@ -317,6 +347,8 @@ def _refusal_of_cudnn(
         return "the mesh splits query heads over more devices than there are key heads"
     if name == "cudnn":
         return "rows hold several samples, which it cannot tell apart" if packed else ""
+    if name == "cudnn_masked":
+        return ""
     if compute_capability < (9, 0):
         return "packed rows need compute capability 9.0 (Hopper), and this GPU has {}.{}".format(
             *compute_capability

@@ -218,7 +218,8 @@ def kernel_stand_in(name: str, samples: int) -> CausalAttention:
     Args:
         name: a backend of `models.attention`; "xla" is itself.
         samples: room for samples in a row. cuDNN's packed layout keeps statistics for each of them
-            and for padding.
+            and for padding. The mask of "cudnn_masked" follows from the segments and is not
+            counted: all layers share one, of 2 bytes for each pair of tokens in a row.
     """
     if name == "xla":
         return causal

@@ -17,6 +17,7 @@ from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.models import attention, cudnn_packed
 from affectgpt_jax.models.attention import choose
 from affectgpt_jax.models.decoder import PUBLISHED, DecoderConfig
+from affectgpt_jax.training.devices import DEVICES
 
 MAX_SEGMENTS = 8
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -107,7 +108,7 @@ def rows(length):
 SHAPES = [(2, 1, 2, 2, 64), (2, 37, 4, 1, 64), (2, 131, 7, 1, 64), (2, 300, 4, 2, 64)]
 
 
-@pytest.mark.parametrize("name", ["xla", "cudnn_packed"])
+@pytest.mark.parametrize("name", ["xla", "cudnn_masked", "cudnn_packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_rows_equal_float64_forward_and_backward(name, shape):
     attend, dtype = backend(name, packed=True)
@@ -120,10 +121,10 @@ def test_packed_rows_equal_float64_forward_and_backward(name, shape):
     check()
 
 
-@pytest.mark.parametrize("name", ["xla", "cudnn", "cudnn_packed"])
+@pytest.mark.parametrize("name", ["xla", "cudnn", "cudnn_masked", "cudnn_packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_padded_rows_equal_float64_forward_and_backward(name, shape):
-    attend, dtype = backend(name, packed=name == "cudnn_packed")
+    attend, dtype = backend(name, packed=name in ("cudnn_masked", "cudnn_packed"))
     length = st.integers(0, shape[1])
 
     @settings(max_examples=6)
@@ -170,7 +171,7 @@ def test_cached_attention_equals_float64(attend, batch, slots, window):
     check()
 
 
-@pytest.mark.parametrize("name", ["xla", "cudnn_packed"])
+@pytest.mark.parametrize("name", ["xla", "cudnn_masked", "cudnn_packed"])
 def test_packed_equals_unpacked_forward_and_backward(name):
     attend, dtype = backend(name, packed=True)
     lengths = (101, 50, 140)
@@ -190,16 +191,20 @@ def test_packed_equals_unpacked_forward_and_backward(name):
             assert np.linalg.norm(difference) <= bound * np.linalg.norm(np.asarray(a, np.float32))
 
 
-@pytest.mark.parametrize("ids", ["descending", "in turns", "with holes"])
-def test_xla_asks_no_order_of_segments(ids):
-    shape = (2, 300, 4, 2, 64)
-    row = {
+# Segment ids [2, 300] whose segments do not follow each other in order.
+UNORDERED = {
+    name: np.stack([row, np.roll(row, 17)]).astype(np.int32)
+    for name, row in {
         "descending": 9 - segment_row((90, 130, 290), 300),
-        "in turns": np.arange(300, dtype=np.int32) % 3 + 1,
+        "in turns": np.arange(300) % 3 + 1,
         "with holes": np.where(np.arange(300) % 7 == 0, 0, segment_row((100, 300), 300)),
-    }[ids]
-    segment_ids = np.stack([row, np.roll(row, 17)]).astype(np.int32)
-    assert_equal_reference(attention.causal, jnp.float32, shape, segment_ids)
+    }.items()
+}
+
+
+@pytest.mark.parametrize("ids", UNORDERED)
+def test_xla_asks_no_order_of_segments(ids):
+    assert_equal_reference(attention.causal, jnp.float32, (2, 300, 4, 2, 64), UNORDERED[ids])
 
 
 def test_xla_keeps_no_square_of_scores_for_the_backward_pass():
@@ -311,6 +316,22 @@ def test_what_cudnn_is_asked_is_causal_attention_within_each_length(cudnn_by_xla
     assert_equal_reference(attention.cudnn, jnp.float32, (2, 37, 4, 2, 8), segment_ids)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_what_cudnn_is_asked_with_a_mask_is_attention_within_segments(cudnn_by_xla, shape):
+    @settings(max_examples=8)
+    @given(st.tuples(rows(shape[1]), rows(shape[1])))
+    def check(segment_ids):
+        assert_equal_reference(attention.cudnn_masked, jnp.float32, shape, np.stack(segment_ids))
+
+    check()
+
+
+@pytest.mark.parametrize("ids", UNORDERED)
+def test_a_mask_asks_no_order_of_segments(cudnn_by_xla, ids):
+    shape = (2, 300, 4, 2, 64)
+    assert_equal_reference(attention.cudnn_masked, jnp.float32, shape, UNORDERED[ids])
+
+
 @pytest.mark.parametrize(
     "row", [[1, 1, 2, 2, 0, 0], [0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 0, 0]], ids=str
 )
@@ -322,11 +343,22 @@ def test_a_row_that_lengths_cannot_express_gives_nan_and_no_other_row(cudnn_by_x
 
 
 @pytest.fixture
-def hopper(monkeypatch):
-    """JAX believes in a Hopper GPU with cuDNN 9.10; enough to lower for it."""
-    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(private, "check_compute_capability", lambda capability: True)
-    monkeypatch.setattr(private, "is_cuda_compute_capability_equal", lambda capability: False)
+def lower_for(monkeypatch):
+    """Makes JAX believe in a GPU of a compute capability, with cuDNN 9.10; enough to lower for."""
+
+    def believe(capability):
+        asked = {
+            "check_cudnn_version": lambda: 91000,
+            "check_compute_capability": lambda text: capability >= version(text),
+            "is_cuda_compute_capability_equal": lambda text: capability == version(text),
+        }
+        for name, answer in asked.items():
+            monkeypatch.setattr(private, name, answer)
+
+    def version(text):
+        return tuple(map(int, text.split(".")))
+
+    return believe
 
 
 def cudnn_calls(attend, batch, length, heads, kv_heads, width):
@@ -337,19 +369,42 @@ def cudnn_calls(attend, batch, length, heads, kv_heads, width):
     traced = forward_and_backward.trace(attend, query, key, value, ids, cotangent)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if "__cudnn$fmha" in line]
-    [forward] = [line for line in calls if "@__cudnn$fmhaSoftmax(" in line]
-    [backward] = [line for line in calls if "@__cudnn$fmhaSoftmaxBackward(" in line]
+    [forward] = [line for line in calls if "Backward(" not in line]
+    [backward] = [line for line in calls if "Backward(" in line]
     return forward, backward
 
 
-def test_cudnn_lowers_to_flash_attention_with_the_heads_of_the_base(hopper):
+def test_cudnn_lowers_to_flash_attention_with_the_heads_of_the_base(lower_for):
+    lower_for(AMPERE)
     for call in cudnn_calls(attention.cudnn, 2, 256, 28, 4, 128):
         assert "PADDING_CAUSAL" in call
         assert "tensor<2x256x28x128xbf16>, tensor<2x256x4x128xbf16>" in call
         assert call.count("tensor<2xi32>") == 2  # one length of query and key per row
 
 
-def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(hopper):
+@pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=str)
+def test_a_mask_lowers_to_flash_attention_that_skips_the_future(lower_for, capability):
+    lower_for(capability)
+    forward, backward = cudnn_calls(attention.cudnn_masked, 2, 256, 28, 4, 128)
+    for call in (forward, backward):
+        assert "fmhaScaleBiasSoftmax" in call
+        assert "CAUSAL" in call and "PADDING" not in call
+        assert "tensor<2x256x28x128xbf16>, tensor<2x256x4x128xbf16>" in call
+        assert "tensor<2x1x256x256xbf16>" in call.split("->")[0]  # one for all heads
+    assert "tensor<2x28x256xf32>" in forward.split("->")[-1]  # what the backward pass keeps
+    # Older versions ask cuDNN for a gradient of the mask as well (jax-ml/jax pull request 39512).
+    if jax.__version_info__ >= (0, 12):
+        assert "2x1x256x256" not in backward.split("->")[-1]
+
+
+def test_a_mask_lowers_for_rows_of_odd_length(lower_for):
+    lower_for(AMPERE)
+    for call in cudnn_calls(attention.cudnn_masked, 2, 131, 7, 1, 64):
+        assert "tensor<2x1x132x132xbf16>" in call  # cuDNN's backward pass refuses 131
+
+
+def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(lower_for):
+    lower_for(HOPPER)
     forward, backward = cudnn_calls(attention.packed_rows(7), 2, 256, 28, 4, 128)
     # jax 0.10 counts key offsets by query heads, so key heads are repeated there.
     kv_heads = 4 if cudnn_packed._strides_of_key() else 28
@@ -359,6 +414,37 @@ def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(hopper):
         # Seven samples and padding; offsets have one column more.
         assert call.count("tensor<2x8xi32>") == 2 and call.count("tensor<2x9xi32>") == 2
     assert "tensor<16x28x256xf32>" in forward.split("->")[-1]  # what the backward pass keeps
+
+
+@pytest.mark.gpu_compile
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("a100-80g", "cudnn_masked"), ("h100-80g", "cudnn_masked"), ("h100-80g", "cudnn_packed")],
+)
+def test_packed_rows_compile_for_gpus_that_are_not_here(device, name):
+    try:
+        from affectgpt_jax.training import gpu_compile
+
+        unavailable = gpu_compile.unavailable()
+    except ImportError:
+        unavailable = "XLA's CUDA compiler is not installed"
+    if unavailable:
+        pytest.skip(unavailable)
+    capability = DEVICES[device].compute_capability
+    attend = choose(name, "cuda", capability, 128, "bfloat16", packed=True).for_rows_of(7)
+    place = jax.sharding.SingleDeviceSharding(gpu_compile.devices(device, 1)[0])
+
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=place)
+
+    query, key = shape(2, 512, 28, 128), shape(2, 512, 4, 128)
+    ids = shape(2, 512, dtype=jnp.int32)
+    with gpu_compile.in_place_of_local_gpu(capability):
+        lowered = forward_and_backward.lower(attend, query, key, key, ids, query)
+    text = lowered.compile().as_text()
+    assert text.count('custom_call_target="__cudnn$fmha') == 2
+    # Scores of all pairs of tokens, for every head, are nowhere.
+    assert "28,512,512]" not in text and "4,7,512,512]" not in text
 
 
 # --- the choice ------------------------------------------------------------------------------
@@ -373,7 +459,7 @@ def test_packed_lowers_to_flash_attention_with_lengths_and_offsets(hopper):
         (("cuda", HOPPER, 128, "float32"), False, "xla", "bfloat16 or float16, not in float32"),
         (("cuda", AMPERE, 256, "bfloat16"), False, "xla", "heads of up to 128"),
         (("cuda", HOPPER, 68, "bfloat16"), False, "xla", "in steps of 8"),
-        (("cuda", AMPERE, 128, "bfloat16"), True, "xla", "9.0 (Hopper), and this GPU has 8.0"),
+        (("cuda", AMPERE, 128, "bfloat16"), True, "cudnn_masked", "not cudnn_packed: packed rows"),
         (("cuda", AMPERE, 128, "bfloat16"), False, "cudnn", "rows of one sample"),
         (("cuda", HOPPER, 256, "float16"), False, "cudnn", "rows of one sample"),
         (("cuda", HOPPER, 128, "bfloat16"), True, "cudnn_packed", "rows of several samples"),
@@ -404,13 +490,14 @@ def test_a_mesh_that_splits_query_heads_but_not_key_heads_takes_xla():
 def test_an_unknown_version_of_jax_has_no_packed_layout(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 13, 0))
     found = choose("auto", "cuda", HOPPER, 128, "bfloat16", packed=True)
-    assert found.name == "xla" and "private function of jax >= 0.10, < 0.13" in found.reason
+    assert found.name == "cudnn_masked"
+    assert "private function of jax >= 0.10, < 0.13" in found.reason
 
 
 def test_a_private_function_of_another_form_is_not_called(monkeypatch):
     monkeypatch.setattr(private, "dot_product_attention", lambda query, key, value: query)
     found = choose("auto", "cuda", HOPPER, 128, "bfloat16", packed=True)
-    assert found.name == "xla" and "changed" in found.reason
+    assert found.name == "cudnn_masked" and "changed" in found.reason
 
 
 def one_segment(query, key, value, segment_ids):
@@ -439,10 +526,34 @@ def test_a_kernel_that_fails_on_the_device_is_replaced_with_the_reason(hopper_by
     assert found.reason.startswith("not cudnn: on this device it fails with ")
 
 
+def mixing_samples(count, *args):
+    """A packed kernel that mixes samples."""
+    return one_segment(*args)
+
+
+def test_where_the_packed_kernel_is_wrong_the_mask_is_tried(
+    monkeypatch, hopper_by_name, cudnn_by_xla
+):
+    monkeypatch.setattr(attention, "_cudnn_packed", mixing_samples)
+    hopper_by_name.pack_length = 2048
+    found = build.attention(hopper_by_name, SMALL)
+    assert found.name == "cudnn_masked" and found.attend is attention.cudnn_masked
+    assert found.reason.startswith("not cudnn_packed: on this device it is ")
+
+
+def test_where_every_kernel_fails_all_reasons_are_given(monkeypatch, hopper_by_name):
+    monkeypatch.setattr(attention, "_cudnn_packed", mixing_samples)
+    hopper_by_name.pack_length = 2048
+    found = build.attention(hopper_by_name, SMALL)
+    assert found.name == "xla"
+    assert "not cudnn_packed: on this device it is " in found.reason
+    assert "not cudnn_masked: on this device it fails with " in found.reason
+
+
 def test_a_kernel_that_computes_something_else_is_refused_where_it_was_asked_for(
     monkeypatch, hopper_by_name
 ):
-    monkeypatch.setattr(attention, "_cudnn_packed", lambda count, *args: one_segment(*args))
+    monkeypatch.setattr(attention, "_cudnn_packed", mixing_samples)
     hopper_by_name.attention = "cudnn_packed"
     with pytest.raises(ConfigError, match="'cudnn_packed' cannot be used: on this device it is"):
         build.attention(hopper_by_name, SMALL)
