@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from affectgpt_jax.training import gpu_compile, sharding
 from affectgpt_jax.training.devices import DEVICES
 
-LAYERS, WIDTH, ROWS, RANK = 3, 256, 512, 4
+LAYERS, WIDTH, ROWS, RANK = 3, 256, 512, 16
 
 gpu_compiled = pytest.mark.skipif(
     bool(gpu_compile.unavailable()), reason=gpu_compile.unavailable() or "it can be"
