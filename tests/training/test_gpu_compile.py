@@ -44,7 +44,10 @@ def test_a_loop_of_matmuls_moves_what_its_shapes_say(name):
     weights, rows = LAYERS * WIDTH * WIDTH * 2, ROWS * WIDTH * 2
     found = compile_for(mesh_of(name), layers, ((ROWS, WIDTH), P()), ((LAYERS, WIDTH, WIDTH), P()))
     assert found["kinds"]["matmul"]["launches"] == LAYERS
-    assert found["matmul_gb"] == pytest.approx((weights + LAYERS * 2 * rows) / 1e9)
+    assert found["matmul_gb"] == pytest.approx(
+        (weights + LAYERS * 2 * rows) / 1e9,
+        rel=1e-4,  # and the places of slices
+    )
     assert found["matmul_tflop"] == pytest.approx(LAYERS * 2 * ROWS * WIDTH * WIDTH / 1e12)
     # tanh reads and writes the rows.
     assert found["other_gb"] == pytest.approx(LAYERS * 2 * rows / 1e9, rel=0.01)
