@@ -443,8 +443,9 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
             yield f"  {words:<30} {part['launches']:8,} {part['gb']:9.1f}{ms}"
     yield f"  {'all':<30} {found['launches']:8,} {found['moved_gb']:9.1f}"
     yield (
-        f"  floor {found['floor_ms']:,.0f} ms: {found['tflop']:,.1f} TFLOP at {MATMUL_SHARE:.0%} "
-        f"of the peak, and all other launches' bytes at {BANDWIDTH_SHARE:.0%} of the bandwidth"
+        f"  floor {_ms(1e-3 * found['floor_ms'])}: {found['tflop']:,.1f} TFLOP at "
+        f"{MATMUL_SHARE:.0%} of the peak, and all other launches' bytes at {BANDWIDTH_SHARE:.0%} "
+        "of the bandwidth"
     )
     yield (
         f"  there {found['tokens_per_s']:,.0f} tokens/s and {found['mfu']:.0%} MFU a device; "

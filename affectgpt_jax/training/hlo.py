@@ -163,17 +163,20 @@ def elements(shape: str) -> list[str]:
 
 def base_opcode(instruction: Instruction) -> str:
     """The opcode without "-start", which says that it runs beside what follows."""
-    return instruction.opcode.removesuffix("-start").removesuffix("-done")
+    return instruction.opcode.removesuffix("-start")
 
 
 def result_shape(instruction: Instruction) -> str:
-    """What an operation writes: of an asynchronous one, a part of its result."""
+    """What an operation writes: of an asynchronous one, a part of what its start returns."""
     if not instruction.opcode.endswith("-start"):
         return instruction.shape
     parts, opcode = elements(instruction.shape), base_opcode(instruction)
-    if opcode == "all-reduce":
+    if opcode == "copy":
+        return parts[0]
+    # Operands and result, or of all-reduces before jax 0.12 the result alone.
+    if opcode == "all-reduce" and not parts[0].startswith("("):
         return instruction.shape
-    return parts[0] if opcode == "copy" else parts[min(1, len(parts) - 1)]
+    return parts[1]
 
 
 def _elements(shape: str) -> Iterator[str]:

@@ -128,7 +128,7 @@ def sent(module: Module, rank: int, mesh: Mesh) -> list[Sent]:
         for start in body.values() if name not in wrapped else ():
             operation = _wrapped(module, start)
             kind = base_opcode(operation)
-            if kind not in COLLECTIVES or start.opcode.endswith("-done"):
+            if kind not in COLLECTIVES:
                 continue
             groups = collectives.groups(operation.attributes, kind, mesh.size)
             if groups.shape[1] == 1:

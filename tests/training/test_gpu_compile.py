@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from affectgpt_jax.training import gpu_compile, sharding
 from affectgpt_jax.training.devices import DEVICES
 
-LAYERS, WIDTH, ROWS, RANK = 3, 256, 512, 4
+LAYERS, WIDTH, ROWS, RANK = 3, 256, 512, 16
 
 gpu_compiled = pytest.mark.skipif(
     bool(gpu_compile.unavailable()), reason=gpu_compile.unavailable() or "it can be"
@@ -44,10 +44,13 @@ def test_a_loop_of_matmuls_moves_what_its_shapes_say(name):
     weights, rows = LAYERS * WIDTH * WIDTH * 2, ROWS * WIDTH * 2
     found = compile_for(mesh_of(name), layers, ((ROWS, WIDTH), P()), ((LAYERS, WIDTH, WIDTH), P()))
     assert found["kinds"]["matmul"]["launches"] == LAYERS
-    assert 1e9 * found["matmul_gb"] == weights + LAYERS * 2 * rows
-    assert 1e12 * found["matmul_tflop"] == LAYERS * 2 * ROWS * WIDTH * WIDTH
-    # tanh reads and writes the rows; moving takes little more than each layer's weights once.
-    assert LAYERS * 2 * rows <= 1e9 * (found["other_gb"] + found["movement_gb"])
+    assert found["matmul_gb"] == pytest.approx(
+        (weights + LAYERS * 2 * rows) / 1e9,
+        rel=1e-4,  # and the places of slices
+    )
+    assert found["matmul_tflop"] == pytest.approx(LAYERS * 2 * ROWS * WIDTH * WIDTH / 1e12)
+    # tanh reads and writes the rows.
+    assert found["other_gb"] == pytest.approx(LAYERS * 2 * rows / 1e9, rel=0.01)
     assert 2**30 * found["peak_gib"] >= weights + 2 * rows
     assert found["collectives"] == []
 
@@ -55,10 +58,12 @@ def test_a_loop_of_matmuls_moves_what_its_shapes_say(name):
 @pytest.mark.gpu_compile
 @gpu_compiled
 def test_narrow_matmuls_copies_and_fills_are_told_apart():
-    def function(x, w, a, b):
-        return x @ w + (x @ a) @ b, x.T.copy()
+    def function(x, y, w, a, b):
+        # Of other rows: XLA would merge two products of the same ones.
+        return x @ w, (y @ a) @ b, x.T.copy()
 
     arguments = (
+        ((ROWS, WIDTH), P()),
         ((ROWS, WIDTH), P()),
         ((WIDTH, WIDTH), P()),
         ((WIDTH, RANK), P()),
@@ -66,7 +71,7 @@ def test_narrow_matmuls_copies_and_fills_are_told_apart():
     )
     found = compile_for(mesh_of("h100-80g"), function, *arguments)
     assert found["kinds"]["lora"]["launches"] == 2
-    assert 1e9 * found["movement_gb"] >= 2 * ROWS * WIDTH * 2
+    assert found["movement_gb"] == pytest.approx(2 * ROWS * WIDTH * 2 / 1e9, rel=0.01)
     assert {launch["kind"] for launch in found["largest"]} >= {"lora", "movement"}
 
 

@@ -254,6 +254,8 @@ ENTRY %main (x: bf16[64,128], k: bf16[128,128], g: f32[128]) -> bf16[64,128] {{
   %all-reduce-done = f32[128]{{0}} all-reduce-done(%all-reduce-start)
   %all-gather-start = (bf16[64,128]{{1,0}}, bf16[512,128]{{1,0}}) all-gather-start(%y), channel_id=2, replica_groups=[1,8]<=[8], dimensions={{0}}
   %all-gather-done = bf16[512,128]{{1,0}} all-gather-done(%all-gather-start)
+  %all-reduce-start.1 = ((f32[128]{{0}}), f32[128]{{0}}) all-reduce-start(%all-reduce-done), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  %all-reduce-done.1 = f32[128]{{0}} all-reduce-done(%all-reduce-start.1)
   %rs-start = ((f32[128]{{0}}), f32[16]{{0}}) async-start(%all-reduce-done), calls=%wrapped
   %second = (bf16[64,128]{{1,0}}, s8[4194304]{{0}}) custom-call(%y, %k), custom_call_target="__cublas$gemm", backend_config={{{dot(1, 0)}}}
   %rs-done = f32[16]{{0}} async-done(%rs-start)
@@ -272,6 +274,7 @@ def test_what_runs_beside_others_counts_once_with_its_own_result():
         "copy-start": ("movement", 1, array, array),
         "fusion-start": ("movement", 1, array, array),
         "all-reduce-start": ("collective", 1, 512, 512),
+        "all-reduce-start.1": ("collective", 1, 512, 512),
         "all-gather-start": ("collective", 1, array, 8 * array),
         "scattered": ("collective", 1, 512, 64),
     }
@@ -283,6 +286,7 @@ def test_collectives_are_told_with_what_runs_beside_them():
     assert hlo_traffic.sent(hlo.parse(ASYNC), RANK, mesh) == [
         Sent("all-gather", both, 1, 2 * 512 * 128, False, 0),
         Sent("all-reduce", both, 1, 512, False, 1),
+        Sent("all-reduce", ("fsdp",), 1, 512, False, 0),
         Sent("reduce-scatter", both, 1, 512, False, 1),
     ]
 
