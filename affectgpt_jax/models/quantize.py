@@ -51,6 +51,7 @@ NF4 = np.array(
 # Weights that share a scale. The scales are bfloat16: 4.25 bits a weight. QLoRA quantizes them once
 # more and gets 4.13, which of a 7B model would be 0.1 of 5.7 GB.
 NF4_BLOCK = 64
+_LEAST_SCALE = 1e-30  # far above float32's least number, so that what it divides stays finite
 
 
 class QuantizedKernel(NamedTuple):
@@ -102,7 +103,9 @@ def _scaled(x: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, jax.Array]:
     limit = float((jnp.iinfo if integers else jnp.finfo)(dtype).max)
     # NaN and infinity go into the scale, and so into every product.
     scale = largest / limit
-    x = _divide(x, scale)
+    # What is next to nothing counts as 0, so that a scale can be divided by.
+    scale = jnp.where(scale < _LEAST_SCALE, 1, scale)
+    x = jnp.where(largest / limit < _LEAST_SCALE, 0, x / scale)
     return (jnp.rint(x) if integers else x).astype(dtype), scale
 
 
@@ -162,8 +165,7 @@ class Product(NamedTuple):
         """The result plus `narrow @ factor`, `[..., r]` times `[r, out]`, in the narrow's dtype."""
         dtype = narrow.dtype
         for_rows, for_columns = (
-            1 if scale is None else 1 / jnp.where(scale == 0, 1, scale)
-            for scale in (self.rows, self.columns)
+            1 if scale is None else 1 / scale for scale in (self.rows, self.columns)
         )
         narrow, factor = (narrow * for_rows).astype(dtype), (factor * for_columns).astype(dtype)
         return self._replace(values=self.values.astype(dtype) + narrow @ factor).result(dtype)
@@ -185,23 +187,25 @@ def frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
     With an "int8" or "fp8" kernel, every token of `x` is rounded to the kernel's format by a scale
     of its own, and in the backward pass so is every token of the gradient.
     """
-    return _frozen_dot(x, kernel)
+    if isinstance(kernel, QuantizedKernel):
+        return _quantized_dot(x, kernel)
+    return x @ kernel.astype(x.dtype)
 
 
 @jax.custom_vjp
-def _frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
+def _quantized_dot(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
     return product(x, kernel).result(x.dtype)
 
 
 def _forward(x, kernel):
-    return _frozen_dot(x, kernel), kernel
+    return _quantized_dot(x, kernel), kernel
 
 
 def _backward(kernel, grad):
     return product_with_transpose(grad, kernel).result(grad.dtype), None
 
 
-_frozen_dot.defvjp(_forward, _backward)
+_quantized_dot.defvjp(_forward, _backward)
 
 
 def product(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
