@@ -2,8 +2,9 @@
 
 In full on a GPU, the least known first; elsewhere at a smaller scale. Each is a command with a
 bound in time, whose result is a JSON file. What has its file is not run again, so that a call that
-was stopped goes on; `--again` runs all. `--budget SECONDS` starts nothing that may not end in time,
-for machines that are lent by the minute. Ends with the table of what was met and what is open.
+was stopped goes on; `--again` runs all. `--budget SECONDS` is for machines that are lent by the
+minute: sides take one turn each, nothing is started with less than half of its bound left, and what
+runs at the end is stopped. Ends with the table of what was met and what is open.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from benchmarks import tables
 from benchmarks.harness import RESULTS, SCALES, default_scale, records_folder
 
 GRACE_S = 5.0  # for a process to end in, once it is asked to
+ROOM_MIB = 130_000  # a 7B base in bfloat16 with the activations of 48 clips takes up to 50 GiB
 
 
 class Step(NamedTuple):
@@ -37,7 +39,7 @@ class Step(NamedTuple):
 
     result: str
     command: tuple[str, ...]
-    bound_s: int
+    bound_s: float
     profile: str = ""
 
     def done(self, out: Path) -> bool:
@@ -46,8 +48,18 @@ class Step(NamedTuple):
         return all((out / f"{name}.json").exists() for name in names)
 
 
-def steps(scale: str, records: Path, out: Path) -> list[Step]:
-    """All measurements of a scale, in the order in which they run."""
+def steps(
+    scale: str, records: Path, out: Path, *, brief: bool = False, crowded: bool = True
+) -> list[Step]:
+    """All measurements of a scale, in the order in which they run.
+
+    Args:
+        scale: of `harness.SCALES`.
+        records: folder of record sets and traces.
+        out: folder of results.
+        brief: one turn of ten steps for each side.
+        crowded: at full scale a device has room for one side of a comparison at a time.
+    """
     found: list[Step] = []
 
     def add(name: str, command: Sequence[str], bound_s: int, profile: str = "") -> None:
@@ -61,20 +73,37 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
         add(f"train_step_{name}", command, bound_s, made)
 
     full = scale == "full"
-    # A 7B base and its activations take most of 80 GB: one side at a time.
-    alone = ("--leave", "--block", "10") if full else ()
+    turn = ("--steps", "10", "--block", "10", "--warmup", "2") if brief else ()
+    anchor = ("--workload", "anchor", *turn)
+    alone = ("--leave",) if full and crowded else ()
+    alone += ("--block", "10") if full and not brief else ()
     clips = "48" if full else "12"  # of which two CPU cores take a few seconds
     mix = ("--workload", "affectgpt", "--batch", clips, "--pack", "--peer", "torch", "--tuning")
-    train("anchor", "--workload", "anchor", bound_s=300 if full else 620, profile=True)
-    if full:  # elsewhere its rows of 4,096 tokens are too long for two sides
-        beside = ("--workload", "anchor", "--peer", "torch", *alone)
-        train("anchor_beside_tuned", *beside, bound_s=560)
-    for tuning in ("packed", "tuned", "release"):
-        train(f"affectgpt_{clips}_beside_{tuning}", *mix, tuning, *alone, bound_s=560)
-    train(f"affectgpt_{clips}", *mix[:5], bound_s=300, profile=True)
-    brief = ("--turns", "2", "--singles", "1") if full else ()  # a lent GPU's time is short
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
-    add("generation", [*generation, *brief], 560 if full else 3600)
+    short = ("--turns", "1" if brief else "2", "--singles", "1") if full or brief else ()
+    add("attention", ["benchmarks.attention", "--scale", scale], 120)
+    # A trace may fail in ways of its own: on a GPU it has a run of its own, at the end.
+    train("anchor", *anchor, bound_s=240 if full else 620, profile=not full)
+    for tuning in ("tuned", "packed"):
+        words = (*mix, tuning, *alone, *turn)
+        train(f"affectgpt_{clips}_beside_{tuning}", *words, bound_s=400 if full else 560)
+    lent = scale != "small"  # on a lent GPU, and in tests; two CPU cores take too long
+    if lent:
+        add("generation_jax", [*generation, *short, "--no-peer"], 240)
+    measured = str(out / f"train_step_anchor_{scale}.json")
+    prediction = ["benchmarks.prediction", "--scale", scale, "--records", str(records)]
+    add("prediction_anchor", [*prediction, "--measured", measured], 120)
+    if lent:
+        for precision in ("int8", "fp8"):
+            words = (*anchor, "--set", f"base_precision={precision}")
+            train(f"anchor_{precision}", *words, bound_s=240)
+        train("anchor_traced", *anchor, bound_s=240, profile=True)
+    # What follows is known better, or takes longer.
+    train(f"affectgpt_{clips}_beside_release", *mix, "release", *alone, *turn, bound_s=560)
+    if full:  # elsewhere its rows of 4,096 tokens are too long for two sides
+        train("anchor_beside_tuned", *anchor, "--peer", "torch", *alone, bound_s=560)
+    train(f"affectgpt_{clips}", *mix[:5], bound_s=300, profile=True)
+    add("generation", [*generation, *short], 560 if full else 3600)
     three = ("--workload", "affectgpt", "--batch", "3")
     train("affectgpt_3", *three, "--peer", "torch", "--tuning", "release", "tuned", bound_s=560)
     beside = ("--workload", "small", "--peer", "torch")
@@ -84,13 +113,6 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     single = ["benchmarks.savings", "--scale", scale, "--records", str(records)]
     add("savings", [*single, *(few if full else ())], 560 if full else 3600)
     if full:
-        for precision in ("int8", "fp8"):
-            words = ("--workload", "anchor", "--set", f"base_precision={precision}")
-            train(f"anchor_{precision}", *words, bound_s=240)
-        # Off by default in this XLA: matmuls that read a layer's weights where they lie in the
-        # stack, instead of from a copy.
-        slices = "xla_options=xla_gpu_enable_dynamic_slice_fusion=true"
-        train("anchor_slices", "--workload", "anchor", "--set", slices, bound_s=240)
         add("low_precision", ["benchmarks.low_precision", "--shape", "7b"], 560)
         add("extraction", ["benchmarks.extraction", "--device", "cuda"], 560)
     # None of them needs a GPU or a large model's weights: they are measured in full everywhere.
@@ -118,7 +140,8 @@ def run(
         planned: in order.
         out: where results are.
         again: run also what has one.
-        budget_s: nothing is started whose bound is beyond it; 0 is no limit.
+        budget_s: nothing is started with less than half of its bound left, and nothing runs
+            longer; 0 is no limit.
         start: runs a step and returns its exit status, 124 if it was stopped.
         say: told of each step.
     """
@@ -128,10 +151,12 @@ def run(
             say(f"{step.result}: there already")
             continue
         left = budget_s - (time.perf_counter() - began)
-        if budget_s and step.bound_s > left:
+        if budget_s and step.bound_s > 2 * left:
             say(f"{step.result}: may take {step.bound_s} s, {left:.0f} s are left; not started")
             complete = False
             continue
+        if budget_s:
+            step = step._replace(bound_s=min(step.bound_s, left))
         say(f"{step.result}: python -m {' '.join(step.command)}")
         at = time.perf_counter()
         status = start(step)
@@ -141,6 +166,16 @@ def run(
         what = "done" if done else "stopped" if status == 124 else f"failed, exit status {status}"
         say(f"{step.result}: {what} after {time.perf_counter() - at:.0f} s")
     return complete
+
+
+def crowded() -> bool:
+    """Whether the GPU has less room than two 7B models with their activations need."""
+    query = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    try:
+        sizes = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split()
+        return min(int(size) for size in sizes) < ROOM_MIB
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return True
 
 
 def start(step: Step) -> int:
@@ -176,11 +211,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--scale", choices=SCALES, default=default_scale(), help="default: full on a GPU")
     add("--only", nargs="+", default=[], help="results to make, by a part of their name")
     add("--again", action="store_true", help="run also what has a result")
-    add("--budget", type=float, default=0.0, help="seconds; 0 is no limit")
+    add("--budget", type=float, default=0.0, help="seconds in all; 0 is no limit")
     add("--records", type=Path, default=records_folder(), help="of record sets and traces")
     add("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    planned = steps(args.scale, args.records, args.out)
+    room = {"brief": args.budget > 0, "crowded": args.scale != "full" or crowded()}
+    planned = steps(args.scale, args.records, args.out, **room)
     for part in args.only:
         if not any(part in step.result for step in planned):
             names = ", ".join(step.result for step in planned)

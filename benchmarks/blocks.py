@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from affectgpt_jax.models.flops import Flops, train_flops
+from affectgpt_jax.models.flops import Flops, update_flops
 from affectgpt_jax.models.lora import LoraConfig
 from benchmarks.harness import spread
 from benchmarks.turns import Side, TurnError, alternate
@@ -91,8 +91,7 @@ def flops_of(workload: Workload, samples: Sequence[Sequence[int]]) -> Flops:
     """Model FLOPs of an update on clips of these `(tokens, supervised tokens)`."""
     lora = workload.config.lora
     lora = LoraConfig(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
-    each = [train_flops(workload.llm, lora, length, targets) for length, targets in samples]
-    return Flops(*map(sum, zip(*each, strict=True)))
+    return update_flops(workload.llm, lora, samples)
 
 
 def summarise(
