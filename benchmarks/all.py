@@ -10,6 +10,7 @@ runs at the end is stopped. Ends with the table of what was met and what is open
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -132,7 +133,7 @@ def run(
     again: bool,
     budget_s: float,
     start: Callable[[Step], int],
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = functools.partial(print, flush=True),
 ) -> bool:
     """Run what has no result yet; returns whether all has one now.
 
