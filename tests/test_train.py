@@ -166,9 +166,9 @@ def test_the_hosts_time_is_what_is_neither_dispatch_nor_waiting(monkeypatch):
     assert rates == {"rate/step_ms": 937.5, "rate/data_wait_ms": 125.0, "rate/host_ms": 62.5}
 
 
-@pytest.mark.parametrize("peak_flops", [None, 6.0])
+@pytest.mark.parametrize("peak_flops", [None, 4.0])
 def test_compute_is_reported_by_device_and_as_a_share_of_its_peak(monkeypatch, peak_flops):
-    now_s = itertools.count(0.0, 0.5)  # the clock is read twice for a step
+    now_s = itertools.count(0.0, 0.5)  # read three times for a step
     monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now_s)))
     reporter, written, submit = make_reporter(peak_flops)
     for _ in range(4):
@@ -176,10 +176,21 @@ def test_compute_is_reported_by_device_and_as_a_share_of_its_peak(monkeypatch, p
     reporter.flush()
     share = {} if peak_flops is None else {"mfu": 0.5}
     rates = {k: v for k, v in written[4].items() if k in ("rate/TFLOP/s/device", "rate/mfu")}
-    assert rates == {"rate/TFLOP/s/device": 3e-12} | {f"rate/{k}": v for k, v in share.items()}
+    assert rates == {"rate/TFLOP/s/device": 2e-12} | {f"rate/{k}": v for k, v in share.items()}
     assert reporter.totals() == pytest.approx(
-        {"samples_per_s": 2.0, "tokens_per_s": 6.0, "tflop_per_s_per_device": 3e-12} | share
+        {"samples_per_s": 2 / 1.5, "tokens_per_s": 4.0, "tflop_per_s_per_device": 2e-12} | share
     )
+
+
+def test_the_summary_has_the_mfu_where_the_devices_peak_is_known():
+    result = {"loss_first": 2.0, "loss_last": 1.0, "best_step": 3, "samples_per_s": 50.0}
+    result |= {"tokens_per_s": 13_000.0, "tflop_per_s_per_device": 403.4}
+    lines = [
+        train.summary(demo_config.get_config(), Path("run"), result | known)
+        for known in ({}, {"mfu": 0.4079})
+    ]
+    assert "MFU" not in lines[0]
+    assert re.search(r"MFU +40.8%  \(403 TFLOP/s a device\)", lines[1])
 
 
 def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
