@@ -133,7 +133,7 @@ def run(
     again: bool,
     budget_s: float,
     start: Callable[[Step], int],
-    say: Callable[[str], None] = functools.partial(print, flush=True),
+    say: Callable[[str], None] = print,
 ) -> bool:
     """Run what has no result yet; returns whether all has one now.
 
@@ -226,7 +226,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         planned = [step for step in planned if any(part in step.result for part in args.only)]
     args.out.mkdir(parents=True, exist_ok=True)
     args.records.mkdir(parents=True, exist_ok=True)
-    complete = run(planned, args.out, again=args.again, budget_s=args.budget, start=start)
+    complete = run(
+        planned,
+        args.out,
+        again=args.again,
+        budget_s=args.budget,
+        start=start,
+        # Before what the step prints, and not lost where this process is killed.
+        say=functools.partial(print, flush=True),
+    )
     print(tables.targets(args.out))
     raise SystemExit(int(not complete))
 
