@@ -29,7 +29,8 @@ def workers(
     Args:
         targets: name -> "MODULE:CLASS" and the arguments of the class. The class of a side that
             runs in PyTorch is called `Torch`.
-        gpu: they share one GPU.
+        gpu: they share one GPU; a side of JAX may use all of its memory, or half of it where
+            another one is there at the same time.
         leave: one is on the device at a time.
     """
     with contextlib.ExitStack() as stack:
@@ -39,7 +40,8 @@ def workers(
             jax = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_ENABLE_COMPILATION_CACHE": "true"}
         torch = {}
         if gpu:
-            jax["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.9" if leave else "0.45"
+            whole = leave or len(targets) == 1
+            jax["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.9" if whole else "0.45"
             torch["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"  # JAX only draws weights there
         yield {
             name: stack.enter_context(

@@ -73,14 +73,11 @@ def estimate(workload: Workload, records: Path, kind: str, remat: str) -> dict[s
 
 def memory_here(workload: Workload, batch: Any, remat: str) -> dict[str, int]:
     """The estimate that training itself would make with plain XLA's attention."""
-    import jax
-
     from affectgpt_jax.models.attention import causal
     from affectgpt_jax.program import make_program
     from affectgpt_jax.training import memory
     from benchmarks import sides
 
-    jax.config.update("jax_platforms", "cpu")
     length, mesh, config = batch["tokens"].shape[1], sides.one_device(), workload.config
     program = make_program(config, mesh, {length: batch}, llm=workload.llm, attend=causal)
     rows = memory.rows_of_a_device(
@@ -112,6 +109,9 @@ def run(args: argparse.Namespace) -> Report:
         PredictionError: files that cannot be compared.
         ReadError: files that cannot be read.
     """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # shapes are traced, and no GPU is needed for that
     measured = harness.load(args.measured)
     side = measured.get("sides", {}).get("jax", {})
     if "program_bytes" not in side:

@@ -108,7 +108,7 @@ def test_a_lent_gpu_measures_first_what_is_known_least(tmp_path):
 def test_sides_share_a_gpu_only_where_it_has_room(tmp_path, monkeypatch):
     for crowded in (True, False):
         planned = steps("full", tmp_path, tmp_path, crowded=crowded)
-        beside = [step for step in planned if "beside" in step.result]
+        beside = [step for step in planned if "affectgpt_48_beside" in step.result]
         assert beside and all(("--leave" in step.command) == crowded for step in beside)
     for told, crowded in (("143771\n143771\n", False), ("81559\n", True), ("[N/A]", True)):
         answer = lambda *_, told=told, **__: told  # noqa: E731
