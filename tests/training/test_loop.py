@@ -41,7 +41,7 @@ def lowered_step(mesh_text, dropout=0.0):
 
 @pytest.fixture(scope="module")
 def names_of_operations():
-    return lowered_step("data:1", dropout=0.1)[0].as_text(debug_info=True)
+    return lowered_step("data:8", dropout=0.1)[0].as_text(debug_info=True)
 
 
 def test_every_array_of_the_state_is_updated_in_its_own_memory():
