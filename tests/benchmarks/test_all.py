@@ -229,7 +229,7 @@ def test_what_no_result_is_called_is_refused(tmp_path, capsys):
         everything.main([*flags, "--only", "savings", "typo"])
     assert ended.value.code == 2 and not (tmp_path / "out").exists()
     told = capsys.readouterr().err
-    assert "--only typo is in the name of no result; there are train_step_anchor_tiny, " in told
+    assert "--only typo is in the name of no result; there are attention_tiny, train_step_anchor" in told
 
 
 def test_a_call_without_all_results_fails(tmp_path, capsys):
