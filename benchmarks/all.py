@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -182,13 +182,36 @@ def crowded() -> bool:
 
 def start(step: Step) -> int:
     """Run a step as a process group of its own, of which nothing is left afterwards."""
-    process = subprocess.Popen([sys.executable, "-m", *step.command], start_new_session=True)
+    process = None
     try:
+        with deferred_signals():
+            process = subprocess.Popen(
+                [sys.executable, "-m", *step.command], start_new_session=True
+            )
         return process.wait(step.bound_s)
     except subprocess.TimeoutExpired:
         return 124
     finally:
-        end(process)
+        if process:
+            end(process)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Around the start of a process, which nobody would end if a signal came before it is known:
+    signals that end this process come afterwards."""
+    got: list[int] = []
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: got.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in got:
+            signal.raise_signal(number)
 
 
 def end(process: subprocess.Popen) -> None:

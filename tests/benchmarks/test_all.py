@@ -132,7 +132,8 @@ def test_the_first_measurements_run_and_a_second_call_makes_what_the_first_did_n
             if line.startswith(f"{names[2]}: python"):
                 first.send_signal(signal.SIGTERM)
     assert first.returncode == 128 + signal.SIGTERM
-    assert sorted(path.stem for path in results.glob("*.json")) == sorted(names[:2])
+    made = {path.stem for path in results.glob("*.json")}
+    assert made == {*names[:2], "profile_anchor_tiny"}
     second = subprocess.run(command, env=env, capture_output=True, text=True)
     assert second.returncode == 0, second.stdout + second.stderr
     assert [f"{name}: there already" in second.stdout for name in names[:3]] == [True, True, False]
@@ -204,6 +205,21 @@ def test_a_step_that_is_stopped_leaves_no_process_behind(tmp_path, monkeypatch, 
     assert not lives(number)
 
 
+def test_a_signal_while_a_step_starts_ends_it(monkeypatch):
+    started, popen = [], subprocess.Popen
+
+    def starting(*args, **kwargs):
+        started.append(popen(*args, **kwargs))
+        signal.raise_signal(signal.SIGINT)
+        return started[0]
+
+    monkeypatch.setattr(everything.subprocess, "Popen", starting)
+    command = ("timeit", "-n1", "-r1", "-s", "import time", "time.sleep(60)")
+    with pytest.raises(KeyboardInterrupt):
+        everything.start(Step("a", command, 60))
+    assert started[0].poll() is not None
+
+
 def test_a_step_has_time_to_end_by_itself(tmp_path):
     """A training run writes a checkpoint then."""
     left = tmp_path / "left"
@@ -229,7 +245,10 @@ def test_what_no_result_is_called_is_refused(tmp_path, capsys):
         everything.main([*flags, "--only", "savings", "typo"])
     assert ended.value.code == 2 and not (tmp_path / "out").exists()
     told = capsys.readouterr().err
-    assert "--only typo is in the name of no result; there are attention_tiny, train_step_anchor" in told
+    assert (
+        "--only typo is in the name of no result; there are attention_tiny, train_step_anchor"
+        in told
+    )
 
 
 def test_a_call_without_all_results_fails(tmp_path, capsys):
