@@ -120,12 +120,13 @@ def test_sides_share_a_gpu_only_where_it_has_room(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_first_measurements_run_and_a_second_call_makes_what_the_first_did_not(tmp_path):
     """All that a lent GPU would run first, at tiny scale, each command as it is."""
     needs_torch.pytorch("the peer runs in PyTorch")
     results, env = tmp_path / "results", os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
     names = [name.replace("_48_", "_12_") + "_tiny" for name in LENT]
-    command = [sys.executable, "-m", "benchmarks.all", "--scale=tiny", "--budget=600"]
+    command = [sys.executable, "-m", "benchmarks.all", "--scale=tiny", "--budget=3000"]
     command += [f"--out={results}", f"--records={tmp_path}", "--only", *names]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as first:
         for line in first.stdout:
