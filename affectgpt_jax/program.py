@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ from affectgpt_jax.config import ConfigError
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch, init_random_base, with_compute
 from affectgpt_jax.models.attention import CausalAttention
 from affectgpt_jax.models.decoder import DecoderConfig
+from affectgpt_jax.models.flops import update_flops
 from affectgpt_jax.training import memory, sharding, xla_options
 from affectgpt_jax.training.losses import LossFunction, cross_entropy
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -95,6 +97,10 @@ class Program:
             f"{parameter_count(trainable['fusion']):,} in projectors and fusion to train"
         ]
         return lines + ([str(self.remat)] if self.remat else [])
+
+    def flops(self, samples: np.ndarray) -> int:
+        """Model FLOPs of an update on samples, `[N, 2]` tokens and supervised ones of each."""
+        return update_flops(self.model.decoder.config, self.model.decoder.lora, samples).total
 
     @functools.cached_property
     def train_step(self) -> Callable[[State, Any, Batch], tuple[State, dict[str, jax.Array]]]:

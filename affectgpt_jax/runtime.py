@@ -1,14 +1,22 @@
-"""How a process is set up before JAX starts its devices: plugins, and kept compiled programs."""
+"""How a process runs JAX: plugins, where compiled programs are kept, and what is said while it
+compiles."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
+
+from affectgpt_jax.common.progress import Elapsed
+
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
 # JAX takes their presence for that of a GPU as well.
 _NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
@@ -64,3 +72,32 @@ def cache_directory() -> Path:
     # The XDG specification has relative paths ignored.
     root = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
     return root / "affectgpt_jax" / "xla"
+
+
+@contextlib.contextmanager
+def compiling(what: str, **options: Any) -> Iterator[None]:
+    """Around a compilation, which says nothing itself: the time that it takes, and what of it the
+    cache of compiled programs had.
+
+    Args:
+        what: is compiled, such as "2 programs".
+        options: of `LiveLine`.
+    """
+    hits = 0
+
+    def count(event: str, **_: Any) -> None:
+        nonlocal hits
+        hits += event == _CACHE_HIT
+
+    directory = jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir
+    jax.monitoring.register_event_listener(count)
+    try:
+        with Elapsed(f"compiling {what}", **options) as elapsed:
+            yield
+            elapsed.note = (
+                f"{hits} from the cache in {directory}"
+                if directory
+                else "nothing is kept, since JAX's compilation cache is off"
+            )
+    finally:
+        jax.monitoring.unregister_event_listener(count)

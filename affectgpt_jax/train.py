@@ -75,6 +75,10 @@ def train(
     check_rows(config, mesh)
     kind, shape = jax.devices()[0].device_kind, dict(mesh.shape)
     say(f"workdir {workdir}; {jax.device_count()} x {kind}, mesh {shape}")
+    if reserved := xla_options.describe_gpu_memory(
+        jax.default_backend(), memory.device_limit(), os.environ
+    ):
+        say(reserved)
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
     attention = build.attention(config, llm)
     group.require_same({"attention": attention.name})
@@ -137,8 +141,11 @@ def train(
     # Every batch shape is compiled before the loop, side by side.
     steps = {}
     if start < config.steps:
+        count = len(program.batches)
+        what = f"{count} programs, one for each row length" if count > 1 else "1 program"
         with clock.measure("compile"):
-            steps = program.compile(options)
+            with runtime.compiling(what, enabled=group.is_main_process):
+                steps = program.compile(options)
             # Who finds its programs in the cache is early, and a collective waits for seconds only.
             group.meet()
 
@@ -152,7 +159,16 @@ def train(
     validate = evaluators.make_validation(program, base, data.val, generators, session.pulse)
     with session.running(start), checkpoints:
         state, totals = loop.run_steps(
-            session, steps, state, base, pipeline, mesh, checkpoints, validate, start
+            session,
+            steps,
+            state,
+            base,
+            pipeline,
+            mesh,
+            checkpoints,
+            validate,
+            start,
+            program.flops,
         )
         best = group.from_main_process(checkpoints.best_step)
         if best != int(state["step"]):
@@ -201,6 +217,9 @@ def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
     rows.append(("best on validation", f"the checkpoint of step {result['best_step']}"))
     if "samples_per_s" in result:
         rows.append(("samples/s", f"{result['samples_per_s']:.0f}"))
+    if "mfu" in result:
+        rate = f"{result['tflop_per_s_per_device']:.0f} TFLOP/s a device"
+        rows.append(("MFU", f"{result['mfu']:.1%}  ({rate})"))
     if "hit" in result:
         ceilings = result.get("ceilings", {})
         best = ceilings.get(build.input_mode(config).name)

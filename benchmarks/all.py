@@ -2,19 +2,21 @@
 
 In full on a GPU, the least known first; elsewhere at a smaller scale. Each is a command with a
 bound in time, whose result is a JSON file. What has its file is not run again, so that a call that
-was stopped goes on; `--again` runs all. `--budget SECONDS` starts nothing that may not end in time,
-for machines that are lent by the minute. Ends with the table of what was met and what is open.
+was stopped goes on; `--again` runs all. `--budget SECONDS` is for machines that are lent by the
+minute: sides take one turn each, nothing is started with less than half of its bound left, and what
+runs at the end is stopped. Ends with the table of what was met and what is open.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,7 @@ from benchmarks import tables
 from benchmarks.harness import RESULTS, SCALES, default_scale, records_folder
 
 GRACE_S = 5.0  # for a process to end in, once it is asked to
+ROOM_MIB = 130_000  # two bases of 7B in bfloat16, and activations of some 6,000 tokens for each
 
 
 class Step(NamedTuple):
@@ -37,7 +40,7 @@ class Step(NamedTuple):
 
     result: str
     command: tuple[str, ...]
-    bound_s: int
+    bound_s: float
     profile: str = ""
 
     def done(self, out: Path) -> bool:
@@ -46,8 +49,18 @@ class Step(NamedTuple):
         return all((out / f"{name}.json").exists() for name in names)
 
 
-def steps(scale: str, records: Path, out: Path) -> list[Step]:
-    """All measurements of a scale, in the order in which they run."""
+def steps(
+    scale: str, records: Path, out: Path, *, brief: bool = False, crowded: bool = True
+) -> list[Step]:
+    """All measurements of a scale, in the order in which they run.
+
+    Args:
+        scale: of `harness.SCALES`.
+        records: folder of record sets and traces.
+        out: folder of results.
+        brief: one turn of ten steps for each side.
+        crowded: at full scale a device has room for one side at a time on 48 clips.
+    """
     found: list[Step] = []
 
     def add(name: str, command: Sequence[str], bound_s: int, profile: str = "") -> None:
@@ -61,20 +74,38 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
         add(f"train_step_{name}", command, bound_s, made)
 
     full = scale == "full"
-    # A 7B base and its activations take most of 80 GB: one side at a time.
-    alone = ("--leave", "--block", "10") if full else ()
+    turn = ("--steps", "10", "--block", "10", "--warmup", "2") if brief else ()
+    anchor = ("--workload", "anchor", *turn)
+    alone = ("--leave",) if full and crowded else ()
+    alone += ("--block", "10") if full and not brief else ()
     clips = "48" if full else "12"  # of which two CPU cores take a few seconds
     mix = ("--workload", "affectgpt", "--batch", clips, "--pack", "--peer", "torch", "--tuning")
-    train("anchor", "--workload", "anchor", bound_s=300 if full else 620, profile=True)
-    if full:  # elsewhere its rows of 4,096 tokens are too long for two sides
-        beside = ("--workload", "anchor", "--peer", "torch", *alone)
-        train("anchor_beside_tuned", *beside, bound_s=560)
-    for tuning in ("packed", "tuned", "release"):
-        train(f"affectgpt_{clips}_beside_{tuning}", *mix, tuning, *alone, bound_s=560)
-    train(f"affectgpt_{clips}", *mix[:5], bound_s=300, profile=True)
-    brief = ("--turns", "2", "--singles", "1") if full else ()  # a lent GPU's time is short
     generation = ["benchmarks.generation", "--scale", scale, "--records", str(records)]
-    add("generation", [*generation, *brief], 560 if full else 3600)
+    short = ("--turns", "1" if brief else "2", "--singles", "1") if full or brief else ()
+    add("attention", ["benchmarks.attention", "--scale", scale], 120)
+    # A trace may fail in ways of its own: on a GPU it has a run of its own, at the end.
+    train("anchor", *anchor, bound_s=240 if full else 620, profile=not full)
+    for tuning in ("tuned", "packed"):
+        words = (*mix, tuning, *alone, *turn)
+        train(f"affectgpt_{clips}_beside_{tuning}", *words, bound_s=400 if full else 560)
+    lent = scale != "small"  # on a lent GPU, and in tests; two CPU cores take too long
+    if lent:
+        add("generation_jax", [*generation, *short, "--no-peer"], 240)
+    measured = str(out / f"train_step_anchor_{scale}.json")
+    prediction = ["benchmarks.prediction", "--scale", scale, "--records", str(records)]
+    add("prediction_anchor", [*prediction, "--measured", measured], 120)
+    if lent:
+        for precision in ("int8", "fp8"):
+            words = (*anchor, "--set", f"base_precision={precision}")
+            train(f"anchor_{precision}", *words, bound_s=240)
+        train("anchor_traced", *anchor, bound_s=240, profile=True)
+    # What follows is known better, or takes longer.
+    train(f"affectgpt_{clips}_beside_release", *mix, "release", *alone, *turn, bound_s=560)
+    if full:  # elsewhere its rows of 4,096 tokens are too long for two sides
+        beside = (*anchor, "--peer", "torch", "--leave", *(() if brief else ("--block", "10")))
+        train("anchor_beside_tuned", *beside, bound_s=560)  # 141 GB have no room for both
+    train(f"affectgpt_{clips}", *mix[:5], bound_s=300, profile=True)
+    add("generation", [*generation, *short], 560 if full else 3600)
     three = ("--workload", "affectgpt", "--batch", "3")
     train("affectgpt_3", *three, "--peer", "torch", "--tuning", "release", "tuned", bound_s=560)
     beside = ("--workload", "small", "--peer", "torch")
@@ -84,13 +115,6 @@ def steps(scale: str, records: Path, out: Path) -> list[Step]:
     single = ["benchmarks.savings", "--scale", scale, "--records", str(records)]
     add("savings", [*single, *(few if full else ())], 560 if full else 3600)
     if full:
-        for precision in ("int8", "fp8"):
-            words = ("--workload", "anchor", "--set", f"base_precision={precision}")
-            train(f"anchor_{precision}", *words, bound_s=240)
-        # Off by default in this XLA: matmuls that read a layer's weights where they lie in the
-        # stack, instead of from a copy.
-        slices = "xla_options=xla_gpu_enable_dynamic_slice_fusion=true"
-        train("anchor_slices", "--workload", "anchor", "--set", slices, bound_s=240)
         add("low_precision", ["benchmarks.low_precision", "--shape", "7b"], 560)
         add("extraction", ["benchmarks.extraction", "--device", "cuda"], 560)
     # None of them needs a GPU or a large model's weights: they are measured in full everywhere.
@@ -118,7 +142,8 @@ def run(
         planned: in order.
         out: where results are.
         again: run also what has one.
-        budget_s: nothing is started whose bound is beyond it; 0 is no limit.
+        budget_s: nothing is started with less than half of its bound left, and nothing runs
+            longer; 0 is no limit.
         start: runs a step and returns its exit status, 124 if it was stopped.
         say: told of each step.
     """
@@ -128,10 +153,12 @@ def run(
             say(f"{step.result}: there already")
             continue
         left = budget_s - (time.perf_counter() - began)
-        if budget_s and step.bound_s > left:
+        if budget_s and step.bound_s > 2 * left:
             say(f"{step.result}: may take {step.bound_s} s, {left:.0f} s are left; not started")
             complete = False
             continue
+        if budget_s:
+            step = step._replace(bound_s=min(step.bound_s, left))
         say(f"{step.result}: python -m {' '.join(step.command)}")
         at = time.perf_counter()
         status = start(step)
@@ -143,15 +170,48 @@ def run(
     return complete
 
 
+def crowded() -> bool:
+    """Whether the GPU has less room than two 7B models with the activations of 48 clips need."""
+    query = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
+    try:
+        sizes = subprocess.check_output(query, text=True, stderr=subprocess.DEVNULL).split()
+        return min(int(size) for size in sizes) < ROOM_MIB
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return True
+
+
 def start(step: Step) -> int:
     """Run a step as a process group of its own, of which nothing is left afterwards."""
-    process = subprocess.Popen([sys.executable, "-m", *step.command], start_new_session=True)
+    process = None
     try:
+        with deferred_signals():
+            process = subprocess.Popen(
+                [sys.executable, "-m", *step.command], start_new_session=True
+            )
         return process.wait(step.bound_s)
     except subprocess.TimeoutExpired:
         return 124
     finally:
-        end(process)
+        if process:
+            end(process)
+
+
+@contextlib.contextmanager
+def deferred_signals() -> Iterator[None]:
+    """Around the start of a process, which nobody would end if a signal came before it is known:
+    signals that end this process come afterwards."""
+    got: list[int] = []
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in handlers:
+        signal.signal(number, lambda number, _: got.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in got:
+            signal.raise_signal(number)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -176,11 +236,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--scale", choices=SCALES, default=default_scale(), help="default: full on a GPU")
     add("--only", nargs="+", default=[], help="results to make, by a part of their name")
     add("--again", action="store_true", help="run also what has a result")
-    add("--budget", type=float, default=0.0, help="seconds; 0 is no limit")
+    add("--budget", type=float, default=0.0, help="seconds in all; 0 is no limit")
     add("--records", type=Path, default=records_folder(), help="of record sets and traces")
     add("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    planned = steps(args.scale, args.records, args.out)
+    room = {"brief": args.budget > 0, "crowded": args.scale != "full" or crowded()}
+    planned = steps(args.scale, args.records, args.out, **room)
     for part in args.only:
         if not any(part in step.result for step in planned):
             names = ", ".join(step.result for step in planned)
@@ -189,7 +250,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         planned = [step for step in planned if any(part in step.result for part in args.only)]
     args.out.mkdir(parents=True, exist_ok=True)
     args.records.mkdir(parents=True, exist_ok=True)
-    complete = run(planned, args.out, again=args.again, budget_s=args.budget, start=start)
+    complete = run(
+        planned,
+        args.out,
+        again=args.again,
+        budget_s=args.budget,
+        start=start,
+        # Before what the step prints, and not lost where this process is killed.
+        say=functools.partial(print, flush=True),
+    )
     print(tables.targets(args.out))
     raise SystemExit(int(not complete))
 

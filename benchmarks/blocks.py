@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from affectgpt_jax.models.flops import Flops, train_flops
+from affectgpt_jax.models.flops import Flops, update_flops
 from affectgpt_jax.models.lora import LoraConfig
 from benchmarks.harness import spread
 from benchmarks.turns import Side, TurnError, alternate
@@ -29,7 +29,8 @@ def workers(
     Args:
         targets: name -> "MODULE:CLASS" and the arguments of the class. The class of a side that
             runs in PyTorch is called `Torch`.
-        gpu: they share one GPU.
+        gpu: they share one GPU; a side of JAX may use all of its memory, or half of it where
+            another one is there at the same time.
         leave: one is on the device at a time.
     """
     with contextlib.ExitStack() as stack:
@@ -39,7 +40,8 @@ def workers(
             jax = {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_ENABLE_COMPILATION_CACHE": "true"}
         torch = {}
         if gpu:
-            jax["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.9" if leave else "0.45"
+            whole = leave or len(targets) == 1
+            jax["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.9" if whole else "0.45"
             torch["XLA_PYTHON_CLIENT_ALLOCATOR"] = "platform"  # JAX only draws weights there
         yield {
             name: stack.enter_context(
@@ -91,8 +93,7 @@ def flops_of(workload: Workload, samples: Sequence[Sequence[int]]) -> Flops:
     """Model FLOPs of an update on clips of these `(tokens, supervised tokens)`."""
     lora = workload.config.lora
     lora = LoraConfig(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
-    each = [train_flops(workload.llm, lora, length, targets) for length, targets in samples]
-    return Flops(*map(sum, zip(*each, strict=True)))
+    return update_flops(workload.llm, lora, samples)
 
 
 def summarise(

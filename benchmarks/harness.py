@@ -29,7 +29,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "nump
 SCALES = ("full", "small", "tiny")
 # Flags that name a file or folder: left out of the command that a result records, or shown as DIR
 # where they change what is measured. The path on this machine tells a reader nothing.
-PLACES = ("--records", "--out", "--profile", "--workdir")
+PLACES = ("--records", "--out", "--profile", "--workdir", "--measured", "--compiled")
 INPUTS = ("--tokenizer", "--lexicon", "--llm")
 
 Report = Mapping[str, Any]

@@ -37,11 +37,12 @@ PARTS = (
     ("attention", r"/attention/"),
     ("lm_head", r"[/(]lm_head[/)]"),
     ("heads and fusion", r"[/(]Fusion[/)]"),
+    ("embedding", r"[/(]embedding[/)]"),
     ("frozen matmuls", r"^(dot|custom-call|convolution)\b.*_proj/"),
     ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers|norm)/|[/(]Decoder\)?\)/(?!while)"),
     ("loop over layers", r"[/(]Decoder\)+/while"),
-    ("embedding", r"jvp|transpose"),
-    ("optimizer and metrics", r"train_step"),
+    ("choice of supervised positions", r"jvp|transpose"),
+    ("optimizer and metrics", r"[/(]optimizer[/)]|train_step"),
     # The compiler's own: stacks of what layers save start as zeros, and loops copy what they carry.
     ("copies and zeros", r"^(copy|broadcast|fusion) /$"),
 )

@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 from affectgpt_jax.cli import make_parser
 from benchmarks import (
+    attention,
     compile_time,
     generation,
     harness,
     input_pipeline,
     loop_overhead,
     low_precision,
+    prediction,
     profile_table,
     savings,
     train_step,
@@ -222,6 +224,7 @@ AIMS = (
         "generation_full",
         generation_over(BATCHED, 20.0),
         expected="50 times or more: a token reads the weights once, for 1 clip or for 256",
+        otherwise="generation_jax_full",
     ),
     Aim(
         "decode, GPU: over transformers at equal batch",
@@ -308,6 +311,14 @@ SECTIONS = (
         "train_step_*.json",
         train_step.COMMAND,
         "Ratios are of a run's own sides: its blocks alternated, other rows were measured apart.",
+    ),
+    Section("Attention backends", "attention_*.json", attention.COMMAND),
+    Section(
+        "What was planned, beside what was measured",
+        "prediction_*.json",
+        prediction.COMMAND,
+        "The program's bytes are what XLA's buffer assignment gives it; the device's are the most "
+        "that was in use.",
     ),
     Section(
         "Single savings",

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.training.devices import DEVICES
+from affectgpt_jax.training.devices import peak_flops
 from benchmarks import harness, profile_table, workloads
 from benchmarks.blocks import ratios, summarise, take_turns, workers
 from benchmarks.harness import Report, at_least, spread_in_words
@@ -64,14 +64,6 @@ def agreement(ours: Sequence[float], theirs: Sequence[float], dtype: str) -> dic
         )
     means = {"jax": float(a.mean()), "torch": float(b.mean())}
     return means | {"tokens": len(a), "apart": apart, "bound": AGREE[dtype]}
-
-
-def peak_flops(device: str, dtype: str) -> float | None:
-    """Dense FLOP/s of a GPU by its maker's data sheet; None where that is not known."""
-    if dtype != "bfloat16":
-        return None
-    # "A100-SXM4-80GB" and "NVIDIA A100-SXM4-80GB" name the same peaks as any other A100.
-    return next((d.flops for d in DEVICES.values() if d.name.split("-")[0] in device), None)
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -133,7 +125,7 @@ def run(args: argparse.Namespace) -> Report:
             sides["jax"].call("profile", first=0, steps=args.block, directory=str(args.profile))
     about = facts[args.tuning[0] if args.peer else "jax"]["environment"]
     dtype = workload.config.dtype
-    peak = peak_flops(about["device"], dtype)
+    peak = peak_flops(about["device"].partition(" x ")[2], dtype)
     settings = {
         "workload": args.workload,
         "scale": args.scale,

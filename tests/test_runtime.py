@@ -1,12 +1,14 @@
 """What a process is set up with: JAX's plugins, and where it keeps compiled programs."""
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from affectgpt_jax import runtime, train
 
@@ -72,3 +74,31 @@ def test_a_plugin_that_is_left_out_is_never_run(monkeypatch, tmp_path):
         assert importlib.util.find_spec(name) is not None  # it is installed all the same
     finally:
         del sys.modules[name]
+
+
+def compiled(what):
+    """What is said while a program is compiled anew."""
+    stream = io.StringIO()
+    with runtime.compiling(what, stream=stream):
+        jax.clear_caches()
+        jax.jit(lambda x: 5 * x + 2).lower(jax.ShapeDtypeStruct((3,), "f4")).compile()
+    return stream.getvalue().splitlines()
+
+
+def test_a_compilation_says_what_the_cache_had(no_directory, tmp_path, monkeypatch):
+    least = jax.config.jax_persistent_cache_min_compile_time_secs
+    try:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+        compilation_cache.reset_cache()
+        for hits in (0, 1):
+            start, end = compiled("1 program")
+            assert start == "compiling 1 program ..."
+            assert end.startswith("compiling 1 program: ")
+            assert end.endswith(f" s, {hits} from the cache in {tmp_path}")
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
+        assert compiled("it")[1].endswith("nothing is kept, since JAX's compilation cache is off")
+    finally:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
+        compilation_cache.reset_cache()

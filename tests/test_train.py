@@ -66,6 +66,7 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
     workdir, result = finished
     assert set(result) >= {
         "wall_s", "steps", "loss_first", "loss_last", "hit", "labels_per_clip", "samples_per_s",
+        "tokens_per_s", "tflop_per_s_per_device",
     }  # fmt: skip
     predictions = [json.loads(line) for line in (workdir / "predictions.jsonl").open()]
     truth = (workdir / "truth.csv").read_text().splitlines()
@@ -77,6 +78,7 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
     for file in ("run.png", "config.json", "tensorboard", "checkpoints/6"):
         assert (workdir / file).exists(), file
     assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert "mfu" not in result, "a CPU's peak is not known"
     assert result["loss_first"] == losses(workdir)[1]
     assert sum(result["time_s"].values()) == pytest.approx(result["wall_s"])
 
@@ -113,16 +115,27 @@ def test_a_finished_run_started_again_only_scores(finished, records, capsys):
     assert losses(workdir) == trace
 
 
-def make_reporter():
-    """A reporter, what it has written by step, and a function that hands in the next step."""
+def make_reporter(peak_flops=None):
+    """A reporter on two devices, what it has written by step, and a function that hands in the next
+    step: two clips of three tokens and a FLOP each."""
     written, config, steps = {}, demo_config.get_config(), itertools.count(1)
     writer = SimpleNamespace(write=written.__setitem__)
     progress = SimpleNamespace(update=lambda *args: None)
-    reporter = loop.StepReporter(config, Path("run"), writer, progress, checkpoints=None)
+    reporter = loop.StepReporter(
+        config,
+        Path("run"),
+        writer,
+        progress,
+        checkpoints=None,
+        flops=lambda samples: int(samples[:, 0].sum()),
+        devices=2,
+        peak_flops=peak_flops,
+    )
 
     def submit(dispatch_s=0.0, wait_s=0.0):
         times = loop.StepTimes(dispatch_s, wait_s)
-        reporter.submit(next(steps), {"loss": np.float32(1)}, (2, 6), times, {})
+        samples = np.array([[3, 1], [3, 2]])
+        reporter.submit(next(steps), {"loss": np.float32(1)}, samples, times, {})
 
     return reporter, written, submit
 
@@ -151,6 +164,33 @@ def test_the_hosts_time_is_what_is_neither_dispatch_nor_waiting(monkeypatch):
         submit(dispatch_s=0.25, wait_s=0.125)
     rates = {name: value for name, value in written[4].items() if name.endswith("_ms")}
     assert rates == {"rate/step_ms": 937.5, "rate/data_wait_ms": 125.0, "rate/host_ms": 62.5}
+
+
+@pytest.mark.parametrize("peak_flops", [None, 4.0])
+def test_compute_is_reported_by_device_and_as_a_share_of_its_peak(monkeypatch, peak_flops):
+    now_s = itertools.count(0.0, 0.5)  # read three times for a step
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(now_s)))
+    reporter, written, submit = make_reporter(peak_flops)
+    for _ in range(4):
+        submit()
+    reporter.flush()
+    share = {} if peak_flops is None else {"mfu": 0.5}
+    rates = {k: v for k, v in written[4].items() if k in ("rate/TFLOP/s/device", "rate/mfu")}
+    assert rates == {"rate/TFLOP/s/device": 2e-12} | {f"rate/{k}": v for k, v in share.items()}
+    assert reporter.totals() == pytest.approx(
+        {"samples_per_s": 2 / 1.5, "tokens_per_s": 4.0, "tflop_per_s_per_device": 2e-12} | share
+    )
+
+
+def test_the_summary_has_the_mfu_where_the_devices_peak_is_known():
+    result = {"loss_first": 2.0, "loss_last": 1.0, "best_step": 3, "samples_per_s": 50.0}
+    result |= {"tokens_per_s": 13_000.0, "tflop_per_s_per_device": 403.4}
+    lines = [
+        train.summary(demo_config.get_config(), Path("run"), result | known)
+        for known in ({}, {"mfu": 0.4079})
+    ]
+    assert "MFU" not in lines[0]
+    assert re.search(r"MFU +40.8%  \(403 TFLOP/s a device\)", lines[1])
 
 
 def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(

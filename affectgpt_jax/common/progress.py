@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Self, TextIO
@@ -132,6 +133,60 @@ class Counter(LiveLine):
             if done < total:
                 fields.append(f"ETA {duration((total - done) / rate)}")
         return fields
+
+
+class Elapsed(LiveLine):
+    """The time that work takes which says nothing itself, such as a compilation.
+
+    ```
+    with Elapsed("compiling 2 programs") as elapsed:
+        ...
+        elapsed.note = "1 from the cache"
+    ```
+
+    On a terminal a line counts the seconds; elsewhere a line is printed at the start. The last one
+    reads "compiling 2 programs: 34.2 s, 1 from the cache"; it is left out after an error.
+
+    Args:
+        what: is done.
+        every_s: s between two looks at the clock, on a terminal.
+        options: of `LiveLine`.
+    """
+
+    def __init__(self, what: str, every_s: float = 1.0, **options) -> None:
+        super().__init__(**options)
+        self._what, self._every_s, self.note = what, every_s, ""
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._count, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._start_s = self._clock()
+        if self._in_place:
+            self._thread.start()
+        else:
+            self.line(f"{self._what} ...")
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self._done.set()
+        if self._in_place:
+            self._thread.join()
+        if error is None:
+            seconds = self._clock() - self._start_s
+            end = f"{self._what}: {seconds:.1f} s" + (f", {self.note}" if self.note else "")
+            if self._live:
+                self._print(f"\r{' ' * len(self._live)}\r")
+                self._live = ""
+            self.line(end)
+        self.close()
+
+    def _count(self) -> None:
+        """Redraw the line until the work is done."""
+        while True:
+            fields = self._what, duration(self._clock() - self._start_s)
+            self.show(lambda fields=fields: fields, last=True)
+            if self._done.wait(self._every_s):
+                return
 
 
 def duration(seconds: float) -> str:

@@ -502,12 +502,11 @@ class TrainPipeline:
         epoch, place = self.locate(step)
         return self.plan(epoch)[place]
 
-    def size(self, step: int) -> tuple[int, int]:
-        """Clips and tokens of a step's batch, over all processes."""
+    def samples(self, step: int) -> np.ndarray:
+        """The clips of a step's batch, over all processes: tokens and supervised ones, `[N, 2]`."""
         planned = self.planned(step)
         draws = np.stack([planned.components, planned.records, planned.label_types])
-        lengths, _ = self._sizes(draws[:, planned.records >= 0])
-        return len(lengths), int(lengths.sum())
+        return np.stack(self._sizes(draws[:, planned.records >= 0]), axis=1)
 
     def component_counts(self, step: int) -> dict[str, int]:
         """How many clips of a step's batch come from each component, over all processes."""

@@ -77,7 +77,8 @@ def embed_inputs(
     model: AffectGPT, base: Any, trainable: Any, batch: Batch, dropout_key: jax.Array | None
 ) -> jax.Array:
     """Token embeddings `[B, T, D]` with the soft tokens in their places."""
-    embeds = model.decoder.apply({"params": base}, batch["tokens"], method="embed")
+    with jax.named_scope("embedding"):
+        embeds = model.decoder.apply({"params": base}, batch["tokens"], method="embed")
     if model.fusion is None:
         return embeds
     # Rows are the major part of the merged axis, so that each stays on its device.
@@ -92,13 +93,14 @@ def embed_inputs(
         deterministic=dropout_key is None,
         rngs=None if dropout_key is None else {"dropout": dropout_key},
     )
-    soft = soft.reshape(len(embeds), -1, soft.shape[-1])
-    index = batch["soft_token_index"][..., None]
-    # A gather, so that any number of clips may share a row. Positions without a soft token index
-    # out of range: the fill value is not selected, and no gradient flows back.
-    source = jnp.where(index > 0, index - 1, soft.shape[1])
-    placed = jnp.take_along_axis(soft, source, axis=1, mode="fill", fill_value=0)
-    return jnp.where(index > 0, placed.astype(embeds.dtype), embeds)
+    with jax.named_scope("embedding"):
+        soft = soft.reshape(len(embeds), -1, soft.shape[-1])
+        index = batch["soft_token_index"][..., None]
+        # A gather, so that any number of clips may share a row. Positions without a soft token
+        # index out of range: the fill value is not selected, and no gradient flows back.
+        source = jnp.where(index > 0, index - 1, soft.shape[1])
+        placed = jnp.take_along_axis(soft, source, axis=1, mode="fill", fill_value=0)
+        return jnp.where(index > 0, placed.astype(embeds.dtype), embeds)
 
 
 def hidden_states(

@@ -11,11 +11,17 @@ Model FLOPs, as the field counts them for MFU (PaLM, arXiv 2204.02311, appendix 
 so 4 for a frozen weight and 6 for an adapter's. Attention has two products a pair of positions and
 head, and twice those again in the backward pass. Left out are the modality heads, which see a few
 vectors a sample (under a thousandth of a 7B model's update), and all that is no matrix product.
+
+Only the tokens of samples count. Padding at the end of a row or for targets is computed by the
+device and is of no use, so that it lowers the MFU; and in a packed row a token is paired with those
+of its own sample alone, whatever the attention kernel computes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.lora import LoraConfig
@@ -52,8 +58,8 @@ def projection_shapes(config: DecoderConfig) -> dict[str, tuple[int, int]]:
 def train_flops(
     config: DecoderConfig,
     lora: LoraConfig | None,
-    length: int,
-    targets: int | None = None,
+    length: int | np.ndarray,
+    targets: int | np.ndarray | None = None,
     *,
     causal: bool = True,
 ) -> Flops:
@@ -63,7 +69,7 @@ def train_flops(
         config: shape of the frozen decoder.
         lora: its adapters, or None.
         length: tokens of the sequence. Of a packed row, add up its samples: attention is not
-            linear in the length.
+            linear in the length. An array of int64 gives arrays of FLOPs.
         targets: positions that are projected onto the vocabulary; None is all of them.
         causal: count the `length * (length + 1) / 2` pairs of positions that a causal mask leaves,
             as a flash kernel computes them; False counts all `length**2`, as plain XLA does.
@@ -82,3 +88,15 @@ def train_flops(
         attention=3 * 2 * 2 * pairs * c.num_hidden_layers * query,
         lm_head=4 * (length if targets is None else targets) * c.hidden_size * c.vocab_size,
     )
+
+
+def update_flops(config: DecoderConfig, lora: LoraConfig | None, samples: Any) -> Flops:
+    """FLOPs of an update on samples, however they share rows.
+
+    Args:
+        config, lora: as for `train_flops`.
+        samples: `[N, 2]` integers, the tokens of every sample and how many of them are supervised.
+    """
+    lengths, targets = np.asarray(samples, np.int64).reshape(-1, 2).T
+    parts = train_flops(config, lora, lengths, targets)
+    return Flops(*(int(np.sum(part)) for part in parts))

@@ -56,3 +56,44 @@ DEVICES = {
     ),
 }
 GPUS_PER_NODE = 8
+
+# `device_kind` of a JAX device, CUDA's name of the card without its maker -> name in `DEVICES`.
+KINDS = {
+    "A100-SXM4-40GB": "a100-40g",
+    "A100-SXM4-80GB": "a100-80g",
+    "H100 80GB HBM3": "h100-80g",
+    "H200": "h200-141g",
+    "B200": "b200-180g",
+}
+# The same chips on other boards, of which only the FLOP/s matter here: data sheets of the A100 and
+# H100 (PCIe: 1,513 TFLOPS with sparsity), and of H100 NVL and H200 NVL (1,671). GH200 is an H100.
+_FLOPS = {
+    "A100-PCIE-40GB": 312e12,
+    "A100 80GB PCIe": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
+    "GH200 480GB": 989e12,
+    "GH200 120GB": 989e12,
+}
+
+
+def find(kind: str) -> Device | None:
+    """The entry of `DEVICES` for `jax.Device.device_kind`; None for a device that is not there."""
+    name = KINDS.get(kind.removeprefix("NVIDIA "))
+    return DEVICES[name] if name else None
+
+
+def peak_flops(kind: str, dtype: str) -> float | None:
+    """Dense FLOP/s of a device in a dtype, of which MFU is the share; None where it is not known.
+
+    A base in 8 or 4 bits is measured by bfloat16's peak as well, so that its MFU can be compared.
+
+    Args:
+        kind: `jax.Device.device_kind`. A slice of a GPU (MIG) has a name of its own and no peak.
+        dtype: of activations, by name; of float32, which runs as TF32 or not, no peak is given.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    device = find(kind)
+    return device.flops if device else _FLOPS.get(kind.removeprefix("NVIDIA "))

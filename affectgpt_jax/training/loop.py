@@ -1,9 +1,9 @@
 """The loop that every trainer runs: resume, step, log, validate, save, stop.
 
     session = Session(config, workdir, group)
-    state, start = initial_state(program, checkpoints, group, ...)
+    state, start = initial_state(checkpoints, program.state, init, session)
     with session.running(start), checkpoints:
-        state = run_steps(session, steps, state, base, data, checkpoints, validate, start)
+        state, totals = run_steps(session, steps, state, base, data, mesh, ...)
 
 The device never waits for the host, which is never more than `STEPS_IN_FLIGHT` steps ahead of it:
 batches come from Grain's threads and go to the device one step ahead, and the metrics of a step are
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.training import metrics_writer, sharding
+from affectgpt_jax.training import devices, metrics_writer, sharding
 from affectgpt_jax.training.checkpoints import Checkpoints
 from affectgpt_jax.training.distributed import ProcessGroup
 from affectgpt_jax.training.step import State, nonfinite_leaves
@@ -46,8 +47,8 @@ class TrainingData(Protocol):
     def batches(self, start: int, stop: int) -> Iterator[dict[str, Any]]:
         """This process's rows of the batches of steps `start ... stop - 1`."""
 
-    def size(self, step: int) -> tuple[int, int]:
-        """Clips and tokens of a step's batch, over all processes."""
+    def samples(self, step: int) -> np.ndarray:
+        """The clips of a step's batch, over all processes: tokens and supervised ones, `[N, 2]`."""
 
     def component_counts(self, step: int) -> dict[str, int]:
         """Clips of a step's batch by the component of a mixture that they come from."""
@@ -137,6 +138,7 @@ def run_steps(
     checkpoints: Checkpoints,
     validate: Callable[[Any], dict[str, float]],
     start: int,
+    flops: Callable[[np.ndarray], int],
 ) -> tuple[State, dict[str, float]]:
     """Run the updates after `start` up to `config.steps`.
 
@@ -150,16 +152,26 @@ def run_steps(
         checkpoints: where states are saved, every `config.checkpoint_every` steps and at the end.
         validate: `trainable -> scores`, before each of these.
         start: the step to go on from.
+        flops: model FLOPs of an update on these samples, `[N, 2]`.
 
     Returns:
-        The last state, and the mean `samples_per_s` of this process's life (empty without steps).
+        The last state, and the mean rates of this process's life (`StepReporter.totals`).
 
     Raises:
         Stopped: a signal has ended the run, after everything was saved.
         TrainingError: a loss or the state is not finite.
     """
     config, clock, stop = session.config, session.clock, session.stop
-    reporter = StepReporter(config, session.workdir, session.writer, session.progress, checkpoints)
+    reporter = StepReporter(
+        config,
+        session.workdir,
+        session.writer,
+        session.progress,
+        checkpoints,
+        flops=flops,
+        devices=mesh.size,
+        peak_flops=devices.peak_flops(mesh.devices.flat[0].device_kind, config.dtype),
+    )
     if start and (start % config.checkpoint_every == 0 or start == config.steps):
         _validate_late(session, reporter, checkpoints, validate, state, start)
     batches = data.batches(start, config.steps)
@@ -182,7 +194,7 @@ def run_steps(
             on_device = batch and sharding.shard_batch(mesh, batch)
             times = StepTimes(dispatched - began, fetched - dispatched)
             counts = data.component_counts(step - 1)
-            reporter.submit(step, metrics, data.size(step - 1), times, counts)
+            reporter.submit(step, metrics, data.samples(step - 1), times, counts)
             session.watchdog.beat(f"step {step}")
         stopping = stop.reached()
         if stopping or step % config.checkpoint_every == 0 or step == config.steps:
@@ -260,6 +272,9 @@ class StepReporter:
         workdir: named in errors.
         writer, progress: where metrics go.
         checkpoints: asked for the last good one when a run fails.
+        flops: model FLOPs of an update on these samples, `[N, 2]`.
+        devices: that share an update.
+        peak_flops: FLOP/s of each; None where it is not known.
     """
 
     def __init__(
@@ -269,20 +284,26 @@ class StepReporter:
         writer: metrics_writer.MetricsWriter,
         progress: metrics_writer.Progress,
         checkpoints: Checkpoints,
+        *,
+        flops: Callable[[np.ndarray], int],
+        devices: int,
+        peak_flops: float | None,
     ):
         self._config, self._workdir = config, workdir
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
-        self._throughput = metrics_writer.Throughput()
+        self._count_flops, self._devices, self._peak_flops = flops, devices, peak_flops
+        self._throughput = metrics_writer.Throughput(devices=devices, peak_flops=peak_flops)
         self._pending: deque[tuple] = deque()
         self._wait_s = self._dispatch_s = 0.0  # since the last report
-        self._samples, self._seconds = 0, 0.0
+        self._samples = self._tokens = self._flops = 0
+        self._seconds = 0.0
         self._finished = time.perf_counter()
 
     def submit(
         self,
         step: int,
         metrics: dict[str, jax.Array],
-        size: tuple[int, int],
+        samples: np.ndarray,
         times: StepTimes,
         counts: Mapping[str, int],
     ) -> None:
@@ -291,14 +312,15 @@ class StepReporter:
         Args:
             step: its number, from 1.
             metrics: device scalars of the train step, read `STEPS_IN_FLIGHT - 1` steps later.
-            size: clips and tokens of its batch, over all processes.
+            samples: tokens and supervised ones of the clips of its batch, `[N, 2]`, over all
+                processes.
             times: what the loop has waited for since the step before was handed in.
             counts: clips from each component of a mixture; one alone is not logged.
 
         Raises:
             TrainingError: a step before had a loss or gradient that is not finite.
         """
-        self._pending.append((step, metrics, size, counts))
+        self._pending.append((step, metrics, samples, counts))
         self._dispatch_s += times.dispatch_s
         self._wait_s += times.wait_s
         while len(self._pending) >= STEPS_IN_FLIGHT:
@@ -315,7 +337,7 @@ class StepReporter:
 
     def _report(self) -> None:
         """Wait for the oldest step and log it."""
-        step, metrics, (samples, tokens), counts = self._pending.popleft()
+        step, metrics, samples, counts = self._pending.popleft()
         asked = time.perf_counter()
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         device_s = time.perf_counter() - asked
@@ -328,9 +350,11 @@ class StepReporter:
         self.require_finite(step, scalars)
         now = time.perf_counter()
         step_s, self._finished = now - self._finished, now
-        self._samples, self._seconds = self._samples + samples, self._seconds + step_s
+        clips, tokens, flops = len(samples), int(samples[:, 0].sum()), self._count_flops(samples)
+        self._samples, self._tokens = self._samples + clips, self._tokens + tokens
+        self._flops, self._seconds = self._flops + flops, self._seconds + step_s
         host_s = step_s - self._wait_s - self._dispatch_s - device_s
-        self._throughput.update(samples, tokens, step_s, self._wait_s, host_s)
+        self._throughput.update(clips, tokens, step_s, self._wait_s, host_s, flops)
         self._wait_s = self._dispatch_s = 0.0
         self._progress.update(step, values["loss"], self._throughput.rates())
 
@@ -339,8 +363,22 @@ class StepReporter:
         self._finished = time.perf_counter()
 
     def totals(self) -> dict[str, float]:
-        """Mean samples/s over all steps of this process's life; empty without any."""
-        return {"samples_per_s": self._samples / self._seconds} if self._samples else {}
+        """Means over all steps of this process's life; empty without any.
+
+        `samples_per_s` and `tokens_per_s` of all devices together; `tflop_per_s_per_device` and,
+        where the device's peak is known, `mfu`.
+        """
+        if not self._samples:
+            return {}
+        found = metrics_writer.compute_rates(
+            self._flops, self._seconds, self._devices, self._peak_flops
+        )
+        return {
+            "samples_per_s": self._samples / self._seconds,
+            "tokens_per_s": self._tokens / self._seconds,
+            "tflop_per_s_per_device": found.pop("TFLOP/s/device"),
+            **found,
+        }
 
     def require_finite(self, step: int, scalars: dict[str, float]) -> None:
         """Stop the run if one of a step's scalars is NaN or infinite.

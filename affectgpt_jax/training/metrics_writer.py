@@ -243,6 +243,7 @@ def _parse_record(line: bytes | str, where: str) -> dict[str, Any]:
 class _Step(NamedTuple):
     samples: int
     tokens: int
+    flops: int
     step_s: float
     data_wait_s: float
     host_s: float
@@ -254,14 +255,25 @@ class Throughput:
     Args:
         window: how many steps the rates cover.
         skip: how many first steps to leave out: they compile.
+        devices: that share the work.
+        peak_flops: FLOP/s of a device, of which the MFU is the share; None where it is not known.
     """
 
-    def __init__(self, window: int = 20, skip: int = 1) -> None:
+    def __init__(
+        self, window: int = 20, skip: int = 1, devices: int = 1, peak_flops: float | None = None
+    ) -> None:
         self._steps: deque[_Step] = deque(maxlen=window)
         self._to_skip = skip
+        self._devices, self._peak_flops = devices, peak_flops
 
     def update(
-        self, samples: int, tokens: int, step_s: float, data_wait_s: float, host_s: float
+        self,
+        samples: int,
+        tokens: int,
+        step_s: float,
+        data_wait_s: float,
+        host_s: float,
+        flops: int = 0,
     ) -> None:
         """Adds one step.
 
@@ -272,14 +284,16 @@ class Throughput:
             data_wait_s: s of `step_s` during which the step had no batch to work on.
             host_s: s of `step_s` in which the loop neither waited, for a batch or for the device,
                 nor dispatched the step.
+            flops: model FLOPs of the step, over all processes (`models.flops`); 0 is not known.
         """
         if self._to_skip > 0:
             self._to_skip -= 1
             return
-        self._steps.append(_Step(samples, tokens, step_s, data_wait_s, host_s))
+        self._steps.append(_Step(samples, tokens, flops, step_s, data_wait_s, host_s))
 
     def rates(self) -> dict[str, float]:
-        """Returns `samples/s`, `tokens/s`, and means of `step_ms`, `data_wait_ms` and `host_ms`.
+        """Returns `samples/s`, `tokens/s`, `TFLOP/s/device` and `mfu` (a share of 1), as far as
+        they are known, and means of `step_ms`, `data_wait_ms` and `host_ms`.
 
         The dict is empty until a step has been counted: no rate is better than a made-up one.
         """
@@ -291,10 +305,28 @@ class Throughput:
         return {
             "samples/s": sum(step.samples for step in self._steps) / total_s,
             "tokens/s": sum(step.tokens for step in self._steps) / total_s,
+            **compute_rates(
+                sum(step.flops for step in self._steps), total_s, self._devices, self._peak_flops
+            ),
             "step_ms": 1e3 * total_s / len(self._steps),
             "data_wait_ms": 1e3 * data_wait_s / len(self._steps),
             "host_ms": 1e3 * host_s / len(self._steps),
         }
+
+
+def compute_rates(
+    flops: int, seconds: float, devices: int, peak_flops: float | None
+) -> dict[str, float]:
+    """`TFLOP/s/device` and, where the peak of a device in FLOP/s is known, `mfu`; {} without FLOPs.
+
+    Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B) is the share of the peak that a
+    device would need for the FLOPs of the model alone.
+    """
+    if not flops:
+        return {}
+    rate = flops / seconds / devices
+    share = {"mfu": rate / peak_flops} if peak_flops else {}
+    return {"TFLOP/s/device": rate / 1e12} | share
 
 
 class TimeBuckets:
@@ -407,8 +439,12 @@ def _progress_fields(
         fields.append(f"{_short(rates['samples/s'])} samples/s")
     if "tokens/s" in rates:
         fields.append(f"{_short(rates['tokens/s'])} tokens/s")
+    if "mfu" in rates:
+        fields.append(f"MFU {rates['mfu']:.1%}")
     if "step_ms" in rates:
         fields.append(f"{_milliseconds(rates['step_ms'])} ms/step")
+    if "TFLOP/s/device" in rates:
+        fields.append(f"{_short(rates['TFLOP/s/device'])} TFLOP/s/device")
     if "data_wait_ms" in rates:
         fields.append(f"data {_milliseconds(rates['data_wait_ms'])} ms")
     if "step_ms" in rates:

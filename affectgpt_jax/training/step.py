@@ -86,21 +86,22 @@ def make_train_step(
             shapes = jax.eval_shape(gradient, state["trainable"], *first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             ((total, (count, sums)), grads), _ = jax.lax.scan(add, zeros, (parts, keys))
-        count_or_one = jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g / count_or_one, grads)
-        updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
-        metrics = {
-            "loss": total / count_or_one,
-            "grad_norm": optax.tree.norm(grads),
-            "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
-            "supervised_tokens": count,
-            **jax.tree.map(lambda x: x / count_or_one, sums),
-        }
-        state = {
-            "trainable": optax.apply_updates(state["trainable"], updates),
-            "opt_state": opt_state,
-            "step": state["step"] + 1,
-        }
+        with jax.named_scope("optimizer"):
+            count_or_one = jnp.maximum(count, 1)
+            grads = jax.tree.map(lambda g: g / count_or_one, grads)
+            updates, opt_state = optimizer.update(grads, state["opt_state"], state["trainable"])
+            metrics = {
+                "loss": total / count_or_one,
+                "grad_norm": optax.tree.norm(grads),
+                "learning_rate": jnp.asarray(schedule(state["step"]), jnp.float32),
+                "supervised_tokens": count,
+                **jax.tree.map(lambda x: x / count_or_one, sums),
+            }
+            state = {
+                "trainable": optax.apply_updates(state["trainable"], updates),
+                "opt_state": opt_state,
+                "step": state["step"] + 1,
+            }
         return state, metrics
 
     return train_step

@@ -79,6 +79,28 @@ def reserve_gpu_memory() -> None:
         os.environ[_MEMORY_VARIABLES[0]] = _MEMORY_FRACTION
 
 
+def describe_gpu_memory(platform: str, limit: int | None, environ: Mapping[str, str]) -> str:
+    """What JAX does with a GPU's memory, in a line for people; "" where there is no GPU.
+
+    Args:
+        platform: `jax.default_backend()`.
+        limit: bytes of one GPU that JAX may use, `memory.device_limit()`.
+        environ: the process's environment, after `reserve_gpu_memory`.
+    """
+    if platform != "gpu" or limit is None:
+        return ""
+    size, switch = f"{limit / 2**30:.1f} GiB", "XLA_PYTHON_CLIENT_PREALLOCATE"
+    if environ.get(switch, "true") in ("false", "False", "0"):
+        return (
+            f"GPU memory: taken as it is needed, up to {size} a GPU ({switch} is set), which may "
+            "fragment it"
+        )
+    return (
+        f"GPU memory: JAX reserves {size} of each GPU now, and nvidia-smi shows all of it in use; "
+        f"XLA_CLIENT_MEM_FRACTION is the share, {switch}=false takes memory as it is needed"
+    )
+
+
 def parse(text: str) -> dict[str, Value]:
     """Options of "NAME=VALUE NAME=VALUE"; "" is none. "true" and "false" are booleans.
 

@@ -4,7 +4,7 @@ import pytest
 
 from affectgpt_jax.models.flops import train_flops
 from affectgpt_jax.models.lora import LoraConfig
-from benchmarks import workloads
+from benchmarks import blocks, workloads
 from benchmarks.blocks import ratios, summarise, take_turns
 from benchmarks.turns import TurnError
 
@@ -77,3 +77,25 @@ def test_a_side_that_leaves_warms_up_again():
 def test_a_loss_that_is_not_finite_ends_the_measurement():
     with pytest.raises(TurnError, match=r"a: a loss is not finite: \[nan\]"):
         take_turns({"a": Worker("a", [], float("nan"))}, steps=1, block=1, warmup=0, leave=False)
+
+
+@pytest.mark.parametrize(("names", "leave", "share"), [("a", False, "0.9"), ("ab", True, "0.9")])
+def test_a_side_has_the_whole_gpu_unless_another_one_is_there(names, leave, share, monkeypatch):
+    shares = []
+
+    class Starting:
+        def __init__(self, name, target, arguments, environment):
+            shares.append(environment["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(blocks, "Side", Starting)
+    targets = {name: ("benchmarks.sides:Jax", {}) for name in names}
+    with blocks.workers(targets, gpu=True, leave=leave):
+        assert shares == [share] * len(names)
+    with blocks.workers(dict.fromkeys("ab", targets["a"]), gpu=True):
+        assert shares[len(names) :] == ["0.45"] * 2

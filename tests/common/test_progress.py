@@ -1,11 +1,12 @@
 """The live line, under clocks and terminals made for the test."""
 
 import io
+import time
 
 import pytest
 from terminals import FakeClock, Terminal
 
-from affectgpt_jax.common.progress import Counter, LiveLine, duration
+from affectgpt_jax.common.progress import Counter, Elapsed, LiveLine, duration
 
 
 @pytest.fixture
@@ -137,3 +138,36 @@ def test_a_counter_counts_again_after_its_end(clock):
 )
 def test_durations_are_rounded_up(seconds, shown):
     assert duration(seconds) == shown
+
+
+def test_a_file_learns_of_silent_work_at_its_start_and_at_its_end(clock):
+    stream = io.StringIO()
+    with Elapsed("compiling", stream=stream, clock=clock) as elapsed:
+        assert stream.getvalue() == "compiling ...\n"
+        clock.advance(61.27)
+        elapsed.note = "1 from the cache"
+    assert stream.getvalue() == "compiling ...\ncompiling: 61.3 s, 1 from the cache\n"
+
+
+def test_a_terminal_counts_the_seconds_of_silent_work(terminal, clock):
+    with Elapsed("compiling", stream=terminal, clock=clock, every_s=0.001):
+        clock.advance(61.0)
+        until = time.monotonic() + 10
+        while terminal.rows() != ["compiling  1:01"] and time.monotonic() < until:
+            time.sleep(0.001)
+        assert terminal.rows() == ["compiling  1:01"]
+    assert terminal.rows() == ["compiling: 61.0 s", ""]
+
+
+def test_silent_work_that_fails_claims_no_end(terminal, clock):
+    for stream in (io.StringIO(), terminal):
+        with pytest.raises(RuntimeError), Elapsed("compiling", stream=stream, clock=clock):
+            raise RuntimeError
+        assert "compiling:" not in stream.getvalue() and stream.getvalue().endswith("\n")
+
+
+def test_processes_but_the_first_are_silent(clock):
+    stream = io.StringIO()
+    with Elapsed("compiling", stream=stream, clock=clock, enabled=False):
+        pass
+    assert stream.getvalue() == ""

@@ -647,7 +647,9 @@ def test_the_mix_of_every_step_is_known_and_repeats(dataset, other, processor):
     for step, mix in enumerate(mixes):
         segments = pipeline.batch(step)["segment_ids"]
         assert mix["one"] + mix["two"] == segments.any(axis=1).sum()
-        assert pipeline.size(step) == (segments.any(axis=1).sum(), (segments > 0).sum())
+        samples = pipeline.samples(step)
+        assert samples.sum(axis=0)[0] == (segments > 0).sum()
+        assert len(samples) == segments.any(axis=1).sum()
 
 
 def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, processor):
@@ -656,7 +658,10 @@ def test_the_mix_counts_clips_where_rows_hold_several(dataset, other, processor)
     for step in range(len(pipeline.plan(0))):
         batch, mix = pipeline.batch(step), pipeline.component_counts(step)
         assert sum(mix.values()) == batch["segment_ids"].max(axis=1).sum()
-        assert pipeline.size(step) == (sum(mix.values()), (batch["segment_ids"] > 0).sum())
+        samples = pipeline.samples(step)
+        assert len(samples) == sum(mix.values())
+        filled = (batch["segment_ids"] > 0).sum(), batch["target_weights"].sum()
+        assert tuple(samples.sum(axis=0)) == filled
         assert mix["two"] == batch["present"]["frame"].sum()
         total += list(mix.values())
     assert total.tolist() == [COUNT, 10]

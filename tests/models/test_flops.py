@@ -19,7 +19,7 @@ from affectgpt_jax.models.affectgpt import (
     loss_sum_and_count,
 )
 from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder
-from affectgpt_jax.models.flops import Flops, train_flops
+from affectgpt_jax.models.flops import Flops, train_flops, update_flops
 from affectgpt_jax.models.lora import LoraConfig
 
 QWEN_7B = PUBLISHED["Qwen2.5-7B-Instruct"]
@@ -103,3 +103,11 @@ def test_only_attention_depends_on_the_mask_and_on_what_a_row_is_made_of():
 
 def test_without_adapters_none_are_counted():
     assert train_flops(LLM, None, 8).adapters == 0
+
+
+def test_an_update_adds_up_its_samples_however_they_share_rows():
+    samples = [(4096, 4095), (17, 3), (1, 0)] * 40_000  # more than 32 bits can count
+    each = [train_flops(QWEN_7B, LoraConfig(16), *sample) for sample in samples[:3]]
+    expected = Flops(*(40_000 * sum(part) for part in zip(*each)))
+    assert update_flops(QWEN_7B, LoraConfig(16), np.array(samples, np.int32)) == expected
+    assert update_flops(QWEN_7B, None, np.zeros((0, 2))).total == 0

@@ -1,5 +1,7 @@
 """What the training loop promises about the device: compiled first, donated, nothing in between."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -19,9 +21,14 @@ from affectgpt_jax.training.step import init_state, make_train_step
 # --- The update -----------------------------------------------------------------------------------
 
 
-def lowered_step(mesh_text):
+# By which profiles tell them apart (`benchmarks.profile_table`).
+SCOPES = "embedding Fusion attention low_rank dropout lm_head optimizer".split()
+
+
+def lowered_step(mesh_text, dropout=0.0):
     """A tiny update, lowered as training does, and its abstract state."""
-    mesh, model, config = sharding.make_mesh(mesh_text), make_model(), demo_config.get_config()
+    mesh, config = sharding.make_mesh(mesh_text), demo_config.get_config()
+    model = make_model(dropout=dropout)
     optimizer_config = build.optimizer_config(config)
     optimizer = make_optimizer(optimizer_config, 10)
     schedule = learning_rate_schedule(optimizer_config, 10)
@@ -32,6 +39,11 @@ def lowered_step(mesh_text):
     return lower_step(step, mesh, state, base, batch), state
 
 
+@pytest.fixture(scope="module")
+def names_of_operations():
+    return lowered_step("data:8", dropout=0.1)[0].as_text(debug_info=True)
+
+
 def test_every_array_of_the_state_is_updated_in_its_own_memory():
     lowered, state = lowered_step("data:2,fsdp:2,tensor:2")
     compiled = lowered.compile(compiler_options={"xla_backend_optimization_level": 0})
@@ -40,6 +52,11 @@ def test_every_array_of_the_state_is_updated_in_its_own_memory():
     assert not any(info.donated for info in jax.tree.leaves(kept))
     # Donated is a wish; what XLA made of it is that outputs share the memory of inputs.
     assert compiled.memory_analysis().alias_size_in_bytes >= trees.device_nbytes(state)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_profilers_see_the_parts_of_the_model_by_name(scope, names_of_operations):
+    assert re.search(rf"[/(]{scope}[/)]", names_of_operations)
 
 
 # --- The loop -------------------------------------------------------------------------------------

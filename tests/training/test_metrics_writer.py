@@ -283,6 +283,20 @@ def test_rates_weigh_steps_by_their_time_and_forget_old_ones() -> None:
     }
 
 
+def test_compute_is_of_one_device_and_has_a_share_only_of_a_known_peak() -> None:
+    steps = dict(samples=1, tokens=1, step_s=2.0, data_wait_s=0.0, host_s=0.0)
+    known, unknown = (Throughput(skip=0, devices=4, peak_flops=peak) for peak in (1e12, None))
+    for throughput in (known, unknown):
+        throughput.update(**steps, flops=4 * 10**12)
+        throughput.update(**steps, flops=0 if throughput is unknown else 2 * 10**12)
+    found = known.rates()
+    assert (found["TFLOP/s/device"], found["mfu"]) == (0.375, 0.375)
+    assert unknown.rates()["TFLOP/s/device"] == 0.25 and "mfu" not in unknown.rates()
+    none = Throughput(skip=0)
+    none.update(**steps)
+    assert "TFLOP/s/device" not in none.rates()
+
+
 # --- TimeBuckets --------------------------------------------------------------------------------
 
 
@@ -382,6 +396,20 @@ def test_the_line_says_where_the_run_is(clock: FakeClock) -> None:
     stream = io.StringIO()
     Progress(600, stream=stream, clock=clock).update(120, 1.2341, RATES)
     assert stream.getvalue() == LINE_120 + "\n"
+
+
+def test_the_line_says_what_share_of_the_devices_is_used(clock: FakeClock) -> None:
+    def shown(rates: dict[str, float]) -> str:
+        stream = io.StringIO()
+        Progress(600, stream=stream, clock=clock).update(120, 1.2341, RATES | rates)
+        return stream.getvalue()
+
+    assert shown({"TFLOP/s/device": 554.8, "mfu": 0.56101}) == (
+        "step 120/600  loss 1.234  412 samples/s  19.3k tokens/s  MFU 56.1%  155 ms/step"
+        "  555 TFLOP/s/device  data 0.3 ms  ETA 1:15\n"
+    )
+    on_a_cpu = shown({"TFLOP/s/device": 0.01524})
+    assert "155 ms/step  0.0152 TFLOP/s/device  data" in on_a_cpu and "MFU" not in on_a_cpu
 
 
 def test_without_rates_the_line_claims_none(clock: FakeClock) -> None:

@@ -1,5 +1,6 @@
 """Compiler options of the train step: what is set, what the user may say, what XLA refuses."""
 
+import functools
 import os
 
 import jax
@@ -118,3 +119,13 @@ def test_memory_reserved_by_the_older_name_is_left_alone(monkeypatch):
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")  # JAX refuses both at once
     xla_options.reserve_gpu_memory()
     assert "XLA_CLIENT_MEM_FRACTION" not in os.environ
+
+
+def test_a_gpus_memory_is_reserved_in_words_and_nothing_else_is():
+    describe = functools.partial(xla_options.describe_gpu_memory, limit=126 * 2**30)
+    assert describe("cpu", environ={}) == ""
+    assert "JAX reserves 126.0 GiB of each GPU" in describe("gpu", environ={})
+    line = describe("gpu", environ={"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    assert "taken as it is needed, up to 126.0 GiB a GPU" in line
+    # An allocator without statistics reserves nothing.
+    assert xla_options.describe_gpu_memory("gpu", None, {}) == ""
