@@ -432,7 +432,7 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
     for kind, words in (
         ("matmul", "large matmuls"),
         ("attention", "attention kernels"),
-        ("lora", "narrow matmuls (LoRA)"),
+        ("lora", "LoRA's narrow matmuls"),
         ("movement", "movement without arithmetic"),
         ("other", "elementwise and reductions"),
         ("collective", "collectives"),

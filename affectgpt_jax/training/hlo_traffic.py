@@ -32,10 +32,10 @@ from affectgpt_jax.training.hlo import (
 
 MATMUL = "matmul"  # with no small side: limited by arithmetic
 ATTENTION = "attention"  # a library's kernel, or a Pallas one; the model has no others
-LORA = "lora"  # matmuls of a small side: limited by bytes
+LORA = "lora"  # matmuls with a side of the rank: limited by bytes
 MOVEMENT = "movement"  # copies, transposes, fills, concatenations and slices
 COLLECTIVE = "collective"
-OTHER = "other"  # elementwise functions and reductions
+OTHER = "other"  # elementwise functions, reductions, and matmuls of other small sides
 KINDS = (MATMUL, ATTENTION, LORA, MOVEMENT, OTHER, COLLECTIVE)
 
 # XLA merges the adapters of one input: q, k and v.
@@ -98,7 +98,7 @@ def launches(module: Module, rank: int) -> list[Launch]:
         module: of a compiled step.
         rank: of the adapters, by which their matmuls are told from the large ones; 0 for none.
     """
-    return _launches_of(module, module.entry, 1, _MERGED_ADAPTERS * rank or _NARROW)
+    return _launches_of(module, module.entry, 1, rank)
 
 
 def totals(found: list[Launch]) -> dict[str, tuple[int, int]]:
@@ -118,7 +118,6 @@ def sent(module: Module, rank: int, mesh: Mesh) -> list[Sent]:
         rank: as for `launches`.
         mesh: over whose devices the step is split.
     """
-    narrow = _MERGED_ADAPTERS * rank or _NARROW
     counts: dict[Sent, int] = defaultdict(int)
     times = module.times()
     every = [i for body in module.computations.values() for i in body.values()]
@@ -136,7 +135,7 @@ def sent(module: Module, rank: int, mesh: Mesh) -> list[Sent]:
             size = collectives.array_bytes(operation, kind, groups.shape[1])
             axes = collectives.axes(groups, mesh)
             between = _until_done(body, start)
-            beside = sum(_kind_of(module, body, i, narrow) == MATMUL for i in between)
+            beside = sum(_kind_of(module, body, i, rank) == MATMUL for i in between)
             # In a loop of unknown length it counts once.
             counts[Sent(kind, axes, 0, size, name in looped, beside)] += times[name] or 1
     found = [s._replace(count=count) for s, count in counts.items()]
@@ -161,25 +160,25 @@ _FREE = {
 _FREE_CALLS = ("AllocateBuffer", "CreateBuffer", "Pin", "Unpin", "annotate_device_placement")
 
 
-def _launches_of(module: Module, name: str, times: int, narrow: int) -> list[Launch]:
+def _launches_of(module: Module, name: str, times: int, rank: int) -> list[Launch]:
     body, found = module.computations[name], []
     for instruction in body.values():
         opcode = instruction.opcode
         if opcode == "while":
             # A loop of unknown length is counted once.
             rounds = times * (module.trip_count(instruction) or 1)
-            found += _launches_of(module, *instruction.called("body"), rounds, narrow)
+            found += _launches_of(module, *instruction.called("body"), rounds, rank)
         elif opcode == "conditional":
             keys = ("true_computation", "false_computation", "branch_computations")
             branches = [
-                _launches_of(module, branch, times, narrow) for branch in instruction.called(*keys)
+                _launches_of(module, branch, times, rank) for branch in instruction.called(*keys)
             ]
             found += max(branches, key=lambda branch: sum(launch.bytes for launch in branch))
         elif opcode in ("call", "async-start"):
             for called in instruction.called("to_apply", "calls"):
-                found += _launches_of(module, called, times, narrow)
+                found += _launches_of(module, called, times, rank)
         elif not _is_free(instruction):
-            found.append(_launch(module, body, instruction, times, narrow))
+            found.append(_launch(module, body, instruction, times, rank))
     return found
 
 
@@ -190,7 +189,7 @@ def _is_free(instruction: Instruction) -> bool:
 
 
 def _launch(
-    module: Module, body: Computation, instruction: Instruction, times: int, narrow: int
+    module: Module, body: Computation, instruction: Instruction, times: int, rank: int
 ) -> Launch:
     opcode = base_opcode(instruction)
     fused = _fused(module, instruction)
@@ -205,16 +204,15 @@ def _launch(
         written = _written(instruction)
     matmul, _ = _matmul_of(fused or body, instruction)
     sides = _sides(fused or body, matmul) if matmul else None
-    name = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return Launch(
         name=instruction.name,
-        kind=_kind_of(module, body, instruction, narrow),
+        kind=_kind_of(module, body, instruction, rank),
         times=times,
         read=read,
         written=written,
         flops=2 * math.prod(sides) if sides else 0,
         shape=result_shape(instruction),
-        op_name=name[1] if name else "",
+        op_name=_op_name(instruction),
     )
 
 
@@ -300,7 +298,7 @@ _COUNTING = {
 _KERNEL = re.compile(r"cudnn\$fmha|mosaic_gpu|xla\.gpu\.triton|__triton\b")
 
 
-def _kind_of(module: Module, body: Computation, instruction: Instruction, narrow: int) -> str:
+def _kind_of(module: Module, body: Computation, instruction: Instruction, rank: int) -> str:
     opcode = base_opcode(instruction)
     if opcode in COLLECTIVES or opcode in ("send", "recv", "collective-broadcast"):
         return COLLECTIVE
@@ -309,9 +307,12 @@ def _kind_of(module: Module, body: Computation, instruction: Instruction, narrow
     if matmul is not None:
         sides = _sides(where, matmul)
         # Batched products are those of plain attention, whose sides have nothing to do with a rank.
-        if sides is None or (sides[0] == 1 and min(sides[1:]) <= narrow):
-            return LORA
-        return MATMUL
+        if sides and (sides[0] > 1 or min(sides[1:]) > (_MERGED_ADAPTERS * rank or _NARROW)):
+            return MATMUL
+        # Of the lm_head few rows may be left, as many as the rank.
+        by_rank = sides and rank and min(sides[1:]) % rank == 0
+        name = _op_name(instruction)
+        return LORA if "low_rank" in name or (by_rank and "lm_head" not in name) else OTHER
     if opcode == "custom-call" and _KERNEL.search(_target(instruction)):
         return ATTENTION
     inside = fused if fused is not None else {instruction.name: instruction}
@@ -339,6 +340,11 @@ def _is_cublas(instruction: Instruction) -> bool:
 
 def _target(instruction: Instruction) -> str:
     found = re.search(r'custom_call_target="([^"]+)"', instruction.attributes)
+    return found[1] if found else ""
+
+
+def _op_name(instruction: Instruction) -> str:
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
     return found[1] if found else ""
 
 

@@ -207,6 +207,7 @@ ENTRY %main (x: bf16[512,128], w: bf16[3,128,256], a: bf16[128,4], i: s32[]) -> 
   %i = s32[] parameter(4)
   %large = (bf16[512,256]{{1,0}}, s8[33554432]{{0}}) custom-call(%x, %k), custom_call_target="__cublas$gemm", metadata={{op_name="jit(step)/up_proj/dot_general"}}, backend_config={{"operation_queue_id":"0",{dot(1, 1)}}}
   %narrow = (bf16[512,4]{{1,0}}, s8[4194304]{{0}}) custom-call(%x, %a), custom_call_target="__cublas$lt$matmul", backend_config={{{dot(1, 0)}}}
+  %few_rows = (bf16[4,512]{{1,0}}, s8[4194304]{{0}}) custom-call(%a, %x), custom_call_target="__cublas$gemm", metadata={{op_name="jit(step)/jvp(lm_head)/dot_general"}}, backend_config={{{dot(0, 1)}}}
   %of_a_slice = (bf16[512,256]{{1,0}}, s8[4194304]{{0}}) fusion(%w, %x, %i), kind=kCustom, calls=%dynamic-slice-fusion, backend_config={{"fusion_backend_config":{{"kind":"__custom_fusion"}}}}
   %fmha = (bf16[2,8,16,4]{{3,1,2,0}}, u8[0]{{0}}) custom-call(%x, %x), custom_call_target="__cudnn$fmhaSoftmax", backend_config={{}}
   ROOT %out = bf16[512,4]{{1,0}} get-tuple-element(%narrow), index=0
@@ -218,6 +219,7 @@ def test_matmuls_are_told_by_their_smallest_side_and_workspaces_are_not_counted(
     assert traffic(MATMULS) == {
         "large": ("matmul", 1, 2 * (512 * 128 + 256 * 128), 2 * 512 * 256),
         "narrow": ("lora", 1, 2 * (512 * 128 + 128 * 4), 2 * 512 * 4),
+        "few_rows": ("other", 1, 2 * (512 * 128 + 128 * 4), 2 * 512 * 4),
         "of_a_slice": ("matmul", 1, 2 * (512 * 128 + 128 * 256) + 4, 2 * 512 * 256),
         "fmha": ("attention", 1, 2 * 512 * 128, 2 * 2 * 8 * 16 * 4),
     }
