@@ -167,7 +167,8 @@ def test_answers_from_merged_weights_are_those_with_adapters_beside_them(ask, wo
 
 def test_adapters_are_merged_where_a_copy_of_the_weights_fits(workdir, monkeypatch):
     run = load_run(workdir)
-    kernels = [run.base["layers"][name]["kernel"] for name in run.model.decoder.lora.targets]
+    targets = run.model.decoder.lora.targets
+    kernels = [layer[name]["kernel"] for layer in run.base["layers"] for name in targets]
     copy = sum(x.addressable_shards[0].data.nbytes for x in kernels)
 
     def found(limit, **changes):

@@ -369,8 +369,9 @@ def test_bfloat16_states_give_float32_logits():
 # --- The cost of a gradient -----------------------------------------------------------------------
 
 
-def test_no_gradient_of_a_frozen_weight_is_computed():
-    model = make_model(fusion=None, attend=plain_attention)
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_no_gradient_of_a_frozen_weight_is_computed(remat):
+    model = make_model(fusion=None, attend=plain_attention, remat=remat)
     base, trainable = random_base(model), random_trainable(model)
     rows, length, targets = 2, 16, 6
     batch = make_batch([length] * rows, length, targets)
@@ -380,10 +381,12 @@ def test_no_gradient_of_a_frozen_weight_is_computed():
 
     flops = train_flops(LLM, model.decoder.lora, length, targets, causal=False)
     expected = rows * flops.total
-    assert matmul_flops(jax.grad(loss), trainable, base) == expected
+    found = matmul_flops(jax.grad(loss), trainable, base)
+    assert (found == expected) if remat == "none" else (found > expected)
 
     def loss_of_layers(trainable, layers):
         return loss(trainable, {**base, "layers": layers})
 
-    full = matmul_flops(jax.grad(loss_of_layers, argnums=(0, 1)), trainable, base["layers"])
-    assert full == expected + rows * flops.frozen // 2
+    # Not even where it is asked for: a projection that has an adapter is frozen.
+    gradient = jax.grad(loss_of_layers, argnums=(0, 1))
+    assert matmul_flops(gradient, trainable, base["layers"]) == found

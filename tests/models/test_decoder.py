@@ -30,12 +30,15 @@ from affectgpt_jax.models.decoder import (
     Decoder,
     DecodeStep,
     KVCache,
+    _unstacked,
     init_base,
+    init_lora,
     lm_head,
     rms_norm,
     rotary_frequencies,
     rotary_tables,
 )
+from affectgpt_jax.models.lora import TARGETS, LoraConfig
 from affectgpt_jax.weights.huggingface import load_base, read_config
 
 # Float32 sums of some tens of terms, a few layers deep, added in another order.
@@ -376,6 +379,50 @@ def test_decoding_token_by_token_equals_one_full_pass(qk_norm):
         assert relative_error(states, expected[:, at]) < FLOAT32
 
 
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+def test_the_adapters_of_a_layer_are_its_part_of_the_stack_forward_and_backward():
+    stack = {"a": jnp.arange(24.0).reshape(3, 2, 4), "b": {"c": jnp.arange(3.0)}}
+    weights = [{"a": 1.0 + i, "b": {"c": 10.0 * i}} for i in range(3)]
+
+    def total(layers):
+        """Of squares, weighted by layer and leaf; the last layer's `b` has no part in it."""
+        parts = [jax.tree.map(lambda w, x: w * (x**2).sum(), *p) for p in zip(weights, layers)]
+        parts[2]["b"]["c"] = 0.0
+        return sum(jax.tree.leaves(parts))
+
+    def by_index(stack):
+        return total([jax.tree.map(lambda x, i=i: x[i], stack) for i in range(3)])
+
+    found = jax.value_and_grad(lambda stack: total(_unstacked(stack)))(stack)
+    jax.tree.map(np.testing.assert_array_equal, found, jax.value_and_grad(by_index)(stack))
+
+
+def test_the_gradient_of_stacked_adapters_adds_up_no_arrays_of_zeros():
+    stack = jnp.ones((5, 2, 4))
+
+    def gradient(stack):
+        return jax.grad(lambda x: sum((part**2).sum() for part in _unstacked(x)))(stack)
+
+    # Indexing has one addition of whole arrays a layer.
+    traced = str(jax.make_jaxpr(gradient)(stack))
+    assert "pad" not in traced and "add_any" not in traced
+
+
+def test_every_layer_has_weights_and_adapters_of_its_own():
+    module = Decoder(LLM, LoraConfig(rank=2))
+    key = jax.random.key(0)
+    base, lora = init_base(module, key), init_lora(module, key)
+    assert isinstance(base["layers"], tuple) and len(base["layers"]) == LLM.num_hidden_layers
+    first, second = base["layers"]
+    assert jax.tree.map(jnp.shape, first) == jax.tree.map(jnp.shape, second)
+    for name in TARGETS:
+        assert (first[name]["kernel"] != second[name]["kernel"]).all()
+        factor = lora["layers"][name]["lora_a"]
+        assert (factor[0] != factor[1]).all()
+
+
 # --- ComputeConfig --------------------------------------------------------------------------------
 
 
@@ -420,11 +467,15 @@ def test_rematerialisation_saves_memory():
     )
 
 
-def test_recomputation_inside_the_loop_over_layers_has_no_barriers():
-    module = Decoder(LLM, compute=ComputeConfig(remat="full", attend=lambda q, k, v, ids: q))
+@pytest.mark.parametrize(("remat", "barriers"), [("none", 0), ("save_projections", 2), ("full", 2)])
+def test_a_barrier_keeps_each_recomputed_layer_apart_from_its_first_computation(remat, barriers):
+    # Without one XLA would find that it has computed the same before, and keep that instead.
+    assert LLM.num_hidden_layers == 2
+    module = Decoder(LLM, compute=ComputeConfig(remat=remat, attend=lambda q, k, v, ids: q))
     base = random_tree(abstract_base(module))
     gradient = jax.grad(lambda e: forward(e, *rows_of(8, 2), module, base).sum())
-    assert "optimization_barrier" not in jax.jit(gradient).lower(random_embeds(2, 8)).as_text()
+    lowered = jax.jit(gradient).lower(random_embeds(2, 8)).as_text()
+    assert lowered.count("stablehlo.optimization_barrier") == barriers
 
 
 def test_an_unknown_remat_policy_is_refused():

@@ -100,14 +100,16 @@ def bytes_per_device(tree):
 def test_fsdp_splits_every_large_weight_of_the_7b_base():
     _, _, base = paper(sharding.make_mesh("fsdp:8"))
     found = splits(base)
-    for name in ("q", "k", "v", "gate", "up"):
-        assert found[f"layers/{name}_proj/kernel"] == (1, 8, 1), name
-    for name in ("o", "down"):
-        assert found[f"layers/{name}_proj/kernel"] == (1, 1, 8), name
+    for i in range(LLM.num_hidden_layers):
+        for name in ("q", "k", "v", "gate", "up"):
+            assert found[f"layers/{i}/{name}_proj/kernel"] == (8, 1), (i, name)
+        for name in ("o", "down"):
+            assert found[f"layers/{i}/{name}_proj/kernel"] == (1, 8), (i, name)
+        assert found[f"layers/{i}/q_proj/bias"] == (1,)
+        assert found[f"layers/{i}/input_layernorm/scale"] == (1,)
     assert found["embed_tokens"] == (1, 8)
     assert found["lm_head"] == (8, 1)
     assert found["norm/scale"] == (1,)
-    assert found["layers/q_proj/bias"] == found["layers/input_layernorm/scale"] == (1, 1)
     # bfloat16, an eighth of it a device; norms and biases are whole, under a thousandth.
     assert 1 <= bytes_per_device(base) / (2 * 7_615_616_512 / 8) < 1.001
 
@@ -116,15 +118,18 @@ def test_tensor_splits_heads_feed_forward_and_vocabulary_of_the_7b_model():
     _, state, base = paper(sharding.make_mesh("data:2,tensor:4"))
     found = splits(base) | splits(state["trainable"]["lora"])
     for name in ("q", "k", "v", "gate", "up"):
-        assert found[f"layers/{name}_proj/kernel"] == (1, 1, 4), name
         assert found[f"layers/{name}_proj/lora_a"] == (1, 1, 1), name
         assert found[f"layers/{name}_proj/lora_b"] == (1, 1, 4), name
     for name in ("o", "down"):
-        assert found[f"layers/{name}_proj/kernel"] == (1, 4, 1), name
         assert found[f"layers/{name}_proj/lora_a"] == (1, 4, 1), name
         assert found[f"layers/{name}_proj/lora_b"] == (1, 1, 1), name
-    for name in "qkv":
-        assert found[f"layers/{name}_proj/bias"] == (1, 4), name
+    for i in range(LLM.num_hidden_layers):
+        for name in ("q", "k", "v", "gate", "up"):
+            assert found[f"layers/{i}/{name}_proj/kernel"] == (1, 4), (i, name)
+        for name in ("o", "down"):
+            assert found[f"layers/{i}/{name}_proj/kernel"] == (4, 1), (i, name)
+        for name in "qkv":
+            assert found[f"layers/{i}/{name}_proj/bias"] == (4,), (i, name)
     assert found["embed_tokens"] == (4, 1)
     assert found["lm_head"] == (1, 4)
     assert 1 <= bytes_per_device(base) / (2 * 7_615_616_512 / 4) < 1.001
@@ -135,12 +140,13 @@ def test_the_scales_of_a_quantized_base_lie_where_its_kernels_do(precision):
     _, _, base = paper(sharding.make_mesh("fsdp:4,tensor:2"), base_precision=precision)
     found = splits(base)
     blocks = 4 if precision == "nf4" else 1  # a single block of all inputs cannot be split
-    for name in ("q", "k", "v", "gate", "up"):
-        assert found[f"layers/{name}_proj/kernel/values"] == (1, 4, 2), name
-        assert found[f"layers/{name}_proj/kernel/scale"] == (1, blocks, 2), name
-    for name in ("o", "down"):
-        assert found[f"layers/{name}_proj/kernel/values"] == (1, 2, 4), name
-        assert found[f"layers/{name}_proj/kernel/scale"] == (1, min(blocks, 2), 4), name
+    for i in range(LLM.num_hidden_layers):
+        for name in ("q", "k", "v", "gate", "up"):
+            assert found[f"layers/{i}/{name}_proj/kernel/values"] == (4, 2), (i, name)
+            assert found[f"layers/{i}/{name}_proj/kernel/scale"] == (blocks, 2), (i, name)
+        for name in ("o", "down"):
+            assert found[f"layers/{i}/{name}_proj/kernel/values"] == (2, 4), (i, name)
+            assert found[f"layers/{i}/{name}_proj/kernel/scale"] == (min(blocks, 2), 4), (i, name)
 
 
 def test_data_alone_keeps_everything_whole():

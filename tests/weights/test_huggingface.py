@@ -25,16 +25,17 @@ from affectgpt_jax.models.decoder import (
     init_base,
     lm_head,
 )
-from affectgpt_jax.models.quantize import PRECISIONS, quantize
+from affectgpt_jax.models.lora import TARGETS
+from affectgpt_jax.models.quantize import PRECISIONS, QuantizedKernel, quantize
 from affectgpt_jax.training.sharding import ActivationConstraint, make_mesh, tree_shardings
 from affectgpt_jax.weights import streaming
 from affectgpt_jax.weights.huggingface import (
     WeightsError,
     base_identity,
+    base_tensors,
     load_base,
     read_config,
     save_base,
-    tensor_name,
 )
 
 TIED = dataclasses.replace(LLM, tie_word_embeddings=True)
@@ -127,16 +128,53 @@ def test_every_mesh_holds_what_transformers_saved(checkpoint, file_size, dtype, 
         found = load(directory, llm, dtype, mesh)
         state = reference.state_dict()
 
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
-        keys = tuple(entry.key for entry in path)
-        name, stacked = tensor_name(keys)
-        tensors = [state[name.format(i)].float() for i in range(leaf.shape[0] if stacked else 1)]
-        values = np.stack([tensor.numpy() for tensor in tensors]).astype(dtype)
-        if keys[-1] in ("kernel", "lm_head"):
-            values = values.swapaxes(-1, -2)
-        expected = values if stacked else values[0]
-        assert leaf.dtype == dtype and leaf.shape == expected.shape
-        np.testing.assert_array_equal(np.asarray(leaf), expected, err_msg="/".join(keys))
+    expected = {name: tensor.float().numpy().astype(dtype) for name, tensor in state.items()}
+    if llm.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    assert named_as_hugging_face_does(found, llm).keys() == expected.keys()
+    for name, leaf in named_as_hugging_face_does(found, llm).items():
+        assert leaf.dtype == dtype and leaf.shape == expected[name].shape, name
+        np.testing.assert_array_equal(np.asarray(leaf), expected[name], err_msg=name)
+
+
+def named_as_hugging_face_does(base, llm):
+    """The arrays of a base by the names and in the orientation of transformers, said in full."""
+    found = {"model.embed_tokens.weight": base["embed_tokens"]}
+    found["model.norm.weight"] = base["norm"]["scale"]
+    if not llm.tie_word_embeddings:
+        found["lm_head.weight"] = base["lm_head"].T
+    assert len(base["layers"]) == llm.num_hidden_layers
+    for i, layer in enumerate(base["layers"]):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            found[f"model.layers.{i}.{name}.weight"] = layer[name]["scale"]
+        for name in ("q_norm", "k_norm") if llm.qk_norm else ():
+            found[f"model.layers.{i}.self_attn.{name}.weight"] = layer[name]["scale"]
+        for name in TARGETS:
+            group = "self_attn" if name[0] in "qkvo" else "mlp"
+            found[f"model.layers.{i}.{group}.{name}.weight"] = layer[name]["kernel"].T
+            if (name[0] in "qkv" and llm.qkv_bias) or (name[0] == "o" and llm.o_bias):
+                found[f"model.layers.{i}.{group}.{name}.bias"] = layer[name]["bias"]
+    assert len(found) == len(jax.tree.leaves(base))
+    return found
+
+
+@pytest.mark.parametrize("llm", [*FAMILIES.values(), TIED], ids=[*FAMILIES, "tied"])
+def test_every_parameter_of_a_base_has_its_name(llm):
+    base = random_tree(abstract_base(llm))
+    found = base_tensors(base)
+    expected = named_as_hugging_face_does(base, llm)
+    assert found.keys() == expected.keys()
+    for name, (leaf, transposed) in found.items():
+        np.testing.assert_array_equal(leaf.T if transposed else leaf, expected[name])
+
+
+def test_a_quantized_kernel_is_one_parameter():
+    found = base_tensors(abstract_base(precision="nf4"))
+    plain = base_tensors(abstract_base())
+    assert {n: (leaf.shape, t) for n, (leaf, t) in found.items()} == {
+        n: (leaf.shape, t) for n, (leaf, t) in plain.items()
+    }
+    assert isinstance(found[QUERY][0], QuantizedKernel)
 
 
 def abstract_ones(llm):
@@ -144,7 +182,10 @@ def abstract_ones(llm):
 
 
 def kernels_of(tree):
-    return {name: part["kernel"] for name, part in tree["layers"].items() if "kernel" in part}
+    return [
+        {name: part["kernel"] for name, part in layer.items() if "kernel" in part}
+        for layer in tree["layers"]
+    ]
 
 
 @pytest.mark.parametrize("mesh", ["data:8", "fsdp:4,tensor:2"])
@@ -154,21 +195,23 @@ def test_kernels_are_quantized_row_by_row_as_they_are_read(saved, precision, mes
     abstract = abstract_base(precision=precision)
     found = load_base(saved, abstract, tree_shardings(make_mesh(mesh), abstract))
     assert jax.tree.structure(found) == jax.tree.structure(abstract)
-    expected = {name: quantize(kernel, precision) for name, kernel in kernels_of(BASE).items()}
+    expected = jax.tree.map(lambda kernel: quantize(kernel, precision), kernels_of(BASE))
     assert_same_tree(kernels_of(found), expected)
     for name in ("bias", "scale"):  # and nothing else is
-        for part, leaves in BASE["layers"].items():
-            if name in leaves:
-                assert_same_tree(found["layers"][part][name], leaves[name])
+        for found_layer, layer in zip(found["layers"], BASE["layers"], strict=True):
+            for part, leaves in layer.items():
+                if name in leaves:
+                    assert_same_tree(found_layer[part][name], leaves[name])
     assert_same_tree(found["embed_tokens"], BASE["embed_tokens"])
 
 
 def test_kernels_are_quantized_from_what_is_stored_not_from_the_dtype_of_the_run(saved):
     abstract = abstract_base(dtype=jnp.bfloat16, precision="int8")
     found = load_base(saved, abstract, tree_shardings(make_mesh("data:8"), abstract))
-    kernel = BASE["layers"]["up_proj"]["kernel"]
-    assert_same_tree(found["layers"]["up_proj"]["kernel"], quantize(kernel, "int8"))
-    assert found["layers"]["q_proj"]["bias"].dtype == jnp.bfloat16
+    for found_layer, layer in zip(found["layers"], BASE["layers"], strict=True):
+        kernel = layer["up_proj"]["kernel"]
+        assert_same_tree(found_layer["up_proj"]["kernel"], quantize(kernel, "int8"))
+        assert found_layer["q_proj"]["bias"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize("precision", PRECISIONS[1:])
@@ -187,7 +230,8 @@ def test_every_mesh_computes_the_same_with_a_quantized_base(saved, precision):
 
 def test_a_mesh_splits_what_it_loads(saved):
     base = load(saved, mesh="fsdp:8")
-    assert not base["layers"]["up_proj"]["kernel"].is_fully_replicated
+    for layer in base["layers"]:
+        assert not layer["up_proj"]["kernel"].is_fully_replicated
     assert_same_tree(base, BASE)
 
 

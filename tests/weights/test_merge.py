@@ -55,10 +55,12 @@ def all_tensors(directory):
     return {k: v for path in weight_files(directory) for k, v in load_file(path).items()}
 
 
-def merge_on_device(kernel, lora_a, lora_b, scale):
-    base = {"layers": {"q_proj": {"kernel": jnp.asarray(kernel)}}}
+def merge_on_device(kernels, lora_a, lora_b, scale):
+    """Of every layer."""
+    base = {"layers": tuple({"q_proj": {"kernel": jnp.asarray(kernel)}} for kernel in kernels)}
     lora = {"layers": {"q_proj": {"lora_a": lora_a, "lora_b": lora_b}}}
-    return np.asarray(lora_module.merge(base, lora, scale)["layers"]["q_proj"]["kernel"])
+    merged = lora_module.merge(base, lora, scale)["layers"]
+    return np.stack([layer["q_proj"]["kernel"] for layer in merged])
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,10 @@ def test_a_merged_tree_computes_what_base_and_adapter_did():
     merged = lora_module.merge(base, LORA, CONFIG.scale)
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     assert merged["embed_tokens"] is base["embed_tokens"]
+    for found, layer in zip(merged["layers"], base["layers"], strict=True):
+        assert found["q_proj"]["kernel"] is not layer["q_proj"]["kernel"]
+        assert found["q_proj"]["bias"] is layer["q_proj"]["bias"]
+        assert found["input_layernorm"]["scale"] is layer["input_layernorm"]["scale"]
     # Sums of some tens of float32 terms in another order, two layers deep.
     assert relative_error(logits(LLM, merged), logits(LLM, base, LORA)) < 1e-5
     assert relative_error(logits(LLM, base), logits(LLM, base, LORA)) > 0.1, "nothing to merge"
@@ -96,8 +102,9 @@ def test_a_merged_kernel_lies_on_the_devices_that_the_base_has():
         jax.device_put(x, sharding.tree_shardings(mesh, x)) for x in (random_base(MODEL), LORA)
     )
     merged = lora_module.merge(base, lora, CONFIG.scale)
-    places = [x["layers"]["up_proj"]["kernel"].sharding for x in (base, merged)]
-    assert places[0] == places[1] and not places[0].is_fully_replicated
+    for found, layer in zip(merged["layers"], base["layers"], strict=True):
+        places = [x["up_proj"]["kernel"].sharding for x in (layer, found)]
+        assert places[0] == places[1] and not places[0].is_fully_replicated
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -125,18 +132,19 @@ def test_transformers_computes_the_same_logits_from_a_merged_directory(tmp_path,
 def test_a_merged_directory_holds_the_merged_tree_in_the_dtype_of_the_base(tmp_path, dtype):
     base = make_base(tmp_path / "base", dtype=dtype)
     save_merged(tmp_path / "base", tmp_path / "out", LORA, CONFIG.scale)
-    layers = dict(base["layers"])
-    for name, of in LORA["layers"].items():
-        kernel = merge_kernel(layers[name]["kernel"], of["lora_a"], of["lora_b"], CONFIG.scale)
-        layers[name] = {**layers[name], "kernel": jnp.asarray(kernel)}
-    save_base(tmp_path / "tree", LLM, {**base, "layers": layers})
+    for i, layer in enumerate(base["layers"]):
+        for name, of in LORA["layers"].items():
+            factors = of["lora_a"][i], of["lora_b"][i]
+            kernel = merge_kernel(layer[name]["kernel"], *factors, CONFIG.scale)
+            layer[name]["kernel"] = jnp.asarray(kernel)
+    save_base(tmp_path / "tree", LLM, base)
     found, expected = all_tensors(tmp_path / "out"), all_tensors(tmp_path / "tree")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         if dtype == jnp.bfloat16 or "_proj" not in name:
             np.testing.assert_array_equal(found[name], value)
-        else:  # one product of all layers against one of each may differ in the last bit
+        else:  # a product and that of its transposed factors may differ in the last bit
             np.testing.assert_allclose(found[name], value, rtol=1e-6, atol=1e-6)
     assert (tmp_path / "out" / "config.json").read_bytes() == (
         tmp_path / "base" / "config.json"
