@@ -32,7 +32,7 @@ CHOICES = {
     "too_long": ("error", "drop"),
     "dtype": ("float32", "bfloat16"),
     "base_precision": ("", "int8", "fp8", "nf4"),
-    "remat": ("auto", "none", "save_projections", "full"),
+    "remat": ("auto", "none", "save_attention", "save_projections", "full"),
     "attention": ("auto", "xla", "cudnn", "cudnn_masked", "cudnn_packed"),
     "fusion": (*HEADS["multi"].kinds, "none"),
     "generate.merge_lora": ("auto", "true", "false"),

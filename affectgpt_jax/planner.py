@@ -138,30 +138,26 @@ class Planner:
         """An abstract batch of so many rows (layout: `models.affectgpt`)."""
         return jax.eval_shape(lambda: empty_batch(rows, self.rows, self._features))
 
-    def _saved_by_a_row(self, backend: str) -> dict[str, int]:
-        """Bytes that one row saves, by policy; several save as many times that."""
-        mesh = _abstract_mesh(Shape(1, 1, 1))
-        program = self.program.on(mesh, attend=memory.kernel_stand_in(backend, self.rows.clips))
-        return dict(
-            memory.saved_activations(
-                program.model,
-                program.state["trainable"],
-                program.base,
-                self.batch(1),
-                program.loss,
-            )
-        )
+    def _saved_by_a_row(self, backend: str, tensor: int) -> dict[str, int]:
+        """Bytes of one row that each of `tensor` devices saves, by policy; several rows save as
+        many times that."""
+        attend = memory.kernel_stand_in(backend, self.rows.clips)
+        program = self.program.on(_abstract_mesh(Shape(1, 1, 1)), attend=attend)
+        found = memory.saved_activations(program.model, self.batch(1), program.loss, tensor)
+        return dict(found)
 
     def memory(self, shape: Shape, rows: int, remat: str) -> Memory:
         """What an update takes on a device that runs so many rows at a time."""
         state, base = self.abstract(shape)
         backend = self.attention(shape.tensor).name
         length, targets = self.rows.length, self.rows.targets
-        saved = self._saved(backend)
+        saved = self._saved(backend, shape.tensor)
         layer = rows * saved["none"] // self.llm.num_hidden_layers
+        model = self.program.model
         if backend == "xla":
-            layer += memory.score_bytes(self.llm, rows, length)
-        work = max(layer, memory.logit_bytes(self.program.model, rows, targets))
+            share = memory.share_of_model(model, shape.tensor).decoder.config
+            layer += memory.score_bytes(share, rows, length)
+        work = max(layer, memory.logit_bytes(model, rows, targets, shape.tensor))
         return memory.of_update(state, base, rows * saved[remat], work)
 
     def fits(self, needed: Memory) -> bool:
@@ -215,7 +211,7 @@ class Planner:
             remat = next(fitting, memory.POLICIES[-1])
         needed = self.memory(shape, rows, remat)
         # What is not saved is written and read all the same when it is computed again.
-        everything = rows * self._saved(self.attention(shape.tensor).name)["none"]
+        everything = rows * self._saved(self.attention(shape.tensor).name, shape.tensor)["none"]
         activations = everything + (needed.saved if remat != "none" else 0)
         if sent is None:
             sent = roofline.model_collectives(self.sizes(rows, microbatches), shape, remat)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from affectgpt_jax.models import cudnn_packed
 
@@ -39,6 +40,9 @@ _MAX_BLOCKS = 8
 _MASKED = -1e30
 
 DEFAULT_SEGMENTS = 64
+# What rematerialisation policies call the results of plain XLA's attention: outputs, and
+# normalisers of the softmax.
+ATTENDED = "attended"
 
 
 @jax.custom_vjp
@@ -77,8 +81,9 @@ def _causal_forward(
         mixed = _times(weights.astype(value.dtype), v[:, :, :end])
         attended.append((mixed / total).astype(value.dtype))
         normalisers.append(largest + jnp.log(total))
-    out = _by_position(jnp.concatenate(attended, axis=3))
-    return out, (query, key, value, segment_ids, out, jnp.concatenate(normalisers, axis=3))
+    out = checkpoint_name(_by_position(jnp.concatenate(attended, axis=3)), ATTENDED)
+    normaliser = checkpoint_name(jnp.concatenate(normalisers, axis=3), ATTENDED)
+    return out, (query, key, value, segment_ids, out, normaliser)
 
 
 def _causal_backward(

@@ -233,8 +233,9 @@ class ComputeConfig:
         base_precision: of the projections' frozen kernels, one of `quantize.PRECISIONS`; "" leaves
             them in `param_dtype`.
         remat: "none" keeps what the backward pass reads; "save_projections" keeps the outputs of
-            the projections, adapters included, and recomputes attention and the rest; "full" keeps
-            only each layer's input.
+            the projections and the adapters' narrow products, and recomputes attention and the
+            rest; "save_attention" keeps those and what attention returns; "full" keeps only each
+            layer's input.
         loss_chunk: supervised positions of a device whose logits are alive at once.
         attend: the causal attention backend, over whole rows.
         attend_cached: the attention backend of a decode step.
@@ -265,9 +266,18 @@ class ComputeConfig:
             )
 
 
+def _is_attention_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Whether this is the forward pass of cuDNN's attention, whose result has no name."""
+    return "dot_product_attention_fwd" in primitive.name
+
+
+_names = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
-    "save_projections": jax.checkpoint_policies.save_only_these_names(PROJECTED),
+    "save_attention": jax.checkpoint_policies.save_from_both_policies(
+        _names(PROJECTED, attention.ATTENDED), _is_attention_kernel
+    ),
+    "save_projections": _names(PROJECTED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -9,24 +9,33 @@ attention it holds scores that the GPU never holds.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, Mesh
 
 from affectgpt_jax.common.trees import device_nbytes, nbytes, path_name
-from affectgpt_jax.models.affectgpt import AffectGPT, Batch, with_compute
-from affectgpt_jax.models.attention import CausalAttention, causal, causal_block
+from affectgpt_jax.models.affectgpt import (
+    AffectGPT,
+    Batch,
+    init_random_base,
+    init_trainable,
+    with_compute,
+)
+from affectgpt_jax.models.attention import ATTENDED, CausalAttention, causal, causal_block
 from affectgpt_jax.models.decoder import DecoderConfig, OneDevice
 from affectgpt_jax.training.losses import LossFunction, cross_entropy
 from affectgpt_jax.training.sharding import data_parallel_size
 from affectgpt_jax.training.step import State
 
 # From the fastest to the one that saves the least.
-POLICIES = ("none", "save_projections", "full")
+POLICIES = ("none", "save_attention", "save_projections", "full")
 # Share of the device's memory that a program may use; fragmentation and workspaces take the rest.
 USABLE = 0.9
 
@@ -94,8 +103,8 @@ def choose_remat(
 
     Args:
         model: any policy; the others are tried on copies of it.
-        mesh: the devices. Rows are split over the batch axes; that the tensor axis splits some
-            activations too is not counted, so the estimate is an upper bound there.
+        mesh: the devices. The batch axes split rows, the tensor axis heads, feed-forward width and
+            logits.
         abstract_state, abstract_base: shapes with shardings.
         batch: abstract global batch of the largest shape.
         gradient_accumulation_steps: microbatches of a batch.
@@ -103,7 +112,7 @@ def choose_remat(
         loss: of the train step.
     """
     batch = rows_of_a_device(batch, mesh, gradient_accumulation_steps)
-    found = estimates(model, abstract_state, abstract_base, batch, loss)
+    found = estimates(model, abstract_state, abstract_base, batch, loss, mesh.shape["tensor"])
     for policy, memory in found:
         choice = Choice(policy, memory, limit)
         if choice.fits:
@@ -129,21 +138,50 @@ def estimates(
     abstract_base: Any,
     batch: Batch,
     loss: LossFunction = cross_entropy,
+    tensor: int = 1,
 ) -> Iterator[tuple[str, Memory]]:
     """What an update takes on one device, whose rows are those of the abstract batch.
+
+    Args:
+        model: any policy.
+        abstract_state, abstract_base: shapes with shardings.
+        batch: of the rows of a device.
+        loss: of the train step.
+        tensor: devices that share them.
 
     Yields:
         Every policy with its memory, in the order of `POLICIES`; each costs about a second.
     """
-    config, layer = model.decoder.config, 0
+    config, layer = share_of_model(model, tensor).decoder.config, 0
     rows, targets = batch["targets"].shape
     plain = model.decoder.compute.attend is causal
     scores = score_bytes(config, rows, batch["tokens"].shape[1]) if plain else 0
-    found = saved_activations(model, abstract_state["trainable"], abstract_base, batch, loss)
-    for policy, saved in found:
+    for policy, saved in saved_activations(model, batch, loss, tensor):
         layer = layer or saved // config.num_hidden_layers  # without rematerialisation
-        work = max(layer + scores, logit_bytes(model, rows, targets))
+        work = max(layer + scores, logit_bytes(model, rows, targets, tensor))
         yield policy, of_update(abstract_state, abstract_base, saved, work)
+
+
+def share_of_model(model: AffectGPT, tensor: int) -> AffectGPT:
+    """The model whose activations are what each of so many devices holds of this one's.
+
+    As `sharding` splits them: heads and feed-forward width, where they divide.
+    """
+    if tensor == 1:
+        return model
+    config = model.decoder.config
+
+    def share(count: int) -> int:
+        return count // tensor if count % tensor == 0 else count
+
+    heads, kv_heads = share(config.num_attention_heads), share(config.num_key_value_heads)
+    config = dataclasses.replace(
+        config,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads if heads % kv_heads == 0 else heads,
+        intermediate_size=share(config.intermediate_size),
+    )
+    return dataclasses.replace(model, decoder=model.decoder.clone(config=config))
 
 
 def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) -> Memory:
@@ -158,17 +196,17 @@ def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) 
 
 
 def saved_activations(
-    model: AffectGPT,
-    trainable: Any,
-    base: Any,
-    batch: Batch,
-    loss: LossFunction = cross_entropy,
+    model: AffectGPT, batch: Batch, loss: LossFunction = cross_entropy, tensor: int = 1
 ) -> Iterator[tuple[str, int]]:
-    """Bytes that a forward pass over an abstract batch saves, under every one of `POLICIES`."""
+    """Bytes that a forward pass over an abstract batch saves on each of `tensor` devices, under
+    every one of `POLICIES`."""
     key = jax.eval_shape(lambda: jax.random.key(0))
+    # Sharding constraints do not change how many arrays are saved.
+    model = with_compute(share_of_model(model, tensor), shard=OneDevice())
+    trainable = jax.eval_shape(functools.partial(init_trainable, model), key)
+    base = jax.eval_shape(functools.partial(init_random_base, model), key)
     for policy in POLICIES:
-        # Sharding constraints do not change how many arrays are saved.
-        saving = with_compute(model, remat=policy, shard=OneDevice())
+        saving = with_compute(model, remat=policy)
 
         def objective(trainable: Any, *others: Any, saving: AffectGPT = saving) -> Any:
             base, batch, key = others
@@ -178,10 +216,12 @@ def saved_activations(
         yield policy, saved_bytes(objective, trainable, base, batch, key)
 
 
-def logit_bytes(model: AffectGPT, rows: int, targets: int) -> int:
-    """A chunk of float32 logits and its gradient."""
+def logit_bytes(model: AffectGPT, rows: int, targets: int, tensor: int = 1) -> int:
+    """A chunk of float32 logits and its gradient, of which `tensor` devices hold a share each."""
     chunk = max(rows, model.decoder.compute.loss_chunk)
-    return 2 * min(rows * targets, chunk) * model.decoder.config.vocab_size * 4
+    vocabulary = model.decoder.config.vocab_size
+    share = vocabulary // tensor if vocabulary % tensor == 0 else vocabulary
+    return 2 * min(rows * targets, chunk) * share * 4
 
 
 def score_bytes(config: DecoderConfig, rows: int, length: int) -> int:
@@ -228,7 +268,10 @@ def kernel_stand_in(name: str, samples: int) -> CausalAttention:
     def forward(query, key, value, segment_ids):
         batch, length, heads, _ = query.shape
         out = query + jnp.repeat(key + value, heads // key.shape[2], axis=2)
-        softmax = jnp.zeros((batch * statistics, heads, length), jnp.float32)
+        out = checkpoint_name(out, ATTENDED)
+        softmax = checkpoint_name(
+            jnp.zeros((batch * statistics, heads, length), jnp.float32), ATTENDED
+        )
         return out, (query, key, value, segment_ids, out, softmax)
 
     def backward(residuals, grad):

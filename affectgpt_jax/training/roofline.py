@@ -64,11 +64,13 @@ def executed_flops(flops: Flops, remat: str) -> float:
 
     Args:
         flops: of forward and backward pass.
-        remat: "none"; "save_projections", which keeps projections and repeats attention; or "full".
+        remat: "none"; "save_attention", which repeats no product; "save_projections", which keeps
+            projections and repeats attention; or "full".
     """
     # A frozen weight has one matmul forward and one backward, a trained one two backward.
     again = {
         "none": 0.0,
+        "save_attention": 0.0,
         "save_projections": flops.attention / 3,
         "full": flops.frozen / 2 + flops.adapters / 3 + flops.attention / 3,
     }
