@@ -61,8 +61,8 @@ def get_config() -> ConfigDict:
     c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
     c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
-    # auto | none | save_attention | save_projections | full: what the backward pass recomputes; auto
-    # is the first of the others that fits into the device's memory.
+    # auto | none | save_attention | save_projections | full: what the backward pass recomputes;
+    # auto is the first of the others that fits into the device's memory.
     c.remat = "auto"
     # auto | xla | cudnn | cudnn_masked | cudnn_packed; auto is the fastest that runs here
     c.attention = "auto"

@@ -19,6 +19,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from affectgpt_jax.models.quantize import (
+    Product,
     QuantizedKernel,
     frozen_dot,
     initializer,
@@ -177,8 +178,11 @@ def _ends(factors: Sequence[jax.Array]) -> list[int]:
 def _adapted_backward(scale, rate, residuals, grads):
     x, narrow, weights, seeds = residuals
     products = [product_with_transpose(g, w.kernel) for g, w in zip(grads, weights, strict=True)]
-    # What is narrow is added to the first one.
-    others = [p.result(x.dtype) for p in products[1:]]
+    # The frozen parts are added up first: where a device has a share of the outputs, XLA then sends
+    # one sum to the others, and not each part.
+    frozen = products[0]
+    if len(products) > 1:
+        frozen = Product(functools.reduce(jnp.add, [p.result(x.dtype) for p in products]))
     with jax.named_scope("low_rank"):
         factors = [w.lora_a.astype(x.dtype) for w in weights]
         grads_narrow = [
@@ -187,15 +191,14 @@ def _adapted_backward(scale, rate, residuals, grads):
         ]
         if all(seed is None for seed in seeds):
             together = jnp.concatenate(grads_narrow, axis=-1)
-            grad_x = products[0].plus(together, jnp.concatenate(factors, axis=1).T)
+            grad_x = frozen.plus(together, jnp.concatenate(factors, axis=1).T)
             grads_a = jnp.split(_over_tokens(together, x).T, _ends(factors), axis=1)
         else:
-            grad_x, grads_a = products[0].result(x.dtype), []
+            grad_x, grads_a = frozen.result(x.dtype), []
             for few, a, seed in zip(grads_narrow, factors, seeds, strict=True):
                 # Dropout is a product with its mask: its own transpose.
                 grad_x = grad_x + dropout(few @ a.T, rate, seed)
                 grads_a.append(_over_tokens(few, dropout(x, rate, seed)).T)
-        grad_x = functools.reduce(jnp.add, others, grad_x)
         grads_b = [_over_tokens(few, many) for few, many in zip(narrow, grads, strict=True)]
     nothing = [
         ProjectionWeights(

@@ -205,8 +205,9 @@ def model_collectives(sizes: Sizes, shape: Shape, remat: str) -> list[Collective
     data: one all-reduce of the gradients. fsdp: the same, and all-gathers of the layers' weights in
     the forward and in the backward pass, and of the lm_head in the forward pass alone, which
     computes its gradient too. tensor: all-reduces of hidden states, two a layer in the forward pass
-    (the outputs of two projections), five in the backward pass (the inputs of the other five), one
-    more where the layer is recomputed, and one for the lookup of the embeddings.
+    (the outputs of two projections), two in the backward pass (the inputs of the others, those of
+    one input added up), one more where the layer is recomputed, and one for the lookup of the
+    embeddings.
     """
     found = []
 
@@ -218,7 +219,7 @@ def model_collectives(sizes: Sizes, shape: Shape, remat: str) -> list[Collective
         split = sizes.layers // shape.tensor
         add("all-gather", ("fsdp",), 1, 2 * split + sizes.lm_head // shape.tensor)
     if shape.tensor > 1:
-        times = (8 if remat == "full" else 7) * sizes.num_layers + 1
+        times = (5 if remat == "full" else 4) * sizes.num_layers + 1
         add("all-reduce", ("tensor",), times, sizes.hidden)
     axes = tuple(axis for axis in ("data", "fsdp") if getattr(shape, axis) > 1)
     if axes:
