@@ -249,6 +249,8 @@ def compiler_options(
             xla_options.parse(config.xla_options),
             os.environ.get("XLA_FLAGS", ""),
             xla_options.refusal_by_xla,
+            # "auto" recomputes nothing on a CPU, which knows no limit of memory.
+            recomputing=config.remat not in ("auto", "none"),
         )
     except xla_options.XlaOptionError as error:
         raise ConfigError(f"config.xla_options: {error}") from None

@@ -51,7 +51,9 @@ NF4 = np.array(
 # Weights that share a scale. The scales are bfloat16: 4.25 bits a weight. QLoRA quantizes them once
 # more and gets 4.13, which of a 7B model would be 0.1 of 5.7 GB.
 NF4_BLOCK = 64
-_LEAST_SCALE = 1e-30  # far above float32's least number, so that what it divides stays finite
+# So small that what has it counts as 0, and so far above float32's least number that what is
+# divided by it stays finite.
+_LEAST_SCALE = 1e-30
 
 
 class QuantizedKernel(NamedTuple):
@@ -102,10 +104,8 @@ def _scaled(x: jax.Array, dtype: Any, axis: int) -> tuple[jax.Array, jax.Array]:
     integers = jnp.issubdtype(dtype, jnp.integer)
     limit = float((jnp.iinfo if integers else jnp.finfo)(dtype).max)
     # NaN and infinity go into the scale, and so into every product.
-    scale = largest / limit
-    # What is next to nothing counts as 0, so that a scale can be divided by.
-    scale = jnp.where(scale < _LEAST_SCALE, 1, scale)
-    x = jnp.where(largest / limit < _LEAST_SCALE, 0, x / scale)
+    scale = jnp.maximum(largest / limit, _LEAST_SCALE)
+    x = x / scale
     return (jnp.rint(x) if integers else x).astype(dtype), scale
 
 

@@ -1,4 +1,4 @@
-"""XLA options for the train step on GPUs.
+"""XLA options for the train step.
 
 They are passed to the compiler with the program, not through the environment: so they hold for the
 train step alone and can depend on the devices, and an option that this version of XLA does not know
@@ -56,6 +56,16 @@ GPU_OPTIONS = (
         2,
         "moves the gradients' all-reduce beside computation; recommended by JAX's guide for more "
         "than one GPU, not measured here",
+    ),
+)
+
+CPU_OPTIONS = (
+    Option(
+        "xla_disable_hlo_passes",
+        "cse_barrier_expander",
+        1,
+        "keeps XLA from merging what a rematerialisation policy computes again with the first time "
+        "that it is computed, which on CPUs would save no memory",
     ),
 )
 
@@ -127,15 +137,17 @@ def compiler_options(
     asked: Mapping[str, Value],
     xla_flags: str,
     refusal: Callable[[str, Value], str],
+    recomputing: bool = False,
 ) -> tuple[dict[str, Value], list[str]]:
     """What to compile a train step with.
 
     Args:
-        platform: "cuda", "cpu"...; `GPU_OPTIONS` are for "cuda" alone.
+        platform: "cuda", which has `GPU_OPTIONS`, "cpu", which has `CPU_OPTIONS`, or another.
         device_count: devices of the run.
         asked: options that the user asked for; they come first.
         xla_flags: the environment's `XLA_FLAGS`, of which nothing is overruled.
         refusal: `(name, value) -> ""`, or why this version of XLA refuses it: `refusal_by_xla`.
+        recomputing: whether a rematerialisation policy is asked for; `CPU_OPTIONS` are for that.
 
     Returns:
         Options, and a line about each for the user to read.
@@ -152,7 +164,8 @@ def compiler_options(
             raise XlaOptionError(f"XLA refuses {name}={value}: {refused}")
         options[name] = value
         lines.append(f"{name}={value}: as asked for")
-    for option in GPU_OPTIONS if platform == "cuda" else ():
+    defaults = {"cuda": GPU_OPTIONS, "cpu": CPU_OPTIONS if recomputing else ()}
+    for option in defaults.get(platform, ()):
         if device_count < option.devices or option.name in options or option.name in set_outside:
             continue
         if refused := refusal(option.name, option.value):

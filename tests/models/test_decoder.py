@@ -39,6 +39,7 @@ from affectgpt_jax.models.decoder import (
     rotary_tables,
 )
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
+from affectgpt_jax.training.xla_options import CPU_OPTIONS
 from affectgpt_jax.weights.huggingface import load_base, read_config
 
 # Float32 sums of some tens of terms, a few layers deep, added in another order.
@@ -457,7 +458,8 @@ def test_rematerialisation_saves_memory():
         model = make_model(llm, fusion=None, remat=remat)
         loss = lambda *inputs: loss_sum_and_count(model, *inputs, batch)[0]  # noqa: E731
         gradient = jax.jit(jax.grad(loss, argnums=1))
-        compiled = gradient.lower(random_base(model), random_trainable(model)).compile()
+        lowered = gradient.lower(random_base(model), random_trainable(model))
+        compiled = lowered.compile({option.name: option.value for option in CPU_OPTIONS})
         return compiled.memory_analysis().temp_size_in_bytes
 
     assert (

@@ -102,8 +102,10 @@ def test_the_papers_weights_and_state_take_what_their_shapes_say():
 
 
 def test_full_rematerialisation_saves_the_input_of_every_layer():
-    # Beside it the last norm's input and the loss's gradient, which are one layer's worth each.
-    assert NARROW < papers_memory()["full"].saved < 1.2 * NARROW
+    # Beside it the last norm's input and the loss's gradient, which are one layer's worth each, and
+    # each layer's part of the stacked adapters, float32.
+    adapters = 4 * 40_370_176
+    assert NARROW < papers_memory()["full"].saved - adapters < 1.2 * NARROW
 
 
 def test_no_rematerialisation_saves_the_feed_forward_width_three_times():
@@ -128,7 +130,7 @@ def test_many_long_rows_need_rematerialisation_on_an_80_gb_card():
 
 @pytest.mark.parametrize(
     ("rows", "targets", "positions"),
-    [(3, 100, 300), (3, 256, 512), (600, 4, 600)],  # a chunk is 512 positions, or one a row
+    [(3, 100, 300), (3, 512, 1024), (1200, 4, 1200)],  # a chunk is 1,024 positions, or one a row
 )
 def test_a_chunk_of_logits_and_its_gradient_are_counted(rows, targets, positions):
     model, *_ = paper(3)
@@ -190,5 +192,6 @@ def test_devices_and_accumulation_share_the_rows_and_fsdp_the_parameters():
         memory.choose_remat(*tiny(mesh), parts, None).memory
         for mesh, parts in ((None, 1), (sharding.make_mesh("data:2,fsdp:2,tensor:2"), 2))
     )
-    assert split.saved == pytest.approx(one.saved / 8, rel=0.05)
+    # The tensor axis splits the wide ones of a row's activations and leaves the narrow ones whole.
+    assert one.saved / 16 < split.saved < one.saved / 8
     assert split.base < one.base / 2
