@@ -182,7 +182,7 @@ class Planner:
         return Sizes(
             layers=nbytes(kernels),
             lm_head=nbytes(base.get("lm_head", base["embed_tokens"])),
-            adapters=parameter_count(state["trainable"]["lora"]) * itemsize,
+            adapters=nbytes(state["trainable"]["lora"]),
             fusion=nbytes(state["trainable"]["fusion"]),
             hidden=rows * self.rows.length * self.llm.hidden_size * itemsize,
             num_layers=self.llm.num_hidden_layers,
