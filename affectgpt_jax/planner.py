@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build
-from affectgpt_jax.common.trees import nbytes, parameter_count
+from affectgpt_jax.common.trees import nbytes
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import empty_batch
