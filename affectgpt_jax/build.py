@@ -30,6 +30,7 @@ from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, Deco
 from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.qformer import QFormerConfig
+from affectgpt_jax.training.devices import FP8_CAPABILITY
 from affectgpt_jax.training.optimizer import OptimizerConfig
 from affectgpt_jax.training.sharding import parse_mesh
 from affectgpt_jax.weights.huggingface import read_config
@@ -180,8 +181,15 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or ["no message"])[0]
 
 
-def check_model(config: ConfigDict, llm: DecoderConfig) -> tuple[LoraConfig | None, FusionConfig]:
+def check_model(
+    config: ConfigDict, llm: DecoderConfig, capability: tuple[int, int] | None = None
+) -> tuple[LoraConfig | None, FusionConfig]:
     """Adapters and fusion of a config, before a model is made of them.
+
+    Args:
+        config: the run's config.
+        llm: shape of the base.
+        capability: compute capability of the GPU that it is for; None is the one that is here.
 
     Raises:
         ConfigError: values that the modules refuse.
@@ -191,6 +199,17 @@ def check_model(config: ConfigDict, llm: DecoderConfig) -> tuple[LoraConfig | No
             f"config.base_precision='nf4' packs inputs in pairs, but this base has a hidden_size "
             f"of {llm.hidden_size} and an intermediate_size of {llm.intermediate_size}; use int8"
         )
+    if config.base_precision == "fp8":
+        if capability is None and device_platform() == "cuda":
+            capability = compute_capability()
+        # XLA would widen the weights in every layer: slower than bfloat16. (CPUs are for tests.)
+        if capability is not None and capability < FP8_CAPABILITY:
+            raise ConfigError(
+                "config.base_precision='fp8' needs a GPU that multiplies fp8, compute capability "
+                "{}.{} (Ada, Hopper) or later, and this one has {}.{}; use int8 or nf4".format(
+                    *FP8_CAPABILITY, *capability
+                )
+            )
     try:
         fusion = fusion_config(config)
         lora = None

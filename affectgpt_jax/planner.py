@@ -91,7 +91,7 @@ class Planner:
         self.config, self.device, self.rows = config, device, rows
         self.llm = build.base_config(config.llm)
         self._efficiency = efficiency
-        fusion = build.check_model(config, self.llm)[1]
+        fusion = build.check_model(config, self.llm, device.compute_capability)[1]
         self._features = {name: (FRAMES, fusion.feature_width(name)) for name in fusion.inputs}
         # The layouts decide the policy; attention becomes a stand-in where it is traced.
         unchosen = ConfigDict(config)

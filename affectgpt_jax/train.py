@@ -80,10 +80,10 @@ def train(
     ):
         say(reserved)
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
+    build.check_model(config, llm)
     attention = build.attention(config, llm)
     group.require_same({"attention": attention.name})
     say(f"attention: {attention.name} ({attention.reason})")
-    build.check_model(config, llm)
     options = compiler_options(config, say)
     group.from_main_process(lambda: save_config(config, workdir))
     distributed.check_shared(workdir / "config.json")

@@ -292,6 +292,22 @@ def test_what_only_the_modules_know_is_a_config_error_too(use, argv, message):
     assert "\n" not in str(caught.value)
 
 
+def test_fp8_is_refused_for_gpus_that_do_not_multiply_it(monkeypatch):
+    config, llm = parse("--config.base_precision=fp8")[0], DecoderConfig()
+    build.check_model(config, llm)  # on a CPU
+    monkeypatch.setattr(build, "device_platform", lambda: "cuda")
+    monkeypatch.setattr(build, "compute_capability", lambda: (8, 0))
+    expected = (
+        r"config\.base_precision='fp8' needs a GPU that multiplies fp8, compute capability 8\.9 "
+        r"\(Ada, Hopper\) or later, and this one has 8\.0; use int8 or nf4"
+    )
+    with pytest.raises(ConfigError, match=expected):
+        build.model(config, llm)
+    build.check_model(config, llm, (8, 9))  # planned for another GPU than the one that is here
+    with pytest.raises(ConfigError, match=expected):
+        build.check_model(config, llm, (8, 0))
+
+
 def test_training_says_bad_meshes_and_traces_in_one_line_and_may_be_tried_again(tmp_path):
     from affectgpt_jax import train
 

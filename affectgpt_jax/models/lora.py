@@ -177,6 +177,8 @@ def _ends(factors: Sequence[jax.Array]) -> list[int]:
 
 def _adapted_backward(scale, rate, residuals, grads):
     x, narrow, weights, seeds = residuals
+    # Without the barrier XLA sees that it drew these masks before, and keeps what is left of `x`.
+    seeds = jax.lax.optimization_barrier(seeds)
     products = [product_with_transpose(g, w.kernel) for g, w in zip(grads, weights, strict=True)]
     # The frozen parts are added up first: where a device has a share of the outputs, XLA then sends
     # one sum to the others, and not each part.

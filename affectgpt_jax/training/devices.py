@@ -56,6 +56,9 @@ DEVICES = {
     ),
 }
 GPUS_PER_NODE = 8
+# The first compute capability whose tensor cores multiply fp8 (Ada): NVIDIA's Ada and Hopper tuning
+# guides.
+FP8_CAPABILITY = (8, 9)
 
 # `device_kind` of a JAX device, CUDA's name of the card without its maker -> name in `DEVICES`.
 KINDS = {

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.flops import Flops
 from affectgpt_jax.training.collectives import Collective
-from affectgpt_jax.training.devices import GPUS_PER_NODE, Device
+from affectgpt_jax.training.devices import FP8_CAPABILITY, GPUS_PER_NODE, Device
 
 
 class Shape(NamedTuple):
@@ -114,7 +114,8 @@ def matmul_peak(device: Device, dtype: str) -> float:
 
 def eight_bit_matmuls(device: Device, precision: str) -> bool:
     """Whether the device multiplies kernels of this `config.base_precision` as they are."""
-    return precision == "int8" or (precision == "fp8" and device.compute_capability >= (9, 0))
+    fp8 = device.compute_capability >= FP8_CAPABILITY
+    return precision == "int8" or (precision == "fp8" and fp8)
 
 
 def memory_traffic(
