@@ -450,6 +450,8 @@ class Decoder(nn.Module):
         )
         if run.remat != "none":
             run_layer = jax.checkpoint(run_layer, policy=REMAT_POLICIES[run.remat])
+        # Traced and differentiated once for all layers, and written out for each.
+        run_layer = jax.jit(run_layer, inline=True)
         hidden_states = inputs_embeds.astype(run.dtype)
         caches = []
         for i, params in enumerate(self.get_variable("params", "layers")):
@@ -520,4 +522,4 @@ def _init_layers(module: Decoder, key: jax.Array) -> dict[str, Any]:
         return layer.init({"params": params_key, "lora": lora_key}, hidden_states, rotary, ids)
 
     keys = (jax.random.split(k, c.num_hidden_layers) for k in jax.random.split(key))
-    return jax.vmap(init)(*keys)
+    return jax.jit(jax.vmap(init))(*keys)
