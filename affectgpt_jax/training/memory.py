@@ -45,7 +45,8 @@ class Memory(NamedTuple):
 
     Attributes:
         base: frozen weights.
-        state: trainable parameters, their optimizer state and gradient.
+        state: trainable parameters, their optimizer state and gradient, and a copy of the adapters,
+            which are cut into layers.
         saved: activations that the forward pass saves for the backward pass.
         work: the largest short-lived buffers: one layer's activations during its backward pass, or
             a chunk of logits with its gradient.
@@ -188,7 +189,9 @@ def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) 
     """The memory of an update with so many bytes of residuals and of short-lived buffers."""
     return Memory(
         base=device_nbytes(abstract_base),
-        state=device_nbytes(abstract_state) + device_nbytes(abstract_state["trainable"]),
+        state=device_nbytes(abstract_state)
+        + device_nbytes(abstract_state["trainable"])
+        + device_nbytes(abstract_state["trainable"]["lora"]),
         saved=saved,
         work=work,
         gathered=gathered_bytes(abstract_base),
@@ -213,7 +216,10 @@ def saved_activations(
             total, count, metrics = loss(saving, base, trainable, batch, key)
             return total, (count, metrics)
 
-        yield policy, saved_bytes(objective, trainable, base, batch, key)
+        # Each layer's part of the stacked adapters is kept too, however many rows there are; see
+        # `of_update`.
+        found = saved_bytes(objective, trainable, base, batch, key)
+        yield policy, found - nbytes(trainable["lora"])
 
 
 def logit_bytes(model: AffectGPT, rows: int, targets: int, tensor: int = 1) -> int:

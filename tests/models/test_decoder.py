@@ -451,7 +451,7 @@ def test_rematerialisation_does_not_change_gradients(compiled_gradients, remat):
 
 def test_rematerialisation_saves_memory():
     # With adapters, whose gradients read what the projections are given.
-    llm = dataclasses.replace(LLM, num_hidden_layers=12)
+    llm = dataclasses.replace(LLM, num_hidden_layers=6)
     batch = make_batch([32] * 4, 32, llm=llm)
 
     def temporaries(remat):

@@ -98,14 +98,12 @@ def test_the_papers_weights_and_state_take_what_their_shapes_say():
     found = papers_memory()
     assert found["full"].base == 2 * 7_615_616_512
     # Adapters, two moments and the gradient in float32, and a few counters.
-    assert 0 <= found["full"].state - 4 * 4 * 40_370_176 < 100
+    assert 0 <= found["full"].state - 5 * 4 * 40_370_176 < 100
 
 
 def test_full_rematerialisation_saves_the_input_of_every_layer():
-    # Beside it the last norm's input and the loss's gradient, which are one layer's worth each, and
-    # each layer's part of the stacked adapters, float32.
-    adapters = 4 * 40_370_176
-    assert NARROW < papers_memory()["full"].saved - adapters < 1.2 * NARROW
+    # Beside it the last norm's input and the loss's gradient, which are one layer's worth each.
+    assert NARROW < papers_memory()["full"].saved < 1.2 * NARROW
 
 
 def test_no_rematerialisation_saves_the_feed_forward_width_three_times():
