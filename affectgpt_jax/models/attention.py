@@ -413,18 +413,18 @@ def cached(
         query: `[B, 1, H, d]`.
         key_cache: `[B, K, S, d]`, the new token's key already written.
         value_cache: `[B, K, S, d]`.
-        key_mask: `[B, W]` bool, True for slots that hold a token of this row, the new one included.
-            Slots from W on are not read.
+        key_mask: `[B, S]` bool, True for slots that hold a token of this row, the new one included.
 
     Returns:
         `[B, 1, H, d]` in the dtype of the values.
     """
     batch, _, heads, width = query.shape
-    kv_heads, slots = key_cache.shape[1], key_mask.shape[1]
+    kv_heads = key_cache.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, width)
-    key, value = key_cache[:, :, :slots], value_cache[:, :, :slots]
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, key, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, key_cache, preferred_element_type=jnp.float32)
     scores = jnp.where(key_mask[:, None, None], scores * width**-0.5, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    attended = jnp.einsum("bkgs,bksd->bkgd", weights, value, preferred_element_type=jnp.float32)
-    return attended.astype(value.dtype).reshape(query.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value_cache.dtype)
+    attended = jnp.einsum(
+        "bkgs,bksd->bkgd", weights, value_cache, preferred_element_type=jnp.float32
+    )
+    return attended.astype(value_cache.dtype).reshape(query.shape)

@@ -135,8 +135,7 @@ class KVCache(NamedTuple):
 
 class DecodeStep(NamedTuple):
     """Cache slots of a decode step: `slot` `[B]` int32 is where each row writes its new key and
-    value, `key_mask` `[B, W]` bool marks those of the first W slots that it reads, `slot` included.
-    """
+    value, `key_mask` `[B, S]` bool marks those that it reads, `slot` included."""
 
     slot: jax.Array
     key_mask: jax.Array
@@ -215,7 +214,11 @@ class OneDevice:
 
 def float32_logits(states: jax.Array, lm_head: jax.Array) -> jax.Array:
     """The default of `ComputeConfig.logits`."""
-    return jnp.einsum("bd,dv->bv", states, lm_head, preferred_element_type=jnp.float32)
+    rows = len(states)
+    # XLA has no GPU kernel with float32 sums for one row: it would convert the whole lm_head.
+    states = jnp.pad(states, ((0, max(0, 2 - rows)), (0, 0)))
+    logits = jnp.einsum("bd,dv->bv", states, lm_head, preferred_element_type=jnp.float32)
+    return logits[:rows]
 
 
 # 1,024 x 152,064 float32 logits take 0.6 GiB. Every chunk reads the whole lm_head three times: with

@@ -4,11 +4,13 @@
     state = init_decode_state(fresh, size, decoding)                 # rows, and room for answers
     state = insert(model, state, fresh, decoding, rows)              # which go into some rows
     state = decode(model, base, trainable, state, decoding, steps)   # up to `steps` tokens more
+    state = resize(model, state, slots)                              # a longer or shorter cache
 
 are of static shapes and, but for `init_decode_state`, compiled; the device runs through `steps`
-tokens without the host. `stream` drives them for one batch. `generate_all` does for a data set, in
-which a row whose answer has ended takes the next prompt while the others go on (continuous
-batching, Yu et al. 2022, "Orca"): no row waits for the longest answer.
+tokens without the host, and every token reads the whole cache. `stream` drives them for one batch.
+`generate_all` does for a data set, in which a row whose answer has ended takes the next prompt
+while the others go on (continuous batching, Yu et al. 2022, "Orca"): no row waits for the longest
+answer.
 
 A row's answer depends on its own prompt, seed and identity only, not on the batch that it stands
 in, nor on the order or the padding of that batch. (Up to rounding: programs of other shapes may add
@@ -38,14 +40,19 @@ from affectgpt_jax.models.affectgpt import (
 )
 from affectgpt_jax.models.decoder import DecodeStep, KVCache, lm_head
 
-# Slots of the cache that a token reads at the least; when they are used up, twice as many. A list
-# of labels has a dozen tokens, a description hundreds, and a GPU reads slots whether they are used
-# or not. Each number of slots costs one compilation.
+# Slots of the cache at the least; when they are used up, twice as many. A list of labels has a
+# dozen tokens, a description hundreds, and a GPU reads slots whether they are used or not. (The
+# first slots of a longer cache cannot be read where they are: XLA would copy them out of it for
+# every token.) Each number of slots costs one compilation.
 KV_BUCKET = 256
 
 # Rows that take their next prompts together are one in so many: more wait longer for the slowest of
 # them, fewer make narrower products of prompts.
 PREFILL_BATCHES = 8
+
+# Between prompts and tokens all matmuls are small enough for XLA to join those of one input, and it
+# would copy their kernels side by side for every token to do so.
+_COMPILER_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
 
 # Named, since a batch changes what rbg, which a user may have made the default, draws in a row.
 GENERATOR = "threefry2x32"
@@ -136,8 +143,8 @@ class DecodeState(NamedTuple):
         generated: what is written; N is the room for new tokens.
         lengths: `[B]` int32, tokens of each prompt; 0 for a row without one, which writes nothing.
         limits: `[B]` int32, tokens that each row may write.
-        cache: of every layer, of T + N - 1 slots: the last token is never fed. A row's tokens lie
-            side by side, each in the slot of its position.
+        cache: of every layer, of at most T + N - 1 slots: the last token is never fed. A row's
+            tokens lie side by side, each in the slot of its position.
         seen: `[B, V]` bool, tokens to penalise; None without a penalty.
         keys: `[B, 2]` uint32, the data of random keys; None at temperature 0.
     """
@@ -255,7 +262,9 @@ def _row_keys(seed: jax.Array, rows: jax.Array) -> jax.Array:
 # --- compiled parts -----------------------------------------------------------------------------
 
 
-@functools.partial(jax.jit, static_argnames=("model", "decoding"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "decoding"), compiler_options=_COMPILER_OPTIONS
+)
 def prefill(
     model: AffectGPT,
     base: Any,
@@ -305,7 +314,10 @@ def prefill(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "decoding", "kv_bucket"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("model", "decoding"),
+    donate_argnames="state",
+    compiler_options=_COMPILER_OPTIONS,
 )
 def decode(
     model: AffectGPT,
@@ -315,15 +327,13 @@ def decode(
     decoding: Decoding,
     steps: jax.Array | int,
     enough: jax.Array | int | None = None,
-    kv_bucket: int | None = None,
 ) -> DecodeState:
     """Write up to `steps` tokens more to every answer that is not complete.
 
     Stops where `enough` rows write no more (None: all of them), or where one of the others has used
-    up the first `kv_bucket` slots of the cache (None: all slots), beyond which nothing is read. The
-    state that comes in is consumed.
+    up the slots of its cache. The state that comes in is consumed.
     """
-    slots = jnp.arange(state.slots if kv_bucket is None else kv_bucket)
+    slots = jnp.arange(state.slots)
     enough = len(state.lengths) if enough is None else enough
 
     def unfinished(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
@@ -351,9 +361,17 @@ def decode(
     return _laid_out(model, jax.lax.while_loop(unfinished, write, (jnp.int32(0), state))[1])
 
 
-def init_decode_state(fresh: DecodeState, size: int, decoding: Decoding) -> DecodeState:
-    """`size` rows without prompts, with room for whole answers to prompts as long as those of
-    `fresh`, a state as `prefill` returns it, and laid out over devices as it is."""
+def init_decode_state(
+    fresh: DecodeState, size: int, decoding: Decoding, slots: int | None = None
+) -> DecodeState:
+    """Rows without prompts, laid out over devices as those of `fresh` are.
+
+    Args:
+        fresh: as `prefill` returns it, of prompts that are no shorter than any other.
+        size: B.
+        decoding: how to write.
+        slots: of the cache; None is room for whole answers, see `most_slots`.
+    """
 
     def zeros(x: jax.Array, sizes: Mapping[int, int]) -> jax.Array:
         shape = [sizes.get(axis, size) for axis, size in enumerate(x.shape)]
@@ -361,11 +379,37 @@ def init_decode_state(fresh: DecodeState, size: int, decoding: Decoding) -> Deco
 
     room = decoding.max_new_tokens
     rest = fresh._replace(generated=None, cache=None)
-    slots = fresh.slots + room - 1
+    slots = slots or most_slots(fresh, decoding)
     return jax.tree.map(lambda x: zeros(x, {0: size}), rest)._replace(
         generated=jax.tree.map(lambda x: zeros(x, {0: size, 1: room}), fresh.generated),
         cache=jax.tree.map(lambda x: zeros(x, {0: size, 2: slots}), fresh.cache),
     )
+
+
+def most_slots(fresh: DecodeState, decoding: Decoding) -> int:
+    """Slots that whole answers to prompts as long as those of `fresh` need."""
+    return fresh.slots + decoding.max_new_tokens - 1
+
+
+def resize(model: AffectGPT, state: DecodeState, slots: int) -> DecodeState:
+    """The same state with a cache of so many slots, no fewer than its rows have used up; consumed.
+
+    One layer after another, so that both caches never exist at the same time.
+    """
+    if slots == state.slots:
+        return state
+    cache = []
+    for layer in state.cache:
+        cache.append(_resized(model, layer, slots))
+        jax.tree.map(lambda x: x.delete(), layer)
+    return state._replace(cache=tuple(cache))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots"))
+def _resized(model: AffectGPT, cache: KVCache, slots: int) -> KVCache:
+    added = [(0, 0), (0, 0), (0, max(0, slots - cache.key.shape[2])), (0, 0)]
+    cache = jax.tree.map(lambda x: jnp.pad(x[:, :, :slots], added), cache)
+    return _laid_out_cache(model, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "decoding"), donate_argnames="state")
@@ -382,7 +426,7 @@ def insert(
         model: the modules.
         state: of B rows; consumed.
         fresh: P rows as `prefill` returns them, of prompts no longer than those that `state` was
-            made for.
+            made for, or than its cache.
         decoding: how to write.
         rows: `[P]` int32, all different, where they go; nowhere, from row B on.
     """
@@ -408,10 +452,14 @@ def _laid_out(model: AffectGPT, state: DecodeState) -> DecodeState:
     are compiled for each choice.
     """
     shard = model.decoder.compute.shard
-    cache = jax.tree.map(lambda x: shard(x, ("batch", "heads", None, None)), state.cache)
     rest = state._replace(cache=None)
     rest = jax.tree.map(lambda x: shard(x, ("batch",) + (None,) * (x.ndim - 1)), rest)
-    return rest._replace(cache=cache)
+    return rest._replace(cache=_laid_out_cache(model, state.cache))
+
+
+def _laid_out_cache(model: AffectGPT, cache: Any) -> Any:
+    shard = model.decoder.compute.shard
+    return jax.tree.map(lambda x: shard(x, ("batch", "heads", None, None)), cache)
 
 
 def _with_room(generated: Generated, room: int, pad_id: int) -> Generated:
@@ -487,15 +535,16 @@ def stream(
     """
     size = len(batch["tokens"])
     fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
-    state = init_decode_state(fresh, size, decoding)
+    most = most_slots(fresh, decoding)
+    state = init_decode_state(fresh, size, decoding, _kv_bucket(fresh.slots, most))
     state = insert(model, state, fresh, decoding, np.arange(size, dtype=np.int32))
     while True:
         generated, done, needed = _progress(state)
         yield generated
         if done.all():
             return
-        kv_bucket = _kv_bucket(state, needed)
-        state = decode(model, base, trainable, state, decoding, every, kv_bucket=kv_bucket)
+        state = resize(model, state, _kv_bucket(needed, most))
+        state = decode(model, base, trainable, state, decoding, every)
 
 
 def _progress(state: DecodeState) -> tuple[Generated, np.ndarray, int]:
@@ -505,12 +554,12 @@ def _progress(state: DecodeState) -> tuple[Generated, np.ndarray, int]:
     return generated, done, int((lengths + generated.counts)[~done].max(initial=0))
 
 
-def _kv_bucket(state: DecodeState, needed: int) -> int:
+def _kv_bucket(needed: int, most: int) -> int:
     """The least number of slots, of those that `decode` is compiled for, that is enough."""
     kv_bucket = KV_BUCKET
     while kv_bucket < needed:
         kv_bucket *= 2
-    return min(kv_bucket, state.slots)
+    return min(kv_bucket, most)
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -577,18 +626,20 @@ def generate_all(
                     f"{size}, and no longer ones than the {longest} tokens of the first batch"
                 )
             fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
+            needed = max(needed, length + 1)
             if state is None:
-                state = init_decode_state(fresh, size, decoding)
+                most = most_slots(fresh, decoding)
+                state = init_decode_state(fresh, size, decoding, _kv_bucket(needed, most))
+            state = resize(model, state, _kv_bucket(needed, most))
             taken, free = np.split(free, [len(numbers)])
             places = size + np.arange(prefill_batch, dtype=np.int32)  # nowhere, for filler
             places[: len(taken)] = taken
             state = insert(model, state, fresh, decoding, places)
             owners[taken] = numbers
-            needed = max(needed, length + 1)
             upcoming = next(prompts, None)
         enough = min(size, prefill_batch + (len(free) if upcoming is None else 0))
-        kv_bucket = _kv_bucket(state, needed)
-        state = decode(model, base, trainable, state, decoding, limit, enough, kv_bucket=kv_bucket)
+        state = resize(model, state, _kv_bucket(needed, most))
+        state = decode(model, base, trainable, state, decoding, limit, enough)
         generated, done, needed = _progress(state)
         for row in np.flatnonzero(done & (owners >= 0)):
             yield int(owners[row]), generated.row(row)
