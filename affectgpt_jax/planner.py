@@ -150,14 +150,16 @@ class Planner:
         """What an update takes on a device that runs so many rows at a time."""
         state, base = self.abstract(shape)
         backend = self.attention(shape.tensor).name
-        length, targets = self.rows.length, self.rows.targets
         saved = self._saved(backend, shape.tensor)
-        layer = rows * saved["none"] // self.llm.num_hidden_layers
-        model = self.program.model
-        if backend == "xla":
-            share = memory.share_of_model(model, shape.tensor).decoder.config
-            layer += memory.score_bytes(share, rows, length)
-        work = max(layer, memory.logit_bytes(model, rows, targets, shape.tensor))
+        work = memory.work_bytes(
+            self.program.model,
+            rows,
+            self.rows.length,
+            self.rows.targets,
+            rows * (saved["none"] - saved[remat]),
+            shape.tensor,
+            backend == "xla",
+        )
         return memory.of_update(state, base, rows * saved[remat], work)
 
     def fits(self, needed: Memory) -> bool:

@@ -156,6 +156,51 @@ def test_save_attention_computes_attention_once():
     }
 
 
+QWEN = "Qwen2.5-7B-Instruct"
+PAPERS, LONG, SEVERAL = (1024, 616, 1), (4096, 4095, 1), (2048, 1228, 16)
+DROPOUT = {"lora.dropout": 0.05}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("device", "count", "remat", "rows", "rows_each", "changes"),
+    [
+        ("a100-80g", 8, "none", PAPERS, 3, DROPOUT),
+        ("h100-80g", 1, "none", (512, 308, 1), 3, DROPOUT),
+        ("h100-80g", 1, "none", LONG, 2, {}),
+        ("h100-80g", 1, "save_attention", LONG, 2, {}),
+        ("h100-80g", 1, "save_projections", LONG, 2, {}),
+        ("h100-80g", 1, "full", LONG, 2, {}),
+        ("h100-80g", 1, "none", PAPERS, 12, DROPOUT),
+        ("a100-80g", 8, "none", PAPERS, 3, {"mesh": "fsdp:8", **DROPOUT}),
+        ("a100-80g", 1, "none", PAPERS, 3, {"gradient_accumulation_steps": 8, **DROPOUT}),
+        ("a100-80g", 1, "none", PAPERS, 3, {"attention": "xla", **DROPOUT}),
+        ("h100-80g", 1, "save_attention", SEVERAL, 6, DROPOUT),
+        ("a100-80g", 1, "save_attention", SEVERAL, 6, DROPOUT),
+        ("h100-80g", 1, "save_projections", SEVERAL, 6, DROPOUT),
+        ("h100-80g", 1, "none", PAPERS, 3, {"base_precision": "fp8", **DROPOUT}),
+        ("h100-80g", 1, "none", PAPERS, 3, {"base_precision": "int8", **DROPOUT}),
+        ("h100-80g", 1, "none", PAPERS, 3, {"base_precision": "nf4", **DROPOUT}),
+        ("h100-80g", 1, "none", LONG, 2, {"base_precision": "fp8"}),
+        ("h100-80g", 8, "none", PAPERS, 12, {"mesh": "data:2,tensor:4", **DROPOUT}),
+        ("h100-80g", 8, "none", SEVERAL, 2, {"mesh": "data:4,tensor:2", **DROPOUT}),
+        (
+            "h100-80g",
+            8,
+            "none",
+            PAPERS,
+            6,
+            {"mesh": "fsdp:4,tensor:2", "base_precision": "int8", **DROPOUT},
+        ),
+    ],
+)
+def test_the_estimate_of_a_7b_step_is_within_a_twentieth_of_the_compilers(
+    device, count, remat, rows, rows_each, changes
+):
+    found = step.__wrapped__(device, count, remat, rows, rows_each, QWEN, **changes)
+    assert found.estimate == pytest.approx(found.found["peak_gib"], rel=0.05)
+
+
 # --- More than one device -------------------------------------------------------------------------
 
 
