@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build
-from affectgpt_jax.common.trees import nbytes, parameter_count
+from affectgpt_jax.common.trees import nbytes
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import empty_batch
@@ -184,7 +184,7 @@ class Planner:
         return Sizes(
             layers=nbytes(kernels),
             lm_head=nbytes(base.get("lm_head", base["embed_tokens"])),
-            adapters=parameter_count(state["trainable"]["lora"]) * itemsize,
+            adapters=nbytes(state["trainable"]["lora"]),
             fusion=nbytes(state["trainable"]["fusion"]),
             hidden=rows * self.rows.length * self.llm.hidden_size * itemsize,
             num_layers=self.llm.num_hidden_layers,
