@@ -44,7 +44,7 @@ from affectgpt_jax.common.trees import device_nbytes, parameter_count
 from affectgpt_jax.config import ConfigError, parse_command_line
 from affectgpt_jax.data.packing import CLIP_ROOM, Bucket, round_up
 from affectgpt_jax.gpu_plan import Compilation, Request
-from affectgpt_jax.planner import Layout, Planner
+from affectgpt_jax.planner import Layout, Planner, abstract_mesh
 from affectgpt_jax.program import check_rows
 from affectgpt_jax.training import collectives, gpu_compile, memory, sharding
 from affectgpt_jax.training.devices import DEVICES
@@ -162,6 +162,28 @@ def rows_of(config: ConfigDict, length: int | None, targets: int | None) -> Buck
     return Bucket(length, targets, clips)
 
 
+def set_up(config: ConfigDict, arguments: argparse.Namespace) -> tuple[Planner, Layout, Request]:
+    """The planner of a config, the layout that it asks for, and what there is to compile.
+
+    Args:
+        config: as training reads it.
+        arguments: of `parse_arguments`.
+
+    Raises:
+        ConfigError, WeightsError, MeshError: what training would refuse as well.
+    """
+    shape = Shape(*sharding.parse_mesh(config.mesh, arguments.devices))
+    check_rows(config, abstract_mesh(shape))
+    rows = rows_of(config, arguments.length, arguments.targets)
+    planner = Planner(config, DEVICES[arguments.device], rows, arguments.efficiency)
+    microbatches = config.gradient_accumulation_steps
+    on_device = config.batch_size // (microbatches * shape.data * shape.fsdp)
+    layout = planner.layout(shape, microbatches, on_device, config.remat)
+    plain = json.loads(config.to_json())
+    request = Request(plain, arguments.device, arguments.devices, rows, layout.remat)
+    return planner, layout, request
+
+
 def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, Any]:
     """The plan of a config, of plain values in bytes, seconds and FLOPs.
 
@@ -177,19 +199,13 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     if arguments.compile and (missing := gpu_compile.unavailable()):
         raise gpu_compile.CompilerError(missing)
     device = DEVICES[arguments.device]
-    rows = rows_of(config, arguments.length, arguments.targets)
+    planner, layout, request = set_up(config, arguments)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
-    check_rows(config, mesh)
-    planner = Planner(config, device, rows, arguments.efficiency)
-    shape, microbatches = Shape(**mesh.shape), config.gradient_accumulation_steps
-    on_device = config.batch_size // (microbatches * shape.data * shape.fsdp)
-    remat = planner.layout(shape, microbatches, on_device, config.remat).remat
-    plain = json.loads(config.to_json())
-    request = Request(plain, arguments.device, arguments.devices, rows, remat)
+    rows, shape, remat = planner.rows, layout.shape, layout.remat
     with Compilation(request, arguments.compile) as compilation:
         compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
         on_gpu = compilation.result()
-    asked = planner.layout(shape, microbatches, on_device, remat, sent)
+    asked = planner.layout(shape, layout.microbatches, layout.rows, remat, sent)
     state, base = planner.abstract(shape)
     flops = planner.flops()
     best = planner.recommend(mesh.size, config.batch_size, shape.tensor)

@@ -98,7 +98,7 @@ class Planner:
         unchosen.remat = "none"
         self.program = make_program(
             unchosen,
-            _abstract_mesh(Shape(1, 1, 1)),
+            abstract_mesh(Shape(1, 1, 1)),
             {rows.length: self.batch(config.batch_size)},
             llm=self.llm,
             attend=causal,
@@ -131,7 +131,7 @@ class Planner:
 
     def _abstract(self, shape: Shape) -> tuple[State, Any]:
         """Shapes and shardings of state and base on a mesh of this shape."""
-        program = self.program.on(_abstract_mesh(shape))
+        program = self.program.on(abstract_mesh(shape))
         return program.state, program.base
 
     def batch(self, rows: int) -> Batch:
@@ -142,7 +142,7 @@ class Planner:
         """Bytes of one row that each of `tensor` devices saves, by policy; several rows save as
         many times that."""
         attend = memory.kernel_stand_in(backend, self.rows.clips)
-        program = self.program.on(_abstract_mesh(Shape(1, 1, 1)), attend=attend)
+        program = self.program.on(abstract_mesh(Shape(1, 1, 1)), attend=attend)
         found = memory.saved_activations(program.model, self.batch(1), program.loss, tensor)
         return dict(found)
 
@@ -150,14 +150,16 @@ class Planner:
         """What an update takes on a device that runs so many rows at a time."""
         state, base = self.abstract(shape)
         backend = self.attention(shape.tensor).name
-        length, targets = self.rows.length, self.rows.targets
         saved = self._saved(backend, shape.tensor)
-        layer = rows * saved["none"] // self.llm.num_hidden_layers
-        model = self.program.model
-        if backend == "xla":
-            share = memory.share_of_model(model, shape.tensor).decoder.config
-            layer += memory.score_bytes(share, rows, length)
-        work = max(layer, memory.logit_bytes(model, rows, targets, shape.tensor))
+        work = memory.work_bytes(
+            self.program.model,
+            rows,
+            self.rows.length,
+            self.rows.targets,
+            rows * (saved["none"] - saved[remat]),
+            shape.tensor,
+            backend == "xla",
+        )
         return memory.of_update(state, base, rows * saved[remat], work)
 
     def fits(self, needed: Memory) -> bool:
@@ -301,7 +303,8 @@ class Planner:
         return fewest
 
 
-def _abstract_mesh(shape: Shape) -> AbstractMesh:
+def abstract_mesh(shape: Shape) -> AbstractMesh:
+    """A mesh of this shape, of devices that are not here."""
     return AbstractMesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 

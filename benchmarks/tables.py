@@ -25,6 +25,9 @@ from benchmarks import (
     savings,
     train_step,
 )
+from benchmarks import (
+    compiled as gpu_compiled,
+)
 from benchmarks.generation import Case
 from benchmarks.harness import RESULTS, Measurement, Report, spread_in_words
 
@@ -313,6 +316,15 @@ SECTIONS = (
         "Ratios are of a run's own sides: its blocks alternated, other rows were measured apart.",
     ),
     Section("Attention backends", "attention_*.json", attention.COMMAND),
+    Section(
+        "What XLA's CUDA compiler makes of an update",
+        "compiled_*.json",
+        gpu_compiled.COMMAND,
+        "Compiled, not run: memory, bytes and launches of one device are the compiler's. Matmuls "
+        "and attention at 70 % of the peak and all other bytes at 90 % of the bandwidth give the "
+        "floor, and tokens/s and MFU follow from it; places in rows count as tokens, padding too. "
+        "What the network takes is left out.",
+    ),
     Section(
         "What was planned, beside what was measured",
         "prediction_*.json",

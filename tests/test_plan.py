@@ -270,7 +270,7 @@ def test_a_plan_needs_a_config_json_and_no_weights(tmp_path):
         (["--config.attention=cudnn"], "bfloat16 or float16, not in float32"),
         (
             ["--config.base_precision=fp8"],
-            "capability 8.9 .* and this one has 8.0; use int8",
+            "compute capability 8.9 .* and this one has 8.0; use int8",
         ),
         (["--config.no_such_key=1"], "config.no_such_key is not a key"),
         (["--length=8", "--targets=9"], "--targets=9 are more than the 8 tokens"),

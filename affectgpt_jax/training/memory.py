@@ -40,16 +40,18 @@ POLICIES = ("none", "save_attention", "save_projections", "full")
 USABLE = 0.9
 
 
+# What changes no byte of an array whose size it keeps.
+_VIEWS = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "name")
+
+
 class Memory(NamedTuple):
     """Bytes on one device during an update.
 
     Attributes:
         base: frozen weights.
-        state: trainable parameters, their optimizer state and gradient, and a copy of the adapters,
-            which are cut into layers.
+        state: trainable parameters, their optimizer state and gradient.
         saved: activations that the forward pass saves for the backward pass.
-        work: the largest short-lived buffers: one layer's activations during its backward pass, or
-            a chunk of logits with its gradient.
+        work: the largest short-lived buffers: see `work_bytes`.
         gathered: frozen weights that fsdp gathers for a while: those of a layer and of the next
             one, which is prefetched, or the lm_head.
     """
@@ -153,13 +155,12 @@ def estimates(
     Yields:
         Every policy with its memory, in the order of `POLICIES`; each costs about a second.
     """
-    config, layer = share_of_model(model, tensor).decoder.config, 0
     rows, targets = batch["targets"].shape
-    plain = model.decoder.compute.attend is causal
-    scores = score_bytes(config, rows, batch["tokens"].shape[1]) if plain else 0
+    shape = rows, batch["tokens"].shape[1], targets
+    plain, everything = model.decoder.compute.attend is causal, None
     for policy, saved in saved_activations(model, batch, loss, tensor):
-        layer = layer or saved // config.num_hidden_layers  # without rematerialisation
-        work = max(layer + scores, logit_bytes(model, rows, targets, tensor))
+        everything = everything or saved  # the first policy's
+        work = work_bytes(model, *shape, everything - saved, tensor, plain)
         yield policy, of_update(abstract_state, abstract_base, saved, work)
 
 
@@ -189,9 +190,7 @@ def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) 
     """The memory of an update with so many bytes of residuals and of short-lived buffers."""
     return Memory(
         base=device_nbytes(abstract_base),
-        state=device_nbytes(abstract_state)
-        + device_nbytes(abstract_state["trainable"])
-        + device_nbytes(abstract_state["trainable"]["lora"]),
+        state=device_nbytes(abstract_state) + device_nbytes(abstract_state["trainable"]),
         saved=saved,
         work=work,
         gathered=gathered_bytes(abstract_base),
@@ -216,10 +215,43 @@ def saved_activations(
             total, count, metrics = loss(saving, base, trainable, batch, key)
             return total, (count, metrics)
 
-        # Each layer's part of the stacked adapters is kept too, however many rows there are; see
-        # `of_update`.
-        found = saved_bytes(objective, trainable, base, batch, key)
-        yield policy, found - nbytes(trainable["lora"])
+        saved = saved_bytes(objective, trainable, base, batch, key)
+        if policy == "none" and model.decoder.lora and model.decoder.lora.dropout:
+            # XLA's CUDA compiler draws masks in one kernel with one of the layer's two norms, and
+            # computes that norm again with them.
+            config, dtype = model.decoder.config, jnp.dtype(model.decoder.compute.dtype)
+            hidden = math.prod(batch["tokens"].shape) * config.hidden_size * dtype.itemsize
+            saved -= config.num_hidden_layers * hidden
+        yield policy, saved
+
+
+def work_bytes(
+    model: AffectGPT,
+    rows: int,
+    length: int,
+    targets: int,
+    recomputed: int,
+    tensor: int = 1,
+    plain_attention: bool = False,
+) -> int:
+    """The largest short-lived buffers: of one layer's backward pass, or of a chunk of logits.
+
+    A layer's are what it computes again, and gradients: of the three activations of feed-forward
+    width, of its input, and of two that are added to that.
+
+    Args:
+        model: any policy.
+        rows, length, targets: rows of a device, and tokens and supervised ones of each.
+        recomputed: bytes that the policy leaves to all layers to compute again.
+        tensor: devices that share the rows.
+        plain_attention: whether attention is plain XLA's.
+    """
+    config = share_of_model(model, tensor).decoder.config
+    itemsize = jnp.dtype(model.decoder.compute.dtype).itemsize
+    widths = 3 * (config.intermediate_size + config.hidden_size)
+    layer = max(0, recomputed) // config.num_hidden_layers + rows * length * widths * itemsize
+    scores = score_bytes(config, rows, length) if plain_attention else 0
+    return max(layer + scores, logit_bytes(model, rows, targets, tensor))
 
 
 def logit_bytes(model: AffectGPT, rows: int, targets: int, tensor: int = 1) -> int:
@@ -293,7 +325,8 @@ def kernel_stand_in(name: str, samples: int) -> CausalAttention:
 def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
     """Bytes that differentiating `function(differentiated, *others) -> (scalar, aux)` saves.
 
-    Arguments that the backward pass reads again are not copied, and not counted.
+    Arguments that the backward pass reads again are not copied, and not counted. An array that it
+    reads in two shapes is counted once.
 
     Args:
         function: traced, not run.
@@ -307,7 +340,17 @@ def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
 
     jaxpr = jax.make_jaxpr(residuals)(differentiated, *others).jaxpr
     arguments = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
-    kept = {id(v): v.aval for v in jaxpr.outvars if id(v) not in arguments}
+    made_by = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
+
+    def original(variable: Any) -> Any:
+        """What a variable is another view of."""
+        equation = made_by.get(id(variable))
+        if equation is None or equation.primitive.name not in _VIEWS:
+            return variable
+        (source,) = equation.invars
+        return original(source) if source.aval.size == variable.aval.size else variable
+
+    kept = {id(v): v.aval for v in map(original, jaxpr.outvars) if id(v) not in arguments}
     return nbytes(list(kept.values()))
 
 
