@@ -49,7 +49,8 @@ class Memory(NamedTuple):
 
     Attributes:
         base: frozen weights.
-        state: trainable parameters, their optimizer state and gradient.
+        state: trainable parameters, their optimizer state and gradient, and a copy of the adapters,
+            which are cut into layers.
         saved: activations that the forward pass saves for the backward pass.
         work: the largest short-lived buffers: see `work_bytes`.
         gathered: frozen weights that fsdp gathers for a while: those of a layer and of the next
@@ -190,7 +191,9 @@ def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) 
     """The memory of an update with so many bytes of residuals and of short-lived buffers."""
     return Memory(
         base=device_nbytes(abstract_base),
-        state=device_nbytes(abstract_state) + device_nbytes(abstract_state["trainable"]),
+        state=device_nbytes(abstract_state)
+        + device_nbytes(abstract_state["trainable"])
+        + device_nbytes(abstract_state["trainable"]["lora"]),
         saved=saved,
         work=work,
         gathered=gathered_bytes(abstract_base),
@@ -215,7 +218,9 @@ def saved_activations(
             total, count, metrics = loss(saving, base, trainable, batch, key)
             return total, (count, metrics)
 
-        saved = saved_bytes(objective, trainable, base, batch, key)
+        # Each layer's part of the stacked adapters is kept too, however many rows there are; it
+        # counts as state.
+        saved = saved_bytes(objective, trainable, base, batch, key) - nbytes(trainable["lora"])
         if policy == "none" and model.decoder.lora and model.decoder.lora.dropout:
             # XLA's CUDA compiler draws masks in one kernel with one of the layer's two norms, and
             # computes that norm again with them.

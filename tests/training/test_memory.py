@@ -40,7 +40,8 @@ def test_arguments_that_the_backward_pass_reads_are_not_counted():
 def test_an_array_that_is_read_in_two_shapes_is_counted_once():
     def views(x):
         once = jnp.sin(x)
-        product = jax.checkpoint(jnp.sum, policy=jax.checkpoint_policies.nothing_saveable)
+        policy = jax.checkpoint_policies.nothing_saveable
+        product = jax.checkpoint(lambda x: jnp.sum(x * x), policy=policy)
         return product(once) + product(once.reshape(-1)), None
 
     assert memory.saved_bytes(views, shape(8, 16)) == 2 * 8 * 16 * 4  # sin and cos
@@ -107,7 +108,7 @@ def test_the_papers_weights_and_state_take_what_their_shapes_say():
     found = papers_memory()
     assert found["full"].base == 2 * 7_615_616_512
     # Adapters, two moments and the gradient in float32, and a few counters.
-    assert 0 <= found["full"].state - 4 * 4 * 40_370_176 < 100
+    assert 0 <= found["full"].state - 5 * 4 * 40_370_176 < 100
 
 
 def test_full_rematerialisation_saves_the_input_of_every_layer():
