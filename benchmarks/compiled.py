@@ -133,6 +133,22 @@ def table(report: Report) -> str:
     return f"**Compiled by jax {version}, not run**\n\n{harness.columns(COLUMNS, report['cases'])}"
 
 
+OVERVIEW = {
+    "compiled, not run": lambda m: f"{m['workload']}, {m['device']}, jax {m['jax']}",
+    **{
+        name: COLUMNS[name]
+        for name in ("peak GiB (estimate)", "of it no matmul", "floor ms", "tokens/s of one", "MFU")
+    },
+}
+
+
+def overview(reports: Sequence[Report]) -> str:
+    """The anchor's rows, for the README."""
+    found = [m for report in reports for m in report["cases"] if m["workload"] == "anchor"]
+    names = {"of it no matmul": "moved beside matmuls, GB"}
+    return harness.columns({names.get(k, k): cell for k, cell in OVERVIEW.items()}, found)
+
+
 def flags(add: Callable[..., Any]) -> None:
     add("--only", default="", metavar="WORD", help="workloads with this in their name")
     add("--add", action="store_true", help="keep the cases that the file has")

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import pytest
 
 from affectgpt_jax.configs import affectgpt_qwen25_7b
@@ -26,6 +27,15 @@ pytestmark = [
         bool(gpu_compile.unavailable()), reason=gpu_compile.unavailable() or "it can be"
     ),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _optimised():
+    """These are looked at and not run; unoptimised, some of their kernels take ptxas minutes."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
 
 LAYERS, HIDDEN, WIDE, VOCABULARY = 2, 1024, 3072, 4096
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 128
@@ -111,6 +121,7 @@ def cublas_calls(found, dtype):
 
 # The smallest kernel, which is more than any activation and than all adapters of a projection.
 KERNEL = HIDDEN * KV_HEADS * HEAD_DIM
+KERNELS = LAYERS * (2 * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM + 3 * HIDDEN * WIDE)  # all of them
 
 
 @pytest.mark.parametrize(
@@ -120,17 +131,26 @@ KERNEL = HIDDEN * KV_HEADS * HEAD_DIM
         ("h100-80g", "save_attention", {"lora.dropout": 0.05}),
         ("a100-80g", "save_projections", {}),
         ("h100-80g", "full", {"gradient_accumulation_steps": 2}),
-        ("h100-80g", "none", {"base_precision": "fp8"}),
-        ("a100-80g", "full", {"base_precision": "int8"}),
     ],
 )
 def test_no_kernel_is_copied_and_no_stack_is_filled(device, remat, changes):
     found = step(device, remat=remat, **changes)
-    # Activations are 16 bits wide in any case, so with 8-bit kernels only the larger ones show.
     least = 2 * KERNEL
     assert least > 2 * TOKENS * WIDE and least > 4 * LAYERS * WIDE * 16
     moved = [f for f in found.of(hlo_traffic.MOVEMENT) if max(f.read, f.written) >= least]
     assert not moved, [(f.name, f.shape, f.op_name) for f in moved]
+
+
+@pytest.mark.parametrize(
+    ("device", "precision"), [("h100-80g", "fp8"), ("h100-80g", "int8"), ("a100-80g", "int8")]
+)
+def test_8_bit_kernels_are_transposed_for_one_direction_and_one_at_a_time(device, precision):
+    # cuBLAS wants both operands of an 8-bit product along the sum, which forward and backward pass
+    # take over different axes.
+    found = step(device, base_precision=precision)
+    moved = [f for f in found.of(hlo_traffic.MOVEMENT) if max(f.read, f.written) >= KERNEL]
+    assert sum(f.bytes for f in moved) <= 1.05 * 2 * KERNELS
+    assert max(f.written for f in moved) <= HIDDEN * WIDE
 
 
 def test_what_dropout_leaves_of_an_input_is_not_kept():
@@ -263,13 +283,11 @@ def test_fsdp_gathers_what_the_formula_says():
     ],
 )
 def test_8_bit_kernels_are_multiplied_as_they_are(device, precision, dtype):
-    remat = "full" if device == "a100-80g" else "none"
-    found = step(device, remat=remat, base_precision=precision)
+    found = step(device, base_precision=precision)
     # Seven projections, forward and backward; those of the first layer's input have no gradient.
     assert cublas_calls(found, dtype) >= 2 * 7 * LAYERS - 3
-    wide = step(device, remat=remat).found["peak_gib"]
-    kernels = LAYERS * (2 * HIDDEN * (HEADS + KV_HEADS) * HEAD_DIM + 3 * HIDDEN * WIDE)
-    assert wide - found.found["peak_gib"] > 0.9 * kernels / 2**30
+    saved = step(device).found["peak_gib"] - found.found["peak_gib"]
+    assert saved > 0.8 * KERNELS / 2**30  # but for the transposed one
 
 
 @pytest.mark.parametrize(
