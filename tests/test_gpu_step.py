@@ -259,7 +259,7 @@ def test_gradients_of_adapters_are_added_up_once_in_float32():
 def test_devices_that_share_heads_add_hidden_states_up_four_times_a_layer(remat, times):
     found = step(count=8, remat=remat, mesh="data:2,tensor:4")
     hidden = TOKENS * HIDDEN * 2
-    # XLA joins those of so small a model with the narrow ones of the adapters, so bytes are counted.
+    # XLA joins those of so small a model with the adapters' narrow ones, so bytes are counted.
     # One more of the embeddings; of the first layer nothing needs the gradient of its input.
     sent = sum(s["count"] * s["bytes"] for s in found.sent("all-reduce", "tensor"))
     assert int(sent / hidden) == times * LAYERS

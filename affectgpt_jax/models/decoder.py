@@ -215,7 +215,7 @@ class OneDevice:
 def float32_logits(states: jax.Array, lm_head: jax.Array) -> jax.Array:
     """The default of `ComputeConfig.logits`."""
     rows = len(states)
-    # XLA has no GPU kernel with float32 sums for one row: it would convert the whole lm_head.
+    # For one row, XLA would convert the whole lm_head to float32 on a GPU.
     states = jnp.pad(states, ((0, max(0, 2 - rows)), (0, 0)))
     logits = jnp.einsum("bd,dv->bv", states, lm_head, preferred_element_type=jnp.float32)
     return logits[:rows]
