@@ -10,9 +10,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from affectgpt_jax.common.json import read_json
 from benchmarks import harness
 from benchmarks.harness import Report
 
@@ -62,25 +67,23 @@ def cases() -> list[Case]:
 
 def make(case: Case) -> dict[str, Any]:
     """Compile a case; returns what was found, with the estimate and the command."""
-    from affectgpt_jax import plan
-    from affectgpt_jax.gpu_plan import Compilation
-
-    arguments, config = plan.parse_arguments(case.command.split()[3:])
-    planner, layout, request = plan.set_up(config, arguments)
-    with Compilation(request) as compilation:
-        found = compilation.result()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan.json"
+        words = [*case.command.split()[1:], f"--json={path}"]
+        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+        plan = read_json(path, dict[str, Any])
     return {
         "command": case.command,
         "workload": case.workload,
-        "device": planner.device.name,
-        "devices": arguments.devices,
-        "rows": layout.rows,
-        "length": request.rows.length,
-        "targets": request.rows.targets,
-        "attention": planner.attention(layout.shape.tensor).name,
-        "estimate_gib": layout.memory.total / 2**30,
+        "device": plan["device"]["name"],
+        "devices": plan["layout"]["devices"],
+        "rows": plan["layout"]["rows"],
+        "length": plan["rows"]["length"],
+        "targets": plan["rows"]["targets"],
+        "attention": plan["attention"]["name"],
+        "estimate_gib": plan["estimate"]["peak_gib"],
         "date": datetime.date.today().isoformat(),
-        **{key: value for key, value in found.items() if key != "largest"},
+        **{key: value for key, value in plan["compiled"].items() if key != "largest"},
     }
 
 
