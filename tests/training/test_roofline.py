@@ -94,5 +94,5 @@ def test_layouts_send_what_their_axes_split():
         ("all-gather", ("fsdp",)): 2 * (2 * 700 + 50),
         ("all-reduce", ("data", "fsdp")): 2 * 11,
     }
-    assert found(1, 1, 2) == {("all-reduce", ("tensor",)): 2 * (7 * 4 + 1) * 20}
-    assert found(1, 1, 2, remat="full") == {("all-reduce", ("tensor",)): 2 * (8 * 4 + 1) * 20}
+    assert found(1, 1, 2) == {("all-reduce", ("tensor",)): 2 * (4 * 4 + 1) * 20}
+    assert found(1, 1, 2, remat="full") == {("all-reduce", ("tensor",)): 2 * (5 * 4 + 1) * 20}
