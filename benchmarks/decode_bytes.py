@@ -185,7 +185,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def name_of(args: argparse.Namespace) -> str:
     """A result file's name, without its ending: one of every version of jax, and of every GPU."""
     versions: Sequence[str] = importlib.metadata.version("jax").split(".")[:2]
-    return f"decode_bytes_{args.device.split('-')[0]}_jax_{'_'.join(versions)}"
+    return f"decode_bytes_{args.device.split('-')[0]}_jax_{'.'.join(versions)}"
 
 
 COMMAND = harness.Measurement("decode_bytes", run, harness.each(table), name_of, flags, check=check)

@@ -39,11 +39,10 @@ PARTS = (
     ("heads and fusion", r"[/(]Fusion[/)]"),
     ("embedding", r"[/(]embedding[/)]"),
     ("frozen matmuls", r"^(dot|custom-call|convolution)\b.*_proj/"),
-    ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers|norm)/|[/(]Decoder\)?\)/(?!while)"),
-    ("loop over layers", r"[/(]Decoder\)+/while"),
+    ("norms, rotary, SwiGLU, residuals", r"(closed_call|layers_\d+|norm)/|[/(]Decoder\)?\)/"),
     ("choice of supervised positions", r"jvp|transpose"),
     ("optimizer and metrics", r"[/(]optimizer[/)]|train_step"),
-    # The compiler's own: stacks of what layers save start as zeros, and loops copy what they carry.
+    # The compiler's own: stacks start as zeros, and loops copy what they carry.
     ("copies and zeros", r"^(copy|broadcast|fusion) /$"),
 )
 OTHER = "other"

@@ -177,20 +177,14 @@ class Jax:
 
     def facts(self) -> dict[str, Any]:
         """What it runs on, and how."""
-        memory_of = [program.memory_analysis() for program in self.programs.values()]
+        programs = self.programs.values()
         return {
             "environment": harness.describe(),
             "notes": self.notes,
             "compile_s": self.compile_s,
             "base_bytes": nbytes(self.base),
-            "temporary_bytes": max(found.temp_size_in_bytes for found in memory_of),
-            "program_bytes": max(
-                found.argument_size_in_bytes
-                + found.output_size_in_bytes
-                - found.alias_size_in_bytes
-                + found.temp_size_in_bytes
-                for found in memory_of
-            ),
+            "temporary_bytes": max(p.memory_analysis().temp_size_in_bytes for p in programs),
+            "program_bytes": max(map(memory.program_bytes, programs)),
             "remat": self.model.decoder.compute.remat,
         }
 

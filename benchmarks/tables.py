@@ -15,6 +15,7 @@ from affectgpt_jax.cli import make_parser
 from benchmarks import (
     attention,
     compile_time,
+    decode_bytes,
     generation,
     harness,
     input_pipeline,
@@ -343,6 +344,12 @@ SECTIONS = (
         "generation_*.json",
         generation.COMMAND,
         "Answers have the lengths of the record set's own, for the weights are random.",
+    ),
+    Section(
+        "What XLA's CUDA compiler makes of a decode step",
+        "decode_bytes_*.json",
+        decode_bytes.COMMAND,
+        "GB for a token of every row, from XLA's program for the GPU; nothing was run.",
     ),
     Section("Input", "input_*.json", input_pipeline.COMMAND),
     Section("The loop", "loop_overhead_*.json", loop_overhead.COMMAND),

@@ -404,10 +404,9 @@ class Decoder(nn.Module):
         Placeholder ids that were added to the tokenizer may lie beyond the table; they are clipped
         here and their embeddings replaced by soft tokens.
         """
-        with jax.named_scope("embed_tokens"):
-            table = self.embed_tokens.astype(self.compute.dtype)
-            embeds = jnp.take(table, tokens, axis=0, mode="clip")
-            return self.compute.shard(embeds, ("batch", None, None))
+        table = self.embed_tokens.astype(self.compute.dtype)
+        embeds = jnp.take(table, tokens, axis=0, mode="clip")
+        return self.compute.shard(embeds, ("batch", None, None))
 
     def final_norm(self, hidden_states: jax.Array) -> jax.Array:
         """The norm behind the last layer."""

@@ -22,9 +22,9 @@ from affectgpt_jax.models.quantize import (
     Product,
     QuantizedKernel,
     frozen_dot,
+    frozen_product,
+    frozen_product_transposed,
     initializer,
-    product,
-    product_with_transpose,
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -150,12 +150,12 @@ def _adapted(
 def _adapted_forward(x, weights, seeds, scale, rate):
     with jax.named_scope("low_rank"):  # by which profiles tell it from the frozen products
         narrow = [
-            checkpoint_name(product * jnp.asarray(scale, x.dtype), PROJECTED)
-            for product in _products_with_a(x, [w.lora_a for w in weights], seeds, rate)
+            checkpoint_name(n * jnp.asarray(scale, x.dtype), PROJECTED)
+            for n in _products_with_a(x, [w.lora_a for w in weights], seeds, rate)
         ]
     results = []
     for n, w in zip(narrow, weights, strict=True):
-        frozen = product(x, w.kernel)
+        frozen = frozen_product(x, w.kernel)
         with jax.named_scope("low_rank"):
             y = frozen.plus(n, w.lora_b.astype(x.dtype))
         results.append(_with_bias(y, w.bias))
@@ -179,7 +179,7 @@ def _adapted_backward(scale, rate, residuals, grads):
     x, narrow, weights, seeds = residuals
     # Without the barrier XLA sees that it drew these masks before, and keeps what is left of `x`.
     seeds = jax.lax.optimization_barrier(seeds)
-    products = [product_with_transpose(g, w.kernel) for g, w in zip(grads, weights, strict=True)]
+    products = [frozen_product_transposed(g, w.kernel) for g, w in zip(grads, weights, strict=True)]
     # The frozen parts are added up first: where a device has a share of the outputs, XLA then sends
     # one sum to the others, and not each part.
     frozen = products[0]

@@ -194,7 +194,7 @@ def frozen_dot(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> jax.Array:
 
 @jax.custom_vjp
 def _quantized_dot(x: jax.Array, kernel: QuantizedKernel) -> jax.Array:
-    return product(x, kernel).result(x.dtype)
+    return frozen_product(x, kernel).result(x.dtype)
 
 
 def _forward(x, kernel):
@@ -202,13 +202,13 @@ def _forward(x, kernel):
 
 
 def _backward(kernel, grad):
-    return product_with_transpose(grad, kernel).result(grad.dtype), None
+    return frozen_product_transposed(grad, kernel).result(grad.dtype), None
 
 
 _quantized_dot.defvjp(_forward, _backward)
 
 
-def product(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
+def frozen_product(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
     """`frozen_dot` before its scales are applied; not to be differentiated."""
     if not isinstance(kernel, QuantizedKernel):
         return Product(x @ kernel.astype(x.dtype))
@@ -218,7 +218,7 @@ def product(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
     return Product(values, rows, kernel.scale)
 
 
-def product_with_transpose(grad: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
+def frozen_product_transposed(grad: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
     """The gradient of `frozen_dot` by `x`, `grad @ kernel^T` for `[..., out]`, in the same form."""
     if not isinstance(kernel, QuantizedKernel):
         return Product(grad @ kernel.T.astype(grad.dtype))

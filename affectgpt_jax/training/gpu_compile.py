@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.training import hlo, hlo_traffic
 from affectgpt_jax.training.devices import GPUS_PER_NODE
+from affectgpt_jax.training.memory import program_bytes
 
 # Matmuls become calls of cuBLAS, which can be told from everything else. The alternative, Triton,
 # has to be chosen by measuring anyway.
@@ -128,20 +129,6 @@ def compile_step(
         raise CompilerError(f"XLA's CUDA compiler refuses the step: {reason}") from error
 
 
-def peak_bytes(compiled: jax.stages.Compiled) -> int:
-    """Bytes of one device that the program needs by XLA's buffer assignment.
-
-    Arguments, results that are not written over them, and the one block of temporaries.
-    """
-    found = compiled.memory_analysis()
-    return (
-        found.argument_size_in_bytes
-        + found.output_size_in_bytes
-        - found.alias_size_in_bytes
-        + found.temp_size_in_bytes
-    )
-
-
 def read(compiled: jax.stages.Compiled, mesh: Mesh, rank: int) -> dict[str, Any]:
     """What one device holds, launches, moves and sends in a step, of plain values.
 
@@ -161,7 +148,7 @@ def read(compiled: jax.stages.Compiled, mesh: Mesh, rank: int) -> dict[str, Any]
     kinds = hlo_traffic.totals(found)
     small = [f for f in found if f.kind not in (hlo_traffic.MATMUL, hlo_traffic.ATTENTION)]
     return {
-        "peak_gib": peak_bytes(compiled) / 2**30,
+        "peak_gib": program_bytes(compiled) / 2**30,
         "arguments_gib": compiled.memory_analysis().argument_size_in_bytes / 2**30,
         "launches": sum(count for count, _ in kinds.values()),
         "moved_gb": sum(size for _, size in kinds.values()) / 1e9,

@@ -38,8 +38,6 @@ from affectgpt_jax.training.step import State
 POLICIES = ("none", "save_attention", "save_projections", "full")
 # Share of the device's memory that a program may use; fragmentation and workspaces take the rest.
 USABLE = 0.9
-
-
 # What changes no byte of an array whose size it keeps.
 _VIEWS = ("reshape", "squeeze", "expand_dims", "broadcast_in_dim", "name")
 
@@ -357,6 +355,20 @@ def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
 
     kept = {id(v): v.aval for v in map(original, jaxpr.outvars) if id(v) not in arguments}
     return nbytes(list(kept.values()))
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes of one device that a compiled program needs by XLA's buffer assignment.
+
+    Arguments, results that are not written over them, and the one block of temporaries.
+    """
+    found = compiled.memory_analysis()
+    return (
+        found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+        + found.temp_size_in_bytes
+    )
 
 
 def device_limit() -> int | None:

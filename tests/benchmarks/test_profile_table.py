@@ -19,14 +19,14 @@ PROGRAM = """HloModule jit_train_step
 
 %fused (p: f32[2]) -> f32[2] {
   %p = f32[2] parameter(0)
-  ROOT %product = f32[2] dot(%p, %p), metadata={op_name="jvp(Decoder)/layers/q_proj/dot_general"}
+  ROOT %product = f32[2] dot(%p, %p), metadata={op_name="jvp(Decoder)/layers_0/q_proj/dot_general"}
 }
 
 ENTRY %main (a: f32[2]) -> f32[2] {
   %a = f32[2] parameter(0)
   %fusion.1 = f32[2] fusion(%a), kind=kOutput, calls=%fused, metadata={op_name="jvp(Decoder)/add"}
-  %low.2 = f32[2] dot(%a, %a), metadata={op_name="jit(f)/layers/q_proj/low_rank/dot_general"}
-  %reduce.3 = f32[2] all-reduce(%a), metadata={op_name="jit(f)/layers/q_proj/low_rank/add"}
+  %low.2 = f32[2] dot(%a, %a), metadata={op_name="jit(f)/layers_0/q_proj/low_rank/dot_general"}
+  %reduce.3 = f32[2] all-reduce(%a), metadata={op_name="jit(f)/layers_0/q_proj/low_rank/add"}
   ROOT %exp.4 = f32[2] exponential(%a), metadata={op_name="jit(f)/jvp(lm_head)/exp"}
 }
 """
@@ -46,10 +46,19 @@ def test_an_operation_belongs_to_the_part_that_it_was_written_for():
 @pytest.mark.parametrize(
     ("kind", "scopes", "part"),
     [
-        ("fusion", "jit(f)/transpose(jvp(Decoder))/while/body/layers/attention/exp", "attention"),
+        (
+            "fusion",
+            "jit(f)/transpose(jvp(Decoder))/layers_1/attention/exp",
+            "attention",
+        ),
         ("dot", "jit(f)/jvp(Fusion)/face/dot_general", "heads and fusion"),
-        ("fusion", "jit(f)/jvp(Decoder)/while/body/layers/mul", "norms, rotary, SwiGLU, residuals"),
-        ("while", "jit(f)/jvp(Decoder)/while", "loop over layers"),
+        ("fusion", "jit(f)/jvp(Decoder)/layers_0/mul", "norms, rotary, SwiGLU, residuals"),
+        ("add", "jit(f)/transpose(jvp(Decoder))/add", "norms, rotary, SwiGLU, residuals"),
+        (
+            "dot",
+            "jit(f)/jvp(Decoder)/layers_0/q_proj_k_proj_v_proj/dot",
+            "frozen matmuls",
+        ),
         ("copy-start", "", "host and device"),
         ("copy", "", "copies and zeros"),
         ("add", "", "other"),
