@@ -23,7 +23,7 @@ from affectgpt_jax.training.roofline import Shape
 
 pytestmark = [
     pytest.mark.gpu_compile,
-    pytest.mark.slow,  # half a minute each on a busy machine; `pytest -m gpu_compile` runs them
+    pytest.mark.slow,  # half a minute each: `pytest -m gpu_compile`
     pytest.mark.skipif(
         bool(gpu_compile.unavailable()), reason=gpu_compile.unavailable() or "it can be"
     ),

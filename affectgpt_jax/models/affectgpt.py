@@ -152,8 +152,7 @@ def loss_sum_and_count(
     # Gathered once, before the loop over chunks. Without the constraint the partitioner gathers it
     # in every chunk, and sends the gradient of all logits as well.
     kernel = shard(lm_head(base), (None, "vocab"))
-    chunk = compute.loss_chunk * shard.data_parallel_size
-    loss = cross_entropy_sum(states, kernel, targets, weights, chunk)
+    loss = cross_entropy_sum(states, kernel, targets, weights, compute.loss_chunk_of_all)
     return loss, weights.sum()
 
 

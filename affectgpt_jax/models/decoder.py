@@ -268,6 +268,11 @@ class ComputeConfig:
                 f"base_precision is {self.base_precision!r}; expected one of {PRECISIONS}"
             )
 
+    @property
+    def loss_chunk_of_all(self) -> int:
+        """Supervised positions of all devices together whose logits are alive at once."""
+        return self.loss_chunk * self.shard.data_parallel_size
+
 
 def _is_attention_kernel(primitive: Any, *_: Any, **__: Any) -> bool:
     """Whether this is the forward pass of cuDNN's attention, whose result has no name."""

@@ -663,7 +663,6 @@ def score_answers(
     """
     states = target_states(model, base, trainable, batch)
     weights = batch["target_weights"].astype(jnp.float32)
-    compute = model.decoder.compute
-    chunk = compute.loss_chunk * compute.shard.data_parallel_size
+    chunk = model.decoder.compute.loss_chunk_of_all
     found = token_log_probs(states, lm_head(base), batch["targets"], chunk, weights != 0)
     return (found * weights).sum(axis=1), weights.sum(axis=1)
