@@ -12,8 +12,8 @@ import tempfile
 # be at least twice as large as the number of devices.
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# XLA's older way of compiling fusions, in one piece, takes half the time for models this small. Only
-# jax 0.10 has it, and an option that XLA does not know ends the process.
+# XLA's older way of compiling fusions, in one piece, takes half the time for models this small.
+# Only jax 0.10 has it, and an option that XLA does not know ends the process.
 if importlib.metadata.version("jax").startswith("0.10."):
     os.environ["XLA_FLAGS"] = " ".join(
         (
