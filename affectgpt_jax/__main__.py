@@ -25,7 +25,7 @@ COMMANDS = {
     },
     "Score prediction files, without a model": {
         "score": "the scores of MER-UniBench",
-        "report": "a page with scores, confusions and tables beside published systems",
+        "report": "a page of scores and confusions, beside published systems",
         "labels": "the truth of the public data sets as plain files",
     },
     "Before and on a cluster": {
