@@ -9,15 +9,10 @@ of another type, is refused before anything starts.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import difflib
 import importlib.resources
-import inspect
-import io
 import json
 import re
-import textwrap
-import tokenize
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from affectgpt_jax.cli import Parser, make_parser
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax.config_keys import config_keys
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.modalities import HEADS, INPUT_MODES
 from affectgpt_jax.data.prompts import PromptError, parse_label
@@ -175,68 +171,18 @@ def _read_config(file: str, overrides: Sequence[str]) -> ConfigDict:
     return config
 
 
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """A key of a config.
-
-    Attributes:
-        name: with dots, as in "optimizer.learning_rate".
-        value: that the config gives it.
-        meaning: what the comment beside it in the paper's config says; that of its group where it
-            has none.
-    """
-
-    name: str
-    value: Any
-    meaning: str
-
-
-def describe_keys(config: ConfigDict) -> list[Key]:
-    """Every key of a config, in the order of the paper's."""
-    comments = _comments(inspect.getsource(affectgpt_qwen25_7b.get_config))
-    keys = []
-    for name, meaning in comments.items():
-        value = _get(config, name)
-        if not isinstance(value, ConfigDict) or f"config.{name}" == MIX:
-            parent = comments.get(name.rpartition(".")[0], "")
-            plain = value.to_dict() if isinstance(value, ConfigDict) else value
-            keys.append(Key(name, plain, meaning or parent))
-            continue
-        # A group: its keys have lines of their own, unless a registry knows them.
-        keys += [
-            Key(k, v, meaning) for k, v in _leaves(value.to_dict(), f"{name}.") if k not in comments
-        ]
-    return keys
-
-
-def _comments(source: str) -> dict[str, str]:
-    """The comment above, or behind, each `c.KEY = ...` of a config's source."""
-    found, words, statement = {}, [], ""
-    for token in tokenize.generate_tokens(io.StringIO(textwrap.dedent(source)).readline):
-        if token.type == tokenize.COMMENT:
-            words.append(token.string.lstrip("# "))
-        elif token.type == tokenize.NAME and not statement:
-            statement = token.line
-        elif token.type == tokenize.NEWLINE:
-            if match := re.match(r"\s*c\.([\w.]+) = ", statement):
-                found[match[1]] = " ".join(words)
-            words, statement = [], ""
-        elif token.type == tokenize.NL and not token.line.strip():
-            words = []
-    return found
-
-
 def _help_on_keys(config: ConfigDict, name: str) -> str:
     """The keys of a config as a part of a command's help."""
     parser = Parser(usage=argparse.SUPPRESS, add_help=False)
     group = parser.add_argument_group(f"keys of the config, with their values in {name}")
-    said = ""
-    for key in describe_keys(config):
-        value = key.value if isinstance(key.value, str) else repr(key.value)
+    for key in config_keys():
+        value = _get(config, key.name)
+        value = value if isinstance(value, str) else _plain(value)
         option = f"--config.{key.name}={value if len(value) < 40 else value[:37] + '...'}"
-        meaning = key.meaning.replace("%", "%%") if key.meaning != said else None
-        group.add_argument(option, action="store_true", help=meaning)
-        said = key.meaning
+        if isinstance(key.default, ConfigDict) and f"config.{key.name}" != MIX:
+            option = f"--config.{key.name}."
+        meaning = key.meaning.replace("%", "%%")
+        group.add_argument(option, action="store_true", help=meaning or None)
     return parser.format_help()
 
 

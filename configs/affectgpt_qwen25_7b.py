@@ -30,76 +30,73 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus
 
     `--config=affectgpt_qwen25_7b:192` is the same training in batches of 192: as many clips in
-    fewer updates, of which warm-up, validation and learning rate follow. A comment stands above its
-    key, or behind it; `affectgpt train --help` shows them.
+    fewer updates, which warm-up, validation and learning rate follow.
     """
     batch = int(batch_size) if batch_size.isdecimal() else 0
     if not batch:
         raise ValueError(f"affectgpt_qwen25_7b:{batch_size} names no batch size of 1 or more")
     c = ConfigDict()
-    c.seed = 0  # of initialisation, data order, label draw and dropout
-    c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny" is the one that ships
-    c.init_from = ""  # a PEFT adapter's directory or a .pth of the PyTorch release; "" is fresh
-    c.input = "multi_audio_face_text"  # the input mode: data/modalities.py
-    # hybrid: description or ovlabel, drawn anew at each access; others: onehot, onehot_candidates,
-    # sentiment, valence, caption, qa, preference; "a+b" draws of both
-    c.label = "hybrid"
-    c.prompts = "default"  # default | compact | a TOML file
-    c.max_tokens = 1024  # of a training example
-    c.too_long = "error"  # error | drop: what becomes of longer examples
+    c.seed = 0  # of initialisation, data order, label draw and dropout; 0 to 2^32 - 1
+    c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny": the one that ships
+    c.init_from = ""  # a PEFT adapter's directory or a .pth of the PyTorch release; "": fresh
+    c.input = "multi_audio_face_text"  # the input mode, one of those of data/modalities.py
+    c.label = "hybrid"  # description | ovlabel | hybrid (one of the two, drawn anew at each access)
+    # | onehot | onehot_candidates | sentiment | valence | caption | qa | preference; "a+b" draws
+    c.prompts = "default"  # the prompt set: default | compact | a TOML file
+    c.max_tokens = 1024  # of the longest training example
+    c.too_long = "error"  # longer training examples: error (stop by name) | drop (and count them)
 
-    c.data = ConfigDict()
+    c.data = ConfigDict()  # where clips come from
     c.data.train = ""  # a record directory, "tfds:DIR:SPLIT", "demo" or "demo:WORLD"
     c.data.mixture = ConfigDict()  # several training sets by name instead, each a `data_set(...)`
-    c.data.val = ""  # as data.train; "" holds out data.val_share of the training clips
-    c.data.val_share = 0.02  # of the training clips, where data.val is ""
-    c.data.test = ""  # as data.train; scored at the end; "" scores nothing
+    c.data.val = ""  # the same, for validation; "" holds out `val_share` of the training clips
+    c.data.val_share = 0.02  # of the training clips; a clip's name alone decides
+    c.data.test = ""  # the same, for the score at the end; "" scores nothing
     c.data.verify = True  # hash every record shard at the start, against its manifest
     c.demo_seed = 0  # of the generated world, where data is "demo"
 
     c.strict_leaks = False  # refuse clips that are in training and evaluation; False reports them
 
-    c.steps = 900_000 // batch  # updates; the paper's are 60 epochs of 5,000 steps of 3 clips
+    c.steps = 900_000 // batch  # updates; of 3 clips: 60 epochs of 5,000, as the paper counts them
     c.batch_size = batch  # rows in one update, over all devices; a row is a clip, unless packed
     c.gradient_accumulation_steps = 1  # microbatches of a batch, run one after the other
     c.num_buckets = 4  # row lengths that batches come in; each costs one compilation
-    # tokens of a row that holds as many clips as fit; 0: a clip a row. All training batches then
-    # have this one shape, and num_buckets is for validation and answers. A row of 2048 holds 8
-    # clips of the paper's lengths on average: divide batch_size accordingly
-    c.pack_length = 0
-    c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"; -1 is all that are left
+    c.pack_length = 0  # tokens of a row that holds as many clips as fit; 0: a clip a row. All
+    # training batches then have this one shape, and num_buckets is for validation and answers. A
+    # row of 2048 holds 8 clips of the paper's lengths on average: divide batch_size accordingly
+    c.mesh = "data:-1"  # devices by axis: data, fsdp, tensor, e.g. "data:2,fsdp:4"; -1: all others
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
-    c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
-    # auto | none | save_attention | save_projections | full: what the backward pass recomputes;
+    c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "": as dtype
+    # What the backward pass recomputes: auto | none | save_attention | save_projections | full;
     # auto is the first of the others that fits into the device's memory
     c.remat = "auto"
-    # auto | xla | cudnn | cudnn_masked | cudnn_packed; auto is the fastest that runs here
+    # The attention backend: auto | xla | cudnn | cudnn_masked | cudnn_packed; auto is the fastest
+    # that runs here
     c.attention = "auto"
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 
-    # The paper's rate is for batches of 3. AdamW divides a gradient by its own size, so that of a
-    # larger batch, which is less noisy, makes no larger step by itself: in as many clips it would
-    # get less far. The square root of the batch is the usual rule for that; it was not measured
-    # here. Look at the first few hundred updates, and at half and twice the rate, before a long run
-    scale = (batch / 3) ** 0.5
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 1e-5 * scale  # peak; the paper's 1e-5 by the root of batch_size / 3
-    c.optimizer.warmup_learning_rate = 1e-6 * scale  # at the first update
-    c.optimizer.warmup_steps = 15_000 // batch  # updates until the peak
-    # cosine decay to here; equal to its start: constant
-    c.optimizer.final_learning_rate = 1e-5 * scale
-    c.optimizer.weight_decay = 0.05  # decoupled, of AdamW
-    c.optimizer.beta1 = 0.9  # of the mean of gradients
-    c.optimizer.beta2 = 0.999  # of the mean of their squares
-    c.optimizer.epsilon = 1e-8  # beside the root of that
-    c.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0 is off
+    # The paper's rate of 1e-5 belongs to batches of 3. The gradient of a larger batch is less noisy,
+    # but AdamW divides it by its own size, so a step does not grow with the batch, and as many clips
+    # in fewer steps would get less far. The usual rule is the square root of the batch; it was not
+    # measured here. Before a long run, compare a few hundred updates with half and twice the rate.
+    # (The release, in float16, overflowed at 2e-5; bfloat16 has float32's range.)
+    root = (batch / 3) ** 0.5
+    c.optimizer = ConfigDict()  # AdamW
+    c.optimizer.learning_rate = 1e-5 * root  # after the warm-up; root is that of batch_size / 3
+    c.optimizer.warmup_learning_rate = 1e-6 * root  # at the first step; it rises linearly
+    c.optimizer.warmup_steps = 15_000 // batch
+    c.optimizer.final_learning_rate = 1e-5 * root  # cosine decay to here; as its start: constant
+    c.optimizer.weight_decay = 0.05  # of matrices; biases and norms have none
+    c.optimizer.beta1 = 0.9
+    c.optimizer.beta2 = 0.999
+    c.optimizer.epsilon = 1e-8
+    c.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: no clipping
 
-    c.lora = ConfigDict()
+    c.lora = ConfigDict()  # adapters of the base
     c.lora.rank = 16  # 0 trains projectors and fusion alone
-    c.lora.alpha = 32.0  # adapters are scaled by alpha / rank
-    c.lora.dropout = 0.05  # of what goes into an adapter
-    # projections of a layer that have adapters
-    c.lora.targets = (
+    c.lora.alpha = 32.0  # the product of the adapters is scaled by alpha / rank
+    c.lora.dropout = 0.05  # of their input, with a mask of its own for each projection
+    c.lora.targets = (  # the projections that have adapters
         "q_proj",
         "k_proj",
         "v_proj",
@@ -110,32 +107,30 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     )
 
     c.fusion = "attention"  # pre-fusion outside the LLM: attention | qformer | none
-    # of the heads video, audio and image (data/modalities.py): how a head computes its soft tokens
-    # (attention | mean | qformer; image: mean | qformer), and the width of its features in the
-    # records
+    # Of the heads video, audio and image (data/modalities.py): how a head computes its soft tokens,
+    # as in projectors.video = "attention" (attention | mean | qformer; image: mean | qformer), and
+    # the width of its features in the records, as in projectors.video_width = 768
     c.projectors = ConfigDict(projectors())
     c.projectors.fusion_width = 1024  # common width inside the pre-fusion
-    # of heads and pre-fusions that are a qformer
-    c.qformer = ConfigDict()
-    c.qformer.width = 768  # of its layers
-    c.qformer.heads = 12  # of attention
-    c.qformer.layers = 2  # how many
-    c.qformer.intermediate = 3072  # width of the feed-forward part
-    c.qformer.dropout = 0.1  # in training
+    c.qformer = ConfigDict()  # of pre-fusion and heads of the kind qformer
+    c.qformer.width = 768
+    c.qformer.heads = 12
+    c.qformer.layers = 2
+    c.qformer.intermediate = 3072  # width of the feed-forward layers
+    c.qformer.dropout = 0.1
 
-    c.generate = ConfigDict()
-    c.generate.batch_size = 32  # answers that are written at a time
-    c.generate.max_new_tokens = 1200  # limit of an answer
-    # auto | true | false: LoRA is added to the base's weights before answers are written: faster,
-    # and rounded once more; auto does so where a second copy of them fits easily
+    c.generate = ConfigDict()  # answers, in validation and afterwards
+    c.generate.batch_size = 32  # clips at a time
+    c.generate.max_new_tokens = 1200  # of an answer
+    # Whether LoRA is added to a copy of the base's weights first, which is faster and rounds once
+    # more: auto | true | false; auto does so where a second copy of them fits easily
     c.generate.merge_lora = "auto"
 
     c.log_every = 10  # steps between lines of metrics.jsonl
     # steps between validations, each followed by a checkpoint
     c.checkpoint_every = max(1, 15_000 // batch)
     c.max_to_keep = 12  # newest checkpoints kept, beside the best on validation
-    # s without progress after which a run shows its threads and ends; 0: no limit
-    c.step_timeout = 900.0
-    c.wandb_project = ""  # also log to this project of Weights & Biases; "" does not
+    c.step_timeout = 900.0  # s without progress; then a run shows its threads and ends; 0: none
+    c.wandb_project = ""  # also log to this project of Weights & Biases; "": no
     c.profile_steps = ""  # "10:15" traces steps 10 to 14
     return c
