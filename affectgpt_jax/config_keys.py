@@ -48,7 +48,7 @@ def keys_of(source: str, config: ConfigDict) -> list[Key]:
         for node in ast.parse(source).body
         if isinstance(node, ast.FunctionDef) and node.name == "get_config"
     )
-    assigned = [node for node in function.body if isinstance(node, ast.Assign)][1:]  # c itself
+    assigned = [node for node in function.body if isinstance(node, ast.Assign)]
     behind, alone = _comments(source)
     # Comment lines between two assignments continue the first one's comment, unless the second has
     # no other. The first entry is what stands above the first assignment.
@@ -64,6 +64,8 @@ def keys_of(source: str, config: ConfigDict) -> list[Key]:
         last = node.end_lineno + 1
     found, names = [], [_target(node) for node in assigned]
     for name, meaning in zip(names, meanings[1:], strict=True):
+        if not name:
+            continue
         value = config
         for part in name.split("."):
             value = value[part]
@@ -75,7 +77,9 @@ def keys_of(source: str, config: ConfigDict) -> list[Key]:
 
 
 def _target(node: ast.Assign) -> str:
-    return ast.unparse(node.targets[0]).removeprefix("c.")
+    """The key that is assigned to; "" for a variable."""
+    _, _, key = ast.unparse(node.targets[0]).partition("c.")
+    return key
 
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from affectgpt_jax.cli import make_parser
+from affectgpt_jax.cli import exit_on_error, make_parser
 from benchmarks import (
     attention,
     compile_time,
@@ -444,8 +444,9 @@ def made_by(files: Sequence[Path], reports: Sequence[Report]) -> str:
     return "\n".join(lines)
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser("benchmarks.tables", __doc__)
+    parser = make_parser("python -m benchmarks.tables", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     print(all_tables(parser.parse_args(argv).results))
 

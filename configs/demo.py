@@ -6,7 +6,7 @@ from affectgpt_jax.configs import affectgpt_qwen25_7b
 
 
 def get_config() -> ConfigDict:
-    """python -m affectgpt_jax.train --config=configs/demo.py --workdir=runs/demo"""
+    """affectgpt train --config=configs/demo.py --workdir=runs/demo"""
     c = affectgpt_qwen25_7b.get_config()
     c.llm = "tiny"
     c.prompts = "compact"
