@@ -16,6 +16,9 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from affectgpt_jax import __main__ as command_line
+from affectgpt_jax import train
+from affectgpt_jax.cli import make_parser
 from affectgpt_jax.config import parse_command_line, validate
 from affectgpt_jax.config_keys import config_keys, keys_of
 from affectgpt_jax.configs import affectgpt_qwen25_7b
@@ -47,6 +50,7 @@ REASONS = {
     "an environment of its own; the gate runs both lines",
     "minutes of training",
     "minutes of training; the gate runs it",
+    "minutes of training; tests/test_api.py runs it in short",
     "hours of measurement, or a GPU",
     "a run of your own",
     "the public data sets",
@@ -79,34 +83,36 @@ def blocks(page):
 
 def without_launcher(words):
     """A command as one process runs it."""
-    if words[:2] == ["sbatch", "--nodes=8"] and words[2] == "configs/launch/slurm.sh":
-        return ["python", "-m", "affectgpt_jax.train", *words[3:]]
-    if words[0] == "configs/launch/ssh.sh":
+    if words[0] == "sbatch":
+        assert words[2] == "$(affectgpt launch slurm)"
+        return ["affectgpt", "train", *words[3:]]
+    if words[0] == "$(affectgpt launch ssh)":
         return words[2:]
     return words[1:] if words[0] == "srun" else words
 
 
-def module_of(name):
-    """The module that `python -m NAME` runs."""
+def module_and_arguments(words):
+    """What a command runs: `affectgpt NAME ...` or `python -m MODULE ...`."""
+    if words[0] == "affectgpt":
+        name, arguments = command_line.module_of(words[1]), words[2:]
+    else:
+        assert words[:2] == ["python", "-m"], words
+        name, arguments = words[2], words[3:]
     module = importlib.import_module(name)
-    return importlib.import_module(f"{name}.__main__") if hasattr(module, "__path__") else module
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"{name}.__main__")
+    return module, arguments
 
 
 def check_flags(words):
-    """Refuse a command with a flag that is not there; whether its module can tell."""
-    python, dash, name, *words = words
-    assert (python, dash) == ("python", "-m")
-    if name == "affectgpt_jax.train":
-        parse_command_line(words, "")
-        return True
-    module = module_of(name)
-    if hasattr(module, "COMMAND"):
-        module.COMMAND.parse(words)
+    """Refuse a command with a flag that is not there, as far as its module can tell."""
+    module, arguments = module_and_arguments(words)
+    if module is train:
+        parse_command_line(arguments, make_parser("affectgpt train", ""))
+    elif hasattr(module, "COMMAND"):
+        module.COMMAND.parse(arguments)
     elif hasattr(module, "parse_arguments"):
-        module.parse_arguments(words)
-    else:
-        return False
-    return True
+        module.parse_arguments(arguments)
 
 
 @every_page
@@ -117,7 +123,7 @@ def test_what_is_not_run_says_why(page):
 
 
 def test_the_readme_walks_as_the_page_about_data_does():
-    (walk,) = (b for b in blocks(ROOT / "README.md") if "data_prep.extract" in b.text)
+    (walk,) = (b for b in blocks(ROOT / "README.md") if "affectgpt extract" in b.text)
     shown = [words for b in blocks(ROOT / "data_prep" / "README.md") for words in b.commands()]
     assert [words for words in walk.commands() if words not in shown] == []
 
@@ -177,9 +183,8 @@ def test_commands_run_as_they_are_shown(page, workspace, monkeypatch, capsys):
             if tuple(words) in DONE:  # README shows what a page shows, too
                 continue
             DONE.add(tuple(words))
-            python, dash, name, *words = words
-            assert (python, dash) == ("python", "-m")
-            module_of(name).main(words)
+            module, arguments = module_and_arguments(words)
+            module.main(arguments)
     assert "Traceback" not in capsys.readouterr().err
 
 
