@@ -75,14 +75,14 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     c.attention = "auto"
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 
-    # The paper's rate of 1e-5 belongs to batches of 3. The gradient of a larger batch is less noisy,
-    # but AdamW divides it by its own size, so a step does not grow with the batch, and as many clips
-    # in fewer steps would get less far. The usual rule is the square root of the batch; it was not
-    # measured here. Before a long run, compare a few hundred updates with half and twice the rate.
-    # (The release, in float16, overflowed at 2e-5; bfloat16 has float32's range.)
+    # The paper's rate of 1e-5 belongs to batches of 3. AdamW divides a gradient by its own size: with
+    # a larger batch it is less noisy, but a step is no longer, and as many clips in fewer steps would
+    # get less far. The usual rule is the square root of the batch; it was not measured here. Before a
+    # long run, compare a few hundred updates with half and twice the rate. (The release, in float16,
+    # overflowed at 2e-5; bfloat16 has float32's range.)
     root = (batch / 3) ** 0.5
     c.optimizer = ConfigDict()  # AdamW
-    c.optimizer.learning_rate = 1e-5 * root  # after the warm-up; root is that of batch_size / 3
+    c.optimizer.learning_rate = 1e-5 * root  # after the warm-up
     c.optimizer.warmup_learning_rate = 1e-6 * root  # at the first step; it rises linearly
     c.optimizer.warmup_steps = 15_000 // batch
     c.optimizer.final_learning_rate = 1e-5 * root  # cosine decay to here; as its start: constant
