@@ -75,11 +75,11 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     c.attention = "auto"
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 
-    # The paper's rate of 1e-5 belongs to batches of 3. AdamW divides a gradient by its own size: with
-    # a larger batch it is less noisy, but a step is no longer, and as many clips in fewer steps would
-    # get less far. The usual rule is the square root of the batch; it was not measured here. Before a
-    # long run, compare a few hundred updates with half and twice the rate. (The release, in float16,
-    # overflowed at 2e-5; bfloat16 has float32's range.)
+    # The paper's rate of 1e-5 belongs to batches of 3. AdamW divides a gradient by its own size: a
+    # larger batch is less noisy, but its step is no longer, and as many clips in fewer steps would
+    # get less far. The usual rule is the square root of the batch; it was not measured here. Before
+    # a long run, compare a few hundred updates with half and twice the rate. (The release, in
+    # float16, overflowed at 2e-5; bfloat16 has float32's range.)
     root = (batch / 3) ** 0.5
     c.optimizer = ConfigDict()  # AdamW
     c.optimizer.learning_rate = 1e-5 * root  # after the warm-up
