@@ -21,15 +21,15 @@ COMMANDS = {
         "train": "train a model; without arguments the demo, in minutes, on a CPU",
         "predict": "ask a trained run about clips",
         "evaluate": "answers, labels, scores and a report of a trained run",
-        "weights": "inspect weights; export those of a run to PEFT, PyTorch or the hub",
+        "weights": "inspect weights; export them to PEFT, PyTorch or the hub",
     },
     "Score prediction files, without a model": {
         "score": "the scores of MER-UniBench",
-        "report": "a page of scores and confusions, beside published systems",
+        "report": "a page of scores and confusions, beside published ones",
         "labels": "the truth of the public data sets as plain files",
     },
     "Before and on a cluster": {
-        "plan": "memory, FLOPs, traffic and time of a run, before a node is booked",
+        "plan": "memory, FLOPs, traffic and time of a run",
         "check-cluster": "do processes reach each other, and how fast",
         "launch": "where the scripts for SLURM and ssh are",
     },
