@@ -362,19 +362,9 @@ def data(
         RecordError: a directory without intact records.
         PromptError: a prompt file that cannot be used.
     """
-    if not config.data.train and not config.data.mixture:
-        raise ConfigError(
-            "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
-        )
+    check_data(config)
     one = data_set(config.data.train)
     sets = config.data.mixture.to_dict() if config.data.mixture else {"train": one.to_dict()}
-    # What does not fit shows before anything is written or hashed.
-    load_prompts(config.prompts)
-    places = [(entry["source"], "train", entry["input"]) for entry in sets.values()]
-    places += [(config.data[split], split, "") for split in ("val", "test") if config.data[split]]
-    for place, split, mode in places:
-        if (features := _declared_features(config, place)) is not None:
-            _check_features(config, features, split, input_mode(config, mode))
 
     def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> MixtureComponent:
         mode = entry["input"] or config.input
@@ -416,6 +406,27 @@ def training_clips(config: ConfigDict) -> int | None:
             return None
         total += entry["weight"] * entry["share"] * count
     return round(total if config.data.val else total * (1 - config.data.val_share))
+
+
+def check_data(config: ConfigDict) -> None:
+    """Refuse prompts and records that do not fit, before any is written, read or hashed.
+
+    Raises:
+        ConfigError: no training data named, or features that do not fit.
+        RecordError: a directory without records.
+        PromptError: a prompt file that cannot be used.
+    """
+    if not config.data.train and not config.data.mixture:
+        raise ConfigError(
+            "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
+        )
+    load_prompts(config.prompts)
+    sets = config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+    places = [(entry["source"], "train", entry["input"]) for entry in sets.values()]
+    places += [(config.data[split], split, "") for split in ("val", "test") if config.data[split]]
+    for place, split, mode in places:
+        if (features := _declared_features(config, place)) is not None:
+            _check_features(config, features, split, input_mode(config, mode))
 
 
 def _declared_features(config: ConfigDict, place: str) -> Mapping[str, Any] | None:

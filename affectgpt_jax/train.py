@@ -84,15 +84,15 @@ def train(
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
     build.check_model(config, llm)
     build.optimizer_config(config)
+    build.check_data(config)
+    resumes = group.from_main_process(lambda: bool(saved_steps(workdir)))
+    initial = {} if resumes else restore.initial_weights(config, llm, mesh, say)
     attention = build.attention(config, llm)
     group.require_same({"attention": attention.name})
     say(f"attention: {attention.name} ({attention.reason})")
     options = compiler_options(config, say)
     group.from_main_process(lambda: save_config(config, workdir))
     distributed.check_shared(workdir / "config.json")
-
-    resumes = group.from_main_process(lambda: bool(saved_steps(workdir)))
-    initial = {} if resumes else restore.initial_weights(config, llm, mesh, say)
 
     # Data: tokenised whole, so that batch shapes are known before anything is compiled. What is
     # generated, the main process writes and the others then find.
