@@ -195,6 +195,7 @@ def test_what_the_shown_commands_write_is_there(workspace):
         "runs/demo/evaluate/report.html",
         "adapter/adapter_config.json",
         "merged/model.safetensors",
+        "hub/README.md",
         "checkpoint.pth",
         "records/mine/manifest.json",
         "records/again/manifest.json",
