@@ -35,7 +35,7 @@ from pathlib import Path
 import numpy as np
 
 from affectgpt_jax import cli
-from affectgpt_jax.common.files import read_bytes, sha256_of
+from affectgpt_jax.common.files import read_bytes, sha256_of, write_text
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import print_lines, say
@@ -213,7 +213,7 @@ def extract(arguments: argparse.Namespace) -> None:
             f"none of {len(report):,} clips can be used ({why}); see {out / REPORT_FILE}"
         )
     # Before the manifest: records that were written whole must be known again, whenever this ends.
-    (out / BLOCKS / FINISHED).write_text(identity, encoding="utf-8")
+    write_text(out / BLOCKS / FINISHED, identity)
     write_records(
         out,
         finished_records(arguments, blocks, store, kept),

@@ -5,8 +5,8 @@ program names. This one knows containers, text and numbers. Names stand for data
 looked up: a dialect says what the few that it knows mean, and any other is an error. The dialect of
 this module is what NumPy writes for its arrays, types and scalars.
 
-The work and the memory that a pickle takes are bounded by its size: it cannot expand a value that it
-holds once into many, use keys that are slow to hash, or nest deeper than `MAX_DEPTH`.
+The work and the memory that a pickle takes are bounded by its size: it cannot expand a value that
+it holds once into many, use keys that are slow to hash, or nest deeper than `MAX_DEPTH`.
 Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
 
