@@ -166,7 +166,7 @@ def check_type(
 
 
 def _checked(value: Any, kind: Any, key: str) -> Any:
-    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    origin, arguments, has_fields = _taken_apart(kind)
     if origin is Any:
         return value
     if origin in (typing.Union, types.UnionType):
@@ -176,7 +176,7 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
             return value
         choices = ", ".join(map(repr, arguments))
         raise _Mismatch(key, f"expected one of {choices}, found {shorten(value)}")
-    if typing.is_typeddict(kind) or dataclasses.is_dataclass(kind):
+    if has_fields:
         return _checked_fields(value, kind, key)
     if origin is float and type(value) in (int, float):
         # JSON has no NaN and no infinity, but Python reads them, and 1e999.
@@ -199,6 +199,13 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
     if origin is dict and arguments:
         return {k: _checked(v, arguments[1], _below(key, k)) for k, v in value.items()}
     return value
+
+
+@functools.cache
+def _taken_apart(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """Origin and arguments of a type, and whether it is an object of known keys."""
+    has_fields = typing.is_typeddict(kind) or dataclasses.is_dataclass(kind)
+    return typing.get_origin(kind) or kind, typing.get_args(kind), has_fields
 
 
 def _checked_union(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
