@@ -457,9 +457,9 @@ def test_an_index_of_other_types_is_refused_by_line_though_its_hash_fits(
     directory, change, message
 ):
     path = directory / "index.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").split("\n")
     lines[2] = json.dumps(json.loads(lines[2]) | change)
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    path.write_text("\n".join(lines), encoding="utf-8")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     edit_manifest(directory, lambda fields: fields.update(index_sha256=digest))
     with pytest.raises(RecordError, match=rf"index.jsonl, line 3 was written by .*({message})"):
