@@ -77,7 +77,7 @@ except ModuleNotFoundError as error:
 BLOCKS = ".blocks"
 FINISHED = "finished"  # in there: of what the records are
 # To be raised with every change of this code that changes features.
-VERSION = 1
+VERSION = 2
 # What may change a bit of the features, beside the weights.
 VERSIONS = ("av", "numpy", "pillow", "torch", "transformers")
 
@@ -130,7 +130,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--ignore", nargs="+", default=[], metavar="COLUMN", help="of the CSV file, to leave out")
     add("--split", metavar="NAME", help="name of the split; default: that of the directory")
-    add("--workers", type=int, metavar="N", help="processes that decode; default: one a core")
+    add("--workers", type=int, metavar="N", help="processes that decode ahead; default: one a core")
     add("--batch", type=int, metavar="N", help=f"clips at a time; default: {BATCH}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda, where PyTorch finds it")
     add(
