@@ -50,6 +50,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
         super().__init__(**{"formatter_class": _HelpFormatter, "allow_abbrev": False} | options)
 
+    def error(self, message: str) -> NoReturn:
+        """End the command; the message may repeat an argument."""
+        super().error(one_line(message))
+
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args(flags_with_hyphens(args), namespace)
@@ -185,8 +189,10 @@ def _without_memory(error: Exception) -> str | None:
         return "this machine"
     # Commands load JAX or PyTorch only if they run a model.
     jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
-    # XLA's error has no type of its own: it is a `JaxRuntimeError` whose text names the status.
-    if jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    # XLA's error has no type of its own: it is a `JaxRuntimeError`, or for some calls a
+    # `ValueError`, whose text names the status.
+    kinds = (jax.errors.JaxRuntimeError, ValueError) if jax else ()
+    if isinstance(error, kinds) and "RESOURCE_EXHAUSTED" in str(error):
         return "the device"
     if isinstance(error, getattr(torch, "OutOfMemoryError", ())):
         return "the device"

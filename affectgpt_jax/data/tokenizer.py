@@ -60,12 +60,12 @@ class Tokenizer:
         except Exception as error:  # the tokenizers library raises bare Exception on bad files
             raise TokenizerError(f"{path}: not a tokenizer: {error}") from None
         vocabulary = self._fast.get_vocab()
-        self.base_size = max(vocabulary.values()) + 1
         missing = [token for token in CHAT_TOKENS if token not in vocabulary]
         if missing:
             raise TokenizerError(
                 f"{path}: no token {' or '.join(missing)}; expected a Qwen2-style chat tokenizer"
             )
+        self.base_size = max(vocabulary.values()) + 1
         self._fast.add_tokens(list(placeholders()), special_tokens=True)
         self.start_id, self.end_id = self._fast.convert_tokens_to_ids(list(CHAT_TOKENS))
         self.placeholder_ids = {
