@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.text import one_line
+from affectgpt_jax.common.text import brief, one_line
 
 COLUMNS = 80
+# Of what a command says at its end; what is longer repeats a file.
+MAX_SENTENCE = 4000
 
 
 def wrap_help(text: str) -> str:
@@ -180,7 +182,7 @@ def exit_on_error(
 
 
 def _sentence(error: Exception | str) -> str:
-    return f"error: {one_line(str(error))}"
+    return f"error: {brief(str(error), MAX_SENTENCE)}"
 
 
 def _without_memory(error: Exception) -> str | None:

@@ -15,6 +15,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import pytest
@@ -70,9 +71,9 @@ def changed(draw, document):
             parent = parent[key]
         action = draw(st.sampled_from(["replace", "replace", "remove", "add"]))
         if action == "replace":
-            parent[key] = draw(STRANGE)
+            parent[key] = copy.deepcopy(draw(STRANGE))
         elif action == "add" and type(parent) is dict:
-            parent[draw(st.text(max_size=3))] = draw(STRANGE)
+            parent[draw(st.text(max_size=3))] = copy.deepcopy(draw(STRANGE))
         elif len(parent) > 1:
             del parent[key]
     return json.dumps(document).encode()
@@ -364,7 +365,7 @@ def file_readers(place):
             document_or_bytes(METRIC).map(lambda d: b"%s\n%s\n" % (json.dumps(METRIC).encode(), d)),
         ),
         "answers": (
-            lambda: ResumableJsonl(place / "r.jsonl", readers_kind(), ("name",)),
+            lambda: ResumableJsonl(place / "r.jsonl", Named, ("name",)),
             place / "r.jsonl",
             document_or_bytes({"name": "a", "text": "b"}).map(lambda line: line + b"\n"),
         ),
@@ -386,8 +387,9 @@ def file_readers(place):
     }  # fmt: skip
 
 
-def readers_kind():
-    return dict[str, str]
+class Named(TypedDict):
+    name: str
+    text: str
 
 
 PROMPTS = """
