@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build, cli, cpu, evaluators, inference, restore, runtime
 from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import QUIET_S, Counter, Elapsed
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import (
     ConfigError,
     check_same_run,
@@ -329,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     # Orbax's threads still hold half of the checkpoint and would fill the terminal
                     # at exit.
                     group.fail(str(error))
-                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    print_lines([f"error: {error}"], sys.stderr)
                     os._exit(1)
 
 
