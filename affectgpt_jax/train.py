@@ -36,6 +36,7 @@ from affectgpt_jax.training.checkpoints import (
     Checkpoints,
     CheckpointWriteError,
     check_disk,
+    check_path,
     silence_threads,
 )
 from affectgpt_jax.training.losses import cross_entropy
@@ -279,6 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave=leave,
     ):
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__, own)
+        check_path(workdir)
         launch = distributed.find_launch(own)
         runtime.leave_out_gpu_compiler()
         runtime.use_compilation_cache()

@@ -5,9 +5,10 @@ A checkpoint is a directory `checkpoints/STEP`:
     manifest.json   the base that it belongs to, its validation loss, size and sha256 of every file
     state/          what Orbax writes: each process its own part of every array
 
-A checkpoint is written under another name and renamed when all its files, the manifest last, are on
-disk. So a checkpoint that is there was complete, and the hashes show later damage. The frozen base
-is not saved; its identity is, and a run that resumes on another base is refused.
+A checkpoint is written under another name, read back, and renamed when all its files, the manifest
+last, are on disk. So a checkpoint that is there was complete and could be read, and the hashes show
+later damage. The frozen base is not saved; its identity is, and a run that resumes on another base
+is refused.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ MANIFEST = "manifest.json"
 STATE = "state"
 # Left by a run that was killed, and removed by the next one; and damaged ones that are set aside.
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", ".damaged"
+
+
+# Orbax looks for its own files by patterns that begin with the path, and TensorStore takes a
+# backslash for a slash: what is written there is lost, or mixed with a neighbour's.
+_PATTERNS, _UNREADABLE = "*?[", "\\"
+
+# How systems say that there is no room.
+_FULL = ("No space left", "quota exceeded", "File too large")
 
 
 class CheckpointError(UserError, ValueError):
@@ -87,6 +96,27 @@ class Manifest:
         if digest != json_sha256(fields):
             raise _damaged(directory, f"{MANIFEST}: its own sha256 does not match")
         return manifest
+
+
+def check_path(workdir: Path, *, write: bool = True) -> None:
+    """Refuse a directory whose path the libraries that store checkpoints misread.
+
+    Args:
+        workdir: the run's directory; that of its parents counts as well.
+        write: whether checkpoints are to be written there. Some can be read all the same.
+
+    Raises:
+        CheckpointError: naming the characters.
+    """
+    text = str(Path(workdir).absolute())
+    forbidden = _UNREADABLE + (_PATTERNS if write else "")
+    found = sorted({char for char in text if char in forbidden or "\ud800" <= char <= "\udfff"})
+    if found:
+        raise CheckpointError(
+            f"{text}: checkpoints cannot be {'written' if write else 'read'} below a path with "
+            f"{' or '.join(map(ascii, found))} in it; name another --workdir"
+            + ("" if write else ", or move the run")
+        )
 
 
 def check_disk(workdir: Path, abstract_state: State) -> None:
@@ -170,6 +200,7 @@ class Checkpoints:
     def __init__(self, workdir: Path, base: Identity, keep: int = 3, is_main_process: bool = True):
         self._base, self._keep = base, keep
         self._is_main_process = is_main_process
+        check_path(workdir)
         self._folder = _Folder(workdir)
         self._broken = False
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -262,13 +293,18 @@ class Checkpoints:
         with self._write_errors():
             staging = self._folder.path / f"{_SAVING}{step}"
             self._orbax.save(staging / STATE, args=ocp.args.StandardSave(state))
-            self._pending = self._finisher.submit(self._finish, staging, step, val_loss)
+            # Its arrays may be donated when this returns.
+            written = _describe(state), np.asarray(state["step"])
+            self._pending = self._finisher.submit(self._finish, staging, step, val_loss, written)
 
-    def _finish(self, staging: Path, step: int, val_loss: float | None) -> None:
+    def _finish(
+        self, staging: Path, step: int, val_loss: float | None, written: tuple[Any, np.ndarray]
+    ) -> None:
         """Wait for what all processes write, then let it count as a checkpoint."""
         self._orbax.wait_until_finished()
         if not self._is_main_process:
             return
+        _read_back(staging / STATE, *written)
         files = {}
         for path in sorted(staging.rglob("*")):
             sync(path)
@@ -293,9 +329,11 @@ class Checkpoints:
         except Exception as error:
             self._broken = True
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            full = any(words in str(error) for words in _FULL)
             raise CheckpointWriteError(
-                f"a checkpoint cannot be written to {self._folder.path}; is the disk full? Those "
-                f"before it are whole, and the same command resumes from them ({reason})"
+                f"a checkpoint cannot be written to {self._folder.path}"
+                f"{'; is the disk full?' if full else '.'} Those before it are whole, and the same "
+                f"command resumes from them ({reason})"
             ) from error
 
     def restore(self, step: int, abstract: State) -> State:
@@ -352,6 +390,7 @@ class SavedRun:
     """
 
     def __init__(self, workdir: Path):
+        check_path(workdir, write=False)
         self._folder = _Folder(workdir)
         self.steps = tuple(self._folder.steps())
         if not self.steps:
@@ -468,6 +507,33 @@ def _check_tree(where: Path, saved: Any, wanted: Any) -> None:
                 f"and {expected.get(name, 'missing')} here; use the config it was trained with, or "
                 "another --workdir"
             )
+
+
+def _read_back(where: Path, expected: dict[str, str], step: np.ndarray) -> None:
+    """Compare what was written with what it should be: the tree, all shapes, and one value.
+
+    Hashes prove that bytes are as they were written, not that they can be read. The value is the
+    number of the step, which is never 0: where TensorStore finds no bytes, it reads zeros.
+
+    Raises:
+        ReadError: it is something else, or cannot be read.
+    """
+    # A handler alone: a checkpointer would wait for the other processes.
+    handler = ocp.PyTreeCheckpointHandler()
+    as_array = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(
+        item={"step": jax.ShapeDtypeStruct(step.shape, step.dtype)},
+        restore_args={"step": as_array},
+        partial_restore=True,
+    )
+    try:
+        found = _describe(handler.metadata(where)), handler.restore(where, args=args)["step"]
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ReadError(f"it cannot be read back: {reason[:200]}") from None
+    if found != (expected, step):
+        differs = sorted(found[0].items() ^ expected.items()) or [("step", found[1])]
+        raise ReadError(f"it reads back as something else: {' '.join(map(str, differs[0]))}")
 
 
 def _describe(tree: Any) -> dict[str, str]:
