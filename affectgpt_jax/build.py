@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from affectgpt_jax import cpu
+from affectgpt_jax.common.identity import Identity, code_identity, json_sha256
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
@@ -23,7 +24,7 @@ from affectgpt_jax.data.modalities import HEADS, INPUT_MODES, MODALITIES, InputM
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
-from affectgpt_jax.data.tokenizer import Tokenizer
+from affectgpt_jax.data.tokenizer import Tokenizer, tokenizer_identities
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.attention import CausalAttention, Choice, choose, deviation
 from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, DecoderConfig
@@ -289,6 +290,37 @@ def prompt_processor(config: ConfigDict, tokenizer: Tokenizer, mode: str = "") -
     )
 
 
+def inputs(config: ConfigDict, directory: Path, data: Data | None = None) -> dict[str, Identity]:
+    """What the answers of a run depend on beside its base: by what it is, as checkpoints keep it.
+
+    Args:
+        config: the run's config.
+        directory: of its base.
+        data: the clips that it is trained on and measured by; None leaves them out.
+
+    Raises:
+        PromptError, TokenizerError: a prompt file or a tokenizer that cannot be used.
+    """
+    found = {
+        **tokenizer_identities(directory),
+        "prompts": load_prompts(config.prompts).identity,
+        "code": code_identity(),
+    }
+    if data is not None:
+        sets = {f"training records ({part.name})": part for part in data.train}
+        sets |= {f"validation records ({part.name})": part for part in data.val}
+        if data.test is not None:
+            sets[TEST_RECORDS] = data.test
+        found |= {name: records_identity(part.dataset) for name, part in sets.items()}
+    return found
+
+
+def records_identity(records: Records) -> Identity:
+    """Which records these are, by the hashes in their manifest; of a part, those of the whole."""
+    manifest = dataclasses.asdict(records.manifest)
+    return Identity(f"{records.manifest.count:,} clips", json_sha256(manifest))
+
+
 def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> None:
     """Compare the shapes of a data set's features with what its input mode reads.
 
@@ -320,6 +352,10 @@ def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> Non
                 f"but config.{key} is {fusion.feature_width(name)}; set it to "
                 f"{facts['width']}, or use records of another encoder"
             )
+
+
+# What `inputs` calls the run's own test set.
+TEST_RECORDS = "test records"
 
 
 @dataclasses.dataclass(frozen=True)

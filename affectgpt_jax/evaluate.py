@@ -48,8 +48,15 @@ from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, percent, sco
 from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
-from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, load_run, set_up_process
-from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.restore import (
+    OUT_OF_MEMORY,
+    Run,
+    add_allow_other,
+    add_merge_lora,
+    load_run,
+    set_up_process,
+)
+from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, SavedRun, silence_threads
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
@@ -167,6 +174,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
     add_merge_lora(parser)
+    add_allow_other(parser, ALLOWED_OTHERS)
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
     add("--out", metavar="DIR", help="default: RUN/evaluate")
@@ -217,6 +225,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         llm=arguments.llm,
         mesh=arguments.mesh,
         merge_lora=arguments.merge_lora,
+        allow_other=arguments.allow_other,
+        say=say,
     )
     out = output_folder(arguments)
     steps = choose_steps(arguments.steps, run)
@@ -235,6 +245,9 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
+    if lexicon and not arguments.lexicon:  # which one is meant has not been said
+        mine = {"lexicon": lexicon.identity}
+        SavedRun(run.workdir).check_inputs(run.step, mine, arguments.allow_other, say)
     replies = Counter("replies about labels")
     extractor = make_extractor(arguments, run, lexicon, out, replies) if extracts else None
     generator = inference.Generator(
@@ -252,7 +265,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
     for step in steps:
-        trainable = (run if step == run.step else run.at_step(step)).trainable
+        at_step = run if step == run.step else run.at_step(step, arguments.allow_other, say)
+        trainable = at_step.trainable
         checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test in sets:
             file = _answer_file(run, step, checkpoint, test, question, limit, arguments)
@@ -422,6 +436,7 @@ def open_set(
     """
     dataset = build.open_records(run.config, place.place, "test", run.workdir, say)
     build.check_features(run.config, dataset, processor.mode)
+    run.report_records(place.place, dataset, say)
     if max_clips is not None and max_clips < len(dataset):
         dataset = RecordSubset(dataset, range(max_clips))
     task = place.task or _task_of(dataset, place)
@@ -553,6 +568,7 @@ def _answer_file(
         # A run that is trained anew in the same place has the same steps.
         checkpoint,
         run.identity.sha256,
+        {name: identity.sha256 for name, identity in run.inputs.items()},
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.

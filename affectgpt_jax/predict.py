@@ -45,7 +45,14 @@ from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, load_run, set_up_process
+from affectgpt_jax.restore import (
+    OUT_OF_MEMORY,
+    Run,
+    add_allow_other,
+    add_merge_lora,
+    load_run,
+    set_up_process,
+)
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -81,6 +88,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
     add_merge_lora(parser)
+    add_allow_other(parser, ["prompts"])
     add("--records", metavar="DIR", help="clips, as config.data.test; default: that of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -142,6 +150,7 @@ def predict(arguments: argparse.Namespace) -> None:
         llm=arguments.llm,
         mesh=arguments.mesh,
         merge_lora=arguments.merge_lora,
+        allow_other=arguments.allow_other,
     )
     best = ", the best on validation" if run.step == run.best_step else ""
     say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.processor.mode.name}")
@@ -229,6 +238,7 @@ def open_clips(run: Run, place: str | None) -> Records:
     config.data.verify = False  # a record that is read checks itself, and few may be read
     clips = build.open_records(config, place, "test", run.workdir, say)
     build.check_features(config, clips, run.processor.mode)
+    run.report_records(place, clips, say)
     return clips
 
 
@@ -355,7 +365,8 @@ def file_settings(run: Run, clips: Records, arguments: argparse.Namespace) -> di
         "step": run.step,
         # A run that is trained anew in the same place has the same steps.
         "checkpoint": run.fingerprint(run.step),
-        "records": clips.manifest.index_sha256,
+        "records": build.records_identity(clips).sha256,
+        **{name: identity.sha256 for name, identity in run.inputs.items()},
         "max_new_tokens": arguments.max_new_tokens or run.config.generate.max_new_tokens,
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
@@ -394,8 +405,7 @@ class AnswerFile:
         begun = path.exists() and path.stat().st_size
         if begun:
             self._check(path, beside, settings)
-        else:
-            write_json(beside, settings)
+        write_json(beside, settings)
         self._file = ResumableJsonl(
             path, _AnswerLine, ("name", "question"), advice="mend it, or name another --out"
         )
@@ -419,7 +429,11 @@ class AnswerFile:
                 "--out"
             ) from None
         for key, mine in settings.items():
-            if theirs.get(key) != mine:
+            if theirs.get(key) == mine:
+                continue
+            if key == "code":
+                say(f"note: {path} holds answers of another version of the code")
+            else:
                 raise PredictError(
                     f"{path} holds answers with {key} {theirs.get(key)!r}, but now it is {mine!r}; "
                     "name another --out, or the same settings to go on"

@@ -12,7 +12,7 @@ import contextlib
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, cpu, evaluators, inference, restore, runtime
+from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import write_json
 from affectgpt_jax.config import (
     ConfigError,
@@ -30,11 +31,14 @@ from affectgpt_jax.config import (
     save_config,
 )
 from affectgpt_jax.data.pipeline import TrainPipeline
+from affectgpt_jax.evaluation.lexicon import lexicon_identity
 from affectgpt_jax.program import check_rows, compiler_options, make_program
 from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding, xla_options
 from affectgpt_jax.training.checkpoints import (
+    ALLOWED_OTHERS,
     Checkpoints,
     CheckpointWriteError,
+    check_allowed,
     check_disk,
     check_path,
     silence_threads,
@@ -49,6 +53,7 @@ def train(
     workdir: Path,
     group: distributed.ProcessGroup | None = None,
     fallback: bool = False,
+    allow_other: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a config from data to scored result.
 
@@ -57,6 +62,7 @@ def train(
         workdir: which this run alone works in; the same for all processes.
         group: the processes of the run; None is this one alone.
         fallback: go on from an older checkpoint where the newest is damaged.
+        allow_other: which of `checkpoints.ALLOWED_OTHERS` may be others than before.
 
     Returns:
         What the main process writes into `workdir/result.json`.
@@ -125,19 +131,23 @@ def train(
         say(line)
     check_disk(workdir, program.state)
 
+    # All that an answer depends on: the same in all processes, and as it was where a run resumes.
+    identity, inputs = base_identity(directory), build.inputs(config, directory, data)
+    inputs["lexicon"] = lexicon_identity()
+    group.require_same({name: one.sha256 for name, one in [("base", identity), *inputs.items()]})
+    checkpoints = Checkpoints(workdir, identity, config.max_to_keep, group.is_main_process, inputs)
+
     # The frozen base and the state, straight into their shardings. `loop.initial_state` has the
     # order in which a run resumes.
-    base = load_base(directory, program.base, sharding.shardings_of(program.base))
-    identity = base_identity(directory)
-    group.require_same({"base": identity.sha256})
-    checkpoints = Checkpoints(workdir, identity, config.max_to_keep, group.is_main_process)
     state, start = loop.initial_state(
         checkpoints,
         program.state,
         lambda: restore.fresh_state(program, say),
         session,
         fallback=fallback,
+        allow_other=allow_other,
     )
+    base = load_base(directory, program.base, sharding.shardings_of(program.base))
 
     # Every batch shape is compiled before the loop, side by side.
     steps = {}
@@ -266,6 +276,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         flag_values=own,
     )
 
+    flags.DEFINE_list(
+        "allow_other",
+        [],
+        f"of {', '.join(ALLOWED_OTHERS)}: go on though it is another one than the run had",
+        flag_values=own,
+    )
+
     def leave(status: int, sentence: str) -> NoReturn:
         distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
 
@@ -281,15 +298,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__, own)
         check_path(workdir)
+        check_allowed(own.allow_other)
         launch = distributed.find_launch(own)
         runtime.leave_out_gpu_compiler()
         runtime.use_compilation_cache()
         xla_options.reserve_gpu_memory()
-        facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}
+        facts = {"workdir": str(workdir), "jax": jax.__version__, "code": str(code_identity())}
+        facts |= described(config)
         with distributed.join(launch, facts, own.join_timeout, print) as group:
             with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
                 try:
-                    train(config, workdir, group, own.fallback)
+                    train(config, workdir, group, own.fallback, own.allow_other)
                 except CheckpointWriteError as error:
                     # Orbax's threads still hold half of the checkpoint and would fill the terminal
                     # at exit.

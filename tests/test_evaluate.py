@@ -14,6 +14,7 @@ import pytest
 from affectgpt_jax import evaluate, inference
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
+from affectgpt_jax.evaluation import lexicon
 from affectgpt_jax.evaluation.extract import label_message
 from affectgpt_jax.models.generate import decode, prefill
 
@@ -254,6 +255,20 @@ def test_the_llm_and_a_server_extract_and_are_not_asked_again(run, says, monkeyp
     )
     written = "".join(p.read_text() for p in (run / "evaluate").rglob("*") if p.is_file())
     assert "sesame" not in written + capsys.readouterr().out
+
+
+def test_another_lexicon_is_refused_unless_it_is_named_or_meant(run, says, tmp_path, monkeypatch):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    other = shutil.copytree(lexicon.DEFAULT, tmp_path / "lexicon")
+    with (other / "forms.csv").open("a") as file:
+        file.write("calm,quietish\n")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    flags = [f"--set=mine:fine={test}", "--question=ovlabel"]
+    command(run, *flags, f"--lexicon={other}")
+    monkeypatch.setattr(lexicon, "DEFAULT", other)
+    message = refusal(run, *flags)
+    assert "checkpoints/2: lexicon: it was trained with" in message
+    command(run, *flags, "--allow-other=lexicon")
 
 
 def test_clips_without_a_truth_are_left_out_and_named(run, says, tmp_path, capsys):

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode, placeholders
 from affectgpt_jax.data.records import Annotations
 
@@ -153,6 +154,7 @@ class PromptSet:
         questions: by label type; a clip takes one of several by a hash of its name.
         answers: by label type, and `preference_same`.
         modes: whole prompts by input mode, for modes that are not composed from `inputs`.
+        identity: of the templates; comments and the order of keys do not matter.
     """
 
     source: str
@@ -163,6 +165,7 @@ class PromptSet:
     questions: Mapping[str, tuple[Template, ...]]
     answers: Mapping[str, Template]
     modes: Mapping[str, Template]
+    identity: Identity
 
     def prompt(
         self, mode: InputMode, token_counts: Mapping[str, int], clip: Annotations, question: str
@@ -335,7 +338,13 @@ class _Reader:
             for key, value in self._table(data, "modes", optional=INPUT_MODES).items()
         }
         return PromptSet(
-            self._source, **roles, inputs=inputs, questions=questions, answers=answers, modes=modes
+            self._source,
+            **roles,
+            inputs=inputs,
+            questions=questions,
+            answers=answers,
+            modes=modes,
+            identity=Identity(self._source, json_sha256(data)),
         )
 
     def _mode(self, mode: InputMode, value: object) -> Template:

@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -108,6 +108,7 @@ def initial_state(
     session: Session,
     *,
     fallback: bool = False,
+    allow_other: Collection[str] = (),
 ) -> tuple[State, int]:
     """The state that a run goes on from, and its step.
 
@@ -116,10 +117,11 @@ def initial_state(
     3. Where there is none: `init()`.
 
     Raises:
-        CheckpointError: the newest checkpoint is damaged, or is that of another model or base.
+        CheckpointError: the newest checkpoint is damaged, is that of another model or base, or was
+            trained with other inputs (`checkpoints.check_inputs`).
     """
     found = session.group.from_main_process(
-        lambda: checkpoints.step_to_resume(fallback, session.say)
+        lambda: checkpoints.step_to_resume(fallback, session.say, allow_other)
     )
     if found is None:
         return init(), 0

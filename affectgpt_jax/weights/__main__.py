@@ -24,6 +24,7 @@ from affectgpt_jax import build, cli, runtime
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import check_type, read_json
 from affectgpt_jax.common.text import print_lines
+from affectgpt_jax.data.tokenizer import tokenizer_identities
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
 from affectgpt_jax.weights import merge, peft, release, report
@@ -219,6 +220,8 @@ def export_merged(arguments: argparse.Namespace) -> str:
             f"but the run was trained on {checkpoint.base.name} ({checkpoint.base.sha256}); name "
             "that with --base"
         )
+    # Its tokenizer is copied, and must be the one that the adapter learned with.
+    checkpoint.saved.check_inputs(checkpoint.step, tokenizer_identities(directory))
     trainable = checkpoint.saved.trainable(checkpoint.step)
     merge.save_merged(directory, arguments.out, trainable["lora"], lora.scale)
     precision = checkpoint.config.get("base_precision")

@@ -13,10 +13,12 @@ from trees import assert_same_tree
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.checkpoints import (
+    ALLOWED_OTHERS,
     CheckpointError,
     Checkpoints,
     CheckpointWriteError,
     SavedRun,
+    check_allowed,
 )
 from affectgpt_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -184,6 +186,62 @@ def test_a_save_ends_on_what_the_save_before_it_met(tmp_path, monkeypatch):
     checkpoints.save(1, make_state(1), 0.5)
     with pytest.raises(CheckpointWriteError, match="No space left on device"):
         checkpoints.save(2, make_state(2), 0.5)
+
+
+# --- What answers depend on -----------------------------------------------------------------------
+
+INPUTS = {
+    name: Identity(name, digit * 64)
+    for name, digit in (("tokenizer", "1"), ("training records", "2"), ("prompts", "3"),
+                        ("lexicon", "4"), ("code", "5"))
+}  # fmt: skip
+
+
+def resume(workdir, inputs, allow_other=()):
+    """What is said, and the step; the next one is saved."""
+    said = []
+    with Checkpoints(workdir, BASE, keep=9, inputs=inputs) as checkpoints:
+        step = checkpoints.step_to_resume(say=said.append, allow_other=allow_other)
+        checkpoints.save((step or 0) + 1, make_state(), None)
+    return said, step
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "training records", "prompts", "lexicon"])
+def test_another_input_is_refused_by_name_and_both_hashes(tmp_path, name):
+    assert resume(tmp_path, INPUTS) == ([], None)
+    assert resume(tmp_path, INPUTS) == ([], 1)
+    others = INPUTS | {name: Identity("other", "f" * 64)}
+    advice = f"pass --allow_other={name}" if name in ALLOWED_OTHERS else "another --workdir"
+    words = rf"checkpoints/2: {name}: .*{name} \(sha256 \d+\).*other \(sha256 f+\).*{advice}"
+    with pytest.raises(CheckpointError, match=words):
+        resume(tmp_path, others)
+    with pytest.raises(CheckpointError, match=words):
+        SavedRun(tmp_path).check_inputs(2, {name: others[name]})
+    with pytest.raises(CheckpointError, match=f"{name} x: it was trained with none"):
+        Checkpoints(tmp_path, BASE, inputs={name + " x": others[name]}).step_to_resume()
+    SavedRun(tmp_path).check_inputs(2, {key: INPUTS[key] for key in INPUTS if key != name})
+
+
+def test_a_base_of_another_content_is_refused_before_it_is_read(saved):
+    with pytest.raises(CheckpointError, match="checkpoints/7 was trained on the base Tiny"):
+        Checkpoints(saved, Identity("Tiny", "1" * 64)).step_to_resume()
+
+
+@pytest.mark.parametrize("name, flag", [("prompts", ["prompts"]), ("code", [])])
+def test_an_input_that_may_be_another_is_said_and_recorded(tmp_path, name, flag):
+    resume(tmp_path, INPUTS)
+    others = INPUTS | {name: Identity("other", "f" * 64)}
+    (said,), step = resume(tmp_path, others, flag)
+    assert step == 1 and said.startswith("note: ") and f"{name}: it was trained with" in said
+    assert SavedRun(tmp_path).inputs(1) == INPUTS
+    assert SavedRun(tmp_path).inputs(2) == others
+    assert resume(tmp_path, others) == ([], 2)
+
+
+def test_what_may_be_another_is_a_closed_list():
+    check_allowed(["prompts", "lexicon"])
+    with pytest.raises(CheckpointError, match="--allow_other=tokenizer: expected some of prompts"):
+        check_allowed(["prompts", "tokenizer"])
 
 
 # --- What cannot be read back ---------------------------------------------------------------------

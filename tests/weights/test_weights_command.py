@@ -14,6 +14,7 @@ from tiny_model import FUSION, LLM, make_model, random_base, random_trainable
 from trees import assert_same_tree
 
 from affectgpt_jax.configs import demo
+from affectgpt_jax.data.tokenizer import tokenizer_identities
 from affectgpt_jax.models.lora import LoraConfig, merge
 from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, SavedRun
 from affectgpt_jax.weights.__main__ import main
@@ -37,7 +38,8 @@ def run(tmp_path_factory):
     config.lora.rank, config.lora.alpha = LORA.rank, LORA.alpha
     (root / "work").mkdir()
     (root / "work" / "config.json").write_text(config.to_json())
-    with Checkpoints(root / "work", base_identity(root / "base"), keep=9) as checkpoints:
+    base, inputs = base_identity(root / "base"), tokenizer_identities(root / "base")
+    with Checkpoints(root / "work", base, keep=9, inputs=inputs) as checkpoints:
         for step, loss in STEPS.items():
             trainable = random_trainable(MODEL, seed=step)
             opt_state = jax.tree.map(jnp.zeros_like, trainable)
