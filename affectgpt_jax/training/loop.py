@@ -176,6 +176,19 @@ def run_steps(
     )
     if start and (start % config.checkpoint_every == 0 or start == config.steps):
         _validate_late(session, reporter, checkpoints, validate, state, start)
+
+    def rescue() -> str:
+        """Save the last state that is finished; it may wait for ever for a step that is not."""
+        reporter.flush()
+        reporter.require_finite_state(step, state)
+        reached = int(state["step"])
+        if reached > (checkpoints.latest_step() or 0):
+            checkpoints.save(reached, state, None)
+            checkpoints.wait()
+        return f"step {reached} is saved"
+
+    if session.group.num_processes == 1:  # of several, one that hangs cannot save alone
+        session.watchdog.rescue = rescue
     batches = data.batches(start, config.steps)
     with clock.measure("data_wait"):
         batch = next(batches, None)  # None where no step is left
@@ -215,6 +228,7 @@ def run_steps(
     session.profiler.step(step + 1)  # ends a trace that reaches to the last step
     with clock.measure("save"):
         checkpoints.wait()
+    session.watchdog.rescue = None  # it holds the state
     return state, reporter.totals()
 
 
