@@ -25,6 +25,7 @@ from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
 from affectgpt_jax.data.tokenizer import Tokenizer, tokenizer_identities
+from affectgpt_jax.evaluation.lexicon import lexicon_identity
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.attention import CausalAttention, Choice, choose, deviation
 from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, DecoderConfig
@@ -296,7 +297,8 @@ def inputs(config: ConfigDict, directory: Path, data: Data | None = None) -> dic
     Args:
         config: the run's config.
         directory: of its base.
-        data: the clips that it is trained on and measured by; None leaves them out.
+        data: the clips that it is trained on and measured by, for which it takes the lexicon that
+            ships; None leaves both out.
 
     Raises:
         PromptError, TokenizerError: a prompt file or a tokenizer that cannot be used.
@@ -312,6 +314,7 @@ def inputs(config: ConfigDict, directory: Path, data: Data | None = None) -> dic
         if data.test is not None:
             sets[TEST_RECORDS] = data.test
         found |= {name: records_identity(part.dataset) for name, part in sets.items()}
+        found["lexicon"] = lexicon_identity()
     return found
 
 

@@ -29,7 +29,7 @@ from typing import Any
 
 from affectgpt_jax import build, cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
-from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.files import atomic_write, lock_file
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
@@ -40,7 +40,7 @@ from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
 from affectgpt_jax.evaluation.chat_server import ChatServer
 from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, TASKS, name_and_task
-from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCache
+from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, ReplyCache
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
 from affectgpt_jax.evaluation.report import write_report
@@ -59,6 +59,7 @@ from affectgpt_jax.restore import (
 from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, SavedRun, silence_threads
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
+LOCK_FILE = "evaluate.lock"
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
 LABELS = ("ovlabel", "onehot", "onehot_candidates")
 QUESTIONS = (*LABELS, "description")
@@ -158,6 +159,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the environment variable with the server's key, if it wants one",
     )
     add("--concurrency", type=int, default=8, metavar="N", help="requests to it at a time")
+    add(
+        "--max-reply-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="of a reply about labels, thinking included; default: 512",
+    )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
     add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
     add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
@@ -194,7 +202,13 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         )
     except ValueError as error:
         parser.error(str(error))
-    for flag in ("batch_size", "max_clips", "max_new_tokens", "concurrency"):
+    for flag in (
+        "batch_size",
+        "max_clips",
+        "max_new_tokens",
+        "concurrency",
+        "max_reply_tokens",
+    ):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -229,6 +243,15 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         say=say,
     )
     out = output_folder(arguments)
+    out.mkdir(parents=True, exist_ok=True)
+    advice = "wait for it, stop it, or name another --out"
+    with lock_file(out / LOCK_FILE, str(out), advice, say):
+        return _evaluate(run, out, arguments, say)
+
+
+def _evaluate(
+    run: Run, out: Path, arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[Report, Path]:
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
@@ -510,6 +533,7 @@ def make_extractor(
             arguments.model,
             api_key=os.environ.get(arguments.api_key_env, ""),
             concurrency=arguments.concurrency,
+            max_tokens=arguments.max_reply_tokens,
         )
     else:
         chat = BaseChat(
@@ -519,6 +543,7 @@ def make_extractor(
             run.processor.tokenizer,
             run.mesh,
             batch_size=arguments.batch_size or run.config.generate.batch_size,
+            max_new_tokens=arguments.max_reply_tokens,
         )
     cache = ReplyCache(out / "replies.jsonl")
     return ChatExtractor(chat, cache, rules.in_text, progress)
@@ -537,16 +562,27 @@ def predict(
     if question == "description":
         told = [processor.prompts.read_answer(question, text) for text in answers.texts]
         labels = extractor.labels(told)
-        unread = _where(names, [text in extractor.unparsed for text in told])
-        findings.append(Finding("whose labels could not be extracted", unread))
+        findings += _unread(names, told, extractor, "whose labels could not be extracted")
     else:
         labels = [processor.prompts.read_labels(text, question) for text in answers.texts]
     values: list[Any] = labels
     if test.task == "sentiment":
         values = extractor.sentiments(labels)
-        unread = _where(names, [", ".join(ls) in extractor.unparsed for ls in labels])
-        findings.append(Finding("whose sentiment could not be extracted", unread))
+        asked = [", ".join(clip) for clip in labels]
+        findings += _unread(names, asked, extractor, "whose sentiment could not be extracted")
     return Table("the answers", names, tuple(values), tuple(f for f in findings if f.names))
+
+
+def _unread(
+    names: Sequence[str], asked: Sequence[str], extractor: Extractor, what: str
+) -> list[Finding]:
+    """The clips of which the extractor could make nothing, by why."""
+    clips: dict[str, list[str]] = {}
+    for name, text in zip(names, asked, strict=True):
+        if (reply := extractor.unparsed.get(text)) is not None:
+            why = str(reply) if isinstance(reply, NoWords) else what
+            clips.setdefault(why, []).append(name)
+    return [Finding(why, tuple(found)) for why, found in clips.items()]
 
 
 def _where(names: Sequence[str], flags: Sequence[bool]) -> tuple[str, ...]:
@@ -598,9 +634,12 @@ def modalities(processor: PromptProcessor) -> str:
 
 def summarise(report: Report, out: Path) -> list[str]:
     """The closing lines: every set's score, and where to look."""
-    lines = []
+    lines = [f"warning: {warning}" for warning in report.warnings]
     for result in report.sets:
         fixed = result.fixed
+        # What was made of the labels comes first.
+        lines += [f"{result.name}: {unknown}" for unknown in fixed.unknown]
+        lines += [f"{result.name}: {finding}" for finding in fixed.pairs.findings]
         score = fixed.score
         metric, value = next(iter(score.values.items()))
         interval = fixed.interval
@@ -616,8 +655,6 @@ def summarise(report: Report, out: Path) -> list[str]:
                 f"{percent(both.best_value)} ({both.best})"
             )
         lines += [f"  {name}: {percent(share)}" for name, share in result.references.items()]
-        lines += [f"  {finding}" for finding in fixed.pairs.findings]
-    lines += [f"warning: {warning}" for warning in report.warnings]
     lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
     return lines
 

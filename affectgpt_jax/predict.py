@@ -28,6 +28,7 @@ others. Notes and progress go to the standard error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -38,6 +39,7 @@ from typing import Any, Self, TypedDict
 
 from affectgpt_jax import build, cli, cpu
 from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.common.json import ResumableJsonl, read_json, write_json
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import json_line, one_line, print_lines, say
@@ -385,7 +387,8 @@ class _AnswerLine(TypedDict):
 class AnswerFile:
     """Answers as lines of JSON, which an interrupted command goes on with.
 
-    Beside it, FILE.settings.json says how its answers were made.
+    Beside it, FILE.settings.json says how its answers were made, and FILE.lock keeps other
+    processes from writing it.
 
     Attributes:
         answered: clip names and questions of the lines that are there.
@@ -396,19 +399,25 @@ class AnswerFile:
 
     Raises:
         PredictError: the file was not written by this command, or with other settings.
+        FileInUse: another process writes it.
         ReadError: it cannot be read, or a line of it is not an answer.
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         beside = path.with_name(f"{path.name}.settings.json")
-        begun = path.exists() and path.stat().st_size
-        if begun:
-            self._check(path, beside, settings)
-        write_json(beside, settings)
-        self._file = ResumableJsonl(
-            path, _AnswerLine, ("name", "question"), advice="mend it, or name another --out"
-        )
+        lock = path.with_name(f"{path.name}.lock")
+        advice = "wait for it, stop it, or name another --out"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_file(lock, str(path), advice, say))
+            begun = path.exists() and path.stat().st_size
+            if begun:
+                self._check(path, beside, settings)
+            write_json(beside, settings)
+            self._file = ResumableJsonl(
+                path, _AnswerLine, ("name", "question"), advice="mend it, or name another --out"
+            )
+            self._held = stack.pop_all()
         self.answered = self._file.records.keys()
         if self._file.torn:
             say(f"{path}: the last line was half written; that answer is asked for again")
@@ -440,11 +449,11 @@ class AnswerFile:
                 )
 
     def __enter__(self) -> Self:
-        self._file.__enter__()
+        self._held.enter_context(self._file)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

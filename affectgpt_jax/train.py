@@ -31,7 +31,6 @@ from affectgpt_jax.config import (
     save_config,
 )
 from affectgpt_jax.data.pipeline import TrainPipeline
-from affectgpt_jax.evaluation.lexicon import lexicon_identity
 from affectgpt_jax.program import check_rows, compiler_options, make_program
 from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding, xla_options
 from affectgpt_jax.training.checkpoints import (
@@ -45,7 +44,7 @@ from affectgpt_jax.training.checkpoints import (
 )
 from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.stopping import lock_workdir
-from affectgpt_jax.weights.huggingface import base_identity, load_base
+from affectgpt_jax.weights.huggingface import base_identity, calls_own_head_tied, load_base
 
 
 def train(
@@ -88,6 +87,8 @@ def train(
         say(reserved)
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
     build.check_model(config, llm)
+    if calls_own_head_tied(directory):
+        say(f"note: {directory}: the stored lm_head is used, though config.json calls it tied")
     attention = build.attention(config, llm)
     group.require_same({"attention": attention.name})
     say(f"attention: {attention.name} ({attention.reason})")
@@ -133,7 +134,6 @@ def train(
 
     # All that an answer depends on: the same in all processes, and as it was where a run resumes.
     identity, inputs = base_identity(directory), build.inputs(config, directory, data)
-    inputs["lexicon"] = lexicon_identity()
     group.require_same({name: one.sha256 for name, one in [("base", identity), *inputs.items()]})
     checkpoints = Checkpoints(workdir, identity, config.max_to_keep, group.is_main_process, inputs)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from affectgpt_jax import evaluate, inference
+from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation import lexicon
@@ -139,6 +140,27 @@ def test_of_several_checkpoints_the_best_on_validation_is_the_fixed_one(run, say
     assert found["protocols"]["fixed"] == f"step {best}"
     command(run, "--step", str(3 - best))
     assert report(run)["sets"][0]["protocols"]["fixed"] == f"step {3 - best}"
+
+
+def test_one_process_at_a_time_evaluates_into_a_folder(run, says):
+    asked = says(lambda name: "They feel calm.")
+    (run / "evaluate").mkdir()
+    with lock_file(run / "evaluate" / evaluate.LOCK_FILE, "it", ""):
+        message = refusal(run)
+    assert f"{run / 'evaluate'} is in use by process {os.getpid()} on " in message
+    assert "or name another --out" in message and not asked
+
+
+def test_what_nobody_knows_is_said_before_the_score(run, says, capsys):
+    says(lambda name: "They feel good grief.")
+    command(run)
+    lines = capsys.readouterr().out.splitlines()
+    (score,) = (i for i, line in enumerate(lines) if "hit rate" in line)
+    (unknown,) = (i for i, line in enumerate(lines) if "unknown predicted words: " in line)
+    (warning,) = (i for i, line in enumerate(lines) if line.startswith("warning: "))
+    assert max(unknown, warning) < score
+    assert f"'good grief' x {CLIPS}; {CLIPS} of {CLIPS} labels (100.0%)" in lines[unknown]
+    assert "most of the predicted labels are the true word of no clip (100.0%)" in lines[warning]
 
 
 def test_a_second_run_asks_only_about_what_is_missing(run, says):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from affectgpt_jax import build, inference, predict
+from affectgpt_jax.common.files import FileInUse
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
@@ -320,6 +321,24 @@ def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(
     monkeypatch.undo()
     ask(f"--out={out}")
     assert len(by_name(parsed(out.read_text()))) == len(parsed(out.read_text())) == 2 * CLIPS
+
+
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    line = {"name": "a", "question": "q", "text": "t"}
+    path = tmp_path / "answers.jsonl"
+    with predict.AnswerFile(path, {"seed": 1}) as file:
+        file.write(line)
+        for settings in ({"seed": 1}, {"seed": 2}):
+            with pytest.raises(FileInUse, match=f"{path} is in use by process {os.getpid()} on "):
+                predict.AnswerFile(path, settings)
+        file.write(line | {"name": "b"})
+    assert json.loads((tmp_path / "answers.jsonl.settings.json").read_text()) == {"seed": 1}
+    with predict.AnswerFile(path, {"seed": 1}) as file:
+        assert sorted(file.answered) == [("a", "q"), ("b", "q")]
+    with pytest.raises(predict.PredictError, match="holds answers with seed 1, but now it is 2"):
+        predict.AnswerFile(path, {"seed": 2})
+    with predict.AnswerFile(path, {"seed": 1}):
+        pass  # the refused one holds nothing
 
 
 def test_a_file_of_one_question_can_be_scored(ask, tmp_path, capsys):

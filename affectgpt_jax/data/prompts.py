@@ -18,6 +18,7 @@ from pathlib import Path
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import Identity, json_sha256
+from affectgpt_jax.common.labels import read_labels
 from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode, placeholders
 from affectgpt_jax.data.records import Annotations
 
@@ -249,12 +250,10 @@ class PromptSet:
     def read_labels(self, text: str, label_type: str = "ovlabel") -> list[str]:
         """The labels of a generated answer, lower-case, in order, without repeats.
 
-        Whatever was written inside the frame sentence, or instead of it, is split at commas, so
-        that an answer in another form is still scored as what it says.
+        Whatever was written inside the frame sentence, or instead of it, is read as a list
+        (`common.labels`), so that an answer in another form is still scored as what it says.
         """
-        parts = re.split(r"[,\n;]", self.read_answer(label_type, text))
-        labels = (part.strip(" \t\n.[]'\"").lower() for part in parts)
-        return list(dict.fromkeys(label for label in labels if label))
+        return list(dict.fromkeys(read_labels(self.read_answer(label_type, text))))
 
 
 # --- prompt files -------------------------------------------------------------------------------

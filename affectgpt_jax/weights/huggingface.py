@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from affectgpt_jax.common.identity import Identity, files_sha256
 from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.models.decoder import DecoderConfig
+from affectgpt_jax.models.decoder import Decoder, DecoderConfig, init_base
 from affectgpt_jax.models.quantize import QuantizedKernel, quantize
 from affectgpt_jax.weights.hf_config import from_hf, to_hf
 from affectgpt_jax.weights.streaming import (
@@ -95,6 +95,16 @@ def read_config(directory: Path) -> DecoderConfig:
     if found.tie_word_embeddings and has_own_head(directory):
         found = dataclasses.replace(found, tie_word_embeddings=False)
     return found
+
+
+def calls_own_head_tied(directory: Path) -> bool:
+    """Whether `config.json` calls a head tied that is stored with other values than the embedding.
+
+    Raises:
+        WeightsError: no such file, or not JSON.
+    """
+    config = read_json(Path(directory) / "config.json", dict[str, Any], error=WeightsError)
+    return bool(config.get("tie_word_embeddings")) and has_own_head(directory)
 
 
 def has_own_head(directory: Path) -> bool:
@@ -216,6 +226,17 @@ def _identity_shape(config: DecoderConfig) -> dict[str, Any]:
         if not shape[name]:
             del shape[name]
     return shape
+
+
+def check_base(directory: Path, config: DecoderConfig) -> None:
+    """Compare the stored tensors with those that a base of this shape loads; reads headers alone.
+
+    Raises:
+        WeightsError: as `load_base`.
+    """
+    module = Decoder(config)
+    abstract = jax.eval_shape(lambda key: init_base(module, key), jax.random.key(0))
+    _check_tensors(directory, stored_tensors(directory), abstract)
 
 
 def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:

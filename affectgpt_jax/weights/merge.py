@@ -11,7 +11,7 @@ import numpy as np
 
 from affectgpt_jax.common.files import new_path
 from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.weights.huggingface import has_own_head, stored_tensors, tensor_name
+from affectgpt_jax.weights.huggingface import calls_own_head_tied, stored_tensors, tensor_name
 from affectgpt_jax.weights.streaming import StoredTensor, WeightsError
 from affectgpt_jax.weights.tensors import write_tensors
 
@@ -86,9 +86,9 @@ def save_merged(
         for path in sorted(base.iterdir()):
             if path.is_file() and not path.name.endswith(_WEIGHTS):
                 shutil.copyfile(path, partial / path.name)
-        config = read_json(base / "config.json", dict[str, Any], error=WeightsError)
-        if config.get("tie_word_embeddings") and has_own_head(base):
+        if calls_own_head_tied(base):
             # Other programs would believe it, and drop the head.
+            config = read_json(base / "config.json", dict[str, Any], error=WeightsError)
             write_json(partial / "config.json", config | {"tie_word_embeddings": False})
 
 
