@@ -1,9 +1,9 @@
 """The public data sets in the plain layout that data_prep.extract reads: one CSV file each.
 
-    python -m data_prep.datasets --set mercaptionplus --root datasets \\
+    affectgpt datasets --set mercaptionplus --root datasets \\
         --out csv/mercaptionplus.csv
-    python -m data_prep.datasets --all --root datasets --out csv --allow-pickle
-    python -m data_prep.extract --csv csv/mercaptionplus.csv \\
+    affectgpt datasets --all --root datasets --out csv --allow-pickle
+    affectgpt extract --csv csv/mercaptionplus.csv \\
         --out records/mercaptionplus ...
 
 A row is a clip: its name, the files of its video, audio and face, and what is said about it. Below
@@ -26,11 +26,17 @@ from pathlib import Path
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import path_below, read_bytes, write_text
+from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
-from affectgpt_jax.evaluation.label_files import find_set, read_set, read_subtitles
+from affectgpt_jax.evaluation.label_files import (
+    MEDIA,
+    find_media,
+    find_set,
+    read_set,
+    read_subtitles,
+)
 from affectgpt_jax.evaluation.readers import Finding, read_truth
 
 COLUMNS = (
@@ -47,8 +53,6 @@ COLUMNS = (
     "valence_range",
     "source",
 )
-VIDEO, AUDIO = ("{0}.mp4", "{0}.avi"), ("{0}.wav",)
-FACE = ("{0}.npy", "{0}/{0}.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +175,8 @@ def caption_set(
         }
         for name in names
     ]
-    lacking += _add_media(rows, dataset, folder)
+    findings, more = _add_media(rows, dataset, folder)
+    lacking, remarks = lacking + findings, remarks + more
     return PlainSet(dataset.name, rows, remarks + [str(f) for f in lacking if f.names])
 
 
@@ -214,25 +219,19 @@ def _descriptions(path: Path) -> dict[str, str]:
 
 def _add_media(
     rows: Sequence[dict[str, str]], dataset: CaptionSet | DataSet, folder: Path
-) -> list[Finding]:
-    """Name the files that exist; the extraction's report names those that are missing."""
-    findings = []
-    kinds = {
-        "video": (dataset.video, VIDEO),
-        "audio": (dataset.audio, AUDIO),
-        "face": (dataset.face, FACE),
-    }
-    for kind, (below, patterns) in kinds.items():
-        place = (folder / below).resolve()
-        lacking = []
+) -> tuple[list[Finding], list[str]]:
+    """Name the files that exist, and say what is missing, by clips and by folders."""
+    names = [row["name"] for row in rows]
+    findings: list[Finding] = []
+    remarks: list[str] = []
+    for kind in MEDIA:
+        media = find_media(folder.resolve(), dataset, kind, names)
         for row in rows:
-            files = (path_below(place, pattern.format(row["name"])) for pattern in patterns)
-            if found := next((file for file in files if file.is_file()), None):
-                row[kind] = str(found)
-            else:
-                lacking.append(row["name"])
-        findings.append(Finding(f"without {kind} in {folder / below}", tuple(lacking)))
-    return findings
+            if row["name"] in media.files:
+                row[kind] = str(media.files[row["name"]])
+        findings.append(media.lacking)
+        remarks += media.remarks
+    return findings, remarks
 
 
 def _list(words: Sequence[str]) -> str:
@@ -252,7 +251,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sets = [(s.key, s.folder, s.labels or "--labels FILE") for s in CAPTION_SETS]
     sets += [(d.key, d.folder, " or ".join(d.labels)) for d in TESTED.values()]
     lines = "\n".join(f"    {key:<15}{folder}: {labels}" for key, folder, labels in sets)
-    parser = cli.make_parser("data_prep.datasets", __doc__.format(sets=lines))
+    parser = cli.make_parser("affectgpt datasets", __doc__.format(sets=lines))
     add = parser.add_argument
     keys = [*CAPTIONED, *TESTED]
     which = parser.add_mutually_exclusive_group(required=True)

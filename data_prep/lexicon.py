@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.resources
 import io
 import itertools
 import json
@@ -32,7 +33,7 @@ from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.text import print_lines
 
 HERE = Path(__file__).parent
-ASSET = HERE.parent / "affectgpt_jax" / "assets" / "lexicon"
+ASSET = Path(str(importlib.resources.files("affectgpt_jax") / "assets" / "lexicon"))
 TAXONOMIES, FAMILIES = HERE / "taxonomies.toml", HERE / "emotion_words.toml"
 VERSION = "1"
 
@@ -585,7 +586,7 @@ def wordnet_directory() -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
-        parser = cli.make_parser("data_prep.lexicon", __doc__.split("\n")[0])
+        parser = cli.make_parser("python -m data_prep.lexicon", __doc__.split("\n")[0])
         parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
         parser.add_argument(
             "--wordnet",

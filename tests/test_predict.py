@@ -315,7 +315,7 @@ def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(
         ask(f"--out={out}")
     assert end.value.code == 130
     assert capsys.readouterr().err.endswith(
-        "interrupted; the same command goes on where it stopped\n"
+        "interrupted; with --out the same command goes on where it stopped\n"
     )
     assert len(parsed(out.read_text())) == 3
     monkeypatch.undo()
@@ -491,7 +491,7 @@ def test_other_prompts_are_refused_unless_they_are_meant(ask, changed, tmp_path,
     assert "is named 'nobody'" in refusal(ask, "--name=nobody", workdir=run)
     (tmp_path / "mine.toml").write_text(edited.replace("Better is", "The better one is", 1))
     message = refusal(ask, "--name=nobody", workdir=run)
-    assert "prompts: it was trained with" in message and "pass --allow_other=prompts" in message
+    assert "prompts: it was trained with" in message and "pass --allow-other=prompts" in message
     flags = ("--name=nobody", "--allow-other=prompts")
     assert "is named 'nobody'" in refusal(ask, *flags, workdir=run)
     said = capsys.readouterr().err

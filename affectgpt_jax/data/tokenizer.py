@@ -13,6 +13,7 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import sha256_of
 from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import read_json
+from affectgpt_jax.common.text import brief
 from affectgpt_jax.data.modalities import placeholders
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -104,14 +105,14 @@ class Tokenizer:
         try:
             self._fast = _fast_tokenizer_class()(tokenizer_file=str(path))
         except Exception as error:  # the tokenizers library raises bare Exception on bad files
-            raise TokenizerError(f"{path}: not a tokenizer: {error}") from None
+            raise TokenizerError(f"{path}: not a tokenizer: {brief(error)}") from None
         vocabulary = self._fast.get_vocab()
-        self.base_size = max(vocabulary.values()) + 1
         missing = [token for token in CHAT_TOKENS if token not in vocabulary]
         if missing:
             raise TokenizerError(
                 f"{path}: no token {' or '.join(missing)}; expected a Qwen2-style chat tokenizer"
             )
+        self.base_size = max(vocabulary.values()) + 1
         self._fast.add_tokens(list(placeholders()), special_tokens=True)
         self.start_id, self.end_id = self._fast.convert_tokens_to_ids(list(CHAT_TOKENS))
         self.placeholder_ids = {
@@ -169,7 +170,7 @@ class Tokenizer:
                 enable_thinking=False,  # Qwen3 reads this; other templates do not
             )
         except Exception as error:  # a template is a program, and may fail in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = brief(str(error) or type(error).__name__)
             raise TokenizerError(f"{self._directory}: its chat template fails: {reason}") from None
 
     @functools.cached_property

@@ -162,6 +162,14 @@ class ChatServer:
                 f"({self._secret.mask(reason)[:200]}), "
                 f"{self._attempts} times; {_RESUME}"
             ) from None
+        return self._content(data)
+
+    def _content(self, data: bytes) -> str:
+        """What a reply says.
+
+        Raises:
+            ChatError: it is no reply of chat completions.
+        """
         try:
             choice = parse_json(data, "the reply", _Reply)["choices"][0]
         except (ReadError, IndexError):

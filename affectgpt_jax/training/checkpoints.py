@@ -128,19 +128,6 @@ def check_path(workdir: Path, *, write: bool = True) -> None:
         )
 
 
-def check_allowed(names: Collection[str]) -> None:
-    """Refuse names of inputs that may not be others.
-
-    Raises:
-        CheckpointError: naming one.
-    """
-    for name in names:
-        if name not in ALLOWED_OTHERS:
-            raise CheckpointError(
-                f"--allow_other={name}: expected some of {', '.join(ALLOWED_OTHERS)}"
-            )
-
-
 def check_inputs(
     where: Path,
     saved: Mapping[str, Identity],
@@ -169,7 +156,7 @@ def check_inputs(
             say(f"note: {differ}")
         elif name in ALLOWED_OTHERS:
             raise CheckpointError(
-                f"{differ}; put back what it was trained with, or pass --allow_other={name} if "
+                f"{differ}; put back what it was trained with, or pass --allow-other={name} if "
                 "this is meant"
             )
         else:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from affectgpt_jax.common.files import path_below
 from affectgpt_jax.common.identity import Identity, files_sha256
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.models.decoder import Decoder, DecoderConfig, init_base
@@ -149,7 +150,7 @@ def weight_files(directory: Path) -> list[Path]:
     weight_map = _read_index(directory)
     names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     for name in names:
-        if not (directory / name).is_file():
+        if not path_below(directory, name, WeightsError).is_file():
             pickles = any(directory.glob("*.bin"))
             raise WeightsError(
                 f"{directory}: no weights: {name} is missing"

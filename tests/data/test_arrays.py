@@ -2,6 +2,8 @@ import dataclasses
 import json
 import os
 import re
+import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -409,3 +411,29 @@ def test_a_dict_of_arrays_is_named_in_messages(clips):
     arrays = {name: values(name) for name in NAMES} | {"b": [1.0, 2.0]}
     with pytest.raises(RecordError, match=r"the face arrays, clip 'b' has the shape \[2\]"):
         list(records_from_csv(path, {"face": arrays}))
+
+
+@pytest.mark.parametrize("name", ["../b", "/b", "a/../../b", "sub/../../b"])
+def test_no_name_of_a_clip_leads_out_of_its_folder(name, clips, tmp_path):
+    _, face = clips
+    np.save(face.parent / "b.npy", values("b"))
+    path = table(tmp_path / "mine.csv", f"name\n{name}\n")
+    with pytest.raises(RecordError, match=r"the name '.*b.npy' leads out of .*; expected that of"):
+        records_from_csv(path, {"face": face})
+
+
+def test_arrays_that_are_larger_than_their_files_are_refused(clips, tmp_path):
+    path, face = clips
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024), }".ljust(117)
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + b"\n" + bytes(100)
+    (face / "b.npy").write_bytes(data)
+    with pytest.raises(RecordError, match="b.npy cannot be read: its header names an array"):
+        list(records_from_csv(path, {"face": face}))
+    archive = tmp_path / "zeros.npz"
+    # 65 MiB of zeros in 65 KiB.
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        with file.open("a.npy", "w", force_zip64=True) as entry:
+            for _ in range(65):
+                entry.write(bytes(2**20))
+    with pytest.raises(RecordError, match="'a' cannot be read: a.npy expands from .* to 68,15"):
+        open_arrays(archive)["a"]
