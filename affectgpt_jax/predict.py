@@ -52,7 +52,7 @@ from affectgpt_jax.restore import (
     Run,
     add_allow_other,
     add_merge_lora,
-    load_run,
+    open_run,
     set_up_process,
 )
 from affectgpt_jax.training.checkpoints import silence_threads
@@ -146,7 +146,7 @@ def predict(arguments: argparse.Namespace) -> None:
     check_questions(arguments.question or ())
     if arguments.out and not arguments.out.parent.is_dir():
         raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
-    run = load_run(
+    run = open_run(
         arguments.workdir,
         arguments.step,
         llm=arguments.llm,
@@ -162,6 +162,7 @@ def predict(arguments: argparse.Namespace) -> None:
     for question in questions:
         # Trouble with a clip shows now, not at the end.
         run.processor.prompt_examples(clips, question)
+    run = run.with_weights()
     generator = make_generator(
         run,
         clips,
