@@ -162,6 +162,10 @@ def predict(arguments: argparse.Namespace) -> None:
     for question in questions:
         # Trouble with a clip shows now, not at the end.
         run.processor.prompt_examples(clips, question)
+    # Who may not write must not wait for the weights first.
+    file = (
+        AnswerFile(arguments.out, file_settings(run, clips, arguments)) if arguments.out else None
+    )
     run = run.with_weights()
     generator = make_generator(
         run,
@@ -171,8 +175,8 @@ def predict(arguments: argparse.Namespace) -> None:
         sampling=arguments.sampling,
         seed=arguments.seed,
     )
-    if arguments.out:
-        with AnswerFile(arguments.out, file_settings(run, clips, arguments)) as file:
+    if file:
+        with file:
             for name, question, answer in ask(run, generator, clips, questions, file):
                 file.write(as_dict(run, name, question, answer))
     elif len(clips) == 1 and not arguments.json:
