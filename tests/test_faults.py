@@ -349,9 +349,9 @@ def test_a_run_whose_data_hang_saves_what_it_has_and_goes_on_from_there(
 ):
     workdir = tmp_path / "run"
     before = functools.partial(stop_data_before, 2)
-    with Command(workdir, *records, "--config.step_timeout=6.0", before=before) as command:
+    with Command(workdir, *records, "--config.step_timeout=12.0", before=before) as command:
         assert command.wait() == 1
-        assert "no progress for 6 s since step 1" in command.said
+        assert "no progress for 12 s since step 1" in command.said
         assert "; step 2 is saved; the same command resumes" in command.said
     assert SavedRun(workdir).steps == (2,)
     assert "resumed from the checkpoint of step 2" in finish(workdir, *records)
