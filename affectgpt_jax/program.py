@@ -90,11 +90,11 @@ class Program:
     def describe(self, base_name: str) -> list[str]:
         """Parameters and the remat policy, in lines for people."""
         config, trainable = self.config, self.state["trainable"]
+        lora, fusion = (parameter_count(trainable[part]) for part in ("lora", "fusion"))
         lines = [
-            f"{parameter_count(self.base):,} frozen parameters ({base_name}, "
-            f"{nbytes(self.base) / 2**20:,.1f} MiB in {config.base_precision or config.dtype}), "
-            f"{parameter_count(trainable['lora']):,} in LoRA and "
-            f"{parameter_count(trainable['fusion']):,} in projectors and fusion to train"
+            f"{parameter_count(self.base):,} frozen parameters: {base_name}, "
+            f"{nbytes(self.base) / 2**20:,.1f} MiB in {config.base_precision or config.dtype}",
+            f"{lora + fusion:,} to train: {lora:,} in LoRA, {fusion:,} in projectors and fusion",
         ]
         return lines + ([str(self.remat)] if self.remat else [])
 
