@@ -38,6 +38,8 @@ from affectgpt_jax.training.step import (
     make_train_step,
 )
 
+COMPILING = "compiling"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -128,13 +130,20 @@ class Program:
     def compile(
         self, compiler_options: Mapping[str, xla_options.Value] | None = None
     ) -> dict[int, Callable]:
-        """The compiled update for every row length, compiled side by side."""
+        """The compiled update for every row length, compiled side by side.
+
+        An exception, such as Ctrl-C, comes through at once, while threads named `COMPILING` go on:
+        nothing ends a compilation but the process.
+        """
 
         def compile_one(length: int) -> Callable:
             return self.lower(length).compile(compiler_options=dict(compiler_options or {}))
 
-        with ThreadPoolExecutor() as pool:
+        pool = ThreadPoolExecutor(thread_name_prefix=COMPILING)
+        try:
             return dict(zip(self.batches, pool.map(compile_one, self.batches), strict=True))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def init_state(self, seed: int) -> State:
         """Fresh adapters, fusion and optimizer state, made where they stay."""

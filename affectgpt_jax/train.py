@@ -12,7 +12,9 @@ import contextlib
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +34,7 @@ from affectgpt_jax.config import (
     saved_steps,
 )
 from affectgpt_jax.data.pipeline import TrainPipeline
-from affectgpt_jax.program import check_rows, compiler_options, make_program
+from affectgpt_jax.program import COMPILING, check_rows, compiler_options, make_program
 from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding, xla_options
 from affectgpt_jax.training.checkpoints import (
     Checkpoints,
@@ -302,7 +304,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.add_flags(parser)
 
     def leave(status: int, sentence: str) -> NoReturn:
-        distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
+        if launch:
+            distributed.leave(launch, status, sentence)
+        compiling = any(thread.name.startswith(COMPILING) for thread in threading.enumerate())
+        if compiling and status == 128 + signal.SIGINT:
+            # Python would wait for it, for minutes where the model is large.
+            print(sentence, file=sys.stderr, flush=True)
+            os._exit(status)
+        cli.leave(status, sentence)
 
     with cli.exit_on_error(
         interrupted="interrupted; the same command resumes from the newest checkpoint",
