@@ -43,6 +43,7 @@ from affectgpt_jax.training.checkpoints import (
     silence_threads,
 )
 from affectgpt_jax.training.losses import cross_entropy
+from affectgpt_jax.training.step import State
 from affectgpt_jax.training.stopping import lock_workdir
 from affectgpt_jax.weights.huggingface import base_identity, load_base
 
@@ -139,10 +140,15 @@ def train(
         identity = base_identity(directory)
     group.require_same({"base": identity.sha256})
     checkpoints = Checkpoints(workdir, identity, config.max_to_keep, group.is_main_process)
+
+    def fresh_state() -> State:
+        with Elapsed("drawing weights", quiet_s=QUIET_S, enabled=group.is_main_process):
+            return restore.fresh_state(program, initial)
+
     state, start = loop.initial_state(
         checkpoints,
         program.state,
-        lambda: restore.fresh_state(program, initial),
+        fresh_state,
         session,
         fallback=fallback,
     )
