@@ -123,7 +123,8 @@ def load_run(
         allow_other: ("prompts",) if its prompts may be others than in training.
 
     Raises:
-        UserError: a workdir without a run, another base, tokenizer or prompts, no such or a damaged checkpoint.
+        UserError: a workdir without a run, another base, tokenizer or prompts, no such or a damaged
+            checkpoint.
     """
     from affectgpt_jax import restore
 
