@@ -100,7 +100,8 @@ def small_disk(folder, free):
         (folder / "filler").write_bytes(bytes(256 * 1024 - free))
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True)
+        # Lazily: a library may still hold a file open that it could not write.
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 @pytest.mark.parametrize(
