@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import sha256_of
+from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.text import brief
 from affectgpt_jax.data.modalities import placeholders
@@ -37,6 +39,50 @@ def _fast_tokenizer_class() -> type:
         if said_before is None:
             del os.environ[_NO_ADVICE]
     return PreTrainedTokenizerFast
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """The Jinja template of a base's directory; None if it has none.
+
+    Raises:
+        TokenizerError: it cannot be read.
+    """
+    path = directory / "chat_template.jinja"
+    try:
+        if path.is_file():
+            return path.read_text("utf-8")
+        path = directory / "tokenizer_config.json"
+        found = read_json(path, dict).get("chat_template") if path.is_file() else None
+        if isinstance(found, list):  # several by name, of which one is for everything else
+            found = {entry["name"]: entry["template"] for entry in found}["default"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise TokenizerError(f"{path}: no chat template can be read: {error}") from None
+    if found is not None and not isinstance(found, str):
+        raise TokenizerError(f"{path}: chat_template is {type(found).__name__}; expected text")
+    return found
+
+
+def tokenizer_identities(directory: Path) -> dict[str, Identity]:
+    """Which tokenizer and which chat template a base's directory has, by content.
+
+    A template that cannot be read is one of its own: only who asks for a prompt needs it.
+
+    Raises:
+        TokenizerError: no tokenizer.json, or one that cannot be read.
+    """
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = sha256_of(path)
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        template = read_chat_template(directory)
+    except TokenizerError as error:
+        template = str(error).removeprefix(str(directory))
+    return {
+        "tokenizer": Identity(directory.name, tokenizer),
+        "chat template": Identity(directory.name, json_sha256(template)),
+    }
 
 
 class Tokenizer:
@@ -129,17 +175,4 @@ class Tokenizer:
 
     @functools.cached_property
     def _chat_template(self) -> str | None:
-        """The Jinja template of the directory; None if it has none."""
-        path = self._directory / "chat_template.jinja"
-        try:
-            if path.is_file():
-                return path.read_text("utf-8")
-            path = self._directory / "tokenizer_config.json"
-            found = read_json(path, dict).get("chat_template") if path.is_file() else None
-            if isinstance(found, list):  # several by name, of which one is for everything else
-                found = {entry["name"]: entry["template"] for entry in found}["default"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise TokenizerError(f"{path}: no chat template can be read: {error}") from None
-        if found is not None and not isinstance(found, str):
-            raise TokenizerError(f"{path}: chat_template is {type(found).__name__}; expected text")
-        return found
+        return read_chat_template(self._directory)

@@ -16,6 +16,7 @@ from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.secret import Secret
 from affectgpt_jax.common.text import shorten
+from affectgpt_jax.evaluation.extract import NoWords, spoken
 
 # Of a reply, and of an error's text that is looked at.
 MAX_REPLY_BYTES = 16 * 2**20
@@ -32,10 +33,14 @@ class _Unread(Exception):
 
 
 class _Message(TypedDict):
-    content: str
+    content: str | None  # null where a model has only thought, or refuses
 
 
-class _Choice(TypedDict):
+class _OptionalFields(TypedDict, total=False):
+    finish_reason: str | None
+
+
+class _Choice(_OptionalFields):
     message: _Message
 
 
@@ -114,7 +119,7 @@ class ChatServer:
         )
         self.identity = f"{model} at {self._url}, greedy, {max_tokens} tokens"
 
-    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str | NoWords]]:
         """Yield the number and the reply of each message, in the order in which they come.
 
         Raises:
@@ -130,7 +135,7 @@ class ChatServer:
             # Requests that wait for a thread are dropped; those under way end by themselves.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _reply(self, message: str) -> str:
+    def _reply(self, message: str) -> str | NoWords:
         """One reply; the client has repeated the request where that can help.
 
         Raises:
@@ -166,14 +171,16 @@ class ChatServer:
             ChatError: it is no reply of chat completions.
         """
         try:
-            content = parse_json(data, "the reply", _Reply)["choices"][0]["message"]["content"]
+            choice = parse_json(data, "the reply", _Reply)["choices"][0]
         except (ReadError, IndexError):
             shown = self._shown(data.decode(errors="replace"), 80)
             raise self._error(
                 f"an answer without choices[0].message.content: {shown}; is it a server of chat "
                 "completions?"
             ) from None
-        return content
+        content = choice["message"]["content"] or ""
+        reason = self._shown(choice.get("finish_reason") or "", 40).strip("'")
+        return content if spoken(content) else NoWords(reason)
 
     def _error(self, sentence: str) -> ChatError:
         """An error without the key, which servers like to repeat."""

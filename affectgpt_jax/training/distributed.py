@@ -440,8 +440,9 @@ def join(
             local_device_ids=launch.local_process_id,
             cluster_detection_method="deactivate",
             initialization_timeout=max(1, int(deadline - time.monotonic())),
-            # Longer than the links need: they say which process failed, and JAX can only abort.
-            heartbeat_timeout_seconds=150,
+            # The links say which process failed or is gone, and JAX can only abort, even where a
+            # job that was suspended as a whole wakes up. So it is to wait for longer than any does.
+            heartbeat_timeout_seconds=10**6,
             shutdown_timeout_seconds=60,
         )
         devices = jax.local_devices()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from affectgpt_jax.common import labels
 from affectgpt_jax.data.arrays import (
     COLUMNS,
     open_arrays,
@@ -19,7 +20,6 @@ from affectgpt_jax.data.arrays import (
     sample_rows,
 )
 from affectgpt_jax.data.records import Annotations, RecordError, write_records
-from affectgpt_jax.evaluation import readers
 
 NAMES = ("a", "b", "c 名")
 
@@ -94,8 +94,8 @@ def test_every_annotation_has_a_column(tmp_path):
 
 @given(st.text(alphabet="[]'\", aAb\n名") | st.text())
 def test_labels_are_read_as_the_evaluation_reads_them(text):
-    assert list(parse_labels(text)) == readers.parse_labels(text)
-    assert [word.lower() for word in parse_list(text)] == readers.parse_labels(text)
+    assert list(parse_labels(text)) == labels.read_labels(text)
+    assert [word.lower() for word in parse_list(text)] == labels.parse_labels(text)
 
 
 @pytest.mark.parametrize(
