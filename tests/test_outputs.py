@@ -77,11 +77,13 @@ def arguments(name, sources, out):
 
 
 def contents(folder):
-    """All files below a folder, but those that a killed command may leave behind."""
+    """All files below a folder, but locks and those that a killed command may leave behind."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(part.startswith(".") for part in path.parts)
+        if path.is_file()
+        and path.suffix != ".lock"
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     }
 
 

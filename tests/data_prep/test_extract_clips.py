@@ -20,7 +20,7 @@ from small_encoders import save_encoder
 from affectgpt_jax.data.records import RecordDataset
 from data_prep import extract, stages
 from data_prep.clips import Clip
-from data_prep.decoding import Job, decode_clip
+from data_prep.decoding import Job, decode_clip, in_order
 from data_prep.encoders import Encoder, find_encoder
 
 ROOT = Path(__file__).parents[2]
@@ -133,9 +133,12 @@ def test_what_is_finished_is_used_again_and_damage_to_it_is_noticed(
     blocks[0].write_bytes(blocks[0].read_bytes()[:-500])
     blocks[1].unlink()
     decoded = []
-    monkeypatch.setattr(
-        stages, "decode_clip", lambda job: decoded.append(job.clip.name) or decode_clip(job)
-    )
+
+    def recorded(function, jobs, *options):
+        decoded.extend(job.clip.name for job in jobs)
+        return in_order(function, jobs, *options)
+
+    monkeypatch.setattr(stages, "in_order", recorded)
     run(clips, out, encoders)
     assert contents(out) == contents(extracted)
     assert len(decoded) == len(lost) and set(decoded) == lost
@@ -319,8 +322,8 @@ def test_wherever_it_ends_the_same_command_writes_the_same_bytes(
             break
         except Stopped:
             ended += 1
-    # Two blocks, the report, a shard, the index, and the manifest.
-    assert ended == 2 * 6
+    # Two blocks, the report, what is finished, a shard, the index, and the manifest.
+    assert ended == 2 * 7
     assert contents(out) == contents(extracted)
 
 
@@ -329,17 +332,17 @@ def test_files_that_change_while_they_are_read_are_not_remembered(encoders, tmp_
     whole = path.read_bytes()
     path.write_bytes(whole[:500])  # somebody copies it
 
-    def copied_meanwhile(job):
-        result = decode_clip(job)
-        path.write_bytes(whole)
-        return result
+    def copied_meanwhile(*work):
+        for result in in_order(*work):
+            path.write_bytes(whole)
+            yield result
 
-    monkeypatch.setattr(stages, "decode_clip", copied_meanwhile)
+    monkeypatch.setattr(stages, "in_order", copied_meanwhile)
     with pytest.raises(
         SystemExit, match="files of the clips 'a' changed while they were read; run"
     ):
         run(tmp_path / "clips", tmp_path / "out", encoders)
-    monkeypatch.setattr(stages, "decode_clip", decode_clip)
+    monkeypatch.setattr(stages, "in_order", in_order)
     run(tmp_path / "clips", tmp_path / "out", encoders)
     assert report(tmp_path / "out")["a"]["status"] == "ok"
 
