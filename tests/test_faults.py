@@ -344,6 +344,7 @@ def test_two_processes_stop_together_whichever_is_told_to(
     assert max(losses(workdir)) == stopped
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_hang_saves_what_it_has_and_goes_on_from_there(
     records, undisturbed, tmp_path
 ):

@@ -181,9 +181,12 @@ def run_steps(
 
     def rescue() -> str:
         """Save the last state that is finished; it may wait for ever for a step that is not."""
+        reached = int(state["step"])
+        if submitted < reached:  # it is the next batch that does not come
+            counts = data.component_counts(step - 1)
+            reporter.submit(step, metrics, data.samples(step - 1), StepTimes(0.0, 0.0), counts)
         reporter.flush()
         reporter.require_finite_state(step, state)
-        reached = int(state["step"])
         if reached > (checkpoints.latest_step() or 0):
             checkpoints.save(reached, state, None)
             checkpoints.wait()
@@ -195,7 +198,7 @@ def run_steps(
     with clock.measure("data_wait"):
         batch = next(batches, None)  # None where no step is left
     on_device = batch and sharding.shard_batch(mesh, batch)
-    step = start
+    step = submitted = start
     for step in range(start + 1, config.steps + 1):
         session.profiler.step(step)
         # A step moves nothing between host and device but what is moved by name: a NumPy array or a
@@ -212,6 +215,7 @@ def run_steps(
             times = StepTimes(dispatched - began, fetched - dispatched)
             counts = data.component_counts(step - 1)
             reporter.submit(step, metrics, data.samples(step - 1), times, counts)
+            submitted = step
             session.watchdog.beat(f"step {step}")
         stopping = stop.reached()
         if stopping or step % config.checkpoint_every == 0 or step == config.steps:

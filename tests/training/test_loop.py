@@ -1,6 +1,8 @@
 """What the training loop promises about the device: compiled first, donated, nothing in between."""
 
+import functools
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -9,12 +11,16 @@ from tiny_model import make_batch, make_model
 
 from affectgpt_jax import build, runtime, train
 from affectgpt_jax.common import trees
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data.pipeline import TrainPipeline
 from affectgpt_jax.models.affectgpt import init_random_base
 from affectgpt_jax.program import Program, lower_step
 from affectgpt_jax.training import loop, sharding
+from affectgpt_jax.training.checkpoints import Checkpoints, SavedRun
+from affectgpt_jax.training.distributed import ProcessGroup
 from affectgpt_jax.training.losses import cross_entropy
+from affectgpt_jax.training.metrics_writer import read_metrics
 from affectgpt_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from affectgpt_jax.training.step import init_state, make_train_step
 
@@ -124,6 +130,60 @@ def test_a_step_forbids_transfers_in_both_directions_and_saving_does_not(
     train.main([f"--workdir={tmp_path}", *records])
     assert seen["step"] == ("disallow", "disallow")
     assert "disallow" not in seen["save"]
+
+
+class TwoBatches:
+    """Training data of which the third batch never comes: `hangs` is called instead."""
+
+    def __init__(self, hangs):
+        self.hangs = hangs
+
+    def batches(self, start, stop):
+        yield from [{"tokens": np.zeros((8, 4), np.int32)}] * 2
+        self.hangs()
+
+    def samples(self, step):
+        return np.ones((8, 2), int)
+
+    def component_counts(self, step):
+        return {"train": 8}
+
+
+def test_what_is_finished_is_saved_where_the_next_batch_does_not_come(tmp_path):
+    mesh, config = sharding.make_mesh("data:8"), demo_config.get_config()
+    config.steps = config.checkpoint_every = 9
+    state = {
+        "trainable": {"lora": {"a": np.zeros(4, np.float32)}},
+        "opt_state": {"m": np.zeros(4, np.float32)},
+        "step": np.int32(0),
+    }
+    state = jax.device_put(state, sharding.replicated(mesh))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state, base, batch):
+        return jax.tree.map(lambda leaf: leaf + 1, state), {"loss": 1.0 / (1 + state["step"])}
+
+    said = []
+
+    def hangs():
+        with ThreadPoolExecutor(1) as pool:  # a thread of its own, as the watchdog's
+            said.append(pool.submit(session.watchdog.rescue).result())
+        raise TimeoutError("never came")
+
+    session = loop.Session(config, tmp_path, ProcessGroup())
+    with pytest.raises(TimeoutError, match="never came"):
+        with session.running(0), Checkpoints(tmp_path, Identity("b", "0" * 64)) as checkpoints:
+            none = lambda *_: {}  # noqa: E731
+            loop.run_steps(
+                session, {4: update}, state, {}, TwoBatches(hangs), mesh, checkpoints, none, 0,
+                lambda samples: 0,
+            )  # fmt: skip
+    assert said == ["step 2 is saved"]
+    saved = SavedRun(tmp_path)
+    assert saved.steps == (2,) and saved.val_loss(2) is None
+    np.testing.assert_array_equal(saved.trainable(2)["lora"]["a"], np.full(4, 2.0))
+    logged = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert [(r["step"], r["train/loss"]) for r in logged] == [(1, 1.0), (2, 0.5)]
 
 
 # --- Compiled programs ----------------------------------------------------------------------------
