@@ -277,7 +277,7 @@ def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
     return f"""{table}
 
 What you have now, in {workdir}:
-  {"result.json" + answers:<42}  the result{" and every answer behind it" if answers else ""}
+  {"result.json" + answers:<42}  the result{", and every answer" if answers else ""}
   metrics.jsonl, tensorboard/, run.png        the training run
   checkpoints/                                adapters, fusion, optimizer state
 
