@@ -43,8 +43,8 @@ def consensus(
 
     Candidates are the lists themselves and, with `new_sets`, all sets of sampled labels that are no
     larger than the largest list, and have at most `LARGEST_SET` labels. Of equally good ones the
-    shortest is taken, then the one that was sampled most often. Where no sample is on any wheel, the
-    most frequent list is.
+    shortest is taken, then the one that was sampled most often. Where no sample is on any wheel,
+    the most frequent list is.
 
     Args:
         samples: label lists about one clip, without repeats, one or more.

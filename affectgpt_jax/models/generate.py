@@ -643,8 +643,8 @@ def generate_all(
                 longest = length
             if prefill_batch > size or length > longest:
                 raise ValueError(
-                    f"a batch of {prefill_batch} answers to prompts of {length} tokens; expected at "
-                    f"most {size}, and no longer ones than the {longest} tokens of the first batch"
+                    f"a batch of {prefill_batch} answers to prompts of {length} tokens; expected "
+                    f"at most {size}, and no longer prompts than the {longest} tokens of the first"
                 )
             fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
             needed = max(needed, length + 1)
