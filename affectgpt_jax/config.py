@@ -8,11 +8,12 @@ of another type, is refused before anything starts.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib.resources
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,15 @@ CHOICES = {
     "attention": ("auto", "xla", "cudnn", "cudnn_masked", "cudnn_packed"),
     "fusion": (*HEADS["multi"].kinds, "none"),
     "generate.merge_lora": ("auto", "true", "false"),
+}
+RL_CHOICES = {
+    "question": ("ovlabel", "onehot", "onehot_candidates", "sentiment"),
+    "merge_lora": CHOICES["generate.merge_lora"],
+    "reward": ("wheel_f", "wheel_f_corpus", "hit", "sentiment"),
+    "method": ("grpo", "best"),
+    "loss": ("tokens", "answers", "constant"),
+    "scale": ("none", "group", "batch"),
+    "kl": ("k1", "k2", "k3"),
 }
 POSITIVE = (
     "steps",
@@ -66,11 +76,71 @@ FREE_ON_RESUME = (
     "wandb_project",
     "strict_leaks",
     "data.verify",
+    "rl.start",
+    "rl.val_clips",
+    "rl.test_clips",
+    "rl.test_samples",
+    "rl.test_lexicon",
+    "rl.consensus",
 )
+
+
+# Sections of runs that go beyond supervision, by what makes them.
+SECTIONS = {"rl": affectgpt_qwen25_7b.reinforcement}
 
 
 class ConfigError(UserError, ValueError):
     """A command line or config that cannot be run."""
+
+
+def schema_of(config: Mapping[str, Any]) -> ConfigDict:
+    """Keys and types that a config must have, with the sections that it has."""
+    schema = affectgpt_qwen25_7b.get_config()
+    for name, make in SECTIONS.items():
+        if name in config:
+            schema[name] = make()
+    return schema
+
+
+def apply_overrides(config: ConfigDict, arguments: Iterable[str]) -> list[str]:
+    """Set the keys that `--config.KEY=VALUE` among the arguments name; returns the others.
+
+    Raises:
+        ConfigError: an unknown key, or a value of another type.
+    """
+    others = []
+    for argument in arguments:
+        match = re.fullmatch(r"--?config\.([^=]+)=(.*)", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+            continue
+        *parents, last = match[1].split(".")
+        where, section = "config", config
+        for key in (*parents, last):
+            if not isinstance(section, ConfigDict):
+                raise ConfigError(f"{where} is a single value; {where}.{key} does not exist")
+            if key not in section:
+                raise _unknown_key(where, key, section)
+            parent, section, where = section, section[key], f"{where}.{key}"
+        parent[last] = _parse_like(section, match[2], where)
+    return others
+
+
+def _parse_like(default: Any, text: str, where: str) -> Any:
+    """A value of the default's type from the text of a flag."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(
+            f"{where} is {text!r}; expected {type(default).__name__}, as in {_plain(default)}"
+        )
+    return value
 
 
 def parse_command_line(
@@ -195,7 +265,7 @@ def validate(config: ConfigDict) -> None:
     """
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of the config file returned {config!r}, not a ConfigDict")
-    _check_keys(config, affectgpt_qwen25_7b.get_config(), "config")
+    _check_keys(config, schema_of(config), "config")
     _check_mix(config)
     _check_label("config.label", config.label)
     _check_input("config.input", config.input)
@@ -228,9 +298,37 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.step_timeout is {config.step_timeout}; expected seconds, or 0 for no limit"
         )
+    if "rl" in config:
+        _check_rl(config.rl)
     if not 0 <= config.data.val_share < 1:
         raise ConfigError(
             f"config.data.val_share is {config.data.val_share}; expected a share in [0, 1)"
+        )
+
+
+def _check_rl(rl: ConfigDict) -> None:
+    for key, choices in RL_CHOICES.items():
+        if rl[key] not in choices:
+            raise ConfigError(f"config.rl.{key} is {rl[key]!r}; expected one of {choices}")
+    least = dict.fromkeys(
+        ("prompts", "max_new_tokens", "updates", "val_clips", "test_clips", "test_samples"), 1
+    )
+    least |= {"group": 2, "consensus": 2, "length_free": 0}
+    for key, smallest in least.items():
+        if rl[key] < smallest:
+            why = ": an answer is compared with others of its group" if key == "group" else ""
+            raise ConfigError(f"config.rl.{key} is {rl[key]}; expected {smallest} or more{why}")
+    for key in ("format_weight", "length_penalty", "stop_kl", "sft_share"):
+        if not 0 <= rl[key] < float("inf"):
+            raise ConfigError(f"config.rl.{key} is {rl[key]}; expected 0 or more")
+    if not 0 < rl.temperature < float("inf"):
+        raise ConfigError(f"config.rl.temperature is {rl.temperature}; expected over 0")
+    if not 0 < rl.top_p <= 1:
+        raise ConfigError(f"config.rl.top_p is {rl.top_p}; expected a share in (0, 1]")
+    if (rl.reward == "sentiment") != (rl.question == "sentiment"):
+        raise ConfigError(
+            f"config.rl.reward={rl.reward!r} does not fit config.rl.question={rl.question!r}: "
+            "sentiment is rewarded as sentiment, and labels by wheels"
         )
 
 

@@ -23,7 +23,7 @@ from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.consensus import consensus
 from affectgpt_jax.evaluation.rewards import Wheels
-from affectgpt_jax.models.affectgpt import AffectGPT
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch
 from affectgpt_jax.models.generate import (
     GREEDY,
     Decoding,
@@ -180,6 +180,28 @@ class Generator:
             seed=self._seed if seed is None else seed,
         )
 
+    def sample(
+        self, trainable: Any, batch: Batch, names: Sequence[str], question: str, seed: int
+    ) -> list[Generated]:
+        """Answer a batch of prompts that is on the devices, all rows at a time.
+
+        Args:
+            trainable: adapters and fusion.
+            batch: P prompts of `question`, one a row, all of them in use.
+            names: of their clips.
+            question: a label type.
+            seed: of sampling.
+
+        Returns:
+            `P * group` answers, those to one prompt side by side.
+        """
+        ids = shard_whole_batch(self._mesh, identities(self._names(names, question)))
+        size = len(names) * self.group
+        prompts = [Prompts(np.arange(size), batch, ids)]
+        weights = self._weights(trainable)
+        found = dict(generate_all(self._model, *weights, prompts, self._decoding, size, seed=seed))
+        return [found[number] for number in range(size)]
+
     def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
         """Ask about a data set of one clip and yield the answer as it grows.
 
@@ -219,14 +241,17 @@ class Generator:
             feature_from,
             length=self._prompt_length,
         )
-        places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
         for numbers, batch in batches:
             self._pulse()
-            asked = [f"{dataset.index[i].name}\n{question}" for i in numbers]
-            names = [name + place for name in asked for place in places]
+            names = self._names([dataset.index[i].name for i in numbers], question)
             names += [""] * (self._prefill_batch * self.group - len(names))
             numbers = (numbers[:, None] * self.group + np.arange(self.group)).ravel()
             yield Prompts(numbers, *shard_whole_batch(self._mesh, (batch, identities(names))))
+
+    def _names(self, clips: Sequence[str], question: str) -> list[str]:
+        """What tells the answers to these clips apart, those of a group side by side."""
+        places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
+        return [f"{name}\n{question}{place}" for name in clips for place in places]
 
     def read(self, generated: Generated) -> Answer:
         """The answer in one row."""

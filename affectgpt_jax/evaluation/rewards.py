@@ -97,17 +97,22 @@ def overlap(answers: Labels, truth: Labels, wheels: Wheels) -> Overlap:
     return Overlap(scored, precision, recall, f, (hits > 0).astype(float))
 
 
+def _mean_precision_and_recall(found: Overlap) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of the clips that each wheel scores: their number and means, `[W]`; 0 without any."""
+    clips = np.maximum(found.scored.sum(axis=0), 1)
+    means = (found.scored * x for x in (found.precision, found.recall))
+    return clips, *(x.sum(axis=0) / clips for x in means)
+
+
 def corpus_f_gradient(found: Overlap) -> np.ndarray:
     """N times the first-order part that each clip has in the benchmark's F of all N: `[N]`.
 
     With dF/dP = 2R^2 / (P + R)^2 and dF/dR = 2P^2 / (P + R)^2 of a wheel's means P and R, a clip's
     part is `mean over wheels of N / n (dF/dP p + dF/dR r)`, where n of N clips are scored.
     """
-    clips = np.maximum(found.scored.sum(axis=0), 1)
-    p_mean = (found.precision * found.scored).sum(axis=0) / clips
-    r_mean = (found.recall * found.scored).sum(axis=0) / clips
-    total = np.where(p_mean + r_mean > 0, p_mean + r_mean, 1) ** 2
-    by_p, by_r = 2 * r_mean**2 / total, 2 * p_mean**2 / total
+    clips, precision, recall = _mean_precision_and_recall(found)
+    total = np.where(precision + recall > 0, precision + recall, 1) ** 2
+    by_p, by_r = 2 * recall**2 / total, 2 * precision**2 / total
     parts = (by_p * found.precision + by_r * found.recall) * found.scored * len(found.scored)
     return (parts / clips).mean(axis=1)
 

@@ -417,24 +417,36 @@ class Progress(LiveLine):
         super().__init__(**options)
         self._total_steps = total_steps
 
-    def update(self, step: int, loss: SupportsFloat, rates: Mapping[str, float]) -> None:
+    def update(
+        self,
+        step: int,
+        loss: SupportsFloat,
+        rates: Mapping[str, float],
+        others: Mapping[str, float] | None = None,
+    ) -> None:
         """Shows a finished step, if it is time to.
 
         Args:
             step: how many steps are done.
             loss: of that step; a device scalar is waited for only when it is shown.
             rates: from `Throughput.rates()`; rates that are missing are left out of the line.
+            others: of that step, shown behind the loss.
         """
         self.show(
-            lambda: _progress_fields(step, self._total_steps, float(loss), rates),
+            lambda: _progress_fields(step, self._total_steps, float(loss), rates, others or {}),
             last=step >= self._total_steps,
         )
 
 
 def _progress_fields(
-    step: int, total_steps: int, loss: float, rates: Mapping[str, float]
+    step: int,
+    total_steps: int,
+    loss: float,
+    rates: Mapping[str, float],
+    others: Mapping[str, float],
 ) -> list[str]:
     fields = [f"step {step}/{total_steps}", f"loss {loss:#.4g}"]
+    fields += [f"{name.replace('_', ' ')} {value:#.3g}" for name, value in others.items()]
     if "samples/s" in rates:
         fields.append(f"{_short(rates['samples/s'])} samples/s")
     if "tokens/s" in rates:
