@@ -77,11 +77,7 @@ FREE_ON_RESUME = (
     "strict_leaks",
     "data.verify",
     "rl.start",
-    "rl.val_clips",
-    "rl.test_clips",
-    "rl.test_samples",
     "rl.test_lexicon",
-    "rl.consensus",
 )
 
 

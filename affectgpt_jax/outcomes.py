@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
 from jax.sharding import Mesh
 
-from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.data.packing import Bucket, round_up
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import Records
@@ -104,15 +102,6 @@ def prompt_length(processor: PromptProcessor, question: str, datasets: Sequence[
     """Tokens of a row that holds any prompt of these clips."""
     examples = (processor.prompt_examples(dataset, question) for dataset in datasets)
     return int(round_up(max(len(example) for found in examples for example in found)))
-
-
-def kept_answers(path: Path, ask: Callable[[], Asked]) -> Asked:
-    """What a file holds, or else what `ask` says, which is then written there."""
-    if path.is_file():
-        return read_json(path, Asked)
-    asked = ask()
-    write_json(path, asked)
-    return asked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -201,14 +201,18 @@ def reinforce(
     config.rl.start, config.rl.start_step = str(run.workdir), run.step
     config.rl.start_sha256 = run.fingerprint(run.step)
     config.rl.lexicon_sha256 = lexicon.identity.sha256
-    config.batch_size = config.gradient_accumulation_steps  # known when the rows are
     mesh = run.mesh
-    ranks = sharding.data_parallel_size(mesh)
-    if rl.prompts % ranks:
+    shares = sharding.data_parallel_size(mesh)
+    unit = shares * config.gradient_accumulation_steps
+    if rl.prompts % unit:
         raise ConfigError(
-            f"config.rl.prompts={rl.prompts} cannot be shared by {ranks} devices (mesh "
-            f"{config.mesh!r}); use a multiple of {ranks}"
+            f"config.rl.prompts={rl.prompts} in config.gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} microbatches cannot be shared by {shares} "
+            f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
         )
+    config.batch_size = sum(rollouts.row_counts(config, shares))
+    validate(config)
+    group.from_main_process(lambda: check_same_run(config, workdir))
     try:
         session = loop.Session(config, workdir, group, SHOWN)
     except ValueError as error:
@@ -229,11 +233,9 @@ def reinforce(
         run.processor,
         reward,
         sharding.data_parallel_rank(mesh),
+        shares,
         supervised,
     )
-    config.batch_size = data.rows
-    validate(config)
-    group.from_main_process(lambda: check_same_run(config, workdir))
     group.from_main_process(lambda: save_config(config, workdir))
     distributed.check_shared(workdir / "config.json")
     for line in data.describe():

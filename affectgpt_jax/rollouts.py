@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -194,6 +195,19 @@ class SupervisedRows:
         return [self._examples[i] for i in rng.integers(len(self._examples), size=count)]
 
 
+def row_counts(config: ConfigDict, shares: int) -> tuple[int, int]:
+    """Rows of answers and of supervised examples in an update, over all processes.
+
+    Args:
+        config: of the run.
+        shares: devices that share the rows; the supervised ones are rounded up to a multiple.
+    """
+    rl = config.rl
+    answers = rl.prompts * (1 if rl.share_prompt else rl.group)
+    unit = shares * config.gradient_accumulation_steps
+    return answers, -(-math.ceil(rl.sft_share * answers) // unit) * unit
+
+
 class RolloutData:
     """The prompts of every step; a `loop.TrainingData`.
 
@@ -203,12 +217,14 @@ class RolloutData:
         processor: how they become prompts.
         reward: leaves out clips that it cannot score.
         process: this process's rank and the number of ranks, `sharding.data_parallel_rank`.
-        supervised: examples that stand beside the answers.
+        shares: devices that share the rows, `sharding.data_parallel_size`.
+        supervised: examples that stand beside the answers, where `rl.sft_share` is not 0.
 
     Attributes:
         left_out: clips that the reward cannot score, and clips whose prompt is too long.
         prompt_length: tokens of a row of prompts.
-        rows: of an update, over all processes.
+        answer_rows, supervised_rows, rows: of an update, over all processes: of answers, of
+            supervised examples, and both.
         bucket: their shape.
 
     Raises:
@@ -222,6 +238,7 @@ class RolloutData:
         processor: PromptProcessor,
         reward: Reward,
         process: tuple[int, int] = (0, 1),
+        shares: int = 1,
         supervised: SupervisedRows | None = None,
     ):
         rl = config.rl
@@ -248,11 +265,7 @@ class RolloutData:
         longest = int(lengths[self._kept].max())
         self.prompt_length = int(round_up(longest))
         answers = rl.group if rl.share_prompt else 1
-        self.answer_rows = rl.prompts * (1 if rl.share_prompt else rl.group)
-        unit = process[1] * config.gradient_accumulation_steps
-        self.supervised_rows = (
-            0 if supervised is None else -(-round(rl.sft_share * self.answer_rows) // unit) * unit
-        )
+        self.answer_rows, self.supervised_rows = row_counts(config, shares)
         self.rows = self.answer_rows + self.supervised_rows
         room = longest + answers * rl.max_new_tokens, answers * rl.max_new_tokens
         if self.supervised_rows:
@@ -324,6 +337,57 @@ class RolloutData:
         return lines
 
 
+def update_rows(
+    rl: ConfigDict,
+    data: RolloutData,
+    step: int,
+    numbers: np.ndarray,
+    answers: Sequence[Generated],
+    totals: np.ndarray,
+) -> tuple[list[Row], float]:
+    """The rows of a step's update, and the share of groups that are in it.
+
+    Args:
+        rl: section of the config.
+        data: of the run.
+        step: number of the step, by which supervised examples are drawn.
+        numbers: clips that were asked about, `[P]`.
+        answers: `P * G` of them.
+        totals: their rewards, `[P, G]`.
+    """
+    advantages = policy.group_advantages(totals, rl.scale)
+    flat = policy.flat_groups(totals) & rl.drop_flat
+    rows, kept = [], 0
+    for group, number in enumerate(numbers):
+        if rl.method == "best":
+            chosen = {int(totals[group].argmax()): 1.0}
+        else:
+            chosen = {} if flat[group] else dict(enumerate(advantages[group].tolist()))
+        written = []
+        for place, advantage in chosen.items():
+            answer = answers[group * rl.group + place]
+            if rl.mask_cut and not answer.ended:
+                continue
+            size = int(answer.counts)
+            weights = policy.token_weights(size, rl.loss, rl.max_new_tokens)
+            tokens, log_probs = answer.tokens[:size], answer.log_probs[:size]
+            written.append(Written(tokens, advantage, weights, log_probs))
+        kept += bool(written)
+        prompt = data.examples[number].tokens
+        parts = [written] if rl.share_prompt else [[one] for one in written]
+        rows += [
+            Row(data.dataset, data.processor, int(number), prompt, part) for part in parts if part
+        ]
+    if data.supervised_rows:
+        drawn = data.supervised.draw(step, data.supervised_rows)
+        for dataset, processor, number, example in drawn:
+            prompt, answer = np.split(example.tokens, [example.answer_start])
+            weights = policy.token_weights(len(answer), rl.loss, rl.max_new_tokens)
+            one = Written(answer, 1.0, weights, None)
+            rows.append(Row(dataset, processor, number, prompt, [one]))
+    return rows, kept / len(numbers)
+
+
 class RolloutStep:
     """`(state, base, prompts) -> (state, metrics)`, one on-policy step.
 
@@ -372,7 +436,8 @@ class RolloutStep:
         )
         wrote = time.perf_counter()
         rewarded, about = self._rewards(numbers, answers)
-        rows, kept = self._rows(step, numbers, answers, rewarded)
+        totals = rewarded.total.reshape(-1, rl.group)
+        rows, kept = update_rows(rl, self._data, step, numbers, answers, totals)
         self._data.remember(step, np.array([row.size for row in rows] or [(0, 0)]))
         index, count = data_parallel_rank(self._mesh)
         share = self._data.rows // count
@@ -445,49 +510,3 @@ class RolloutStep:
             # By the sampled tokens: the mean of -log p has the entropy as its expectation.
             "entropy": float(-log_probs.mean()),
         }
-
-    def _rows(
-        self,
-        step: int,
-        numbers: np.ndarray,
-        answers: Sequence[Generated],
-        rewarded: Rewarded,
-    ) -> tuple[list[Row], float]:
-        """The rows of the update, and the share of groups that are in it."""
-        rl, data = self._rl, self._data
-        totals = rewarded.total.reshape(-1, rl.group)
-        advantages = policy.group_advantages(totals, rl.scale)
-        flat = policy.flat_groups(totals) & rl.drop_flat
-        rows, kept = [], 0
-        for group, number in enumerate(numbers):
-            if rl.method == "best":
-                chosen = {int(totals[group].argmax()): 1.0}
-            else:
-                chosen = {} if flat[group] else dict(enumerate(advantages[group].tolist()))
-            written = []
-            for place, advantage in chosen.items():
-                answer = answers[group * rl.group + place]
-                if rl.mask_cut and not answer.ended:
-                    continue
-                size = int(answer.counts)
-                weights = policy.token_weights(size, rl.loss, rl.max_new_tokens)
-                written.append(
-                    Written(answer.tokens[:size], advantage, weights, answer.log_probs[:size])
-                )
-            kept += bool(written)
-            prompt = data.examples[number].tokens
-            parts = [written] if rl.share_prompt else [[one] for one in written]
-            rows += [
-                Row(data.dataset, data.processor, int(number), prompt, part)
-                for part in parts
-                if part
-            ]
-        if data.supervised_rows:
-            for dataset, processor, number, example in data.supervised.draw(
-                step, data.supervised_rows
-            ):
-                prompt, answer = np.split(example.tokens, [example.answer_start])
-                weights = policy.token_weights(len(answer), rl.loss, rl.max_new_tokens)
-                one = Written(answer, 1.0, weights, None)
-                rows.append(Row(dataset, processor, number, prompt, [one]))
-        return rows, kept / len(numbers)
