@@ -39,7 +39,7 @@ from affectgpt_jax.config import (
 )
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.records import Records, RecordSubset
+from affectgpt_jax.data.records import Records, RecordSubset, hold_out
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
 from affectgpt_jax.models.attention import causal, cudnn_masked, grouped
@@ -124,6 +124,8 @@ def open_clips(
 ) -> dict[str, Records]:
     """The clips of a run: "rl" to learn from, "val" to choose by, "test" to ask before and after.
 
+    Without a validation set, one is held out of the first.
+
     Raises:
         ConfigError: a place that is not named, features that do not fit, or clips that are in two.
         RecordError: a directory without intact records.
@@ -134,20 +136,22 @@ def open_clips(
         "val": config.data.val,
         "test": config.data.test,
     }
-    if demo.world_seed(places["val"], 0) is None and not places["val"]:
-        places["val"] = places["test"]
-    for name, place in places.items():
-        if not place:
-            key = "config.rl.data" if name == "rl" else f"config.data.{name}"
+    for name in ("rl", "test"):
+        if not places[name]:
+            key = "config.rl.data" if name == "rl" else "config.data.test"
             raise ConfigError(
                 f"{key} names no records; pass --{key}=DIR with clips that supervision has not seen"
             )
     found = {}
     for name, place in places.items():
+        if not place:
+            continue
         # What the run has generated is not generated again.
         at_home = run.workdir if name != "rl" and (run.workdir / "data").is_dir() else workdir
         found[name] = build.open_records(config, place, name, at_home, say)
         build.check_features(config, found[name], run.processor.mode)
+    if "val" not in found:
+        found["rl"], found["val"] = hold_out(found["rl"], config.data.val_share)
     names = {entry.name for entry in found["rl"].index}
     for other in ("val", "test"):
         shared = sum(entry.name in names for entry in found[other].index)
