@@ -1,35 +1,57 @@
-"""Packaging. `configs/` is shipped as `affectgpt_jax.configs`, so that a wheel trains anywhere."""
+"""Packaging. `configs/` and `data_prep/` are shipped as `affectgpt_jax.configs` and
+`affectgpt_jax.data_prep`, so that a wheel does all that a checkout does, but for benchmarks."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "affectgpt_jax" / "__init__.py").read_text(), re.MULTILINE
+)[1]
+
 setup(
     name="affectgpt-jax",
-    version="0.1.0",
+    version=VERSION,
     description="AffectGPT (arXiv 2501.16566) in JAX: emotion descriptions from video and speech",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
+    project_urls={"Paper": "https://arxiv.org/abs/2501.16566"},
+    keywords=["AffectGPT", "emotion recognition", "multimodal", "LoRA", "JAX", "Flax"],
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Environment :: GPU :: NVIDIA CUDA :: 12",
+        "Environment :: GPU :: NVIDIA CUDA :: 13",
+        "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
         *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
     packages=[
         "affectgpt_jax",
         "affectgpt_jax.common",
         "affectgpt_jax.configs",
         "affectgpt_jax.data",
+        "affectgpt_jax.data_prep",
         "affectgpt_jax.evaluation",
         "affectgpt_jax.models",
         "affectgpt_jax.training",
         "affectgpt_jax.weights",
     ],
-    package_dir={"affectgpt_jax.configs": "configs"},
-    package_data={"affectgpt_jax": ["assets/*/*"]},
+    package_dir={"affectgpt_jax.configs": "configs", "affectgpt_jax.data_prep": "data_prep"},
+    package_data={
+        "affectgpt_jax": ["assets/*/*", "py.typed"],
+        "affectgpt_jax.configs": ["launch/*.sh"],
+        "affectgpt_jax.data_prep": ["*.toml"],
+    },
+    entry_points={"console_scripts": ["affectgpt = affectgpt_jax.__main__:main"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -68,6 +90,8 @@ setup(
             "opencv-python-headless>=4.9,<5",
             "pillow>=10",
         ],
+        # mkdocs 2 has neither plugins nor this theme.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "openai": ["openai>=3.57"],
         "wandb": ["wandb>=0.19"],
         # XLA's CUDA compiler and what assembles its kernels, for plan --compile: none of CUDA's

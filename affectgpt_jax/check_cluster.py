@@ -1,7 +1,7 @@
-"""Check that processes reach each other, and how fast: `python -m affectgpt_jax.check_cluster`.
+"""Check that processes reach each other, and how fast: `affectgpt check-cluster`.
 
-    srun python -m affectgpt_jax.check_cluster
-    python -m affectgpt_jax.check_cluster --coordinator_address=node001:5123 \\
+    srun affectgpt check-cluster
+    affectgpt check-cluster --coordinator_address=node001:5123 \\
         --process_id=0 --num_processes=2
 
 Start it like training, once per process: by srun or mpirun, or by hand with the flags above. It
@@ -12,6 +12,7 @@ likely cause, and the command ends with status 1.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import socket
@@ -25,7 +26,6 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,43 +46,42 @@ class ClusterError(UserError, RuntimeError):
     """A cluster that cannot be trained on as it is."""
 
 
-def parse_arguments(argv: Sequence[str]) -> flags.FlagValues:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line.
 
     Raises:
-        LaunchError: an unknown flag or a wrong value, in one sentence.
-        SystemExit: after the help.
+        SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    values = flags.FlagValues()
-    distributed.define_flags(values)
-    flags.DEFINE_integer(
-        "max_mib", SIZES[-1] // MIB, "largest array, in MiB", lower_bound=1, flag_values=values
+    parser = cli.make_parser("affectgpt check-cluster", __doc__)
+    add = parser.add_argument
+    largest = SIZES[-1] // MIB
+    add(
+        "--max-mib",
+        type=int,
+        default=largest,
+        metavar="MIB",
+        help=f"largest array; default: {largest}",
     )
-    flags.DEFINE_integer(
-        "timeout", 120, "s that a check may take", lower_bound=1, flag_values=values
+    add("--timeout", type=int, default=120, metavar="S", help="of a check; default: 120")
+    add(
+        "--slowest",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of the median speed that is still accepted; 0 accepts any; default: 0.5",
     )
-    flags.DEFINE_float(
-        "slowest",
-        0.5,
-        "share of the median speed that is still accepted; 0 accepts any",
-        lower_bound=0.0,
-        upper_bound=1.0,
-        flag_values=values,
-    )
-    flags.DEFINE_bool("help", False, "print this help", short_name="h", flag_values=values)
-    try:
-        rest = values(["check_cluster", *cli.flags_with_underscores(argv)])[1:]
-    except flags.Error as error:
-        raise LaunchError(str(error)) from None
-    if values.help:
-        print(f"{cli.wrap_help(__doc__)}\n\n{values.get_help()}")
-        raise SystemExit(0)
-    if rest:
-        raise LaunchError(f"unexpected argument {rest[0]!r}; flags are --name=value")
+    distributed.add_flags(parser)
+    values = parser.parse_args(argv)
+    for name in ("max_mib", "timeout"):
+        if getattr(values, name) < 1:
+            flag = name.replace("_", "-")
+            parser.error(f"--{flag} is {getattr(values, name)}; expected 1 or more")
+    if not 0 <= values.slowest <= 1:
+        parser.error(f"--slowest is {values.slowest}; expected a share from 0 to 1")
     return values
 
 
-def check(group: ProcessGroup, values: flags.FlagValues, say: Callable[[str], None]) -> None:
+def check(group: ProcessGroup, values: argparse.Namespace, say: Callable[[str], None]) -> None:
     """Run all checks on processes that have joined.
 
     Args:
@@ -240,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
 
     with cli.exit_on_error(leave=leave):
-        values = parse_arguments(sys.argv[1:] if argv is None else argv)
+        values = parse_arguments(argv)
         runtime.leave_out_gpu_compiler()
         launch = distributed.find_launch(values)
 

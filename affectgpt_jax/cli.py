@@ -32,6 +32,10 @@ def _fill(paragraph: str) -> str:
     return textwrap.fill(paragraph, COLUMNS, break_on_hyphens=False, break_long_words=False)
 
 
+class UsageError(UserError, ValueError):
+    """A wrong command line."""
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str):
         super().__init__(prog, width=COLUMNS)
@@ -44,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     """`argparse` as all commands use it.
 
     Flags are written out in full, and `_` is as good as `-` in their names. The description keeps
-    its indented blocks, and the help has 80 columns.
+    its indented blocks, and the help has 80 columns. A wrong command line is a `UsageError`.
     """
 
     def __init__(self, **options) -> None:
@@ -52,12 +56,15 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args(flags_with_hyphens(args), namespace)
+        return super().parse_known_args(normal_flags(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def make_parser(module: str, description: str) -> Parser:
-    """The parser of the command `python -m MODULE`."""
-    return Parser(prog=f"python -m {module}", description=description)
+def make_parser(command: str, description: str) -> Parser:
+    """The parser of a command, such as "affectgpt score"."""
+    return Parser(prog=command, description=description)
 
 
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -72,20 +79,22 @@ def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse_or_refuse
 
 
-def flags_with_hyphens(argv: Sequence[str]) -> list[str]:
-    """A command line in whose names of flags `_` is as good as `-`; keys of the config stay."""
-    return [_flag_name(arg, "_", "-") for arg in argv]
+def normal_flags(argv: Sequence[str]) -> list[str]:
+    """A command line whose flags have `-` in their names, and its keys of the config `_`, however
+    they were written; names of a mixture's data sets stay as they are."""
+    return [_normal_flag(arg) for arg in argv]
 
 
-def flags_with_underscores(argv: Sequence[str]) -> list[str]:
-    """The same for flags of absl, whose names have `_`."""
-    return [_flag_name(arg, "-", "_") for arg in argv]
-
-
-def _flag_name(arg: str, written: str, meant: str) -> str:
-    return re.sub(
-        r"^--(\w[\w-]*)(?![\w.-])", lambda flag: "--" + flag[1].replace(written, meant), arg
-    )
+def _normal_flag(arg: str) -> str:
+    if not (found := re.match(r"--(\w[\w.-]*)(?=$|=)", arg)):
+        return arg
+    name = found[1]
+    if "." in name:
+        mixture, key = re.match(r"((?:no)?config\.data\.mixture\.[^.]*)?(.*)", name).groups("")
+        name = mixture + key.replace("-", "_")
+    else:
+        name = name.replace("_", "-")
+    return f"--{name}{arg[found.end() :]}"
 
 
 def escape_what_cannot_be_shown() -> None:
@@ -141,8 +150,9 @@ def exit_on_error(
     """Around the whole work of a command: ends on an error as every command does.
 
     An error that a user can mend (`UserError`, `OSError`, no memory) becomes `error: one sentence`
-    and status 1; Ctrl-C becomes `interrupted` and status 130. Where the reader of standard output
-    has left, the command ends with status 1 and says nothing. All others keep their traceback.
+    and status 1, or 2 for a wrong command line; Ctrl-C becomes `interrupted` and status 130. Where
+    the reader of standard output has left, the command ends with status 1 and says nothing. All
+    others keep their traceback.
 
     Args:
         interrupted: what to say on Ctrl-C, such as that the same command goes on.
@@ -159,7 +169,7 @@ def exit_on_error(
             raise
         sys.stdout.flush()
     except UserError as error:
-        leave(1, _sentence(error))
+        leave(2 if isinstance(error, UsageError) else 1, _sentence(error))
     except BrokenPipeError:
         # Python flushes the stream once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -8,6 +8,7 @@ of another type, is refused before anything starts.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import difflib
 import importlib.resources
@@ -20,9 +21,10 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from affectgpt_jax.cli import flags_with_underscores, wrap_help
+from affectgpt_jax.cli import Parser, make_parser
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax.config_keys import config_keys
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.modalities import HEADS, INPUT_MODES
 from affectgpt_jax.data.prompts import PromptError, parse_label
@@ -140,49 +142,114 @@ def _parse_like(default: Any, text: str, where: str) -> Any:
 
 
 def parse_command_line(
-    argv: Sequence[str], description: str, values: flags.FlagValues | None = None
-) -> tuple[ConfigDict, Path]:
-    """Read `argv` (without the program's name) into a validated config and the workdir.
+    argv: Sequence[str], parser: Parser | None = None
+) -> tuple[ConfigDict, argparse.Namespace]:
+    """Read `argv` (without the program's name) into a validated config and the other flags.
 
     Args:
         argv: the arguments.
-        description: of the command, for its help.
-        values: flags of its own, which are read as well.
+        parser: of the command, with its own flags; those of a config are added to it.
+
+    Returns:
+        The config, and the other flags: those of the parser, and `workdir`, a path.
 
     Raises:
-        ConfigError: an unknown flag, file, key, type or value, in one sentence.
+        ConfigError: an unknown file, key, type or value of the config, in one sentence.
+        UsageError: another flag is wrong.
         SystemExit: after printing the help.
     """
-    values = flags.FlagValues() if values is None else values
-    argv = ["affectgpt_jax", *_resolve_config_flag(flags_with_underscores(argv))]
-    for arg in argv:
-        _check_override(arg)
-    flags.DEFINE_string(
-        "workdir", None, "directory of the run; default runs/NAME of the config", flag_values=values
+    parser = parser or make_parser("affectgpt train", "")
+    add = parser.add_argument_group("the config").add_argument
+    add(
+        "--config",
+        metavar="FILE",
+        default=DEFAULT,
+        help=f"a config file, or one of {', '.join(shipped_configs())}; default: {DEFAULT}",
     )
-    flags.DEFINE_bool("help", False, "print this help", short_name="h", flag_values=values)
+    add("--config.KEY", metavar="VALUE", help="instead of the config's; the keys are below")
+    add("--workdir", metavar="DIR", help="directory of the run; default: runs/NAME of the config")
+    asked = [arg for arg in argv if arg not in ("-h", "--help")]
+    arguments, overrides = parser.parse_known_args(asked)
+    for arg in overrides[:1]:
+        if not arg.startswith(("--config.", "--noconfig.")):
+            parser.error(f"unknown argument {arg}{_meant(arg, parser)}")
+    file = find_config(arguments.config)
+    config = _read_config(file, overrides)
+    if len(asked) < len(argv):
+        print(parser.format_help() + "\n" + _help_on_keys(config, arguments.config), end="")
+        raise SystemExit(0)
+    validate(config)
+    stem = Path(file.partition(":")[0]).stem
+    arguments.workdir = Path(arguments.workdir or f"runs/{stem}").expanduser()
+    return config, arguments
+
+
+def _meant(arg: str, parser: argparse.ArgumentParser) -> str:
+    """A guess at a flag that is close to an argument: a clause of a sentence, or nothing."""
+    known = {option: option for action in parser._actions for option in action.option_strings}
+    for key, _ in _leaves(affectgpt_qwen25_7b.get_config().to_dict()):
+        known[f"--{key.replace('_', '-')}"] = f"--config.{key}"
+    close = difflib.get_close_matches(arg.split("=")[0], known, 1, cutoff=0.7)
+    return f"; did you mean {known[close[0]]}?" if close else ""
+
+
+def load_config_file(name: str, overrides: Mapping[str, Any]) -> ConfigDict:
+    """A validated config by its file or the name of a shipped one.
+
+    Args:
+        name: as `find_config` takes it.
+        overrides: values by key, with dots.
+
+    Raises:
+        ConfigError: an unknown file, key, type or value, in one sentence.
+    """
+    config = _read_config(find_config(name), [])
+    for key, value in overrides.items():
+        _check_override(f"--config.{key}")
+        try:
+            config.update_from_flattened_dict({key: value})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"config.{key}={value!r}: {_one_sentence(error)}") from None
+    validate(config)
+    return config
+
+
+def _read_config(file: str, overrides: Sequence[str]) -> ConfigDict:
+    """The config of a file, `PATH` or `PATH:ARGUMENT`, with some of its keys overridden.
+
+    Raises:
+        ConfigError: whatever is wrong with it.
+    """
+    for arg in overrides:
+        _check_override(arg)
+    argv = ["affectgpt", f"--config={file}", *overrides]
+    values = flags.FlagValues()
     try:
         # This reads the overrides already, and refuses some.
-        config_flags.DEFINE_config_file(
-            "config",
-            default=str(find_config(DEFAULT)),
-            help_string=f"config file, or one of {', '.join(shipped_configs())}",
-            flag_values=values,
-            sys_argv=argv,
-        )
+        config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
         config = values.config
     # A config file is the user's code: whatever it raises is about the config.
     except Exception as error:
         raise ConfigError(f"{_one_sentence(error)} ({type(error).__name__})") from None
-    if values.help:
-        print(f"{wrap_help(description)}\n\n{values.get_help()}")
-        raise SystemExit(0)
     if rest:
         raise ConfigError(f"unexpected argument {rest[0]!r}; flags are --config.key=value")
-    validate(config)
-    path = values["config"].config_filename
-    return config, Path(values.workdir or f"runs/{Path(path).stem}")
+    return config
+
+
+def _help_on_keys(config: ConfigDict, name: str) -> str:
+    """The keys of a config as a part of a command's help."""
+    parser = Parser(usage=argparse.SUPPRESS, add_help=False)
+    group = parser.add_argument_group(f"keys of the config, with their values in {name}")
+    for key in config_keys():
+        value = _get(config, key.name)
+        value = value if isinstance(value, str) else _plain(value)
+        option = f"--config.{key.name}={value if len(value) < 40 else value[:37] + '...'}"
+        if isinstance(key.default, ConfigDict) and f"config.{key.name}" != MIX:
+            option = f"--config.{key.name}."
+        meaning = key.meaning.replace("%", "%%")
+        group.add_argument(option, action="store_true", help=meaning or None)
+    return parser.format_help()
 
 
 def shipped_configs() -> list[str]:
@@ -192,37 +259,25 @@ def shipped_configs() -> list[str]:
     return sorted(n.removesuffix(".py") for n in names if n.endswith(".py") and n != "__init__.py")
 
 
-def find_config(name: str) -> Path:
-    """The file of a config given by path or by the name of a shipped one.
+def find_config(name: str) -> str:
+    """The file of a config given by path or by the name of a shipped one, either with `:ARGUMENT`
+    behind it, which `get_config` is then called with.
 
     Raises:
         ConfigError: neither.
     """
+    name, colon, argument = name.partition(":")
     path = Path(name).expanduser()
     if path.is_file():
-        return path
+        return f"{path}{colon}{argument}"
     # "configs/demo.py" means the shipped file too, so that the README's commands work anywhere.
     stem = path.name.removesuffix(".py")
     if path.parent in (Path("."), Path("configs")) and stem in shipped_configs():
-        return Path(str(importlib.resources.files("affectgpt_jax.configs") / f"{stem}.py"))
+        file = importlib.resources.files("affectgpt_jax.configs") / f"{stem}.py"
+        return f"{file}{colon}{argument}"
     raise ConfigError(
         f"--config={name}: no such file, nor one of the shipped configs {shipped_configs()}"
     )
-
-
-def _resolve_config_flag(argv: Sequence[str]) -> list[str]:
-    """`--config=NAME` and `--config NAME` with the file that NAME stands for, before all else.
-
-    ml_collections wants the file before its overrides.
-    """
-    first, others, rest = [], [], iter(argv)
-    for arg in rest:
-        if match := re.fullmatch(r"--?config(=.*)?", arg):
-            name = next(rest, "") if match[1] is None else match[1][1:]
-            first.append(f"--config={find_config(name)}")
-        else:
-            others.append(arg)
-    return first + others
 
 
 def _check_override(arg: str) -> None:

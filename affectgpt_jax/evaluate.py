@@ -1,6 +1,6 @@
 """Evaluate a run: checkpoint, answers, labels, scores, report.
 
-    python -m affectgpt_jax.evaluate --workdir runs/demo
+    affectgpt evaluate --workdir runs/demo
 
 asks the checkpoint that validation chose about the run's test clips and writes, into the run's
 folder `evaluate`, report.html, report.json and report.md, and every answer and label behind them.
@@ -128,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
     description = __doc__.format(keys=", ".join(BY_KEY), tasks=", ".join(TASKS))
-    parser = cli.make_parser("affectgpt_jax.evaluate", description)
+    parser = cli.make_parser("affectgpt evaluate", description)
     add = parser.add_argument
     add("--workdir", required=True, metavar="RUN", help="of the run")
     add(
@@ -247,6 +247,13 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         mesh=arguments.mesh,
         merge_lora=arguments.merge_lora,
     )
+    return evaluate_run(run, arguments, say)
+
+
+def evaluate_run(
+    run: Run, arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[Report, Path]:
+    """`evaluate` of a run that is loaded."""
     out = output_folder(arguments)
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
@@ -715,12 +722,14 @@ def describe(error: OSError, out: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
-    arguments = parse_arguments(argv)
+    folder = Path()
     with cli.exit_on_error(
         interrupted="interrupted; the same command goes on from there",
         out_of_memory=OUT_OF_MEMORY,
-        os_error=lambda error: describe(error, output_folder(arguments)),
+        os_error=lambda error: describe(error, folder),
     ):
+        arguments = parse_arguments(argv)
+        folder = output_folder(arguments)
         set_up_process()
         report, out = evaluate(arguments, lambda text: print_lines([text]))
         print_lines(summarise(report, out, compared=bool(arguments.consensus)))

@@ -1,6 +1,6 @@
 """Turn a CSV file and arrays of features into records to train on.
 
-    python -m affectgpt_jax.import_arrays --csv clips.csv --face features/clip \\
+    affectgpt import-arrays --csv clips.csv --face features/clip \\
         --audio features/hubert --encoder face=clip-vit-l-14 \\
         --encoder audio=hubert-large --out /records/mine
 
@@ -32,7 +32,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
     description = f"{__doc__}\nColumns: {', '.join(COLUMNS)}"
-    parser = cli.make_parser("affectgpt_jax.import_arrays", description)
+    parser = cli.make_parser("affectgpt import-arrays", description)
     add = parser.add_argument
     add("--csv", type=Path, required=True, metavar="FILE", help="a row per clip")
     for feature in feature_names():

@@ -1,8 +1,8 @@
 """The truth of the data sets of MER-UniBench as plain CSV files, with what is missing.
 
-    python -m affectgpt_jax.labels --set meld --root datasets/meld-process \\
+    affectgpt labels --set meld --root datasets/meld-process \\
         --out truth/meld.csv
-    python -m affectgpt_jax.labels --all --root datasets --out truth \\
+    affectgpt labels --all --root datasets --out truth \\
         --allow-pickle
 
 A file has the columns name, openset or emotion or valence, and subtitle. Below the root, a set lies
@@ -31,7 +31,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
     sets = "\n".join(f"    {d.key:<11}{d.folder}: {' or '.join(d.labels)}" for d in DATASETS)
-    parser = cli.make_parser("affectgpt_jax.labels", __doc__.format(sets=sets))
+    parser = cli.make_parser("affectgpt labels", __doc__.format(sets=sets))
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--set", choices=BY_KEY, metavar="KEY", help=f"one of {', '.join(BY_KEY)}")

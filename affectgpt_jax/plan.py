@@ -1,11 +1,11 @@
-"""What a training run takes, before a node is booked: `python -m affectgpt_jax.plan`.
+"""What a training run takes, before a node is booked: `affectgpt plan`.
 
-    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b \\
+    affectgpt plan --config=affectgpt_qwen25_7b \\
         --device=a100-80g --devices=8 --config.batch_size=24
-    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b \\
+    affectgpt plan --config=affectgpt_qwen25_7b \\
         --config.llm=/models/Qwen3-8B --config.mesh=fsdp:8 \\
         --config.batch_size=24 --device=a100-40g --devices=8 --json
-    python -m affectgpt_jax.plan --config=affectgpt_qwen25_7b \\
+    affectgpt plan --config=affectgpt_qwen25_7b \\
         --device=h100-80g --devices=1 --shape=2x4096 --compile
 
 Compiles the train step of a config for emulated devices, from shapes alone: no weights, no data, no
@@ -66,7 +66,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         ConfigError: as `parse_command_line`.
         SystemExit: after the help, or for a wrong flag of the plan.
     """
-    parser = cli.make_parser("affectgpt_jax.plan", __doc__)
+    parser = cli.make_parser("affectgpt plan", __doc__)
     add = parser.add_argument
     add(
         "--device",
@@ -105,12 +105,11 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         metavar="FILE",
         help="write the plan to a file as JSON; without a file, print it in place of the report",
     )
-    arguments, rest = parser.parse_known_args(argv)
-    config, _ = parse_command_line(rest, __doc__)
+    config, arguments = parse_command_line(argv, parser)
     if arguments.shape:
         named = [
             *(f"--{flag}" for flag in ("length", "targets") if getattr(arguments, flag)),
-            *(flag for flag in ("--config.batch_size",) if _names(rest, flag)),
+            *(flag for flag in ("--config.batch_size",) if _names(argv, flag)),
         ]
         if named:
             raise ConfigError(f"--shape stands in place of {', '.join(named)}; name one of them")
@@ -122,7 +121,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
 
 
 def _names(argv: Sequence[str], flag: str) -> bool:
-    return any(argument.split("=")[0] == flag for argument in argv)
+    return any(argument.split("=")[0] == flag for argument in cli.normal_flags(argv))
 
 
 def _rows_and_tokens(text: str) -> tuple[int, int]:

@@ -1,14 +1,14 @@
 """Ask a trained run about clips: what does the person feel, and why?
 
-    python -m affectgpt_jax.predict --workdir runs/demo --name demo-test-00000
-    python -m affectgpt_jax.predict --workdir runs/demo --first 3 \\
+    affectgpt predict --workdir runs/demo --name demo-test-00000
+    affectgpt predict --workdir runs/demo --first 3 \\
         --question ovlabel
-    python -m affectgpt_jax.predict --workdir runs/paper \\
+    affectgpt predict --workdir runs/paper \\
         --records /records/mine --temperature 1 --top-p 0.9 \\
         --question "Does the voice fit the face?"
-    python -m affectgpt_jax.predict --workdir runs/paper \\
+    affectgpt predict --workdir runs/paper \\
         --records /records/mine --question ovlabel --out answers.jsonl
-    python -m affectgpt_jax.predict --workdir runs/demo --first 3 --consensus 16
+    affectgpt predict --workdir runs/demo --first 3 --consensus 16
 
 One clip is answered as you watch, several side by side. With --json every answer is a line of
 JSON on the standard output; with --out these lines go to a file, and the same command, interrupted
@@ -19,7 +19,7 @@ and run again, goes on where it stopped. A line is
 where labels is a list for questions that ask for labels and otherwise null, tokens counts the end
 mark, cut says that the answer reached --max-new-tokens, and logprob is the natural logarithm of the
 probability that the model itself gives to the answer. A file with one question can be scored:
-python -m affectgpt_jax.score --task fine --predictions answers.jsonl --truth ...
+affectgpt score --task fine --predictions answers.jsonl --truth ...
 
 Answers are the most probable ones token by token, unless --temperature is set. What is drawn then
 follows from --seed, the clip's name and the question: it is the same in any batch, alone or among
@@ -75,7 +75,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = cli.make_parser("affectgpt_jax.predict", __doc__)
+    parser = cli.make_parser("affectgpt predict", __doc__)
     add = parser.add_argument
     add(
         "--workdir",
@@ -169,19 +169,14 @@ def predict(arguments: argparse.Namespace) -> None:
     for question in questions:
         # Trouble with a clip shows now, not at the end.
         run.processor.prompt_examples(clips, question)
-    generator = Generator(
-        run.model,
-        run.base,
-        run.processor,
-        run.mesh,
-        batch_size=min(arguments.batch_size or run.config.generate.batch_size, len(clips)),
-        max_new_tokens=arguments.max_new_tokens or run.config.generate.max_new_tokens,
-        num_buckets=run.config.num_buckets,
-        merge_lora=should_merge(run.config.generate.merge_lora, run.model, run.base),
+    generator = make_generator(
+        run,
+        clips,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
         sampling=arguments.sampling,
         group=arguments.consensus or 1,
         seed=arguments.seed,
-        log_probs=True,
     )
     if arguments.out:
         with AnswerFile(arguments.out, file_settings(run, clips, arguments, wheels)) as file:
@@ -197,6 +192,32 @@ def predict(arguments: argparse.Namespace) -> None:
             else:
                 answered = f"{heading(name, question)}{answer.text}"
                 print_lines([answered, *remarks(run, question, answer)])
+
+
+def make_generator(
+    run: Run,
+    clips: Records,
+    *,
+    max_new_tokens: int | None,
+    batch_size: int | None,
+    sampling: Sampling,
+    seed: int,
+) -> Generator:
+    """What answers questions about these clips; None is as the run's config has it."""
+    config = run.config
+    return Generator(
+        run.model,
+        run.base,
+        run.processor,
+        run.mesh,
+        batch_size=min(batch_size or config.generate.batch_size, len(clips)),
+        max_new_tokens=max_new_tokens or config.generate.max_new_tokens,
+        num_buckets=config.num_buckets,
+        merge_lora=should_merge(config.generate.merge_lora, run.model, run.base),
+        sampling=sampling,
+        seed=seed,
+        log_probs=True,
+    )
 
 
 # --- what is asked ------------------------------------------------------------------------------
@@ -375,8 +396,20 @@ def read_labels(run: Run, question: str, answer: Answer) -> list[str] | None:
     return run.processor.prompts.read_labels(answer.text, question) if question in SCORED else None
 
 
-def as_dict(run: Run, name: str, question: str, answer: Answer) -> dict[str, Any]:
+class ClipAnswer(TypedDict):
     """An answer as JSON has it; this module's docstring says what the keys mean."""
+
+    name: str
+    question: str
+    text: str
+    labels: list[str] | None
+    tokens: int
+    cut: bool
+    logprob: float | None
+
+
+def as_dict(run: Run, name: str, question: str, answer: Answer) -> ClipAnswer:
+    """An answer, with its labels."""
     return {
         "name": name,
         "question": question,
@@ -488,13 +521,14 @@ class AnswerFile:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
-    arguments = parse_arguments(argv)
-    goes_on = "; the same command goes on where it stopped" if arguments.out else ""
+    out: Path | None = None
     with cli.exit_on_error(
-        interrupted=f"interrupted{goes_on}",
+        interrupted="interrupted; with --out the same command goes on where it stopped",
         out_of_memory=OUT_OF_MEMORY,
-        os_error=lambda error: cli.describe_os_error(error, arguments.out),
+        os_error=lambda error: cli.describe_os_error(error, out),
     ):
+        arguments = parse_arguments(argv)
+        out = arguments.out
         set_up_process()
         predict(arguments)
 

@@ -1,6 +1,6 @@
 """Reinforce a run by the benchmark's own score of what it writes (GRPO).
 
-    python -m affectgpt_jax.reinforce --workdir=runs/r1 --from=runs/demo
+    affectgpt reinforce --workdir=runs/r1 --from=runs/demo
 
 asks the run about clips that supervision has not seen, rewards its answers by the emotion wheels,
 and makes the better answers of each prompt more probable. Adapters and fusion go on from the run's
@@ -14,6 +14,7 @@ every command reads it. The same command, run again, resumes.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -23,11 +24,9 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, cpu, inference, outcomes, restore, rollouts, runtime
-from affectgpt_jax.cli import flags_with_underscores, wrap_help
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.config import (
     ConfigError,
@@ -506,51 +505,43 @@ What you have now, in {workdir}:
   checkpoints/                                adapters, fusion, optimizer state
 
 What to run next:
-  python -m affectgpt_jax.evaluate --workdir={workdir} --consensus=16"""
+  affectgpt evaluate --workdir={workdir} --consensus=16"""
 
 
-def parse_command_line(argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+def parse_command_line(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The command's own flags, and its overrides of the config.
 
     Raises:
-        ConfigError: an unknown flag, or no --from.
+        UsageError: an unknown flag, or one that is missing.
         SystemExit: after printing the help.
     """
-    own = flags.FlagValues()
-    distributed.define_flags(own)
-    for name, meaning in {
-        "workdir": "directory of the new run",
-        "from": "workdir of the run to start from",
-    }.items():
-        flags.DEFINE_string(name, None, meaning, flag_values=own)
-    flags.DEFINE_integer(
-        "step", None, "of its checkpoint; default: the best on validation", flag_values=own
+    parser = cli.make_parser("affectgpt reinforce", __doc__)
+    add = parser.add_argument
+    add("--workdir", required=True, type=Path, metavar="DIR", help="of the new run")
+    add(
+        "--from",
+        required=True,
+        type=Path,
+        dest="origin",
+        metavar="RUN",
+        help="workdir of the run to start from",
     )
-    flags.DEFINE_bool(
-        "fallback",
-        False,
-        "where the newest checkpoint is damaged, set it aside and resume from one that is whole",
-        flag_values=own,
+    add("--step", type=int, metavar="N", help="of its checkpoint; default: the best on validation")
+    add("--config.KEY", metavar="VALUE", help="instead of the run's or the default one")
+    add(
+        "--fallback",
+        action="store_true",
+        help="where the newest checkpoint is damaged, set it aside and resume from one that is "
+        "whole",
     )
-    flags.DEFINE_bool("help", False, "print this help", short_name="h", flag_values=own)
-    argv = flags_with_underscores(argv)
-    overrides = [arg for arg in argv if arg.startswith(("--config.", "-config."))]
-    try:
-        rest = own(["reinforce", *(arg for arg in argv if arg not in overrides)])[1:]
-    except flags.Error as error:
-        raise ConfigError(str(error).splitlines()[-1]) from None
-    if own.help:
-        print(f"{wrap_help(__doc__)}\n\n{own.get_help()}")
-        raise SystemExit(0)
-    if rest:
-        raise ConfigError(f"unexpected argument {rest[0]!r}; flags are --config.key=value")
-    if without := [arg for arg in overrides if "=" not in arg]:
-        raise ConfigError(f"{without[0]}: write --config.KEY=VALUE")
-    for name in ("workdir", "from"):
-        if not own[name].value:
-            raise ConfigError(f"--{name}=DIR is missing: {own[name].help}")
-    if Path(own.workdir).expanduser().resolve() == Path(own["from"].value).expanduser().resolve():
-        raise ConfigError("--workdir and --from are the same run; name a new --workdir")
+    distributed.add_flags(parser)
+    own, overrides = parser.parse_known_args(argv)
+    for arg in overrides:
+        if not (arg.startswith("--config.") and "=" in arg):
+            parser.error(f"unknown argument {arg}; keys are set by --config.KEY=VALUE")
+    own.workdir, own.origin = own.workdir.expanduser(), own.origin.expanduser()
+    if own.workdir.resolve() == own.origin.resolve():
+        parser.error("--workdir and --from are the same run; name a new --workdir")
     return own, overrides
 
 
@@ -572,10 +563,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         leave=leave,
     ):
         own, overrides = parse_command_line(sys.argv[1:] if argv is None else argv)
-        workdir = Path(own.workdir).expanduser()
-        origin = Path(own["from"].value).expanduser()
-        config = config_from(restore.load_config(origin), overrides)
-        config.batch_size = config.gradient_accumulation_steps
+        workdir = own.workdir
+        config = config_from(restore.load_config(own.origin), overrides)
+        config.batch_size = config.gradient_accumulation_steps  # until the mesh is known
         validate(config)
         make_reward(config, load_lexicon(config.rl.lexicon or None))
         launch = distributed.find_launch(own)
@@ -584,7 +574,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with distributed.join(launch, facts, own.join_timeout, print) as group:
             workdir.mkdir(parents=True, exist_ok=True)
             with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
-                run = restore.load_run(origin, own.step, llm=config.llm, mesh=config.mesh)
+                run = restore.load_run(own.origin, own.step, llm=config.llm, mesh=config.mesh)
                 try:
                     reinforce(config, workdir, run, group, own.fallback)
                 except CheckpointWriteError as error:

@@ -1,6 +1,6 @@
 """A report from prediction files alone; needs no accelerator and no model.
 
-    python -m affectgpt_jax.report --set mer2023=predictions.jsonl,truth.csv \\
+    affectgpt report --set mer2023=predictions.jsonl,truth.csv \\
         --out report
 
 writes report.html, report.json and report.md (the paper's Table 2). A set is a known one
@@ -8,7 +8,7 @@ writes report.html, report.json and report.md (the paper's Table 2). A set is a 
 or any other as NAME:TASK=... Several prediction files before the truth are checkpoints, the last of
 them the one that was fixed beforehand.
 
-    python -m affectgpt_jax.report --ablation 5 --run none=runs/none \\
+    affectgpt report --ablation 5 --run none=runs/none \\
         --run qformer=runs/qformer --out ablation
 
 brings the reports that affectgpt_jax.evaluate has written into several workdirs (or any other
@@ -118,7 +118,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
     description = __doc__.format(keys=", ".join([*BY_KEY, DEMO]))
-    parser = cli.make_parser("affectgpt_jax.report", description)
+    parser = cli.make_parser("affectgpt report", description)
     add = parser.add_argument
     add(
         "--set",

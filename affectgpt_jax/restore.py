@@ -56,12 +56,12 @@ class Run:
     """
 
     workdir: Path
-    config: ConfigDict
-    model: AffectGPT
-    base: Any
-    trainable: Any
+    config: ConfigDict = dataclasses.field(repr=False)
+    model: AffectGPT = dataclasses.field(repr=False)
+    base: Any = dataclasses.field(repr=False)
+    trainable: Any = dataclasses.field(repr=False)
     identity: Identity
-    processor: PromptProcessor
+    processor: PromptProcessor = dataclasses.field(repr=False)
     mesh: Mesh
     step: int
     steps: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Scores of prediction files, as MER-UniBench computes them; needs no accelerator and no model.
 
-    python -m affectgpt_jax.score --task fine --predictions predictions.jsonl \\
+    affectgpt score --task fine --predictions predictions.jsonl \\
         --truth truth.csv
 
 Several prediction files are checkpoints of one run, the last of them the one that was fixed
@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = cli.make_parser("affectgpt_jax.score", __doc__)
+    parser = cli.make_parser("affectgpt score", __doc__)
     add = parser.add_argument
     add("--task", required=True, choices=TASKS, help="what the truth is and how it counts")
     add(

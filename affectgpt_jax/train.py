@@ -1,4 +1,4 @@
-"""Train AffectGPT: `python -m affectgpt_jax.train --config=configs/demo.py --workdir=runs/demo`.
+"""Train AffectGPT: `affectgpt train --config=configs/demo.py --workdir=runs/demo`.
 
 Without arguments it trains the demo: a small but complete AffectGPT on generated clips, in minutes,
 on two CPU cores, with a scored result. Run again with the same workdir, it resumes from the newest
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-from absl import flags
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, cpu, evaluators, inference, restore, runtime
@@ -247,23 +246,23 @@ What you have now, in {workdir}:
   checkpoints/                                adapters, fusion, optimizer state
 
 What to run next:
-  python -m affectgpt_jax.train --config.fusion=qformer --workdir=runs/qformer
-  python -m affectgpt_jax.train --config.input=face_text --workdir=runs/face_text
-  python -m affectgpt_jax.train --config=affectgpt_qwen25_7b --config.llm=DIR \\
+  affectgpt train --config.fusion=qformer --workdir=runs/qformer
+  affectgpt train --config.input=face_text --workdir=runs/face_text
+  affectgpt train --config=affectgpt_qwen25_7b --config.llm=DIR \\
       --config.data.train=RECORDS --workdir=runs/paper      (the paper's recipe; see README.md)"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
     workdir = launch = None
-    own = flags.FlagValues()
-    distributed.define_flags(own)
-    flags.DEFINE_bool(
-        "fallback",
-        False,
-        "where the newest checkpoint is damaged, set it aside and resume from one that is whole",
-        flag_values=own,
+    parser = cli.make_parser("affectgpt train", __doc__)
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where the newest checkpoint is damaged, set it aside and resume from one that is "
+        "whole",
     )
+    distributed.add_flags(parser)
 
     def leave(status: int, sentence: str) -> NoReturn:
         distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
@@ -278,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
         leave=leave,
     ):
-        config, workdir = parse_command_line(sys.argv[1:] if argv is None else argv, __doc__, own)
+        config, own = parse_command_line(sys.argv[1:] if argv is None else argv, parser)
+        workdir = own.workdir
         launch = distributed.find_launch(own)
         runtime.leave_out_gpu_compiler()
         runtime.use_compilation_cache()

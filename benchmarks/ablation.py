@@ -315,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    parser = make_parser("benchmarks.ablation", __doc__)
+    parser = make_parser("python -m benchmarks.ablation", __doc__)
     add = parser.add_argument
     add("--table", type=int, nargs="+", choices=TABLES, default=list(TABLES))
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])

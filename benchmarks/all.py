@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from affectgpt_jax.cli import make_parser
+from affectgpt_jax.cli import exit_on_error, make_parser
 from benchmarks import tables
 from benchmarks.harness import RESULTS, SCALES, default_scale, records_folder
 
@@ -229,9 +229,10 @@ def end(process: subprocess.Popen) -> None:
     process.wait()
 
 
+@exit_on_error()
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 where a result is missing."""
-    parser = make_parser("benchmarks.all", __doc__)
+    parser = make_parser("python -m benchmarks.all", __doc__)
     add = parser.add_argument
     add("--scale", choices=SCALES, default=default_scale(), help="default: full on a GPU")
     add("--only", nargs="+", default=[], help="results to make, by a part of their name")

@@ -29,8 +29,8 @@ from benchmarks.harness import Report, at_least, seconds_of, spread
 from data_prep.blocks import BlockStore
 from data_prep.clips import Clip
 from data_prep.decoding import Job, decode_clip
-from data_prep.encoders import Encoder, find_encoder
-from data_prep.stages import BATCH, PRECISIONS, in_blocks
+from data_prep.encoders import BATCH, PRECISIONS, Encoder, find_encoder
+from data_prep.stages import in_blocks
 from data_prep.stages import run as extract
 
 SIZE, FPS, SECONDS = (640, 360), 25, 3

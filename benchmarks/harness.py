@@ -111,7 +111,7 @@ class Measurement:
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The flags of a command line; `words` holds the line itself."""
         description = sys.modules[self.result.__module__].__doc__
-        parser = make_parser(f"benchmarks.{self.module}", description)
+        parser = make_parser(f"python -m benchmarks.{self.module}", description)
         self.flags(parser.add_argument)
         known = _shared_flags()
         for name in self.shared:

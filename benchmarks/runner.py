@@ -61,7 +61,7 @@ def finished(run: Run) -> Outcome | None:
         RunError: the flags make no config, or the workdir holds a finished run of another one.
     """
     try:
-        config, _ = parse_command_line(run.flags, "")
+        config, _ = parse_command_line(run.flags)
     except ConfigError as error:
         raise RunError(f"{run.name}: {error}") from None
     result = _read_json(run.workdir / "result.json")

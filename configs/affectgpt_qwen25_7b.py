@@ -26,7 +26,7 @@ def data_set(
 
 
 def reinforcement() -> ConfigDict:
-    """The section `rl` of a run of `python -m affectgpt_jax.reinforce`, with its defaults."""
+    """The section `rl` of a run of `affectgpt reinforce`, with its defaults."""
     c = ConfigDict()
     # Which run it starts from: written by the command, whose --from and --step name it.
     c.start = ""
@@ -71,65 +71,79 @@ def reinforcement() -> ConfigDict:
     return c
 
 
-def get_config() -> ConfigDict:
-    """python -m affectgpt_jax.train --config=configs/affectgpt_qwen25_7b.py --workdir=runs/paper \\
+def get_config(batch_size: str = "3") -> ConfigDict:
+    """affectgpt train --config=configs/affectgpt_qwen25_7b.py --workdir=runs/paper \\
     --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus
-    """
-    c = ConfigDict()
-    c.seed = 0  # of initialisation, data order, label draw and dropout
-    c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny" is the one that ships
-    c.init_from = ""  # a PEFT adapter's directory or a .pth of the PyTorch release; "" is fresh
-    c.input = "multi_audio_face_text"  # the input mode: data/prompts.py
-    c.label = "hybrid"  # hybrid: description or ovlabel, drawn anew at each access; others:
-    # onehot, onehot_candidates, sentiment, valence, caption, qa, preference; "a+b" draws of both
-    c.prompts = "default"  # default | compact | a TOML file
-    c.max_tokens = 1024  # of a training example
-    c.too_long = "error"  # error | drop
 
-    c.data = ConfigDict()
+    `--config=affectgpt_qwen25_7b:192` is the same training in batches of 192: as many clips in
+    fewer updates, which warm-up, validation and learning rate follow.
+    """
+    batch = int(batch_size) if batch_size.isdecimal() else 0
+    if not batch:
+        raise ValueError(f"affectgpt_qwen25_7b:{batch_size} names no batch size of 1 or more")
+    c = ConfigDict()
+    c.seed = 0  # of initialisation, data order, label draw and dropout; 0 to 2^32 - 1
+    c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny": the one that ships
+    c.init_from = ""  # a PEFT adapter's directory or a .pth of the PyTorch release; "": fresh
+    c.input = "multi_audio_face_text"  # the input mode, one of those of data/modalities.py
+    c.label = "hybrid"  # description | ovlabel | hybrid (one of both, drawn anew at each access) |
+    # onehot | onehot_candidates | sentiment | valence | caption | qa | preference; "a+b" is drawn
+    # like hybrid
+    c.prompts = "default"  # the prompt set: default | compact | a TOML file
+    c.max_tokens = 1024  # of the longest training example
+    c.too_long = "error"  # longer training examples: error (stop by name) | drop (and count them)
+
+    c.data = ConfigDict()  # where clips come from
     c.data.train = ""  # a record directory, "tfds:DIR:SPLIT", "demo" or "demo:WORLD"
     c.data.mixture = ConfigDict()  # several training sets by name instead, each a `data_set(...)`
-    c.data.val = ""  # the same; "" holds out `val_share` of the training clips
-    c.data.val_share = 0.02
-    c.data.test = ""  # scored at the end; "" scores nothing
+    c.data.val = ""  # the same, for validation; "" holds out `val_share` of the training clips
+    c.data.val_share = 0.02  # of the training clips; a clip's name alone decides
+    c.data.test = ""  # the same, for the score at the end; "" scores nothing
     c.data.verify = True  # hash every record shard at the start, against its manifest
     c.demo_seed = 0  # of the generated world, where data is "demo"
 
     c.strict_leaks = False  # refuse clips that are in training and evaluation; False reports them
 
-    c.steps = 300_000  # 60 epochs of 5,000 steps
-    c.batch_size = 3  # rows in one update, over all devices; a row is a clip, unless packed
+    c.steps = 900_000 // batch  # updates; of 3 clips: 60 epochs of 5,000, as the paper counts them
+    c.batch_size = batch  # rows in one update, over all devices; a row is a clip, unless packed
     c.gradient_accumulation_steps = 1  # microbatches of a batch, run one after the other
     c.num_buckets = 4  # row lengths that batches come in; each costs one compilation
     c.pack_length = 0  # tokens of a row that holds as many clips as fit; 0: a clip a row. All
     # training batches then have this one shape, and num_buckets is for validation and answers. A
     # row of 2048 holds 8 clips of the paper's lengths on average: divide batch_size accordingly
-    c.mesh = "data:-1"  # axes data, fsdp, tensor, e.g. "data:2,fsdp:4"
+    c.mesh = "data:-1"  # devices by axis: data, fsdp, tensor, e.g. "data:2,fsdp:4"; -1: all others
     c.dtype = "bfloat16"  # of the base and of computation; what is trained is float32
-    c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "" is as dtype
-    # auto | none | save_attention | save_projections | full: what the backward pass recomputes;
-    # auto is the first of the others that fits into the device's memory.
+    c.base_precision = ""  # of the base's projections: int8 | fp8 | nf4; "": as dtype
+    # What the backward pass recomputes: auto | none | save_attention | save_projections | full;
+    # auto is the first of the others that fits into the device's memory
     c.remat = "auto"
-    # auto | xla | cudnn | cudnn_masked | cudnn_packed; auto is the fastest that runs here
+    # The attention backend: auto | xla | cudnn | cudnn_masked | cudnn_packed; auto is the fastest
+    # that runs here
     c.attention = "auto"
     c.xla_options = ""  # compiler options of the train step, "NAME=VALUE NAME=VALUE"
 
-    c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 1e-5
-    c.optimizer.warmup_learning_rate = 1e-6
-    c.optimizer.warmup_steps = 5000
-    c.optimizer.final_learning_rate = 1e-5  # cosine decay to here; equal to its start: constant
-    c.optimizer.weight_decay = 0.05
+    # The paper's rate of 1e-5 belongs to batches of 3. AdamW divides a gradient by its own size: a
+    # larger batch is less noisy, but its step is no longer, and as many clips in fewer steps would
+    # get less far. The usual rule is the square root of the batch; it was not measured here. Before
+    # a long run, compare a few hundred updates with half and twice the rate. (The release, in
+    # float16, overflowed at 2e-5; bfloat16 has float32's range.)
+    root = (batch / 3) ** 0.5
+    c.optimizer = ConfigDict()  # AdamW
+    c.optimizer.learning_rate = 1e-5 * root  # after the warm-up
+    c.optimizer.warmup_learning_rate = 1e-6 * root  # at the first step; it rises linearly
+    c.optimizer.warmup_steps = 15_000 // batch
+    c.optimizer.final_learning_rate = 1e-5 * root  # cosine decay to here; as its start: constant
+    c.optimizer.weight_decay = 0.05  # of matrices; biases and norms have none
     c.optimizer.beta1 = 0.9
     c.optimizer.beta2 = 0.999
     c.optimizer.epsilon = 1e-8
-    c.optimizer.clip_norm = 0.0  # 0 is off
+    c.optimizer.clip_norm = 0.0  # largest norm of the gradient; 0: no clipping
 
-    c.lora = ConfigDict()
+    c.lora = ConfigDict()  # adapters of the base
     c.lora.rank = 16  # 0 trains projectors and fusion alone
-    c.lora.alpha = 32.0
-    c.lora.dropout = 0.05
-    c.lora.targets = (
+    c.lora.alpha = 32.0  # the product of the adapters is scaled by alpha / rank
+    c.lora.dropout = 0.05  # of their input, with a mask of its own for each projection
+    c.lora.targets = (  # the projections that have adapters
         "q_proj",
         "k_proj",
         "v_proj",
@@ -142,29 +156,28 @@ def get_config() -> ConfigDict:
     c.fusion = "attention"  # pre-fusion outside the LLM: attention | qformer | none
     # Of the heads video, audio and image (data/modalities.py): how a head computes its soft tokens,
     # as in projectors.video = "attention" (attention | mean | qformer; image: mean | qformer), and
-    # the width of its features in the records, as in projectors.video_width = 768.
+    # the width of its features in the records, as in projectors.video_width = 768
     c.projectors = ConfigDict(projectors())
     c.projectors.fusion_width = 1024  # common width inside the pre-fusion
-    c.qformer = ConfigDict()
+    c.qformer = ConfigDict()  # of pre-fusion and heads of the kind qformer
     c.qformer.width = 768
     c.qformer.heads = 12
     c.qformer.layers = 2
-    c.qformer.intermediate = 3072
+    c.qformer.intermediate = 3072  # width of the feed-forward layers
     c.qformer.dropout = 0.1
 
-    c.generate = ConfigDict()
-    c.generate.batch_size = 32
-    c.generate.max_new_tokens = 1200
-    # auto | true | false: LoRA is added to the base's weights before answers are written: faster,
-    # and rounded once more; auto does so where a second copy of them fits easily.
+    c.generate = ConfigDict()  # answers, in validation and afterwards
+    c.generate.batch_size = 32  # clips at a time
+    c.generate.max_new_tokens = 1200  # of an answer
+    # Whether LoRA is added to a copy of the base's weights first, which is faster and rounds once
+    # more: auto | true | false; auto does so where a second copy of them fits easily
     c.generate.merge_lora = "auto"
 
     c.log_every = 10  # steps between lines of metrics.jsonl
-    c.checkpoint_every = 5000  # steps between validations, each followed by a checkpoint
+    # steps between validations, each followed by a checkpoint
+    c.checkpoint_every = max(1, 15_000 // batch)
     c.max_to_keep = 12  # newest checkpoints kept, beside the best on validation
-    c.step_timeout = (
-        900.0  # s without progress after which a run shows its threads and ends; 0: none
-    )
-    c.wandb_project = ""  # also log to this project of Weights & Biases; "" does not
+    c.step_timeout = 900.0  # s without progress; then a run shows its threads and ends; 0: none
+    c.wandb_project = ""  # also log to this project of Weights & Biases; "": no
     c.profile_steps = ""  # "10:15" traces steps 10 to 14
     return c

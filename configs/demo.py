@@ -6,7 +6,7 @@ from affectgpt_jax.configs import affectgpt_qwen25_7b
 
 
 def get_config() -> ConfigDict:
-    """python -m affectgpt_jax.train --config=configs/demo.py --workdir=runs/demo"""
+    """affectgpt train --config=configs/demo.py --workdir=runs/demo"""
     c = affectgpt_qwen25_7b.get_config()
     c.llm = "tiny"
     c.prompts = "compact"
@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     c.qformer.intermediate = 256
 
     c.generate.batch_size = 256
-    c.generate.max_new_tokens = 12
+    c.generate.max_new_tokens = 16  # descriptions have up to 15
 
     c.log_every = 1
     c.checkpoint_every = 90

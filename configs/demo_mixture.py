@@ -7,7 +7,7 @@ from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 
 
 def get_config() -> ConfigDict:
-    """python -m affectgpt_jax.train --config=configs/demo_mixture.py --workdir=runs/mixture"""
+    """affectgpt train --config=configs/demo_mixture.py --workdir=runs/mixture"""
     c = demo.get_config()
     c.data.train = ""
     # Everything, as in the default run.

@@ -19,7 +19,8 @@ import numpy as np
 from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import parse_json
-from data_prep.clips import Clip
+
+from .clips import Clip
 
 
 def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:

@@ -1,9 +1,9 @@
 """The public data sets in the plain layout that data_prep.extract reads: one CSV file each.
 
-    python -m data_prep.datasets --set mercaptionplus --root datasets \\
+    affectgpt datasets --set mercaptionplus --root datasets \\
         --out csv/mercaptionplus.csv
-    python -m data_prep.datasets --all --root datasets --out csv --allow-pickle
-    python -m data_prep.extract --csv csv/mercaptionplus.csv \\
+    affectgpt datasets --all --root datasets --out csv --allow-pickle
+    affectgpt extract --csv csv/mercaptionplus.csv \\
         --out records/mercaptionplus ...
 
 A row is a clip: its name, the files of its video, audio and face, and what is said about it. Below
@@ -252,7 +252,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     sets = [(s.key, s.folder, s.labels or "--labels FILE") for s in CAPTION_SETS]
     sets += [(d.key, d.folder, " or ".join(d.labels)) for d in TESTED.values()]
     lines = "\n".join(f"    {key:<15}{folder}: {labels}" for key, folder, labels in sets)
-    parser = cli.make_parser("data_prep.datasets", __doc__.format(sets=lines))
+    parser = cli.make_parser("affectgpt datasets", __doc__.format(sets=lines))
     add = parser.add_argument
     keys = [*CAPTIONED, *TESTED]
     which = parser.add_mutually_exclusive_group(required=True)

@@ -19,9 +19,10 @@ import numpy as np
 
 from affectgpt_jax.common.identity import files_sha256
 from affectgpt_jax.data.arrays import sample_rows
-from data_prep import faces, media
-from data_prep.clips import Clip
-from data_prep.media import FRAMES, MediaError
+
+from . import faces, media
+from .clips import Clip
+from .media import FRAMES, MediaError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -29,11 +29,20 @@ import numpy as np
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import named_files_sha256
 from affectgpt_jax.common.json import read_json
-from data_prep.media import RATE, WINDOW, WINDOWS
+from affectgpt_jax.data.modalities import extracted_features
 
 if TYPE_CHECKING:
     import torch
 
+# What they read of a clip's sound: windows of so many samples, at a rate in Hz.
+WINDOWS = 8
+RATE = 16_000
+WINDOW = 2 * RATE
+# The features that those of video, and those of audio, make.
+FEATURES = extracted_features()
+# Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
+BATCH = {"cpu": 4, "cuda": 16}
+PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
 HUBERT_LAYERS = 4
 # Of a window: a mel frame every 160 samples, of which Whisper's convolutions keep every other.
 WHISPER_POSITIONS = WINDOW // (2 * 160)

@@ -1,8 +1,8 @@
 """Turn a folder of clips into records: decode, find faces, run the encoders, write.
 
-    python -m data_prep.extract --clips DIR --out RECORDS \\
+    affectgpt extract --clips DIR --out RECORDS \\
         --video clip-vit-l --audio hubert-l
-    python -m data_prep.extract --csv clips.csv --clips DIR --out RECORDS \\
+    affectgpt extract --csv clips.csv --clips DIR --out RECORDS \\
         --video clip-vit-l=/models/clip --audio hubert-l=/models/hubert
 
 Clips are files of a folder, called NAME with the suffix of a medium; sound may lie beside the video
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -47,7 +46,21 @@ from affectgpt_jax.data.records import (
     read_manifest,
     write_records,
 )
-from data_prep.report import (
+
+from .blocks import BlockStore, FeatureOf
+from .clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
+from .encoders import (
+    ARCHITECTURES,
+    BATCH,
+    FEATURES,
+    PRECISIONS,
+    Encoder,
+    EncoderError,
+    find_encoder,
+    has_gpu,
+)
+from .encoders import names as encoder_names
+from .report import (
     OK,
     REPORT_FILE,
     Elsewhere,
@@ -57,22 +70,7 @@ from data_prep.report import (
     write_report,
 )
 
-MISSING = "the package {} is missing: pip install -e '.[features]'"
-
-try:
-    import cv2
-
-    from data_prep import faces
-    from data_prep.blocks import BlockStore, FeatureOf
-    from data_prep.clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
-    from data_prep.decoding import available_cores
-    from data_prep.encoders import ARCHITECTURES, Encoder, EncoderError, find_encoder, has_gpu
-    from data_prep.encoders import names as encoder_names
-    from data_prep.stages import BATCH, FEATURES, PRECISIONS, in_blocks, run
-except ModuleNotFoundError as error:
-    if __name__ != "__main__":
-        raise
-    sys.exit(f"error: {MISSING.format(error.name)}")
+MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 BLOCKS = ".blocks"
 FINISHED = "finished"  # in there: of what the records are
@@ -93,7 +91,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         audio=", ".join(n for n in encoder_names("audio") if n not in ARCHITECTURES),
         bare=", ".join(ARCHITECTURES),
     )
-    parser = cli.make_parser("data_prep.extract", described)
+    parser = cli.make_parser("affectgpt extract", described)
     add = parser.add_argument
     add("--clips", nargs="+", default=[], type=Path, metavar="DIR", help="folders of media files")
     add("--csv", type=Path, metavar="FILE", help="which clips, what is known of them, their files")
@@ -161,6 +159,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def extract(arguments: argparse.Namespace) -> None:
     """Run the whole extraction; finished blocks are reused."""
+    # What decodes is an extra, which the help does without.
+    import cv2
+
+    from . import faces, stages
+    from .decoding import available_cores
+
     out = arguments.out.expanduser()
     device, precision = placement(arguments.device, arguments.precision)
     found = find_clips(
@@ -188,7 +192,7 @@ def extract(arguments: argparse.Namespace) -> None:
         # One module, which several packages bring.
         | {"opencv": cv2.__version__},
     }
-    blocks = in_blocks(found.clips, settings)
+    blocks = stages.in_blocks(found.clips, settings)
     identity = _identity(arguments, list(blocks), elsewhere)
     if is_complete(out, identity):
         print_lines([f"{out} is complete: nothing has changed since it was written"])
@@ -198,11 +202,11 @@ def extract(arguments: argparse.Namespace) -> None:
     missing = {key: part for key, part in blocks.items() if key not in store}
     if done := sum(len(part) for key, part in blocks.items() if key not in missing):
         say(f"{done:,} of {len(found.clips):,} clips are finished")
-    stages = None
+    work = None
     if missing:
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = available_cores() if arguments.workers is None else arguments.workers
-        stages = run(missing, store, encoders, settings, workers)
+        work = stages.run(missing, store, encoders, settings, workers)
     rows = (row for key in blocks for row in store.rows(key))
     report = clip_report(rows, arguments.features, arguments.allow_missing, elsewhere)
     write_report(out / REPORT_FILE, report)
@@ -222,7 +226,7 @@ def extract(arguments: argparse.Namespace) -> None:
         extra={"extraction": settings},
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
-    lines += [*elsewhere.remarks(report), *found.remarks(), *(stages.lines() if stages else ())]
+    lines += [*elsewhere.remarks(report), *found.remarks(), *(work.lines() if work else ())]
     print_lines(lines)
 
 
@@ -323,12 +327,14 @@ def _identity(arguments: argparse.Namespace, keys: Sequence[str], elsewhere: Els
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
-    arguments = parse_arguments(argv)
+    out: Path | None = None
     with cli.exit_on_error(
-        interrupted="stopped; the same command goes on from here",
+        interrupted="interrupted; the same command goes on from there",
         out_of_memory="lower --batch or --workers",
-        os_error=lambda error: cli.describe_os_error(error, arguments.out),
+        os_error=lambda error: cli.describe_os_error(error, out),
     ):
+        arguments = parse_arguments(argv)
+        out = arguments.out
         try:
             extract(arguments)
         except ModuleNotFoundError as error:

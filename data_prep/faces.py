@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_prep.media import MediaError, check_file, resized
+from .media import MediaError, check_file, resized
 
 SIZE = 112
 # Sampled from a clip and searched for a face; a multiple of 8, see `media.read_frames`.

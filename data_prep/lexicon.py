@@ -15,6 +15,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.resources
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.text import print_lines
 
 HERE = Path(__file__).parent
-ASSET = HERE.parent / "affectgpt_jax" / "assets" / "lexicon"
+ASSET = Path(str(importlib.resources.files("affectgpt_jax") / "assets" / "lexicon"))
 TAXONOMIES, FAMILIES = HERE / "taxonomies.toml", HERE / "emotion_words.toml"
 VERSION = "1"
 
@@ -584,7 +585,7 @@ def wordnet_directory() -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
-        parser = cli.make_parser("data_prep.lexicon", __doc__.split("\n")[0])
+        parser = cli.make_parser("python -m data_prep.lexicon", __doc__.split("\n")[0])
         parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
         parser.add_argument(
             "--wordnet",

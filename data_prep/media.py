@@ -25,10 +25,9 @@ from PIL import Image
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.arrays import sample_rows
 
+from .encoders import RATE, WINDOW, WINDOWS
+
 FRAMES = 8
-WINDOWS = 8
-RATE = 16_000
-WINDOW = 2 * RATE  # samples
 # Containers count a few frames that an edit list hides; what a cut-off file lacks is more.
 WHOLE = 0.95
 # Formats whose header names the duration of the file.

@@ -1,9 +1,9 @@
-"""The PyTorch release's prompts as a prompt file: `python -m data_prep.release_prompts`.
+"""The PyTorch release's prompts as a prompt file: `affectgpt release-prompts`.
 
 A checkpoint answers to the prompts that it was trained on. Those of the release are its authors'
 sentences, so they do not ship; this takes them from your own clone:
 
-    python -m data_prep.release_prompts --source base_dataset.py --out release.toml
+    affectgpt release-prompts --source base_dataset.py --out release.toml
 
 The source is parsed and never run. `get_prompt_for_multimodal` gives the input modes, the methods
 `func_get_qa_*` the label types. What is not built by joining string literals is refused with its
@@ -399,7 +399,7 @@ def header(source: Path, out: Path, caption: str, notes: Sequence[str]) -> list[
         "authors wrote the sentences. affectgpt_jax/assets/prompts/default.toml tells the format.",
         "",
         f"made from: {source.name}, SHA-256 {digest}",
-        f"made by: python -m data_prep.release_prompts --source {source.name} --out {out.name} "
+        f"made by: affectgpt release-prompts --source {source.name} --out {out.name} "
         f"--caption {caption}",
         *notes,
     ]
@@ -408,7 +408,7 @@ def header(source: Path, out: Path, caption: str, notes: Sequence[str]) -> list[
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
-        parser = cli.make_parser("data_prep.release_prompts", __doc__.split("\n")[0])
+        parser = cli.make_parser("affectgpt release-prompts", __doc__.split("\n")[0])
         add = parser.add_argument
         add("--source", type=Path, required=True, help="base_dataset.py of your clone")
         add("--out", type=Path, required=True, help="the TOML file to write")

@@ -15,16 +15,11 @@ import numpy as np
 
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import listed
-from affectgpt_jax.data.modalities import extracted_features
-from data_prep.blocks import Block, BlockStore, block_key
-from data_prep.clips import Clip, ClipError
-from data_prep.decoding import DIED, Decoded, Job, decode_clip, in_order
-from data_prep.encoders import Encoder
 
-FEATURES = extracted_features()
-# Clips in a batch: what fits an encoder of 300 million parameters into 16 GB.
-BATCH = {"cpu": 4, "cuda": 16}
-PRECISIONS = {"cpu": ("float32", "bfloat16"), "cuda": ("float16", "bfloat16", "float32")}
+from .blocks import Block, BlockStore, block_key
+from .clips import Clip, ClipError
+from .decoding import DIED, Decoded, Job, decode_clip, in_order
+from .encoders import FEATURES, Encoder
 
 
 def in_blocks(clips: Sequence[Clip], settings: Mapping[str, Any]) -> dict[str, Sequence[Clip]]:

@@ -1,6 +1,6 @@
 """Statistics of record directories: tables and plots.
 
-    python -m data_prep.statistics --out statistics \\
+    affectgpt statistics --out statistics \\
         --records train=records/mercaptionplus test=records/mer2024
 
 Writes `statistics.csv`, a row per directory in the shape of the paper's Table 1, and, in that of
@@ -34,7 +34,8 @@ from affectgpt_jax.data.records import (
     read_index,
     read_manifest,
 )
-from data_prep.report import REPORT_FILE
+
+from .report import REPORT_FILE
 
 TOP_LABELS = 30
 BINS = {"labels per clip": 1, "words per description": 20, "seconds per clip": 1}
@@ -210,7 +211,7 @@ def named_places(arguments: Sequence[str]) -> dict[str, Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
-        parser = cli.make_parser("data_prep.statistics", __doc__)
+        parser = cli.make_parser("affectgpt statistics", __doc__)
         add = parser.add_argument
         add("--records", nargs="+", required=True, metavar="[NAME=]DIR", help="record directories")
         add("--out", type=Path, required=True, metavar="DIR", help="where to write")

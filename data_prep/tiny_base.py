@@ -12,6 +12,7 @@ and its score from words alone against the ceiling; below 90 % of it the script 
 from __future__ import annotations
 
 import functools
+import importlib.resources
 import json
 import shutil
 import tempfile
@@ -37,7 +38,7 @@ from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.decoder import ComputeConfig, Decoder, DecoderConfig, init_base, lm_head
 from affectgpt_jax.weights.huggingface import save_base
 
-ASSET = Path(__file__).parent.parent / "affectgpt_jax" / "assets" / "tiny_base"
+ASSET = Path(str(importlib.resources.files("affectgpt_jax") / "assets" / "tiny_base"))
 # Qwen2's pre-tokenizer: contractions, words with one leading space, single digits, punctuation.
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -258,7 +259,7 @@ def train(out: Path, steps: int, batch_size: int, learning_rate: float) -> float
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
-        parser = cli.make_parser("data_prep.tiny_base", __doc__.split("\n")[0])
+        parser = cli.make_parser("python -m data_prep.tiny_base", __doc__.split("\n")[0])
         parser.add_argument("--out", type=Path, default=ASSET, help="directory to write")
         parser.add_argument("--steps", type=int, default=1200, help="default: 1200")
         parser.add_argument("--batch", type=int, default=64, help="texts a step; default: 64")

@@ -1,6 +1,6 @@
 """Write record directories as a TensorFlow-Datasets data set, one split each.
 
-    python -m data_prep.to_tfds --out DIR \\
+    affectgpt to-tfds --out DIR \\
         --records train=/records/mercaptionplus test=/records/mer2024
 
 A directory without a name before it becomes the split that its manifest names.
@@ -41,7 +41,7 @@ def parse_splits(arguments: Sequence[str]) -> dict[str, Path]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
-        parser = cli.make_parser("data_prep.to_tfds", __doc__)
+        parser = cli.make_parser("affectgpt to-tfds", __doc__)
         add = parser.add_argument
         add("--records", nargs="+", required=True, metavar="[SPLIT=]DIR", help="record directories")
         add("--out", type=Path, required=True, metavar="DIR", help="a TFDS data_dir")

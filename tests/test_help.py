@@ -72,4 +72,4 @@ def test_a_command_is_found_by_python():
         [sys.executable, "-m", "affectgpt_jax.score", "--help"], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("usage: python -m affectgpt_jax.score ")
+    assert done.stdout.startswith("usage: affectgpt score ")

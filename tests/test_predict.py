@@ -316,7 +316,7 @@ def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(
         ask(f"--out={out}")
     assert end.value.code == 130
     assert capsys.readouterr().err.endswith(
-        "interrupted; the same command goes on where it stopped\n"
+        "interrupted; with --out the same command goes on where it stopped\n"
     )
     assert len(parsed(out.read_text())) == 3
     monkeypatch.undo()

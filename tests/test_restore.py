@@ -13,7 +13,7 @@ from affectgpt_jax.training import checkpoints, xla_options
 
 @pytest.mark.parametrize("name", shipped_configs())
 def test_every_shipped_config_is_read_back_as_it_was(name, tmp_path):
-    config, _ = parse_command_line([f"--config={find_config(name)}"], "")
+    config, _ = parse_command_line([f"--config={find_config(name)}"])
     save_config(config, tmp_path)
     assert load_config(tmp_path).to_dict() == config.to_dict()
     assert isinstance(load_config(tmp_path).lora.targets, tuple)

@@ -435,7 +435,7 @@ def _find(directory: Path) -> Path:
             return candidate
     raise RecordError(
         f"{directory} holds no TFDS data set: neither {candidates[0] / INFO_FILE} nor "
-        f"{candidates[1] / INFO_FILE} is there; write one with python -m data_prep.to_tfds"
+        f"{candidates[1] / INFO_FILE} is there; write one with affectgpt to-tfds"
     )
 
 

@@ -10,6 +10,7 @@ or is gone, where a collective would wait for it.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -26,7 +27,6 @@ from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 
 import jax
-from absl import flags
 
 from affectgpt_jax.common.errors import UserError
 
@@ -57,30 +57,34 @@ class Launch:
 # --- how a process was launched -------------------------------------------------------------------
 
 
-def define_flags(values: flags.FlagValues) -> None:
+def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of a run of several processes to a command's."""
-    flags.DEFINE_string(
-        "coordinator_address",
-        "",
-        "HOST:PORT of process 0, where all can reach it",
-        flag_values=values,
+    add = parser.add_argument_group("several processes; SLURM and Open MPI set these").add_argument
+    add(
+        "--coordinator-address",
+        default="",
+        metavar="HOST:PORT",
+        help="of process 0, where all can reach it",
     )
-    flags.DEFINE_integer(
-        "process_id",
-        None,
-        "number of this process, from 0; SLURM and Open MPI set it",
-        flag_values=values,
-    )
-    flags.DEFINE_integer(
-        "num_processes", None, "number of processes; SLURM and Open MPI set it", flag_values=values
-    )
-    flags.DEFINE_integer(
-        "join_timeout", 300, "seconds to wait for all processes at the start", flag_values=values
+    add("--process-id", type=int, metavar="I", help="number of this process, from 0")
+    add("--num-processes", type=int, metavar="N", help="how many there are")
+    add(
+        "--join-timeout",
+        type=int,
+        default=300,
+        metavar="S",
+        help="seconds to wait for all of them at the start; default: 300",
     )
 
 
-def find_launch(values: flags.FlagValues, environ: Mapping[str, str] = os.environ) -> Launch | None:
+def find_launch(
+    values: argparse.Namespace, environ: Mapping[str, str] = os.environ
+) -> Launch | None:
     """How this process was launched: by flags, else by SLURM or Open MPI; None for a run of one.
+
+    Args:
+        values: the flags of `add_flags`.
+        environ: the environment.
 
     Raises:
         LaunchError: flags that are incomplete or out of range, or no address of process 0.

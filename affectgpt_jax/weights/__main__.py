@@ -1,9 +1,9 @@
 """Inspect weights, and export those of a run to other programs.
 
-    python -m affectgpt_jax.weights inspect PATH
-    python -m affectgpt_jax.weights export-peft WORKDIR OUT
-    python -m affectgpt_jax.weights export-release WORKDIR OUT.pth
-    python -m affectgpt_jax.weights merge WORKDIR OUT
+    affectgpt weights inspect PATH
+    affectgpt weights export-peft WORKDIR OUT
+    affectgpt weights export-release WORKDIR OUT.pth
+    affectgpt weights merge WORKDIR OUT
 
 PATH is a base model or a PEFT adapter (directories), a .pth of the PyTorch release, a run's working
 directory or one of its checkpoints. A run's best checkpoint on validation is taken, or --step. Runs
@@ -36,7 +36,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         SystemExit: after printing the help, or one sentence about what is wrong.
     """
-    parser = cli.make_parser("affectgpt_jax.weights", __doc__)
+    parser = cli.make_parser("affectgpt weights", __doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     command = commands.add_parser("inspect", help="what a directory or file holds")

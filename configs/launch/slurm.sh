@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
 # Train under SLURM, one process a GPU:
 #
-#   sbatch --nodes=8 configs/launch/slurm.sh --config=affectgpt_qwen25_7b --workdir=runs/paper \
-#       --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus \
-#       --config.batch_size=192
+#   sbatch --nodes=8 configs/launch/slurm.sh --config=affectgpt_qwen25_7b:192 \
+#       --workdir=runs/paper --config.llm=/models/Qwen2.5-7B-Instruct \
+#       --config.data.train=/records/mercaptionplus
+#
+# That is the paper's 900,000 clips in batches of 192. By `affectgpt plan`, 64 A100 take under an hour
+# for them, 8 (with :24) six hours; one takes two days, in two or three jobs.
 #
 # Everything behind the script's name goes to training. The processes find each other by what srun
 # tells them; the same command, or a requeued job, resumes from the newest checkpoint.

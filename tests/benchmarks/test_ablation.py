@@ -38,9 +38,9 @@ def test_a_variant_that_tables_share_is_trained_once(tables, variants):
 
 
 def test_every_run_is_a_config_that_differs_as_the_table_says():
-    base, _ = parse_command_line(LENGTH, "")
+    base, _ = parse_command_line(LENGTH)
     for (variant, seed), run in plan([5, 6, 8], [3, 4], WORKDIR, ["--config.steps=7"]).items():
-        config, _ = parse_command_line(run.flags, "")
+        config, _ = parse_command_line(run.flags)
         assert (config.fusion, config.input, config.lora.rank) == variant
         assert (config.seed, config.demo_seed, config.steps) == (seed, seed, 7)
         assert config.lora.alpha == 32
@@ -168,7 +168,8 @@ def test_reports_are_written_and_shown(seeds, tmp_path, capsys):
 FAKE = """
 import json, os, pathlib, sys, time
 from affectgpt_jax.config import parse_command_line
-config, workdir = parse_command_line(sys.argv[1:], "")
+config, flags = parse_command_line(sys.argv[1:])
+workdir = flags.workdir
 with (workdir / "calls").open("a") as file:
     file.write("x")
 print("workdir", workdir, flush=True)
@@ -338,7 +339,7 @@ def test_a_wrong_flag_is_one_sentence():
 
 def test_the_config_that_the_training_command_leaves_is_known_again(tmp_path):
     for run in plan([5, 6, 8], [1], tmp_path, ["--config.steps=1"]).values():
-        config, _ = parse_command_line(run.flags, "")
+        config, _ = parse_command_line(run.flags)
         run.workdir.mkdir()
         save_config(config, run.workdir)
         assert finished(run) is None

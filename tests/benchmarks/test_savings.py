@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from affectgpt_jax.cli import UsageError
 from benchmarks import savings, sides, workloads
 
 
@@ -48,10 +49,9 @@ def test_a_side_without_chunks_makes_all_logits_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--steps=0"], ["--block=0"], ["--warmup=-1"], ["--batch=-1"]])
-def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
-    with pytest.raises(SystemExit):
+def test_counts_of_which_nothing_comes_are_refused(flags):
+    with pytest.raises(UsageError, match="given; expected"):
         savings.COMMAND.parse(flags)
-    assert "given; expected" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", savings.SAVINGS)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import needs_torch
 import pytest
 
+from affectgpt_jax.cli import UsageError
 from benchmarks import profile_table, train_step
 from benchmarks.train_step import ComparisonError, agreement
 
@@ -25,37 +26,33 @@ def test_losses_agree_only_token_by_token():
 
 @pytest.mark.parametrize("value", ["1", "KEY"])
 def test_settings_are_pairs(value):
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError):
         train_step.COMMAND.parse(["--set", value])
 
 
-def test_only_clips_share_rows(capsys):
+def test_only_clips_share_rows():
     for flags in (["--pack"], ["--tuning", "packed"]):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UsageError, match="only the clips of --workload affectgpt"):
             train_step.COMMAND.parse(["--workload", "small", *flags])
-    assert "only the clips of --workload affectgpt" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags",
     [["--steps", "0"], ["--block", "0"], ["--warmup", "-1"], ["--batch", "0"], ["--steps", "x"]],
 )
-def test_counts_of_which_nothing_comes_are_refused(flags, capsys):
-    with pytest.raises(SystemExit):
-        train_step.COMMAND.parse(flags)
+def test_counts_of_which_nothing_comes_are_refused(flags):
     flag, value = flags
-    assert f"argument {flag}: {value!r} given; expected " in capsys.readouterr().err
+    with pytest.raises(UsageError, match=f"argument {flag}: {value!r} given; expected "):
+        train_step.COMMAND.parse(flags)
 
 
 @pytest.mark.parametrize(
     "flags", [["--tuning", "release"], ["--peer-gradient-accumulation-steps", "2"]]
 )
-def test_what_is_of_pytorch_wants_pytorch(flags, capsys):
-    with pytest.raises(SystemExit):
+def test_what_is_of_pytorch_wants_pytorch(flags):
+    refusal = f"{flags[0]} is of PyTorch, which does not run; add --peer torch"
+    with pytest.raises(UsageError, match=refusal):
         train_step.COMMAND.parse(["--workload", "small", *flags])
-    assert f"{flags[0]} is of PyTorch, which does not run; add --peer torch" in (
-        capsys.readouterr().err
-    )
     assert train_step.COMMAND.parse([*flags, "--peer", "torch"]).tuning
     assert train_step.COMMAND.parse(["--peer", "torch"]).tuning == ["tuned"]
 

@@ -8,9 +8,9 @@ import time
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from commands import ending, finish, group, trace
 
+from affectgpt_jax import cli
 from affectgpt_jax.training import distributed
 from affectgpt_jax.training.distributed import Launch, LaunchError, ProcessGroup
 
@@ -18,10 +18,9 @@ from affectgpt_jax.training.distributed import Launch, LaunchError, ProcessGroup
 
 
 def launch(*argv, environ=None):
-    values = flags.FlagValues()
-    distributed.define_flags(values)
-    values(["train", *argv])
-    return distributed.find_launch(values, environ or {})
+    parser = cli.make_parser("affectgpt train", "")
+    distributed.add_flags(parser)
+    return distributed.find_launch(parser.parse_args(argv), environ or {})
 
 
 SLURM = {
