@@ -79,7 +79,7 @@ def test_answers_that_share_their_prompt_have_the_gradient_of_answers_in_rows_of
     alone = [Row(None, PLAIN, r.number, r.prompt, [one]) for r in rows for one in r.written]
     separate = collate_rows(alone, 12, Bucket(16, 8), PLAIN, {})
     together = collate_rows(rows, 5, Bucket(24, 16), PLAIN, {})
-    assert sum(r.size[0] for r in alone) > 1.9 * sum(r.size[0] for r in rows)
+    assert sum(r.size[0] for r in alone) > 1.8 * sum(r.size[0] for r in rows)
     shared = with_compute(MODEL, attend=grouped(causal))
     expected, by_expected = loss_and_gradient(MODEL, separate)
     found, by_found = loss_and_gradient(shared, together)
