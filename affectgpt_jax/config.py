@@ -40,7 +40,8 @@ CHOICES = {
     "fusion": (*HEADS["multi"].kinds, "none"),
     "generate.merge_lora": ("auto", "true", "false"),
 }
-RL_CHOICES = {
+# Of the keys of sections that have them.
+SECTION_CHOICES = {
     "question": ("ovlabel", "onehot", "onehot_candidates", "sentiment"),
     "merge_lora": CHOICES["generate.merge_lora"],
     "reward": ("wheel_f", "wheel_f_corpus", "hit", "sentiment"),
@@ -48,6 +49,14 @@ RL_CHOICES = {
     "loss": ("tokens", "answers", "constant"),
     "scale": ("none", "group", "batch"),
     "kl": ("k1", "k2", "k3"),
+    "source": ("records", "samples"),
+}
+SECTION_LEAST = {
+    **dict.fromkeys(("prompts", "pairs", "max_new_tokens", "updates"), 1),
+    **dict.fromkeys(("val_clips", "test_clips", "test_samples"), 1),
+    **dict.fromkeys(("group", "consensus"), 2),
+    **dict.fromkeys(("temperature", "format_weight", "length_penalty", "length_free"), 0),
+    **dict.fromkeys(("stop_kl", "sft_share", "gap"), 0),
 }
 POSITIVE = (
     "steps",
@@ -80,11 +89,16 @@ FREE_ON_RESUME = (
     "data.verify",
     "rl.start",
     "rl.test_lexicon",
+    "dpo.start",
+    "dpo.test_lexicon",
 )
 
 
 # Sections of runs that go beyond supervision, by what makes them.
-SECTIONS = {"rl": affectgpt_qwen25_7b.reinforcement}
+SECTIONS = {
+    "rl": affectgpt_qwen25_7b.reinforcement,
+    "dpo": affectgpt_qwen25_7b.preference,
+}
 
 
 class ConfigError(UserError, ValueError):
@@ -349,37 +363,37 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.step_timeout is {config.step_timeout}; expected seconds, or 0 for no limit"
         )
-    if "rl" in config:
-        _check_rl(config.rl)
+    for section in SECTIONS.keys() & config.keys():
+        _check_section(config, section)
     if not 0 <= config.data.val_share < 1:
         raise ConfigError(
             f"config.data.val_share is {config.data.val_share}; expected a share in [0, 1)"
         )
 
 
-def _check_rl(rl: ConfigDict) -> None:
-    for key, choices in RL_CHOICES.items():
-        if rl[key] not in choices:
-            raise ConfigError(f"config.rl.{key} is {rl[key]!r}; expected one of {choices}")
-    least = dict.fromkeys(
-        ("prompts", "max_new_tokens", "updates", "val_clips", "test_clips", "test_samples"), 1
-    )
-    least |= {"group": 2, "consensus": 2, "length_free": 0}
-    for key, smallest in least.items():
-        if rl[key] < smallest:
+def _check_section(config: ConfigDict, name: str) -> None:
+    section = config[name]
+    for key, choices in SECTION_CHOICES.items():
+        if key in section and section[key] not in choices:
+            found = f"config.{name}.{key} is {section[key]!r}"
+            raise ConfigError(f"{found}; expected one of {choices}")
+    for key, least in SECTION_LEAST.items():
+        if key in section and not least <= section[key] < float("inf"):
             why = ": an answer is compared with others of its group" if key == "group" else ""
-            raise ConfigError(f"config.rl.{key} is {rl[key]}; expected {smallest} or more{why}")
-    for key in ("format_weight", "length_penalty", "stop_kl", "sft_share"):
-        if not 0 <= rl[key] < float("inf"):
-            raise ConfigError(f"config.rl.{key} is {rl[key]}; expected 0 or more")
-    if not 0 < rl.temperature < float("inf"):
-        raise ConfigError(f"config.rl.temperature is {rl.temperature}; expected over 0")
-    if not 0 < rl.top_p <= 1:
-        raise ConfigError(f"config.rl.top_p is {rl.top_p}; expected a share in (0, 1]")
-    if (rl.reward == "sentiment") != (rl.question == "sentiment"):
+            found = f"config.{name}.{key} is {section[key]}"
+            raise ConfigError(f"{found}; expected {least} or more{why}")
+    if name == "dpo":
+        if not 0 < section.val_share < 1:
+            raise ConfigError(f"config.dpo.val_share is {section.val_share}; expected in (0, 1)")
+        return
+    if not section.temperature > 0:
+        raise ConfigError(f"config.rl.temperature is {section.temperature}; expected over 0")
+    if not 0 < section.top_p <= 1:
+        raise ConfigError(f"config.rl.top_p is {section.top_p}; expected a share in (0, 1]")
+    if (section.reward == "sentiment") != (section.question == "sentiment"):
         raise ConfigError(
-            f"config.rl.reward={rl.reward!r} does not fit config.rl.question={rl.question!r}: "
-            "sentiment is rewarded as sentiment, and labels by wheels"
+            f"config.rl.reward={section.reward!r} does not fit config.rl.question="
+            f"{section.question!r}: sentiment is rewarded as sentiment, and labels by wheels"
         )
 
 

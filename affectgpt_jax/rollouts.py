@@ -402,7 +402,7 @@ class RolloutStep:
         say: told once if answers are not those of the policy that is trained.
 
     Attributes:
-        kl: of the last step, mean over tokens.
+        number: of the last step, from 1.
     """
 
     def __init__(
@@ -420,7 +420,7 @@ class RolloutStep:
         self._update, self._data, self._generator = update, data, generator
         self._reward, self._start, self._say = reward, start, say
         self._log_probs = jax.jit(functools.partial(policy.answer_log_probs, program.model))
-        self.kl, self._warned = 0.0, False
+        self.number, self._warned = 0, False
 
     def __call__(self, state: State, base: Any, prompts: Any) -> tuple[State, dict[str, float]]:
         with jax.transfer_guard("allow"):  # answers and rewards are the host's
@@ -463,7 +463,7 @@ class RolloutStep:
         sampled = found.pop("sampled")
         for name in ("kl", "clipped", "ratio", "mismatch", "capped"):
             found[name] = found[name] / sampled if sampled else 0.0
-        self.kl = found["kl"]
+        self.number = step + 1
         if found["mismatch"] > MISMATCH and not self._warned:
             self._warned = True
             self._say(

@@ -71,6 +71,32 @@ def reinforcement() -> ConfigDict:
     return c
 
 
+def preference() -> ConfigDict:
+    """The section `dpo` of a run of `affectgpt prefer`, with its defaults."""
+    c = ConfigDict()
+    c.start = ""  # as in `rl`: written by the command
+    c.start_step = 0
+    c.start_sha256 = ""
+    c.lexicon_sha256 = ""
+    c.data = ""  # clips, as data.train, that supervision has not seen; "" is the demo's own split
+    c.source = "records"  # records: their alternatives and preferred | samples: best against worst
+    c.pairs = 32  # of a step
+    c.val_share = 0.1  # of the pairs, held out by the clip's name
+    c.beta = 0.1  # how strongly the model is held to the start
+    c.label_smoothing = 0.0  # share of preferences that are taken to be wrong
+    c.gap = 0.2  # of the rewards of best and worst, at the least; for source=samples
+    c.question = "ovlabel"  # asked before and after, and for source=samples
+    c.prompts = 64  # asked at a time
+    c.group = 4  # samples of each
+    c.max_new_tokens = 48
+    c.lexicon = ""  # directory of the wheels; "" is the one that ships
+    c.test_lexicon = ""  # of another lexicon by which the result is scored as well
+    c.test_clips = 512  # asked before and after
+    c.test_samples = 4  # of each, whose mean reward is compared
+    c.consensus = 16  # samples that agree
+    return c
+
+
 def get_config(batch_size: str = "3") -> ConfigDict:
     """affectgpt train --config=configs/affectgpt_qwen25_7b.py --workdir=runs/paper \\
     --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus

@@ -135,8 +135,8 @@ def test_another_run_in_its_workdir_is_refused(finished, trained_run, clips):
         ({"rl.data": "/nowhere"}, "/nowhere/manifest.json is missing"),
         ({"rl.prompts": 12}, "cannot be shared by 8 devices"),
         ({"rl.wheels": "(7,)"}, "wheels (7,)"),
-        ({"lora.dropout": 0.1}, "must be 0: dropout would train another policy"),
-        ({"rl.epsilon": 2}, "config.rl.epsilon is 2.0"),
+        ({"lora.dropout": 0.1}, "config.lora.dropout and config.qformer.dropout must be 0"),
+        ({"rl.epsilon": 2}, "epsilon is 2.0"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(trained_run, clips, tmp_path, more, said):
