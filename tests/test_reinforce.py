@@ -39,6 +39,8 @@ def flags(trained_run, clips, workdir, steps=4, **more):
         "rl.beta": 0.01,
         "rl.drop_flat": False,
         "rl.mask_cut": False,
+        # A model that has hardly learned earns nothing, and learns nothing from that.
+        "rl.sft_share": 0.5,
     } | more
     overrides = [f"--config.{key}={value}" for key, value in keys.items()]
     return [f"--workdir={workdir}", f"--from={trained_run}", *overrides]
