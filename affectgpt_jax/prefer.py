@@ -33,7 +33,7 @@ from affectgpt_jax.data.pipeline import DataError, PromptProcessor
 from affectgpt_jax.data.records import Records, RecordSubset, hold_out
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, Wheels
-from affectgpt_jax.models.attention import causal, cudnn_masked, grouped
+from affectgpt_jax.models.attention import grouped
 from affectgpt_jax.pairs import (
     Pair,
     PairData,
@@ -49,7 +49,7 @@ from affectgpt_jax.training.checkpoints import Checkpoints, check_disk, silence_
 from affectgpt_jax.training.policy import answer_log_probs
 from affectgpt_jax.training.preference import PreferenceLossConfig, preference_loss
 
-SHOWN = ("accuracy", "margin")
+SHOWN = {"accuracy": "accuracy", "margin": "margin"}
 
 
 class _Sampled(TypedDict):
@@ -160,16 +160,15 @@ def prefer(
     # The program: the set-up of supervision, with another loss.
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
     options = compiler_options(config, say)
-    attention = build.attention(config, llm)
-    group.require_same({"attention": attention.name, "base": run.identity.sha256})
-    say(f"attention: {attention.name} ({attention.reason})")
+    group.require_same({"base": run.identity.sha256})
+    say("attention: xla (both answers of a pair share their prompt)")
     program = make_program(
         config,
         mesh,
         {data.bucket.length: data.collate([], data.rows)},
         preference_loss(settings),
         llm=llm,
-        attend=grouped(causal if attention.name == "xla" else cudnn_masked),
+        attend=grouped,
         memory_limit=group.from_main_process(memory.device_limit),
     )
     for line in program.describe(directory.name):

@@ -28,7 +28,7 @@ from affectgpt_jax.continued import Exams
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
-from affectgpt_jax.models.attention import causal, cudnn_masked, grouped
+from affectgpt_jax.models.attention import grouped
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
@@ -36,8 +36,18 @@ from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sh
 from affectgpt_jax.training.checkpoints import Checkpoints, check_disk, silence_threads
 from affectgpt_jax.training.policy import PolicyLossConfig, policy_loss
 
-SHOWN = ("reward", "kl", "entropy", "labels", "answer_tokens", "flat_groups")
-SHOWN += ("rollout_tokens_per_s", "update_tokens_per_s")
+# Metrics of a step that its line shows, and what it calls them.
+SHOWN = {
+    "reward": "reward",
+    "reward_score": "score",
+    "kl": "KL",
+    "entropy": "entropy",
+    "labels": "labels",
+    "answer_tokens": "tokens",
+    "flat_groups": "flat",
+    "rollout_tokens_per_s": "written/s",
+    "update_tokens_per_s": "trained/s",
+}
 # Says that a run ended by itself before its last step.
 ENDED = "ended.json"
 
@@ -153,11 +163,12 @@ def reinforce(
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
     options = compiler_options(config, say)
     attention = build.attention(config, llm)
-    attend = attention.attend
-    if rl.share_prompt:
-        attend = grouped(causal if attention.name == "xla" else cudnn_masked)
     group.require_same({"attention": attention.name, "base": run.identity.sha256})
-    say(f"attention: {attention.name} ({attention.reason})")
+    say(
+        "attention: xla (answers share their prompts)"
+        if rl.share_prompt
+        else f"attention: {attention.name} ({attention.reason})"
+    )
     takes_kl = bool(rl.beta or rl.stop_kl)
     more = ["reference_log_probs"] if takes_kl else []
     more += ["old_log_probs"] if rl.updates > 1 else []
@@ -167,7 +178,7 @@ def reinforce(
         {data.bucket.length: data.filler_batch(more)},
         policy_loss(settings),
         llm=llm,
-        attend=attend,
+        attend=grouped if rl.share_prompt else attention.attend,
         memory_limit=group.from_main_process(memory.device_limit),
     )
     for line in program.describe(directory.name):

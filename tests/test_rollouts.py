@@ -16,7 +16,7 @@ from affectgpt_jax.data.records import RecordDataset, RecordSubset
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, Wheels
 from affectgpt_jax.models.affectgpt import with_compute
-from affectgpt_jax.models.attention import causal, grouped
+from affectgpt_jax.models.attention import grouped
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.rollouts import (
     BY_TOKEN,
@@ -80,7 +80,7 @@ def test_answers_that_share_their_prompt_have_the_gradient_of_answers_in_rows_of
     separate = collate_rows(alone, 12, Bucket(16, 8), PLAIN, {})
     together = collate_rows(rows, 5, Bucket(24, 16), PLAIN, {})
     assert sum(r.size[0] for r in alone) > 1.8 * sum(r.size[0] for r in rows)
-    shared = with_compute(MODEL, attend=grouped(causal))
+    shared = with_compute(MODEL, attend=grouped)
     expected, by_expected = loss_and_gradient(MODEL, separate)
     found, by_found = loss_and_gradient(shared, together)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

@@ -63,7 +63,8 @@ def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.
         value: `[B, T, K, d]`.
         segment_ids: `[B, T]` int32; a token sees earlier tokens of its own segment only, so samples
             packed into one row never see each other. By convention 0 is padding. Or `[B, 2, T]`, as
-            `grouped` makes them.
+            `grouped` makes them: a token also sees earlier ones of the segment that its second
+            id names.
 
     Returns:
         `[B, T, H, d]` in the dtype of `value`.
@@ -167,23 +168,17 @@ def _visible(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
     return (own == keys) | (prompt == keys)
 
 
-@functools.cache
-def grouped(attend: CausalAttention) -> CausalAttention:
-    """Attention for rows in which several answers share a prompt.
+def grouped(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """`causal` for rows in which several answers share a prompt.
 
     A segment id that is a multiple of `GROUP` is that of a prompt, the ones up to the next multiple
     are those of its answers: an answer sees its prompt and itself, and no other answer. Ids below
     `GROUP` are ordinary ones.
-
-    Args:
-        attend: `causal` or `cudnn_masked`, which take any mask.
     """
-
-    def attend_in_groups(query, key, value, segment_ids):
-        prompts = jnp.where(segment_ids < GROUP, segment_ids, segment_ids // GROUP * GROUP)
-        return attend(query, key, value, jnp.stack([segment_ids, prompts], axis=1))
-
-    return attend_in_groups
+    prompts = jnp.where(segment_ids < GROUP, segment_ids, segment_ids // GROUP * GROUP)
+    return causal(query, key, value, jnp.stack([segment_ids, prompts], axis=1))
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -236,12 +231,12 @@ def cudnn_masked(
     # no other sees it.
     padding = ((0, 0), (0, length % 2), (0, 0), (0, 0))
     query, key, value = (jnp.pad(x, padding) for x in (query, key, value))
-    segment_ids = jnp.pad(segment_ids, [(0, 0)] * (segment_ids.ndim - 1) + [(0, length % 2)])
+    segment_ids = jnp.pad(segment_ids, padding[:2])
     attended = jax.nn.dot_product_attention(
         query,
         key,
         value,
-        mask=_visible(segment_ids, segment_ids)[:, None],
+        mask=(segment_ids[:, :, None] == segment_ids[:, None])[:, None],
         is_causal=True,
         implementation="cudnn",
     )

@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -61,16 +61,20 @@ class Session:
         config: of the run.
         workdir: of the run.
         group: its processes; the main process alone prints and writes.
-        shown: metrics of a step that its line shows beside the loss.
+        shown: metrics of a step that its line shows beside the loss, and what it calls them.
 
     Raises:
         ValueError: `config.profile_steps` is no range of steps.
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, group: ProcessGroup, shown: Sequence[str] = ()
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        group: ProcessGroup,
+        shown: Mapping[str, str] | None = None,
     ):
-        self.config, self.workdir, self.group, self.shown = config, workdir, group, shown
+        self.config, self.workdir, self.group, self.shown = config, workdir, group, shown or {}
         self.clock = metrics_writer.TimeBuckets(outside="setup")
         self.progress = metrics_writer.Progress(config.steps, enabled=group.is_main_process)
         self.say = self.progress.line
@@ -289,7 +293,7 @@ class StepReporter:
         flops: model FLOPs of an update on these samples, `[N, 2]`.
         devices: that share an update.
         peak_flops: FLOP/s of each; None where it is not known.
-        shown: metrics that the progress line shows beside the loss.
+        shown: metrics that the progress line shows beside the loss, and what it calls them.
     """
 
     def __init__(
@@ -303,9 +307,9 @@ class StepReporter:
         flops: Callable[[np.ndarray], int],
         devices: int,
         peak_flops: float | None,
-        shown: Sequence[str] = (),
+        shown: Mapping[str, str] | None = None,
     ):
-        self._config, self._workdir, self._shown = config, workdir, shown
+        self._config, self._workdir, self._shown = config, workdir, shown or {}
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._count_flops, self._devices, self._peak_flops = flops, devices, peak_flops
         self._throughput = metrics_writer.Throughput(devices=devices, peak_flops=peak_flops)
@@ -372,7 +376,7 @@ class StepReporter:
         host_s = step_s - self._wait_s - self._dispatch_s - device_s
         self._throughput.update(clips, tokens, step_s, self._wait_s, host_s, flops)
         self._wait_s = self._dispatch_s = 0.0
-        others = {name: values[name] for name in self._shown}
+        others = {name: values[metric] for metric, name in self._shown.items()}
         self._progress.update(step, values["loss"], self._throughput.rates(), others)
 
     def skip_pause(self) -> None:
