@@ -18,7 +18,7 @@ from affectgpt_jax import cli
 
 COMMANDS = {
     "Train and ask": {
-        "train": "train a model; without arguments the demo, in minutes, on a CPU",
+        "train": "train a model; without arguments the demo, on a CPU",
         "reinforce": "go on from a run by the score of what it writes",
         "prefer": "go on from a run by preferences between two answers",
         "predict": "ask a trained run about clips",

@@ -50,7 +50,7 @@ from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.inference import SCORED, Answer, Generator, agreed_answers, should_merge
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, load_run, set_up_process
+from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, open_run, set_up_process
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -153,7 +153,7 @@ def predict(arguments: argparse.Namespace) -> None:
     wheels = Wheels(load_lexicon(arguments.lexicon)) if arguments.consensus else None
     if arguments.out and not arguments.out.parent.is_dir():
         raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
-    run = load_run(
+    run = open_run(
         arguments.workdir,
         arguments.step,
         llm=arguments.llm,
@@ -169,6 +169,7 @@ def predict(arguments: argparse.Namespace) -> None:
     for question in questions:
         # Trouble with a clip shows now, not at the end.
         run.processor.prompt_examples(clips, question)
+    run = run.with_weights()
     generator = make_generator(
         run,
         clips,

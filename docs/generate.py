@@ -26,7 +26,6 @@ def keys() -> str:
     """Tables of all keys of the config, one for each section."""
     sections: dict[str, list[str]] = {}
     for name, default, meaning in config_keys():
-        meaning = meaning.replace("|", "\\|")
         if isinstance(default, ConfigDict) and default:
             sections[name] = [f"## {name}", *([meaning] if meaning else [])]
             sections[name] += ["| key | default | meaning |\n|---|---|---|"]
@@ -34,8 +33,8 @@ def keys() -> str:
         section, _, _ = name.rpartition(".")
         if not sections:
             sections[""] = ["| key | default | meaning |\n|---|---|---|"]
-        row = f"| `{name}` | {_cell(default)} | {meaning} |"
-        sections[section][-1] += f"\n{row}"
+        cells = (f"`{name}`", _cell(default), meaning.replace("|", r"\|"))
+        sections[section][-1] += f"\n| {' | '.join(cells)} |"
     return "\n\n".join(part for parts in sections.values() for part in parts)
 
 

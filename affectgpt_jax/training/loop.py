@@ -65,6 +65,7 @@ class Session:
 
     Raises:
         ValueError: `config.profile_steps` is no range of steps.
+        MetricsError: Weights & Biases is asked for, but not installed.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Session:
         group: ProcessGroup,
         shown: Mapping[str, str] | None = None,
     ):
+        metrics_writer.check_wandb(config.wandb_project)
         self.config, self.workdir, self.group, self.shown = config, workdir, group, shown or {}
         self.clock = metrics_writer.TimeBuckets(outside="setup")
         self.progress = metrics_writer.Progress(config.steps, enabled=group.is_main_process)
