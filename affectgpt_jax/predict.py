@@ -203,6 +203,7 @@ def make_generator(
     batch_size: int | None,
     sampling: Sampling,
     seed: int,
+    group: int = 1,
 ) -> Generator:
     """What answers questions about these clips; None is as the run's config has it."""
     config = run.config
@@ -216,6 +217,7 @@ def make_generator(
         num_buckets=config.num_buckets,
         merge_lora=should_merge(config.generate.merge_lora, run.model, run.base),
         sampling=sampling,
+        group=group,
         seed=seed,
         log_probs=True,
     )
