@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, outcomes, restore
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.config import SECTIONS, ConfigError, apply_overrides, described, validate
 from affectgpt_jax.data import demo
@@ -27,7 +28,7 @@ from affectgpt_jax.program import Program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.rollouts import truths
 from affectgpt_jax.training import distributed, metrics_writer
-from affectgpt_jax.training.checkpoints import CheckpointWriteError
+from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, CheckpointWriteError
 from affectgpt_jax.training.step import State
 from affectgpt_jax.training.stopping import lock_workdir
 
@@ -105,6 +106,7 @@ def parse_command_line(
         help="where the newest checkpoint is damaged, set it aside and resume from one that is "
         "whole",
     )
+    restore.add_allow_other(parser, ALLOWED_OTHERS)
     distributed.add_flags(parser)
     own, overrides = parser.parse_known_args(argv)
     for arg in overrides:
@@ -121,7 +123,7 @@ def run_command(
     description: str,
     section: str,
     argv: Sequence[str] | None,
-    work: Callable[[ConfigDict, Path, Run, distributed.ProcessGroup, bool], Any],
+    work: Callable[..., Any],
     out_of_memory: str,
 ) -> None:
     """Read a command line, join the other processes, load the run to start from, and work.
@@ -131,7 +133,7 @@ def run_command(
         description: for its help.
         section: of the config that it adds.
         argv: its arguments; None are those of the process.
-        work: `(config, workdir, run, group, fallback)`.
+        work: `(config, workdir, run, group, fallback, allow_other)`.
         out_of_memory: what to do where there is none left.
     """
     workdir = launch = None
@@ -158,9 +160,15 @@ def run_command(
         with distributed.join(launch, facts, own.join_timeout, print) as group:
             workdir.mkdir(parents=True, exist_ok=True)
             with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
-                run = restore.load_run(own.origin, own.step, llm=config.llm, mesh=config.mesh)
+                run = restore.load_run(
+                    own.origin,
+                    own.step,
+                    llm=config.llm,
+                    mesh=config.mesh,
+                    allow_other=own.allow_other,
+                )
                 try:
-                    work(config, workdir, run, group, own.fallback)
+                    work(config, workdir, run, group, own.fallback, own.allow_other)
                 except CheckpointWriteError as error:
                     # As in training: Orbax's threads still hold half of the checkpoint.
                     group.fail(str(error))
@@ -176,6 +184,20 @@ def note_start(section: ConfigDict, run: Run, lexicon: Lexicon) -> None:
     section.start, section.start_step = str(run.workdir), run.step
     section.start_sha256 = run.fingerprint(run.step)
     section.lexicon_sha256 = lexicon.identity.sha256
+
+
+def inputs_of(run: Run, clips: Mapping[str, Records], lexicon: Lexicon) -> dict[str, Identity]:
+    """What the answers of a run depend on beside its base, see `build.inputs`.
+
+    Args:
+        run: that it goes on from.
+        clips: see `open_clips`.
+        lexicon: by which it is rewarded and compared.
+    """
+    names = {"rl": "training records (rl)", "val": "validation records (val)"}
+    names["test"] = build.TEST_RECORDS
+    records = {names[part]: build.records_identity(found) for part, found in clips.items()}
+    return {**run.inputs, **records, "lexicon": lexicon.identity}
 
 
 def start_state(program: Program, run: Run) -> State:

@@ -15,7 +15,7 @@ resumes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -91,6 +91,7 @@ def prefer(
     run: Run,
     group: distributed.ProcessGroup | None = None,
     fallback: bool = False,
+    allow_other: Collection[str] = (),
 ) -> dict[str, Any]:
     """Go on from a run by preferences; arguments, result and errors are those of
     `reinforce.reinforce`."""
@@ -174,13 +175,18 @@ def prefer(
     for line in program.describe(directory.name):
         say(line)
     check_disk(workdir, program.state)
-    checkpoints = Checkpoints(workdir, run.identity, config.max_to_keep, group.is_main_process)
+    inputs = continued.inputs_of(run, clips, lexicon)
+    group.require_same({what: identity.sha256 for what, identity in inputs.items()})
+    checkpoints = Checkpoints(
+        workdir, run.identity, config.max_to_keep, group.is_main_process, inputs
+    )
     state, start = loop.initial_state(
         checkpoints,
         program.state,
         lambda: continued.start_state(program, run),
         session,
         fallback=fallback,
+        allow_other=allow_other,
     )
     steps = {}
     if start < config.steps:

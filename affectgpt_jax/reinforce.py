@@ -14,7 +14,7 @@ every command reads it. The same command, run again, resumes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ def reinforce(
     run: Run,
     group: distributed.ProcessGroup | None = None,
     fallback: bool = False,
+    allow_other: Collection[str] = (),
 ) -> dict[str, Any]:
     """Go on from a run by rewards.
 
@@ -92,6 +93,7 @@ def reinforce(
         run: that it starts from, loaded with this config's mesh.
         group: the processes of the run; None is this one alone.
         fallback: go on from an older checkpoint where the newest is damaged.
+        allow_other: which of `checkpoints.ALLOWED_OTHERS` may be others than before.
 
     Returns:
         What the main process writes into `workdir/result.json`.
@@ -184,13 +186,18 @@ def reinforce(
     for line in program.describe(directory.name):
         say(line)
     check_disk(workdir, program.state)
-    checkpoints = Checkpoints(workdir, run.identity, config.max_to_keep, group.is_main_process)
+    inputs = continued.inputs_of(run, clips, lexicon)
+    group.require_same({what: identity.sha256 for what, identity in inputs.items()})
+    checkpoints = Checkpoints(
+        workdir, run.identity, config.max_to_keep, group.is_main_process, inputs
+    )
     state, start = loop.initial_state(
         checkpoints,
         program.state,
         lambda: continued.start_state(program, run),
         session,
         fallback=fallback,
+        allow_other=allow_other,
     )
 
     def finished(step: int) -> bool:

@@ -26,11 +26,17 @@ from pathlib import Path
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
-from affectgpt_jax.evaluation.label_files import find_set, read_set, read_subtitles
+from affectgpt_jax.evaluation.label_files import (
+    MEDIA,
+    find_media,
+    find_set,
+    read_set,
+    read_subtitles,
+)
 from affectgpt_jax.evaluation.readers import Finding, read_truth
 
 COLUMNS = (
@@ -47,8 +53,6 @@ COLUMNS = (
     "valence_range",
     "source",
 )
-VIDEO, AUDIO = ("{0}.mp4", "{0}.avi"), ("{0}.wav",)
-FACE = ("{0}.npy", "{0}/{0}.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +175,8 @@ def caption_set(
         }
         for name in names
     ]
-    lacking += _add_media(rows, dataset, folder)
+    findings, more = _add_media(rows, dataset, folder)
+    lacking, remarks = lacking + findings, remarks + more
     return PlainSet(dataset.name, rows, remarks + [str(f) for f in lacking if f.names])
 
 
@@ -214,25 +219,19 @@ def _descriptions(path: Path) -> dict[str, str]:
 
 def _add_media(
     rows: Sequence[dict[str, str]], dataset: CaptionSet | DataSet, folder: Path
-) -> list[Finding]:
-    """Name the files that exist; the extraction's report names those that are missing."""
-    findings = []
-    kinds = {
-        "video": (dataset.video, VIDEO),
-        "audio": (dataset.audio, AUDIO),
-        "face": (dataset.face, FACE),
-    }
-    for kind, (below, patterns) in kinds.items():
-        place = (folder / below).resolve()
-        lacking = []
+) -> tuple[list[Finding], list[str]]:
+    """Name the files that exist, and say what is missing, by clips and by folders."""
+    names = [row["name"] for row in rows]
+    findings: list[Finding] = []
+    remarks: list[str] = []
+    for kind in MEDIA:
+        media = find_media(folder.resolve(), dataset, kind, names)
         for row in rows:
-            files = (place / pattern.format(row["name"]) for pattern in patterns)
-            if found := next((file for file in files if file.is_file()), None):
-                row[kind] = str(found)
-            else:
-                lacking.append(row["name"])
-        findings.append(Finding(f"without {kind} in {folder / below}", tuple(lacking)))
-    return findings
+            if row["name"] in media.files:
+                row[kind] = str(media.files[row["name"]])
+        findings.append(media.lacking)
+        remarks += media.remarks
+    return findings, remarks
 
 
 def _list(words: Sequence[str]) -> str:
@@ -309,8 +308,7 @@ def write_sets(arguments: argparse.Namespace) -> Iterator[str]:
         found += 1
         path = out / f"{key}.csv" if arguments.all else out
         with cli.writing(f"--out={path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(plain.as_csv(), encoding="utf-8", newline="")
+            write_text(path, plain.as_csv())
         yield f"{plain.name}: {len(plain.rows):,} clips -> {path}"
         yield from (f"  {line}" for line in plain.remarks)
     if not found:

@@ -126,6 +126,12 @@ def load_lexicon(directory: str | Path | None = None) -> Lexicon:
     return lexicon
 
 
+def lexicon_identity(directory: str | Path | None = None) -> Identity:
+    """Which lexicon this is; arguments and errors are those of `load_lexicon`."""
+    directory = DEFAULT if directory is None else Path(directory)
+    return _identify(directory, _read_files(directory))
+
+
 def read_source(directory: str | Path | None = None) -> Source:
     """Read a lexicon's files; arguments and errors are those of `load_lexicon`."""
     directory = DEFAULT if directory is None else Path(directory)
@@ -340,7 +346,7 @@ def _read_cache(path: Path, identity: Identity) -> Lexicon | None:
     """The cached compiled lexicon; None if it is missing or damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            forms, *names = json.loads(arrays["words"].tobytes())
+            forms, *names = parse_json(arrays["words"].tobytes(), str(path), list[list])
             table = arrays["table"]
         labels = tuple(tuple(map(tuple, names[level])) for level in range(len(LEVELS)))
         if table.dtype != np.int16 or table.shape != (len(LEVELS), WHEELS, len(forms) + 1):

@@ -52,7 +52,7 @@ def test_labels_descriptions_and_subtitles_come_together(key, tmp_path, capsys):
         "1 clip without a description: 'c'",
         "1 clip without labels: 'd'",
         "1 clip without a subtitle: 'd'",
-        "4 clips without video in",
+        "no folder",
     ):
         assert line in said
 

@@ -1,5 +1,7 @@
+import base64
 import contextlib
 import http.server
+import itertools
 import json
 import logging
 import sys
@@ -9,10 +11,11 @@ import time
 import pytest
 
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.evaluation import extract
+from affectgpt_jax.evaluation import chat_server, extract
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
 from affectgpt_jax.evaluation.extract import (
     ChatExtractor,
+    NoWords,
     ReplyCache,
     label_message,
     read_label_reply,
@@ -162,7 +165,26 @@ def test_every_label_of_the_demo_is_found_in_its_descriptions():
         ("(empty list)", []),
         ("N/A", []),
         ("No clear emotion.", []),
-        ("", []),
+        # nothing was said
+        ("", None),
+        ("<think>\nIs he [sad]?", None),
+        ("<think>\nHe is [sad].\n</think>\n", None),
+        # objects: the key that speaks of emotions, not the first list
+        ('{"evidence": ["a tear"], "emotions": ["happy", "sad"]}', ["happy", "sad"]),
+        ('{"labels": "happy, sad"}', ["happy", "sad"]),
+        ('I think: {"emotion": "happy", "confidence": 0.9}', ["happy"]),
+        # punctuation of other scripts, and other separators
+        ("happy\uff0csad", ["happy", "sad"]),
+        ("[happy\uff0csad]", ["happy", "sad"]),
+        ("\u3010happy\u3001sad\u3011", ["happy", "sad"]),
+        ("[\u201chappy\u201d\uff0c\u201csad\u201d]", ["happy", "sad"]),
+        ("Emotions\uff1ahappy\u3001sad", ["happy", "sad"]),
+        ("['happy'\u3001'sad']", ["happy", "sad"]),
+        ("[happy; sad]", ["happy", "sad"]),
+        ("[happy | sad]", ["happy", "sad"]),
+        ("happy / sad", ["happy", "sad"]),
+        ("**happy**, **sad**", ["happy", "sad"]),
+        ("[1. happy, 2. sad]", ["happy", "sad"]),
         ("The man seems to be happy because he smiles.", None),
     ],
 )
@@ -247,6 +269,24 @@ def test_prose_is_read_by_rule_and_what_cannot_be_read_is_kept(tmp_path):
     assert asks.labels(["a", "b", "c"]) == [["happy"], [], []]
     assert asks.sentiments([["x"]]) == ["neutral"]
     assert asks.unparsed == {"c": said["c"], "x": said["[x]"]}
+
+
+def test_a_reply_without_words_is_unread_and_asked_again(tmp_path):
+    thinks = "<think>\nHe is happy, or is he"
+    said = {"a": NoWords("length"), "b": "", "c": thinks, "d": "[sad]", "[sad]": NoWords("stop")}
+    for asked in (5, 4):
+        parrot = Parrot(said)
+        asks = extractor(parrot, tmp_path / "cache.jsonl")
+        assert asks.labels(["a", "b", "c", "d"]) == [[], [], [], ["sad"]]
+        assert asks.sentiments([["sad"]]) == ["neutral"]
+        assert asks.unparsed == {
+            "a": NoWords("length"), "b": NoWords(), "c": NoWords("length"), "sad": NoWords("stop"),
+        }  # fmt: skip
+        assert len(parrot.asked) == asked
+    assert str(NoWords("length")) == (
+        "whose reply had no words (finish_reason length); the model thought up to the limit: turn "
+        "its thinking off, or raise --max-reply-tokens"
+    )
 
 
 def test_what_was_answered_before_trouble_is_not_asked_again(tmp_path):
@@ -385,7 +425,7 @@ def test_many_messages_are_answered_a_few_at_a_time():
 )
 def test_trouble_that_passes_is_waited_out(turn):
     with Stub(turn) as stub:
-        assert ask(stub, timeout_s=0.3) == ["[happy]"]
+        assert ask(stub, timeout_s=0.3 if turn == "sleep" else 30) == ["[happy]"]
     assert len(stub.requests) == 2
 
 
@@ -405,7 +445,8 @@ def test_trouble_that_stays_is_one_sentence_after_some_attempts():
         ((429, {"Retry-After": "3600"}, ""), "asks for a pause of 3600 s"),
         ((200, {}, '{"text": "happy"}'), 'without choices.0..message.content: \'{"text": "happy'),
         ((200, {}, '{"choices": []}'), "without choices"),
-        ((200, {}, '{"choices": [{"message": {"content": null}}]}'), "without choices"),
+        ((200, {}, '{"choices": [{"message": {"content": 1}}]}'), "without choices"),
+        ((200, {}, '{"choices": [{"message": {}}]}'), "without choices"),
         ((200, {}, "[]"), "without choices"),
         ((200, {"Content-Type": "application/json"}, '{"choices": [{"mess'), "without choices"),
     ],
@@ -418,6 +459,24 @@ def test_trouble_that_asking_again_cannot_mend_stops_at_once(turn, told):
         assert len(stub.requests) == 1
     assert "\n" not in str(stopped.value)
     assert "sesame" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "expected"),
+    [
+        (None, "length", NoWords("length")),
+        ("", "stop", NoWords("stop")),
+        (" \n", None, NoWords()),
+        ("<think>\nIs he [sad]?", "length", NoWords("length")),
+        ("<think>\nHe is.\n</think>\n[sad]", "stop", "<think>\nHe is.\n</think>\n[sad]"),
+        ("[sad]", None, "[sad]"),
+    ],
+)
+def test_a_reply_without_words_is_a_reply_and_says_why(content, reason, expected):
+    message = {"role": "assistant", "content": content, "reasoning_content": "He is [angry]."}
+    reply = {"choices": [{"message": message, "finish_reason": reason}]}
+    with Stub((200, {}, json.dumps(reply))) as stub:
+        assert ask(stub, ["say happy", "say calm"], concurrency=1) == [expected, "[calm]"]
 
 
 def test_a_redirect_takes_the_key_to_no_other_host():
@@ -436,6 +495,62 @@ def test_the_key_is_in_no_message_no_cache_and_no_log(tmp_path, caplog):
     assert "sesame" not in server.identity + asks.identity
     assert "sesame" not in (tmp_path / "cache.jsonl").read_text()
     assert "sesame" not in caplog.text
+
+
+LONG_KEY = "sk-abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        # Cut where the message is cut, escaped, in the reason, and where no content is.
+        (401, {}, json.dumps({"error": {"message": "x" * 170 + LONG_KEY}})),
+        (401, {}, json.dumps({"error": "k=" + LONG_KEY}).replace("s", "\\u0073")),
+        (200, {}, json.dumps({"a": "y" * 50 + LONG_KEY})),
+        (400, {}, base64.b64encode(f"Bearer {LONG_KEY}".encode()).decode()),
+        (429, {"Retry-After": LONG_KEY}, ""),
+    ],
+    ids=range(5),
+)
+def test_no_part_of_the_key_is_in_an_error(turn):
+    with Stub(turn) as stub, pytest.raises(ChatError) as told:
+        ask(stub, api_key=LONG_KEY, timeout_s=30, attempts=1)
+    assert "***" in str(told.value)
+    for start in range(len(LONG_KEY) - 6):
+        assert LONG_KEY[start : start + 7] not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("turn", "told"),
+    [
+        ((200, {}, "[" * 100_000), "without choices"),
+        ((400, {}, "[" * 100_000), "HTTP 400 '\\[\\[\\["),
+        ((200, {}, '{"choices": [{"message": {"content": ' + "9" * 10_000 + "}}]}"), "without cho"),
+        ((200, {"Content-Type": "text/plain; charset=hex"}, "[]"), "without choices"),
+        ((400, {"Content-Type": "text/plain; charset=hex"}, "zz"), "HTTP 400 'zz'"),
+        ((200, {"Content-Encoding": "gzip"}, "x"), "is compressed, which was not asked for"),
+        ((200, {}, " " * 200), "the reply is larger than 100 bytes"),
+        ((400, {}, " " * 200), "the reply is larger than 100 bytes"),
+        ((429, {"Retry-After": "nan"}, "\x1b[2J"), r"HTTP 429 '\\x1b\[2J'"),
+        ((429, {"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}, ""), "HTTP 429"),
+    ],
+    ids=range(10),
+)
+def test_a_reply_of_another_kind_is_one_sentence(turn, told, monkeypatch):
+    if "larger" in told:
+        monkeypatch.setattr(chat_server, "MAX_REPLY_BYTES", 100)
+    with Stub(turn) as stub, pytest.raises(ChatError, match=told) as stopped:
+        ask(stub, timeout_s=30, attempts=1)
+    assert len(str(stopped.value)) < 500 and "\n" not in str(stopped.value)
+
+
+def test_a_reply_that_drips_has_a_deadline():
+    client = type(ChatServer("http://localhost/v1", "qwen")._client._client).__mro__[2]
+    response = type("Response", (), {"__module__": client.__module__})()
+    response.headers, response.stream = {}, itertools.repeat(b"x")
+    chat_server._bound(response, 0.05)
+    with pytest.raises(Exception, match="does not end within 0.05 s"):
+        list(response.stream)
 
 
 def test_without_a_key_none_is_sent(monkeypatch):
@@ -457,6 +572,11 @@ def test_a_missing_client_is_one_sentence(monkeypatch):
     ("url", "key", "said"),
     [
         ("localhost:8000", "", "is no address"),
+        ("http://host:secret/v1", "", "address is none"),
+        ("me:secret@host/v1", "", "holds a password"),
+        ("http://host/v1?api_key=secret", "", "may hold a key; leave it out"),
+        ("http://host/v1#secret", "", "may hold a key"),
+        ("http://host/se%73ame-sesame/v1", "sesame-sesame", "holds the API key"),
         ("file:///etc/passwd", "", "is no address"),
         ("http://me:secret@host/v1", "", "holds a password"),
         ("http://host/v1", "se\nsame", "holds a character that no key has"),
