@@ -145,9 +145,21 @@ def test_what_makes_no_sense_is_refused_by_name(trained_run, clips, tmp_path, mo
     assert said in refused(*flags(trained_run, clips, tmp_path / "run", **more))
 
 
-def test_flags_that_cannot_be_meant_are_refused(trained_run, tmp_path):
-    assert "required: --from" in refused(f"--workdir={tmp_path}")
+def test_a_workdir_without_a_run_is_refused(tmp_path):
     assert "holds no run" in refused(f"--workdir={tmp_path}/a", f"--from={tmp_path}")
-    same = refused(f"--workdir={trained_run}", f"--from={trained_run}")
-    assert "are the same run" in same
-    assert "unknown argument c" in refused("--workdir=a", "--from=b", "c")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workdir=a"], "required: --from"),
+        (["--workdir=a", "--from=a"], "are the same run; name a new --workdir"),
+        (["--workdir=a", "--from=b", "c"], "unknown argument c"),
+        (["--workdir=a", "--from=b", "--config.steps"], "unknown argument --config.steps"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(capsys, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        reinforce.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
