@@ -19,6 +19,8 @@ from affectgpt_jax import cli
 COMMANDS = {
     "Train and ask": {
         "train": "train a model; without arguments the demo, on a CPU",
+        "reinforce": "go on from a run by the score of what it writes",
+        "prefer": "go on from a run by preferences between two answers",
         "predict": "ask a trained run about clips",
         "evaluate": "answers, labels, scores and a report of a trained run",
         "weights": "inspect weights; export them to PEFT, PyTorch or the hub",

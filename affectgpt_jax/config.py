@@ -9,11 +9,12 @@ of another type, is refused before anything starts.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import importlib.resources
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,24 @@ CHOICES = {
     "attention": ("auto", "xla", "cudnn", "cudnn_masked", "cudnn_packed"),
     "fusion": (*HEADS["multi"].kinds, "none"),
     "generate.merge_lora": ("auto", "true", "false"),
+}
+# Of the keys of sections that have them.
+SECTION_CHOICES = {
+    "question": ("ovlabel", "onehot", "onehot_candidates", "sentiment"),
+    "merge_lora": CHOICES["generate.merge_lora"],
+    "reward": ("wheel_f", "wheel_f_corpus", "hit", "sentiment"),
+    "method": ("grpo", "best"),
+    "loss": ("tokens", "answers", "constant"),
+    "scale": ("none", "group", "batch"),
+    "kl": ("k1", "k2", "k3"),
+    "source": ("records", "samples"),
+}
+SECTION_LEAST = {
+    **dict.fromkeys(("prompts", "pairs", "max_new_tokens", "updates"), 1),
+    **dict.fromkeys(("val_clips", "test_clips", "test_samples"), 1),
+    **dict.fromkeys(("group", "consensus"), 2),
+    **dict.fromkeys(("temperature", "format_weight", "length_penalty", "length_free"), 0),
+    **dict.fromkeys(("stop_kl", "sft_share", "gap"), 0),
 }
 POSITIVE = (
     "steps",
@@ -68,11 +87,72 @@ FREE_ON_RESUME = (
     "wandb_project",
     "strict_leaks",
     "data.verify",
+    "rl.start",
+    "rl.test_lexicon",
+    "dpo.start",
+    "dpo.test_lexicon",
 )
+
+
+# Sections of runs that go beyond supervision, by what makes them.
+SECTIONS = {
+    "rl": affectgpt_qwen25_7b.reinforcement,
+    "dpo": affectgpt_qwen25_7b.preference,
+}
 
 
 class ConfigError(UserError, ValueError):
     """A command line or config that cannot be run."""
+
+
+def schema_of(config: Mapping[str, Any]) -> ConfigDict:
+    """Keys and types that a config must have, with the sections that it has."""
+    schema = affectgpt_qwen25_7b.get_config()
+    for name, make in SECTIONS.items():
+        if name in config:
+            schema[name] = make()
+    return schema
+
+
+def apply_overrides(config: ConfigDict, arguments: Iterable[str]) -> list[str]:
+    """Set the keys that `--config.KEY=VALUE` among the arguments name; returns the others.
+
+    Raises:
+        ConfigError: an unknown key, or a value of another type.
+    """
+    others = []
+    for argument in arguments:
+        match = re.fullmatch(r"--?config\.([^=]+)=(.*)", argument, re.DOTALL)
+        if match is None:
+            others.append(argument)
+            continue
+        *parents, last = match[1].split(".")
+        where, section = "config", config
+        for key in (*parents, last):
+            if not isinstance(section, ConfigDict):
+                raise ConfigError(f"{where} is a single value; {where}.{key} does not exist")
+            if key not in section:
+                raise _unknown_key(where, key, section)
+            parent, section, where = section, section[key], f"{where}.{key}"
+        parent[last] = _parse_like(section, match[2], where)
+    return others
+
+
+def _parse_like(default: Any, text: str, where: str) -> Any:
+    """A value of the default's type from the text of a flag."""
+    if isinstance(default, str):
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if isinstance(default, bool) else text)
+    except (ValueError, SyntaxError):
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if type(value) is not type(default):
+        raise ConfigError(
+            f"{where} is {text!r}; expected {type(default).__name__}, as in {_plain(default)}"
+        )
+    return value
 
 
 def parse_command_line(
@@ -250,7 +330,7 @@ def validate(config: ConfigDict) -> None:
     """
     if not isinstance(config, ConfigDict):
         raise ConfigError(f"get_config() of the config file returned {config!r}, not a ConfigDict")
-    _check_keys(config, affectgpt_qwen25_7b.get_config(), "config")
+    _check_keys(config, schema_of(config), "config")
     _check_mix(config)
     _check_label("config.label", config.label)
     _check_input("config.input", config.input)
@@ -283,9 +363,37 @@ def validate(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.step_timeout is {config.step_timeout}; expected seconds, or 0 for no limit"
         )
+    for section in SECTIONS.keys() & config.keys():
+        _check_section(config, section)
     if not 0 <= config.data.val_share < 1:
         raise ConfigError(
             f"config.data.val_share is {config.data.val_share}; expected a share in [0, 1)"
+        )
+
+
+def _check_section(config: ConfigDict, name: str) -> None:
+    section = config[name]
+    for key, choices in SECTION_CHOICES.items():
+        if key in section and section[key] not in choices:
+            found = f"config.{name}.{key} is {section[key]!r}"
+            raise ConfigError(f"{found}; expected one of {choices}")
+    for key, least in SECTION_LEAST.items():
+        if key in section and not least <= section[key] < float("inf"):
+            why = ": an answer is compared with others of its group" if key == "group" else ""
+            found = f"config.{name}.{key} is {section[key]}"
+            raise ConfigError(f"{found}; expected {least} or more{why}")
+    if name == "dpo":
+        if not 0 < section.val_share < 1:
+            raise ConfigError(f"config.dpo.val_share is {section.val_share}; expected in (0, 1)")
+        return
+    if not section.temperature > 0:
+        raise ConfigError(f"config.rl.temperature is {section.temperature}; expected over 0")
+    if not 0 < section.top_p <= 1:
+        raise ConfigError(f"config.rl.top_p is {section.top_p}; expected a share in (0, 1]")
+    if (section.reward == "sentiment") != (section.question == "sentiment"):
+        raise ConfigError(
+            f"config.rl.reward={section.reward!r} does not fit config.rl.question="
+            f"{section.question!r}: sentiment is rewarded as sentiment, and labels by wheels"
         )
 
 

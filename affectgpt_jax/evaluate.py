@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -44,7 +45,8 @@ from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, 
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
 from affectgpt_jax.evaluation.report import write_report
-from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, percent, score_set
+from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, Result, percent, score_set
+from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
@@ -78,6 +80,25 @@ class SetPlace:
     name: str
     task: str
     place: str
+
+
+@dataclasses.dataclass(frozen=True)
+class HowDecoded:
+    """How answers about a clip are written.
+
+    Attributes:
+        name: in reports; "" where there is one way only.
+        sampling: how tokens are chosen.
+        group: answers to each prompt, of which the consensus is taken.
+    """
+
+    name: str
+    sampling: Sampling
+    group: int = 1
+
+
+# What the AffectGPT release samples its answers with.
+ONE_SAMPLE = HowDecoded("one sample", Sampling(temperature=1.0, top_p=0.9))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,6 +199,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
     add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
@@ -196,6 +218,8 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         parser.error("--bootstrap and --seed must be 0 or more")
     if arguments.seed >= 2**32:
         parser.error("--seed must be below 4294967296")
+    if arguments.consensus and not arguments.temperature:
+        arguments.temperature = 1.0
     try:
         arguments.sampling = Sampling(
             arguments.temperature, arguments.top_p, arguments.repetition_penalty
@@ -212,6 +236,11 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be 1 or more")
+    if arguments.consensus is not None:
+        if arguments.consensus < 2:
+            parser.error("--consensus must be 2 or more: one answer agrees with itself")
+        if len(arguments.steps) > 1 or arguments.steps == ["all"]:
+            parser.error("--consensus compares decodings of one checkpoint; name one in --steps")
     server = (arguments.extractor == "openai", bool(arguments.base_url), bool(arguments.model))
     if any(server) and not all(server):
         parser.error("--extractor=openai, --base-url and --model go together")
@@ -272,7 +301,8 @@ def _evaluate(
     for test in sets:
         # Trouble with a clip shows before any answer.
         processor.prompt_examples(test.dataset, question)
-    needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
+    decodings = choose_decodings(arguments)
+    needs_lexicon = bool(arguments.consensus) or any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
     if lexicon and not arguments.lexicon:  # which one is meant has not been said
@@ -282,38 +312,44 @@ def _evaluate(
     run = run if run.base is not None else run.with_weights()
     replies = Counter("replies about labels")
     extractor = make_extractor(arguments, run, lexicon, out, replies, chat) if extracts else None
-    generator = inference.Generator(
-        run.model,
-        run.base,
-        processor,
-        run.mesh,
-        num_buckets=run.config.num_buckets,
-        batch_size=arguments.batch_size or run.config.generate.batch_size,
-        max_new_tokens=limit,
-        merge_lora=inference.should_merge(run.config.generate.merge_lora, run.model, run.base),
-        sampling=arguments.sampling,
-        seed=arguments.seed,
-    )
+    generators = {
+        how: inference.Generator(
+            run.model,
+            run.base,
+            processor,
+            run.mesh,
+            num_buckets=run.config.num_buckets,
+            batch_size=arguments.batch_size or run.config.generate.batch_size,
+            max_new_tokens=limit,
+            merge_lora=inference.should_merge(run.config.generate.merge_lora, run.model, run.base),
+            sampling=how.sampling,
+            group=how.group,
+            seed=arguments.seed,
+        )
+        for how in decodings
+    }
+    wheels = lexicon and Wheels(lexicon, level=arguments.level)
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
     for step in steps:
         at_step = run if step == run.step else run.at_step(step, arguments.allow_other, say)
         trainable = at_step.trainable
         checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
-        for test in sets:
-            file = _answer_file(run, step, checkpoint, test, question, limit, arguments)
-            with Counter(f"answers about {test.name}", f"step {step}") as count:
+        for test, (how, generator) in itertools.product(sets, generators.items()):
+            file = _answer_file(run, step, checkpoint, test, question, limit, how, arguments.seed)
+            said = ", ".join(filter(None, [f"step {step}", how.name]))
+            with Counter(f"answers about {test.name}", said) as count:
                 answers = inference.answers_on_disk(
                     out / "answers" / file, generator, trainable, test.dataset, question, count
                 )
-            names = [entry.name for entry in test.dataset.index]
             with replies:
-                predictions = predict(test, answers, processor, question, extractor)
-            pairs[test.name][f"step {step}"] = pair(predictions, test.truth)
-            texts[test.name] = dict(zip(names, answers.texts, strict=True))
-            _write_predictions(
-                out / f"{file_name(test.name)}-step-{step}.jsonl", predictions, answers
-            )
+                predictions = predict(
+                    test, answers, processor, question, extractor, how.group, wheels
+                )
+            pairs[test.name][said] = pair(predictions.table, test.truth)
+            texts[test.name] = dict(zip(predictions.table.names, predictions.texts, strict=True))
+            place = out / f"{file_name(test.name)}-{file_name(said)}.jsonl"
+            _write_predictions(place, predictions)
     results = [
         score_set(
             test.name,
@@ -328,9 +364,9 @@ def _evaluate(
         )
         for test in sets
     ]
-    parts = [run.workdir.name, question, *sampled_how(arguments)]
+    parts = [run.workdir.name, question, decodings[-1].name, *sampled_how(arguments)]
     report = make_report(
-        ", ".join([*parts, extractor.identity] if extractor else parts),
+        ", ".join(filter(None, [*parts, extractor and extractor.identity])),
         results,
         modalities=modalities(processor),
         # Beside a user's own clips, scores on others say nothing.
@@ -381,6 +417,15 @@ def choose_question(asked: str | None, run: Run) -> str:
             "what it would answer means nothing"
         )
     return question
+
+
+def choose_decodings(arguments: argparse.Namespace) -> list[HowDecoded]:
+    """How answers are written: the last way is the one that counts."""
+    if not arguments.consensus:
+        return [HowDecoded("", arguments.sampling)]
+    group = arguments.consensus
+    how = HowDecoded(f"consensus of {group}", arguments.sampling, group)
+    return [HowDecoded("most probable", GREEDY), ONE_SAMPLE, how]
 
 
 def sampled_how(arguments: argparse.Namespace) -> list[str]:
@@ -563,28 +608,66 @@ def make_extractor(
     return ChatExtractor(chat, cache, rules.in_text, progress)
 
 
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What was answered about each clip, and what it says as its task counts it."""
+
+    table: Table
+    texts: tuple[str, ...]
+
+
 def predict(
     test: TestSet,
     answers: inference.Answers,
     processor: PromptProcessor,
     question: str,
     extractor: Extractor | None,
-) -> Table:
-    """What the answers say about each clip, as its task counts it."""
+    group: int = 1,
+    wheels: Wheels | None = None,
+) -> Predictions:
+    """What the answers say about each clip; of a group, what they agree on.
+
+    Of descriptions, one that was sampled is taken, so that labels and text belong together.
+    """
     names = tuple(entry.name for entry in test.dataset.index)
-    findings = [Finding("whose answer was cut off", _where(names, [a.cut for a in answers.each]))]
+    texts = answers.texts
+    of_group = [range(clip * group, (clip + 1) * group) for clip in range(len(names))]
+
+    def finding(what: str, flags: Sequence[bool]) -> Finding:
+        found = [any(flags[number] for number in numbers) for numbers in of_group]
+        return Finding(what, _where(names, found))
+
+    findings = [finding("whose answer was cut off", [a.cut for a in answers.each])]
     if question == "description":
-        told = [processor.prompts.read_answer(question, text) for text in answers.texts]
+        told = [processor.prompts.read_answer(question, text) for text in texts]
         labels = extractor.labels(told)
-        findings += _unread(names, told, extractor, "whose labels could not be extracted")
+        findings += _unread(
+            [name for name in names for _ in range(group)],
+            told,
+            extractor,
+            "whose labels could not be extracted",
+        )
     else:
-        labels = [processor.prompts.read_labels(text, question) for text in answers.texts]
+        labels = [processor.prompts.read_labels(text, question) for text in texts]
+    if group > 1:
+        agreed = [
+            inference.agree(
+                processor.prompts,
+                question,
+                [texts[n] for n in numbers],
+                [labels[n] for n in numbers],
+                wheels,
+            )
+            for numbers in of_group
+        ]
+        labels, texts = map(list, zip(*agreed, strict=True))
     values: list[Any] = labels
     if test.task == "sentiment":
         values = extractor.sentiments(labels)
         asked = [", ".join(clip) for clip in labels]
         findings += _unread(names, asked, extractor, "whose sentiment could not be extracted")
-    return Table("the answers", names, tuple(values), tuple(f for f in findings if f.names))
+    table = Table("the answers", names, tuple(values), tuple(f for f in findings if f.names))
+    return Predictions(table, tuple(texts))
 
 
 def _unread(
@@ -596,7 +679,8 @@ def _unread(
         if (reply := extractor.unparsed.get(text)) is not None:
             why = str(reply) if isinstance(reply, NoWords) else what
             clips.setdefault(why, []).append(name)
-    return [Finding(why, tuple(found)) for why, found in clips.items()]
+    # A clip counts once, however many of its answers are such.
+    return [Finding(why, tuple(dict.fromkeys(found))) for why, found in clips.items()]
 
 
 def _where(names: Sequence[str], flags: Sequence[bool]) -> tuple[str, ...]:
@@ -610,10 +694,10 @@ def _answer_file(
     test: TestSet,
     question: str,
     limit: int,
-    arguments: argparse.Namespace,
+    how: HowDecoded,
+    seed: int,
 ) -> str:
     """A name that changes with everything that an answer depends on."""
-    sampling = arguments.sampling
     parts = [
         # A run that is trained anew in the same place has the same steps.
         checkpoint,
@@ -624,20 +708,20 @@ def _answer_file(
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.
         run.processor.prompt_examples(RecordSubset(test.dataset, [0]), question)[0].tokens.tolist(),
         limit,
-        dataclasses.asdict(sampling),
-        arguments.seed if sampling.temperature else None,
+        dataclasses.asdict(how.sampling),
+        seed if how.sampling.temperature else None,
+        *([how.group] if how.group > 1 else []),
     ]
     return f"{file_name(test.name)}-step-{step}-{question}-{json_sha256(parts)[:12]}.jsonl"
 
 
-def _write_predictions(path: Path, predictions: Table, answers: inference.Answers) -> None:
+def _write_predictions(path: Path, predictions: Predictions) -> None:
     """Name, text and labels or sentiment of every clip, as `score` and `report` read them."""
+    table = predictions.table
     with atomic_write(path, "w") as file:
-        for name, value, answer in zip(
-            predictions.names, predictions.values, answers.each, strict=True
-        ):
+        for name, value, text in zip(table.names, table.values, predictions.texts, strict=True):
             key = "sentiment" if isinstance(value, str) else "labels"
-            file.write(json.dumps({"name": name, "text": answer.text, key: value}) + "\n")
+            file.write(json.dumps({"name": name, "text": text, key: value}) + "\n")
 
 
 def modalities(processor: PromptProcessor) -> str:
@@ -646,8 +730,23 @@ def modalities(processor: PromptProcessor) -> str:
     return "".join((*sorted(letters), "T" if processor.mode.text else ""))
 
 
-def summarise(report: Report, out: Path) -> list[str]:
-    """The closing lines: every set's score, and where to look."""
+def _beside(result: Result) -> str:
+    """Another decoding of the same checkpoint, and how far the one that counts is above it."""
+    line = f"  {result.predictions}: {percent(result.score.primary)}"
+    if (against := result.against_fixed) is None:
+        return line
+    low, high = percent(-against.interval.high), percent(-against.interval.low)
+    return f"{line}, to which it adds {percent(-against.difference)} ({low} to {high})"
+
+
+def summarise(report: Report, out: Path, compared: bool = False) -> list[str]:
+    """The closing lines: every set's score, and where to look.
+
+    Args:
+        report: of the run.
+        out: where it was written.
+        compared: whether the results are decodings of one checkpoint, not several checkpoints.
+    """
     lines = [f"warning: {warning}" for warning in report.warnings]
     for result in report.sets:
         fixed = result.fixed
@@ -662,7 +761,9 @@ def summarise(report: Report, out: Path) -> list[str]:
             f"{result.name}, {result.task}, {score.counts['clips']:,} clips, "
             f"{fixed.predictions}: {TITLES.get(metric, metric)} {percent(value)}{ends}"
         )
-        if len(result.results) > 1:
+        if compared:
+            lines += [_beside(other) for other in result.results[:-1]]
+        elif len(result.results) > 1:
             both = result.protocols
             lines.append(
                 f"  best of {both.checkpoints}, chosen on the test set: "
@@ -697,7 +798,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = output_folder(arguments)
         set_up_process()
         report, out = evaluate(arguments, lambda text: print_lines([text]))
-        print_lines(summarise(report, out))
+        print_lines(summarise(report, out, compared=bool(arguments.consensus)))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
 from jax.sharding import Mesh
 
 from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.json import ResumableJsonl
 from affectgpt_jax.common.text import json_line
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
-from affectgpt_jax.data.prompts import sentiment
+from affectgpt_jax.data.prompts import PromptSet, sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
-from affectgpt_jax.models.affectgpt import AffectGPT
+from affectgpt_jax.evaluation.consensus import consensus
+from affectgpt_jax.evaluation.rewards import Wheels
+from affectgpt_jax.models.affectgpt import AffectGPT, Batch
 from affectgpt_jax.models.generate import (
     GREEDY,
     Decoding,
@@ -88,9 +91,11 @@ class Generator:
         batch_size: answers that are generated at a time.
         max_new_tokens: limit of an answer.
         num_buckets: the number of prompt lengths, each of which costs compilation.
+        prompt_length: of all prompts instead, which are padded to it.
         sampling: how tokens are chosen; greedy by default.
-        seed: of sampling. A sample depends on it, the clip's name and the question, not on the
-            other clips.
+        group: answers to each prompt, which share its prefill.
+        seed: of sampling. A sample depends on it, the clip's name, the question and its place in
+            the group, not on the other clips.
         log_probs: whether answers have a log-probability.
         merge_lora: whether LoRA is merged into a copy of the base first, see `should_merge`.
         pulse: called before prompts are read; an error that it raises ends generation.
@@ -106,19 +111,23 @@ class Generator:
         batch_size: int,
         max_new_tokens: int,
         num_buckets: int = 1,
+        prompt_length: int | None = None,
         sampling: Sampling = GREEDY,
+        group: int = 1,
         seed: int = 0,
         log_probs: bool = False,
         merge_lora: bool = False,
         pulse: Callable[[], None] = lambda: None,
     ):
         self._model, self._base, self._processor, self._mesh = model, base, processor, mesh
-        self._num_buckets, self._seed, self._pulse = num_buckets, seed, pulse
+        self._num_buckets, self._prompt_length = num_buckets, prompt_length
+        self._seed, self._pulse, self.group = seed, pulse, group
         # Without adapters, and beside quantized kernels, there is nothing to merge.
         self._merge_lora = merge_lora and _can_merge(model)
-        self._rows, self._prefill_batch = rows_and_prefill_batch(
-            batch_size, data_parallel_size(mesh)
+        prompts, self._prefill_batch = rows_and_prefill_batch(
+            -(-batch_size // group), data_parallel_size(mesh)
         )
+        self._rows = prompts * group
         tokenizer, end = processor.tokenizer, processor.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
         self._decoding = Decoding(
@@ -135,6 +144,8 @@ class Generator:
     ) -> Answers:
         """Ask one question about every clip.
 
+        The answers of a group stand side by side: answer g about clip i is number i * group + g.
+
         Args:
             trainable: adapters and fusion.
             dataset: the clips.
@@ -146,12 +157,12 @@ class Generator:
         Raises:
             DataError: a clip that cannot be asked; the message names it.
         """
-        found, total = {}, len(dataset)
+        found, total = {}, len(dataset) * self.group
         progress(0, total)
         for number, answer in self.answers(trainable, dataset, question, feature_from):
             found[number] = answer
             progress(len(found), total)
-        return Answers([found[number] for number in range(len(dataset))])
+        return Answers([found[number] for number in range(total)])
 
     def answers(
         self,
@@ -160,17 +171,49 @@ class Generator:
         question: str,
         feature_from: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
-        """The answers one by one, in the order of completion, with their record numbers."""
-        found = generate_all(
+        """The answers one by one, in the order of completion, with their numbers."""
+        for number, found in self.generated(trainable, dataset, question, feature_from):
+            yield number, self.read(found)
+
+    def generated(
+        self,
+        trainable: Any,
+        dataset: Records,
+        question: str,
+        feature_from: Sequence[int] | None = None,
+        seed: int | None = None,
+    ) -> Iterator[tuple[int, Generated]]:
+        """The same as tokens, NumPy arrays of one row; `seed` may be another one."""
+        return generate_all(
             self._model,
             *self._weights(trainable),
             self._prompts(dataset, question, feature_from),
             self._decoding,
             self._rows,
-            seed=self._seed,
+            seed=self._seed if seed is None else seed,
         )
-        for number, generated in found:
-            yield number, self._read(generated)
+
+    def sample(
+        self, trainable: Any, batch: Batch, names: Sequence[str], question: str, seed: int
+    ) -> list[Generated]:
+        """Answer a batch of prompts that is on the devices, all rows at a time.
+
+        Args:
+            trainable: adapters and fusion.
+            batch: P prompts of `question`, one a row, all of them in use.
+            names: of their clips.
+            question: a label type.
+            seed: of sampling.
+
+        Returns:
+            `P * group` answers, those to one prompt side by side.
+        """
+        ids = shard_whole_batch(self._mesh, identities(self._names(names, question)))
+        size = len(names) * self.group
+        prompts = [Prompts(np.arange(size), batch, ids)]
+        weights = self._weights(trainable)
+        found = dict(generate_all(self._model, *weights, prompts, self._decoding, size, seed=seed))
+        return [found[number] for number in range(size)]
 
     def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
         """Ask about a data set of one clip and yield the answer as it grows.
@@ -186,7 +229,7 @@ class Generator:
         weights, settings = self._weights(trainable), {"seed": self._seed, "rows": rows}
         for generated in stream(self._model, *weights, batch, self._decoding, **settings):
             first = generated.row(0)
-            answer = self._read(first)
+            answer = self.read(first)
             complete = first.ended or answer.tokens == self._decoding.max_new_tokens
             settled = _settled(answer.text, self._processor.prompts.end)
             yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
@@ -203,15 +246,27 @@ class Generator:
     ) -> Iterator[Prompts]:
         examples = self._processor.prompt_examples(dataset, question)
         batches = sequential_batches(
-            dataset, self._processor, examples, self._prefill_batch, self._num_buckets, feature_from
+            dataset,
+            self._processor,
+            examples,
+            self._prefill_batch,
+            self._num_buckets,
+            feature_from,
+            length=self._prompt_length,
         )
         for numbers, batch in batches:
             self._pulse()
-            names = [f"{dataset.index[i].name}\n{question}" for i in numbers]
-            names += [""] * (self._prefill_batch - len(names))
+            names = self._names([dataset.index[i].name for i in numbers], question)
+            names += [""] * (self._prefill_batch * self.group - len(names))
+            numbers = (numbers[:, None] * self.group + np.arange(self.group)).ravel()
             yield Prompts(numbers, *shard_whole_batch(self._mesh, (batch, identities(names))))
 
-    def _read(self, generated: Generated) -> Answer:
+    def _names(self, clips: Sequence[str], question: str) -> list[str]:
+        """What tells the answers to these clips apart, those of a group side by side."""
+        places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
+        return [f"{name}\n{question}{place}" for name in clips for place in places]
+
+    def read(self, generated: Generated) -> Answer:
         """The answer in one row."""
         count = int(generated.counts)
         text = self._processor.tokenizer.decode(generated.tokens[:count])
@@ -268,6 +323,12 @@ class _NamedAnswer(TypedDict):
     log_prob: float | None
 
 
+class _NamedSample(_NamedAnswer):
+    """The same for one of several answers about a clip: its place among them."""
+
+    sample: int
+
+
 def answers_on_disk(
     path: Path,
     generator: Generator,
@@ -279,8 +340,8 @@ def answers_on_disk(
     """Ask about the clips whose answers a file does not have yet, and append the answers.
 
     Args:
-        path: a JSONL file of `name` and the fields of `Answer`; of one model, question and data
-            set, of which it may hold other clips as well.
+        path: a JSONL file of `name` (of a group also `sample`) and the fields of `Answer`; of one
+            model, question and data set, of which it may hold other clips as well.
         generator, trainable, dataset, question: as for `Generator.answer`.
         progress: called with the answers there are and the number there will be.
 
@@ -288,22 +349,81 @@ def answers_on_disk(
         DataError: a clip that cannot be asked.
         ReadError: other lines in the file.
     """
-    file = ResumableJsonl(
-        path, _NamedAnswer, ("name",), advice="delete the file, and all is asked again"
-    )
-    missing = [n for n, entry in enumerate(dataset.index) if (entry.name,) not in file.records]
-    total = len(dataset)
-    progress(total - len(missing), total)
+    group = generator.group
+    line, key = (_NamedAnswer, ("name",)) if group == 1 else (_NamedSample, ("name", "sample"))
+    file = ResumableJsonl(path, line, key, advice="delete the file, and all is asked again")
+
+    def keys(entry: Any) -> list[tuple]:
+        return [(entry.name,)] if group == 1 else [(entry.name, place) for place in range(group)]
+
+    missing = [n for n, e in enumerate(dataset.index) if not {*keys(e)} <= file.records.keys()]
+    total = len(dataset) * group
+    done = total - len(missing) * group
+    progress(done, total)
     if missing:
         rest = RecordSubset(dataset, missing)
         with file:
-            asked = enumerate(generator.answers(trainable, rest, question), start=1)
-            for done, (number, answer) in asked:
-                file.append({"name": rest.index[number].name} | dataclasses.asdict(answer))
-                progress(total - len(missing) + done, total)
+            for number, answer in generator.answers(trainable, rest, question):
+                found = keys(rest.index[number // group])[number % group]
+                if found not in file.records:  # of a group that was half written
+                    file.append(dict(zip(key, found, strict=True)) | dataclasses.asdict(answer))
+                done += 1
+                progress(done, total)
     fields = [field.name for field in dataclasses.fields(Answer)]
-    records = (file.records[(entry.name,)] for entry in dataset.index)
+    records = (file.records[found] for entry in dataset.index for found in keys(entry))
     return Answers([Answer(**{key: record[key] for key in fields}) for record in records])
+
+
+def agree(
+    prompts: PromptSet,
+    question: str,
+    texts: Sequence[str],
+    labels: Sequence[Sequence[str]],
+    wheels: Wheels,
+) -> tuple[list[str], str]:
+    """The labels that several answers about a clip agree on the most, and an answer with them.
+
+    The answer is the first sampled one that has these labels, or else is written from them. Of
+    answers that are no lists of labels, such as descriptions, one that was sampled is taken.
+
+    Args:
+        prompts: how answers are written.
+        question: a label type.
+        texts: the answers.
+        labels: of each, without repeats.
+        wheels: by which labels are compared.
+    """
+    found = consensus(labels, wheels, new_sets=question in SCORED)
+    if found.sample is None:
+        return list(found.labels), prompts.write_labels(found.labels, question)
+    return list(found.labels), texts[found.sample]
+
+
+def agreed_answers(
+    generator: Generator,
+    processor: PromptProcessor,
+    trainable: Any,
+    dataset: Records,
+    question: str,
+    wheels: Wheels,
+) -> Iterator[tuple[int, Answer]]:
+    """What the answers of each group agree on, with record numbers, in the order of completion.
+
+    Tokens are those of the whole group, which was cut if one of its answers was.
+    """
+    groups: dict[int, dict[int, Answer]] = {}
+    for number, answer in generator.answers(trainable, dataset, question):
+        clip, place = divmod(number, generator.group)
+        group = groups.setdefault(clip, {})
+        group[place] = answer
+        if len(group) == generator.group:
+            each = [group[place] for place in range(generator.group)]
+            texts = [answer.text for answer in each]
+            labels = read_labels(processor, Answers(each), question)
+            _, text = agree(processor.prompts, question, texts, labels, wheels)
+            tokens, cut = sum(a.tokens for a in each), any(a.cut for a in each)
+            yield clip, Answer(text, tokens, cut, None)
+            del groups[clip]
 
 
 # Label types whose answers name the clip's one true word, best first.

@@ -8,6 +8,7 @@
         --question "Does the voice fit the face?"
     affectgpt predict --workdir runs/paper \\
         --records /records/mine --question ovlabel --out answers.jsonl
+    affectgpt predict --workdir runs/demo --first 3 --consensus 16
 
 One clip is answered as you watch, several side by side. With --json every answer is a line of
 JSON on the standard output; with --out these lines go to a file, and the same command, interrupted
@@ -22,7 +23,9 @@ affectgpt score --task fine --predictions answers.jsonl --truth ...
 
 Answers are the most probable ones token by token, unless --temperature is set. What is drawn then
 follows from --seed, the clip's name and the question: it is the same in any batch, alone or among
-others. Notes and progress go to the standard error.
+others. --consensus samples several answers, at temperature 1 unless another is named, and takes the
+labels that agree with all of them the most; tokens are then those of all, and logprob is null.
+Notes and progress go to the standard error.
 """
 
 from __future__ import annotations
@@ -45,7 +48,9 @@ from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import json_line, one_line, print_lines, say
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import Records, RecordSubset
-from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.rewards import Wheels
+from affectgpt_jax.inference import SCORED, Answer, Generator, agreed_answers, should_merge
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.restore import (
     OUT_OF_MEMORY,
@@ -64,6 +69,8 @@ class PredictError(UserError, ValueError):
 
 # Asked by default, as far as the run has been trained on them.
 DEFAULT_QUESTIONS = ("description", "ovlabel")
+# Whose answers are lists of labels, on which several may agree.
+AGREEABLE = ("ovlabel", "onehot", "onehot_candidates")
 
 
 def path_from_flag(text: str) -> Path:
@@ -113,6 +120,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
     add("--seed", type=int, default=0, help="of sampling; default: 0")
+    add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
+    add("--lexicon", metavar="DIR", help="by which they agree; default: the shipped emotion wheels")
     add("--max-new-tokens", type=int, metavar="N", help="default: the run's")
     add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
     arguments = parser.parse_args(argv)
@@ -126,6 +135,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
                 parser.error(f"--{name} is empty")
             if values.count(value) > 1:
                 parser.error(f"--{name} {value!r} is given twice")
+    if arguments.consensus is None:
+        if arguments.lexicon:
+            parser.error("--lexicon is read with --consensus only")
+    elif arguments.consensus < 2:
+        parser.error(f"--consensus is {arguments.consensus}; expected 2 or more answers")
+    elif not arguments.temperature:
+        arguments.temperature = 1.0
     if not 0 <= arguments.seed < 2**32:
         parser.error(f"--seed is {arguments.seed}; expected 0 to 4294967295")
     try:
@@ -143,7 +159,8 @@ def predict(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: a run, clips, a question or an output file that cannot be used.
     """
-    check_questions(arguments.question or ())
+    check_questions(arguments.question or (), arguments.consensus)
+    wheels = Wheels(load_lexicon(arguments.lexicon)) if arguments.consensus else None
     if arguments.out and not arguments.out.parent.is_dir():
         raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
     run = open_run(
@@ -156,7 +173,8 @@ def predict(arguments: argparse.Namespace) -> None:
     )
     best = ", the best on validation" if run.step == run.best_step else ""
     say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.processor.mode.name}")
-    questions = choose_questions(run, arguments.question)
+    default = AGREEABLE if arguments.consensus else DEFAULT_QUESTIONS
+    questions = choose_questions(run, arguments.question, default)
     clips = choose_clips(open_clips(run, arguments.records), arguments.name, arguments.first)
     report_missing(run, clips)
     for question in questions:
@@ -164,7 +182,9 @@ def predict(arguments: argparse.Namespace) -> None:
         run.processor.prompt_examples(clips, question)
     # Who may not write must not wait for the weights first.
     file = (
-        AnswerFile(arguments.out, file_settings(run, clips, arguments)) if arguments.out else None
+        AnswerFile(arguments.out, file_settings(run, clips, arguments, wheels))
+        if arguments.out
+        else None
     )
     run = run.with_weights()
     generator = make_generator(
@@ -173,17 +193,18 @@ def predict(arguments: argparse.Namespace) -> None:
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
         sampling=arguments.sampling,
+        group=arguments.consensus or 1,
         seed=arguments.seed,
     )
     if file:
         with file:
-            for name, question, answer in ask(run, generator, clips, questions, file):
+            for name, question, answer in ask(run, generator, clips, questions, wheels, file):
                 file.write(as_dict(run, name, question, answer))
-    elif len(clips) == 1 and not arguments.json:
+    elif len(clips) == 1 and not arguments.json and not arguments.consensus:
         for question in questions:
             show_while_writing(run, generator, clips, question)
     else:
-        for name, question, answer in ask(run, generator, clips, questions):
+        for name, question, answer in ask(run, generator, clips, questions, wheels):
             if arguments.json:
                 print(json_line(to_json(as_dict(run, name, question, answer))), flush=True)
             else:
@@ -199,6 +220,7 @@ def make_generator(
     batch_size: int | None,
     sampling: Sampling,
     seed: int,
+    group: int = 1,
 ) -> Generator:
     """What answers questions about these clips; None is as the run's config has it."""
     config = run.config
@@ -212,6 +234,7 @@ def make_generator(
         num_buckets=config.num_buckets,
         merge_lora=should_merge(config.generate.merge_lora, run.model, run.base),
         sampling=sampling,
+        group=group,
         seed=seed,
         log_probs=True,
     )
@@ -220,13 +243,19 @@ def make_generator(
 # --- what is asked ------------------------------------------------------------------------------
 
 
-def check_questions(questions: Sequence[str]) -> None:
+def check_questions(questions: Sequence[str], consensus: int | None = None) -> None:
     """Refuse what looks like a label type misspelt; any other text may be asked.
 
     Raises:
-        PredictError: a single word that is nearly a label type.
+        PredictError: a single word that is nearly a label type, or a consensus on a question that
+            does not ask for labels.
     """
     for question in questions:
+        if consensus and question not in AGREEABLE:
+            raise PredictError(
+                f"--consensus takes questions that ask for labels ({', '.join(AGREEABLE)}), not "
+                f"--question={question}"
+            )
         if question in LABEL_TYPES or len(question.split()) > 1:
             continue
         if close := difflib.get_close_matches(question, LABEL_TYPES, 1, cutoff=0.7):
@@ -236,15 +265,27 @@ def check_questions(questions: Sequence[str]) -> None:
             )
 
 
-def choose_questions(run: Run, asked: Sequence[str] | None) -> Sequence[str]:
-    """What to ask: `asked`, or the default questions that the run has been trained on."""
+def choose_questions(
+    run: Run, asked: Sequence[str] | None, default: Sequence[str]
+) -> Sequence[str]:
+    """What to ask: `asked`, or those of the default questions that the run has been trained on.
+
+    Raises:
+        PredictError: a consensus is asked for, but the run was trained on no list of labels.
+    """
     trained = run.label_types
     if asked:
         for question in asked:
             if question in LABEL_TYPES and question not in trained:
                 say(f"note: the run was trained on {', '.join(trained)}, not on {question}")
         return asked
-    questions = [name for name in DEFAULT_QUESTIONS if name in trained] or list(trained)
+    questions = [name for name in default if name in trained]
+    if not questions and default == AGREEABLE:
+        raise PredictError(
+            f"{run.workdir} was trained on {', '.join(trained)}; --consensus needs one of "
+            f"{', '.join(AGREEABLE)}"
+        )
+    questions = questions or list(trained)
     say(f"asking {' and '.join(questions)} (trained: {', '.join(trained)})")
     return questions
 
@@ -310,9 +351,13 @@ def ask(
     generator: Generator,
     clips: Records,
     questions: Sequence[str],
+    wheels: Wheels | None = None,
     file: AnswerFile | None = None,
 ) -> Iterator[tuple[str, str, Answer]]:
-    """Clip names, questions and answers, as they are complete, but for those that `file` holds."""
+    """Clip names, questions and answers, as they are complete, but for those that `file` holds.
+
+    With `wheels`, the answers of each group are brought to agreement.
+    """
     parts, answered = {}, file.answered if file else ()
     for question in questions:
         left = [i for i, e in enumerate(clips.index) if (e.name, question) not in answered]
@@ -327,7 +372,13 @@ def ask(
         for question, part in parts.items():
             if not len(part):
                 continue
-            for number, answer in generator.answers(run.trainable, part, question):
+            if wheels:
+                found = agreed_answers(
+                    generator, run.processor, run.trainable, part, question, wheels
+                )
+            else:
+                found = generator.answers(run.trainable, part, question)
+            for number, answer in found:
                 yield part.index[number].name, question, answer
                 done += 1
                 count(done, total)
@@ -398,7 +449,9 @@ def to_json(line: Mapping[str, Any]) -> str:
 # --- a file of answers --------------------------------------------------------------------------
 
 
-def file_settings(run: Run, clips: Records, arguments: argparse.Namespace) -> dict[str, Any]:
+def file_settings(
+    run: Run, clips: Records, arguments: argparse.Namespace, wheels: Wheels | None = None
+) -> dict[str, Any]:
     """What must be the same for answers that stand in one file."""
     return {
         "run": str(run.workdir.resolve()),
@@ -412,7 +465,11 @@ def file_settings(run: Run, clips: Records, arguments: argparse.Namespace) -> di
         "top_p": arguments.top_p,
         "repetition_penalty": arguments.repetition_penalty,
         "seed": arguments.seed,
-    }
+    } | (
+        {"consensus": arguments.consensus, "lexicon": wheels.lexicon.identity.sha256}
+        if wheels
+        else {}
+    )
 
 
 class _AnswerLine(TypedDict):

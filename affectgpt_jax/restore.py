@@ -21,8 +21,7 @@ from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.common.text import say
-from affectgpt_jax.config import CHOICES, ConfigError, validate
-from affectgpt_jax.configs import affectgpt_qwen25_7b
+from affectgpt_jax.config import CHOICES, ConfigError, schema_of, validate
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.data.records import Records
@@ -148,7 +147,7 @@ def load_config(workdir: Path) -> ConfigDict:
             f"{workdir} holds no run: {path.name} is missing; name the --workdir of a training run"
         )
     saved = read_json(path, dict[str, Any], error=RunError, advice="expected the config of a run")
-    config = ConfigDict(_like(affectgpt_qwen25_7b.get_config().to_dict(), saved))
+    config = ConfigDict(_like(schema_of(saved).to_dict(), saved))
     try:
         validate(config)
     except ConfigError as error:

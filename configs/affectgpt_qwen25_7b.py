@@ -25,6 +25,78 @@ def data_set(
     )
 
 
+def reinforcement() -> ConfigDict:
+    """The section `rl` of a run of `affectgpt reinforce`, with its defaults."""
+    c = ConfigDict()
+    # Which run it starts from: written by the command, whose --from and --step name it.
+    c.start = ""
+    c.start_step = 0
+    c.start_sha256 = ""
+    c.data = ""  # clips, as data.train, that supervision has not seen; "" is the demo's own split
+    c.question = "ovlabel"  # or onehot, onehot_candidates, sentiment
+    c.prompts = 64  # of a step
+    c.group = 4  # answers to each
+    c.temperature = 1.0
+    c.top_p = 1.0
+    c.max_new_tokens = 48
+    c.merge_lora = "false"  # as generate.merge_lora: answers of merged weights get weights, see cap
+    c.reward = "wheel_f"  # wheel_f | wheel_f_corpus | hit | sentiment: evaluation/rewards.py
+    c.lexicon = ""  # directory of the wheels; "" is the one that ships
+    c.lexicon_sha256 = ""  # written by the command
+    c.wheels = (1, 2, 3, 4, 5)  # that reward; all of them score
+    c.test_lexicon = ""  # of another lexicon by which the result is scored as well
+    c.format_weight = 0.1  # for an answer in the form of its question that ends by itself
+    c.length_penalty = 0.05  # for every label beyond those of the truth and
+    c.length_free = 1  # so many more
+    c.allow_hacking = False  # lets reward=hit stand without length_penalty
+    c.method = "grpo"  # grpo | best: supervision on the best answer of each group
+    c.loss = "tokens"  # tokens | answers | constant: training/policy.py
+    c.scale = "none"  # none | group | batch: the deviation that advantages are divided by
+    c.beta = 0.0  # weight of the KL to the start
+    c.kl = "k3"  # its estimator: k1 | k2 | k3
+    c.epsilon = 0.2  # a ratio is clipped below 1 - epsilon
+    c.epsilon_high = 0.28  # and above 1 + epsilon_high
+    c.weight_cap = 2.0  # of exp(training's - rollout's log-probability)
+    c.updates = 1  # on the answers of a step
+    c.drop_flat = True  # leave out groups whose rewards are all alike
+    c.mask_cut = True  # leave out answers that reached max_new_tokens
+    c.share_prompt = True  # one row for the answers to a prompt; False: a row each
+    c.sft_share = 0.0  # supervised rows of the run's own training clips beside those of a step
+    c.stop_kl = 0.5  # mean over tokens at which the run ends; 0: never
+    c.shuffle_rewards = False  # a control: the truth of another clip
+    c.val_clips = 256
+    c.test_clips = 512  # asked before and after
+    c.test_samples = 4  # of each, whose mean reward is compared
+    c.consensus = 16  # samples that agree
+    return c
+
+
+def preference() -> ConfigDict:
+    """The section `dpo` of a run of `affectgpt prefer`, with its defaults."""
+    c = ConfigDict()
+    c.start = ""  # as in `rl`: written by the command
+    c.start_step = 0
+    c.start_sha256 = ""
+    c.lexicon_sha256 = ""
+    c.data = ""  # clips, as data.train, that supervision has not seen; "" is the demo's own split
+    c.source = "records"  # records: their alternatives and preferred | samples: best against worst
+    c.pairs = 32  # of a step
+    c.val_share = 0.1  # of the pairs, held out by the clip's name
+    c.beta = 0.1  # how strongly the model is held to the start
+    c.label_smoothing = 0.0  # share of preferences that are taken to be wrong
+    c.gap = 0.2  # of the rewards of best and worst, at the least; for source=samples
+    c.question = "ovlabel"  # asked before and after, and for source=samples
+    c.prompts = 64  # asked at a time
+    c.group = 4  # samples of each
+    c.max_new_tokens = 48
+    c.lexicon = ""  # directory of the wheels; "" is the one that ships
+    c.test_lexicon = ""  # of another lexicon by which the result is scored as well
+    c.test_clips = 512  # asked before and after
+    c.test_samples = 4  # of each, whose mean reward is compared
+    c.consensus = 16  # samples that agree
+    return c
+
+
 def get_config(batch_size: str = "3") -> ConfigDict:
     """affectgpt train --config=configs/affectgpt_qwen25_7b.py --workdir=runs/paper \\
     --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus

@@ -13,6 +13,7 @@ from affectgpt_jax.config import (
     CHOICES,
     FREE_ON_RESUME,
     POSITIVE,
+    SECTIONS,
     ConfigError,
     check_same_run,
     find_config,
@@ -439,10 +440,15 @@ def test_every_key_of_the_schema_is_read():
     assert of_heads <= keys
     dead = [key for key in keys - of_heads if not is_read(key)]
     assert not dead
+    # What runs that go on from another one have beside it, also read as `section.KEY`.
+    for name, make in SECTIONS.items():
+        dead = [k for k in make() if not {f"{name}.{k}", f"section.{k}"} & dotted]
+        assert not dead
 
 
 def test_every_key_that_is_read_is_in_the_schema():
     schema = affectgpt_qwen25_7b.get_config()
+    schema.update({name: make() for name, make in SECTIONS.items()})
     keys = leaves(schema).keys() | schema.keys() | {"data.mixture"}
     found = {name.removeprefix("config.") for name in reads()[0] if name.startswith("config.")}
     found = {re.sub(r"\.(items|values|to_dict)$", "", name) for name in found} - {

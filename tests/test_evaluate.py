@@ -65,10 +65,12 @@ def says(monkeypatch):
 
     def install(text_of):
         def batches(self, trainable, dataset, question, feature_from=None):
-            for number in reversed(range(len(dataset))):
-                name = dataset.index[number].name
+            for number in reversed(range(len(dataset) * self.group)):
+                clip, place = divmod(number, self.group)
+                name = dataset.index[clip].name
                 asked.append(name)
-                yield number, inference.Answer(text_of(name), 3, name.endswith("7"), None)
+                text = text_of(name, place) if self.group > 1 else text_of(name)
+                yield number, inference.Answer(text, 3, name.endswith("7"), None)
 
         monkeypatch.setattr(inference.Generator, "answers", batches)
         return asked
@@ -228,6 +230,50 @@ def test_samples_follow_from_the_seed_and_are_not_taken_for_other_answers(run):
     assert len(list((run / "evaluate" / "answers").iterdir())) == 2
     settings = "temperature 2, top p 0.9, repetition penalty 1.2, seed 0"
     assert settings in report(run)["system"]
+
+
+def test_consensus_stands_beside_one_answer_with_the_difference_on_the_same_clips(
+    run, says, capsys
+):
+    """One answer is wrong about each clip in two; of four samples three are right about it."""
+    names = list(TRUTH)
+
+    def write_answer(name, place=0):
+        wrong = place == 0 and names.index(name) % 2
+        return f"They feel {'zebra' if wrong else TRUTH[name].emotion}."
+
+    asked = says(write_answer)
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    flags = (f"--set=mine:basic={test}", "--consensus=4", "--top-p=0.95", "--extractor=rules")
+    command(run, *flags)
+    assert len(asked) == (1 + 1 + 4) * CLIPS
+    [found] = report(run)["sets"]
+    best = json.loads((run / "result.json").read_text())["best_step"]
+    rows = {row["predictions"]: row for row in found["results"]}
+    ways = ("most probable", "one sample", "consensus of 4")
+    assert list(rows) == [f"step {best}, {way}" for way in ways]
+    *alone, agreed = rows.values()
+    assert agreed["values"]["hit"] == 1
+    for row in alone:
+        assert row["values"]["hit"] < 0.8
+        assert row["against_fixed"]["difference"] == row["values"]["hit"] - 1
+    out = capsys.readouterr().out
+    added = 100 * (1 - alone[0]["values"]["hit"])
+    assert f"step {best}, most probable: {100 - added:.2f}, to which it adds {added:.2f} (" in out
+    assert "best of 3" not in out
+    assert "ovlabel, consensus of 4, temperature 1, top p 0.95" in report(run)["system"]
+    predictions = lines(run / "evaluate" / f"mine-step-{best}-consensus-of-4.jsonl")
+    assert [p["labels"] for p in predictions] == [[TRUTH[name].emotion] for name in names]
+    # Half of a group is asked again, and only the rest is written.
+    answers = (run / "evaluate" / "answers").iterdir()
+    [file] = (file for file in answers if len(lines(file)) == 4 * CLIPS)
+    whole = lines(file)
+    file.write_text("".join(json.dumps(line) + "\n" for line in whole[:-3]))
+    asked.clear()
+    command(run, *flags)
+    assert len(asked) == 4
+    assert lines(file)[:-3] == whole[:-3] and len(lines(file)) == len(whole)
+    assert report(run)["sets"] == [found]
 
 
 def test_checkpoints_and_batches_share_one_program_for_each_prompt_length(run):
@@ -417,6 +463,8 @@ def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(run, mo
         (["--seed=4294967296"], "must be below 4294967296"),
         (["--top-p=0.9"], "temperature 0 takes the most probable token"),
         (["--api-key=sesame"], "unrecognized arguments"),
+        (["--consensus=1"], "one answer agrees with itself"),
+        (["--consensus=4", "--steps", "all"], "compares decodings of one checkpoint"),
     ],
 )
 def test_a_wrong_command_line_is_refused(capsys, flags, said):

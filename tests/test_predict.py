@@ -17,9 +17,12 @@ from affectgpt_jax.common.files import FileInUse
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
+from affectgpt_jax.evaluation.consensus import consensus
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.decoder import ComputeConfig
-from affectgpt_jax.models.generate import Generated
+from affectgpt_jax.models.generate import Generated, Sampling
 from affectgpt_jax.restore import load_run
 
 # A model of two steps says the same about every clip, unless it is made to wander.
@@ -390,6 +393,7 @@ def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(ask, mo
         (["--config.llm=/nowhere"], "config.llm='/nowhere' is not a directory"),
         (["--config.mesh=data:3"], "mesh 'data:3'"),
         (["--out=/nowhere/answers.jsonl"], "there is no directory /nowhere"),
+        (["--consensus=4", "--question=description"], "takes questions that ask for labels"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(ask, others, flags, said):
@@ -408,6 +412,8 @@ def test_what_a_user_gets_wrong_is_one_sentence(ask, others, flags, said):
         (["--question="], "--question is empty"),
         (["--name=a", "--name=a"], "--name 'a' is given twice"),
         (["--json", "--out=x"], "not allowed with"),
+        (["--consensus=1"], "--consensus is 1; expected 2 or more"),
+        (["--lexicon=x"], "read with --consensus only"),
     ],
 )
 def test_flags_that_cannot_be_meant_are_refused_before_anything_starts(ask, capsys, flags, said):
@@ -537,6 +543,39 @@ def test_a_file_is_not_gone_on_with_by_a_run_that_has_been_trained_anew(ask, cha
     shutil.rmtree(run / "checkpoints" / "2")
     shutil.copytree(run / "checkpoints" / "1", run / "checkpoints" / "2")
     assert "holds answers with checkpoint '" in refusal(ask, *flags, workdir=run)
+
+
+def test_several_samples_are_brought_to_agreement(ask, workdir):
+    """Against the samples themselves, which `Generator` gives as a group."""
+    flags = ("--first=3", "--question=ovlabel", *WANDER, "--json", "--consensus=4")
+    found = parsed(ask(*flags)[0])
+    run = load_run(workdir)
+    clips = predict.choose_clips(predict.open_clips(run, None), None, 3)
+    generator = Generator(
+        run.model,
+        run.base,
+        run.processor,
+        run.mesh,
+        batch_size=3,
+        max_new_tokens=8,
+        sampling=Sampling(1.5, 0.95, 1.1),
+        group=4,
+        seed=3,
+        log_probs=True,
+        merge_lora=True,
+    )
+    answers = generator.answer(run.trainable, clips, "ovlabel").each
+    assert [line["name"] for line in found] == [entry.name for entry in clips.index]
+    wheels = Wheels(load_lexicon())
+    for clip, line in enumerate(found):
+        group = answers[4 * clip : 4 * clip + 4]
+        labels = inference.read_labels(run.processor, inference.Answers(group))
+        agreed = consensus(labels, wheels)
+        assert line["labels"] == list(agreed.labels) and line["logprob"] is None
+        assert line["tokens"] == sum(answer.tokens for answer in group)
+        if agreed.sample is not None:
+            assert line["text"] == group[agreed.sample].text
+    assert len({answer.text for answer in answers}) > 6, "samples that do not differ prove little"
 
 
 def test_a_file_is_gone_on_with_by_other_code_which_is_said_once(ask, tmp_path, monkeypatch):

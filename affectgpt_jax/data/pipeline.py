@@ -611,6 +611,7 @@ def sequential_batches(
     num_buckets: int = 2,
     feature_from: Sequence[int] | None = None,
     numbers: Sequence[int] | None = None,
+    length: int | None = None,
 ) -> Iterator[tuple[np.ndarray, dict[str, object]]]:
     """Clips once each, in an order fixed by the examples' lengths: for evaluation.
 
@@ -623,6 +624,10 @@ def sequential_batches(
         feature_from: for each clip the number of the one whose features it gets; its own if None.
             (A permutation gives the control with features shuffled across clips.)
         numbers: the clips to draw; all if None.
+        length: of all rows instead of `num_buckets` lengths, so that every call has one shape.
+
+    Raises:
+        DataError: an example is longer than `length`.
 
     Yields:
         Record numbers of the rows, int `[n]` with n at most `batch_size`, and the batch; the
@@ -631,7 +636,13 @@ def sequential_batches(
     chosen = np.arange(len(examples)) if numbers is None else np.asarray(numbers)
     lengths = np.array([len(examples[i]) for i in chosen])
     answers = lengths - np.array([examples[i].answer_start for i in chosen])
-    buckets = buckets_of(choose_lengths(lengths, num_buckets), lengths, answers)
+    if length is not None and lengths.max(initial=0) > length:
+        longest = dataset.index[chosen[lengths.argmax()]].name
+        raise DataError(
+            f"record {longest!r} has {lengths.max()} tokens, over the {length} of a row"
+        )
+    ends = choose_lengths(lengths, num_buckets) if length is None else (length,)
+    buckets = buckets_of(ends, lengths, answers)
     which = np.searchsorted([bucket.length for bucket in buckets], lengths)
     features_of = np.arange(len(examples)) if feature_from is None else np.asarray(feature_from)
 

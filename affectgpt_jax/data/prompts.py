@@ -253,7 +253,23 @@ class PromptSet:
         Whatever was written inside the frame sentence, or instead of it, is read as a list
         (`common.labels`), so that an answer in another form is still scored as what it says.
         """
-        return list(dict.fromkeys(read_labels(self.read_answer(label_type, text))))
+        return list(dict.fromkeys(self.written_labels(text, label_type)))
+
+    def written_labels(self, text: str, label_type: str = "ovlabel") -> list[str]:
+        """The same with repeats."""
+        return read_labels(self.read_answer(label_type, text))
+
+    def write_labels(self, labels: Iterable[str], label_type: str = "ovlabel") -> str:
+        """An answer with these labels, in the form that was taught, without its end mark."""
+        slot = LABEL_TYPES[label_type].slot
+        return self.answers[label_type].render({slot: ", ".join(labels)})
+
+    def is_framed(self, text: str, label_type: str) -> bool:
+        """Whether an answer has the form that was taught; its end mark is not looked at."""
+        head, tail = self.answers[label_type].around(LABEL_TYPES[label_type].slot)
+        body = text.split(self.end)[0].strip()
+        long_enough = len(body) > len(head.strip()) + len(tail.strip())
+        return long_enough and body.startswith(head.strip()) and body.endswith(tail.strip())
 
 
 # --- prompt files -------------------------------------------------------------------------------

@@ -40,6 +40,8 @@ _MAX_BLOCKS = 8
 _MASKED = -1e30
 
 DEFAULT_SEGMENTS = 64
+# Segment ids of a prompt and of all answers that share it, see `grouped`.
+GROUP = 1024
 # What rematerialisation policies call the results of plain XLA's attention: outputs, and
 # normalisers of the softmax.
 ATTENDED = "attended"
@@ -60,7 +62,9 @@ def causal(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.
         key: `[B, T, K, d]`.
         value: `[B, T, K, d]`.
         segment_ids: `[B, T]` int32; a token sees earlier tokens of its own segment only, so samples
-            packed into one row never see each other. By convention 0 is padding.
+            packed into one row never see each other. By convention 0 is padding. Or `[B, 2, T]`, as
+            `grouped` makes them: a token also sees earlier ones of the segment that its second
+            id names.
 
     Returns:
         `[B, T, H, d]` in the dtype of `value`.
@@ -149,9 +153,32 @@ def _masked_scores(query: jax.Array, key: jax.Array, segment_ids: jax.Array) -> 
     queries, keys = query.shape[3], key.shape[2]
     positions = jnp.arange(keys - queries, keys)
     mask = positions[:, None] >= jnp.arange(keys)
-    same = segment_ids[:, keys - queries : keys, None] == segment_ids[:, None, :keys]
+    same = _visible(segment_ids[..., keys - queries : keys], segment_ids[..., :keys])
     scores = _times(query, key.swapaxes(2, 3))
     return jnp.where((mask & same)[:, None, None], scores * query.shape[-1] ** -0.5, _MASKED)
+
+
+def _visible(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
+    """Whether segments may see each other, `[B, t, S]`, from `[B, t]` and `[B, S]`, or from
+    `[B, 2, t]` and `[B, 2, S]`: then a query also sees the segment that its second id names."""
+    if query_ids.ndim == 2:
+        return query_ids[:, :, None] == key_ids[:, None]
+    own, prompt = query_ids[:, 0, :, None], query_ids[:, 1, :, None]
+    keys = key_ids[:, 0, None]
+    return (own == keys) | (prompt == keys)
+
+
+def grouped(
+    query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """`causal` for rows in which several answers share a prompt.
+
+    A segment id that is a multiple of `GROUP` is that of a prompt, the ones up to the next multiple
+    are those of its answers: an answer sees its prompt and itself, and no other answer. Ids below
+    `GROUP` are ordinary ones.
+    """
+    prompts = jnp.where(segment_ids < GROUP, segment_ids, segment_ids // GROUP * GROUP)
+    return causal(query, key, value, jnp.stack([segment_ids, prompts], axis=1))
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:

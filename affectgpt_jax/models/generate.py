@@ -12,6 +12,10 @@ tokens without the host, and every token reads the whole cache. `stream` drives 
 while the others go on (continuous batching, Yu et al. 2022, "Orca"): no row waits for the longest
 answer.
 
+Several answers to one prompt share its prefill: where there are G times as many identities as
+prompts, `prefill` returns P caches and the beginnings of P * G answers, those of a prompt side by
+side, and `insert` copies each cache into G rows.
+
 A row's answer depends on its own prompt, seed and identity only, not on the batch that it stands
 in, nor on the order or the padding of that batch. (Up to rounding: programs of other shapes may add
 in another order, which tells where two tokens are as good as equally probable.)
@@ -172,10 +176,11 @@ class Prompts(NamedTuple):
     """Prompts that go into rows together.
 
     Attributes:
-        numbers: of the samples, by which their answers are known; `[n]` for the first n of P rows.
+        numbers: of the answers, by which they are known; `[n * G]`, for the first n of P prompts.
         batch: P prompts, right-padded, one sample a row; targets are not read.
-        rows: `[P, 2]` uint32, `identities`; needed with a temperature.
-        limits: `[P]` int32, tokens that each may be answered with; None is `max_new_tokens`.
+        rows: `[P * G, 2]` uint32, `identities` of the answers; needed with a temperature. Of one
+            prompt they stand side by side.
+        limits: `[P * G]` int32, tokens that each may have; None is `max_new_tokens`.
     """
 
     numbers: np.ndarray
@@ -291,9 +296,15 @@ def prefill(
     sampling = decoding.sampling
     if sampling.temperature and rows is None:
         raise ValueError("sampling needs the identities of the rows, which its keys derive from")
-    size = len(batch["tokens"])
+    prompts = len(batch["tokens"])
+    size = prompts if rows is None else len(rows)
+    group = size // prompts
     lengths = (batch["segment_ids"] > 0).sum(axis=1, dtype=jnp.int32)
     states, cache = hidden_states(model, base, trainable, batch, keep_cache=True)
+    # A row without a prompt has no last token; position 0 stands in, and nobody reads what follows.
+    last = jnp.maximum(lengths - 1, 0)[:, None, None]
+    states = jnp.take_along_axis(states, last, axis=1)[:, 0]
+    lengths, states = (_fanned_out(x, group) for x in (lengths, states))
     state = DecodeState(
         generated=Generated(
             tokens=jnp.full((size, 1), decoding.pad_id, jnp.int32),
@@ -304,13 +315,19 @@ def prefill(
         lengths=lengths,
         limits=jnp.full(size, decoding.max_new_tokens, jnp.int32) if limits is None else limits,
         cache=cache,
-        seen=_prompt_tokens(model, batch) if sampling.repetition_penalty != 1 else None,
+        seen=(
+            _fanned_out(_prompt_tokens(model, batch), group)
+            if sampling.repetition_penalty != 1
+            else None
+        ),
         keys=_row_keys(seed, rows) if sampling.temperature else None,
     )
-    # A row without a prompt has no last token; position 0 stands in, and nobody reads what follows.
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    state = _write(model, state, jnp.take_along_axis(states, last, axis=1)[:, 0], base, decoding)
-    return _laid_out(model, state)
+    return _laid_out(model, _write(model, state, states, base, decoding))
+
+
+def _fanned_out(x: jax.Array, group: int) -> jax.Array:
+    """Every row `group` times, side by side."""
+    return x if group == 1 else jnp.repeat(x, group, axis=0)
 
 
 @functools.partial(
@@ -425,12 +442,13 @@ def insert(
     Args:
         model: the modules.
         state: of B rows; consumed.
-        fresh: P rows as `prefill` returns them, of prompts no longer than those that `state` was
-            made for, or than its cache.
+        fresh: P * G rows as `prefill` returns them, of prompts no longer than those that `state`
+            was made for, or than its cache.
         decoding: how to write.
-        rows: `[P]` int32, all different, where they go; nowhere, from row B on.
+        rows: `[P * G]` int32, all different, where they go; nowhere, from row B on.
     """
     room = state.generated.tokens.shape[1]
+    group = len(fresh.lengths) // len(fresh.cache[0].key)
     fresh = fresh._replace(generated=_with_room(fresh.generated, room, decoding.pad_id))
 
     def put(x: jax.Array, new: jax.Array) -> jax.Array:
@@ -438,6 +456,7 @@ def insert(
 
     def put_slots(x: jax.Array, new: jax.Array) -> jax.Array:
         # What a row's cache holds behind its prompt is written before it is read.
+        new = _fanned_out(new, group)
         return x.at[rows, :, : new.shape[2]].set(new, mode="drop", unique_indices=True)
 
     cache = jax.tree.map(put_slots, state.cache, fresh.cache)
@@ -533,8 +552,8 @@ def stream(
         NumPy arrays of what is written so far: the first token, then up to `every` more each time,
         until every row has ended or has `max_new_tokens`, which is N.
     """
-    size = len(batch["tokens"])
     fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
+    size = len(fresh.lengths)
     most = most_slots(fresh, decoding)
     state = init_decode_state(fresh, size, decoding, _kv_bucket(fresh.slots, most))
     state = insert(model, state, fresh, decoding, np.arange(size, dtype=np.int32))
@@ -594,17 +613,17 @@ def generate_all(
 
     Args:
         model, base, trainable, decoding: as for `prefill`.
-        prompts: P at a time, P being the same throughout. None may be longer than the first ones.
-            They are asked for while the device is at work.
-        size: rows that write at a time, P or more; when P of them are free, they are filled anew.
-            `rows_and_prefill_batch` chooses both.
+        prompts: P at a time with G answers each, P and G being the same throughout. None may be
+            longer than the first ones. They are asked for while the device is at work.
+        size: rows that write at a time, P * G or more; when so many of them are free, they are
+            filled anew. `rows_and_prefill_batch` chooses both.
         seed: of sampling, 0 to 2^32 - 1.
 
     Yields:
-        A prompt's number and its answer, a row of NumPy arrays, when P more are complete.
+        An answer's number and the answer, a row of NumPy arrays, when P * G more are complete.
 
     Raises:
-        ValueError: a batch of more than `size` prompts, or of longer ones than the first.
+        ValueError: a batch of more than `size` answers, or of longer prompts than the first.
     """
     owners = np.full(size, -1)  # whose answer each row writes
     limit = decoding.max_new_tokens
@@ -616,14 +635,16 @@ def generate_all(
         while upcoming is not None:
             numbers, batch, rows, limits = upcoming
             prefill_batch, length = batch["tokens"].shape
+            if rows is not None:
+                prefill_batch = len(rows)
             if state is not None and prefill_batch > len(free):
                 break
             if state is None:
                 longest = length
             if prefill_batch > size or length > longest:
                 raise ValueError(
-                    f"a batch of {prefill_batch} prompts of {length} tokens; expected at most "
-                    f"{size}, and no longer ones than the {longest} tokens of the first batch"
+                    f"a batch of {prefill_batch} answers to prompts of {length} tokens; expected "
+                    f"at most {size}, and no longer prompts than the {longest} tokens of the first"
                 )
             fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
             needed = max(needed, length + 1)

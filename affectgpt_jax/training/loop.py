@@ -61,15 +61,22 @@ class Session:
         config: of the run.
         workdir: of the run.
         group: its processes; the main process alone prints and writes.
+        shown: metrics of a step that its line shows beside the loss, and what it calls them.
 
     Raises:
         ValueError: `config.profile_steps` is no range of steps.
         MetricsError: Weights & Biases is asked for, but not installed.
     """
 
-    def __init__(self, config: ConfigDict, workdir: Path, group: ProcessGroup):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        group: ProcessGroup,
+        shown: Mapping[str, str] | None = None,
+    ):
         metrics_writer.check_wandb(config.wandb_project)
-        self.config, self.workdir, self.group = config, workdir, group
+        self.config, self.workdir, self.group, self.shown = config, workdir, group, shown or {}
         self.clock = metrics_writer.TimeBuckets(outside="setup")
         self.progress = metrics_writer.Progress(config.steps, enabled=group.is_main_process)
         self.say = self.progress.line
@@ -143,8 +150,9 @@ def run_steps(
     validate: Callable[[Any], dict[str, float]],
     start: int,
     flops: Callable[[np.ndarray], int],
+    finished: Callable[[int], bool] = lambda step: False,
 ) -> tuple[State, dict[str, float]]:
-    """Run the updates after `start` up to `config.steps`.
+    """Run the updates after `start` up to `config.steps`, or to where the run is finished.
 
     Args:
         session: of the run, inside `Session.running`.
@@ -157,6 +165,7 @@ def run_steps(
         validate: `trainable -> scores`, before each of these.
         start: the step to go on from.
         flops: model FLOPs of an update on these samples, `[N, 2]`.
+        finished: whether a run that has made so many steps ends there.
 
     Returns:
         The last state, and the mean rates of this process's life (`StepReporter.totals`).
@@ -175,9 +184,16 @@ def run_steps(
         flops=flops,
         devices=mesh.size,
         peak_flops=devices.peak_flops(mesh.devices.flat[0].device_kind, config.dtype),
+        shown=session.shown,
     )
-    if start and (start % config.checkpoint_every == 0 or start == config.steps):
+
+    def ends(step: int) -> bool:
+        return step == config.steps or finished(step)
+
+    if start and (start % config.checkpoint_every == 0 or ends(start)):
         _validate_late(session, reporter, checkpoints, validate, state, start)
+    if start and ends(start):
+        return state, reporter.totals()
 
     def rescue() -> str:
         """Save the last state that is finished; it may wait for ever for a step that is not."""
@@ -218,7 +234,7 @@ def run_steps(
             submitted = step
             session.watchdog.beat(f"step {step}")
         stopping = stop.reached()
-        if stopping or step % config.checkpoint_every == 0 or step == config.steps:
+        if stopping or step % config.checkpoint_every == 0 or ends(step):
             with clock.measure("step"):
                 reporter.flush()
                 reporter.require_finite_state(step, state)
@@ -231,6 +247,8 @@ def run_steps(
                 session.say(f"stopped after step {step}; the same command goes on from there")
                 raise stop.stopped()
             reporter.skip_pause()
+        if ends(step):
+            break
     session.profiler.step(step + 1)  # ends a trace that reaches to the last step
     with clock.measure("save"):
         checkpoints.wait()
@@ -297,6 +315,7 @@ class StepReporter:
         flops: model FLOPs of an update on these samples, `[N, 2]`.
         devices: that share an update.
         peak_flops: FLOP/s of each; None where it is not known.
+        shown: metrics that the progress line shows beside the loss, and what it calls them.
     """
 
     def __init__(
@@ -310,8 +329,9 @@ class StepReporter:
         flops: Callable[[np.ndarray], int],
         devices: int,
         peak_flops: float | None,
+        shown: Mapping[str, str] | None = None,
     ):
-        self._config, self._workdir = config, workdir
+        self._config, self._workdir, self._shown = config, workdir, shown or {}
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._count_flops, self._devices, self._peak_flops = flops, devices, peak_flops
         self._throughput = metrics_writer.Throughput(devices=devices, peak_flops=peak_flops)
@@ -378,7 +398,8 @@ class StepReporter:
         host_s = step_s - self._wait_s - self._dispatch_s - device_s
         self._throughput.update(clips, tokens, step_s, self._wait_s, host_s, flops)
         self._wait_s = self._dispatch_s = 0.0
-        self._progress.update(step, values["loss"], self._throughput.rates())
+        others = {name: values[metric] for metric, name in self._shown.items()}
+        self._progress.update(step, values["loss"], self._throughput.rates(), others)
 
     def skip_pause(self) -> None:
         """Leave the time since the last step, spent on something else, out of the rates."""

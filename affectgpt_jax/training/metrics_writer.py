@@ -430,24 +430,36 @@ class Progress(LiveLine):
         super().__init__(**options)
         self._total_steps = total_steps
 
-    def update(self, step: int, loss: SupportsFloat, rates: Mapping[str, float]) -> None:
+    def update(
+        self,
+        step: int,
+        loss: SupportsFloat,
+        rates: Mapping[str, float],
+        others: Mapping[str, float] | None = None,
+    ) -> None:
         """Shows a finished step, if it is time to.
 
         Args:
             step: how many steps are done.
             loss: of that step; a device scalar is waited for only when it is shown.
             rates: from `Throughput.rates()`; rates that are missing are left out of the line.
+            others: of that step, shown behind the loss.
         """
         self.show(
-            lambda: _progress_fields(step, self._total_steps, float(loss), rates),
+            lambda: _progress_fields(step, self._total_steps, float(loss), rates, others or {}),
             last=step >= self._total_steps,
         )
 
 
 def _progress_fields(
-    step: int, total_steps: int, loss: float, rates: Mapping[str, float]
+    step: int,
+    total_steps: int,
+    loss: float,
+    rates: Mapping[str, float],
+    others: Mapping[str, float],
 ) -> list[str]:
     fields = [f"step {step}/{total_steps}", f"loss {loss:#.4g}"]
+    fields += [f"{name} {_short(value)}" for name, value in others.items()]
     if "samples/s" in rates:
         fields.append(f"{_short(rates['samples/s'])} samples/s")
     if "tokens/s" in rates:
@@ -568,12 +580,21 @@ def _wait_for_devices() -> None:
 # --- plots --------------------------------------------------------------------------------------
 
 
+# Metrics from 0 to 1 that a run may be validated by, and their colours in its picture.
+SCORES = {
+    "hit": ("tab:orange", "tab:red"),
+    "sampled_reward": ("tab:orange", "tab:red"),
+    "f": ("tab:green", "tab:olive"),
+    "accuracy": ("tab:orange", "tab:red"),
+}
+
+
 def plot_run(metrics_file: Path, png: Path, *, ceilings: Mapping[str, float] | None = None) -> None:
     """Draws a run: its losses and its scores against the step, side by side.
 
     Drawn are `train/loss` (each value in a light colour, their running mean in a strong one),
-    `val/loss`, `val/hit` and `test/hit`, as far as they are there; a run with few points or none
-    gives a picture with little on it.
+    `val/loss`, and the `SCORES` of validation and test, as far as they are there; a run with few
+    points or none gives a picture with little on it.
 
     Args:
         metrics_file: a `metrics.jsonl`.
@@ -617,11 +638,15 @@ def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
 def _plot_scores(
     axes: Any, records: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]
 ) -> None:
-    axes.set_title("hit")
-    for split, style, colour in (("val", "o-", "tab:orange"), ("test", "*", "tab:red")):
-        steps, scores = _series(records, f"{split}/hit")
-        if steps:
-            axes.plot(steps, scores, style, color=colour, label=split)
+    logged = {key for record in records for key in record}
+    metrics = [name for name in SCORES if {f"val/{name}", f"test/{name}"} & logged] or ["hit"]
+    axes.set_title(", ".join(metrics))
+    for name in metrics:
+        for split, style, colour in zip(("val", "test"), ("o-", "*"), SCORES[name], strict=True):
+            steps, scores = _series(records, f"{split}/{name}")
+            if steps:
+                label = split if len(metrics) == 1 else f"{split} {name}"
+                axes.plot(steps, scores, style, color=colour, label=label)
     for shade, (label, ceiling) in enumerate(ceilings.items()):
         axes.axhline(
             ceiling, linestyle="--", color=f"C{7 + shade}", label=f"{label} ({ceiling:.3g})"

@@ -381,13 +381,42 @@ class TestAll:
         assert len(found) == MANY
         assert_same(found, expected)
 
+    @pytest.mark.parametrize("mesh", [None, "data:3"], ids=["one", "three devices"])
+    def test_a_group_shares_its_prompt_and_is_answered_as_if_it_did_not(self, mesh):
+        """Two answers a prompt, of which the last fills rows that others have left."""
+        names = [f"{name}{place}" for name in NAMES for place in (0, 1)]
+        twice = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), BATCH)
+        expected = generate(MODEL, BASE, TRAINABLE, twice, SAMPLED, rows=identities(names))
+        model, trees, place, size = MODEL, (BASE, TRAINABLE), lambda batch: batch, 1
+        if mesh:
+            size = 3
+            devices = sharding.make_mesh(mesh, jax.devices()[:3])
+            model = with_compute(MODEL, shard=sharding.ActivationConstraint(devices))
+            trees = (jax.device_put(x, sharding.tree_shardings(devices, x)) for x in trees)
+            place = functools.partial(sharding.shard_batch, devices)
+
+        def prompts_from(first):
+            batch = jax.tree.map(lambda x: x[first : first + size], BATCH)
+            mine = slice(2 * first, 2 * (first + size))
+            return Prompts(np.arange(6)[mine], place(batch), place(identities(names[mine])))
+
+        prompts = [prompts_from(first) for first in range(0, 3, size)]
+        # The longest prompt first.
+        prompts = prompts if mesh else [prompts[1], prompts[0], prompts[2]]
+        found = dict(generate_all(model, *trees, prompts, SAMPLED, max(4, 2 * size)))
+        assert sorted(found) == list(range(6))
+        for number, answer in found.items():
+            np.testing.assert_array_equal(answer.tokens, expected.tokens[number])
+            np.testing.assert_allclose(answer.log_probs, expected.log_probs[number], atol=2e-5)
+        assert len({tuple(answer.tokens) for answer in found.values()}) == 6
+
     def test_no_prompts_have_no_answers(self):
         assert list(generate_all(MODEL, BASE, TRAINABLE, [], PLAIN, 4)) == []
 
     @pytest.mark.parametrize(("size", "reverse"), [(3, False), (8, True)])
     def test_prompts_that_do_not_fit_are_refused(self, size, reverse):
         prompts = list(in_turns(4))[:: -1 if reverse else 1]
-        with pytest.raises(ValueError, match="a batch of 4 prompts of .* expected at most"):
+        with pytest.raises(ValueError, match="a batch of 4 answers to .* expected at most"):
             list(generate_all(MODEL, BASE, TRAINABLE, prompts, PLAIN, size))
 
 

@@ -1,0 +1,459 @@
+"""Runs that go on from another run, by rewards or by preferences: what both commands share."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build, cli, outcomes, restore
+from affectgpt_jax.common.identity import Identity
+from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax.config import SECTIONS, ConfigError, apply_overrides, described, validate
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import Records, hold_out
+from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
+from affectgpt_jax.evaluation.rewards import Reward, Wheels
+from affectgpt_jax.inference import Generator
+from affectgpt_jax.models.generate import Sampling
+from affectgpt_jax.program import Program
+from affectgpt_jax.restore import Run
+from affectgpt_jax.rollouts import truths
+from affectgpt_jax.training import distributed, metrics_writer
+from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, CheckpointWriteError
+from affectgpt_jax.training.step import State
+from affectgpt_jax.training.stopping import lock_workdir
+
+BEFORE = "answers_before.json"
+
+
+# --- command line and config ----------------------------------------------------------------------
+
+
+def config_from(start: ConfigDict, section: str, arguments: Sequence[str]) -> ConfigDict:
+    """The config of a run that goes on from another one.
+
+    Args:
+        start: config of that one.
+        section: that is added, one of `config.SECTIONS`.
+        arguments: `--config.KEY=VALUE`, which change keys.
+
+    Raises:
+        ConfigError: a key or a value that cannot be.
+    """
+    config = ConfigDict(start.to_dict())
+    for other in SECTIONS:
+        if other in config:
+            del config[other]
+    config[section] = SECTIONS[section]()
+    # A constant rate: what is learned from is noisy, and the run may end at any step.
+    config.steps, config.optimizer.learning_rate, config.checkpoint_every = 1000, 1e-5, 50
+    if config.llm == "tiny":
+        config.steps, config.optimizer.learning_rate = 150, 4e-4
+        config[section].max_new_tokens = config.generate.max_new_tokens
+    config.optimizer.final_learning_rate = -1.0  # until the rate is known
+    config.optimizer.warmup_steps, config.optimizer.weight_decay = 0, 0.0
+    config.optimizer.clip_norm = 1.0
+    config.log_every = 1
+    config.lora.dropout = config.qformer.dropout = 0.0
+    config.pack_length, config.gradient_accumulation_steps = 0, 1
+    apply_overrides(config, arguments)
+    if config.optimizer.final_learning_rate < 0:
+        config.optimizer.final_learning_rate = config.optimizer.learning_rate
+    if config.lora.dropout or config.qformer.dropout:
+        raise ConfigError(
+            "config.lora.dropout and config.qformer.dropout must be 0: with dropout, training sees "
+            "another model than the one that its answers are compared with"
+        )
+    config.batch_size = config.gradient_accumulation_steps  # until the rows are known
+    validate(config)
+    return config
+
+
+def parse_command_line(
+    command: str, description: str, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a command, and its overrides of the config.
+
+    Raises:
+        UsageError: an unknown flag, or one that is missing.
+        SystemExit: after printing the help.
+    """
+    parser = cli.make_parser(command, description)
+    add = parser.add_argument
+    add("--workdir", required=True, type=Path, metavar="DIR", help="of the new run")
+    add(
+        "--from",
+        required=True,
+        type=Path,
+        dest="origin",
+        metavar="RUN",
+        help="workdir of the run to start from",
+    )
+    add("--step", type=int, metavar="N", help="of its checkpoint; default: the best on validation")
+    add("--config.KEY", metavar="VALUE", help="instead of the run's or the default one")
+    add(
+        "--fallback",
+        action="store_true",
+        help="where the newest checkpoint is damaged, set it aside and resume from one that is "
+        "whole",
+    )
+    restore.add_allow_other(parser, ALLOWED_OTHERS)
+    distributed.add_flags(parser)
+    own, overrides = parser.parse_known_args(argv)
+    for arg in overrides:
+        if not (arg.startswith("--config.") and "=" in arg):
+            parser.error(f"unknown argument {arg}; keys are set by --config.KEY=VALUE")
+    own.workdir, own.origin = own.workdir.expanduser(), own.origin.expanduser()
+    if own.workdir.resolve() == own.origin.resolve():
+        parser.error("--workdir and --from are the same run; name a new --workdir")
+    return own, overrides
+
+
+def run_command(
+    command: str,
+    description: str,
+    section: str,
+    argv: Sequence[str] | None,
+    work: Callable[..., Any],
+    out_of_memory: str,
+) -> None:
+    """Read a command line, join the other processes, load the run to start from, and work.
+
+    Args:
+        command: as in "affectgpt reinforce".
+        description: for its help.
+        section: of the config that it adds.
+        argv: its arguments; None are those of the process.
+        work: `(config, workdir, run, group, fallback, allow_other)`.
+        out_of_memory: what to do where there is none left.
+    """
+    workdir = launch = None
+
+    def leave(status: int, sentence: str) -> NoReturn:
+        distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
+
+    with cli.exit_on_error(
+        interrupted="interrupted; the same command resumes from the newest checkpoint",
+        out_of_memory=out_of_memory,
+        os_error=lambda error: (
+            f"{error.filename or workdir}: {error.strerror or error}; the run "
+            "needs a --workdir that it can write to, with room"
+        ),
+        leave=leave,
+    ):
+        argv = sys.argv[1:] if argv is None else argv
+        own, overrides = parse_command_line(command, description, argv)
+        workdir = own.workdir
+        config = config_from(restore.load_config(own.origin), section, overrides)
+        launch = distributed.find_launch(own)
+        restore.set_up_process()
+        facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}
+        with distributed.join(launch, facts, own.join_timeout, print) as group:
+            workdir.mkdir(parents=True, exist_ok=True)
+            with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
+                run = restore.load_run(
+                    own.origin,
+                    own.step,
+                    llm=config.llm,
+                    mesh=config.mesh,
+                    allow_other=own.allow_other,
+                )
+                try:
+                    work(config, workdir, run, group, own.fallback, own.allow_other)
+                except CheckpointWriteError as error:
+                    # As in training: Orbax's threads still hold half of the checkpoint.
+                    group.fail(str(error))
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    os._exit(1)
+
+
+# --- the start ------------------------------------------------------------------------------------
+
+
+def note_start(section: ConfigDict, run: Run, lexicon: Lexicon) -> None:
+    """Write into a config which checkpoint and which lexicon the run depends on."""
+    section.start, section.start_step = str(run.workdir), run.step
+    section.start_sha256 = run.fingerprint(run.step)
+    section.lexicon_sha256 = lexicon.identity.sha256
+
+
+def inputs_of(run: Run, clips: Mapping[str, Records], lexicon: Lexicon) -> dict[str, Identity]:
+    """What the answers of a run depend on beside its base, see `build.inputs`.
+
+    Args:
+        run: that it goes on from.
+        clips: see `open_clips`.
+        lexicon: by which it is rewarded and compared.
+    """
+    names = {"rl": "training records (rl)", "val": "validation records (val)"}
+    names["test"] = build.TEST_RECORDS
+    records = {names[part]: build.records_identity(found) for part, found in clips.items()}
+    return {**run.inputs, **records, "lexicon": lexicon.identity}
+
+
+def start_state(program: Program, run: Run) -> State:
+    """The run's adapters and fusion with a fresh optimizer, which the loop may donate."""
+    state = program.init_state(program.config.seed)
+    state["trainable"] = jax.tree.map(
+        # A copy: the start is still asked, and compared with.
+        lambda x, like: jax.device_put(x.copy(), like.sharding),
+        run.trainable,
+        program.state["trainable"],
+    )
+    return state
+
+
+def open_clips(
+    config: ConfigDict, key: str, workdir: Path, run: Run, say: Callable[[str], None]
+) -> dict[str, Records]:
+    """The clips of a run: "rl" to learn from, "val" to choose by, "test" to ask before and after.
+
+    Without a validation set, one is held out of the first.
+
+    Args:
+        config: of the run.
+        key: in the config, of the clips to learn from; "" there is the demo's own split.
+        workdir, run: of the new run, and the one that it goes on from.
+        say: told what takes long, and of clips that are in two sets.
+
+    Raises:
+        ConfigError: a place that is not named, features that do not fit, or, where `strict_leaks`
+            is set, clips that are in two.
+        RecordError: a directory without intact records.
+    """
+    section = config[key]
+    is_demo = demo.world_seed(config.data.train, config.demo_seed) is not None
+    places = {
+        "rl": section.data or (config.data.train if is_demo else ""),
+        "val": config.data.val,
+        "test": config.data.test,
+    }
+    for name, where in (("rl", f"config.{key}.data"), ("test", "config.data.test")):
+        if not places[name]:
+            raise ConfigError(
+                f"{where} names no records; pass --{where}=DIR with clips that supervision has not "
+                "seen"
+            )
+    found = {}
+    for name, place in places.items():
+        if not place:
+            continue
+        # What the run has generated is not generated again.
+        at_home = run.workdir if name != "rl" and (run.workdir / "data").is_dir() else workdir
+        found[name] = build.open_records(config, place, name, at_home, say)
+        build.check_features(config, found[name], run.processor.mode)
+    if "val" not in found:
+        found["rl"], found["val"] = hold_out(found["rl"], config.data.val_share)
+    names = {entry.name for entry in found["rl"].index}
+    for other in ("val", "test"):
+        if shared := sum(entry.name in names for entry in found[other].index):
+            what = f"{shared} clips of config.{key}.data are in config.data.{other} too"
+            if config.strict_leaks:
+                raise ConfigError(f"{what}; take them out of one")
+            say(f"warning: {what}")
+    return found
+
+
+# --- before and after -----------------------------------------------------------------------------
+
+
+class Exams:
+    """The clips of a run that are asked, and how.
+
+    Args:
+        section: of the config.
+        run: that it starts from.
+        datasets: by name, clips that can be scored.
+        seed: of sampling.
+        lexicon: by which labels are compared.
+        prompt_length: tokens of a row of prompts, at the least.
+        group: its processes.
+        pulse: called before every batch.
+
+    Attributes:
+        prompt_length: of all prompts.
+    """
+
+    def __init__(
+        self,
+        section: ConfigDict,
+        run: Run,
+        datasets: dict[str, Records],
+        *,
+        seed: int,
+        lexicon: Lexicon,
+        prompt_length: int = 0,
+        group: distributed.ProcessGroup,
+        pulse: Callable[[], None],
+    ):
+        question = section.question
+        found = outcomes.prompt_length(run.processor, question, list(datasets.values()))
+        self.prompt_length = max(found, prompt_length)
+        self._section, self._run, self._group, self._pulse = section, run, group, pulse
+        self._lexicon = lexicon
+        self.sampled = self.generator(Sampling(1.0), section.group)
+        greedy = self.generator(Sampling(), 1)
+        self._exams = {
+            name: outcomes.Examination(
+                dataset,
+                truths(dataset, question),
+                run.processor,
+                run.mesh,
+                question,
+                greedy,
+                self.sampled,
+                section.prompts,
+                self.prompt_length,
+                seed,
+                pulse,
+            )
+            for name, dataset in datasets.items()
+        }
+
+    def generator(self, sampling: Sampling, answers: int, merge_lora: bool = False) -> Generator:
+        """Writes so many answers to each of a step's prompts at a time."""
+        section, run = self._section, self._run
+        return Generator(
+            run.model,
+            run.base,
+            run.processor,
+            run.mesh,
+            batch_size=section.prompts * answers,
+            prompt_length=self.prompt_length,
+            max_new_tokens=section.max_new_tokens,
+            sampling=sampling,
+            group=answers,
+            log_probs=True,
+            merge_lora=merge_lora,
+            pulse=self._pulse,
+        )
+
+    def quick(self, name: str, trainable: Any) -> outcomes.Outcome:
+        """Of one group of samples a clip."""
+        exam, samples = self._exams[name], self._section.group
+        asked = exam.ask(trainable, samples)
+        question = self._section.question
+        return outcomes.outcome(asked, exam.truth, question, self._lexicon, samples)
+
+    def thorough(self, name: str, trainable: Any, file: Path) -> outcomes.Outcome:
+        """Of enough samples for a consensus; all answers are kept in a file, and found there."""
+        section, exam = self._section, self._exams[name]
+
+        def read() -> outcomes.Asked | None:
+            return read_json(file, outcomes.Asked) if file.is_file() else None
+
+        asked = self._group.from_main_process(read)
+        if asked is None:
+            asked = exam.ask(trainable, max(section.consensus, section.test_samples))
+            if self._group.is_main_process:
+                write_json(file, asked)
+        return outcomes.outcome(
+            asked, exam.truth, section.question, self._lexicon, section.test_samples
+        )
+
+    def by_lexicon(self, name: str, files: Sequence[Path], lexicon: Lexicon) -> list[Any]:
+        """Outcomes of answers in files, by another lexicon, and how many clips that scores."""
+        section, exam = self._section, self._exams[name]
+        kind = "sentiment" if section.question == "sentiment" else "wheel_f"
+        known = np.flatnonzero(Reward(kind, Wheels(lexicon)).scorable(exam.truth))
+        truth, found = [exam.truth[i] for i in known], []
+        for file in files:
+            asked = read_json(file, outcomes.Asked)
+            asked = {key: [lists[i] for i in known] for key, lists in asked.items()}
+            found.append(
+                outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)
+            )
+        return [*found, len(known)]
+
+
+def compare(
+    config: ConfigDict,
+    section: ConfigDict,
+    workdir: Path,
+    exams: Exams,
+    before: outcomes.Outcome,
+    after: outcomes.Outcome,
+    best: int,
+    last: int,
+) -> dict[str, Any]:
+    """What `result.json` says about the held-out clips, before and after.
+
+    Args:
+        config: of the run, and its section.
+        section: see there.
+        workdir: of the run.
+        exams: that were made.
+        before, after: on the set "test".
+        best: step of the checkpoint that was asked.
+        last: step that the run has reached.
+    """
+    result = {
+        "steps": last,
+        "best_step": best,
+        "start": {
+            "run": section.start,
+            "step": section.start_step,
+            "sha256": section.start_sha256,
+        },
+        "lexicon": section.lexicon_sha256,
+        "clips": len(before.sampled),
+        "samples_per_clip": section.test_samples,
+        "before": before.as_dict(),
+        "after": after.as_dict(),
+    } | outcomes.gains(before, after, config.seed)
+    if section.test_lexicon:
+        lexicon = load_lexicon(section.test_lexicon)
+        files = [workdir / BEFORE, workdir / after_file(best)]
+        other_before, other_after, clips = exams.by_lexicon("test", files, lexicon)
+        result["other_lexicon"] = {
+            "lexicon": lexicon.identity.sha256,
+            "clips": clips,
+            "before": other_before.as_dict(),
+            "after": other_after.as_dict(),
+        } | outcomes.gains(other_before, other_after, config.seed)
+    return result
+
+
+def after_file(step: int) -> str:
+    """Where the answers of a checkpoint about the test clips are kept."""
+    return f"answers_step_{step}.json"
+
+
+def summary(workdir: Path, result: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> str:
+    """The closing words: before and after, `more` rows, and where to look."""
+    before, after = result["before"], result["after"]
+
+    def row(name: str, key: str) -> tuple[str, str]:
+        text = f"{before[key]:.3f} -> {after[key]:.3f}"
+        if gain := result.get(f"{key}_gain_interval"):
+            text += f"  ({result[f'{key}_gain']:+.3f}, {gain[0]:+.3f} to {gain[1]:+.3f})"
+        return name, text
+
+    rows = [row("reward of a sample", "sampled_reward")]
+    rows += [
+        row(key.replace("_", " "), key)
+        for key in after
+        if key.startswith(("greedy_", "consensus_")) and isinstance(after[key], float)
+    ]
+    rows.append(row("labels per clip", "labels_per_clip"))
+    rows += more
+    rows.append(("best on validation", f"the checkpoint of step {result['best_step']}"))
+    title = f"Before and after, {result['clips']:,} held-out clips"
+    return f"""{metrics_writer.summary_table(rows, title=title)}
+
+What you have now, in {workdir}:
+  result.json, answers_*.json                 the result and every answer behind it
+  metrics.jsonl, tensorboard/, run.png        the run
+  checkpoints/                                adapters, fusion, optimizer state
+
+What to run next:
+  affectgpt evaluate --workdir={workdir} --consensus=16"""

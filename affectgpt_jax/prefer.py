@@ -1,0 +1,302 @@
+"""Train a run on preferences between two answers (DPO).
+
+    affectgpt prefer --workdir=runs/p1 --from=runs/demo
+
+goes on from a run's best checkpoint, or from --step, by pairs of answers of which one is preferred:
+those of records with `alternatives` and `preferred`, in the layout of EmoPrefer and MER-Prefer, or,
+with `--config.dpo.source=samples`, the best and the worst of what the run itself writes about clips
+that supervision has not seen. The new workdir is a run like any other. The same command, run again,
+resumes.
+
+`--config.dpo.KEY=VALUE` sets what the section `dpo` of configs/affectgpt_qwen25_7b.py explains,
+`--config.KEY=VALUE` any other key of the run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build, continued, cpu, runtime
+from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
+from affectgpt_jax.continued import Exams
+from affectgpt_jax.data.packing import Bucket
+from affectgpt_jax.data.pipeline import DataError, PromptProcessor
+from affectgpt_jax.data.records import Records, RecordSubset, hold_out
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.rewards import Reward, Wheels
+from affectgpt_jax.models.attention import grouped
+from affectgpt_jax.pairs import (
+    Pair,
+    PairData,
+    annotated_pairs,
+    reference_log_probs,
+    sampled_pairs,
+)
+from affectgpt_jax.program import compiler_options, make_program
+from affectgpt_jax.restore import Run
+from affectgpt_jax.rollouts import truths
+from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding
+from affectgpt_jax.training.checkpoints import Checkpoints, check_disk, silence_threads
+from affectgpt_jax.training.policy import answer_log_probs
+from affectgpt_jax.training.preference import PreferenceLossConfig, preference_loss
+
+SHOWN = {"accuracy": "accuracy", "margin": "margin"}
+
+
+class _Sampled(TypedDict):
+    """Pairs in a file: by clip, the tokens of both answers."""
+
+    number: list[int]
+    better: list[list[int]]
+    worse: list[list[int]]
+
+
+def kept_pairs(
+    path: Path,
+    group: distributed.ProcessGroup,
+    dataset: Records,
+    processor: PromptProcessor,
+    question: str,
+    make: Callable[[], tuple[list[Pair], int]],
+) -> list[Pair]:
+    """Sampled pairs from a file, or else from `make()`, which are then written there."""
+    known = group.from_main_process(lambda: read_json(path, _Sampled) if path.is_file() else None)
+    if known is None:
+        pairs, _ = make()
+        if group.is_main_process:
+            both = {
+                side: [getattr(p, side).tolist() for p in pairs] for side in ("better", "worse")
+            }
+            write_json(path, {"number": [p.number for p in pairs], **both})
+        return pairs
+    prompts = processor.prompt_examples(dataset, question)
+    return [
+        Pair(n, prompts[n].tokens, *(np.asarray(tokens, np.int32) for tokens in both))
+        for n, *both in zip(known["number"], known["better"], known["worse"], strict=True)
+    ]
+
+
+def prefer(
+    config: ConfigDict,
+    workdir: Path,
+    run: Run,
+    group: distributed.ProcessGroup | None = None,
+    fallback: bool = False,
+    allow_other: Collection[str] = (),
+) -> dict[str, Any]:
+    """Go on from a run by preferences; arguments, result and errors are those of
+    `reinforce.reinforce`."""
+    group = group or distributed.ProcessGroup()
+    dpo, mesh = config.dpo, run.mesh
+    lexicon = load_lexicon(dpo.lexicon or None)
+    try:
+        settings = PreferenceLossConfig(dpo.beta, dpo.label_smoothing)
+        session = loop.Session(config, workdir, group, SHOWN)
+    except ValueError as error:
+        raise ConfigError(f"config.dpo or config.profile_steps: {error}") from None
+    shares = sharding.data_parallel_size(mesh)
+    for name in ("pairs", "prompts"):
+        if dpo[name] % (shares * config.gradient_accumulation_steps):
+            raise ConfigError(
+                f"config.dpo.{name}={dpo[name]} cannot be shared by {shares} devices (mesh "
+                f"{config.mesh!r}) in {config.gradient_accumulation_steps} microbatches"
+            )
+    config.batch_size = dpo.pairs
+    continued.note_start(dpo, run, lexicon)
+    validate(config)
+    group.from_main_process(lambda: check_same_run(config, workdir))
+    say, clock, processor = session.say, session.clock, run.processor
+    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+
+    # Pairs, some of them held out by the names of their clips.
+    clips = group.main_process_first(lambda: continued.open_clips(config, "dpo", workdir, run, say))
+    reward = Reward("sentiment" if dpo.question == "sentiment" else "wheel_f", Wheels(lexicon))
+    known = np.flatnonzero(reward.scorable(truths(clips["test"], dpo.question)))
+    test = RecordSubset(clips["test"], known[: dpo.test_clips].tolist())
+    group.from_main_process(lambda: save_config(config, workdir))
+    distributed.check_shared(workdir / "config.json")
+    exams = Exams(
+        dpo,
+        run,
+        {"test": test},
+        seed=config.seed,
+        lexicon=lexicon,
+        group=group,
+        pulse=session.pulse,
+    )
+    sets = {}
+    for name, dataset in zip(("train", "val"), hold_out(clips["rl"], dpo.val_share), strict=True):
+        if dpo.source == "records":
+            pairs, same = annotated_pairs(dataset, processor)
+            say(f"{name}: {same} of {len(dataset):,} preferences are for neither, and left out")
+        else:
+            say(f"{name}: sampling {dpo.group} answers about each of {len(dataset):,} clips")
+
+            def sample(dataset: Records = dataset) -> tuple[list[Pair], int]:
+                return sampled_pairs(
+                    dataset, processor, dpo.question, exams.sampled, run.trainable, reward, dpo.gap
+                )
+
+            pairs = kept_pairs(
+                workdir / f"pairs_{name}.json", group, dataset, processor, dpo.question, sample
+            )
+        if not pairs:
+            raise DataError(f"config.dpo: no pair to {name}; {len(dataset)} clips gave none")
+        sets[name] = PairData(config, dataset, processor, pairs, sharding.data_parallel_rank(mesh))
+        say(f"{name}: {sets[name].describe()}")
+    data, held_out = sets["train"], sets["val"]
+    # Of one shape, so that each program is compiled once.
+    both = zip(*((s.bucket.length, s.bucket.targets) for s in sets.values()), strict=True)
+    data.bucket = held_out.bucket = Bucket(*map(max, both))
+
+    # The program: the set-up of supervision, with another loss.
+    directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
+    options = compiler_options(config, say)
+    group.require_same({"base": run.identity.sha256})
+    say("attention: xla (both answers of a pair share their prompt)")
+    program = make_program(
+        config,
+        mesh,
+        {data.bucket.length: data.collate([], data.rows)},
+        preference_loss(settings),
+        llm=llm,
+        attend=grouped,
+        memory_limit=group.from_main_process(memory.device_limit),
+    )
+    for line in program.describe(directory.name):
+        say(line)
+    check_disk(workdir, program.state)
+    inputs = continued.inputs_of(run, clips, lexicon)
+    group.require_same({what: identity.sha256 for what, identity in inputs.items()})
+    checkpoints = Checkpoints(
+        workdir, run.identity, config.max_to_keep, group.is_main_process, inputs
+    )
+    state, start = loop.initial_state(
+        checkpoints,
+        program.state,
+        lambda: continued.start_state(program, run),
+        session,
+        fallback=fallback,
+        allow_other=allow_other,
+    )
+    steps = {}
+    if start < config.steps:
+        with clock.measure("compile"):
+            with runtime.compiling("1 program", enabled=group.is_main_process):
+                steps = program.compile(options)
+            group.meet()
+
+    loss = program.loss
+    evaluate = jax.jit(lambda trainable, base, batch: loss(program.model, base, trainable, batch))
+    log_probs = jax.jit(functools.partial(answer_log_probs, program.model))
+
+    def validation(trainable: Any) -> dict[str, float]:
+        """Loss, accuracy of the implicit reward, and margin on held-out pairs."""
+        sums, pairs = np.zeros(3), 0.0
+        for _, batch in held_out.whole():
+            session.pulse()
+            total, count, metrics = evaluate(
+                trainable, run.base, sharding.shard_whole_batch(mesh, batch)
+            )
+            sums += np.array([float(total), float(metrics["accuracy"]), float(metrics["margin"])])
+            pairs += float(count)
+        names = ("val/loss", "val/accuracy", "val/margin")
+        return dict(zip(names, (sums / pairs).tolist(), strict=True))
+
+    with session.running(start), checkpoints:
+        say("asking about the held-out clips, before")
+        with clock.measure("evaluate"):
+            before = exams.thorough("test", run.trainable, workdir / continued.BEFORE)
+            for name, pairs in sets.items():
+                tokens = [
+                    [p.prompt.tolist(), p.better.tolist(), p.worse.tolist()] for p in pairs.pairs
+                ]
+                digest = json_sha256([dpo.start_sha256, run.identity.sha256, tokens])[:12]
+                pairs.reference = kept_reference(
+                    workdir / f"reference_{name}_{digest}.json",
+                    group,
+                    lambda pairs=pairs: reference_log_probs(
+                        lambda batch: log_probs(run.base, run.trainable, batch),
+                        mesh,
+                        pairs,
+                        session.pulse,
+                    ),
+                )
+        state, totals = loop.run_steps(
+            session,
+            steps,
+            state,
+            run.base,
+            data,
+            mesh,
+            checkpoints,
+            validation,
+            start,
+            program.flops,
+        )
+        best, last = group.from_main_process(checkpoints.best_step), int(state["step"])
+        if best != last:
+            state = checkpoints.restore(best, program.state)
+        say(f"asking about the held-out clips, after, with step {best}")
+        with clock.measure("evaluate"):
+            file = workdir / continued.after_file(best)
+            after = exams.thorough("test", state["trainable"], file)
+            pairs = validation(state["trainable"])
+        result = continued.compare(config, dpo, workdir, exams, before, after, best, last)
+        result["pairs"] = {"train": len(data.pairs), "held_out": len(held_out.pairs)} | {
+            name.removeprefix("val/"): value for name, value in pairs.items()
+        }
+    times = clock.report()
+    result |= totals | {"wall_s": sum(times.values()), "time_s": times}
+    if group.is_main_process:
+        write_json(workdir / "result.json", result)
+        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
+        print(clock.table())
+        more = [("preferred as annotated, held-out pairs", f"0.500 -> {pairs['val/accuracy']:.3f}")]
+        print(continued.summary(workdir, result, more))
+    return result
+
+
+def kept_reference(
+    path: Path, group: distributed.ProcessGroup, make: Callable[[], list[np.ndarray]]
+) -> list[np.ndarray]:
+    """Log-probabilities from a file, or else from `make()`, which are then written there."""
+
+    def read() -> list[list[float]] | None:
+        return read_json(path, list[list[float]]) if path.is_file() else None
+
+    known = group.from_main_process(read)
+    if known is not None:
+        return [np.asarray(row, np.float32) for row in known]
+    made = make()
+    if group.is_main_process:
+        write_json(path, [row.tolist() for row in made])
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    continued.run_command(
+        "affectgpt prefer",
+        __doc__,
+        "dpo",
+        argv,
+        prefer,
+        "lower config.dpo.pairs, raise config.gradient_accumulation_steps, or let "
+        "config.remat=full recompute more",
+    )
+
+
+if __name__ == "__main__":
+    silence_threads()
+    cpu.keep_freed_memory()
+    main()

@@ -1,0 +1,301 @@
+"""Reinforce a run by the benchmark's own score of what it writes (GRPO).
+
+    affectgpt reinforce --workdir=runs/r1 --from=runs/demo
+
+asks the run about clips that supervision has not seen, rewards its answers by the emotion wheels,
+and makes the better answers of each prompt more probable. Adapters and fusion go on from the run's
+best checkpoint, or from --step; the base stays frozen. The new workdir is a run like any other:
+every command reads it. The same command, run again, resumes.
+
+`--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
+`--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
+`--config.optimizer.learning_rate=1e-5`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from affectgpt_jax import build, continued, cpu, inference, rollouts, runtime
+from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
+from affectgpt_jax.continued import Exams
+from affectgpt_jax.data.records import Records, RecordSubset
+from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
+from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
+from affectgpt_jax.models.attention import grouped
+from affectgpt_jax.models.generate import Sampling
+from affectgpt_jax.program import compiler_options, make_program
+from affectgpt_jax.restore import Run
+from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding
+from affectgpt_jax.training.checkpoints import Checkpoints, check_disk, silence_threads
+from affectgpt_jax.training.policy import PolicyLossConfig, policy_loss
+
+# Metrics of a step that its line shows, and what it calls them.
+SHOWN = {
+    "reward": "reward",
+    "reward_score": "score",
+    "kl": "KL",
+    "entropy": "entropy",
+    "labels": "labels",
+    "answer_tokens": "tokens",
+    "flat_groups": "flat",
+    "rollout_tokens_per_s": "written/s",
+    "update_tokens_per_s": "trained/s",
+}
+# Says that a run ended by itself before its last step.
+ENDED = "ended.json"
+
+
+def make_reward(rl: ConfigDict, lexicon: Lexicon) -> Reward:
+    """The reward of a config's section.
+
+    Raises:
+        ConfigError: one that makes no sense.
+    """
+    try:
+        return Reward(
+            rl.reward,
+            Wheels(lexicon, tuple(rl.wheels)),
+            rl.format_weight,
+            rl.length_penalty,
+            rl.length_free,
+            rl.allow_hacking,
+        )
+    except RewardError as error:
+        raise ConfigError(f"config.rl: {error}") from None
+
+
+def scorable(dataset: Records, reward: Reward, question: str, most: int) -> Records:
+    """The first clips, `most` at the most, that a reward can score."""
+    truth = rollouts.truths(dataset, question)
+    return RecordSubset(dataset, np.flatnonzero(reward.scorable(truth))[:most].tolist())
+
+
+def reinforce(
+    config: ConfigDict,
+    workdir: Path,
+    run: Run,
+    group: distributed.ProcessGroup | None = None,
+    fallback: bool = False,
+    allow_other: Collection[str] = (),
+) -> dict[str, Any]:
+    """Go on from a run by rewards.
+
+    Args:
+        config: see `continued.config_from`.
+        workdir: which this run alone works in.
+        run: that it starts from, loaded with this config's mesh.
+        group: the processes of the run; None is this one alone.
+        fallback: go on from an older checkpoint where the newest is damaged.
+        allow_other: which of `checkpoints.ALLOWED_OTHERS` may be others than before.
+
+    Returns:
+        What the main process writes into `workdir/result.json`.
+
+    Raises:
+        Stopped: a signal has ended the run, after everything was saved.
+    """
+    # What can be refused is refused before data is read or written.
+    group = group or distributed.ProcessGroup()
+    rl, mesh = config.rl, run.mesh
+    lexicon = load_lexicon(rl.lexicon or None)
+    reward = make_reward(rl, lexicon)
+    try:
+        settings = PolicyLossConfig(rl.epsilon, rl.epsilon_high, rl.beta, rl.kl, rl.weight_cap)
+        session = loop.Session(config, workdir, group, SHOWN)
+    except ValueError as error:
+        raise ConfigError(f"config.rl or config.profile_steps: {error}") from None
+    shares = sharding.data_parallel_size(mesh)
+    unit = shares * config.gradient_accumulation_steps
+    if rl.prompts % unit:
+        raise ConfigError(
+            f"config.rl.prompts={rl.prompts} in config.gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} microbatches cannot be shared by {shares} "
+            f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
+        )
+    config.batch_size = sum(rollouts.row_counts(config, shares))
+    continued.note_start(rl, run, lexicon)
+    validate(config)
+    group.from_main_process(lambda: check_same_run(config, workdir))
+    say, clock = session.say, session.clock
+    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+    say(f"reward {rl.reward} by {lexicon.identity}")
+
+    # Data: clips that supervision has not seen, and, if asked for, some that it has.
+    clips = group.main_process_first(lambda: continued.open_clips(config, "rl", workdir, run, say))
+    supervised = None
+    if rl.sft_share:
+        trained = build.data(config, run.workdir, run.processor.tokenizer, say).train
+        supervised = rollouts.SupervisedRows(trained, config.max_tokens, config.seed)
+    data = rollouts.RolloutData(
+        config,
+        clips["rl"],
+        run.processor,
+        reward,
+        sharding.data_parallel_rank(mesh),
+        shares,
+        supervised,
+    )
+    group.from_main_process(lambda: save_config(config, workdir))
+    distributed.check_shared(workdir / "config.json")
+    for line in data.describe():
+        say(line)
+    exams = Exams(
+        rl,
+        run,
+        {
+            "val": scorable(clips["val"], reward, rl.question, rl.val_clips),
+            "test": scorable(clips["test"], reward, rl.question, rl.test_clips),
+        },
+        seed=config.seed,
+        lexicon=lexicon,
+        prompt_length=data.prompt_length,
+        group=group,
+        pulse=session.pulse,
+    )
+    data.prompt_length = exams.prompt_length
+
+    # The program: the set-up of supervision, with another loss.
+    directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
+    options = compiler_options(config, say)
+    attention = build.attention(config, llm)
+    group.require_same({"attention": attention.name, "base": run.identity.sha256})
+    say(
+        "attention: xla (answers share their prompts)"
+        if rl.share_prompt
+        else f"attention: {attention.name} ({attention.reason})"
+    )
+    takes_kl = bool(rl.beta or rl.stop_kl)
+    more = ["reference_log_probs"] if takes_kl else []
+    more += ["old_log_probs"] if rl.updates > 1 else []
+    program = make_program(
+        config,
+        mesh,
+        {data.bucket.length: data.filler_batch(more)},
+        policy_loss(settings),
+        llm=llm,
+        attend=grouped if rl.share_prompt else attention.attend,
+        memory_limit=group.from_main_process(memory.device_limit),
+    )
+    for line in program.describe(directory.name):
+        say(line)
+    check_disk(workdir, program.state)
+    inputs = continued.inputs_of(run, clips, lexicon)
+    group.require_same({what: identity.sha256 for what, identity in inputs.items()})
+    checkpoints = Checkpoints(
+        workdir, run.identity, config.max_to_keep, group.is_main_process, inputs
+    )
+    state, start = loop.initial_state(
+        checkpoints,
+        program.state,
+        lambda: continued.start_state(program, run),
+        session,
+        fallback=fallback,
+        allow_other=allow_other,
+    )
+
+    def finished(step: int) -> bool:
+        ended = workdir / ENDED
+        return ended.is_file() and step >= read_json(ended, dict[str, Any])["step"]
+
+    steps = {}
+    if start < config.steps and not finished(start):
+        with clock.measure("compile"):
+            with runtime.compiling("1 program", enabled=group.is_main_process):
+                [update] = program.compile(options).values()
+            group.meet()
+        merge_lora = group.from_main_process(
+            lambda: inference.should_merge(rl.merge_lora, run.model, run.base)
+        )
+        writer = exams.sampled
+        if merge_lora or (rl.temperature, rl.top_p) != (1, 1):
+            writer = exams.generator(Sampling(rl.temperature, rl.top_p), rl.group, merge_lora)
+        reference = run.trainable if takes_kl else None
+        step = rollouts.RolloutStep(config, program, update, data, writer, reward, reference, say)
+
+        def run_step(state: Any, base: Any, prompts: Any) -> tuple[Any, dict[str, float]]:
+            state, metrics = step(state, base, prompts)
+            if rl.stop_kl and metrics["kl"] > rl.stop_kl:
+                number = step.number
+                say(
+                    f"step {number}: the KL to the start is {metrics['kl']:.3g}, over "
+                    f"config.rl.stop_kl={rl.stop_kl:g}, so the run ends here"
+                )
+                if group.is_main_process:
+                    write_json(workdir / ENDED, {"step": number, "kl": metrics["kl"]})
+                group.meet()
+            return state, metrics
+
+        steps = {data.prompt_length: run_step}
+
+    def validation(trainable: Any) -> dict[str, float]:
+        """A checkpoint is chosen by what its samples lack of the largest score."""
+        found = exams.quick("val", trainable)
+        sampled = float(found.sampled.mean())
+        return {
+            "val/loss": 1 - sampled,
+            "val/sampled_reward": sampled,
+            f"val/{found.metric}": found.greedy.primary,
+            "val/labels": found.labels,
+        }
+
+    with session.running(start), checkpoints:
+        say("asking about the held-out clips, before")
+        with clock.measure("evaluate"):
+            before = exams.thorough("test", run.trainable, workdir / continued.BEFORE)
+        state, totals = loop.run_steps(
+            session,
+            steps,
+            state,
+            run.base,
+            data,
+            mesh,
+            checkpoints,
+            validation,
+            start,
+            program.flops,
+            finished,
+        )
+        best, last = group.from_main_process(checkpoints.best_step), int(state["step"])
+        if best != last:
+            state = checkpoints.restore(best, program.state)
+        say(f"asking about the held-out clips, after, with step {best}")
+        with clock.measure("evaluate"):
+            file = workdir / continued.after_file(best)
+            after = exams.thorough("test", state["trainable"], file)
+        result = continued.compare(config, rl, workdir, exams, before, after, best, last)
+        result["ended_by"] = "stop_kl" if finished(last) else "steps"
+        session.writer.write(last, {"test/sampled_reward": float(after.sampled.mean())})
+    times = clock.report()
+    result |= totals | {"wall_s": sum(times.values()), "time_s": times}
+    if group.is_main_process:
+        write_json(workdir / "result.json", result)
+        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
+        print(clock.table())
+        print(continued.summary(workdir, result))
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
+    continued.run_command(
+        "affectgpt reinforce",
+        __doc__,
+        "rl",
+        argv,
+        reinforce,
+        "lower config.rl.prompts or config.rl.group, raise config.gradient_accumulation_steps, or "
+        "let config.remat=full recompute more",
+    )
+
+
+if __name__ == "__main__":
+    silence_threads()
+    cpu.keep_freed_memory()
+    main()

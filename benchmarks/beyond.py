@@ -1,0 +1,242 @@
+"""What comes after supervision, on demo worlds: `python -m benchmarks.beyond`.
+
+From a supervised run of each world go on: GRPO by several rewards, supervision on the best answer
+of each group, preferences between the model's own samples, and two controls: hit rate without a
+penalty, which rewards long lists, and rewards of other clips. Each is asked about the same held-out
+clips as the supervised run, greedily, by samples and by consensus. Beside them stand predictors
+that know the exact posterior of the world.
+
+Stopped, the same command goes on; `--config.key=value` goes to all runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.common.json import read_json
+from affectgpt_jax.data import demo
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.rewards import Wheels, overlap
+from benchmarks import harness
+from benchmarks.harness import Report
+from benchmarks.runner import RunError
+
+# What goes on from a supervised run: the command, and its overrides.
+HIT = ("rl.reward=hit", "rl.format_weight=0.0")
+VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "GRPO, wheel F": ("reinforce", ()),
+    "GRPO, corpus F": ("reinforce", ("rl.reward=wheel_f_corpus",)),
+    "GRPO, hit rate, no penalty": (
+        "reinforce",
+        (*HIT, "rl.length_penalty=0.0", "rl.allow_hacking=True", "rl.stop_kl=0.0"),
+    ),
+    "GRPO, hit rate, penalty": (
+        "reinforce",
+        (*HIT, "rl.length_penalty=0.25", "rl.length_free=0"),
+    ),
+    "best of 4": ("reinforce", ("rl.method=best",)),
+    "DPO, own samples": ("prefer", ("dpo.source=samples",)),
+    "control: rewards of other clips": ("reinforce", ("rl.shuffle_rewards=True",)),
+}
+LARGEST = 3
+
+
+# --- what is possible -----------------------------------------------------------------------------
+
+
+def label_lists() -> tuple[list[tuple[str, ...]], np.ndarray]:
+    """Every list of labels that a clip may have, L of them, and P(list | emotion), `[24, L]`."""
+    columns, rows = len(demo.VOICE_CUES), len(demo.FACE_CUES)
+    lists: dict[tuple[str, ...], int] = {}
+    entries = []
+    for emotion, word in enumerate(demo.EMOTIONS):
+        neighbours = [r for r in (emotion // columns - 1, emotion // columns + 1) if 0 <= r < rows]
+        entries.append((emotion, (word,), 1 - demo.COMPANION))
+        for row in neighbours:
+            pair = (word, demo.EMOTIONS[row * columns + emotion % columns])
+            entries.append((emotion, pair, demo.COMPANION / len(neighbours)))
+    table = np.zeros((len(demo.EMOTIONS), len(entries)))
+    for emotion, labels, share in entries:
+        table[emotion, lists.setdefault(labels, len(lists))] += share
+    return list(lists), table[:, : len(lists)]
+
+
+def predictor(
+    chosen: np.ndarray, sizes: np.ndarray, pairs: Mapping[str, np.ndarray], belief: np.ndarray
+) -> dict[str, float]:
+    """Expected scores of a predictor that answers clip i by `chosen[i]`, or by a mixture.
+
+    Args:
+        chosen: `[N]` candidates, or their probabilities `[N, C]`.
+        sizes: labels of each candidate, `[C]`.
+        pairs: of candidates against lists, scored, precision, recall `[C, L, W]`; reward and hit
+            `[C, L]`.
+        belief: `[N, L]`, of each clip's list.
+    """
+    if chosen.ndim == 1:
+        chosen = np.eye(len(sizes))[chosen]
+
+    share = chosen.T @ belief / len(belief)  # [C, L]
+
+    def expected(name: str) -> np.ndarray:
+        return np.tensordot(share, pairs[name], axes=2)
+
+    # Means over the clips whose truth a wheel scores.
+    precision, recall = (expected(name) / expected("scored") for name in ("precision", "recall"))
+    return {
+        "sampled_reward": float(expected("reward")),
+        "f": float((2 * precision * recall / (precision + recall)).mean()),
+        "p": float(precision.mean()),
+        "r": float(recall.mean()),
+        "hit": float(expected("hit")),
+        "labels": float((chosen @ sizes).mean()),
+    }
+
+
+def ceilings(world: int, clips: int) -> dict[str, dict[str, float]]:
+    """Expected scores on a world's first test clips of predictors that know its posterior.
+
+    A candidate is a set of up to `LARGEST` labels.
+    """
+    wheels = Wheels(load_lexicon())
+    lists, given_emotion = label_lists()
+    candidates = [
+        labels
+        for size in range(1, LARGEST + 1)
+        for labels in itertools.combinations(demo.EMOTIONS, size)
+    ]
+    sizes = np.array([len(labels) for labels in candidates])
+    grid = list(itertools.product(candidates, lists))
+    met = overlap([c for c, _ in grid], [t for _, t in grid], wheels)
+    shape = len(candidates), len(lists)
+    pairs = {
+        "scored": met.scored.reshape(*shape, -1),
+        "precision": met.precision.reshape(*shape, -1),
+        "recall": met.recall.reshape(*shape, -1),
+        "reward": met.mean(met.f).reshape(shape),
+        "hit": met.mean(met.hit).reshape(shape),
+    }
+    seen = demo.seen_by(demo.INPUT_MODES["multi_audio_face_text"])
+    evidence = demo.World(world).evidence("test", clips)
+    belief = demo.posterior(evidence, seen) @ given_emotion
+    value = belief @ pairs["reward"].T
+    single = np.flatnonzero(sizes == 1)
+    place = {frozenset(labels): number for number, labels in enumerate(candidates)}
+    as_written = np.array([place[frozenset(labels)] for labels in lists])
+    mixture = np.zeros((len(belief), len(candidates)))
+    np.add.at(mixture.T, as_written, belief.T)
+    found = {
+        "samples of the true distribution": mixture,
+        "the most probable list": as_written[belief.argmax(axis=1)],
+        "the best word": single[value[:, single].argmax(axis=1)],
+        "the best set": value.argmax(axis=1),
+    }
+    return {name: predictor(chosen, sizes, pairs, belief) for name, chosen in found.items()}
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def start(command: str, workdir: Path, flags: Sequence[str]) -> dict[str, Any]:
+    """What a finished run holds, after it was run if need be.
+
+    Raises:
+        RunError: it failed.
+    """
+    file = workdir / "result.json"
+    if not file.is_file():
+        workdir.mkdir(parents=True, exist_ok=True)
+        log = workdir / "log.txt"
+        with log.open("ab") as out:
+            words = [sys.executable, "-m", f"affectgpt_jax.{command}", f"--workdir={workdir}"]
+            status = subprocess.run([*words, *flags], stdout=out, stderr=out, check=False)
+        if status.returncode or not file.is_file():
+            raise RunError(f"{workdir}: {command} ended with status {status.returncode}; see {log}")
+    return read_json(file, dict[str, Any])
+
+
+def run(args: argparse.Namespace) -> Report:
+    """All variants on all worlds.
+
+    Raises:
+        RunError: a run failed.
+    """
+    overrides = list(args.overrides)
+    worlds = []
+    for world in args.worlds:
+        folder = Path(args.workdir) / f"world{world}"
+        start("train", folder / "sft", [f"--config.demo_seed={world}", *overrides])
+        rows = {}
+        for name in args.variants:
+            command, changes = VARIANTS[name]
+            section = "rl" if command == "reinforce" else "dpo"
+            flags = [f"--from={folder / 'sft'}", f"--config.{section}.test_clips={args.clips}"]
+            flags += [f"--config.steps={args.steps}", f"--config.checkpoint_every={args.steps}"]
+            flags += [f"--config.{change}" for change in changes]
+            rows[name] = start(command, folder / name.replace(" ", "-"), [*flags, *overrides])
+        worlds.append({"world": world, "runs": rows, "ceilings": ceilings(world, args.clips)})
+    return {"steps": args.steps, "clips": args.clips, "worlds": worlds}
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{value:+.3f} ({interval[0]:+.3f} to {interval[1]:+.3f})"
+
+
+def row(name: str, found: Mapping[str, float], gains: Mapping[str, Any] | None = None) -> list[str]:
+    """A line of the table; a gain is against the supervised run, on the same clips."""
+
+    def cell(key: str) -> str:
+        return f"{found[key]:.3f}" if key in found else ""
+
+    changed = [
+        with_interval(gains[f"{key}_gain"], gains[f"{key}_gain_interval"]) if gains else ""
+        for key in ("sampled_reward", "greedy_f", "consensus_f")
+    ]
+    labels = found.get("labels_per_clip", found.get("labels", 0.0))
+    scores = [cell("sampled_reward"), changed[0], cell("greedy_f") or cell("f"), changed[1]]
+    rates = [cell("greedy_p") or cell("p"), cell("greedy_r") or cell("r")]
+    return [name, *scores, *rates, cell("consensus_f"), changed[2], f"{labels:.2f}"]
+
+
+HEADER = ("", "reward of a sample", "gain", "greedy F", "gain", "P", "R", "consensus F", "gain")
+HEADER += ("labels",)
+
+
+def table(report: Report) -> str:
+    """A Markdown table for each world."""
+    parts = []
+    for world in report["worlds"]:
+        runs = world["runs"]
+        before = next(iter(runs.values()))["before"]
+        rows = [row("supervised", before)]
+        rows += [row(name, found["after"], found) for name, found in runs.items()]
+        rows += [row(f"*{name}*", found) for name, found in world["ceilings"].items()]
+        title = (
+            f"World {world['world']}, {report['clips']:,} held-out clips, {report['steps']} steps"
+        )
+        parts.append(f"{title}:\n\n{harness.markdown(HEADER, rows)}")
+    return "\n\n".join(parts)
+
+
+def flags(add: Callable[..., Any]) -> None:
+    add("--worlds", type=int, nargs="+", default=[0, 1, 2])
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    add("--steps", type=int, default=200, help="of each; default: 200")
+    add("--clips", type=int, default=2048, help="held-out clips that are asked; default: 2048")
+    add("--workdir", default="runs/beyond", help="default: runs/beyond")
+
+
+COMMAND = harness.Measurement(
+    "beyond", run, harness.each(table), lambda args: "beyond", flags, overrides=True
+)
+
+if __name__ == "__main__":
+    COMMAND.main()

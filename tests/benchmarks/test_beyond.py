@@ -1,0 +1,89 @@
+"""Ceilings of predictors that know the posterior, against brute force; the table."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from affectgpt_jax.config import SECTIONS, apply_overrides
+from affectgpt_jax.configs import demo as demo_config
+from affectgpt_jax.data import demo
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.metrics import score_fine
+from benchmarks import beyond
+
+
+@pytest.fixture(scope="module")
+def found():
+    return beyond.ceilings(0, 256)
+
+
+def test_the_lists_that_a_clip_may_have_are_drawn_as_the_world_does():
+    lists, given = beyond.label_lists()
+    np.testing.assert_allclose(given.sum(axis=1), 1)
+    emotion = np.repeat(np.arange(24), 2000)
+    drawn = demo._label_lists(np.random.default_rng(0), emotion)
+    shares = np.zeros_like(given)
+    for number, labels in zip(emotion, drawn, strict=True):
+        shares[number, lists.index(labels)] += 1 / 2000
+    assert np.abs(shares - given).max() < 0.05
+
+
+def test_a_better_predictor_of_the_posterior_scores_more(found):
+    reward = {name: scores["sampled_reward"] for name, scores in found.items()}
+    ordered = ["samples of the true distribution", "the most probable list", "the best word"]
+    assert [reward[name] for name in ordered] == sorted(reward[name] for name in ordered)
+    assert reward["the best set"] > reward["the best word"] + 0.005
+    assert found["the best word"]["labels"] == 1 < found["the best set"]["labels"] < 2
+    assert found["samples of the true distribution"]["labels"] == pytest.approx(1.3, abs=0.01)
+
+
+def test_an_expectation_is_what_the_benchmark_finds_on_average(found):
+    """The most probable word against lists drawn from the posterior, by `score_fine`."""
+    rng = np.random.default_rng(0)
+    lists, given = beyond.label_lists()
+    evidence = demo.World(0).evidence("test", 256)
+    seen = demo.seen_by(demo.INPUT_MODES["multi_audio_face_text"])
+    belief = demo.posterior(evidence, seen) @ given
+    answers = [lists[i] for i in belief.argmax(axis=1)]
+    truth = []
+    for _ in range(40):
+        truth += [lists[rng.choice(len(lists), p=p)] for p in belief]
+    score = score_fine(answers * 40, truth, load_lexicon())
+    expected = found["the most probable list"]
+    for ours, theirs in (("f", "f"), ("p", "p"), ("r", "r")):
+        assert expected[ours] == pytest.approx(score.values[theirs], abs=0.01)
+
+
+@pytest.mark.parametrize("name", beyond.VARIANTS)
+def test_the_keys_of_every_variant_are_there(name):
+    command, changes = beyond.VARIANTS[name]
+    section = "rl" if command == "reinforce" else "dpo"
+    config = demo_config.get_config()
+    config[section] = SECTIONS[section]()
+    assert apply_overrides(config, [f"--config.{change}" for change in changes]) == []
+
+
+def test_runs_that_are_there_are_not_run_again_and_stand_in_the_table(tmp_path, monkeypatch):
+    side = {"sampled_reward": 0.7, "greedy_f": 0.79, "greedy_p": 0.8, "greedy_r": 0.78}
+    side |= {"consensus_f": 0.81, "labels_per_clip": 1.0}
+    gains = {f"{k}_gain": 0.01 for k in ("sampled_reward", "greedy_f", "consensus_f")}
+    gains |= {f"{key}_interval": [-0.02, 0.04] for key in list(gains)}
+    for name in ("sft", "best-of-4"):
+        folder = tmp_path / "world0" / name
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps({"before": side, "after": side} | gains))
+    monkeypatch.setattr(beyond, "ceilings", lambda world, clips: {"the best set": {"f": 0.83}})
+    args = SimpleNamespace(
+        worlds=[0], variants=["best of 4"], steps=5, clips=8, workdir=tmp_path, overrides=()
+    )
+    lines = beyond.table(beyond.run(args)).splitlines()
+    assert lines[0] == "World 0, 8 held-out clips, 5 steps:"
+    assert any(line.startswith("| supervised | 0.700 |  | 0.790") for line in lines)
+    assert any("best of 4" in line and "+0.010 (-0.020 to +0.040)" in line for line in lines)
+    assert any("*the best set*" in line and "0.830" in line for line in lines)
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(beyond.RunError, match="reinforce ended with status 1"):
+        args.variants = ["GRPO, wheel F"]
+        beyond.run(args)

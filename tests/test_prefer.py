@@ -1,0 +1,203 @@
+"""Pairs of answers, and the command that trains on them, on a run that has hardly learned."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from affectgpt_jax import build, prefer
+from affectgpt_jax.configs import affectgpt_qwen25_7b
+from affectgpt_jax.configs import demo as demo_config
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.pipeline import DataError
+from affectgpt_jax.data.records import RecordDataset, RecordSubset, write_records
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from affectgpt_jax.evaluation.rewards import Reward, Wheels
+from affectgpt_jax.inference import Answer
+from affectgpt_jax.models.attention import GROUP
+from affectgpt_jax.models.generate import Generated
+from affectgpt_jax.pairs import PairData, annotated_pairs, sampled_pairs
+from affectgpt_jax.restore import load_run
+from affectgpt_jax.training.metrics_writer import read_metrics
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pairs") / "records"
+    clips = demo.World(0).records("rl", 40)
+    write_records(folder, clips, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(records):
+    return RecordDataset(records)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = demo_config.get_config()
+    config.dpo = affectgpt_qwen25_7b.preference()
+    config.dpo.pairs = 8
+    return config
+
+
+@pytest.fixture(scope="module")
+def processor(config):
+    directory = build.base_directory("tiny")
+    return build.prompt_processor(config, build.tokenizer(directory, build.base_config("tiny")))
+
+
+def text_of(processor, tokens):
+    text = processor.tokenizer.decode(tokens)
+    assert text.endswith(processor.prompts.end)
+    return text.removesuffix(processor.prompts.end)
+
+
+def test_the_preferred_one_of_two_descriptions_is_the_better_answer(clips, processor):
+    few = RecordSubset(clips, range(12))
+    few.index = [SimpleNamespace(**vars(e)) for e in few.index]
+    for entry, preferred in zip(few.index, ("a1", "a2", "same")):
+        entry.preferred = preferred
+    few.index = [type(clips.index[0])(**vars(entry)) for entry in few.index]
+    pairs, same = annotated_pairs(few, processor)
+    assert same >= 1 and len(pairs) + same == 12 and 2 not in {p.number for p in pairs}
+    for pair in pairs:
+        entry = few.index[pair.number]
+        texts = [text_of(processor, tokens) for tokens in (pair.better, pair.worse)]
+        assert texts == list(entry.alternatives)[:: 1 if entry.preferred == "a1" else -1]
+    assert {few.index[p.number].preferred for p in pairs} == {"a1", "a2"}
+    few.index[4] = type(clips.index[0])(**{**vars(few.index[4]), "preferred": ""})
+    with pytest.raises(DataError, match=f"{few.index[4].name!r} has no preferred one"):
+        annotated_pairs(few, processor)
+
+
+class Said:
+    """A generator whose answers are texts, four a clip."""
+
+    group = 4
+
+    def __init__(self, processor, texts):
+        self.texts, self._processor = texts, processor
+
+    def generated(self, trainable, dataset, question):
+        for number, text in enumerate(self.texts):
+            ids = self._processor.tokenizer.encode([text + self._processor.prompts.end])[0]
+            tokens = np.asarray(ids, np.int32)
+            yield number, Generated(tokens, np.int32(len(ids)), np.bool_(True), None)
+
+    def read(self, generated):
+        text = self._processor.tokenizer.decode(generated.tokens)
+        return Answer(text.removesuffix(self._processor.prompts.end), 1, False, None)
+
+
+def test_best_and_worst_of_a_models_own_samples_make_a_pair(clips, processor):
+    few = RecordSubset(clips, range(3))
+    right = [f"They feel {', '.join(entry.labels)}." for entry in few.index]
+    texts = ["They feel qqq.", right[0], "They feel rrr.", "They feel sss."]
+    texts += [right[1]] * 4  # all alike
+    texts += ["They feel qqq.", "They feel rrr.", "They feel qqq.", right[2]]
+    reward = Reward("wheel_f", Wheels(load_lexicon()))
+    said = Said(processor, texts)
+    pairs, none = sampled_pairs(few, processor, "ovlabel", said, None, reward, 0.2)
+    assert none == 1
+    found = [(p.number, text_of(processor, p.better), text_of(processor, p.worse)) for p in pairs]
+    assert found == [(0, right[0], "They feel qqq."), (2, right[2], "They feel qqq.")]
+
+
+def test_a_row_holds_a_pair_that_shares_its_prompt(clips, config, processor):
+    pairs, _ = annotated_pairs(clips, processor)
+    data = PairData(config, clips, processor, pairs)
+    numbers = data.numbers(1)
+    batch = data.batch(1)
+    assert sorted(batch) == sorted(data.collate([], 8))
+    for row, number in enumerate(numbers):
+        pair = pairs[number]
+        first, second = len(pair.better), len(pair.worse)
+        signs = [1] * first + [-1] * second
+        assert batch["signs"][row, : len(signs)].tolist() == signs
+        assert not batch["signs"][row, len(signs) :].any()
+        targets = np.concatenate([pair.better, pair.worse])
+        np.testing.assert_array_equal(batch["targets"][row, : len(signs)], targets)
+        start = len(pair.prompt)
+        ids = [GROUP] * start + [GROUP + 1] * first + [GROUP + 2] * second
+        assert batch["segment_ids"][row, : len(ids)].tolist() == ids
+        # Both are predicted from the end of the prompt.
+        at = batch["target_positions"][row]
+        assert at[0] == at[first] == start - 1
+    data.reference = [np.full(len(p) - len(p.prompt), i, np.float32) for i, p in enumerate(pairs)]
+    known = data.batch(1)["reference_log_probs"]
+    assert known[:, 0].tolist() == numbers.tolist()
+    epoch = np.concatenate([data.numbers(step) for step in range(len(pairs))])
+    assert sorted(epoch) == sorted(list(range(len(pairs))) * 8)
+    halves = [PairData(config, clips, processor, pairs, (i, 2)).batch(1) for i in (0, 1)]
+    both = np.concatenate([half["tokens"] for half in halves])
+    np.testing.assert_array_equal(both, batch["tokens"])
+    short = config.copy_and_resolve_references()
+    short.max_tokens = 20
+    with pytest.raises(DataError, match="over config.max_tokens=20"):
+        PairData(short, clips, processor, pairs)
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def flags(trained_run, records, workdir, **more):
+    keys = {
+        "steps": 4,
+        "checkpoint_every": 2,
+        "optimizer.learning_rate": 3e-3,
+        "dpo.data": records,
+        "dpo.pairs": 8,
+        "dpo.prompts": 8,
+        "dpo.group": 2,
+        "dpo.val_share": 0.2,
+        "dpo.test_clips": 8,
+        "dpo.test_samples": 2,
+        "dpo.consensus": 4,
+    } | more
+    overrides = [f"--config.{key}={value}" for key, value in keys.items()]
+    return [f"--workdir={workdir}", f"--from={trained_run}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def finished(trained_run, records, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("preferred") / "run"
+    prefer.main(flags(trained_run, records, workdir))
+    return workdir
+
+
+def test_a_run_goes_on_by_preferences_and_to_the_same_bytes_when_it_is_stopped(
+    finished, trained_run, records, tmp_path
+):
+    result = json.loads((finished / "result.json").read_text())
+    pairs = result["pairs"]
+    assert pairs["train"] + pairs["held_out"] <= 40 and 0 <= pairs["accuracy"] <= 1
+    metrics = [m for m in read_metrics(finished / "metrics.jsonl") if "train/loss" in m]
+    assert metrics[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-4)
+    assert abs(metrics[0]["train/margin"]) < 1e-4
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    prefer.main(flags(trained_run, records, workdir))
+    ends = [jax.device_get(load_run(run, 4).trainable) for run in (finished, workdir)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"dpo.beta": 0.0}, "beta is 0.0; expected over 0"),
+        ({"dpo.source": "people"}, "config.dpo.source is 'people'"),
+        ({"dpo.pairs": 12}, "config.dpo.pairs=12 cannot be shared by 8 devices"),
+        ({"dpo.val_share": 1.0}, "config.dpo.val_share is 1.0"),
+        ({"dpo.data": ""}, "config.dpo.data names no records"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(trained_run, records, tmp_path, more, said):
+    with pytest.raises(SystemExit) as stopped:
+        prefer.main(flags(trained_run, records, tmp_path / "run", **more))
+    assert said in str(stopped.value)

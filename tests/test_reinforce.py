@@ -1,0 +1,166 @@
+"""The command that reinforces a run, as a user starts it, on a run that has hardly learned."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from affectgpt_jax import reinforce
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import write_records
+from affectgpt_jax.restore import load_run
+from affectgpt_jax.training.metrics_writer import read_metrics
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Records that supervision has not seen."""
+    folder = tmp_path_factory.mktemp("clips") / "rl"
+    records = demo.World(0).records("rl", 32)
+    write_records(folder, records, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
+    return folder
+
+
+def flags(trained_run, clips, workdir, steps=4, **more):
+    """8 devices share 8 prompts with 2 answers each."""
+    keys = {
+        "steps": steps,
+        "checkpoint_every": 2,
+        "optimizer.learning_rate": 3e-3,
+        "rl.data": clips,
+        "rl.prompts": 8,
+        "rl.group": 2,
+        "rl.val_clips": 8,
+        "rl.test_clips": 8,
+        "rl.test_samples": 2,
+        "rl.consensus": 4,
+        "rl.beta": 0.01,
+        "rl.drop_flat": False,
+        "rl.mask_cut": False,
+        # A model that has hardly learned earns nothing, and learns nothing from that.
+        "rl.sft_share": 0.5,
+    } | more
+    overrides = [f"--config.{key}={value}" for key, value in keys.items()]
+    return [f"--workdir={workdir}", f"--from={trained_run}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def finished(trained_run, clips, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("reinforced") / "run"
+    reinforce.main(flags(trained_run, clips, workdir))
+    return workdir
+
+
+def trainable_of(workdir, step=4):
+    return jax.device_get(load_run(workdir, step).trainable)
+
+
+def test_a_run_goes_on_by_rewards_and_says_what_that_changed(finished, trained_run, clips):
+    result = json.loads((finished / "result.json").read_text())
+    assert result["steps"] == 4 and result["ended_by"] == "steps" and result["clips"] == 8
+    for when in ("before", "after"):
+        for key in ("sampled_reward", "greedy_f", "consensus_f"):
+            assert 0 <= result[when][key] <= 1
+        assert result[when]["labels_per_clip"] >= 0
+    low, high = result["sampled_reward_gain_interval"]
+    gain = result["after"]["sampled_reward"] - result["before"]["sampled_reward"]
+    assert result["sampled_reward_gain"] == pytest.approx(gain)
+    assert low <= gain <= high
+    # Written and trained log-probabilities agree, and the first step starts at the start.
+    metrics = read_metrics(finished / "metrics.jsonl")
+    by_step = {m["step"]: m for m in metrics if "train/reward" in m}
+    assert sorted(by_step) == [1, 2, 3, 4]
+    assert all(m["train/mismatch"] < 1e-5 for m in by_step.values())
+    assert abs(by_step[1]["train/kl"]) < 1e-6 < by_step[4]["train/kl"]
+    assert all(m["train/ratio"] == pytest.approx(1, abs=1e-6) for m in by_step.values())
+    # The adapters of a checkpoint are not those of the start.
+    old, new = trainable_of(trained_run, None), trainable_of(finished)
+    changes = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), old, new)
+    assert min(jax.tree.leaves(changes["fusion"])) >= 0 < max(jax.tree.leaves(changes["lora"]))
+    config = load_run(finished).config
+    assert config.rl.start_sha256 == load_run(trained_run).fingerprint(config.rl.start_step)
+    assert config.lora.dropout == 0 and config.rl.data == str(clips)
+
+
+def test_a_run_that_stops_between_its_steps_goes_on_to_the_same_bytes(
+    finished, trained_run, clips, tmp_path
+):
+    """As a run that is killed behind its checkpoint of step 2 does."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    for file in ("result.json", "answers_before.json"):
+        (workdir / file).unlink()
+    reinforce.main(flags(trained_run, clips, workdir))
+    jax.tree.map(np.testing.assert_array_equal, trainable_of(workdir), trainable_of(finished))
+    before, after = (json.loads((d / "result.json").read_text()) for d in (finished, workdir))
+    for key in ("before", "after", "sampled_reward_gain", "best_step"):
+        assert before[key] == after[key]
+
+
+def test_a_run_ends_by_itself_where_it_has_gone_too_far(
+    finished, trained_run, clips, tmp_path, capsys
+):
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    config = json.loads((workdir / "config.json").read_text())
+    config["rl"]["stop_kl"] = 1e-9
+    (workdir / "config.json").write_text(json.dumps(config))
+    command = flags(trained_run, clips, workdir, **{"rl.stop_kl": 1e-9})
+    reinforce.main(command)
+    assert "step 3: the KL to the start is" in capsys.readouterr().out
+    result = json.loads((workdir / "result.json").read_text())
+    assert (result["steps"], result["ended_by"]) == (3, "stop_kl")
+    reinforce.main(command)  # has nothing left to do
+    assert json.loads((workdir / "result.json").read_text())["steps"] == 3
+
+
+def refused(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        reinforce.main(list(map(str, arguments)))
+    message = str(stopped.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def test_another_run_in_its_workdir_is_refused(finished, trained_run, clips):
+    message = refused(*flags(trained_run, clips, finished, **{"rl.group": 4}))
+    assert "holds a run with config.rl.group=2, but now it is 4" in message
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"rl.reward": "hit", "rl.length_penalty": 0}, "'hit' without a length_penalty"),
+        ({"rl.group": 1}, "config.rl.group is 1; expected 2 or more"),
+        ({"rl.data": ""}, "config.rl.data names no records"),
+        ({"rl.data": "/nowhere"}, "/nowhere/manifest.json is missing"),
+        ({"rl.prompts": 12}, "cannot be shared by 8 devices"),
+        ({"rl.wheels": "(7,)"}, "wheels (7,)"),
+        ({"lora.dropout": 0.1}, "config.lora.dropout and config.qformer.dropout must be 0"),
+        ({"rl.epsilon": 2}, "epsilon is 2.0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(trained_run, clips, tmp_path, more, said):
+    assert said in refused(*flags(trained_run, clips, tmp_path / "run", **more))
+
+
+def test_a_workdir_without_a_run_is_refused(tmp_path):
+    assert "holds no run" in refused(f"--workdir={tmp_path}/a", f"--from={tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--workdir=a"], "required: --from"),
+        (["--workdir=a", "--from=a"], "are the same run; name a new --workdir"),
+        (["--workdir=a", "--from=b", "c"], "unknown argument c"),
+        (["--workdir=a", "--from=b", "--config.steps"], "unknown argument --config.steps"),
+    ],
+)
+def test_a_wrong_command_line_is_refused(capsys, arguments, said):
+    with pytest.raises(SystemExit) as stopped:
+        reinforce.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err
