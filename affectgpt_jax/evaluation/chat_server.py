@@ -5,20 +5,54 @@ The `openai` client (the extra `affectgpt-jax[openai]`) sends the requests.
 
 from __future__ import annotations
 
-import json
+import importlib
+import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, TypedDict
 
-from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.json import parse_json
+from affectgpt_jax.common.secret import Secret
 from affectgpt_jax.common.text import shorten
 
+# Of a reply, and of an error's text that is looked at.
+MAX_REPLY_BYTES = 16 * 2**20
+MAX_ERROR_CHARACTERS = 2**16
 _RESUME = "what was answered before is kept, and the same command goes on from there"
 
 
 class ChatError(UserError, RuntimeError):
     """A server that gives no reply: one sentence that says what it did instead."""
+
+
+class _Unread(Exception):
+    """A reply that is not read to its end; the text says why."""
+
+
+class _Message(TypedDict):
+    content: str
+
+
+class _Choice(TypedDict):
+    message: _Message
+
+
+class _Reply(TypedDict):
+    """What is read of a reply."""
+
+    choices: list[_Choice]
+
+
+class _Reason(TypedDict):
+    message: str
+
+
+class _Refusal(TypedDict):
+    """What is read of an error."""
+
+    error: _Reason
 
 
 class ChatServer:
@@ -31,9 +65,9 @@ class ChatServer:
     Args:
         base_url: up to and without `/chat/completions`, e.g. "http://localhost:8000/v1".
         model: the name that the server knows it by.
-        api_key: sent as a bearer token, and shown nowhere; "" sends none.
+        api_key: sent as a bearer token, and shown nowhere, in no form; "" sends none.
         concurrency: requests under way at a time.
-        timeout_s: for the server to say something.
+        timeout_s: for the server to say something, and to end its reply.
         attempts: to get one reply.
         max_tokens: of a reply.
 
@@ -52,11 +86,8 @@ class ChatServer:
         attempts: int = 6,
         max_tokens: int = 512,
     ):
-        parts = urllib.parse.urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ChatError(f"{base_url!r} is no address; expected one as http://localhost:8000/v1")
-        if parts.username or parts.password:
-            raise ChatError("the server's address holds a password; leave it out, and pass a key")
+        self._secret = Secret(api_key)
+        _check_address(base_url, self._secret)
         if api_key and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
             raise ChatError("the API key holds a character that no key has; is it quoted or cut?")
         try:
@@ -67,7 +98,7 @@ class ChatServer:
             ) from None
         self._openai = openai
         self._url = base_url.rstrip("/")
-        self._model, self._key, self._max_tokens = model, api_key, max_tokens
+        self._model, self._max_tokens, self._has_key = model, max_tokens, bool(api_key)
         self._concurrency, self._attempts = concurrency, attempts
         self._client = openai.OpenAI(
             base_url=self._url,
@@ -75,7 +106,11 @@ class ChatServer:
             api_key=api_key or "none",
             timeout=timeout_s,
             max_retries=attempts - 1,
-            http_client=openai.DefaultHttpxClient(follow_redirects=False),
+            http_client=openai.DefaultHttpxClient(
+                follow_redirects=False,
+                headers={"Accept-Encoding": "identity"},
+                event_hooks={"response": [lambda response: _bound(response, timeout_s)]},
+            ),
         )
         self.identity = f"{model} at {self._url}, greedy, {max_tokens} tokens"
 
@@ -107,44 +142,99 @@ class ChatServer:
                 messages=[{"role": "user", "content": message}],
                 temperature=0,
                 max_tokens=self._max_tokens,
-                extra_headers={} if self._key else {"Authorization": self._openai.Omit()},
+                extra_headers={} if self._has_key else {"Authorization": self._openai.Omit()},
             )
-            text = response.text
+            data = response.content
+        except _Unread as error:
+            raise self._error(f"{error}; is it a server of chat completions?") from None
         except self._openai.APIStatusError as error:
-            raise self._error(_refusal(error.response)) from None
+            raise self._error(self._refusal(error.response)) from None
         except self._openai.APIConnectionError as error:
             late = isinstance(error, self._openai.APITimeoutError)
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
             raise self._error(
-                f"{'no answer in time' if late else 'no connection'} ({reason}), "
+                f"{'no answer in time' if late else 'no connection'} "
+                f"({self._secret.mask(reason)[:200]}), "
                 f"{self._attempts} times; {_RESUME}"
             ) from None
         try:
-            content = json.loads(text)["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            content = None
-        if not isinstance(content, str):
+            content = parse_json(data, "the reply", _Reply)["choices"][0]["message"]["content"]
+        except (ReadError, IndexError):
+            shown = self._shown(data.decode(errors="replace"), 80)
             raise self._error(
-                f"an answer without choices[0].message.content: {shorten(text)}; is it a server of "
-                "chat completions?"
-            )
+                f"an answer without choices[0].message.content: {shown}; is it a server of chat "
+                "completions?"
+            ) from None
         return content
 
     def _error(self, sentence: str) -> ChatError:
         """An error without the key, which servers like to repeat."""
-        sentence = " ".join(f"{self._url}: {sentence}".split())
-        return ChatError(sentence.replace(self._key, "***") if self._key else sentence)
+        return ChatError(self._secret.mask(" ".join(f"{self._url}: {sentence}".split())))
+
+    def _shown(self, text: str, limit: int) -> str:
+        """The beginning of a server's words. Masked first: half a key would not be known."""
+        return shorten(self._secret.mask(text[:MAX_ERROR_CHARACTERS]), limit)
+
+    def _refusal(self, response: Any) -> str:
+        """What an HTTP status means, with the server's own words."""
+        try:
+            detail = parse_json(response.content, "the error", _Refusal)["error"]["message"]
+        except ReadError:
+            detail = response.text
+        what = f"HTTP {response.status_code} {self._shown(detail, 200) if detail else ''}".rstrip()
+        if response.status_code in (401, 403):
+            return f"{what}; is the API key right?"
+        if wait := response.headers.get("Retry-After"):
+            return f"{what}; the server asks for a pause of {wait[:40]} s; {_RESUME}"
+        return f"{what}; {_RESUME}" if response.status_code >= 500 else what
 
 
-def _refusal(response: Any) -> str:
-    """What an HTTP status means, with the server's own words."""
+def _check_address(url: str, key: Secret) -> None:
+    """Refuse an address that cannot be used, or holds a secret; the message does not repeat it."""
     try:
-        detail = json.loads(response.text)["error"]["message"]
-    except (ValueError, LookupError, TypeError):
-        detail = response.text
-    what = f"HTTP {response.status_code} {shorten(detail, 200) if detail else ''}".rstrip()
-    if response.status_code in (401, 403):
-        return f"{what}; is the API key right?"
-    if wait := response.headers.get("Retry-After"):
-        return f"{what}; the server asks for a pause of {wait[:40]} s; {_RESUME}"
-    return f"{what}; {_RESUME}" if response.status_code >= 500 else what
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number, brackets that do not match
+        raise ChatError("the server's address is none; expected http://localhost:8000/v1") from None
+    if "@" in url:
+        raise ChatError("the server's address holds a password; leave it out, and pass a key")
+    if "?" in url or "#" in url:
+        raise ChatError(
+            "the server's address has a part behind ? or #, which may hold a key; leave it out, "
+            "and pass the key by --api-key-env"
+        )
+    if key.within(url):
+        raise ChatError("the server's address holds the API key; leave it out of the address")
+    if not usable:
+        raise ChatError(f"{shorten(url)} is no address; expected one as http://localhost:8000/v1")
+
+
+def _bound(response: Any, timeout_s: float) -> None:
+    """Let a reply be no larger than `MAX_REPLY_BYTES`, and end in time.
+
+    Args:
+        response: of `httpx`, before its body is read.
+        timeout_s: for the body.
+    """
+    # openai brings httpx, or a fork of it under another name.
+    httpx = importlib.import_module(type(response).__module__.partition(".")[0])
+    if response.headers.get("Content-Encoding", "identity") != "identity":
+        raise _Unread("the reply is compressed, which was not asked for")
+    response.encoding = "utf-8"  # JSON's; the reply may name one that decodes to no text
+    body, deadline = response.stream, time.monotonic() + timeout_s
+
+    class Bounded(httpx.SyncByteStream):
+        def __iter__(self) -> Iterator[bytes]:
+            size = 0
+            for chunk in body:
+                size += len(chunk)
+                if size > MAX_REPLY_BYTES:
+                    raise _Unread(f"the reply is larger than {MAX_REPLY_BYTES:,} bytes")
+                if time.monotonic() > deadline:
+                    raise _Unread(f"the reply does not end within {timeout_s:g} s")
+                yield chunk
+
+        def close(self) -> None:
+            body.close()
+
+    response.stream = Bounded()
