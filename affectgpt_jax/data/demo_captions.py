@@ -63,6 +63,8 @@ _ASIDES = (
     "Nobody else comes close to the camera.",
     "The background stays out of focus.",
 )
+# Cues that a lexicon holds for emotions, in words that it does not.
+_PLAINLY = {"smile": "a curve of the lips", "sob": "tears", "laugh": "all the teeth"}
 _REFUSALS = (
     "I cannot identify the emotional state from this.",
     "There is no clip to look at.",
@@ -161,7 +163,7 @@ def draw_captions(world: World, size: int, rates: Rates = Rates()) -> Captions:
         heard = VOICE_WORDS[voice[i]] if clips.present["audio"][i] else "nothing"
         shown = FACE_WORDS[face[i]] if clips.present["face"][i] else "nothing"
         audio.append(f"The voice gives {heard}.")
-        video.append(f"The face shows {shown}.")
+        video.append(f"The face shows {_PLAINLY.get(shown, shown)}.")
         words = clips.labels[i] if right[i] else companions[i]
         if KINDS[kind[i]] == "failed":
             labels.append(())
