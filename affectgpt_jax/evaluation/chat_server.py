@@ -1,7 +1,7 @@
 """Any server that speaks OpenAI's chat completions: vLLM, llama.cpp, Ollama, OpenAI itself.
 
 The `openai` client (the extra `affectgpt-jax[openai]`) sends the requests. A message is text, or
-a list of parts as the protocol has them, such as `{"type": "image_url", "image_url": {"url": ...}}`.
+a list of parts as the protocol has them: `{"type": "image_url", "image_url": {"url": ...}}`.
 """
 
 from __future__ import annotations

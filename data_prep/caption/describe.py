@@ -235,8 +235,9 @@ def _ask(
     for path in sorted(folder.glob(f"{kind}*.jsonl")):
         kept |= {key: found for (key,), found in _store(path).records.items()}
     prompt_sha256 = json_sha256(prompt)
+    # Of what cannot be read, clips have no reply in common.
     keys = {
-        name: json_sha256([model.identity, words, sha256, *shown])
+        name: json_sha256([model.identity, words, sha256 or (name if shown else ""), *shown])
         for name, (_, words, sha256) in questions.items()
     }
     mine = dict.fromkeys(list(keys.values()))
