@@ -211,16 +211,16 @@ def judge(data: DataSet, settings: Settings, lexicon: Lexicon) -> dict[str, dict
         labelled = (data.labels or {}).get(name)
         vote = (data.votes or {}).get(name)
         judged[name] = {
-            "reply": test_of_reply(described, labelled),
-            "length": test_of_length(described, data.cuts),
-            "speaker": test_of_speaker((data.speakers or {}).get(name), settings.speakers.drop),
-            "emotion": test_of_emotion(labelled, vote, settings, lexicon),
-            "sentiment": test_of_sentiment(labelled, vote, settings),
+            "reply": judge_reply(described, labelled),
+            "length": judge_length(described, data.cuts),
+            "speaker": judge_speaker((data.speakers or {}).get(name), settings.speakers.drop),
+            "emotion": judge_emotion(labelled, vote, settings, lexicon),
+            "sentiment": judge_sentiment(labelled, vote, settings),
         }
     return judged
 
 
-def test_of_reply(described: Described | None, labelled: Labelled | None) -> Judgement:
+def judge_reply(described: Described | None, labelled: Labelled | None) -> Judgement:
     """Whether there is a description at all."""
     if described is None:
         return Judgement(NOT_JUDGED, why="no description")
@@ -235,7 +235,7 @@ def test_of_reply(described: Described | None, labelled: Labelled | None) -> Jud
     return Judgement(PASSED, finish)
 
 
-def test_of_length(described: Described | None, cuts: Mapping[str, Cuts]) -> Judgement:
+def judge_length(described: Described | None, cuts: Mapping[str, Cuts]) -> Judgement:
     """Whether the length of the description is normal."""
     if described is None:
         return Judgement(NOT_JUDGED, why="no description")
@@ -250,7 +250,7 @@ def test_of_length(described: Described | None, cuts: Mapping[str, Cuts]) -> Jud
     return Judgement(PASSED, value)
 
 
-def test_of_speaker(row: Mapping[str, str] | None, drop: Sequence[str]) -> Judgement:
+def judge_speaker(row: Mapping[str, str] | None, drop: Sequence[str]) -> Judgement:
     """Whether the person who is seen may be the one who is heard."""
     if row is None:
         return Judgement(NOT_JUDGED, why="no verdict")
@@ -260,7 +260,7 @@ def test_of_speaker(row: Mapping[str, str] | None, drop: Sequence[str]) -> Judge
     return Judgement(PASSED, verdict)
 
 
-def test_of_emotion(
+def judge_emotion(
     labelled: Labelled | None, vote: Vote | None, settings: Settings, lexicon: Lexicon
 ) -> Judgement:
     """Whether the labels agree with the crowd's word on the wheels that know both.
@@ -307,9 +307,7 @@ def agreement(labels: Sequence[str], word: str, lexicon: Lexicon) -> tuple[int, 
     return agreeing, known
 
 
-def test_of_sentiment(
-    labelled: Labelled | None, vote: Vote | None, settings: Settings
-) -> Judgement:
+def judge_sentiment(labelled: Labelled | None, vote: Vote | None, settings: Settings) -> Judgement:
     """Whether the crowd's sentiment is that of the description."""
     if (missing := _missing(labelled, vote, vote and vote.sentiment)) is not None:
         return missing
