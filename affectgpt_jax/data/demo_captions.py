@@ -91,6 +91,9 @@ class Rates:
     mismatched: float = 0.15
 
 
+RATES = Rates()
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Captions:
     """Clips and what was said about them; arrays and lists have one entry a clip.
@@ -126,7 +129,7 @@ class Captions:
         return (self.kind == KINDS.index("right")) & ~self.mismatched
 
 
-def draw_captions(world: World, size: int, rates: Rates = Rates()) -> Captions:
+def draw_captions(world: World, size: int, rates: Rates = RATES) -> Captions:
     """Draw `size` clips of the split "captions", their descriptions, and the truth about both.
 
     A clip and what is said about it do not depend on how many there are before it, only on `size`.

@@ -36,7 +36,7 @@ from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
 from . import describe, filtering, labels
-from .settings import DESCRIPTIONS, REPLIES, CaptionError, read_settings
+from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
 
 MEDIA_EXTRA = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
@@ -72,8 +72,13 @@ def build_parser() -> cli.Parser:
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
     add = verb("filter", run_filter, "keep the descriptions that pass the tests of the levels")
-    add("--levels", type=cli.argument_type(parse_levels), default=tuple(filtering.LEVELS),
-        metavar="LEVELS", help=f"of {','.join(filtering.LEVELS)}, or none; default: all")  # fmt: skip
+    add(
+        "--levels",
+        type=cli.argument_type(parse_levels),
+        default=tuple(filtering.LEVELS),
+        metavar="LEVELS",
+        help=f"none, or some of {','.join(filtering.LEVELS)}; default: all",
+    )
     add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
     add("--to", type=Path, metavar="DIR", help="where to write; default: --out")
     add("--records", type=Path, metavar="DIR", help="records of the clips, for --write")
@@ -88,10 +93,6 @@ def build_parser() -> cli.Parser:
 
 def _forms() -> str:
     return "; ".join(f"{kind}: {' or '.join(forms)}" for kind, forms in FORMS.items())
-
-
-# Of `parts.FORMS`, which needs what decodes media.
-FORMS = {"audio": ("input_audio", "audio_url"), "video": ("frames", "video_url")}
 
 
 def _add_model(add: Callable[..., Any], base: bool) -> None:

@@ -28,7 +28,7 @@ from ..crowd.votes import Vote, read_votes
 from ..speakers.synchrony import judge_traces
 from ..speakers.verdicts import write_speakers
 from . import filtering
-from .describe import KINDS, Described, write_described
+from .describe import Described, write_described
 from .labels import label_descriptions
 from .settings import DESCRIPTIONS, LABELS, SPEAKERS, VOTES, CaptionError, read_settings
 
@@ -45,6 +45,7 @@ FILTERS = {
 }
 FILTERS_FILE = "filters.json"
 _STATE = "demo.json"
+RATES = Rates()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def build(
     seed: int,
     *,
     clips: int = CLIPS,
-    rates: Rates = Rates(),
+    rates: Rates = RATES,
     corpora: Mapping[str, int] = CORPORA,
     crowd_options: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = print,

@@ -27,9 +27,7 @@ from affectgpt_jax.evaluation.chat_server import ChatError, ChatRefusal, Message
 from affectgpt_jax.evaluation.extract import Chat
 
 from ..clips import Clip
-from ..media import MediaError
-from .parts import FORMS, media_parts
-from .settings import DESCRIPTIONS, REPLIES, CaptionError, Settings
+from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, Settings
 
 KINDS = ("audio", "video")
 # How a reply ended, where no model said it: nothing to ask about; the server would not answer; the
@@ -117,7 +115,7 @@ def describe_media(
         out: folder of the data set.
         server: who is asked.
         settings: prompt and media.
-        form: of the parts, one of `parts.FORMS[kind]`.
+        form: of the parts, one of `settings.FORMS[kind]`.
         subtitles: by name, where the model is to see them; by default it does not, so that cues
             are not read off the words.
         shard: number and count of the processes that share the work.
@@ -129,6 +127,10 @@ def describe_media(
     Raises:
         ChatError: a server that does not answer, or refuses such media.
     """
+    # What decodes is an extra, which text does without.
+    from ..media import MediaError
+    from .parts import media_parts
+
     form = form or FORMS[kind][0]
     prompt = getattr(settings.prompts, kind)
     paths = {c.name: c.sound if kind == "audio" else c.video for c in clips}

@@ -17,9 +17,6 @@ from PIL import Image
 from ..media import RATE, MediaError, check_file, check_whole, read_frames, read_waveform
 from .settings import MediaSettings
 
-# What a part may look like, by kind; the first is the default. The extra flags name what to try
-# where a server refuses one.
-FORMS = {"audio": ("input_audio", "audio_url"), "video": ("frames", "video_url")}
 QUALITY = 85  # of JPEG
 # Of a file that is sent as it is.
 MAX_VIDEO_BYTES = 64 * 2**20
@@ -33,7 +30,7 @@ def media_parts(
     Args:
         kind: "audio" or "video".
         path: the file; None where the clip has none.
-        form: one of `FORMS[kind]`.
+        form: one of `settings.FORMS[kind]`.
         settings: how much of it is shown.
 
     Raises:

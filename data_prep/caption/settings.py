@@ -26,6 +26,8 @@ from affectgpt_jax.common.json import check_type
 SETTINGS = "caption.toml"
 DESCRIPTIONS, LABELS, SPEAKERS, VOTES = "descriptions", "labels.csv", "speakers.csv", "votes.csv"
 REPLIES = ".replies"  # what has been asked so far
+# How sound and pictures are sent; the first is what every server takes.
+FORMS = {"audio": ("input_audio", "audio_url"), "video": ("frames", "video_url")}
 DEFAULT = Path(__file__).with_name(SETTINGS)
 
 
