@@ -164,7 +164,8 @@ def write_clips(
 def write_replies(out: Path, captions: Captions) -> None:
     """What the demo's describers and its merging model said."""
     said = {
-        **dict(zip(KINDS, (captions.audio, captions.video))),
+        "audio": captions.audio,
+        "video": captions.video,
         DESCRIPTIONS: captions.descriptions,
     }
     for kind, texts in said.items():
