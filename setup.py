@@ -40,6 +40,7 @@ setup(
         "affectgpt_jax.configs",
         "affectgpt_jax.data",
         "affectgpt_jax.data_prep",
+        "affectgpt_jax.data_prep.caption",
         "affectgpt_jax.evaluation",
         "affectgpt_jax.models",
         "affectgpt_jax.training",
@@ -50,6 +51,7 @@ setup(
         "affectgpt_jax": ["assets/*/*", "py.typed"],
         "affectgpt_jax.configs": ["launch/*.sh"],
         "affectgpt_jax.data_prep": ["*.toml"],
+        "affectgpt_jax.data_prep.caption": ["*.toml", "*.jinja"],
     },
     entry_points={"console_scripts": ["affectgpt = affectgpt_jax.__main__:main"]},
     install_requires=[

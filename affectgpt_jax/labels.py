@@ -19,6 +19,7 @@ from pathlib import Path
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS
 from affectgpt_jax.evaluation.label_files import SetTruth, find_set, read_set
@@ -58,8 +59,8 @@ def _write(truth: SetTruth, path: Path) -> None:
     except UnicodeEncodeError as error:
         piece = error.object[max(0, error.start - 20) : error.end]
         raise ReadError(f"{truth.dataset.name}: {piece!r} is not text that UTF-8 holds") from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    with atomic_write(path) as file:
+        file.write(content)
 
 
 def write_labels(arguments: argparse.Namespace) -> Iterator[str]:

@@ -13,10 +13,10 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from affectgpt_jax import cli
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.text import print_lines, shorten
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.datasets import TASKS
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.json:
             report = json.dumps(as_dict(results, told, arguments), indent=2) + "\n"
             with cli.writing(f"--json={arguments.json}"):
-                Path(arguments.json).write_text(report, encoding="utf-8")
+                write_text(arguments.json, report)
         print_lines(render(results, told))
 
 

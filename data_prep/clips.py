@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import path_below, read_bytes
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import listed
 
@@ -161,8 +161,8 @@ def _add(found: dict[str, Path], name: str, path: Path) -> None:
 
 
 def _face_file(folder: Path, name: str) -> Path:
-    nested = folder / name / f"{Path(name).name}.npy"
-    return nested if nested.is_file() else folder / f"{name}.npy"
+    nested = path_below(folder, f"{name}/{Path(name).name}.npy", ClipError)
+    return nested if nested.is_file() else path_below(folder, f"{name}.npy", ClipError)
 
 
 def _counted(names: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import path_below, read_bytes, write_text
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
@@ -226,7 +226,7 @@ def _add_media(
         place = (folder / below).resolve()
         lacking = []
         for row in rows:
-            files = (place / pattern.format(row["name"]) for pattern in patterns)
+            files = (path_below(place, pattern.format(row["name"])) for pattern in patterns)
             if found := next((file for file in files if file.is_file()), None):
                 row[kind] = str(found)
             else:
@@ -309,8 +309,7 @@ def write_sets(arguments: argparse.Namespace) -> Iterator[str]:
         found += 1
         path = out / f"{key}.csv" if arguments.all else out
         with cli.writing(f"--out={path}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(plain.as_csv(), encoding="utf-8", newline="")
+            write_text(path, plain.as_csv())
         yield f"{plain.name}: {len(plain.rows):,} clips -> {path}"
         yield from (f"  {line}" for line in plain.remarks)
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -27,7 +28,12 @@ from .media import FRAMES, MediaError
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-DIED = "its decoding ends the process, as a crash or a lack of memory does"
+# Of decoding one clip; the processes that decode are ended after it.
+LIMIT_S = 1800
+DIED = (
+    "its decoding ends the process, as a crash or a lack of memory does, or takes longer than "
+    f"{LIMIT_S // 60} minutes"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,19 +179,20 @@ def in_order(
     workers: int,
     ahead: int,
     died: Callable[[], Result],
+    limit_s: int = LIMIT_S,
 ) -> Iterator[Result]:
     """`map(function, items)` in worker processes that survive the death of one of them.
 
     Args:
         function: of a module, since the processes start anew.
         items: what it is applied to.
-        workers: processes; 0 stays in this one.
+        workers: processes, at least one: what decodes a file may end with it.
         ahead: results that may wait for the one that is next.
-        died: the result of an item that ends its process even when it is alone in it.
+        died: the result of an item that ends its process even when it is alone in it, or does not
+            end.
+        limit_s: for one item.
     """
-    if not workers:
-        yield from map(function, items)
-        return
+    function = functools.partial(_in_time, function, limit_s)
     source = iter(items)
     pool = _pool(workers)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
@@ -228,6 +235,15 @@ def _start() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+def _in_time(function: Callable[[Item], Result], limit_s: int, item: Item) -> Result:
+    """`function(item)`, or the end of this process after `limit_s`."""
+    signal.alarm(limit_s)
+    try:
+        return function(item)
+    finally:
+        signal.alarm(0)
 
 
 def _submit(

@@ -34,7 +34,7 @@ from pathlib import Path
 import numpy as np
 
 from affectgpt_jax import cli
-from affectgpt_jax.common.files import read_bytes, sha256_of
+from affectgpt_jax.common.files import read_bytes, sha256_of, write_text
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import print_lines, say
@@ -75,7 +75,7 @@ MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 BLOCKS = ".blocks"
 FINISHED = "finished"  # in there: of what the records are
 # To be raised with every change of this code that changes features.
-VERSION = 1
+VERSION = 2
 # What may change a bit of the features, beside the weights.
 VERSIONS = ("av", "numpy", "pillow", "torch", "transformers")
 
@@ -128,7 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--ignore", nargs="+", default=[], metavar="COLUMN", help="of the CSV file, to leave out")
     add("--split", metavar="NAME", help="name of the split; default: that of the directory")
-    add("--workers", type=int, metavar="N", help="processes that decode; default: one a core")
+    add("--workers", type=int, metavar="N", help="processes that decode ahead; default: one a core")
     add("--batch", type=int, metavar="N", help=f"clips at a time; default: {BATCH}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda, where PyTorch finds it")
     add(
@@ -217,7 +217,7 @@ def extract(arguments: argparse.Namespace) -> None:
             f"none of {len(report):,} clips can be used ({why}); see {out / REPORT_FILE}"
         )
     # Before the manifest: records that were written whole must be known again, whenever this ends.
-    (out / BLOCKS / FINISHED).write_text(identity, encoding="utf-8")
+    write_text(out / BLOCKS / FINISHED, identity)
     write_records(
         out,
         finished_records(arguments, blocks, store, kept),

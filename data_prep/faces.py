@@ -12,6 +12,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from affectgpt_jax.common import npy
+
 from .media import MediaError, check_file, resized
 
 SIZE = 112
@@ -102,12 +104,9 @@ def read_openface(path: Path, order: str = "bgr") -> np.ndarray:
     """
     check_file(path)
     try:
-        with open(path, "rb") as file:
-            faces = np.lib.format.read_array(file, allow_pickle=False)
-    # What NumPy makes of a damaged header, down to its tokenizer's errors.
-    except Exception as error:
-        reason = (str(error) or repr(error)).splitlines()[0]
-        raise MediaError(f"not readable as an array: {reason}") from None
+        faces = npy.read_file(path)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"not readable as an array: {npy.reason(error)}") from None
     if faces.dtype != np.uint8 or faces.ndim != 4 or faces.shape[1:] != (SIZE, SIZE, 3):
         raise MediaError(
             f"the array is {faces.dtype} {list(faces.shape)}, expected uint8 [T, {SIZE}, {SIZE}, 3]"

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.text import print_lines
 
 HERE = Path(__file__).parent
@@ -595,10 +596,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         arguments = parser.parse_args(argv)
         files = build(read_wordnet(arguments.wordnet))
-        arguments.out.mkdir(parents=True, exist_ok=True)
         for name, text in files.items():
             path = arguments.out / name
-            path.write_text(text, encoding="utf-8", newline="\n")
+            write_text(path, text)
             lines = text.count("\n")
             print_lines([f"{path}: {len(text.encode()):,} bytes, {lines:,} lines"])
 

@@ -1,9 +1,9 @@
 """Frames and sound of a clip, sampled as AffectGPT does (arXiv 2501.16566).
 
 Frames are sampled uniformly over all frames of the video stream, `floor(i * n / min(k, n))`, and
-turned upright. Audio is brought to 16 kHz, its channels averaged, and cut into 8 windows of two
-seconds, of which the i-th starts at `i * (duration - 2) / 7` s; they overlap in short clips, and
-what is shorter than two seconds is padded with zeros.
+turned and mirrored as the container says. Audio is brought to 16 kHz, its channels averaged, and
+cut into 8 windows of two seconds, of which the i-th starts at `i * (duration - 2) / 7` s; they
+overlap in short clips, and what is shorter than two seconds is padded with zeros.
 
 Decoding is FFmpeg's, through PyAV. What cannot be decoded whole is not used in part: it is a
 `MediaError`, whose text is the reason that a manifest gives.
@@ -28,14 +28,17 @@ from affectgpt_jax.data.arrays import sample_rows
 from .encoders import RATE, WINDOW, WINDOWS
 
 FRAMES = 8
-# Containers count a few frames that an edit list hides; what a cut-off file lacks is more.
+# Headers count a little more than there is; what a cut-off file lacks is more than this share, and
+# more than so many seconds.
 WHOLE = 0.95
+TOLERANCE_S = 0.1
 # Formats whose header names the duration of the file.
 DECLARED = {"avi", "flac", "matroska", "mov"}
 # What a wav file names as its length whose writer did not know it, or more: a pipe's.
 UNKNOWN_LENGTH = 0x7FFF_F000
-# Rotation is set down in quarters, and as floating-point numbers.
-QUARTER = 90
+# A frame of more pixels, or sound of more seconds, would fill the memory; no clip has them.
+MAX_PIXELS = 2**26
+MAX_SECONDS = 4 * 3600
 
 Converted = TypeVar("Converted")
 
@@ -82,19 +85,29 @@ def check_whole(path: Path) -> None:
         for packet in _guarded(container.demux()):
             if (time := packet.dts if packet.pts is None else packet.pts) is not None:
                 end = max(end, float((time + (packet.duration or 0)) * packet.time_base))
-    if end - start < WHOLE * declared and declared - (end - start) > 0.1:
+    if _breaks_off(end - start, declared):
         raise MediaError(f"damaged: the file ends at {end - start:.2f} of {declared:.2f} s")
+
+
+def _breaks_off(seconds: float, declared: float) -> bool:
+    return seconds < WHOLE * declared and declared - seconds > TOLERANCE_S
 
 
 def _check_wav(path: Path) -> None:
     """Raise MediaError where samples are missing, which FFmpeg does not report."""
     with open(path, "rb") as file:
         file.seek(12)  # behind RIFF, size and WAVE
+        rate = 0
         while len(header := file.read(8)) == 8:
             name, size = struct.unpack("<4sI", header)
+            if name == b"fmt ":
+                # Format, channels and samples per second stand before the bytes per second.
+                rate = struct.unpack("<8xI", file.read(12).ljust(12, b"\0"))[0]
+                file.seek(-12, os.SEEK_CUR)
             if name == b"data":
                 there = path.stat().st_size - file.tell()
-                if there < size < UNKNOWN_LENGTH:
+                rate = rate or 1
+                if size < UNKNOWN_LENGTH and _breaks_off(there / rate, size / rate):
                     raise MediaError(f"damaged: {there:,} of {size:,} bytes of sound are there")
                 return
             file.seek(size + size % 2, os.SEEK_CUR)
@@ -120,22 +133,30 @@ def read_frames(
         stream = _stream(container, "video")
         expected, rate = stream.frames, stream.average_rate or stream.guessed_rate
         seconds = (container.duration or 0) / av.time_base
+        declared = 0.0
+        if DECLARED & set(container.format.name.split(",")) and stream.duration:
+            declared = min(seconds, float(stream.duration * stream.time_base))
     # How many frames there are is known for sure when they are decoded. Most containers say so
     # beforehand; where they do not, or err, a second pass takes the frames of the true number.
     known = max(expected or round(seconds * float(rate or 25)), 1)
     while True:
         wanted = set(sample_rows(known, min(count, known)).tolist())
-        taken, n, size = [], 0, (0, 0)
+        taken, n, size, first_s, last_s = [], 0, (0, 0), None, None
         for frame in _decoded(path, "video"):
             if n in wanted:
                 image = _upright(frame)
                 size = image.shape[1], image.shape[0]
                 taken.append(convert(image))
             n += 1
+            last_s = frame.time
+            first_s = last_s if first_s is None else first_s
         if not n:
             raise MediaError("the video stream has no frames")
-        if n < WHOLE * expected and expected - n > 2:
-            raise MediaError(f"damaged: {n} of {expected} frames can be decoded")
+        # By time, and not by the number of frames: a clip that was cut without decoding it still
+        # counts those before the cut, which are there to decode the others and are not shown.
+        shown = (last_s - first_s) + float(1 / rate) if last_s is not None and rate else declared
+        if _breaks_off(shown, declared):
+            raise MediaError(f"damaged: the pictures end at {shown:.2f} of {declared:.2f} s")
         if n == known:
             return taken, VideoFacts(n, *size, float(n / rate) if rate else 0.0)
         known = n
@@ -149,22 +170,27 @@ def read_waveform(path: Path) -> np.ndarray:
     """
     with _open(path) as container:
         _stream(container, "audio")
-    # Channels are averaged here, since FFmpeg's own mix of them depends on the sample format.
-    resampler = av.AudioResampler(format="fltp", rate=RATE)
+    # Samples of all channels side by side: of channels in planes of their own, PyAV reads only the
+    # first eight, and ends the process at the next.
+    resampler = av.AudioResampler(format="flt", rate=RATE)
     parts: list[np.ndarray] = []
+    samples = 0
     try:
-        for frame in _decoded(path, "audio"):
-            parts += [out.to_ndarray() for out in resampler.resample(frame)]
-        if parts:
-            parts += [out.to_ndarray() for out in resampler.resample(None)]
-        channels = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), np.float32)
+        for frame in _with_end(_decoded(path, "audio")):
+            for out in resampler.resample(frame) if frame is not None or parts else ():
+                # Averaged here, since FFmpeg's own mix of channels depends on the sample format.
+                mixed = out.to_ndarray().reshape(-1, out.layout.nb_channels).mean(1, np.float64)
+                parts.append(mixed.astype(np.float32))
+                samples += len(mixed)
+            if samples > MAX_SECONDS * RATE:
+                raise MediaError(f"more than {MAX_SECONDS // 3600} hours of sound")
     except MediaError:
         raise
     except ValueError as error:  # layout or rate change on the way
         raise MediaError(f"damaged: {_reason(error)}") from None
-    if not channels.shape[1]:
+    if not samples:
         raise MediaError("the audio stream has no samples")
-    waveform = channels.mean(axis=0, dtype=np.float64).astype(np.float32)
+    waveform = np.concatenate(parts)
     if not np.isfinite(waveform).all():
         raise MediaError("damaged: samples that are not finite")
     return waveform
@@ -219,11 +245,16 @@ def _open(path: Path) -> av.container.InputContainer:
 def _stream(
     container: av.container.InputContainer, kind: str
 ) -> av.video.stream.VideoStream | av.audio.stream.AudioStream:
-    """The first stream of a kind; cover art does not count as video."""
-    for stream in getattr(container.streams, kind):
-        if not stream.disposition & av.stream.Disposition.attached_pic:
-            return stream
-    raise MediaError(f"no {kind} stream")
+    """The stream of a kind that players show: the first that is on; no cover art."""
+    disposition = av.stream.Disposition
+    streams = [
+        stream
+        for stream in getattr(container.streams, kind)
+        if not stream.disposition & disposition.attached_pic
+    ]
+    if not streams:
+        raise MediaError(f"no {kind} stream")
+    return next((s for s in streams if s.disposition & disposition.default), streams[0])
 
 
 def _decoded(path: Path, kind: str) -> Iterator[av.VideoFrame | av.AudioFrame]:
@@ -232,7 +263,14 @@ def _decoded(path: Path, kind: str) -> Iterator[av.VideoFrame | av.AudioFrame]:
         stream = _stream(container, kind)
         # Clips are decoded side by side, one a process.
         stream.codec_context.thread_count = 1
+        if kind == "video":
+            _check_size(stream.codec_context)
         yield from _guarded(container.decode(stream))
+
+
+def _check_size(picture: av.VideoCodecContext | av.VideoFrame) -> None:
+    if picture.width * picture.height > MAX_PIXELS:
+        raise MediaError(f"frames of {picture.width} x {picture.height} pixels are too large")
 
 
 def _guarded(items: Iterable[Any]) -> Iterator[Any]:
@@ -243,11 +281,26 @@ def _guarded(items: Iterable[Any]) -> Iterator[Any]:
         raise MediaError(f"damaged: {_reason(error)}") from None
 
 
+def _with_end(items: Iterator[Any]) -> Iterator[Any]:
+    """The items and then None, with which FFmpeg's filters are emptied."""
+    yield from items
+    yield None
+
+
 def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """RGB, turned as the container's display matrix says; a phone's portrait clip needs it."""
+    """RGB, turned and mirrored as the container's display matrix says, to quarters of a turn.
+
+    A phone's portrait clip needs it, and one that its front camera has mirrored.
+    """
+    _check_size(frame)
     image = frame.to_ndarray(format="rgb24")
-    turns = round(frame.rotation / QUARTER) % 4  # counterclockwise, as np.rot90
-    return np.ascontiguousarray(np.rot90(image, turns)) if turns else image
+    if (data := frame.side_data.get("DISPLAYMATRIX")) is None:
+        return image
+    # Of libavutil/display.h: a pixel (x, y) is shown at (a x + c y, b x + d y).
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), "=i4").tolist()
+    if abs(b) + abs(c) > abs(a) + abs(d):  # columns become rows
+        image, a, d = image.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1])
 
 
 def _reason(error: Exception) -> str:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.text import one_line, print_lines
 from affectgpt_jax.data.prompts import parse_prompts
 
@@ -424,7 +425,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ReleaseError(f"--out={out} is the source; name another file")
         tables, notes = read_release(source, arguments.caption)
         comment = header(source, out, arguments.caption, notes)
-        out.write_text(to_toml(tables, comment), encoding="utf-8", newline="\n")
+        with cli.writing(f"--out={out}"):
+            write_text(out, to_toml(tables, comment))
         modes, questions = len(tables["modes"]), len(tables["questions"])
         print_lines([f"{out}: {modes} input modes, {questions} label types", *notes])
 

@@ -76,7 +76,7 @@ def run(
         store: where they go.
         encoders: by kind, "video" or "audio".
         settings: with "features", "batch" and "faces", by which the blocks are named too.
-        workers: processes that decode; 0 for none beside this one.
+        workers: processes that decode ahead; 0 for one that decodes when it is asked to.
 
     Raises:
         ClipError: a file that changed while it was read.
@@ -89,7 +89,9 @@ def run(
     def died() -> Decoded:
         return Decoded(problems=dict.fromkeys(features, DIED))
 
-    results = in_order(decode_clip, jobs, workers, ahead=2 * batch + workers, died=died)
+    # With no workers nothing is decoded ahead, but still in a process of its own.
+    ahead = 2 * batch + workers if workers else 1
+    results = in_order(decode_clip, jobs, max(workers, 1), ahead, died)
     with Counter("clips", stream=sys.stderr) as count:
         count(0, len(jobs))
         for key, part in missing.items():

@@ -186,7 +186,8 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
             if panel.patches:
                 panel.legend()
         panel.set_ylabel("clips" if quantity == "clips with label" else "share of clips")
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
 
 
 def named_places(arguments: Sequence[str]) -> dict[str, Path]:

@@ -129,16 +129,41 @@ def cut(path: Path, share: float) -> Path:
     return path
 
 
-def rotate(path: Path, quarters: int) -> Path:
-    """Say in an mp4's first track header that players must turn it clockwise, by quarters."""
+def rotate(path: Path, quarters: int, mirrored: bool = False) -> Path:
+    """Say in an mp4's first track header how players must show it.
+
+    Args:
+        path: the file.
+        quarters: of a turn, clockwise.
+        mirrored: left and right are exchanged before.
+    """
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarters % 4]
-    matrix = np.array([cos, sin, 0, -sin, cos, 0, 0, 0, 1], dtype=">i4")
+    side = -1 if mirrored else 1
+    matrix = np.array([side * cos, side * sin, 0, -sin, cos, 0, 0, 0, 1], dtype=">i4")
     matrix *= np.array([1 << 16] * 2 + [1 << 30], dtype=">i4")[[0, 1, 2, 0, 1, 2, 0, 1, 2]]
     data = bytearray(path.read_bytes())
     # ISO/IEC 14496-12: version 0 of `tkhd` has its matrix 40 bytes behind version and flags.
     start = data.index(b"tkhd") + 4 + 40
     data[start : start + 36] = matrix.tobytes()
     path.write_bytes(data)
+    return path
+
+
+def cut_without_decoding(source: Path, path: Path, start_s: float, end_s: float) -> Path:
+    """A part of a clip with the packets as they are, as `ffmpeg -ss -c copy` makes it.
+
+    It begins at a key frame before the start; an mp4 hides what comes before by an edit list.
+    """
+    with av.open(str(source)) as inside, av.open(str(path), "w") as outside:
+        streams = {s.index: outside.add_stream_from_template(s) for s in inside.streams}
+        inside.seek(round(start_s * av.time_base))
+        for packet in inside.demux():
+            if packet.dts is None or packet.pts * packet.time_base >= end_s:
+                continue
+            shift = round(start_s / packet.time_base)
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            packet.stream = streams[packet.stream.index]
+            outside.mux(packet)
     return path
 
 

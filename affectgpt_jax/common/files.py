@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.text import shorten
 
 # Of a file that is read as a whole: far more than any that is meant to be.
-MAX_BYTES = 4 * 2**30
+MAX_BYTES = 2**30
 
 
 class FileInUse(UserError, RuntimeError):
@@ -91,6 +92,27 @@ def decode(
         raise error(f"{where} is not {encoding.upper()}: {trouble}; {advice}") from None
 
 
+def path_below(
+    folder: str | os.PathLike[str], name: str, error: type[UserError] = ReadError
+) -> Path:
+    """The path in a folder of a name that comes from a file, such as that of a clip.
+
+    Args:
+        folder: where it must lie.
+        name: may lead into folders below.
+        error: the class to raise.
+
+    Raises:
+        ReadError: the name leads out of the folder, or is none.
+    """
+    parts = Path(name).parts
+    if not parts or os.path.isabs(name) or ".." in parts or "\0" in name:
+        raise error(
+            f"the name {shorten(name)} leads out of {folder}; expected that of a file below it"
+        )
+    return Path(folder, name)
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """The hash of a file, in hexadecimal.
 
@@ -146,6 +168,8 @@ def _check_replaceable(path: Path) -> None:
         return
     if stat.S_ISLNK(kind):
         raise OSError(errno.ELOOP, "a link stands there, which is not followed", str(path))
+    if stat.S_ISDIR(kind):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     if not stat.S_ISREG(kind):
         raise OSError(errno.EEXIST, "something else than a file stands there", str(path))
 
@@ -158,6 +182,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with atomic_write(path, "w") as file:
         file.write(text)
+
+
+def open_to_append(path: str | os.PathLike[str]) -> IO[str]:
+    """A UTF-8 file to add lines to, made if it is not there; its line ends stay as they are.
+
+    Raises:
+        OSError: it cannot be written, or is a link, which is not followed.
+    """
+    number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
+    return os.fdopen(number, "a", encoding="utf-8", newline="")
 
 
 def sync(path: str | os.PathLike[str]) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping
@@ -18,12 +19,15 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from affectgpt_jax.common.errors import ReadError, UserError
-from affectgpt_jax.common.files import decode, read_bytes, write_text
+from affectgpt_jax.common.files import decode, open_to_append, read_bytes, write_text
 from affectgpt_jax.common.text import json_line, shorten
 
-# Far more than any document has that this package reads as a whole.
-MAX_BYTES = 256 * 2**20
+# Far more than any document has that this package reads as a whole; in memory it is several times
+# as large.
+MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 100
+# Of a whole number, as the formats have that other languages read.
+MAX_INT = 2**63 - 1
 
 _NAMES = {
     Any: "any value",
@@ -162,7 +166,7 @@ def check_type(
 
 
 def _checked(value: Any, kind: Any, key: str) -> Any:
-    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    origin, arguments, has_fields = _taken_apart(kind)
     if origin is Any:
         return value
     if origin in (typing.Union, types.UnionType):
@@ -172,13 +176,15 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
             return value
         choices = ", ".join(map(repr, arguments))
         raise _Mismatch(key, f"expected one of {choices}, found {shorten(value)}")
-    if typing.is_typeddict(kind) or dataclasses.is_dataclass(kind):
+    if has_fields:
         return _checked_fields(value, kind, key)
-    if origin is float and type(value) is int:
-        try:
-            return float(value)
-        except OverflowError:
-            raise _mismatch(value, kind, key) from None
+    if origin is float and type(value) in (int, float):
+        # JSON has no NaN and no infinity, but Python reads them, and 1e999.
+        if not -sys.float_info.max <= value <= sys.float_info.max:
+            raise _Mismatch(key, f"expected a finite number, found {shorten(value)}")
+        return float(value)
+    if origin is int and type(value) is int and abs(value) > MAX_INT:
+        raise _Mismatch(key, f"expected a whole number of at most 64 bits, found {shorten(value)}")
     # Not isinstance: to Python, true and false are whole numbers.
     if type(value) is not (list if origin is tuple else origin):
         raise _mismatch(value, kind, key)
@@ -193,6 +199,13 @@ def _checked(value: Any, kind: Any, key: str) -> Any:
     if origin is dict and arguments:
         return {k: _checked(v, arguments[1], _below(key, k)) for k, v in value.items()}
     return value
+
+
+@functools.cache
+def _taken_apart(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """Origin and arguments of a type, and whether it is an object of known keys."""
+    has_fields = typing.is_typeddict(kind) or dataclasses.is_dataclass(kind)
+    return typing.get_origin(kind) or kind, typing.get_args(kind), has_fields
 
 
 def _checked_union(value: Any, kinds: tuple[Any, ...], key: str) -> Any:
@@ -337,10 +350,11 @@ class ResumableJsonl:
     def _open(self) -> IO[str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.torn and not self._repaired:
-            with self.path.open("rb+") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
+            whole = read_bytes(self.path).rfind(b"\n") + 1
+            with open_to_append(self.path) as file:
+                file.truncate(whole)
             self._repaired = True
-        return self.path.open("a", encoding="utf-8", newline="")
+        return open_to_append(self.path)
 
     def __enter__(self) -> Self:
         self._file = self._open()

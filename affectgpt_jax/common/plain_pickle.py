@@ -4,18 +4,22 @@ A pickle is a program for a stack machine, and Python's own machine imports and 
 program names. This one knows containers, text and numbers. Names stand for data here and are never
 looked up: a dialect says what the few that it knows mean, and any other is an error. The dialect of
 this module is what NumPy writes for its arrays, types and scalars.
+
+The work and the memory that a pickle takes are bounded by its size: it cannot expand a value that
+it holds once into many, use keys that are slow to hash, or nest deeper than `MAX_DEPTH`.
 Opcodes: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from affectgpt_jax.common.text import shorten
 
 VALUES = frozenset(
     """INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT
@@ -27,6 +31,10 @@ CONTAINERS = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
 FROM_MARK = {"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 IGNORED = ("PROTO", "FRAME")
+# Containers within containers, of a value that is read.
+MAX_DEPTH = 100
+# Below it whole numbers are their own hashes, so that different ones hardly collide.
+MAX_KEY = 2**61 - 1
 
 
 class PickleError(ValueError):
@@ -76,10 +84,13 @@ def loads(data: bytes, dialect: Dialect | None = None) -> Any:
         dialect: default `NUMPY`, under which arrays become flat lists.
 
     Raises:
-        PickleError: damage, an object of a class, a function, or an instruction for either.
+        PickleError: damage, an object of a class, a function, or an instruction for either; a value
+            that holds itself, is nested too deep, or takes far more memory than the pickle.
     """
     try:
-        return _run(data, dialect or NUMPY)
+        value = _run(data, dialect or NUMPY)
+        _nesting(value, {})
+        return value
     except PickleError:
         raise
     # Damage surfaces as any error of the stack, the memo or the values.
@@ -93,6 +104,8 @@ def _run(data: bytes, dialect: Dialect) -> Any:
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
+    # Values that a call copies out of others; an honest pickle uses each of those once.
+    copied = 0
 
     def since_mark() -> list[Any]:
         start = marks.pop()
@@ -156,15 +169,21 @@ def _run(data: bytes, dialect: Dialect) -> Any:
                 if not isinstance(function, Name):
                     raise PickleError("a pickle that calls one of its values")
                 stack.append(dialect.construct(function, arguments))
+                if isinstance(stack[-1], bytes | str):
+                    copied += len(stack[-1])
             case "BUILD":
                 state = stack.pop()
                 dialect.fill(stack[-1], state)
+                if isinstance(stack[-1], Array):
+                    copied += len(stack[-1])
             case "BINPERSID":
                 stack.append(dialect.fetch(stack.pop()))
             case "STOP":
                 return stack.pop()
             case other:
                 raise PickleError(f"a pickle with instruction {other}, which plain values lack")
+        if copied > len(data):
+            raise PickleError("a pickle that copies one value many times")
     raise PickleError("a pickle without an end")
 
 
@@ -174,10 +193,34 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 
 
 def _check_keys(keys: list[Any]) -> None:
-    """Refuse tuples of tuples: a few dozen, each holding the one before twice, hash forever."""
+    """Refuse keys that take long to hash, such as nested tuples, or to tell apart."""
     for key in keys:
-        if isinstance(key, tuple) and any(isinstance(part, tuple | frozenset) for part in key):
-            raise PickleError("a pickle that keys values by nested tuples")
+        small = isinstance(key, int | float) and abs(key) < MAX_KEY
+        if not small and not isinstance(key, str | bytes | None):
+            raise PickleError(
+                f"a pickle with the key {shorten(key)}; expected text, or a number of at most 61 "
+                "bits"
+            )
+
+
+def _nesting(value: Any, heights: dict[int, int], level: int = 1) -> int:
+    """The number of containers within each other; each is looked at once, whatever holds it.
+
+    Args:
+        value: a container or not.
+        heights: those that are known, by the identity of the container.
+        level: of the value. One that holds itself has no last level.
+    """
+    if not isinstance(value, list | tuple | dict):
+        return 0
+    height = heights.get(id(value), 0)
+    if level + height > MAX_DEPTH:
+        raise PickleError(f"a pickle nested deeper than {MAX_DEPTH} levels")
+    if not height:
+        parts = value.values() if isinstance(value, dict) else value
+        height = 1 + max((_nesting(p, heights, level + 1) for p in parts), default=0)
+        heights[id(value)] = height
+    return height
 
 
 def _construct(function: Name, arguments: tuple[Any, ...]) -> Any:
@@ -196,7 +239,7 @@ def _construct(function: Name, arguments: tuple[Any, ...]) -> Any:
         case "collections.OrderedDict", ():
             return {}
     raise PickleError(
-        f"a pickle that would call {function.text[:80]!r}; only plain containers and arrays are "
+        f"a pickle that would call {shorten(function.text)}; only plain containers and arrays are "
         "read"
     )
 
@@ -217,8 +260,9 @@ def _fill(target: Any, state: tuple[Any, ...]) -> None:
 
 
 def _fill_array(array: Array, shape: tuple[int, ...], values: list[Any]) -> None:
-    if len(shape) > 1 or len(values) != math.prod(shape):
-        raise PickleError(f"a pickled array of shape {shape} with {len(values)} values")
+    shapes = ((), (1,)) if len(values) == 1 else ((len(values),),)
+    if not all(type(size) is int for size in shape) or shape not in shapes:
+        raise PickleError(f"a pickled array of shape {shorten(shape)} with {len(values)} values")
     array[:] = values
 
 

@@ -1,19 +1,26 @@
-"""Rows of tables: CSV files, and the first sheet of an xlsx workbook."""
+"""Rows of tables: CSV files, read and written, and the first sheet of an xlsx workbook."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
+from affectgpt_jax.common import npy
 from affectgpt_jax.common.errors import ReadError, UserError
-from affectgpt_jax.common.files import decode
+from affectgpt_jax.common.files import decode, write_text
 from affectgpt_jax.common.text import shorten
 
+# Of a part of a workbook, unpacked: a hundred times those of the release.
+MAX_SHEET_BYTES = 32 * 2**20
+MAX_ELEMENTS = 2**21
+MAX_CELL = 32_767
 SHEET = "{http://schemas.openxmlformats.org/spreadsheetml/2006/main}"
 
 
@@ -102,6 +109,27 @@ def csv_rows(
     yield from CsvTable(data, where, columns)
 
 
+def write_csv(
+    path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write or replace a CSV file with a header, whole or not at all.
+
+    Args:
+        path: the file.
+        columns: in order; a row may lack some of them, and has no others.
+        rows: cells by column name.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a row with another column.
+    """
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, stream.getvalue())
+
+
 def xlsx_rows(data: bytes, where: str) -> Iterator[dict[str, str]]:
     """Cells by column name of each row of a workbook's first sheet, whose first row is the header.
 
@@ -109,36 +137,48 @@ def xlsx_rows(data: bytes, where: str) -> Iterator[dict[str, str]]:
     are all that is needed of it.
 
     Raises:
-        ReadError: not such a file.
+        ReadError: not such a file, or one with parts of more than `MAX_SHEET_BYTES` or
+            `MAX_ELEMENTS`, or with cells of more than `MAX_CELL` characters, which is the format's
+            own limit.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            strings = _shared_strings(archive)
-            sheet = ElementTree.fromstring(archive.read("xl/worksheets/sheet1.xml"))
-        header: dict[str, str] = {}
-        for row in sheet.iter(f"{SHEET}row"):
-            cells = {}
-            for cell in row.iter(f"{SHEET}c"):
-                if text := _cell_text(cell, strings):
-                    cells[re.match("[A-Z]+", cell.attrib["r"])[0]] = text
-            if not header:
-                header = cells
-            elif cells:
-                yield {header[column]: text for column, text in cells.items() if column in header}
+            strings = [_plain_text(item) for item in _elements(archive, "sharedStrings", "si")]
+            header: dict[str, str] = {}
+            for row in _elements(archive, "worksheets/sheet1", "row"):
+                cells = {}
+                for cell in row.iter(f"{SHEET}c"):
+                    if text := _cell_text(cell, strings):
+                        cells[re.match("[A-Z]+", cell.attrib["r"])[0]] = text
+                if not header:
+                    header = cells
+                elif cells:
+                    yield {header[column]: cells[column] for column in cells if column in header}
     # A damaged archive fails in any layer: zip, deflate, XML, or the references between cells.
     except Exception as error:
-        raise ReadError(f"{where} is not a readable xlsx workbook: {_reason(error)}") from None
+        raise ReadError(f"{where} is not a readable xlsx workbook: {npy.reason(error)}") from None
 
 
-def _shared_strings(archive: zipfile.ZipFile) -> list[str]:
-    root = ElementTree.fromstring(archive.read("xl/sharedStrings.xml"))
-    return [_plain_text(item) for item in root.iter(f"{SHEET}si")]
+def _elements(archive: zipfile.ZipFile, part: str, tag: str) -> Iterator[ElementTree.Element]:
+    """The elements of a part of the workbook; what they hold is forgotten behind them."""
+    text = npy.read_entry(archive, f"xl/{part}.xml", MAX_SHEET_BYTES).decode("utf-8-sig")
+    if "<!DOCTYPE" in text:
+        raise ValueError(f"xl/{part}.xml defines entities, which the format does not have")
+    for count, (_, element) in enumerate(ElementTree.iterparse(io.StringIO(text))):
+        if count == MAX_ELEMENTS:
+            raise ValueError(f"xl/{part}.xml has more than {MAX_ELEMENTS:,} elements")
+        if element.tag == f"{SHEET}{tag}":
+            yield element
+            element.clear()
 
 
 def _plain_text(item: ElementTree.Element) -> str:
     """The text of a string item, in one or several formatted runs, without its phonetic guide."""
     runs = [item, *item.findall(f"{SHEET}r")]
-    return "".join(run.findtext(f"{SHEET}t") or "" for run in runs)
+    text = "".join(run.findtext(f"{SHEET}t") or "" for run in runs)
+    if len(text) > MAX_CELL:
+        raise ValueError(f"a cell of {len(text):,} characters, and the format has {MAX_CELL:,}")
+    return text
 
 
 def _cell_text(cell: ElementTree.Element, strings: list[str]) -> str:
@@ -146,9 +186,3 @@ def _cell_text(cell: ElementTree.Element, strings: list[str]) -> str:
         return _plain_text(cell.find(f"{SHEET}is"))
     value = cell.findtext(f"{SHEET}v") or ""
     return strings[int(value)] if cell.get("t") == "s" and value else value
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a message, which libraries may leave empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

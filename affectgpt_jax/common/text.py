@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
 # Characters that end a line, move the cursor, start an escape sequence or turn the direction of
@@ -14,6 +14,14 @@ _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 NAMES_SHOWN = 5
+MAX_SHOWN_DEPTH = 20
+_BRACKETS = {
+    list: ("[", "]"),
+    tuple: ("(", ")"),
+    dict: ("{", "}"),
+    set: ("{", "}"),
+    frozenset: ("frozenset({", "})"),
+}
 
 
 def one_line(text: str) -> str:
@@ -48,14 +56,44 @@ def say(text: str) -> None:
 
 
 def shorten(value: Any, limit: int = 80) -> str:
-    """The `repr` of a value, cut off after `limit` characters, in one line."""
-    try:
-        text = repr(value)
-    # A file may nest deeper than Python prints, or hold longer numbers.
-    except (RecursionError, ValueError):
-        text = f"an unprintable {type(value).__name__}"
-    text = one_line(text)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    """The `repr` of a value, cut off after `limit` characters, in one line.
+
+    Only what is shown is looked at: a few dozen tuples, each of which holds the one before twice,
+    would be printed forever.
+    """
+    text = ""
+    for piece in _pieces(value, limit, 0):
+        text += one_line(piece)
+        if len(text) > limit:
+            return f"{text[:limit]}..."
+    return text
+
+
+def _pieces(value: Any, limit: int, depth: int) -> Iterator[str]:
+    """The `repr` of a value, piece by piece; of text and bytes no more than is shown."""
+    kind = type(value)
+    if kind in (str, bytes):
+        yield repr(value[: limit + 1])
+    elif kind not in _BRACKETS:
+        try:
+            yield repr(value)
+        except (RecursionError, ValueError):  # a number of thousands of digits
+            yield f"an unprintable {kind.__name__}"
+    elif depth == MAX_SHOWN_DEPTH:
+        yield "..."
+    elif kind in (set, frozenset) and not value:
+        yield repr(value)
+    else:
+        opening, closing = _BRACKETS[kind]
+        yield opening
+        pairs = value.items() if kind is dict else ((item,) for item in value)
+        for number, pair in enumerate(pairs):
+            yield ", " if number else ""
+            yield from _pieces(pair[0], limit, depth + 1)
+            for item in pair[1:]:
+                yield ": "
+                yield from _pieces(item, limit, depth + 1)
+        yield ",)" if kind is tuple and len(value) == 1 else closing
 
 
 def listed(names: Sequence[str], limit: int = 40) -> str:

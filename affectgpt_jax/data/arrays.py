@@ -30,8 +30,9 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common import npy
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import path_below, read_bytes
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import listed
@@ -143,19 +144,17 @@ class _Folder(Arrays):
         self._path = path
 
     def place(self, name: str) -> str:
-        return str(self._path / f"{name}.npy")
+        return str(path_below(self._path, f"{name}.npy", RecordError))
 
     def __contains__(self, name: object) -> bool:
         return Path(self.place(str(name))).is_file()
 
     def __getitem__(self, name: str) -> np.ndarray:
         try:
-            with open(self.place(name), "rb") as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
+            return npy.read_file(self.place(name))
         except FileNotFoundError:
             raise KeyError(name) from None
-        # A damaged header raises OSError, ValueError or errors of Python's tokenizer.
-        except Exception as error:
+        except (OSError, ValueError) as error:
             raise _unreadable(self.place(name), error) from None
 
     def __iter__(self) -> Iterator[str]:
@@ -172,10 +171,12 @@ class _Archive(Arrays):
     def __init__(self, path: Path):
         self.path = path
         try:
-            self._file = np.load(path, allow_pickle=False)
+            self._file = zipfile.ZipFile(path)
         except Exception as error:
             raise _unreadable(str(path), error) from None
-        self._names = dict.fromkeys(self._file.files)
+        self._names = dict.fromkeys(
+            name.removesuffix(".npy") for name in self._file.namelist() if name.endswith(".npy")
+        )
 
     def place(self, name: str) -> str:
         return f"{self.path}, array {name!r}"
@@ -187,8 +188,8 @@ class _Archive(Arrays):
         if name not in self._names:
             raise KeyError(name)
         try:
-            return self._file[name]
-        # A damaged file may raise errors of zipfile, of zlib, or of the array's header.
+            return npy.read_npz(self._file, name)
+        # A damaged file may raise errors of zipfile or of zlib.
         except Exception as error:
             raise _unreadable(self.place(name), error) from None
 
@@ -244,7 +245,7 @@ def _as_arrays(feature: str, source: Any) -> Arrays:
 
 
 def _unreadable(place: str, error: Exception) -> RecordError:
-    reason = (str(error) or repr(error)).splitlines()[0].removesuffix(".")
+    reason = npy.reason(error).removesuffix(".")
     return RecordError(f"{place} cannot be read: {reason}; {_PLAIN}")
 
 

@@ -86,7 +86,7 @@ MAIN_CEILINGS = (
     "multi_audio_face_text",
 )
 SIZES = {"train": 6144, "val": 512, "test": 2048}
-_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3}
+_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3, "captions": 4}
 
 FACE_OWN, VOICE_OWN, TOPIC_OWN = 0.78, 0.84, 0.85  # share of cues that read their level right
 ABSENT = 0.04  # chance that a modality is absent, each
@@ -127,6 +127,12 @@ def _cue_tables() -> dict[str, np.ndarray]:
 CUE_TABLES = _cue_tables()
 FACE_WORDS = tuple(word for level in FACE_CUES for word in level)
 VOICE_WORDS = tuple(word for level in VOICE_CUES for word in level)
+
+
+def split_key(split: str) -> int:
+    """The number of a split in the seeds of its draws; "corpus-K" is the K-th of fresh clips."""
+    corpus = re.fullmatch(r"corpus-(\d+)", split)
+    return 100 + int(corpus[1]) if corpus else _SPLIT_KEYS[split]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +271,7 @@ class World:
 
     def clips(self, split: str, size: int | None = None) -> Clips:
         """Draw the clips of a split; `size` defaults to `SIZES[split]`."""
-        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], 0])
+        rng = np.random.default_rng([self.seed, split_key(split), 0])
         return draw_clips(rng, SIZES[split] if size is None else size)
 
     def features(
@@ -283,7 +289,7 @@ class World:
                 if not clips.present[modality][i]:
                     continue
                 number = list(SHAPES).index(name)
-                rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], i + 1, number])
+                rng = np.random.default_rng([self.seed, split_key(split), i + 1, number])
                 identity = NUISANCE_STD * rng.standard_normal(NUISANCE_DIMS, dtype=np.float32)
                 noise = rng.standard_normal(shape, dtype=np.float32)
                 clean = self.offset[name] + self.directions[name][clips.cues[modality][i]]
@@ -296,7 +302,7 @@ class World:
     ) -> Iterator[Record]:
         """Yield the records of a split, annotated for every label type."""
         clips = self.clips(split, size)
-        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], 0, 1])
+        rng = np.random.default_rng([self.seed, split_key(split), 0, 1])
         others = rng.integers(len(clips), size=len(clips))
         places = rng.integers(2, size=len(clips))
         for i, found in enumerate(self.features(clips, split, features)):

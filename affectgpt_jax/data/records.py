@@ -22,11 +22,13 @@ A record is these bytes, little-endian throughout:
 import bisect
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import itertools
 import json
 import math
 import os
+import re
 import struct
 import tempfile
 import zlib
@@ -42,12 +44,15 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import read_bytes, sha256_of
 from affectgpt_jax.common.json import check_type, json_lines, parse_json, read_json
+from affectgpt_jax.common.text import one_line, shorten
 from affectgpt_jax.data.modalities import feature_names
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.jsonl"
 
+# The name of a shard, which lies in the directory itself.
+_FILE = re.compile(r"[\w.+-]+")
 _MAGIC = b"AGPT"
 _PREFIX = struct.Struct("<4sIII")
 # Float16 features do not compress. A shard stores its options, so none is left to a default that
@@ -102,7 +107,7 @@ class IndexEntry(Annotations):
 
 PREFERENCES = ("a1", "a2", "same")
 _TEXTS = ("name", "subtitle", "description", "emotion", "caption", "question", "answer", "source")
-_TUPLES = ("labels", "candidates", "valence_range", "alternatives")
+_TUPLES = ("labels", "candidates", "valence_range", "alternatives", "present")
 
 
 class Shard(TypedDict):
@@ -182,7 +187,9 @@ def decode(data: bytes) -> Record:
                 raise RecordError(f"feature {feature!r} holds values that are not finite")
             features[feature] = values.reshape(frames, width)
             offset += values.nbytes
-        return Record(features=features, **_from_json(header))
+        record = Record(features=features, **_from_json(header))
+        _annotations(record)  # refuses what `encode` would not have written
+        return record
     except RecordError:
         raise
     # A field that `Annotations` does not have, or shapes that the bytes do not fill.
@@ -214,6 +221,7 @@ def write_records(
     directory = Path(directory)
     if records_per_shard < 1:
         raise ValueError(f"records_per_shard must be at least 1, got {records_per_shard}")
+    _check_path(directory)
     if (directory / MANIFEST_FILE).exists():
         raise RecordError(f"{directory} already holds records; delete it or write elsewhere")
     # They are needed last; trouble with them must show now, not after hours of extraction.
@@ -263,7 +271,24 @@ def as_manifest(fields: Any, where: str) -> Manifest:
     version = check_type(fields, _Versioned, where, error=RecordError, advice=_RESTORE)
     if (found := version["format_version"]) != FORMAT_VERSION:
         raise RecordError(f"{where}: format version {found} is unknown; {_UPDATE}")
-    return check_type(fields, Manifest, where, error=RecordError, advice=_RESTORE)
+    manifest = check_type(fields, Manifest, where, error=RecordError, advice=_RESTORE)
+    for key, value in _impossible(manifest):
+        raise RecordError(f"{where}: {key} cannot be {shorten(value)}; {_RESTORE}")
+    return manifest
+
+
+def _impossible(manifest: Manifest) -> Iterator[tuple[str, Any]]:
+    """What no manifest says that this code has written: keys and values."""
+    for i, shard in enumerate(manifest.shards):
+        if not _FILE.fullmatch(shard["file"]):  # it may lead out of the directory
+            yield f"shards[{i}].file", shard["file"]
+        if shard["count"] < 1:
+            yield f"shards[{i}].count", shard["count"]
+    if manifest.count != sum(shard["count"] for shard in manifest.shards):
+        yield "count", manifest.count
+    for name, facts in manifest.features.items():
+        if facts["frames"] < 1 or facts["width"] < 1:
+            yield f"features.{name}", [facts["frames"], facts["width"]]
 
 
 class RecordDataset:
@@ -275,8 +300,9 @@ class RecordDataset:
     """
 
     def __init__(self, directory: str | os.PathLike[str]):
-        self.manifest = read_manifest(directory)
         self._directory = Path(directory)
+        _check_path(self._directory)
+        self.manifest = read_manifest(directory)
         known = self.manifest.features
         self._shapes = {f: (known[f]["frames"], known[f]["width"]) for f in known}
         if not self.manifest.count:
@@ -312,7 +338,8 @@ class RecordDataset:
             shard = bisect.bisect_right(self._ends, i)
             number = i - self._ends[shard] + self.manifest.shards[shard]["count"]
             where = f"{self._paths[shard]}, record {number} ({self.index[i].name!r})"
-            raise RecordError(f"{where} cannot be read: {error}; {_RESTORE}") from error
+            advice = _advice(error) or _RESTORE
+            raise RecordError(f"{where} cannot be read: {error}; {advice}") from error
         return record
 
     def ceilings(self, mode: str) -> dict[str, float]:
@@ -416,7 +443,7 @@ def _present(record: Record) -> tuple[str, ...]:
     return tuple(feature for feature in feature_names() if feature in record.features)
 
 
-def _annotations(record: Record) -> dict[str, Any]:
+def _annotations(record: Annotations) -> dict[str, Any]:
     """The annotations of a record that are not empty, checked, ready for JSON."""
     where = f"record {record.name!r}"
     fields = {f.name: getattr(record, f.name) for f in dataclasses.fields(Annotations)}
@@ -461,6 +488,9 @@ def _finite(where: str, field: str, value: Any, otherwise: str = "") -> float:
 
 def _from_json(fields: dict[str, Any]) -> dict[str, Any]:
     """Keyword arguments of `Annotations` out of parsed JSON, which has no tuples."""
+    for field in _TUPLES:  # a tuple of a text would be its characters
+        if not isinstance(fields.get(field, []), list):
+            raise TypeError(f"{field} is not a list")
     return {k: tuple(v) if k in _TUPLES else v for k, v in fields.items()}
 
 
@@ -552,9 +582,29 @@ def _write_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        advice = _advice(error) or "is the disk full?"
         raise RecordError(
-            f"{directory.parent}: a shard cannot be written ({error}); is the disk full?"
+            f"{directory.parent}: a shard cannot be written ({error}); {advice}"
         ) from error
+
+
+def _advice(error: Exception) -> str:
+    """What to do about an error of the ArrayRecord library, which has only a text."""
+    if os.strerror(errno.EMFILE) in str(error):
+        return "raise the limit of the shell: ulimit -n 4096"
+    if os.strerror(errno.ENOSPC) in str(error):
+        return "the disk is full; make room on it"
+    return ""
+
+
+def _check_path(directory: Path) -> None:
+    """Refuse a path that the ArrayRecord library cannot open."""
+    text = str(directory.absolute())
+    if text != one_line(text):
+        raise RecordError(
+            f"{ascii(text)}: records cannot lie below a folder whose name is not UTF-8 or holds "
+            "control characters; rename it"
+        )
 
 
 def read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
@@ -563,11 +613,19 @@ def read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
     lines = data.split(b"\n")[:-1]  # not splitlines(): texts may hold other line separators
     expect(path, "lines", len(lines), manifest.count)
     expect(path, "sha256", hashlib.sha256(data).hexdigest(), manifest.index_sha256)
-    entries = [e for _, e in json_lines(data, str(path), error=RecordError, advice=_RESTORE)]
-    try:
-        return [IndexEntry(present=tuple(e.pop("present")), **_from_json(e)) for e in entries]
-    except (TypeError, KeyError) as error:
-        raise RecordError(f"{path} was written by another version: {error}; {_RESTORE}") from None
+    entries = []
+    for line, fields in json_lines(data, str(path), error=RecordError, advice=_RESTORE):
+        try:
+            entry = IndexEntry(**_from_json(fields))
+            _annotations(entry)
+            if unknown := set(entry.present) - manifest.features.keys():
+                raise RecordError(f"the manifest has no feature {shorten(min(unknown))}")
+        except (RecordError, TypeError, KeyError) as error:
+            raise RecordError(
+                f"{path}, line {line} was written by another version: {error}; {_RESTORE}"
+            ) from None
+        entries.append(entry)
+    return entries
 
 
 def expect(path: Path, quantity: str, found: Any, expected: Any) -> None:

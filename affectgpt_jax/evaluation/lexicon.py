@@ -340,7 +340,7 @@ def _read_cache(path: Path, identity: Identity) -> Lexicon | None:
     """The cached compiled lexicon; None if it is missing or damaged."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
-            forms, *names = json.loads(arrays["words"].tobytes())
+            forms, *names = parse_json(arrays["words"].tobytes(), str(path), list[list])
             table = arrays["table"]
         labels = tuple(tuple(map(tuple, names[level])) for level in range(len(LEVELS)))
         if table.dtype != np.int16 or table.shape != (len(LEVELS), WHEELS, len(forms) + 1):

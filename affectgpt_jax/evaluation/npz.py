@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from affectgpt_jax.common import plain_pickle
+from affectgpt_jax.common import npy, plain_pickle
 from affectgpt_jax.common.errors import ReadError
+
+# Of an array of labels, far more than any set has: as Python's values it takes ten times as much.
+MAX_BYTES = 64 * 2**20
 
 
 def npz_values(
@@ -35,27 +37,21 @@ def npz_values(
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for name in names:
                 if f"{name}.npy" in archive.namelist():
-                    content = archive.read(f"{name}.npy")
+                    content = npy.read_entry(archive, f"{name}.npy", MAX_BYTES)
                     found[name] = _npy_values(content, f"{where}, {name}", allow_pickle)
     except ReadError:
         raise
     # A damaged archive fails in any layer: zip, deflate, the header, or the values.
     except Exception as error:
-        raise ReadError(f"{where} is not a readable npz archive: {_reason(error)}") from None
+        raise ReadError(f"{where} is not a readable npz archive: {npy.reason(error)}") from None
     return found
 
 
 def _npy_values(content: bytes, where: str, allow_pickle: bool) -> list[Any]:
     stream = io.BytesIO(content)
-    version = np.lib.format.read_magic(stream)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }[version]
-    shape, _, dtype = read_header(stream)
+    shape, dtype = npy.read_header(stream)
     if not dtype.hasobject:
-        stream.seek(0)
-        return np.lib.format.read_array(stream, allow_pickle=False).ravel().tolist()
+        return npy.read_npy(io.BytesIO(content), len(content)).ravel().tolist()
     if not allow_pickle:
         raise ReadError(
             f"{where} holds pickled Python objects; if you trust its author, say --allow-pickle "
@@ -65,12 +61,6 @@ def _npy_values(content: bytes, where: str, allow_pickle: bool) -> list[Any]:
         values = plain_pickle.loads(content[stream.tell() :])
     except plain_pickle.PickleError as error:
         raise ReadError(f"{where}: {error}") from None
-    if not isinstance(values, list) or len(values) != np.prod(shape, dtype=int):
-        raise ReadError(f"{where}: the pickled values do not fill an array of shape {shape}")
+    if not isinstance(values, list) or len(values) != math.prod(shape):
+        raise ReadError(f"{where}: the pickled values do not fill an array of shape {list(shape)}")
     return values
-
-
-def _reason(error: Exception) -> str:
-    """The first line of a message, which libraries may leave empty."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

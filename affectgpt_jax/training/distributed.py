@@ -17,6 +17,7 @@ import json
 import os
 import queue
 import re
+import selectors
 import socket
 import sys
 import threading
@@ -24,13 +25,21 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypedDict, TypeVar
 
 import jax
 
-from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.json import parse_json
+from affectgpt_jax.common.text import print_lines
 
 Value = TypeVar("Value")
+# Bytes of a message between processes, and of the first one, by which a process is known.
+MAX_MESSAGE = 2**24
+MAX_HELLO = 2**12
+# What knocks at the port has so long to say who it is, and no more may do so at a time.
+HELLO_TIMEOUT_S = 5.0
+MAX_KNOCKING = 256
 
 
 class LaunchError(UserError, RuntimeError):
@@ -212,13 +221,24 @@ class ProcessGroup:
         self._links: dict[int, _Link] = {}
         self._ending = threading.Lock()
 
-    def from_main_process(self, compute: Callable[[], Value]) -> Value:
+    def from_main_process(
+        self, compute: Callable[[], Value], timeout_s: float | None = None
+    ) -> Value:
         """Call `compute()` on process 0, and return its value, a JSON value, on every process.
 
         If it raises, the exit of the group on process 0 ends the others.
+
+        Raises:
+            LaunchError: on the others, if there is no value within `timeout_s`.
         """
         if not self.is_main_process:
-            return self._links[0].receive()
+            try:
+                return self._links[0].receive(timeout_s)
+            except queue.Empty:
+                raise LaunchError(
+                    f"process 0 on {self._links[0].host} says nothing for {timeout_s:.0f} s; look "
+                    "whether it waits for another process, or whether something else listens there"
+                ) from None
         value = compute()
         for link in self._links.values():
             link.send(value)
@@ -263,13 +283,14 @@ class ProcessGroup:
         self.gather(None)
         self.from_main_process(lambda: None)
 
-    def require_same(self, facts: Mapping[str, str]) -> None:
+    def require_same(self, facts: Mapping[str, str], timeout_s: float | None = None) -> None:
         """Refuse a run whose processes differ in one of these facts.
 
         Raises:
-            LaunchError: on process 0, naming the process and the fact.
+            LaunchError: on process 0, naming the process and the fact; or, on any, if the others
+                say nothing within `timeout_s`.
         """
-        for number, theirs in enumerate(self.gather(dict(facts))):
+        for number, theirs in enumerate(self.gather(dict(facts), timeout_s)):
             for name in sorted(facts.keys() | theirs.keys()):
                 if facts.get(name) != theirs.get(name):
                     raise LaunchError(
@@ -277,7 +298,7 @@ class ProcessGroup:
                         f"{theirs.get(name)}, but process 0 has {facts.get(name)}; start all "
                         "processes with the same command, code and files"
                     )
-        self.from_main_process(lambda: None)
+        self.from_main_process(lambda: None, timeout_s)
 
     def fail(self, sentence: str) -> None:
         """Tell the others that this process ends, and why. They end too."""
@@ -309,12 +330,11 @@ class ProcessGroup:
             for number, link in self._links.items():
                 if number != sender:
                     link.send(sentence, kind="relayed")
-            print(
+            line = (
                 f"error: process {self.process_id} of {self.num_processes} stops, since "
-                f"{sentence}; the same command resumes from the newest checkpoint",
-                file=sys.stderr,
-                flush=True,
+                f"{sentence}; the same command resumes from the newest checkpoint"
             )
+            print_lines([line], sys.stderr)
             # The main thread may wait in a collective that never ends.
             os._exit(1)
 
@@ -339,24 +359,9 @@ class _Link:
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.host = host
         self._connection = connection
-        self._lines = connection.makefile("r", encoding="utf-8")
+        self._lines = connection.makefile("rb")
         self._values: queue.Queue = queue.Queue()
         self._sending = threading.Lock()
-
-    def hello(self, timeout_s: float = 5.0) -> dict[str, Any] | None:
-        """The first message of a process; None from anything else, such as a port scanner."""
-        self._connection.settimeout(timeout_s)
-        try:
-            kind, value = json.loads(self._lines.readline(2**16))
-            known = kind == "hello" and {"process_id", "num_processes", "host"} <= value.keys()
-        except (OSError, ValueError, TypeError, AttributeError):
-            known = False
-        self._connection.settimeout(None)
-        return value if known else None
-
-    def close(self) -> None:
-        self._lines.close()
-        self._connection.close()
 
     def send(self, value: Any, kind: str = "value") -> None:
         # If the other side is gone, the thread that reads from it reports that.
@@ -369,9 +374,12 @@ class _Link:
 
     def read(self) -> str | None:
         """Read messages until the other side leaves; returns why, or None after its "bye"."""
-        with contextlib.suppress(OSError, ValueError):
-            for line in self._lines:
-                kind, value = json.loads(line)
+        with contextlib.suppress(OSError):
+            while line := self._lines.readline(MAX_MESSAGE):
+                try:
+                    kind, value = parse_json(line, "a message", tuple[str, Any])
+                except ReadError as error:
+                    return f"sends what is no message ({error})"
                 if kind == "value":
                     self._values.put(value)
                 elif kind == "bye":
@@ -423,7 +431,7 @@ def join(
     for number, link in meet(launch, host, int(port), deadline).items():
         group._watch(number, link)
     with group:
-        group.require_same(facts)
+        group.require_same(facts, max(1.0, deadline - time.monotonic()))
         service = group.from_main_process(_free_port)
         jax.distributed.initialize(
             f"{host}:{service}",
@@ -450,7 +458,7 @@ def leave(launch: Launch, status: int, sentence: str = "") -> NoReturn:
     """
     if sentence:
         text = f"process {launch.process_id} of {launch.num_processes}: {sentence}"
-        print(text, file=sys.stderr)
+        print_lines([text], sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -474,11 +482,10 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
             link.send(sentence, kind="failed")
         return LaunchError(sentence)
 
-    with server:
+    with server, contextlib.closing(_hellos(server, deadline)) as hellos:
         while missing := sorted(set(range(1, launch.num_processes)) - links.keys()):
-            server.settimeout(max(0.01, deadline - time.monotonic()))
             try:
-                link = _Link(server.accept()[0])
+                connection, hello = next(hellos)
             except TimeoutError:
                 names = ", ".join(map(str, missing[:10])) + (" ..." if len(missing) > 10 else "")
                 raise refuse(
@@ -486,11 +493,7 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
                     f"processes, but {names} did not come; look whether they were started and can "
                     "reach it, or raise --join_timeout"
                 ) from None
-            hello = link.hello()
-            if hello is None:
-                link.close()
-                continue
-            link.host, number = hello["host"], hello["process_id"]
+            number, link = hello["process_id"], _Link(connection, hello["host"])
             if hello["num_processes"] != launch.num_processes or number not in missing:
                 links[-1] = link  # receives the refusal as well
                 raise refuse(
@@ -501,6 +504,91 @@ def _call_the_roll(launch: Launch, host: str, port: int, deadline: float) -> dic
                 )
             links[number] = link
     return links
+
+
+class _Hello(TypedDict):
+    """The first message of a process."""
+
+    process_id: int
+    num_processes: int
+    host: str
+
+
+@dataclasses.dataclass
+class _Knock:
+    """What a connection has said so far, and until when it may say who it is."""
+
+    until: float
+    said: bytes = b""
+
+
+def _hellos(server: socket.socket, deadline: float) -> Iterator[tuple[socket.socket, _Hello]]:
+    """The connections of processes, in the order in which their first messages are there.
+
+    All are listened to at once, each until its own deadline: what says nothing, or something else,
+    as a port scanner does, is let go and holds up nobody.
+
+    Raises:
+        TimeoutError: at the deadline.
+    """
+    server.setblocking(False)
+    with selectors.DefaultSelector() as selector:
+        selector.register(server, selectors.EVENT_READ)
+        knocking: dict[socket.socket, _Knock] = {}  # in the order of their deadlines
+
+        def let_go(connection: socket.socket) -> None:
+            selector.unregister(connection)
+            del knocking[connection]
+
+        try:
+            while (now := time.monotonic()) < deadline:
+                first = min([deadline, *(knock.until for knock in knocking.values())])
+                for key, _ in selector.select(max(0.0, first - now)):
+                    if key.fileobj is not server:
+                        knock = knocking[key.fileobj]
+                        more = _read_up_to_line_end(key.fileobj)
+                        knock.said += more
+                        if knock.said.endswith(b"\n") or not more or len(knock.said) > MAX_HELLO:
+                            let_go(key.fileobj)
+                            if hello := _as_hello(knock.said):
+                                key.fileobj.setblocking(True)
+                                yield key.fileobj, hello
+                            else:
+                                key.fileobj.close()
+                        continue
+                    try:
+                        connection = server.accept()[0]
+                    except OSError:  # it has left, or there are too few file handles
+                        time.sleep(0.01)
+                        continue
+                    connection.setblocking(False)
+                    knocking[connection] = _Knock(time.monotonic() + HELLO_TIMEOUT_S)
+                    selector.register(connection, selectors.EVENT_READ)
+                over = max(0, len(knocking) - MAX_KNOCKING)
+                late = [c for c, knock in knocking.items() if knock.until < time.monotonic()]
+                for connection in {*list(knocking)[:over], *late}:
+                    let_go(connection)
+                    connection.close()
+            raise TimeoutError
+        finally:
+            for connection in knocking:
+                connection.close()
+
+
+def _read_up_to_line_end(connection: socket.socket) -> bytes:
+    """What there is of a line, and nothing behind it; b"" if the other side has left."""
+    try:
+        there = connection.recv(MAX_HELLO + 1, socket.MSG_PEEK)
+        return connection.recv(there.find(b"\n") + 1 or len(there))
+    except OSError:
+        return b""
+
+
+def _as_hello(line: bytes) -> _Hello | None:
+    try:
+        return parse_json(line, "a message", tuple[Literal["hello"], _Hello])[1]
+    except ReadError:
+        return None
 
 
 def _report(launch: Launch, host: str, port: int, deadline: float) -> dict[int, _Link]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self, SupportsFloat, TypedDict
 import jax
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.files import atomic_write, decode
+from affectgpt_jax.common.files import atomic_write, decode, open_to_append, write_text
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.progress import LiveLine, duration
 
@@ -75,7 +75,7 @@ class MetricsWriter:
         metrics_file = workdir / "metrics.jsonl"
         self._clock = clock
         self._start_s = clock() - _drop_steps_after(resume_step, metrics_file)
-        self._lines = metrics_file.open("a", encoding="utf-8")
+        self._lines = open_to_append(metrics_file)
         self._sinks = [_TensorBoard(workdir / "tensorboard", resume_step)]
         if wandb_project:
             self._sinks.append(_WeightsAndBiases(workdir, wandb_project, config or {}))
@@ -159,7 +159,7 @@ class _WeightsAndBiases:
             ) from None
         identity = workdir / "wandb_id"
         if not identity.exists():
-            identity.write_text(secrets.token_hex(8), encoding="utf-8")
+            write_text(identity, secrets.token_hex(8))
         self._run = wandb.init(
             project=project,
             id=identity.read_text(encoding="utf-8"),
@@ -586,7 +586,8 @@ def plot_run(metrics_file: Path, png: Path, *, ceilings: Mapping[str, float] | N
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(png)
+    with atomic_write(png) as file:
+        FigureCanvasAgg(figure).print_png(file)
 
 
 def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:

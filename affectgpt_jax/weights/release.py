@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.data.modalities import HEADS
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.weights import layout, torch_zip
@@ -108,7 +109,7 @@ def read_release(path: Path) -> ReleaseFile:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch_zip.Tensor):
             raise WeightsError(
-                f"{path}: model[{str(name)[:80]!r}] is of type {type(value).__name__}; expected a "
+                f"{path}: model[{shorten(name)}] is of type {type(value).__name__}; expected a "
                 "tensor"
             )
     if tensors and all(name.startswith("module.") for name in tensors):

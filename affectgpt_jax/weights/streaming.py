@@ -13,14 +13,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.json import check_type, parse_json
 
 # Enough to keep a disk, the transposition and the bus to the devices busy at the same time; more
 # than there are cores would only take each other's cache.
@@ -95,6 +95,14 @@ class StoredTensor:
             raise WeightsError(f"{self.path} cannot be read: {error}") from None
 
 
+class _Entry(TypedDict):
+    """What the header of a safetensors file says of a tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, by name.
 
@@ -110,10 +118,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise WeightsError(f"{path} cannot be read: {error}") from None
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
+        text = file.read(length)
+    header = parse_json(text, f"{path}, its header", dict, error=WeightsError)
     header.pop("__metadata__", None)
+    entries = check_type(header, dict[str, _Entry], f"{path}, its header", error=WeightsError)
     tensors = {}
-    for name, entry in header.items():
+    for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
             raise WeightsError(
                 f"{path}: the tensor {name} is of type {entry['dtype']}; expected unquantized "

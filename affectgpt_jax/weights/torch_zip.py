@@ -26,6 +26,7 @@ import numpy as np
 from affectgpt_jax.common import plain_pickle
 from affectgpt_jax.common.files import new_path
 from affectgpt_jax.common.plain_pickle import Name, PickleError
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.weights.streaming import WeightsError
 
 # Storage classes of PyTorch by the dtype of their elements; later dtypes have no class, and their
@@ -46,6 +47,9 @@ LATER_DTYPES = {f"torch.{kind}": np.dtype(kind) for kind in ("uint16", "uint32",
 
 _LOCAL_HEADER = 30
 _MAX_INT = 2**63
+_MAX_AXES = 64
+# Of the pickle, which has names and sizes but no values.
+_MAX_PICKLE = 256 * 2**20
 # PyTorch maps a file into memory where its storages stand at multiples of this many bytes.
 _ALIGNMENT = 64
 
@@ -87,15 +91,25 @@ class Tensor:
 
     def __post_init__(self):
         whole = (self.offset, *self.shape, *self.strides)
-        if len(self.shape) != len(self.strides) or not all(0 <= i < _MAX_INT for i in whole):
-            raise PickleError(f"a tensor of shape {self.shape} with strides {self.strides}")
-        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides))
+        if (
+            not len(self.shape) == len(self.strides) <= _MAX_AXES
+            or not all(type(i) is int and 0 <= i < _MAX_INT for i in whole)
+            or self.size >= _MAX_INT
+        ):
+            raise PickleError(
+                f"a tensor of shape {shorten(self.shape)} with strides {shorten(self.strides)}"
+            )
         available = self.storage.data.size // self.dtype.itemsize
-        if 0 not in self.shape and last >= available:
+        if self.size and self._last >= available:
             raise PickleError(
                 f"a tensor of shape {self.shape} that reaches beyond the {available} elements of "
                 f"its storage ({self.storage.where})"
             )
+
+    @property
+    def _last(self) -> int:
+        """The place in the storage of the last element."""
+        return self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides))
 
     @property
     def size(self) -> int:
@@ -106,15 +120,22 @@ class Tensor:
         """The values, read from the file.
 
         Raises:
-            WeightsError: the bytes are damaged.
+            WeightsError: the bytes are damaged, or the tensor repeats them to become larger.
         """
-        if 0 in self.shape:
+        if not self.size:
             return np.empty(self.shape, self.dtype)
-        data = self.storage.data
+        data, itemsize = self.storage.data, self.dtype.itemsize
+        if self.size > data.size // itemsize:
+            raise WeightsError(
+                f"{self.storage.where}: a tensor of shape {self.shape} repeats the elements of its "
+                "storage; save it with .contiguous()"
+            )
         if zlib.crc32(data) != self.storage.crc:
             raise WeightsError(f"{self.storage.where} is damaged: its checksum is wrong")
-        elements = data.view(self.dtype)[self.offset :]
-        strides = [step * self.dtype.itemsize for step in self.strides]
+        # Not the whole storage, whose size need not be a multiple of an element's.
+        elements = data[self.offset * itemsize : (self._last + 1) * itemsize].view(self.dtype)
+        # The step along an axis of one element may be any number.
+        strides = [step * itemsize if n > 1 else 0 for n, step in zip(self.shape, self.strides)]
         return np.lib.stride_tricks.as_strided(elements, self.shape, strides).copy()
 
 
@@ -140,6 +161,8 @@ def load(path: Path) -> Any:
 
     dialect = plain_pickle.Dialect(_construct, _fill, fetch)
     start, size, crc = entries["data.pkl"]
+    if size > _MAX_PICKLE:
+        raise WeightsError(f"{path}: data.pkl has {size:,} bytes; at most {_MAX_PICKLE:,} are read")
     program = data[start : start + size].tobytes()
     if zlib.crc32(program) != crc:
         raise WeightsError(f"{path}: data.pkl is damaged: its checksum is wrong")
@@ -210,14 +233,15 @@ def _storage(
     dtype = STORAGES.get(kind.rpartition(".")[2])
     untyped = kind == "torch.storage.UntypedStorage"
     if not kind.startswith("torch.") or not (dtype or untyped):
-        raise PickleError(f"a tensor of the kind {kind[:80]!r}; expected {', '.join(STORAGES)}")
+        raise PickleError(f"a tensor of the kind {shorten(kind)}; expected {', '.join(STORAGES)}")
     if f"data/{key}" not in entries:
-        raise PickleError(f"a tensor whose storage {key[:80]!r} is missing")
+        raise PickleError(f"a tensor whose storage {shorten(key)} is missing")
     start, size, crc = entries[f"data/{key}"]
     itemsize = dtype.itemsize if dtype else 1
     if count * itemsize != size:
         raise PickleError(
-            f"a tensor whose storage {key[:80]!r} has {size} bytes; expected {count * itemsize}"
+            f"a tensor whose storage {shorten(key)} has {size} bytes; expected "
+            f"{shorten(count * itemsize)}"
         )
     return Storage(f"{path}, data/{key}", data[start : start + size], crc, dtype)
 
@@ -227,7 +251,7 @@ def _construct(name: Name, arguments: tuple[Any, ...]) -> Any:
     match name.text, arguments:
         case "torch._utils._rebuild_tensor_v2", (
             Storage(dtype=np.dtype() as dtype) as storage,
-            int(offset),
+            offset,
             tuple(shape),
             tuple(strides),
             *_,
@@ -235,7 +259,7 @@ def _construct(name: Name, arguments: tuple[Any, ...]) -> Any:
             return Tensor(storage, dtype, offset, shape, strides)
         case "torch._utils._rebuild_tensor_v3", (
             Storage(dtype=None) as storage,
-            int(offset),
+            offset,
             tuple(shape),
             tuple(strides),
             _,

@@ -58,10 +58,30 @@ def test_lines_are_printed_one_by_one():
 def test_a_long_value_is_cut_and_an_unprintable_one_is_named():
     assert shorten("a" * 10, 5) == "'aaaa..."
     assert shorten({"key": "\x1b\u202e"}) == r"{'key': '\x1b\u202e'}"
+    assert shorten(10**5000) == "an unprintable int"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [(), (1,), (1, "a"), [], [[1], {}], {}, {"a": (b"x", None)}, set(), {1}, frozenset({1}), 1.5],
+)
+def test_a_short_value_is_shown_as_python_shows_it(value):
+    assert shorten(value) == repr(value)
+
+
+def test_only_what_is_shown_of_a_value_is_looked_at():
     nested = []
     for _ in range(100_000):
         nested = [nested]
-    assert shorten(nested) == "an unprintable list"
+    assert shorten(nested) == "[" * 20 + "..." + "]" * 20
+    twice = ()
+    for _ in range(64):  # printed whole, it would have more than 2 ** 64 characters
+        twice = (twice, twice)
+    assert len(shorten(twice)) == 83
+    loop = []
+    loop.append(loop)
+    assert shorten([loop] * 2).endswith("...")
+    assert shorten("a" * 2**28, 5) == "'aaaa..."
 
 
 def test_a_list_of_names_ends_with_the_number_of_the_others():

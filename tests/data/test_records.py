@@ -5,8 +5,10 @@ import hashlib
 import inspect
 import itertools
 import json
+import os
 import random
 import re
+import resource
 import struct
 import weakref
 import zlib
@@ -223,6 +225,12 @@ def test_decode_refuses_truncated_foreign_and_newer_bytes():
         b'{"name": "a", "features": [["face", "1", 2]]}',
         b'{"name": "a", "labels": 1, "features": []}',
         b'{"name": "a", "novelty": 1, "features": []}',
+        b'{"name": ["a"], "features": []}',
+        b'{"name": "a", "subtitle": 1, "features": []}',
+        b'{"name": "a", "labels": [1], "features": []}',
+        b'{"name": "a", "valence": 1e999, "features": []}',
+        b'{"name": "a", "valence_range": [1, 0], "features": []}',
+        b'{"name": "a", "features": [[["face"], 1, 2]]}',
     ],
 )
 def test_decode_refuses_a_header_that_nobody_wrote_though_its_checksum_fits(header):
@@ -409,6 +417,81 @@ def test_opening_refuses_other_versions_and_malformed_manifests(directory):
         (directory / "manifest.json").write_text(text)
         with pytest.raises(RecordError, match="manifest.json: .*; restore the directory"):
             RecordDataset(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        (lambda m: m.update(count=10**30), "count: expected a whole number of at most 64 bits"),
+        (lambda m: m.update(count=11), "count cannot be 11"),
+        (lambda m: m["shards"][0].update(count=0), "shards[0].count cannot be 0"),
+        (lambda m: m["shards"][0].update(count=-1), "shards[0].count cannot be -1"),
+        (lambda m: m["shards"][1].update(file="../a"), "shards[1].file cannot be '../a'"),
+        (lambda m: m["shards"][1].update(file="/etc/passwd"), "cannot be '/etc/passwd'"),
+        (lambda m: m["features"]["face"].update(width=0), "features.face cannot be [8, 0]"),
+        (lambda m: m["features"].update(face=[]), "features.face: expected a JSON object"),
+    ],
+)
+def test_a_manifest_with_impossible_values_is_refused_by_file_and_key(directory, change, key):
+    edit_manifest(directory, change)
+    with pytest.raises(RecordError) as error:
+        RecordDataset(directory)
+    assert f"manifest.json: {key}" in str(error.value) or key in str(error.value)
+    assert str(error.value).endswith("write it again")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"present": ["voice"]}, "the manifest has no feature 'voice'"),
+        ({"present": [["face"]]}, "unhashable"),
+        ({"present": 1}, "present is not a list"),
+        ({"present": "face"}, "present is not a list"),
+        ({"subtitle": 1}, "subtitle must be a string"),
+        ({"labels": "sad"}, "labels is not a list"),
+        ({"labels": [1]}, "labels must be a tuple of strings"),
+        ({"novelty": 1}, "novelty"),
+    ],
+)
+def test_an_index_of_other_types_is_refused_by_line_though_its_hash_fits(
+    directory, change, message
+):
+    path = directory / "index.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")
+    lines[2] = json.dumps(json.loads(lines[2]) | change)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    edit_manifest(directory, lambda fields: fields.update(index_sha256=digest))
+    with pytest.raises(RecordError, match=rf"index.jsonl, line 3 was written by .*({message})"):
+        RecordDataset(directory)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[2J", os.fsdecode(b"a\xff")])
+def test_a_path_that_the_library_cannot_open_is_refused_at_once(name, tmp_path):
+    with pytest.raises(RecordError, match="whose name is not UTF-8 or holds control characters"):
+        write(tmp_path / name, [make_record(0)])
+    (tmp_path / name).mkdir()
+    with pytest.raises(RecordError, match="whose name is not UTF-8 or holds control characters"):
+        RecordDataset(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a[0:5]", "a?b*", "a\\b", "a%20b", "a\u3000b", "@8"])
+def test_a_path_may_hold_any_other_character(name, tmp_path):
+    directory = tmp_path / name
+    write(directory, [make_record(0)])
+    assert_same(make_record(0), RecordDataset(directory)[0])
+
+
+def test_too_few_file_handles_are_named_as_the_reason(directory):
+    dataset = RecordDataset(directory)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        with pytest.raises(RecordError, match="Too many open files.*ulimit -n"):
+            dataset[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert_same(make_record(0), dataset[0])
 
 
 def test_opening_finds_a_missing_shard(directory):

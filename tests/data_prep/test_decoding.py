@@ -22,7 +22,12 @@ def square(number):
     return number**2
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+def wait(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
+@pytest.mark.parametrize("workers", [1, 3])
 def test_results_come_in_the_order_of_the_items(workers):
     found = in_order(square, range(12), workers, ahead=5, died=lambda: None)
     assert list(found) == [n**2 for n in range(12)]
@@ -32,6 +37,17 @@ def test_an_item_that_ends_its_process_costs_no_other_item():
     items = [1, 2, -1, 3, 4, -2, 5]
     found = list(in_order(square, items, 2, ahead=4, died=lambda: "died"))
     assert found == [1, 4, "died", 9, 16, "died", 25]
+
+
+def test_an_item_that_has_no_end_costs_no_other_item():
+    found = list(in_order(wait, [0.0, 60.0, 0.1], 1, ahead=2, died=lambda: "late", limit_s=2))
+    assert found == [0.0, "late", 0.1]
+
+
+def test_a_file_that_ends_its_process_does_not_end_the_command():
+    """With --workers 0 too, which `stages` turns into one process."""
+    found = list(in_order(square, [-1, 2], 1, ahead=1, died=lambda: "died"))
+    assert found == ["died", 4]
 
 
 def test_a_clip_gives_pixels_windows_and_facts(tmp_path):

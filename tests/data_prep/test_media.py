@@ -1,5 +1,6 @@
 """Frames and samples out of real files: the formulas, the formats, and what is damaged."""
 
+import wave
 from fractions import Fraction
 from math import floor
 
@@ -7,7 +8,15 @@ import av
 import needs_torch
 import numpy as np
 import pytest
-from clip_files import brightness, cut, grey_frames, rotate, tone, write_clip
+from clip_files import (
+    brightness,
+    cut,
+    cut_without_decoding,
+    grey_frames,
+    rotate,
+    tone,
+    write_clip,
+)
 
 from affectgpt_jax.data.arrays import sample_rows
 from data_prep import faces, media
@@ -106,13 +115,15 @@ def test_channels_are_averaged_and_opposite_ones_cancel(tmp_path):
     assert np.abs(media.read_waveform(path)).max() < 1e-4  # a step of 16 bits is 3e-5
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
 @pytest.mark.parametrize("quarters", [0, 1, 2, 3])
-def test_a_rotated_video_is_turned_upright(quarters, tmp_path):
+def test_a_rotated_or_mirrored_video_is_shown_as_players_do(quarters, mirrored, tmp_path):
     image = np.zeros((48, 64, 3), np.uint8)
     image[:24, :32] = 255  # the upper left quarter
-    path = rotate(write_clip(tmp_path / "clip.mp4", np.stack([image] * 3)), quarters)
+    path = rotate(write_clip(tmp_path / "clip.mp4", np.stack([image] * 3)), quarters, mirrored)
     (first, *_), facts = media.read_frames(path, 8, lambda image: image)
-    expected = np.rot90(image, -quarters)  # players turn it clockwise
+    shown = image[:, ::-1] if mirrored else image
+    expected = np.rot90(shown, -quarters)  # players turn it clockwise
     assert first.shape == expected.shape
     assert (facts.width, facts.height) == expected.shape[1::-1]
     assert np.abs(first.astype(int) - expected).mean() < 12  # blurred at the edges
@@ -150,6 +161,85 @@ def test_cut_sound_is_damaged_wherever_it_is_cut(suffix, codec, share, tmp_path)
     cut(path, share)
     with pytest.raises(MediaError, match="damaged|not readable"):
         media.check_whole(path)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mov", "mkv"])
+@pytest.mark.parametrize("start_s", [0.3, 1.1, 2.0])
+def test_a_clip_that_was_cut_without_decoding_it_is_whole(start_s, suffix, tmp_path):
+    whole = write_clip(tmp_path / "whole.mp4", grey_frames(100), tone(4.0))
+    path = cut_without_decoding(whole, tmp_path / f"cut.{suffix}", start_s, start_s + 1.5)
+    media.check_whole(path)
+    frames, facts = media.read_frames(path, 1000, lambda image: image.mean())
+    first = round(start_s * 25)
+    if suffix != "mkv":  # Matroska has no edit lists: what players need to begin is shown
+        np.testing.assert_allclose(frames[:30], brightness(first + np.arange(30)), atol=3)
+    assert 1.4 < facts.seconds < 2.2
+    assert len(media.read_waveform(path)) > 1.4 * 16_000
+
+
+@pytest.mark.parametrize(
+    ("header", "seconds"),
+    [
+        (lambda size: size + 2, 3.0),
+        (lambda size: size + 36, 3.0),  # the size of the file, where that of the sound belongs
+        (lambda size: size + 3000, 3.0),
+        (lambda size: size - 2, 3.0),
+        (lambda size: 2 * size, None),
+        (lambda size: size + 12_000, None),
+    ],
+)
+def test_a_wav_header_may_err_by_a_little(header, seconds, tmp_path):
+    path = write_clip(tmp_path / "sound.wav", None, tone(3.0), audio_codec="pcm_s16le")
+    data = bytearray(path.read_bytes())
+    start = data.index(b"data") + 4
+    data[start : start + 4] = header(96_000).to_bytes(4, "little")
+    path.write_bytes(data)
+    if seconds is None:
+        with pytest.raises(MediaError, match="damaged: 96,000 of 1"):
+            media.check_whole(path)
+    else:
+        media.check_whole(path)
+        assert len(media.read_waveform(path)) / 16_000 == pytest.approx(seconds, abs=0.01)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6, 8, 16, 64])
+def test_sound_of_any_number_of_channels_is_averaged(channels, tmp_path):
+    path = tmp_path / "sound.wav"
+    sound = np.random.default_rng(0).normal(0, 2000, (16_000, channels)).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(channels)
+        file.setsampwidth(2)
+        file.setframerate(16_000)
+        file.writeframes(sound.tobytes())
+    media.check_whole(path)
+    np.testing.assert_allclose(
+        media.read_waveform(path), sound.mean(axis=1) / 32768, atol=1e-4, rtol=0
+    )
+
+
+def test_sound_and_pictures_that_would_fill_the_memory_are_refused(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", grey_frames(5), tone(1.0))
+    monkeypatch.setattr(media, "MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(MediaError, match="frames of 64 x 48 pixels are too large"):
+        media.read_frames(path, 8, lambda image: image)
+    monkeypatch.setattr(media, "MAX_SECONDS", 0)
+    with pytest.raises(MediaError, match="more than 0 hours of sound"):
+        media.read_waveform(path)
+
+
+def test_the_track_that_is_on_is_taken(tmp_path):
+    path = tmp_path / "clip.mkv"
+    with av.open(str(path), "w") as container:
+        for level in (40, 200):
+            stream = container.add_stream("mpeg4", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            if level == 200:
+                stream.disposition = av.stream.Disposition.default
+        for level, stream in zip((40, 200), container.streams.video, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), level, np.uint8))
+            container.mux([*stream.encode(frame), *stream.encode()])
+    frames, _ = media.read_frames(path, 8, lambda image: image.mean())
+    np.testing.assert_allclose(frames, 200, atol=4)
 
 
 @pytest.mark.parametrize("size", [0xFFFF_FFFF, 0x7FFF_F000, 0])

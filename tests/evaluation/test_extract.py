@@ -1,15 +1,14 @@
-import contextlib
-import http.server
+import base64
+import itertools
 import json
 import logging
 import sys
-import threading
-import time
 
 import pytest
+from chat_stub import Stub
 
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.evaluation import extract
+from affectgpt_jax.evaluation import chat_server, extract
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
 from affectgpt_jax.evaluation.extract import (
     ChatExtractor,
@@ -278,70 +277,6 @@ def test_a_cache_survives_a_torn_line_and_names_a_wrong_one(tmp_path):
 # --- a server -----------------------------------------------------------------------------------
 
 
-class Stub:
-    """A chat server on the loopback device.
-
-    Args:
-        turns: what it does with request 1, 2, ...: (status, headers, body), or "sleep" or "hang
-            up"; afterwards it answers every message by its last word.
-    """
-
-    def __init__(self, *turns):
-        self.requests, self.most_at_once, self._at_once = [], 0, 0
-        turns, lock, stub = list(turns), threading.Lock(), self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with lock:
-                    headers = {name.lower(): value for name, value in self.headers.items()}
-                    stub.requests.append((self.path, headers, body))
-                    stub._at_once += 1
-                    stub.most_at_once = max(stub.most_at_once, stub._at_once)
-                    turn = turns.pop(0) if turns else stub.good(body)
-                with contextlib.suppress(OSError):
-                    self.take(turn)
-                with lock:
-                    stub._at_once -= 1
-
-            def take(self, turn):
-                if turn == "hang up":
-                    self.connection.close()
-                    return
-                if turn == "sleep":
-                    stub.closing.wait(5)
-                    return
-                status, headers, text = turn
-                time.sleep(0.01)  # so that requests can meet
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_):
-                pass
-
-        self.closing = threading.Event()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()
-
-    @staticmethod
-    def good(body):
-        content = body["messages"][-1]["content"].split()[-1]
-        reply = {"choices": [{"message": {"role": "assistant", "content": f"[{content}]"}}]}
-        return 200, {}, json.dumps(reply)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.closing.set()
-        self._server.shutdown()
-        self._server.server_close()
-
-
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
@@ -385,7 +320,7 @@ def test_many_messages_are_answered_a_few_at_a_time():
 )
 def test_trouble_that_passes_is_waited_out(turn):
     with Stub(turn) as stub:
-        assert ask(stub, timeout_s=0.3) == ["[happy]"]
+        assert ask(stub, timeout_s=0.3 if turn == "sleep" else 30) == ["[happy]"]
     assert len(stub.requests) == 2
 
 
@@ -438,6 +373,62 @@ def test_the_key_is_in_no_message_no_cache_and_no_log(tmp_path, caplog):
     assert "sesame" not in caplog.text
 
 
+LONG_KEY = "sk-abcdefghijklmnopqrstuvwxyz0123456789"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        # Cut where the message is cut, escaped, in the reason, and where no content is.
+        (401, {}, json.dumps({"error": {"message": "x" * 170 + LONG_KEY}})),
+        (401, {}, json.dumps({"error": "k=" + LONG_KEY}).replace("s", "\\u0073")),
+        (200, {}, json.dumps({"a": "y" * 50 + LONG_KEY})),
+        (400, {}, base64.b64encode(f"Bearer {LONG_KEY}".encode()).decode()),
+        (429, {"Retry-After": LONG_KEY}, ""),
+    ],
+    ids=range(5),
+)
+def test_no_part_of_the_key_is_in_an_error(turn):
+    with Stub(turn) as stub, pytest.raises(ChatError) as told:
+        ask(stub, api_key=LONG_KEY, timeout_s=30, attempts=1)
+    assert "***" in str(told.value)
+    for start in range(len(LONG_KEY) - 6):
+        assert LONG_KEY[start : start + 7] not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("turn", "told"),
+    [
+        ((200, {}, "[" * 100_000), "without choices"),
+        ((400, {}, "[" * 100_000), "HTTP 400 '\\[\\[\\["),
+        ((200, {}, '{"choices": [{"message": {"content": ' + "9" * 10_000 + "}}]}"), "without cho"),
+        ((200, {"Content-Type": "text/plain; charset=hex"}, "[]"), "without choices"),
+        ((400, {"Content-Type": "text/plain; charset=hex"}, "zz"), "HTTP 400 'zz'"),
+        ((200, {"Content-Encoding": "gzip"}, "x"), "is compressed, which was not asked for"),
+        ((200, {}, " " * 200), "the reply is larger than 100 bytes"),
+        ((400, {}, " " * 200), "the reply is larger than 100 bytes"),
+        ((429, {"Retry-After": "nan"}, "\x1b[2J"), r"HTTP 429 '\\x1b\[2J'"),
+        ((429, {"Retry-After": "Mon, 01 Jan 99999 00:00:00 GMT"}, ""), "HTTP 429"),
+    ],
+    ids=range(10),
+)
+def test_a_reply_of_another_kind_is_one_sentence(turn, told, monkeypatch):
+    if "larger" in told:
+        monkeypatch.setattr(chat_server, "MAX_REPLY_BYTES", 100)
+    with Stub(turn) as stub, pytest.raises(ChatError, match=told) as stopped:
+        ask(stub, timeout_s=30, attempts=1)
+    assert len(str(stopped.value)) < 500 and "\n" not in str(stopped.value)
+
+
+def test_a_reply_that_drips_has_a_deadline():
+    client = type(ChatServer("http://localhost/v1", "qwen")._client._client).__mro__[2]
+    response = type("Response", (), {"__module__": client.__module__})()
+    response.headers, response.stream = {}, itertools.repeat(b"x")
+    chat_server._bound(response, 0.05)
+    with pytest.raises(Exception, match="does not end within 0.05 s"):
+        list(response.stream)
+
+
 def test_without_a_key_none_is_sent(monkeypatch):
     for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, "sesame")
@@ -457,6 +448,11 @@ def test_a_missing_client_is_one_sentence(monkeypatch):
     ("url", "key", "said"),
     [
         ("localhost:8000", "", "is no address"),
+        ("http://host:secret/v1", "", "address is none"),
+        ("me:secret@host/v1", "", "holds a password"),
+        ("http://host/v1?api_key=secret", "", "may hold a key; leave it out"),
+        ("http://host/v1#secret", "", "may hold a key"),
+        ("http://host/se%73ame-sesame/v1", "sesame-sesame", "holds the API key"),
         ("file:///etc/passwd", "", "is no address"),
         ("http://me:secret@host/v1", "", "holds a password"),
         ("http://host/v1", "se\nsame", "holds a character that no key has"),

@@ -1,5 +1,6 @@
 """Several processes as one run: how they are launched, meet, agree and part."""
 
+import contextlib
 import signal
 import socket
 import threading
@@ -279,24 +280,105 @@ def test_a_process_that_does_not_belong_is_named(number, count, said):
     assert said in results[0].read()
 
 
-def test_what_else_knocks_at_the_port_is_let_go():
+NOISE = [
+    b"",
+    b"\n",
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"\xff\xfe\x00\n",
+    b"[" * 4000 + b"\n",
+    b"x" * 100_000,
+    b"null\n",
+    b'["hello", 3]\n',
+    b'["value", {"process_id": 1, "num_processes": 2, "host": "a"}]\n',
+    b'["hello", {"process_id": [1], "num_processes": 2, "host": "a"}]\n',
+    b'["hello", {"process_id": 1, "num_processes": 2, "host": ["a"]}]\n',
+    b'["hello", {"process_id": 1e999, "num_processes": 2, "host": "a"}]\n',
+    b'["hello", {"process_id": 1}]\n',
+]
+
+
+def test_what_else_knocks_at_the_port_is_let_go_and_holds_up_nobody():
     coordinator = f"127.0.0.1:{free_port()}"
     found = []
     main_process = threading.Thread(target=lambda: found.extend(meet([Launch(coordinator, 0, 2)])))
     main_process.start()
     host, port = coordinator.split(":")
-    for noise in (b"GET / HTTP/1.1\r\n\r\n", b'["hello", 3]\n', b""):
-        while True:
-            try:
-                with socket.create_connection((host, int(port))) as stranger:
-                    stranger.sendall(noise)
-                break
-            except ConnectionRefusedError:
-                continue
-    (other,) = meet([Launch(coordinator, 1, 2)])
-    main_process.join()
+    start_s = time.monotonic()
+    with contextlib.ExitStack() as strangers:
+
+        def knock():
+            while True:
+                try:
+                    connection = socket.create_connection((host, int(port)))
+                    return strangers.enter_context(connection)
+                except ConnectionRefusedError:
+                    continue
+
+        for noise in NOISE:
+            with contextlib.suppress(OSError):
+                knock().sendall(noise)
+        for _ in range(20):  # they stay, and say nothing or half of something
+            knock()
+            knock().sendall(b'["hel')
+        (other,) = meet([Launch(coordinator, 1, 2)])
+        main_process.join()
     assert found[0].num_processes == other.num_processes == 2
+    assert time.monotonic() - start_s < distributed.HELLO_TIMEOUT_S
     on_all([found[0], other], lambda group: group.close())
+
+
+def test_who_says_nothing_or_drips_is_let_go_in_time(monkeypatch):
+    monkeypatch.setattr(distributed, "HELLO_TIMEOUT_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hellos = distributed._hellos(server, time.monotonic() + 2)
+        address = server.getsockname()
+        with socket.create_connection(address) as silent, socket.create_connection(address) as slow:
+            waiting = threading.Thread(target=lambda: pytest.raises(TimeoutError, next, hellos))
+            waiting.start()
+            dropped = False
+            for _ in range(20):  # each byte comes in time, and all of them do not
+                time.sleep(0.05)
+                try:
+                    slow.sendall(b"[")
+                except OSError:
+                    dropped = True
+            silent.settimeout(5)
+            assert silent.recv(1) == b"" and dropped
+            waiting.join()
+
+
+def test_only_so_many_may_knock_at_a_time(monkeypatch):
+    monkeypatch.setattr(distributed, "MAX_KNOCKING", 2)
+    with socket.create_server(("127.0.0.1", 0)) as server, contextlib.ExitStack() as stack:
+        address = server.getsockname()
+        hellos = distributed._hellos(server, time.monotonic() + 1)
+        waiting = threading.Thread(target=lambda: pytest.raises(TimeoutError, next, hellos))
+        waiting.start()
+        found = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
+        for connection in found:
+            connection.settimeout(0.5)
+        assert [found[0].recv(1), found[1].recv(1)] == [b"", b""]
+        with pytest.raises(TimeoutError):
+            found[3].recv(1)
+        waiting.join()
+
+
+def test_a_message_that_is_none_ends_the_others_with_a_sentence(three, ends):
+    three[1]._links[0]._connection.sendall(b"[" * 100_000 + b"\n")
+    three[2]._links[0]._connection.sendall(b'"\xff"\n')
+    for _ in range(500):
+        if len(ends) == 2:
+            break
+        time.sleep(0.01)
+    assert len(ends) == 2
+    assert all("sends what is no message" in sentence for sentence in ends)
+
+
+def test_a_process_0_that_says_nothing_is_named(three):
+    error = on_all(three[1:2], lambda group: group.require_same({}, timeout_s=0.1))[0]
+    assert "process 0 on 127.0.0.1 says nothing for 0 s" in str(error)
+    error = on_all(three[:1], lambda group: group.require_same({}, timeout_s=0.1))[0]
+    assert "no answer from process 2 on" in str(error)
 
 
 def test_a_taken_port_is_named():

@@ -160,7 +160,7 @@ plain = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.lists(inner, max_size=3).map(tuple)
-        | st.dictionaries(st.text() | st.integers(), inner, max_size=3)
+        | st.dictionaries(st.text() | st.integers(-(2**60), 2**60), inner, max_size=3)
     ),
     max_leaves=8,
 )
@@ -230,6 +230,8 @@ def tensor_program(
     """A pickle (protocol 2) of one tensor; every number may lie."""
 
     def number(n):
+        if not isinstance(n, int) or isinstance(n, bool):
+            return pickle.dumps(n, 0)[:-1]
         return b"\x8a\x10" + n.to_bytes(16, "little", signed=True)
 
     def text(t):
@@ -351,12 +353,25 @@ def test_a_name_is_text_and_not_the_thing(tmp_path):
     assert type(torch_zip.load(path)).__name__ == "Name"
 
 
-def test_a_value_that_holds_itself_is_read_and_keys_that_hash_forever_are_not(tmp_path):
-    itself = torch_zip.load(archive(tmp_path / "a.pth", b"\x80\x02]q\x00h\x00a."))
-    assert itself[0] is itself
-    # t = (); t = (t, t), sixty times: hashing it would take 2 ** 60 steps.
-    program = b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"Ns."
-    refused(archive(tmp_path / "b.pth", program), "nested tuples")
+def nested_tuples(times):
+    """A program that leaves t = (t, t), nested many times: printing or hashing it has no end."""
+    return b")" + b"".join(b"q%ch%ch%c\x86" % (n, n, n) for n in range(times))
+
+
+@pytest.mark.timeout(30)
+def test_values_that_have_no_end_are_refused(tmp_path):
+    refused(archive(tmp_path / "a.pth", b"\x80\x02]q\x00h\x00a."), "nested deeper than 100")
+    program = b"\x80\x02}" + nested_tuples(60) + b"Ns."
+    refused(archive(tmp_path / "b.pth", program), "the key ((")
+    program = b"\x80\x02}" + b"(" + b"K\x01" * 10**6 + b"tq\x00N" + b"sh\x00N" * 10**5 + b"s."
+    refused(archive(tmp_path / "c.pth", program), "the key (1, 1")
+    # As the shape of a tensor.
+    shape = tensor_program(shape=(), strides=()).replace(
+        b"(t(t", b"(" + nested_tuples(60) + b"t(t", 1
+    )
+    refused(
+        archive(tmp_path / "d.pth", shape, [("0", FLOATS)]), "a tensor of shape ((), ((), ()), ("
+    )
 
 
 @pytest.mark.parametrize(
@@ -380,8 +395,12 @@ def test_a_value_that_holds_itself_is_read_and_keys_that_hash_forever_are_not(tm
         ({"strides": (-1,)}, ["a tensor of shape"]),
         ({"strides": (2,)}, ["beyond the 4 elements"]),
         ({"shape": (2, 3), "strides": (1, 1, 1)}, ["a tensor of shape"]),
-        ({"shape": (2**62, 2**62), "strides": (1, 1)}, ["beyond"]),
+        ({"shape": (2**62, 2**62), "strides": (1, 1)}, ["a tensor of shape"]),
+        ({"shape": (2**31, 2**31), "strides": (1, 1)}, ["beyond"]),
         ({"shape": (2**100,), "strides": (0,)}, ["a tensor of shape"]),
+        ({"shape": (1,) * 65, "strides": (1,) * 65}, ["a tensor of shape"]),
+        ({"shape": (1, 8), "strides": (1, 0)}, ["repeats the elements", "contiguous"]),
+        ({"shape": (2**20, 2**20), "strides": (0, 0)}, ["repeats the elements", "contiguous"]),
         ({"function": "torch._utils _rebuild_tensor_v3"}, ["_rebuild_tensor_v3"]),
         ({"function": "torch._utils _rebuild_sparse_tensor"}, ["_rebuild_sparse_tensor"]),
     ],
@@ -395,6 +414,38 @@ def test_a_tensor_without_extent_takes_no_memory_until_it_is_read(tmp_path):
     program = tensor_program(shape=(2**40, 2**20), strides=(0, 0))
     tensor = torch_zip.load(archive(tmp_path / "c.pth", program, [("0", FLOATS)]))
     assert tensor.shape == (2**40, 2**20) and tensor.size == 2**60
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        tensor_program(shape=(2.0,)),
+        tensor_program(strides=(1.0,)),
+        tensor_program(offset=0.0),
+        tensor_program(shape=(True,)),
+        tensor_program(shape=(None,)),
+        tensor_program(shape=("4",)),
+    ],
+)
+def test_sizes_that_are_no_whole_numbers_are_refused(tmp_path, program):
+    refused(archive(tmp_path / "c.pth", program, [("0", FLOATS)]), "a tensor of shape")
+
+
+def test_the_step_along_an_axis_of_one_element_may_be_any(tmp_path):
+    program = tensor_program(shape=(1, 4), strides=(2**62, 1))
+    tensor = torch_zip.load(archive(tmp_path / "c.pth", program, [("0", FLOATS)]))
+    np.testing.assert_array_equal(tensor.numpy(), np.arange(4)[None])
+
+
+def test_a_storage_that_no_whole_number_of_elements_fills_is_read_as_far_as_it_goes(tmp_path):
+    program = (
+        b"\x80\x02ctorch._utils\n_rebuild_tensor_v3\n((X\x07\x00\x00\x00storagectorch.storage\n"
+        b"UntypedStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x0dtQK\x00K\x01\x85K\x01\x85\x89N"
+        b"ctorch\nuint64\ntR."
+    )
+    content = np.uint64(2**60).tobytes() + b"12345"
+    tensor = torch_zip.load(archive(tmp_path / "c.pth", program, [("0", content)]))
+    assert tensor.numpy().tolist() == [2**60]
 
 
 def test_a_damaged_byte_is_noticed(tmp_path):
