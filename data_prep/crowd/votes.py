@@ -147,7 +147,9 @@ def read_votes(path: str | os.PathLike[str]) -> dict[str, Vote]:
             raise ReadError(
                 f"{where}: the sentiment {row['sentiment']!r} is none of {expected}, or empty"
             )
-        values = {c: _value(row[c], Vote._field_defaults.get(c, ""), c, where) for c in Vote._fields}
+        values = {
+            c: _value(row[c], Vote._field_defaults.get(c, ""), c, where) for c in Vote._fields
+        }
         votes[row["name"]] = Vote(**values)
     return votes
 

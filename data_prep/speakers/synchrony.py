@@ -161,4 +161,6 @@ def _best_correlation(dark: np.ndarray, energy: np.ndarray) -> float:
 def _chance(dark: np.ndarray, energy: np.ndarray) -> float:
     """The 95th percentile of the correlations at delays that no recording has."""
     delays = [d for d in range(-len(dark) + FAR, len(dark) - FAR) if abs(d) > FAR]
-    return float(np.percentile([_correlation(dark, energy, d) for d in delays], 95)) if delays else 0
+    return (
+        float(np.percentile([_correlation(dark, energy, d) for d in delays], 95)) if delays else 0
+    )
