@@ -1,5 +1,6 @@
 import base64
 import json
+import re
 
 import pytest
 from chat_stub import Stub
@@ -43,7 +44,7 @@ def media(tmp_path_factory):
 
 
 def ask(stub, kind, media, out, **options):
-    server = ChatServer(stub.url, "omni", timeout_s=2, attempts=2)
+    server = ChatServer(stub.url, "omni", concurrency=1, attempts=2)
     clips = find_clips([media]).clips
     return describe.describe_media(kind, clips, out, server, read_settings(out), **options)
 
@@ -85,10 +86,9 @@ def test_a_killed_stage_asks_the_rest_and_leaves_the_same_bytes(media, tmp_path)
         # Half a line, as a power cut leaves it.
         file = killed / ".replies" / "video.jsonl"
         file.write_bytes(file.read_bytes() + b'{"key": "tor')
-        before = len(stub.requests)
         assert not (killed / "video.jsonl").exists()
         ask(stub, "video", media, killed)
-        assert 0 < len(stub.requests) - before <= 2
+        assert 3 <= len(stub.requests) <= 4  # the one that was under way is asked again
         again = len(stub.requests)
         ask(stub, "video", media, killed)
         assert len(stub.requests) == again
@@ -256,8 +256,6 @@ def test_wrong_command_lines_are_one_sentence(arguments, told, tmp_path, capsys)
     with pytest.raises(SystemExit) as ended:
         main([*arguments, f"--out={tmp_path / 'set'}"])
     said = str(ended.value.code) + capsys.readouterr().err
-    import re
-
     assert re.search(told, said), said
     assert "Traceback" not in said
 
