@@ -82,19 +82,25 @@ def build_parser() -> cli.Parser:
     add("--write", type=Path, metavar="DIR", help="records of the clips that are kept")
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
-    add = verb("card", run_card, "README.md and plots: what is in the data set, and how it was made")
+    add = verb(
+        "card", run_card, "README.md and plots: what is in the data set, and how it was made"
+    )
     _add_levels(add)
     add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
     add("--crowd", type=Path, metavar="DIR", help="the crowd that voted, for its corpora and leaks")
     add("--records", type=Path, metavar="DIR", help="extraction of the clips, for durations")
     add("--title", default="MER-Caption of our own", help="of the data set")
-    add("--license", default="other", help="of the annotations, as the hub names it; default: other")
+    add(
+        "--license", default="other", help="of the annotations, as the hub names it; default: other"
+    )
     add("--language", nargs="+", default=["en"], metavar="CODE", help="default: en")
     add("--seed", type=int, default=0, help="of the sample rows; default: 0")
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
-    add = verb("compare", run_compare, "a page for raters: ours or theirs, blinded; then the score")
-    add("--against", type=Path, metavar="FILE", help="their descriptions: CSV or JSONL, name, reply")
+    add = verb("compare", run_compare, "a page for raters: ours or theirs, blinded; then counts")
+    add(
+        "--against", type=Path, metavar="FILE", help="their descriptions: CSV or JSONL, name, reply"
+    )
     add("--csv", type=Path, metavar="FILE", help="subtitles of the clips, to be shown")
     add("--pairs", type=int, default=20, metavar="N", help="clips to compare; default: 20")
     add("--seed", type=int, default=0, help="of clips and sides; default: 0")

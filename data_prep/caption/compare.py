@@ -155,7 +155,9 @@ def count_answers(out: Path, files: Sequence[Path]) -> tuple[dict[str, Share], i
             none, or one that comes twice.
         CaptionError: no answer at all.
     """
-    key = {pair["clip"]: pair["ours"] for pair in read_json(out / KEY, dict[str, list[Key]])["pairs"]}
+    key = {
+        pair["clip"]: pair["ours"] for pair in read_json(out / KEY, dict[str, list[Key]])["pairs"]
+    }
     counts = dict.fromkeys(("win", "loss", "tie"), 0)
     seen: set[tuple[str, str]] = set()
     for file in files:
