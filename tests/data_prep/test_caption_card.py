@@ -91,6 +91,11 @@ def study(tmp_path):
     return tmp_path, count
 
 
+def key_of(folder):
+    pairs = json.loads((folder / "compare-key.json").read_text())["pairs"]
+    return {pair["clip"]: pair["ours"] for pair in pairs}
+
+
 def test_pairs_are_blinded_and_escaped(study):
     folder, count = study
     page = (folder / "compare.html").read_text()

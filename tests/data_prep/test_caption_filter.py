@@ -68,7 +68,8 @@ def test_cuts_are_those_of_the_normal_part():
     failed, rambling = rng.integers(2, 12, 400), rng.integers(180, 220, 200)
     lengths = np.concatenate([normal, failed, rambling])
     cut = fit_cuts(["word " * n for n in lengths], tails=2.5)["words"]
-    assert abs(cut.mean - 60) < 1.5 and abs(cut.deviation - 8) < 1.5
+    # A mean and a standard deviation of all would be 60 +- 34.
+    assert abs(cut.mean - 60) < 1.5 and abs(cut.deviation - 8) < 2
     inside = (lengths >= cut.low) & (lengths <= cut.high)
     assert inside[:4000].mean() > 0.97 and not inside[4000:].any()
 
