@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from scipy.stats import binomtest
 from test_caption_filter import NAMES, data_set  # noqa: F401
 
 from affectgpt_jax.common.errors import UserError
@@ -72,13 +73,12 @@ def test_the_same_data_set_has_the_same_card(carded):
 # --- a user study -------------------------------------------------------------------------------
 
 
-def test_intervals_are_wilsons():
-    # Of the paper's 80 judgements, 0.86 is +-0.08.
-    share = compare.wilson(69, 80)
-    assert (round(share.share, 4), round(share.low, 3), round(share.high, 3)) == (
-        0.8625, 0.770, 0.922,
-    )  # fmt: skip
-    assert compare.wilson(0, 10).low == 0 and compare.wilson(10, 10).high == 1
+@pytest.mark.parametrize(("count", "total"), [(69, 80), (0, 10), (10, 10), (3, 7)])
+def test_intervals_are_wilsons(count, total):
+    expected = binomtest(count, total).proportion_ci(method="wilson")
+    found = compare.wilson(count, total)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+    assert found.share == count / total
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from affectgpt_jax.evaluation.results import MEAN, group_means, score_set
 from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.evaluation.tables import (
     NOT_COMPARABLE,
+    Run,
     ablation_table,
     main_table,
     read_run,
@@ -252,6 +253,20 @@ def test_ablations_that_make_no_sense_are_refused(tmp_path, runs):
         lambda report: {key: value for key, value in report.items() if key != "lexicon"},
     ],
 )
+@pytest.mark.parametrize(
+    ("number", "place", "rows"),
+    [("3", "Table 3", 14), ("4", "Table 4", 5), ("fig4", "Figure 4", 8)],
+)
+def test_training_sets_filters_and_encoders_stand_beside_the_papers(number, place, rows):
+    ours = Run("ours", {"Mean": 0.5}, {}, {}, "", None, True)
+    table = ablation_table(number, [ours], peers=True)
+    assert place in table.title and len(table.rows) == 1 + rows
+    mean = table.columns.index("Mean")
+    best = max(table.rows, key=lambda row: row.cells[mean].value)
+    assert best.cells[mean].value == 0.7477
+    assert not best.name.startswith(("trained on", "filter", "encoder"))
+
+
 def test_a_file_that_is_no_report_is_refused(tmp_path, spoil):
     write_report(make_report("x", results(["MELD"]), resamples=5), tmp_path)
     path = tmp_path / "report.json"
