@@ -208,7 +208,8 @@ def train_group(
     state = {
         "params": params,
         "optimizer": jax.vmap(optimizer.init)(params),
-        "best": params,
+        # A copy: the buffers of the state are donated, and no buffer twice.
+        "best": jax.tree.map(jnp.copy, params),
         "score": jnp.full(len(members), -jnp.inf),
         "epoch": jnp.zeros(len(members), jnp.int32),
     }
