@@ -116,6 +116,8 @@ def test_shards_leave_what_one_process_leaves(media, tmp_path):
     with Stub(good=hears) as stub:
         ask(stub, "video", media, tmp_path / "one")
         assert ask(stub, "video", media, tmp_path / "two", shard=(1, 2)) is None
+        files = {p.name for p in (tmp_path / "two" / ".replies").iterdir()}
+        assert files == {"video-00001-of-00002.jsonl", "media-00001-of-00002.jsonl"}
         assert ask(stub, "video", media, tmp_path / "two", shard=(0, 2)) is not None
         assert len(stub.requests) == 6
     one, two = (tmp_path / n / "video.jsonl" for n in ("one", "two"))
