@@ -1,10 +1,10 @@
 """Members of a crowd: MERBench's attention fusion, all of a corpus trained at once.
 
-A member reads one vector for each modality of a clip (the mean over time of a feature), encodes each
-by three layers, weighs the codes by an attention over modalities, and has a head for the class of
-emotion and one for valence (MERBench, arXiv 2401.03429). The members of a corpus differ in the fold
-that they leave out, by which their best epoch is chosen, and in their seed. They are trained side by
-side by `vmap`: a member is an index into arrays that all share.
+A member reads one vector for each modality of a clip (the mean over time of a feature), encodes
+each by three layers, weighs the codes by an attention over modalities, and has a head for the class
+of emotion and one for valence (MERBench, arXiv 2401.03429). The members of a corpus differ in the
+fold that they leave out, by which their best epoch is chosen, and in their seed. They are trained
+side by side by `vmap`: a member is an index into arrays that all share.
 """
 
 from __future__ import annotations
@@ -208,7 +208,6 @@ def train_group(
     state = {
         "params": params,
         "optimizer": jax.vmap(optimizer.init)(params),
-        # A copy: the buffers of the state are donated, and no buffer twice.
         "best": jax.tree.map(jnp.copy, params),
         "score": jnp.full(len(members), -jnp.inf),
         "epoch": jnp.zeros(len(members), jnp.int32),

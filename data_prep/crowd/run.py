@@ -249,21 +249,24 @@ def report(summary: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
-        "The validation score is the weighted F1 of emotions, less a quarter of the squared error of",
-        "valence (on a scale of -1 to 1); of valence alone, minus the squared error. Each member is",
-        "scored on the fold by which its best epoch was chosen.",
+        "The validation score is the weighted F1 of emotions, less a quarter of the squared error",
+        "of valence (on a scale of -1 to 1); of valence alone, minus the squared error. Each member",
+        "is scored on the fold by which its best epoch was chosen.",
         "",
         "## Clips in two places",
         "",
     ]
-    found = summary["leaks"]["found"]
-    lines += [
-        f"- {row['clips']:,} clips of {row['in']} have the same {row['same']} as one of {row['and']}"
-        for row in found
-    ] or ["None was found."]
+    lines += [f"- {told(row)}" for row in summary["leaks"]["found"]] or ["None was found."]
     for name, number in summary["leaks"]["left_out"].items():
         lines.append(f"- {number:,} clips of {name} were left out of training")
     return "\n".join([*lines, ""])
+
+
+def told(row: Mapping[str, Any]) -> str:
+    """A leak in words."""
+    return (
+        f"{row['clips']:,} clips of {row['in']} have the same {row['same']} as one of {row['and']}"
+    )
 
 
 # --- voting ---------------------------------------------------------------------------------------
@@ -313,10 +316,7 @@ def vote(
     write_json(crowd / MEMBERS_FILE, summary)
     write_text(crowd / REPORT_FILE, report(summary))
     for row in leaks:
-        say(
-            f"warning: {row['clips']:,} clips of the corpus {row['in']} have the same {row['same']} "
-            f"as one of {records}; train with --against {records} to leave them out"
-        )
+        say(f"warning: {told(row)}; train with --against {records} to leave them out")
     return votes
 
 

@@ -61,7 +61,7 @@ class Network:
         Args:
             mfcc: float32 `[B, 4T, 13]`, see `mfcc.mfcc`.
             faces: grey `[B, T, 112, 112]`, 0 to 255.
-            lengths: int `[B]`, frames that are there; those behind do not change the others' logits.
+            lengths: int `[B]`, frames that are there; what follows them changes no logit of theirs.
 
         Returns:
             float32 `[B, T, 2]`.

@@ -37,9 +37,9 @@ SYLLABLE_FRAMES = 13
 DELAYS = range(-2, 5)
 # Delays of chance: beyond any plausible one, and beyond a syllable.
 FAR = 13
-# Correlations: from `MATCH` on the mouth speaks; below `NONE` it does not, if the clip has at least
-# `LEAST_DECIDED` frames, in fewer of which chance alone may hide a match.
-MATCH, NONE = 0.45, 0.25
+# Correlations: from `MATCH` on the mouth speaks. Below `NONE` it does not, if chance gives as much
+# in this clip, and if the clip has at least `LEAST_DECIDED` frames: in fewer, noise may hide a match.
+MATCH, NONE = 0.45, 0.3
 LEAST_DECIDED = 40
 
 
@@ -107,9 +107,10 @@ def judge_traces(
     score = _best_correlation(_syllables(dark), _syllables(energy))
     if len(mouth) <= 2 * FAR or math.isnan(score):
         return Judgement(UNSURE, score, voiced_share=share)
-    if score >= MATCH and score > _chance(_syllables(dark), _syllables(energy)):
+    chance = _chance(_syllables(dark), _syllables(energy))
+    if score >= MATCH and score > chance:
         return Judgement(SPEAKING, score, voiced_share=share)
-    strong = score < NONE and len(mouth) >= LEAST_DECIDED
+    strong = score < min(NONE, chance) and len(mouth) >= LEAST_DECIDED
     return Judgement(OFF_SCREEN if strong else UNSURE, score, voiced_share=share)
 
 
