@@ -1,4 +1,4 @@
-"""The walk of data_prep/README.md from unlabelled clips to a trained run, with a server of its own."""
+"""The walk of data_prep/README.md from unlabelled clips to a trained run, and its own server."""
 
 import csv
 import importlib
