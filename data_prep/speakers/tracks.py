@@ -1,7 +1,7 @@
 """What is seen and heard of a clip at 25 frames/s: faces that are followed, and the sound.
 
-Every fifth frame is searched for faces by the cascade. Boxes that overlap are one track; between
-them, they are interpolated, and smoothed by a median. Up to four tracks are kept, the largest first.
+Every fifth frame is searched for faces by the cascade. Boxes that overlap are one track, and are
+interpolated and smoothed by a median between them. Up to four tracks are kept, the largest first.
 """
 
 from __future__ import annotations
