@@ -54,7 +54,7 @@ class Calibration:
         right: of the decided ones, those with the right verdict.
         kept, dropped_right: shares of the clips whose person speaks that pass, and of the others
             that are dropped; `unsure` passes.
-        auc: chance that a clip with its own voice has the higher score; NaN with labels of one kind.
+        auc: chance that a clip with its own voice has the higher score; NaN for labels of one kind.
         threshold, error: the score at which both kinds are mistaken equally often, and how often.
         without: labelled clips that have no verdict.
     """

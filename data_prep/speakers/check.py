@@ -27,7 +27,8 @@ from ..clips import Clip, ClipError
 from ..decoding import DIED, available_cores, in_order
 from ..stages import in_blocks
 from . import networks
-from .networks import PER_FRAME, SIZE, Network
+from .mfcc import COEFFICIENTS, PER_FRAME
+from .networks import Network
 from .synchrony import (
     DETECTOR,
     LEAST_VOICED_S,
@@ -201,8 +202,8 @@ def score_tracks(
     for padded, parts in sorted(pieces.items()):
         for begin in range(0, len(parts), rows):
             batch = parts[begin : begin + rows]
-            mfcc = np.zeros((rows, PER_FRAME * padded, networks.COEFFICIENTS), np.float32)
-            crops = np.zeros((rows, padded, SIZE, SIZE), np.uint8)
+            mfcc = np.zeros((rows, PER_FRAME * padded, COEFFICIENTS), np.float32)
+            crops = np.zeros((rows, padded, faces.SIZE, faces.SIZE), np.uint8)
             lengths = np.zeros(rows, np.int32)
             for row, (number, start, stop) in enumerate(batch):
                 heard, seen = tracks[number]
