@@ -98,9 +98,8 @@ def train(
     }
     write_json(out / MEMBERS_FILE, summary)
     write_text(out / REPORT_FILE, report(summary))
-    say(
-        f"{out}: {len(finished)} corpora, {sum(len(f['scores']) for f in finished.values())} members"
-    )
+    total = sum(len(about["scores"]) for about in finished.values())
+    say(f"{out}: {len(finished)} corpora, {total} members")
 
 
 def check(sets: Mapping[str, Path], heads: Mapping[str, Sequence[str]], settings: Settings) -> None:

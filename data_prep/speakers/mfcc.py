@@ -16,6 +16,7 @@ WINDOW, STEP = 400, 160  # samples
 FFT = 512
 FILTERS, COEFFICIENTS, LIFTER = 26, 13, 22
 PRE_EMPHASIS = 0.97
+PER_FRAME = 4  # windows for each picture, at 25 a second
 FULL_SCALE = 32_768  # the networks saw samples of 16 bits
 
 

@@ -25,9 +25,6 @@ from affectgpt_jax.weights.streaming import WeightsError
 
 Params = dict[str, Any]
 
-SIZE = 112  # pixels of a side of a face
-PER_FRAME = 4  # MFCC frames for each face
-COEFFICIENTS = 13
 NORM_EPSILON = 1e-3
 BRIGHTNESS_MEAN, BRIGHTNESS_STD = 0.4161, 0.1688  # of faces in 0..1, as in training
 BLOCKS = (1, 2, 3)

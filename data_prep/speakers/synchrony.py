@@ -38,7 +38,7 @@ DELAYS = range(-2, 5)
 # Delays of chance: beyond any plausible one, and beyond a syllable.
 FAR = 13
 # Correlations: from `MATCH` on the mouth speaks. Below `NONE` it does not, if chance gives as much
-# in this clip, and if the clip has at least `LEAST_DECIDED` frames: in fewer, noise may hide a match.
+# in this clip, and if there are `LEAST_DECIDED` frames: in fewer, noise may hide a match.
 MATCH, NONE = 0.45, 0.3
 LEAST_DECIDED = 40
 

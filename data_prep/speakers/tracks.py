@@ -1,7 +1,7 @@
 """What is seen and heard of a clip at 25 frames/s: faces that are followed, and the sound.
 
-Every fifth frame is searched for faces by the cascade. Boxes that overlap are one track; between
-them, they are interpolated, and smoothed by a median. Up to four tracks are kept, the largest first.
+Every fifth frame is searched for faces by the cascade. Boxes that overlap are one track, and are
+interpolated and smoothed by a median between them. Up to four tracks are kept, the largest first.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import numpy as np
 from .. import faces, media
 from ..clips import Clip
 from ..media import MediaError
-from .mfcc import mfcc
-from .networks import PER_FRAME, SIZE
+from .mfcc import PER_FRAME, mfcc
 from .synchrony import RATE, energy_trace
 
 SEARCH_EVERY = 5
@@ -210,4 +209,6 @@ def _crop(image: np.ndarray, x: float, y: float, half: float) -> np.ndarray:
     rows = np.arange(round(y - UP * half), round(y + DOWN * half))
     columns = np.arange(round(x - SIDEWAYS * half), round(x + SIDEWAYS * half))
     rows, columns = (np.clip(i, 0, n - 1) for i, n in zip((rows, columns), image.shape))
-    return cv2.resize(image[rows[:, None], columns], (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(
+        image[rows[:, None], columns], (faces.SIZE, faces.SIZE), interpolation=cv2.INTER_LINEAR
+    )
