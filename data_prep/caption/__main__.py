@@ -7,7 +7,7 @@ A data set is a folder, --out, and every stage goes on where it stopped:
     affectgpt caption describe video --csv clips.csv --clips DIR --out caption ...
     affectgpt caption merge  --csv clips.csv --out caption --server ... --model ...
     affectgpt caption labels --out caption
-    affectgpt speakers       --csv clips.csv --clips DIR --out caption
+    affectgpt speakers check --csv clips.csv --clips DIR --out caption/speakers.csv
     affectgpt crowd vote     --crowd crowd --records records/clips --out caption/votes.csv
     affectgpt caption filter --csv clips.csv --out caption --levels low,emotion,sentiment
     affectgpt caption card   --out caption
@@ -38,6 +38,7 @@ from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
 from ..contents import read_seconds
+from ..shards import parse_shard, shard_of_task
 from . import describe, filtering, labels
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
 
@@ -152,7 +153,7 @@ def _add_shared(add: Callable[..., Any]) -> None:
     add("--replies", type=Path, metavar="FILE", help="JSONL or CSV with name and reply, instead")
     add(
         "--shard",
-        type=cli.argument_type(describe.shard_of),
+        type=cli.argument_type(parse_shard),
         metavar="I/N",
         help="do a part of the work, numbered from 0; default: that of the task of srun, or all",
     )
@@ -254,7 +255,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
             settings,
             form=arguments.form,
             subtitles=subtitles,
-            shard=arguments.shard or describe.shard_of(None),
+            shard=arguments.shard or shard_of_task(),
             progress=count,
         )
     _report(out / f"{kind}.jsonl", lines, found.remarks())
@@ -312,7 +313,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
             out,
             model,
             settings,
-            shard=arguments.shard or describe.shard_of(None),
+            shard=arguments.shard or shard_of_task(),
             progress=count,
         )
     _report(out / f"{DESCRIPTIONS}.jsonl", lines)

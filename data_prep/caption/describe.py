@@ -10,7 +10,6 @@ and its output depends on the replies alone.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -470,18 +469,3 @@ def summary(lines: Sequence[Described]) -> list[str]:
     whys = Counter(line["why"] for line in lines if line["why"])
     parts += [f"without a reply: {n:,}: {why}" for why, n in whys.most_common(5)]
     return parts
-
-
-def shard_of(text: str | None) -> tuple[int, int]:
-    """Number and count of "I/N"; without a text those that srun gives its tasks, or all work.
-
-    Raises:
-        ValueError: another form.
-    """
-    if text is None:
-        number, count = (os.environ.get(f"SLURM_{name}") for name in ("PROCID", "NTASKS"))
-        text = f"{number}/{count}" if number and count else "0/1"
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ValueError(f"{text!r} is not I/N with I from 0 to N - 1, as in 0/4")
-    return int(number), int(count)

@@ -12,6 +12,7 @@ from data_prep.caption import describe
 from data_prep.caption.__main__ import main
 from data_prep.caption.settings import read_settings
 from data_prep.clips import find_clips
+from data_prep.shards import parse_shard, shard_of_task
 
 
 @pytest.fixture(autouse=True)
@@ -124,15 +125,13 @@ def test_shards_leave_what_one_process_leaves(media, tmp_path):
     assert one.read_bytes() == two.read_bytes()
 
 
-def test_the_task_of_srun_is_its_shard(monkeypatch):
-    monkeypatch.delenv("SLURM_PROCID", raising=False)
-    assert describe.shard_of(None) == (0, 1)
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert describe.shard_of(None) == (3, 4)
+def test_the_task_of_srun_is_its_shard():
+    batch = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
+    assert shard_of_task({}) == shard_of_task(batch) == (0, 1)
+    assert shard_of_task(batch | {"SLURM_STEP_ID": "0"}) == (3, 4)
     for wrong in ("4/4", "1", "a/b", "-1/2"):
         with pytest.raises(ValueError, match="is not I/N"):
-            describe.shard_of(wrong)
+            parse_shard(wrong)
 
 
 def test_a_server_that_does_not_take_a_medium_is_one_sentence(media, tmp_path):
