@@ -360,8 +360,12 @@ def run_filter(arguments: argparse.Namespace) -> None:
     kept = filtering.kept_names(judged, arguments.levels)
     if not kept:
         raise CaptionError(f"no clip is kept; {to / filtering.FILTERED} says why of each")
+    usable, lacking_words = filtering.trainable(data, kept)
+    print_lines(
+        f"kept, but without {what} to train on: {len(names):,}: {listed(names)}"
+        for what, names in lacking_words.items()
+    )
     if arguments.write:
-        usable = [name for name in kept if name in data.labels and name in data.descriptions]
         count, lacking = filtering.write_training_records(
             data, usable, arguments.records.expanduser(), arguments.write.expanduser()
         )
