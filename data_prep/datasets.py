@@ -28,7 +28,7 @@ from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import path_below, read_bytes, write_text
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.common.text import print_lines
+from affectgpt_jax.common.text import listed, print_lines
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
 from affectgpt_jax.evaluation.label_files import find_set, read_set, read_subtitles
 from affectgpt_jax.evaluation.readers import Finding, read_truth
@@ -60,7 +60,7 @@ class CaptionSet:
         key: what commands call it.
         folder: the release's folder.
         labels: its file of label lists (columns name, openset); "" where none is published.
-        descriptions: its file of descriptions (columns name, reason).
+        descriptions: its file of descriptions (columns name, reason); "" where there is none.
         size: published number of clips.
         subtitles, subtitle_column: as in `DataSet`.
         audio, video, face: media folders.
@@ -96,6 +96,14 @@ CAPTION_SETS = (
         "track2_train_ovmerd.csv",
         "track3_train_ovmerd.csv",
         332,
+    ),
+    CaptionSet(
+        "MER2026, labelled by people",
+        "mer2026human",
+        "mer2026-dataset",
+        "track2_train_human.csv",
+        "",
+        1_532,
     ),
 )
 CAPTIONED = {dataset.key: dataset for dataset in CAPTION_SETS}
@@ -146,7 +154,8 @@ def caption_set(
         raise ReadError(f"{dataset.name} has no published files; name --labels and --descriptions")
     table = read_truth(labels or folder / dataset.labels, "fine")
     words = dict(zip(table.names, table.values, strict=True))
-    texts = _descriptions(descriptions or folder / dataset.descriptions)
+    told = descriptions or (folder / dataset.descriptions if dataset.descriptions else None)
+    texts = _descriptions(told) if told else {}
     names = tuple(dict.fromkeys((*words, *texts)))
     remarks = [] if len(names) == dataset.size else [_size(len(names), dataset.size)]
     path = folder / dataset.subtitles
@@ -171,8 +180,8 @@ def caption_set(
         }
         for name in names
     ]
-    lacking += _add_media(rows, dataset, folder)
-    return PlainSet(dataset.name, rows, remarks + [str(f) for f in lacking if f.names])
+    remarks += [str(finding) for finding in lacking if finding.names]
+    return PlainSet(dataset.name, rows, remarks + _add_media(rows, dataset, folder))
 
 
 def evaluation_set(dataset: DataSet, labels: Path, allow_pickle: bool = False) -> PlainSet:
@@ -214,9 +223,9 @@ def _descriptions(path: Path) -> dict[str, str]:
 
 def _add_media(
     rows: Sequence[dict[str, str]], dataset: CaptionSet | DataSet, folder: Path
-) -> list[Finding]:
-    """Name the files that exist; the extraction's report names those that are missing."""
-    findings = []
+) -> list[str]:
+    """Name the files that exist; returns remarks on clips without a file, and files of no clip."""
+    remarks = []
     kinds = {
         "video": (dataset.video, VIDEO),
         "audio": (dataset.audio, AUDIO),
@@ -231,8 +240,25 @@ def _add_media(
                 row[kind] = str(found)
             else:
                 lacking.append(row["name"])
-        findings.append(Finding(f"without {kind} in {folder / below}", tuple(lacking)))
-    return findings
+        if lacking:
+            remarks.append(str(Finding(f"without {kind} in {folder / below}", tuple(lacking))))
+            if others := _left_over(place, rows):
+                names = f"{len(others):,}: {listed(others)}"
+                remarks.append(f"files of no clip in {folder / below}: {names}")
+    return remarks
+
+
+def _left_over(place: Path, rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """Files and folders of media that belong to no clip: under another name, what clips lack.
+
+    Public carriers rename clips in one kind of media and not in another. A name is not guessed,
+    since those of different clips differ in their prefix alone.
+    """
+    if not place.is_dir():
+        return ()
+    known = {Path(row["name"]).parts[0] for row in rows} | {row["name"] for row in rows}
+    found = (path for path in place.iterdir() if not path.name.startswith("."))
+    return tuple(sorted(p.name for p in found if p.stem not in known and p.name not in known))
 
 
 def _list(words: Sequence[str]) -> str:

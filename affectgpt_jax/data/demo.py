@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -246,15 +246,20 @@ def ceiling(evidence: dict[str, np.ndarray], seen: tuple[str, ...]) -> float:
 class World:
     """One seed's appearance of the cues, and the clips drawn from it.
 
+    Args:
+        seed: of the appearance and of the clips.
+        noise: by feature, how many times noisier it is than `NOISE`: a worse encoder.
+
     Attributes:
         directions: for every feature, the unit-free vectors `[cues, d]` of the cues it tells of.
         nuisance: for every feature, orthonormal nuisance directions `[8, d]` ("who and where").
         offset: for every feature, a constant part of all its values `[d]`.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, noise: Mapping[str, float] | None = None):
         rng = np.random.default_rng([seed, 0, 0])
         self.seed = seed
+        self._noise = {name: NOISE * (noise or {}).get(name, 1.0) for name in SHAPES}
         self.directions, self.nuisance, self.offset = {}, {}, {}
         for feature, (_, width) in SHAPES.items():
             cues = CUE_TABLES[OBSERVATIONS[feature]].shape[1]
@@ -294,7 +299,7 @@ class World:
                 noise = rng.standard_normal(shape, dtype=np.float32)
                 clean = self.offset[name] + self.directions[name][clips.cues[modality][i]]
                 clean = clean + identity @ self.nuisance[name]
-                out[name] = (clean + NOISE * noise).astype(np.float16)
+                out[name] = (clean + self._noise[name] * noise).astype(np.float16)
             yield out
 
     def records(
@@ -334,7 +339,7 @@ class World:
         frame noise over T, `v` the nuisance variance, `U` orthonormal), whose inverse is closed.
         """
         mean = features.astype(np.float64).mean(axis=1) - self.offset[name]
-        s = NOISE**2 / features.shape[1]
+        s = self._noise[name] ** 2 / features.shape[1]
         shrink = NUISANCE_STD**2 / (NUISANCE_STD**2 + s)
         basis = self.nuisance[name].astype(np.float64)
         directions = self.directions[name].astype(np.float64)

@@ -7,7 +7,7 @@ A data set is a folder, --out, and every stage goes on where it stopped:
     affectgpt caption describe video --csv clips.csv --clips DIR --out caption ...
     affectgpt caption merge  --csv clips.csv --out caption --server ... --model ...
     affectgpt caption labels --out caption
-    affectgpt speakers       --csv clips.csv --clips DIR --out caption
+    affectgpt speakers check --csv clips.csv --clips DIR --out caption/speakers.csv
     affectgpt crowd vote     --crowd crowd --records records/clips --out caption/votes.csv
     affectgpt caption filter --csv clips.csv --out caption --levels low,emotion,sentiment
     affectgpt caption card   --out caption
@@ -19,6 +19,7 @@ generated clips whose truth is known.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ from typing import Any
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import listed, print_lines, say
 from affectgpt_jax.evaluation.chat_server import ChatServer
@@ -35,6 +37,8 @@ from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCach
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
+from ..contents import read_seconds
+from ..shards import parse_shard, shard_of_task
 from . import describe, filtering, labels
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
 
@@ -72,17 +76,42 @@ def build_parser() -> cli.Parser:
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
     add = verb("filter", run_filter, "keep the descriptions that pass the tests of the levels")
-    add(
-        "--levels",
-        type=cli.argument_type(parse_levels),
-        default=tuple(filtering.LEVELS),
-        metavar="LEVELS",
-        help=f"none, or some of {','.join(filtering.LEVELS)}; default: all",
-    )
+    _add_levels(add)
     add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
     add("--to", type=Path, metavar="DIR", help="where to write; default: --out")
     add("--records", type=Path, metavar="DIR", help="records of the clips, for --write")
     add("--write", type=Path, metavar="DIR", help="records of the clips that are kept")
+    add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
+
+    add = verb(
+        "card", run_card, "README.md and plots: what is in the data set, and how it was made"
+    )
+    _add_levels(add)
+    add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
+    add("--crowd", type=Path, metavar="DIR", help="the crowd that voted, for its corpora and leaks")
+    add("--records", type=Path, metavar="DIR", help="extraction of the clips, for durations")
+    add("--title", default="MER-Caption of our own", help="of the data set")
+    add(
+        "--license", default="other", help="of the annotations, as the hub names it; default: other"
+    )
+    add("--language", nargs="+", default=["en"], metavar="CODE", help="default: en")
+    add("--seed", type=int, default=0, help="of the sample rows; default: 0")
+    add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
+
+    add = verb("compare", run_compare, "a page for raters: ours or theirs, blinded; then counts")
+    add(
+        "--against", type=Path, metavar="FILE", help="their descriptions: CSV or JSONL, name, reply"
+    )
+    add("--csv", type=Path, metavar="FILE", help="subtitles of the clips, to be shown")
+    add("--pairs", type=int, default=20, metavar="N", help="clips to compare; default: 20")
+    add("--seed", type=int, default=0, help="of clips and sides; default: 0")
+    add("--answers", nargs="+", type=Path, metavar="FILE", help="count what raters saved, instead")
+
+    add = verb("choose", run_choose, "score describers by labels of people, as in Table 10")
+    add("--records", type=Path, required=True, metavar="DIR", help="records with labels")
+    add("--replies", nargs="+", required=True, metavar="NAME=FILE", help="of each describer")
+    add("--runs", type=int, default=3, metavar="N", help="extractions by a server; default: 3")
+    _add_model(add, base=False)
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
     add = verb("demo", run_demo, "all stages on generated clips whose truth is known")
@@ -93,6 +122,16 @@ def build_parser() -> cli.Parser:
 
 def _forms() -> str:
     return "; ".join(f"{kind}: {' or '.join(forms)}" for kind, forms in FORMS.items())
+
+
+def _add_levels(add: Callable[..., Any]) -> None:
+    add(
+        "--levels",
+        type=cli.argument_type(parse_levels),
+        default=tuple(filtering.LEVELS),
+        metavar="LEVELS",
+        help=f"none, or some of {','.join(filtering.LEVELS)}; default: all",
+    )
 
 
 def _add_model(add: Callable[..., Any], base: bool) -> None:
@@ -114,7 +153,7 @@ def _add_shared(add: Callable[..., Any]) -> None:
     add("--replies", type=Path, metavar="FILE", help="JSONL or CSV with name and reply, instead")
     add(
         "--shard",
-        type=cli.argument_type(describe.shard_of),
+        type=cli.argument_type(parse_shard),
         metavar="I/N",
         help="do a part of the work, numbered from 0; default: that of the task of srun, or all",
     )
@@ -216,7 +255,7 @@ def run_describe(arguments: argparse.Namespace) -> None:
             settings,
             form=arguments.form,
             subtitles=subtitles,
-            shard=arguments.shard or describe.shard_of(None),
+            shard=arguments.shard or shard_of_task(),
             progress=count,
         )
     _report(out / f"{kind}.jsonl", lines, found.remarks())
@@ -274,7 +313,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
             out,
             model,
             settings,
-            shard=arguments.shard or describe.shard_of(None),
+            shard=arguments.shard or shard_of_task(),
             progress=count,
         )
     _report(out / f"{DESCRIPTIONS}.jsonl", lines)
@@ -321,8 +360,12 @@ def run_filter(arguments: argparse.Namespace) -> None:
     kept = filtering.kept_names(judged, arguments.levels)
     if not kept:
         raise CaptionError(f"no clip is kept; {to / filtering.FILTERED} says why of each")
+    usable, lacking_words = filtering.trainable(data, kept)
+    print_lines(
+        f"kept, but without {what} to train on: {len(names):,}: {listed(names)}"
+        for what, names in lacking_words.items()
+    )
     if arguments.write:
-        usable = [name for name in kept if name in data.labels and name in data.descriptions]
         count, lacking = filtering.write_training_records(
             data, usable, arguments.records.expanduser(), arguments.write.expanduser()
         )
@@ -343,6 +386,96 @@ def _funnel_lines(stages: Sequence[Mapping[str, Any]]) -> list[str]:
         if len(reasons) > 6:
             lines.append(f"    and {len(reasons) - 6} more reasons")
     return lines
+
+
+def run_card(arguments: argparse.Namespace) -> None:
+    """`card`."""
+    from . import card
+
+    out = arguments.out.expanduser()
+    settings, lexicon = read_settings(out), load_lexicon(arguments.lexicon)
+    data = filtering.read_data_set(out, arguments.csv, settings)
+    filtering.check_stages(data, out, arguments.levels)
+    path = card.write_card(
+        data,
+        filtering.judge(data, settings, lexicon),
+        arguments.levels,
+        lexicon,
+        settings,
+        out,
+        title=arguments.title,
+        license_name=arguments.license,
+        languages=arguments.language,
+        crowd=arguments.crowd,
+        seconds=read_seconds(arguments.records) if arguments.records else None,
+        seed=arguments.seed,
+    )
+    print_lines([f"{path}, and the plots beside it"])
+
+
+def run_compare(arguments: argparse.Namespace) -> None:
+    """`compare`."""
+    from . import compare
+
+    out = arguments.out.expanduser()
+    if bool(arguments.against) == bool(arguments.answers):
+        raise cli.UsageError("--against FILE makes a page, --answers FILES counts: name one")
+    if arguments.answers:
+        shares, raters = compare.count_answers(out, arguments.answers)
+        total = sum(share.count for share in shares.values())
+        print_lines([f"{total:,} answers of {raters:,} raters"])
+        print_lines(
+            f"{name:<5}{s.count:>6,}  {s.share:.2f} ({s.low:.2f} to {s.high:.2f})"
+            for name, s in shares.items()
+        )
+        return
+    lines = describe.read_described(out / f"{DESCRIPTIONS}.jsonl")
+    ours = {name: line["reply"] for name, line in lines.items()}
+    theirs, _ = describe.given_replies(arguments.against, list(ours))
+    pairs = compare.write_page(
+        out,
+        ours,
+        {line["name"]: line["reply"] for line in theirs},
+        _subtitles(arguments.csv),
+        pairs=arguments.pairs,
+        seed=arguments.seed,
+        title="Which description is better?",
+    )
+    print_lines(
+        [
+            f"{out / compare.PAGE}: {pairs:,} pairs, for raters; whose they are is in "
+            f"{compare.KEY}, which raters must not see"
+        ]
+    )
+
+
+def run_choose(arguments: argparse.Namespace) -> None:
+    """`choose`."""
+    from . import choose
+
+    _check_model(arguments, ())
+    out = arguments.out.expanduser()
+    replies: dict[str, Path] = {}
+    for text in arguments.replies:
+        name, equals, file = text.partition("=")
+        if not (name and equals and file) or name in replies:
+            raise cli.UsageError(f"--replies {text}: expected NAME=FILE, each name once")
+        replies[name] = Path(file)
+    lexicon = load_lexicon(arguments.lexicon)
+    rules = RuleExtractor(lexicon)
+    makers: list[Callable[[], Extractor]] = [lambda: rules]
+    if arguments.server:
+        chat = _server(arguments, 512)
+
+        def maker(run: int) -> Callable[[], Extractor]:
+            cache = ReplyCache(out / REPLIES / f"choose-{run}.jsonl")
+            return lambda: ChatExtractor(chat, cache, rules.in_text)
+
+        makers = [maker(run) for run in range(arguments.runs)]
+    truth = choose.read_truth(arguments.records.expanduser())
+    found = choose.choose(truth, replies, makers, lexicon)
+    write_json(out / "choose.json", [dataclasses.asdict(candidate) for candidate in found])
+    print_lines(choose.table(found, len(truth)))
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

@@ -18,7 +18,7 @@ from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.common.tables import write_csv
 from affectgpt_jax.data import demo, demo_captions
-from affectgpt_jax.data.demo_captions import Captions, Rates
+from affectgpt_jax.data.demo_captions import KINDS, Captions, Rates
 from affectgpt_jax.data.records import MANIFEST_FILE, Record, write_records
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
@@ -28,6 +28,7 @@ from ..crowd.votes import Vote, read_votes
 from ..speakers.synchrony import judge_traces
 from ..speakers.verdicts import write_speakers
 from . import filtering
+from .card import write_card
 from .describe import Described, write_described
 from .labels import label_descriptions
 from .settings import DESCRIPTIONS, LABELS, SPEAKERS, VOTES, CaptionError, read_settings
@@ -123,12 +124,30 @@ def build(
             crowd.train(sets, out / "crowd", heads=heads, seed=seed, say=say, **options)
             crowd.vote(out / "crowd", records, out / VOTES)
         table = out / "clips.csv"
+        lexicon = load_lexicon()
         data = filtering.read_data_set(out, table, settings)
-        judged = filtering.judge(data, settings, load_lexicon())
+        judged = filtering.judge(data, settings, lexicon)
         filters = {name: score(captions, judged, levels) for name, levels in FILTERS.items()}
         write_json(out / FILTERS_FILE, filters)
+        say("funnel and card")
+        levels = tuple(filtering.LEVELS)
+        about_it = {"settings_sha256": settings.sha256, "lexicon": str(lexicon.identity)}
+        filtering.write_results(data, judged, levels, out, about_it)
+        write_card(
+            data,
+            judged,
+            levels,
+            lexicon,
+            settings,
+            out,
+            title=f"Captions of the demo world {seed}",
+            license_name="apache-2.0",
+            languages=["en"],
+            crowd=out / "crowd",
+            seed=seed,
+        )
         votes = read_votes(out / VOTES)
-        facts = speaking | crowd_facts(world, captions, votes)
+        facts = speaking | length_facts(captions, judged) | crowd_facts(world, captions, votes)
         return Demo(captions, votes, filters, facts)
 
 
@@ -241,6 +260,20 @@ def score(
         "recall": dropped_rightly / max(int((~pure).sum()), 1),
         "right_kept": float(stays[pure].mean()),
         "purity": float(pure[stays].mean()) if stays.any() else 0.0,
+    }
+
+
+def length_facts(
+    captions: Captions, judged: Mapping[str, Mapping[str, filtering.Judgement]]
+) -> dict[str, float]:
+    """Shares of failed and rambling replies, and of the others, that their length drops."""
+    dropped = np.array(
+        [judged[name]["length"].outcome == filtering.DROPPED for name in captions.names]
+    )
+    bad = np.isin(captions.kind, [KINDS.index(kind) for kind in ("failed", "rambling")])
+    return {
+        "length: failed and rambling dropped": float(dropped[bad].mean()) if bad.any() else 1.0,
+        "length: others dropped": float(dropped[~bad].mean()),
     }
 
 

@@ -10,9 +10,8 @@ and its output depends on the replies alone.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypedDict
@@ -134,13 +133,15 @@ def describe_media(
     form = form or FORMS[kind][0]
     prompt = getattr(settings.prompts, kind)
     paths = {c.name: c.sound if kind == "audio" else c.video for c in clips}
-    hashes = media_hashes([p for p in paths.values() if p], out / REPLIES / "media.jsonl")
+    files = [path for path in paths.values() if path]
+    own = {path for path in list(paths.values())[shard[0] :: shard[1]] if path}
+    hashes = media_hashes(files, own, out / REPLIES, shard) | {None: ""}
     # What is not shown of a clip changes nothing.
     shown = [form, settings.media.seconds] if kind == "audio" else [form]
     if kind == "video" and form == "frames":
         shown += [settings.media.frames, settings.media.pixels]
 
-    def question(name: str) -> tuple[Message, str, str]:
+    def question(name: str) -> tuple[Message, str, str | None]:
         words = prompt + (f"\nSubtitle: {subtitles.get(name, '')}" if subtitles else "")
         path = paths[name]
 
@@ -151,7 +152,7 @@ def describe_media(
                 raise Unreadable(str(error)) from None
             return [{"type": "text", "text": words.strip()}, *parts]
 
-        return message, words, hashes.get(path, "")
+        return message, words, hashes.get(path)
 
     questions = {clip.name: question(clip.name) for clip in clips}
     try:
@@ -188,7 +189,7 @@ def merge(
             "video` first"
         )
 
-    def question(name: str) -> tuple[Message, str, str]:
+    def question(name: str) -> tuple[Message, str, str | None]:
         heard, seen = (said[kind].get(name, {}).get("reply", "").strip() for kind in KINDS)
         subtitle = subtitles.get(name, "").strip()
         if not (heard or seen or subtitle):
@@ -215,7 +216,7 @@ def _nothing() -> str:
 
 def _ask(
     kind: str,
-    questions: Mapping[str, tuple[Message, str, str]],
+    questions: Mapping[str, tuple[Message, str, str | None]],
     out: Path,
     model: Describer,
     prompt: str,
@@ -227,32 +228,31 @@ def _ask(
 
     Args:
         kind: of the output.
-        questions: by name the message, its words, and the hash of the media in it.
-        shown: what else the message depends on.
+        questions: by name the message, its words, and the hash of the media in it: "" for none,
+            None where it is not known, which is so for clips of other shards only.
+        shown: what else the message depends on; empty for text alone.
     """
     number, count = shard
-    suffix = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
     folder = out / REPLIES
     kept: dict[str, Answered] = {}
     for path in sorted(folder.glob(f"{kind}*.jsonl")):
         kept |= {key: found for (key,), found in _store(path).records.items()}
     prompt_sha256 = json_sha256(prompt)
-    # Of what cannot be read, clips have no reply in common.
     keys = {
+        # Of what cannot be read, clips have no reply in common.
         name: json_sha256([model.identity, words, sha256 or (name if shown else ""), *shown])
         for name, (_, words, sha256) in questions.items()
+        if sha256 is not None
     }
-    mine = dict.fromkeys(list(keys.values()))
-    by_key = {keys[name]: name for name in reversed(questions)}  # the first clip of each
-    missing = [k for i, k in enumerate(mine) if i % count == number and k not in kept]
-    total = sum(1 for i, k in enumerate(mine) if i % count == number)
-    with _store(folder / f"{kind}{suffix}.jsonl") as store:
-        done = total - len(missing)
-        progress(done, total)
+    # The first clip of each question.
+    own = {keys[name]: name for name in reversed(list(questions)[number::count])}
+    missing = {key: questions[name][0] for key, name in own.items() if key not in kept}
+    with _store(folder / f"{kind}{_suffix(shard)}.jsonl") as store:
+        done = len(own) - len(missing)
+        progress(done, len(own))
 
         def keep(key: str, reply: Reply, why: str) -> None:
             nonlocal done
-            name = by_key[key]
             kept[key] = {
                 "key": key,
                 "reply": reply.text.strip(),
@@ -261,14 +261,15 @@ def _ask(
                 "tokens": reply.tokens,
                 "model": model.identity,
                 "prompt_sha256": prompt_sha256,
-                "media_sha256": questions[name][2],
+                "media_sha256": questions[own[key]][2],
             }
             store.append(kept[key])
             done += 1
-            progress(done, total)
+            progress(done, len(own))
 
-        _collect(model, {k: questions[by_key[k]][0] for k in missing}, bool(kept), keep)
-    if any(key not in kept for key in keys.values()):
+        if missing:
+            _collect(model, missing, bool(kept), keep)
+    if len(keys) < len(questions) or not kept.keys() >= set(keys.values()):
         return None
     lines = [
         Described(name=name, **{k: v for k, v in kept[key].items() if k != "key"})
@@ -276,6 +277,11 @@ def _ask(
     ]
     write_described(out / f"{kind}.jsonl", lines)
     return lines
+
+
+def _suffix(shard: tuple[int, int]) -> str:
+    number, count = shard
+    return "" if count == 1 else f"-{number:05d}-of-{count:05d}"
 
 
 def _collect(
@@ -322,15 +328,23 @@ class _Stamped(TypedDict):
     sha256: str
 
 
-def media_hashes(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
+def media_hashes(
+    paths: Iterable[Path], own: Collection[Path], folder: Path, shard: tuple[int, int]
+) -> dict[Path | None, str]:
     """The hash of each file, "" of one that cannot be read; what has not changed is not read again.
 
     Args:
         paths: of media.
-        cache: a JSONL file of hashes by path, size and time, which grows.
+        own: those that are read here; others have a hash if the shard whose they are has read them.
+        folder: with JSONL files of hashes by path, size and time, one a shard, which grow.
+        shard: number and count.
     """
-    store = ResumableJsonl(cache, _Stamped, ("file", "bytes", "time_ns"), advice="delete the file")
-    found, unknown = {}, {}
+    known: dict[tuple[str, int, int], str] = {}
+    for file in sorted(folder.glob("media*.jsonl")):
+        records = _media_store(file).records.values()
+        known |= {(r["file"], r["bytes"], r["time_ns"]): r["sha256"] for r in records}
+    found: dict[Path | None, str] = {}
+    unknown = {}
     for path in dict.fromkeys(paths):
         try:
             status = path.stat()
@@ -338,9 +352,9 @@ def media_hashes(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
             found[path] = ""
             continue
         key = (str(path), status.st_size, status.st_mtime_ns)
-        if known := store.records.get(key):
-            found[path] = known["sha256"]
-        else:
+        if key in known:
+            found[path] = known[key]
+        elif path in own:
             unknown[path] = key
 
     def hashed(path: Path) -> str:
@@ -349,12 +363,17 @@ def media_hashes(paths: Iterable[Path], cache: Path) -> dict[Path, str]:
         except OSError:
             return ""
 
+    store = _media_store(folder / f"media{_suffix(shard)}.jsonl")
     with store, ThreadPoolExecutor(8) as pool:
         for (path, key), sha256 in zip(unknown.items(), pool.map(hashed, unknown), strict=True):
             found[path] = sha256
             if sha256:
                 store.append(dict(zip(_Stamped.__annotations__, (*key, sha256), strict=True)))
     return found
+
+
+def _media_store(path: Path) -> ResumableJsonl:
+    return ResumableJsonl(path, _Stamped, ("file", "bytes", "time_ns"), advice="delete the file")
 
 
 # --- files --------------------------------------------------------------------------------------
@@ -450,18 +469,3 @@ def summary(lines: Sequence[Described]) -> list[str]:
     whys = Counter(line["why"] for line in lines if line["why"])
     parts += [f"without a reply: {n:,}: {why}" for why, n in whys.most_common(5)]
     return parts
-
-
-def shard_of(text: str | None) -> tuple[int, int]:
-    """Number and count of "I/N"; without a text those that srun gives its tasks, or all work.
-
-    Raises:
-        ValueError: another form.
-    """
-    if text is None:
-        number, count = (os.environ.get(f"SLURM_{name}") for name in ("PROCID", "NTASKS"))
-        text = f"{number}/{count}" if number and count else "0/1"
-    number, slash, count = text.partition("/")
-    if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ValueError(f"{text!r} is not I/N with I from 0 to N - 1, as in 0/4")
-    return int(number), int(count)

@@ -416,6 +416,23 @@ def draw_funnel(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
         save_png(figure, file)
 
 
+def trainable(data: DataSet, kept: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Of clips that are kept, those that can be trained on, and the others by what they lack.
+
+    Without the level `low`, replies that failed are kept, which teach neither text nor labels.
+    """
+    lacking: dict[str, list[str]] = {}
+    usable = []
+    for name in kept:
+        if name not in data.descriptions or not data.descriptions[name]["reply"]:
+            lacking.setdefault("a description", []).append(name)
+        elif name not in data.labels or not data.labels[name].labels:
+            lacking.setdefault("a label", []).append(name)
+        else:
+            usable.append(name)
+    return usable, lacking
+
+
 def plus_rows(data: DataSet, kept: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
     """Columns and rows of the training set, in the layout that `extract` reads.
 
@@ -451,10 +468,10 @@ def write_results(
     Raises:
         OSError: a file cannot be written.
     """
-    kept = kept_names(judged, levels)
+    usable, _ = trainable(data, kept_names(judged, levels))
     stages = funnel(data, judged, levels)
     write_csv(to / FILTERED, COLUMNS, filtered_rows(judged, levels))
-    write_csv(to / PLUS, *plus_rows(data, [name for name in kept if data.labels.get(name)]))
+    write_csv(to / PLUS, *plus_rows(data, usable))
     write_json(to / f"{FUNNEL}.json", {"levels": list(levels), **about, "funnel": stages})
     draw_funnel(stages, to / f"{FUNNEL}.png")
     return stages

@@ -68,7 +68,8 @@ def test_cuts_are_those_of_the_normal_part():
     failed, rambling = rng.integers(2, 12, 400), rng.integers(180, 220, 200)
     lengths = np.concatenate([normal, failed, rambling])
     cut = fit_cuts(["word " * n for n in lengths], tails=2.5)["words"]
-    assert abs(cut.mean - 60) < 1.5 and abs(cut.deviation - 8) < 1.5
+    # A mean and a standard deviation of all would be 60 +- 34.
+    assert abs(cut.mean - 60) < 1.5 and abs(cut.deviation - 8) < 2
     inside = (lengths >= cut.low) & (lengths <= cut.high)
     assert inside[:4000].mean() > 0.97 and not inside[4000:].any()
 
@@ -204,13 +205,16 @@ def test_every_clip_has_a_row_and_every_loss_a_reason(data_set, capsys):
     assert plus[1].startswith("clip00,,[happy],word word")
 
 
-def test_levels_can_be_combined_in_any_way(data_set):
+def test_levels_can_be_combined_in_any_way(data_set, capsys):
     kept = {}
     for levels in ("none", "low", "emotion", "sentiment", "sentiment,low"):
         to = data_set / levels.replace(",", "-")
         run(data_set, f"--levels={levels}", f"--to={to}")
-        kept[levels] = len((to / "plus.csv").read_text().splitlines()) - 1
-    assert kept == {"none": 24, "low": 22, "emotion": 21, "sentiment": 22, "sentiment,low": 20}
+        kept[levels] = json.loads((to / "funnel.json").read_text())["funnel"][-1]["clips"]
+    assert kept == {"none": 24, "low": 22, "emotion": 21, "sentiment": 22, "sentiment,low": 21}
+    # What failed teaches nothing, and is said to be left out.
+    assert len((data_set / "none" / "plus.csv").read_text().splitlines()) == 1 + 23
+    assert "kept, but without a label to train on: 1: 'clip01'" in capsys.readouterr().out
 
 
 def test_records_of_what_is_kept_have_the_new_annotations(data_set, tmp_path, capsys):

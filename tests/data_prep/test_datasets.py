@@ -106,6 +106,26 @@ def test_all_sets_below_a_root_are_found_and_none_is_an_error(tmp_path, capsys):
             datasets.main([which, f"--root={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"])
 
 
+def test_labels_alone_are_a_set_and_leftovers_of_both_sides_are_named(tmp_path, capsys):
+    folder = tmp_path / "mer2026-dataset"
+    faces = folder / "openface_face"
+    for name in ("samplenew3_1", "samplenew3_2"):
+        (faces / name).mkdir(parents=True)
+    (folder / "audio").mkdir()
+    for name in ("sample_1", "sample_2"):
+        (folder / "audio" / f"{name}.wav").write_bytes(b"x")
+    labels = [("sample_1", "[Happy]"), ("sample_2", "[sad]")]
+    write_rows(folder / "track2_train_human.csv", ["name", "openset"], labels)
+    out = tmp_path / "out.csv"
+    datasets.main(["--set=mer2026human", f"--root={tmp_path}", f"--out={out}"])
+    assert [record.labels for record in plain(out)] == [("happy",), ("sad",)]
+    said = capsys.readouterr().out
+    assert "2 clips without face in" in said and "published 1,532" in said
+    expected = f"files of no clip in {faces}: 2: 'samplenew3_1', 'samplenew3_2'"
+    assert expected in said
+    assert "without audio" not in said and f"of no clip in {folder / 'audio'}" not in said
+
+
 def test_a_clip_described_twice_is_refused(tmp_path):
     folder = captioned(tmp_path)
     rows = [("a", "x"), ("a", "y")]
