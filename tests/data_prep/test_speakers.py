@@ -374,16 +374,6 @@ def test_calibration_counts_what_is_decided_and_finds_equal_error(tmp_path):
         calibrate.calibrate(rows, {"z": True})
 
 
-def test_shares_of_the_work():
-    assert command.parse_shard("2/3") == (2, 3)
-    for text in ("3/3", "1", "-1/2", "a/b"):
-        with pytest.raises(ValueError, match="expected I/N"):
-            command.parse_shard(text)
-    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
-    assert command.shard_of({}) == command.shard_of(task) == (0, 1)
-    assert command.shard_of(task | {"SLURM_STEP_ID": "0"}) == (1, 4)
-
-
 def test_the_command_calibrates(tmp_path, capsys):
     write_speakers(
         tmp_path / "v.csv",
