@@ -1,4 +1,4 @@
-"""Speaker check: synchrony, tracks, verdicts and calibration; networks against their authors' code."""
+"""Speaker check: synchrony, tracks, verdicts, calibration; networks beside their authors' code."""
 
 import math
 from pathlib import Path
