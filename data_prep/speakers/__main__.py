@@ -61,8 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.verb == "check":
         if not arguments.clips and not arguments.csv:
             check.error("give --clips DIR, --csv FILE, or both")
-        if arguments.workers is not None and arguments.workers < 0:
-            check.error(f"--workers is {arguments.workers}; expected 0 or more")
+        if arguments.workers is not None and arguments.workers < 1:
+            check.error(f"--workers is {arguments.workers}; expected 1 or more")
     return arguments
 
 
