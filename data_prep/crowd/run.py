@@ -248,9 +248,9 @@ def report(summary: Mapping[str, Any]) -> str:
         )
     lines += [
         "",
-        "The validation score is the weighted F1 of emotions, less a quarter of the squared error",
-        "of valence (on a scale of -1 to 1); of valence alone, minus the squared error. Each member",
-        "is scored on the fold by which its best epoch was chosen.",
+        "The validation score is the weighted F1 of emotions, less a quarter of the squared",
+        "error of valence (on a scale of -1 to 1); of valence alone, minus the squared error. Each",
+        "member is scored on the fold by which its best epoch was chosen.",
         "",
         "## Clips in two places",
         "",

@@ -17,35 +17,17 @@ share of the blocks, as with --shard I/N; the last one to end writes the file.
 from __future__ import annotations
 
 import argparse
-import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.text import print_lines
 
 from ..clips import find_clips
+from ..shards import parse_shard, shard_of_task
 from . import calibrate
 from .synchrony import DETECTOR
 from .verdicts import read_speakers
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """I/N, with I from 0 to N - 1."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise ValueError(f"{text!r} is no shard; expected I/N, such as 0/4 to 3/4")
-    return int(found[1]), int(found[2])
-
-
-def shard_of(environment: Mapping[str, str]) -> tuple[int, int]:
-    """The share of a task of srun; all where there is none."""
-    rank, total = environment.get("SLURM_PROCID", "0"), environment.get("SLURM_NTASKS", "1")
-    # A batch script has both, and starts one process only.
-    if "SLURM_STEP_ID" not in environment or not (rank.isdigit() and total.isdigit()):
-        return 0, 1
-    return int(rank), int(total)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,8 +61,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.verb == "check":
         if not arguments.clips and not arguments.csv:
             check.error("give --clips DIR, --csv FILE, or both")
-        if arguments.workers is not None and arguments.workers < 0:
-            check.error(f"--workers is {arguments.workers}; expected 0 or more")
+        if arguments.workers is not None and arguments.workers < 1:
+            check.error(f"--workers is {arguments.workers}; expected 1 or more")
     return arguments
 
 
@@ -99,7 +81,7 @@ def _check(arguments: argparse.Namespace) -> None:
         out,
         detector,
         workers=arguments.workers,
-        shard=arguments.shard or shard_of(os.environ),
+        shard=arguments.shard or shard_of_task(),
     )
     if rows is None:
         print_lines(["this share is finished; another one will write the file"])

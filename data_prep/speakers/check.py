@@ -239,7 +239,7 @@ def check_clips(
         clips: in order.
         out: the file of verdicts; finished blocks lie beside it in `.speakers`.
         detector: what judges; `Synchrony` by default.
-        workers: processes that decode; one a core by default, 0 for none beside this one.
+        workers: processes that decode; by default one a core.
         shard: I and N: judge every N-th block only, from the I-th on. Whoever finds all blocks
             finished writes the file, whose bytes do not depend on how the work was shared.
 
@@ -264,10 +264,8 @@ def check_clips(
     mine = list(blocks)[shard[0] :: shard[1]]
     missing = {key: blocks[key] for key in mine if key not in store}
     jobs = [Look(clip, detector.needs_crops) for part in missing.values() for clip in part]
-    workers = available_cores() if workers is None else workers
-    results = in_order(
-        look, jobs, min(workers, len(jobs)), ahead=BLOCK + workers, died=lambda: Seen(DIED)
-    )
+    workers = max(1, available_cores() if workers is None else workers)
+    results = in_order(look, jobs, workers, ahead=BLOCK + workers, died=lambda: Seen(DIED))
     with Counter("clips", stream=sys.stderr) as count:
         done = 0
         count(0, len(jobs))

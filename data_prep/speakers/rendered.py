@@ -93,7 +93,8 @@ def _pictures(rng: np.random.Generator, level: np.ndarray) -> np.ndarray:
         picture = cv2.warpAffine(
             head, move, (WIDTH, HEIGHT), wall.copy(), cv2.INTER_LINEAR, cv2.BORDER_TRANSPARENT
         )
-        noisy = picture + rng.normal(0, noise, picture.shape[:2])[..., None]
+        grain = rng.standard_normal(picture.shape[:2], np.float32)[..., None]
+        noisy = picture + np.float32(noise) * grain
         out.append(np.clip(noisy, 0, 255).astype(np.uint8))
     return np.stack(out)
 

@@ -1,4 +1,4 @@
-"""Speaker check: synchrony, tracks, verdicts and calibration; networks against their authors' code."""
+"""Speaker check: synchrony, tracks, verdicts, calibration; networks beside their authors' code."""
 
 import math
 from pathlib import Path
@@ -39,7 +39,8 @@ NAMES = {"light-asd": "light_asd", "lr-asd": "lr_asd"}
 def speech(rng, frames=100):
     """Loudness 0 to 1 with syllables and a pause."""
     level = np.abs(np.sin(np.cumsum(rng.uniform(0.3, 0.9, frames))))
-    level[40:60] = 0
+    pause = rng.integers(10, 70)
+    level[pause : pause + 20] = 0
     return level
 
 
@@ -68,7 +69,7 @@ def test_a_mouth_that_moves_with_the_sound_speaks_and_another_does_not():
 
 def test_a_mouth_that_opens_before_the_sound_by_more_than_speech_allows_is_no_match():
     mouth, heard, upper = traces(0, delay=1)
-    assert judge_traces(mouth, heard, upper=upper).score > 0.8
+    assert judge_traces(mouth, heard, upper=upper).score > 0.6
     assert judge_traces(np.roll(mouth, 9), heard, upper=np.roll(upper, 9)).score < 0.5
 
 
@@ -78,7 +79,7 @@ def test_without_strong_evidence_the_verdict_is_unsure():
     assert judge_traces(mouth[:25], heard[:25], upper=upper[:25]).verdict == UNSURE
     # A weak match, as film has them.
     mouth, heard, upper = traces(0)
-    noisy = mouth + np.random.default_rng(1).normal(0, 16, 100)
+    noisy = mouth + np.random.default_rng(1).normal(0, 8, 100)
     found = judge_traces(noisy, heard, upper=upper)
     assert 0.3 < found.score < 0.45 and found.verdict == UNSURE
     # A picture that stands still.
@@ -263,7 +264,7 @@ def test_boxes_that_overlap_are_one_track_over_short_gaps():
 @pytest.fixture(scope="module")
 def talking(tmp_path_factory):
     folder = tmp_path_factory.mktemp("talking")
-    return folder, rendered(folder, seed=1, count=4)
+    return folder, rendered(folder, seed=1, count=3)
 
 
 def judgement(verdict, score=0.0):
@@ -288,22 +289,26 @@ def test_rendered_clips_are_judged_alike_however_the_work_is_shared(talking, mon
     clips = [Clip(name, folder / f"{name}.mp4") for name in [*truth, "broken"]]
     monkeypatch.setattr(check, "BLOCK", 2)
     looked = []
-    monkeypatch.setattr(check, "look", lambda job: looked.append(job) or tracks.look(job))
-    whole = check.check_clips(clips, tmp_path / "whole" / "speakers.csv", workers=0)
-    for row in whole[:4]:
+
+    def in_order(function, jobs, *_, **__):
+        return (looked.append(job) or function(job) for job in jobs)
+
+    monkeypatch.setattr(check, "in_order", in_order)  # no processes
+    whole = check.check_clips(clips, tmp_path / "whole" / "speakers.csv")
+    for row in whole[:3]:
         expected = {True: [SPEAKING], False: [OFF_SCREEN, UNSURE]}[truth[row["name"]]]
         assert row["verdict"] in expected, row
-    assert whole[4]["verdict"] == UNREADABLE and "not readable as media" in whole[4]["reason"]
-    assert len(looked) == 5
+    assert whole[3]["verdict"] == UNREADABLE and "not readable as media" in whole[3]["reason"]
+    assert len(looked) == 4
     # Two shares, of which the second is stopped and goes on.
     shared = tmp_path / "shared" / "speakers.csv"
-    assert check.check_clips(clips, shared, workers=0, shard=(1, 2)) is None
-    assert not shared.exists() and len(looked) == 7
-    check.check_clips(clips, shared, workers=0, shard=(0, 2))
-    assert len(looked) == 10
+    assert check.check_clips(clips, shared, shard=(1, 2)) is None
+    assert not shared.exists() and len(looked) == 6
+    check.check_clips(clips, shared, shard=(0, 2))
+    assert len(looked) == 8
     assert shared.read_bytes() == (tmp_path / "whole" / "speakers.csv").read_bytes()
-    check.check_clips(clips, shared, workers=0)
-    assert len(looked) == 10
+    check.check_clips(clips, shared)
+    assert len(looked) == 8
     rows = read_speakers(shared)
     assert list(rows) == [clip.name for clip in clips]
     assert {row["network"] for row in rows.values()} == {"synchrony"}
@@ -365,23 +370,14 @@ def test_calibration_counts_what_is_decided_and_finds_equal_error(tmp_path):
     assert (found.clips, found.decided, found.right, found.without) == (5, 4, 2, ["f"])
     assert (found.kept, found.dropped_right) == (pytest.approx(2 / 3), 0.5)
     assert found.auc == pytest.approx(5 / 6)
-    assert found.error == pytest.approx(0.5) or 0.35 < found.threshold < 0.5
-    assert "does not reach" not in calibrate.lines(found)[2]  # with four clips, nothing is known
+    assert (found.error, found.threshold) == (pytest.approx(1 / 3), pytest.approx(0.45))
+    assert "it does not reach the paper's 90 %" in calibrate.lines(found)[2]
+    assert calibrate.wilson(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
     truth_file.write_text("name,speaking\na,yes\n")
     with pytest.raises(ReadError, match="line 2: expected 0 or 1"):
         calibrate.read_truth(truth_file)
     with pytest.raises(ReadError, match="none of the labelled clips 'z'"):
         calibrate.calibrate(rows, {"z": True})
-
-
-def test_shares_of_the_work():
-    assert command.parse_shard("2/3") == (2, 3)
-    for text in ("3/3", "1", "-1/2", "a/b"):
-        with pytest.raises(ValueError, match="expected I/N"):
-            command.parse_shard(text)
-    task = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}
-    assert command.shard_of({}) == command.shard_of(task) == (0, 1)
-    assert command.shard_of(task | {"SLURM_STEP_ID": "0"}) == (1, 4)
 
 
 def test_the_command_calibrates(tmp_path, capsys):
