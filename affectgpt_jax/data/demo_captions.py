@@ -64,12 +64,12 @@ _ASIDES = (
     "The background stays out of focus.",
 )
 # Cues that a lexicon holds for emotions, in words that it does not.
-_PLAINLY = {"smile": "a curve of the lips", "sob": "tears", "laugh": "all the teeth"}
+_PLAINLY = {"smile": "a curve of the lips", "sob": "red eyes", "laugh": "all the teeth"}
 _REFUSALS = (
-    "I cannot identify the emotional state from this.",
+    "I cannot identify what this person feels.",
     "There is no clip to look at.",
-    "Sorry, I am unable to help with that.",
-    "The clues are empty.",
+    "This is nothing that I can help with.",
+    "There are no clues.",
 )
 
 
