@@ -19,6 +19,7 @@ import numpy as np
 from affectgpt_jax.data.demo import (
     COMPANION,
     CUE_TABLES,
+    EMOTION_GRID,
     EMOTIONS,
     FACE_CUES,
     FACE_WORDS,
@@ -31,20 +32,29 @@ from affectgpt_jax.data.demo import (
 from affectgpt_jax.data.records import Record
 
 KINDS = ("right", "wrong", "mirrored", "failed", "rambling")
-# What people answer who may choose one of six words. They are coarse on purpose: with all 24 words,
-# the emotion of a clip implies its sentiment, and a test of both is the test of one.
+# What people answer who may choose one of six words. The words are coarse on purpose: people call
+# the alarmed surprised and the bored content, so that a clip's word does not tell its sentiment,
+# and a test of both is more than the test of one.
 COARSE = {
     "angry": ("disgusted", "frustrated", "furious"),
-    "content": ("calm", "curious", "relieved", "content", "grateful"),
+    "content": ("bored", "calm", "curious", "relieved", "content", "grateful"),
     "happy": ("hopeful", "amused", "excited", "joyful", "thrilled"),
-    "sad": ("hopeless", "ashamed", "lonely", "disappointed", "bored"),
-    "surprised": ("surprised", "amazed"),
-    "worried": ("terrified", "doubtful", "worried", "alarmed"),
+    "sad": ("hopeless", "ashamed", "lonely", "disappointed"),
+    "surprised": ("alarmed", "surprised", "amazed"),
+    "worried": ("terrified", "doubtful", "worried"),
 }
 COARSE_WORDS = tuple(COARSE)
 # The class of each emotion.
 COARSE_OF = np.array(
     [next(c for c, word in enumerate(COARSE) if e in COARSE[word]) for e in EMOTIONS]
+)
+# What people give as a valence: that of the row of the grid, but surprise is neither.
+VALENCE = np.array(
+    [
+        0.0 if word in ("curious", "surprised", "amazed") else row / 2.5 - 1
+        for row, words in enumerate(EMOTION_GRID)
+        for word in words
+    ]
 )
 ANNOTATOR_NOISE = 0.1
 
@@ -225,10 +235,7 @@ def corpus(world: World, number: int, kind: str, size: int) -> Iterator[Record]:
         truth = (
             {"emotion": COARSE_WORDS[COARSE_OF[felt[i]]], "candidates": COARSE_WORDS}
             if kind == "emotion"
-            else {
-                "valence": float(felt[i] // len(VOICE_CUES)) / 2.5 - 1,
-                "valence_range": (-1.0, 1.0),
-            }
+            else {"valence": float(VALENCE[felt[i]]), "valence_range": (-1.0, 1.0)}
         )
         name = f"demo-corpus-{number}-{i:05d}"
         yield Record(name=name, features=found, subtitle=clips.subtitles[i], source="demo", **truth)
