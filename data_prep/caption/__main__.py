@@ -9,7 +9,7 @@ A data set is a folder, --out, and every stage goes on where it stopped:
     affectgpt caption labels --out caption
     affectgpt speakers check --csv clips.csv --clips DIR --out caption/speakers.csv
     affectgpt crowd vote     --crowd crowd --records records/clips --out caption/votes.csv
-    affectgpt caption filter --csv clips.csv --out caption --levels low,emotion,sentiment
+    affectgpt caption filter --csv clips.csv --out caption --levels low,emotion
     affectgpt caption card   --out caption
 
 caption/caption.toml has the prompts and thresholds, and may be edited. `demo` shows all of it on

@@ -126,7 +126,7 @@ def test_a_small_demo_ends_in_a_table_and_is_not_made_twice(tmp_path):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_ideal_crowd_makes_the_set_purer_level_by_level(seed):
-    """The real tests of the filter with the exact posterior as the crowd: what can be had at all."""
+    """The real tests of the filter, with the exact posterior as the crowd."""
     lexicon = load_lexicon()
     captions = demo_captions.draw_captions(worlds.World(seed), 1500)
     of_emotion = worlds.posterior(worlds.word_evidence(captions.clips), ("face", "audio", "text"))
