@@ -95,6 +95,8 @@ setup(
             "opencv-python-headless>=4.9,<5",
             "pillow>=10",
         ],
+        # mkdocs 2 has neither plugins nor this theme.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "openai": ["openai>=3.57"],
         "wandb": ["wandb>=0.19"],
         # XLA's CUDA compiler and what assembles its kernels, for plan --compile: none of CUDA's

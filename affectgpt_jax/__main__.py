@@ -18,7 +18,7 @@ from affectgpt_jax import cli
 
 COMMANDS = {
     "Train and ask": {
-        "train": "train a model; without arguments the demo, in minutes, on a CPU",
+        "train": "train a model; without arguments the demo, on a CPU",
         "predict": "ask a trained run about clips",
         "evaluate": "answers, labels, scores and a report of a trained run",
         "weights": "inspect weights; export them to PEFT, PyTorch or the hub",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from affectgpt_jax import cpu
+from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import HEADS, INPUT_MODES, MODALITIES, InputMode
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import load_prompts
-from affectgpt_jax.data.records import RecordDataset, Records, hold_out, subsample
+from affectgpt_jax.data.records import (
+    MANIFEST_FILE,
+    RecordDataset,
+    Records,
+    hold_out,
+    read_manifest,
+    subsample,
+)
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.attention import CausalAttention, Choice, choose, deviation
@@ -295,16 +304,22 @@ def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> Non
     Raises:
         ConfigError: a feature is missing, of another width, or too long; the message names it.
     """
+    _check_features(config, dataset.manifest.features, dataset.manifest.split, mode)
+
+
+def _check_features(
+    config: ConfigDict, features: Mapping[str, Mapping[str, Any]], split: str, mode: InputMode
+) -> None:
     fusion = fusion_config(config)
     for name in mode.features:
-        if name not in dataset.manifest.features:
+        if name not in features:
             raise ConfigError(
                 f"the input mode {mode.name!r} reads the feature {name!r}, but the records of "
-                f"split {dataset.manifest.split!r} hold only {sorted(dataset.manifest.features)}; "
-                "choose another config.input or other records"
+                f"split {split!r} hold only {sorted(features)}; choose another config.input or "
+                "other records"
             )
     for name in fusion.inputs:
-        facts = dataset.manifest.features.get(name)
+        facts = features.get(name)
         if facts is None:
             continue
         limit = fusion.longest(name)
@@ -347,10 +362,7 @@ def data(
         RecordError: a directory without intact records.
         PromptError: a prompt file that cannot be used.
     """
-    if not config.data.train and not config.data.mixture:
-        raise ConfigError(
-            "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
-        )
+    check_data(config)
     one = data_set(config.data.train)
     sets = config.data.mixture.to_dict() if config.data.mixture else {"train": one.to_dict()}
 
@@ -377,6 +389,60 @@ def data(
     test = source("test", config.data.test, "test", plain) if config.data.test else None
     _check_leaks(config, Data(train, val, test), say)
     return Data(train, val, test)
+
+
+def training_clips(config: ConfigDict) -> int | None:
+    """How many clips an epoch of a config has, by manifests alone; None where one is not here."""
+    if not config.data.train and not config.data.mixture:
+        return None
+    sets = config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+    total = 0.0
+    for entry in sets.values():
+        if demo.world_seed(entry["source"], config.demo_seed) is not None:
+            count = demo.SIZES["train"]
+        elif (manifest := Path(entry["source"]).expanduser() / MANIFEST_FILE).is_file():
+            count = read_manifest(manifest.parent).count
+        else:
+            return None
+        total += entry["weight"] * entry["share"] * count
+    return round(total if config.data.val else total * (1 - config.data.val_share))
+
+
+def check_data(config: ConfigDict) -> None:
+    """Refuse prompts and records that do not fit, before any is written, read or hashed.
+
+    Raises:
+        ConfigError: no training data named, or features that do not fit.
+        RecordError: a directory without records.
+        PromptError: a prompt file that cannot be used.
+    """
+    if not config.data.train and not config.data.mixture:
+        raise ConfigError(
+            "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
+        )
+    load_prompts(config.prompts)
+    sets = config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+    places = [(entry["source"], "train", entry["input"]) for entry in sets.values()]
+    places += [(config.data[split], split, "") for split in ("val", "test") if config.data[split]]
+    for place, split, mode in places:
+        if (features := _declared_features(config, place)) is not None:
+            _check_features(config, features, split, input_mode(config, mode))
+
+
+def _declared_features(config: ConfigDict, place: str) -> Mapping[str, Any] | None:
+    """Features of the records of a source string, as manifests have them, without a look at any
+    record; None of a TensorFlow data set.
+
+    Raises:
+        RecordError: a directory without records.
+    """
+    if demo.world_seed(place, config.demo_seed) is not None:
+        names = demo.features_for(fusion_config(config).inputs)
+        return {
+            name: dict(zip(("frames", "width"), demo.SHAPES[name]), encoder="demo world")
+            for name in names
+        }
+    return None if place.startswith("tfds:") else read_manifest(Path(place).expanduser()).features
 
 
 def _check_leaks(config: ConfigDict, data: Data, say: Callable[[str], None]) -> None:
@@ -423,5 +489,8 @@ def open_records(
     else:
         dataset = RecordDataset(Path(place).expanduser())
     if config.data.verify:
-        dataset.verify()
+        main = not jax.process_index()
+        what = f"hashing the records of {place}"
+        with Elapsed(what, quiet_s=QUIET_S, stream=sys.stderr, enabled=main):
+            dataset.verify()
     return dataset

@@ -27,6 +27,21 @@ def wrap_help(text: str) -> str:
     )
 
 
+def wrap_line(line: str) -> list[str]:
+    """A line in lines of `COLUMNS` columns, of which the later ones are indented."""
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    wrapped = textwrap.wrap(
+        line,
+        COLUMNS,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+        drop_whitespace=True,
+        replace_whitespace=False,
+    )
+    return [line] if len(line) <= COLUMNS else wrapped
+
+
 def _fill(paragraph: str) -> str:
     # Flags and paths are not torn at their hyphens, so that they can be copied.
     return textwrap.fill(paragraph, COLUMNS, break_on_hyphens=False, break_long_words=False)

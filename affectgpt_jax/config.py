@@ -354,11 +354,12 @@ def _plain(value: Any) -> str:
 def save_config(config: ConfigDict, workdir: Path) -> None:
     """Write the config of a run to `workdir/config.json`, unless it resumes one."""
     path = workdir / "config.json"
-    if not (_saved_steps(workdir) and path.exists()):
+    if not (saved_steps(workdir) and path.exists()):
         write_json(path, json.loads(config.to_json()))
 
 
-def _saved_steps(workdir: Path) -> list[int]:
+def saved_steps(workdir: Path) -> list[int]:
+    """The steps of the checkpoints that a workdir has."""
     folder = workdir / "checkpoints"
     return [int(entry.name) for entry in folder.glob("*") if entry.name.isdigit()]
 
@@ -373,7 +374,7 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
             first, or one that is further than this one is to go.
     """
     path = workdir / "config.json"
-    saved = _saved_steps(workdir)
+    saved = saved_steps(workdir)
     if not (saved and path.exists()):
         return
     mine = dict(_leaves(json.loads(config.to_json())))

@@ -48,7 +48,7 @@ from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, percent, sco
 from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
-from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, load_run, set_up_process
+from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, open_run, set_up_process
 from affectgpt_jax.training.checkpoints import silence_threads
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
@@ -212,7 +212,7 @@ def output_folder(arguments: argparse.Namespace) -> Path:
 
 def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Report, Path]:
     """Do what the command line asks for; returns the report and the folder that it is in."""
-    run = load_run(
+    run = open_run(
         Path(arguments.workdir).expanduser(),
         llm=arguments.llm,
         mesh=arguments.mesh,
@@ -224,7 +224,7 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
 def evaluate_run(
     run: Run, arguments: argparse.Namespace, say: Callable[[str], None]
 ) -> tuple[Report, Path]:
-    """`evaluate` of a run that is loaded."""
+    """`evaluate` of a run that is open, with its weights or without."""
     out = output_folder(arguments)
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
@@ -242,8 +242,10 @@ def evaluate_run(
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
+    chat = chat_server(arguments)
+    run = run if run.base is not None else run.with_weights()
     replies = Counter("replies about labels")
-    extractor = make_extractor(arguments, run, lexicon, out, replies) if extracts else None
+    extractor = make_extractor(arguments, run, lexicon, out, replies, chat) if extracts else None
     generator = inference.Generator(
         run.model,
         run.base,
@@ -478,40 +480,45 @@ def read_truth(dataset: Records, task: str, place: SetPlace) -> Table:
     return Table(place.place, tuple(known), tuple(known.values()), findings)
 
 
+def chat_server(arguments: argparse.Namespace) -> ChatServer | None:
+    """The server that the command line names.
+
+    Raises:
+        ChatError: an address or a key that cannot be used.
+    """
+    if arguments.extractor != "openai":
+        return None
+    return ChatServer(
+        arguments.base_url,
+        arguments.model,
+        api_key=os.environ.get(arguments.api_key_env, ""),
+        concurrency=arguments.concurrency,
+    )
+
+
 def make_extractor(
     arguments: argparse.Namespace,
     run: Run,
     lexicon: Lexicon,
     out: Path,
     progress: Callable[[int, int], None],
+    server: ChatServer | None,
 ) -> Extractor:
-    """Who finds labels in descriptions, and the sentiment of labels.
-
-    Raises:
-        ChatError: a server's address or key that cannot be used.
-    """
+    """Who finds labels in descriptions, and the sentiment of labels."""
     rules = RuleExtractor(lexicon)
     kind = arguments.extractor
     if kind == "auto":
         kind = "rules" if run.config.llm == "tiny" else "llm"
     if kind == "rules":
         return rules
-    if kind == "openai":
-        chat = ChatServer(
-            arguments.base_url,
-            arguments.model,
-            api_key=os.environ.get(arguments.api_key_env, ""),
-            concurrency=arguments.concurrency,
-        )
-    else:
-        chat = BaseChat(
-            run.model.decoder,
-            run.base,
-            run.identity,
-            run.processor.tokenizer,
-            run.mesh,
-            batch_size=arguments.batch_size or run.config.generate.batch_size,
-        )
+    chat = server or BaseChat(
+        run.model.decoder,
+        run.base,
+        run.identity,
+        run.processor.tokenizer,
+        run.mesh,
+        batch_size=arguments.batch_size or run.config.generate.batch_size,
+    )
     cache = ReplyCache(out / "replies.jsonl")
     return ChatExtractor(chat, cache, rules.in_text, progress)
 

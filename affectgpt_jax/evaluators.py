@@ -71,6 +71,7 @@ def make_validation(
     components: Sequence[MixtureComponent],
     generators: Mapping[InputMode, inference.Generator],
     pulse: Callable[[], None],
+    progress: inference.Progress = inference.silent,
 ) -> Validation:
     """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true answer.
 
@@ -83,11 +84,12 @@ def make_validation(
         components: validation sets.
         generators: for their input modes.
         pulse: called before every batch.
+        progress: called with the answers of a component that there are, and how many there will be.
 
     Raises:
         DataError: a validation clip is over `config.max_tokens`, or all are.
     """
-    parts = {c.name: _validation_set(program.config, c, generators) for c in components}
+    parts = {c.name: _validation_set(program.config, c, generators, progress) for c in components}
 
     def validate(trainable: Any) -> dict[str, float]:
         sums, scores = {}, {}
@@ -114,6 +116,7 @@ def _validation_set(
     config: ConfigDict,
     component: MixtureComponent,
     generators: Mapping[InputMode, inference.Generator],
+    progress: inference.Progress,
 ) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], float] | None]:
     """The batches of a validation set, and its hit rate if it has one.
 
@@ -144,7 +147,8 @@ def _validation_set(
         return batches, None
 
     def hit(trainable: Any) -> float:
-        answers = generators[processor.mode].answer(trainable, dataset, question)
+        generator = generators[processor.mode]
+        answers = generator.answer(trainable, dataset, question, progress=progress)
         labels = inference.read_labels(processor, answers, question)
         return inference.score_labels(dataset, labels, question)["hit"]
 
@@ -159,6 +163,7 @@ def score_test_set(
     test: MixtureComponent,
     *,
     write: bool = True,
+    progress: inference.Progress = inference.silent,
 ) -> dict[str, Any]:
     """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
 
@@ -173,11 +178,12 @@ def score_test_set(
         generator: for the input mode of the test set.
         test: the held-out clips.
         write: whether this process writes the answers.
+        progress: called with the answers there are and the number there will be.
     """
     dataset, processor = test.dataset, test.processor
     question = question_for_test_set(config)
     scored = question in inference.SCORED
-    answers = generator.answer(trainable, dataset, question)
+    answers = generator.answer(trainable, dataset, question, progress=progress)
     labels = inference.read_labels(processor, answers, question) if scored else None
     if write:
         inference.write_predictions(workdir, dataset, answers, labels)
@@ -189,7 +195,7 @@ def score_test_set(
     result |= inference.score_labels(dataset, labels, question)
     if processor.features:
         order = np.random.default_rng(config.seed).permutation(len(dataset))
-        answers = generator.answer(trainable, dataset, question, feature_from=order)
+        answers = generator.answer(trainable, dataset, question, order, progress)
         shuffled = inference.read_labels(processor, answers, question)
         scores = inference.score_labels(dataset, shuffled, question)
         result["hit_features_shuffled"] = scores["hit"]

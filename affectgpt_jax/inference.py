@@ -36,6 +36,13 @@ from affectgpt_jax.models.lora import merge
 from affectgpt_jax.training.memory import device_limit
 from affectgpt_jax.training.sharding import data_parallel_size, shard_whole_batch
 
+# Called with the answers there are and the number there will be.
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """A `Progress` that says nothing."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -124,6 +131,7 @@ class Generator:
         dataset: Records,
         question: str,
         feature_from: Sequence[int] | None = None,
+        progress: Progress = silent,
     ) -> Answers:
         """Ask one question about every clip.
 
@@ -133,11 +141,16 @@ class Generator:
             question: a label type of the prompts, or the text of any question.
             feature_from: for each clip the number of the one whose features it gets instead of its
                 own; a permutation is the control that shows what features are worth.
+            progress: called with the answers there are and the number there will be.
 
         Raises:
             DataError: a clip that cannot be asked; the message names it.
         """
-        found = dict(self.answers(trainable, dataset, question, feature_from))
+        found, total = {}, len(dataset)
+        progress(0, total)
+        for number, answer in self.answers(trainable, dataset, question, feature_from):
+            found[number] = answer
+            progress(len(found), total)
         return Answers([found[number] for number in range(len(dataset))])
 
     def answers(
@@ -261,7 +274,7 @@ def answers_on_disk(
     trainable: Any,
     dataset: Records,
     question: str,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = silent,
 ) -> Answers:
     """Ask about the clips whose answers a file does not have yet, and append the answers.
 

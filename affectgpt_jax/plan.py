@@ -37,8 +37,9 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from affectgpt_jax import cli, runtime
+from affectgpt_jax import build, cli, runtime
 from affectgpt_jax.common.json import write_json
+from affectgpt_jax.common.progress import Elapsed
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.common.trees import device_nbytes, parameter_count
 from affectgpt_jax.config import ConfigError, parse_command_line
@@ -53,6 +54,7 @@ from affectgpt_jax.training.roofline import BANDWIDTH_SHARE, EFFICIENCY, MATMUL_
 # Under `hybrid` labels half of AffectGPT's examples are labels and half descriptions, behind
 # prompts of about 120 tokens: 55 % of their tokens are supervised, and rows have room for more.
 MEAN_CLIP = 255
+PAPER_CLIPS = 31_327  # of MER-Caption+
 SUPERVISED = 0.6
 CURVE = tuple(2**i for i in range(10))
 GIB = 2**30
@@ -201,8 +203,15 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     planner, layout, request = set_up(config, arguments)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
     rows, shape, remat = planner.rows, layout.shape, layout.remat
+    # Where the GPU's compiler works beside, its line is the one that counts.
+    elapsed = Elapsed(
+        f"compiling for {mesh.size} emulated devices",
+        stream=sys.stderr,
+        enabled=not arguments.compile,
+    )
     with Compilation(request, arguments.compile) as compilation:
-        compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
+        with elapsed:
+            compiled, sent = collectives.compile_and_read(planner.lower(mesh, remat), mesh)
         on_gpu = compilation.result()
     asked = planner.layout(shape, layout.microbatches, layout.rows, remat, sent)
     state, base = planner.abstract(shape)
@@ -234,6 +243,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
             "optimizer": device_nbytes(state["opt_state"]),
             "compiled": compiled.memory_analysis().argument_size_in_bytes,
         },
+        "run": length_of_run(config),
         "efficiency": arguments.efficiency,
         "usable": int(memory.USABLE * planner.limit),
         "most_rows": {p: planner.most_rows(shape, p) for p in memory.POLICIES},
@@ -252,6 +262,28 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
         ],
         "recommended": best and _summary(best, tokens) | {"reason": reason(planner, best)},
     }
+
+
+def length_of_run(config: ConfigDict) -> dict[str, Any]:
+    """Updates, clips and epochs of a config's training, as far as they can be told without data.
+
+    Returns:
+        "updates", "clips" (of packed rows about), "epochs" and "of": which clips; null where the
+        training sets are not here.
+    """
+    rows = config.steps * config.batch_size
+    clips = rows * config.pack_length // MEAN_CLIP if config.pack_length else rows
+    known = build.training_clips(config)
+    if known is None and not (config.data.train or config.data.mixture):
+        return {
+            "updates": config.steps,
+            "clips": clips,
+            "epochs": clips / PAPER_CLIPS,
+            "of": f"the paper's {PAPER_CLIPS:,} clips",
+        }
+    epochs = known and clips / known
+    of = known and f"{known:,} clips"
+    return {"updates": config.steps, "clips": clips, "epochs": epochs, "of": of}
 
 
 def _summary(layout: Layout, tokens: int) -> dict[str, Any]:
@@ -314,8 +346,8 @@ def _against(other: Layout, best: Layout, needs: Callable[[Layout], str]) -> str
 
 
 def report(plan: dict[str, Any]) -> str:
-    """A plan for people."""
-    return "\n".join(_lines(plan))
+    """A plan for people, in 80 columns."""
+    return "\n".join(line for text in _lines(plan) for line in cli.wrap_line(text))
 
 
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -339,14 +371,14 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         )
     )
     yield ""
-    yield "memory of one device                  GiB"
+    yield "memory of one device            GiB"
     exact, gradient = plan["arguments"], plan["arguments"]["trainable"]
     for name, size, note in (
         ("frozen base", exact["base"], f"exact; {parameters['base']:,} parameters in all"),
         (
             "trained parameters",
             exact["trainable"],
-            f"exact; {parameters['lora']:,} in LoRA, {parameters['fusion']:,} in heads and fusion",
+            f"exact; LoRA {parameters['lora']:,}, heads {parameters['fusion']:,}",
         ),
         ("optimizer state", exact["optimizer"], "exact"),
         ("gradients", gradient, ""),
@@ -355,10 +387,10 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         ("weights brought together", needed["gathered"], "by fsdp, for a layer and the next"),
     ):
         if size:
-            yield f"  {name:<32} {size / GIB:6.2f}  {note}".rstrip()
+            yield f"  {name:<26} {size / GIB:6.2f}  {note}".rstrip()
     verdict = "fits" if layout["fits"] else "DOES NOT FIT"
     yield (
-        f"  {'peak':<32} {needed['total'] / GIB:6.2f}  {verdict}: "
+        f"  {'peak':<26} {needed['total'] / GIB:6.2f}  {verdict}: "
         f"{plan['usable'] / GIB:.1f} of {plan['device']['memory'] / GIB:.1f} GiB are usable"
     )
     yield (
@@ -400,24 +432,22 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f"{plan['efficiency']:.0%} of its peaks and the network after it; at most "
         f"{layout['tokens_per_s_at_most']:,.0f} tokens/s)"
     )
-    hours = config["steps"] * seconds["expected"] / 3600
+    hours, run = config["steps"] * seconds["expected"] / 3600, plan["run"]
+    epochs = f", {run['epochs']:.1f} epochs of {run['of']}" if run["epochs"] else ""
     yield (
-        f"{config['steps']:,} updates of such rows: {hours:,.1f} h, {count * hours:,.0f} GPU hours"
+        f"the run: {run['updates']:,} updates, about {run['clips']:,} clips{epochs}; with rows of "
+        f"that length {hours:,.1f} h, {count * hours:,.0f} GPU hours, validation not counted"
     )
     yield ""
     yield "the same rows on every device, more or fewer of them (latency and stragglers left out)"
-    yield (
-        "  GPUs  mesh                       remat  peak GiB  products   memory  network  "
-        "expected    tokens/s  a GPU"
-    )
+    yield (f"  GPUs {'mesh':<20} {'remat':<16} {'GiB':>5} {'expected':>9} {'tokens/s':>10} a GPU")
     first = plan["curve"][0]["tokens_per_s"] / plan["curve"][0]["devices"]
     for point in plan["curve"]:
         at, rate = point["seconds"], point["tokens_per_s"]
         yield (
-            f"  {point['devices']:4}  {_mesh(point['mesh']):<25}  {point['remat']:<5} "
-            f"{point['memory']['total'] / GIB:9.1f} {_ms(at['compute']):>9} {_ms(at['memory']):>8} "
-            f"{_ms(at['network']):>8} {_ms(at['expected']):>9} {rate:11,.0f} "
-            f"{rate / point['devices'] / first:6.0%}" + ("" if point["fits"] else "  does not fit")
+            f"  {point['devices']:4} {_mesh(point['mesh']):<20} {point['remat']:<16} "
+            f"{point['memory']['total'] / GIB:5.1f} {_ms(at['expected']):>9} {rate:10,.0f} "
+            f"{rate / point['devices'] / first:5.0%}" + ("" if point["fits"] else " too large")
         )
     yield ""
     best = plan["recommended"]

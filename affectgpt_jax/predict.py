@@ -45,7 +45,7 @@ from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, load_run, set_up_process
+from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, open_run, set_up_process
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -136,7 +136,7 @@ def predict(arguments: argparse.Namespace) -> None:
     check_questions(arguments.question or ())
     if arguments.out and not arguments.out.parent.is_dir():
         raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
-    run = load_run(
+    run = open_run(
         arguments.workdir,
         arguments.step,
         llm=arguments.llm,
@@ -151,6 +151,7 @@ def predict(arguments: argparse.Namespace) -> None:
     for question in questions:
         # Trouble with a clip shows now, not at the end.
         run.processor.prompt_examples(clips, question)
+    run = run.with_weights()
     generator = make_generator(
         run,
         clips,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,14 @@ from affectgpt_jax import build, runtime
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import read_json
+from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.prompts import parse_label
+from affectgpt_jax.models import attention
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
+from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.program import Program
 from affectgpt_jax.training import sharding, xla_options
 from affectgpt_jax.training.checkpoints import SavedRun
@@ -47,8 +51,9 @@ class Run:
         workdir: the run's directory.
         config: what it was trained with; but prompts stand one a row, and are attended by what
             this device has.
-        model, base, trainable: modules, frozen weights, adapters and fusion.
-        identity: of the base.
+        model: the modules.
+        base, trainable, identity: frozen weights, adapters and fusion, and which base it is; None
+            until `with_weights`.
         processor: how clips become inputs, in the mode `config.input`.
         mesh: where the arrays are.
         step: of the checkpoint.
@@ -61,7 +66,7 @@ class Run:
     model: AffectGPT = dataclasses.field(repr=False)
     base: Any = dataclasses.field(repr=False)
     trainable: Any = dataclasses.field(repr=False)
-    identity: Identity
+    identity: Identity | None
     processor: PromptProcessor = dataclasses.field(repr=False)
     mesh: Mesh
     step: int
@@ -82,6 +87,21 @@ class Run:
             CheckpointError: there is none of that step, or it is damaged.
         """
         return SavedRun(self.workdir).fingerprint(step)
+
+    def with_weights(self) -> Run:
+        """The same run with its weights, which are read now.
+
+        Raises:
+            CheckpointError, WeightsError: as for `load_run`.
+        """
+        directory = build.base_directory(self.config.llm)
+        with Elapsed("reading the base", stream=sys.stderr, quiet_s=QUIET_S):
+            identity = base_identity(directory)
+            shapes = sharding.abstract(self.mesh, lambda key: init_trainable(self.model, key))
+            trainable = SavedRun(self.workdir).restore(self.step, identity, shapes)
+            shapes = sharding.abstract(self.mesh, lambda key: init_random_base(self.model, key))
+            base = load_base(directory, shapes, sharding.tree_shardings(self.mesh, shapes))
+        return dataclasses.replace(self, base=base, trainable=trainable, identity=identity)
 
     def at_step(self, step: int) -> Run:
         """The same run at another checkpoint, on the base that is loaded.
@@ -156,7 +176,27 @@ def load_run(
     mesh: str = "",
     merge_lora: str = "",
 ) -> Run:
-    """Load the model of a run, which may still be training; nothing is written.
+    """Load the model of a run, see `open_run`, with its weights.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to another base, does not fit the config, or is
+            damaged.
+        RunError, ConfigError, MeshError, PromptError, TokenizerError, WeightsError: as `open_run`.
+    """
+    return open_run(workdir, step, llm=llm, mesh=mesh, merge_lora=merge_lora).with_weights()
+
+
+def open_run(
+    workdir: Path,
+    step: int | None = None,
+    *,
+    llm: str = "",
+    mesh: str = "",
+    merge_lora: str = "",
+) -> Run:
+    """Open a run, which may still be training, without its weights; nothing is written.
+
+    Clips, questions and flags can be compared with it before gigabytes are read.
 
     Args:
         workdir: the run's directory.
@@ -167,8 +207,7 @@ def load_run(
 
     Raises:
         RunError: a workdir without a run.
-        CheckpointError: there is no such checkpoint, or it belongs to another base, does not fit
-            the config, or is damaged.
+        CheckpointError: there is no such checkpoint.
         ConfigError, MeshError, PromptError, TokenizerError, WeightsError: what the config names
             cannot be used.
     """
@@ -187,18 +226,13 @@ def load_run(
     directory, llm_shape = build.base_directory(config.llm), build.base_config(config.llm)
     model = build.model(config, llm_shape, sharding.ActivationConstraint(device_mesh))
     processor = build.prompt_processor(config, build.tokenizer(directory, llm_shape))
-    identity = base_identity(directory)
-    shapes = sharding.abstract(device_mesh, lambda key: init_trainable(model, key))
-    trainable = saved.restore(step, identity, shapes)
-    shapes = sharding.abstract(device_mesh, lambda key: init_random_base(model, key))
-    base = load_base(directory, shapes, sharding.tree_shardings(device_mesh, shapes))
     return Run(
         workdir=workdir,
         config=config,
         model=model,
-        base=base,
-        trainable=trainable,
-        identity=identity,
+        base=None,
+        trainable=None,
+        identity=None,
         processor=processor,
         mesh=device_mesh,
         step=step,
@@ -207,28 +241,42 @@ def load_run(
     )
 
 
-def fresh_state(program: Program, say: Callable[[str], None]) -> State:
-    """The state that a new run starts from: drawn from the seed, or loaded from
-    `config.init_from`, a PEFT adapter's directory (LoRA alone) or a `.pth` of the PyTorch release.
+def initial_weights(
+    config: ConfigDict, llm: DecoderConfig, mesh: Mesh, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a new run starts from beside what is drawn: `config.init_from`, a PEFT adapter's
+    directory (LoRA alone) or a `.pth` of the PyTorch release.
 
     Args:
-        program: of the run.
+        config: of the run.
+        llm: shape of its base.
+        mesh: the devices.
         say: told what was loaded, and what of the file was not.
+
+    Returns:
+        Parts of the trainable tree; none where nothing is named.
 
     Raises:
         WeightsError: neither, or one that does not fit; the message names what differs.
     """
-    state = program.init_state(program.config.seed)
-    if not program.config.init_from:
-        return state
-    path = Path(program.config.init_from).expanduser()
-    abstract, lora = program.state["trainable"], program.model.decoder.lora
+    if not config.init_from:
+        return {}
+    path = Path(config.init_from).expanduser()
+    # Its attention is not asked for anything.
+    model = build.model(config, llm, sharding.ActivationConstraint(mesh), attention.causal)
+    abstract = sharding.abstract(mesh, lambda key: init_trainable(model, key))
     if path.is_dir():
-        state["trainable"]["lora"] = load_adapter(path, abstract["lora"], lora)
+        lora = load_adapter(path, abstract["lora"], model.decoder.lora)
         say(f"starting from the adapter {path}; projectors and fusion start fresh")
-        return state
-    loaded, unused = load_release(path, abstract, lora)
-    state["trainable"] |= loaded
+        return {"lora": lora}
+    loaded, unused = load_release(path, abstract, model.decoder.lora)
     said = f"; left out, since this config has no place for them: {', '.join(unused)}"
     say(f"starting from {path}{said if unused else ''}")
+    return loaded
+
+
+def fresh_state(program: Program, loaded: Mapping[str, Any]) -> State:
+    """The state that a new run starts from: drawn from the seed, but for `initial_weights`."""
+    state = program.init_state(program.config.seed)
+    state["trainable"] |= loaded
     return state

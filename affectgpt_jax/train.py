@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +22,14 @@ from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, cpu, evaluators, inference, restore, runtime
 from affectgpt_jax.common.json import write_json
+from affectgpt_jax.common.progress import QUIET_S, Counter, Elapsed
 from affectgpt_jax.config import (
     ConfigError,
     check_same_run,
     described,
     parse_command_line,
     save_config,
+    saved_steps,
 )
 from affectgpt_jax.data.pipeline import TrainPipeline
 from affectgpt_jax.program import check_rows, compiler_options, make_program
@@ -80,6 +83,10 @@ def train(
         say(reserved)
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
     build.check_model(config, llm)
+    build.optimizer_config(config)
+    build.check_data(config)
+    resumes = group.from_main_process(lambda: bool(saved_steps(workdir)))
+    initial = {} if resumes else restore.initial_weights(config, llm, mesh, say)
     attention = build.attention(config, llm)
     group.require_same({"attention": attention.name})
     say(f"attention: {attention.name} ({attention.reason})")
@@ -105,7 +112,7 @@ def train(
         seed=config.seed,
         process=sharding.data_parallel_rank(mesh),
     )
-    for line in pipeline.describe():
+    for line in [*pipeline.describe(), pipeline.describe_run(config.steps)]:
         say(line)
     say(f"{sum(len(component.dataset) for component in data.val):,} clips for validation")
 
@@ -125,14 +132,15 @@ def train(
 
     # The frozen base and the state, straight into their shardings. `loop.initial_state` has the
     # order in which a run resumes.
-    base = load_base(directory, program.base, sharding.shardings_of(program.base))
-    identity = base_identity(directory)
+    with Elapsed("reading the base", quiet_s=QUIET_S, enabled=group.is_main_process):
+        base = load_base(directory, program.base, sharding.shardings_of(program.base))
+        identity = base_identity(directory)
     group.require_same({"base": identity.sha256})
     checkpoints = Checkpoints(workdir, identity, config.max_to_keep, group.is_main_process)
     state, start = loop.initial_state(
         checkpoints,
         program.state,
-        lambda: restore.fresh_state(program, say),
+        lambda: restore.fresh_state(program, initial),
         session,
         fallback=fallback,
     )
@@ -155,7 +163,13 @@ def train(
     generators = evaluators.make_generators(
         program, base, data.held_out, merge_lora=merge_lora, pulse=session.pulse
     )
-    validate = evaluators.make_validation(program, base, data.val, generators, session.pulse)
+
+    def validating(done: int, total: int) -> None:
+        session.progress.show(lambda: [f"validation: {done:,} of {total:,} answers"])
+
+    validate = evaluators.make_validation(
+        program, base, data.val, generators, session.pulse, validating
+    )
     with session.running(start), checkpoints:
         state, totals = loop.run_steps(
             session,
@@ -176,8 +190,11 @@ def train(
         if group.is_main_process:
             result = metrics_writer.first_and_last_loss(workdir / "metrics.jsonl") | result
         if data.test is not None:
-            say(f"asking about {len(data.test.dataset):,} held-out clips with step {best}")
-            with clock.measure("evaluate"):
+            session.progress.close()
+            answers = Counter(
+                "answers", f"held-out clips, step {best}", enabled=group.is_main_process
+            )
+            with clock.measure("evaluate"), answers:
                 result |= evaluators.score_test_set(
                     config,
                     workdir,
@@ -185,6 +202,7 @@ def train(
                     generators[data.test.processor.mode],
                     data.test,
                     write=group.is_main_process,
+                    progress=answers,
                 )
             if "hit" in result:
                 session.writer.write(config.steps, {"test/hit": result["hit"]})
@@ -222,16 +240,15 @@ def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
     if "hit" in result:
         ceilings = result.get("ceilings", {})
         best = ceilings.get(build.input_mode(config).name)
-        share = f"  ({result['hit'] / best:.0%} of the ceiling)" if best else ""
         error = math.sqrt(result["hit"] * (1 - result["hit"]) / result["clips"])
-        rows.append(
-            (f"hit rate, {result['clips']:,} clips", f"{result['hit']:.3f} +- {error:.3f}{share}")
-        )
+        rows.append((f"hit rate, {result['clips']:,} clips", f"{result['hit']:.3f} +- {error:.3f}"))
+        if best:
+            rows.append(("share of the ceiling", f"{result['hit'] / best:.0%}"))
         rows.append(("labels per clip", f"{result['labels_per_clip']:.2f} (the first one counts)"))
         if "hit_features_shuffled" in result:
             rows.append(("control: shuffled features", f"{result['hit_features_shuffled']:.3f}"))
         rows += [
-            (f"ceiling with {mode.replace('_', ' + ')}", f"{value:.3f}")
+            (f"ceiling with {mode.removeprefix('multi_').replace('_', ' + ')}", f"{value:.3f}")
             for mode, value in ceilings.items()
         ]
         if result["answers_cut"]:
@@ -245,11 +262,31 @@ What you have now, in {workdir}:
   metrics.jsonl, tensorboard/, run.png        the training run
   checkpoints/                                adapters, fusion, optimizer state
 
-What to run next:
-  affectgpt train --config.fusion=qformer --workdir=runs/qformer
-  affectgpt train --config.input=face_text --workdir=runs/face_text
-  affectgpt train --config=affectgpt_qwen25_7b --config.llm=DIR \\
-      --config.data.train=RECORDS --workdir=runs/paper      (the paper's recipe; see README.md)"""
+{next_commands(config, workdir)}"""
+
+
+def next_commands(config: ConfigDict, workdir: Path) -> str:
+    """What to run next, each command below what it is for."""
+    run = shlex.quote(str(workdir))
+    clips, scored = ("", "") if config.data.test else (" --records RECORDS", " --set NAME=RECORDS")
+    lines = [
+        "What to run next:",
+        "  # its answers about a few clips",
+        f"  affectgpt predict --workdir {run} --first 3{clips}",
+        "  # scores with intervals, confusions and examples, on a page",
+        f"  affectgpt evaluate --workdir {run}{scored}",
+        "  # curves of the training (pip install tensorboard)",
+        f"  tensorboard --logdir {run}/tensorboard",
+    ]
+    if config.llm == "tiny":
+        lines += [
+            "  # another pre-fusion; or fewer inputs: --config.input=face_text",
+            "  affectgpt train --config.fusion=qformer --workdir runs/qformer",
+            "  # the paper's recipe, on a GPU",
+            "  affectgpt train --config=affectgpt_qwen25_7b --workdir runs/paper \\",
+            "      --config.llm=DIR --config.data.train=RECORDS",
+        ]
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -146,7 +146,7 @@ OVERVIEW = {
 
 
 def overview(reports: Sequence[Report]) -> str:
-    """The anchor's rows, for the README."""
+    """The anchor's rows, in short."""
     found = [m for report in reports for m in report["cases"] if m["workload"] == "anchor"]
     names = {"of it no matmul": "moved beside matmuls, GB"}
     return harness.columns({names.get(k, k): cell for k, cell in OVERVIEW.items()}, found)

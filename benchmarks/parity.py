@@ -21,6 +21,7 @@ import functools
 import math
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,7 @@ import torch
 import transformers
 
 from affectgpt_jax import build
+from affectgpt_jax.common.progress import Elapsed
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.modalities import MODALITIES, placeholders
 from affectgpt_jax.data.pipeline import Bucket
@@ -398,6 +400,10 @@ def use_device(name: str | None) -> str:
     return "cpu"
 
 
+def _under_way(what: str) -> Elapsed:
+    return Elapsed(f"comparing {what}", stream=sys.stderr)
+
+
 def check(args: argparse.Namespace, device: str) -> dict[str, Any]:
     """Every comparison on a device, as `use_device` names it; returns the report."""
     began, rows = time.perf_counter(), []
@@ -413,13 +419,18 @@ def check(args: argparse.Namespace, device: str) -> dict[str, Any]:
         }
         case = cases["attention"]
         optimizer = build.optimizer_config(case.config)
-        rows.append(compare_tokens(case))
-        rows += compare_fusers(build.fusion_config(case.config), case.llm.hidden_size, args.seed)
-        rows.append(compare_schedules(optimizer, args.steps))
+        with _under_way("tokens, heads and schedules"):
+            rows.append(compare_tokens(case))
+            fusion = build.fusion_config(case.config)
+            rows += compare_fusers(fusion, case.llm.hidden_size, args.seed)
+            rows.append(compare_schedules(optimizer, args.steps))
         for heads, other in cases.items():
-            rows += compare_models(other, heads, args.seed, update=other is case)
-        rows += compare_bfloat16(case, args.seed, args.draws)
-        row, curves = compare_training(case)
+            with _under_way(f"models with {heads} heads"):
+                rows += compare_models(other, heads, args.seed, update=other is case)
+        with _under_way("rounding to bfloat16"):
+            rows += compare_bfloat16(case, args.seed, args.draws)
+        with _under_way(f"{args.steps} updates on both sides"):
+            row, curves = compare_training(case)
         rows.append(row)
         settings = {
             "llm": args.llm if args.llm == "tiny" else Path(args.llm).name,

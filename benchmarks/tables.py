@@ -1,4 +1,4 @@
-"""The tables of the README from the files of benchmarks/results: `python -m benchmarks.tables`.
+"""The tables of RESULTS.md from the files of benchmarks/results: `python -m benchmarks.tables`.
 
 First what was aimed at, with the measurement or, where there is none, why it is open and what is
 expected; then every measurement.
@@ -21,6 +21,7 @@ from benchmarks import (
     input_pipeline,
     loop_overhead,
     low_precision,
+    plans,
     prediction,
     profile_table,
     savings,
@@ -280,6 +281,46 @@ def targets(folder: Path) -> str:
         state = {True: "met", False: "**missed**", None: "open"}[met]
         rows.append((aim.what, aim.aim, words, state))
     return harness.markdown(("what", "aim", "measured", ""), rows)
+
+
+def summary(folder: Path) -> str:
+    """The README's five rows: what was measured, compiled or planned, and what is open."""
+
+    def by_aim(name: str, what: str, kind: str) -> tuple[str, str, str]:
+        (aim,) = (aim for aim in AIMS if aim.result == name)
+        report = load(folder, name)
+        return (what, aim.read(report).words, kind) if report else (what, "open", aim.why)
+
+    losses = harness.load(folder / "parity.json")["rows"][-1]
+    plan = harness.load(folder / "plans.json")["plans"][1]
+    cell = {name: read(plan) for name, read in plans.COLUMNS.items()}
+    *_, compiler = sorted(folder.glob("compiled_*.json"))
+    (anchor,) = (
+        case
+        for case in harness.load(compiler)["cases"]
+        if case["workload"] == "anchor" and case["device"].startswith("H100")
+    )
+    rows = [
+        (f"{losses['what']}, beside PyTorch", f"{losses['value']:.1e} apart", "measured on a CPU"),
+        by_aim(
+            "train_step_affectgpt_12_beside_tuned_small",
+            "12 clips of the paper's lengths an update, packed, over a tuned PyTorch",
+            "measured on a CPU",
+        ),
+        (
+            f"the paper's recipe on Qwen2.5-7B, {cell['GPUs']}, 24 clips an update",
+            f"{cell['peak of usable GiB'].partition(' ')[0]} GiB, {cell['tokens/s']} tokens/s",
+            "planned from shapes",
+        ),
+        (
+            f"LoRA on Qwen2.5-7B, 2 x 4,096 tokens, {anchor['device']}",
+            f"{anchor['peak_gib']:.1f} GiB, at most {anchor['tokens_per_s']:,.0f} tokens/s "
+            f"({anchor['mfu']:.0%} MFU)",
+            "compiled for the GPU, not run",
+        ),
+        by_aim("train_step_anchor_full", "the same, measured", "measured on a GPU"),
+    ]
+    return harness.markdown(("what", "result", "how it is known"), rows)
 
 
 TERMS = f"""\

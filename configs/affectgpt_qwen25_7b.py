@@ -40,8 +40,9 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny": the one that ships
     c.init_from = ""  # a PEFT adapter's directory or a .pth of the PyTorch release; "": fresh
     c.input = "multi_audio_face_text"  # the input mode, one of those of data/modalities.py
-    c.label = "hybrid"  # description | ovlabel | hybrid (one of the two, drawn anew at each access)
-    # | onehot | onehot_candidates | sentiment | valence | caption | qa | preference; "a+b" draws
+    c.label = "hybrid"  # description | ovlabel | hybrid (one of both, drawn anew at each access) |
+    # onehot | onehot_candidates | sentiment | valence | caption | qa | preference; "a+b" is drawn
+    # like hybrid
     c.prompts = "default"  # the prompt set: default | compact | a TOML file
     c.max_tokens = 1024  # of the longest training example
     c.too_long = "error"  # longer training examples: error (stop by name) | drop (and count them)

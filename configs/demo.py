@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     c.qformer.intermediate = 256
 
     c.generate.batch_size = 256
-    c.generate.max_new_tokens = 12
+    c.generate.max_new_tokens = 16  # descriptions have up to 15
 
     c.log_every = 1
     c.checkpoint_every = 90

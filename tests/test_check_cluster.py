@@ -193,14 +193,17 @@ def test_a_wrong_sum_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "status", "message"),
     [
-        (["--no_such_flag=1"], "no_such_flag"),
-        (["--timeout=0"], "timeout"),
-        (["extra"], "unexpected argument 'extra'"),
-        (["--process_id=1"], "belong together"),
+        (["--no_such_flag=1"], 2, "unrecognized arguments: --no-such-flag=1"),
+        (["--timeout=0"], 2, "--timeout is 0; expected 1 or more"),
+        (["--slowest=1.5"], 2, "--slowest is 1.5; expected a share from 0 to 1"),
+        (["extra"], 2, "unrecognized arguments: extra"),
+        (["--process_id=1"], 1, "belong together"),
     ],
 )
-def test_a_wrong_command_line_is_one_sentence(flags, message):
-    with pytest.raises(SystemExit, match=message):
+def test_a_wrong_command_line_is_one_sentence(flags, status, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
         check_cluster.main(flags)
+    said = capsys.readouterr().err if status == 2 else stopped.value.code
+    assert message in said and (status == 1 or stopped.value.code == 2)

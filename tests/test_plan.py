@@ -233,6 +233,9 @@ def test_the_papers_recipe_on_eight_devices(monkeypatch):
     assert found["recommended"]["flags"] == "--config.mesh=data:8 --config.remat=none"
     text = plan.report(found)
     assert "frozen base" in text and "before the GPU compiler combines them" in text
+    length = "the run: 300,000 updates, about 7,200,000 clips, 229.8 epochs of the paper's 31,327"
+    assert length in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_the_command_emulates_devices_and_prints_json(tmp_path):
@@ -277,7 +280,6 @@ def test_a_plan_needs_a_config_json_and_no_weights(tmp_path):
         (["--shape=2x8", "--length=8"], "--shape stands in place of --length"),
         (["--shape=2x8", "--config.batch_size=8"], "in place of --config.batch_size"),
         (["--shape=2x8", "--config.mesh=data:3"], "must multiply to the 8 devices"),
-        (["--no_such_flag=1"], "no_such_flag"),
     ],
 )
 def test_what_training_would_refuse_is_refused(flags, message):
@@ -286,10 +288,31 @@ def test_what_training_would_refuse_is_refused(flags, message):
 
 
 def test_wrong_values_of_its_own_flags_are_refused(capsys):
-    for flag in ("--devices=0", "--device=a100", "--efficiency=2", "--length=x", "--shape=2,8"):
+    for flag in (
+        "--devices=0",
+        "--device=a100",
+        "--efficiency=2",
+        "--length=x",
+        "--shape=2,8",
+        "--no-such=1",
+    ):
         with pytest.raises(SystemExit):
             plan.main([flag])
         assert flag.split("=")[0] in capsys.readouterr().err
+
+
+def test_the_length_of_a_run_is_told_as_far_as_its_clips_are_known(demo_records, tmp_path):
+    config = affectgpt_qwen25_7b.get_config("24")
+    assert plan.length_of_run(config) == {
+        "updates": 37_500, "clips": 900_000, "epochs": 900_000 / 31_327,
+        "of": "the paper's 31,327 clips",
+    }  # fmt: skip
+    config.data.train = str(tmp_path)  # no records there
+    assert plan.length_of_run(config)["epochs"] is None
+    config.data.train, config.data.val_share = str(demo_records["train"]), 0.25
+    assert plan.length_of_run(config)["epochs"] == 900_000 / 48
+    config.pack_length = 2040
+    assert plan.length_of_run(config)["clips"] == 8 * 900_000
 
 
 def test_rows_are_the_longest_that_training_may_have():

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -104,6 +105,29 @@ def test_an_interrupted_run_resumes_to_the_same_losses_bit_by_bit(
     assert losses(tmp_path) == losses(undisturbed)
     assert result["hit"] == expected["hit"]
     assert result["best_step"] == expected["best_step"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("init_from=nowhere.pth", "nowhere.pth"),
+        ("init_from=.", "adapter_config.json"),
+        ("wandb_project=x", "needs the package wandb"),
+        ("projectors.video_width=512", "are 768 wide, but config.projectors.video_width is 512"),
+        ("optimizer.beta1=2", "beta1"),
+        ("prompts=nowhere.toml", "nowhere.toml"),
+        ("data.test=nowhere", "nowhere"),
+        ("xla_options=a=b", "config.xla_options"),
+    ],
+)
+def test_what_can_be_refused_is_refused_before_anything_is_written(
+    flag, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it then fails
+    with pytest.raises(SystemExit, match=rf"error: .*{message}"):
+        train.main(["--workdir=run", "--config.mesh=data:1,fsdp:8", f"--config.{flag}"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
 def test_a_finished_run_started_again_only_scores(finished, records, capsys):

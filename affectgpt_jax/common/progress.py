@@ -8,9 +8,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Self, TextIO
+from typing import Any, Self, TextIO
 
 from affectgpt_jax.common.text import one_line
+
+# Reading and hashing that takes no longer, as the demo's, is not worth a line.
+QUIET_S = 2.0
 
 
 class LiveLine:
@@ -150,18 +153,21 @@ class Elapsed(LiveLine):
     Args:
         what: is done.
         every_s: s between two looks at the clock, on a terminal.
+        quiet_s: work that takes no longer than this says nothing.
         options: of `LiveLine`.
     """
 
-    def __init__(self, what: str, every_s: float = 1.0, **options) -> None:
+    def __init__(
+        self, what: str, every_s: float = 1.0, quiet_s: float = 0.0, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self._what, self._every_s, self.note = what, every_s, ""
+        self._what, self._every_s, self._quiet_s, self.note = what, every_s, quiet_s, ""
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._count, daemon=True)
 
     def __enter__(self) -> Self:
         self._start_s = self._clock()
-        if self._in_place:
+        if self._in_place or self._quiet_s:
             self._thread.start()
         else:
             self.line(f"{self._what} ...")
@@ -169,19 +175,23 @@ class Elapsed(LiveLine):
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._done.set()
-        if self._in_place:
+        if self._thread.ident is not None:
             self._thread.join()
-        if error is None:
-            seconds = self._clock() - self._start_s
-            end = f"{self._what}: {seconds:.1f} s" + (f", {self.note}" if self.note else "")
-            if self._live:
-                self._print(f"\r{' ' * len(self._live)}\r")
-                self._live = ""
-            self.line(end)
-        self.close()
+        seconds = self._clock() - self._start_s
+        if self._live:
+            self._print(f"\r{' ' * len(self._live)}\r")
+            self._live = ""
+        if error is None and seconds >= self._quiet_s:
+            note = f", {self.note}" if self.note else ""
+            self.line(f"{self._what}: {seconds:.1f} s{note}")
 
     def _count(self) -> None:
         """Redraw the line until the work is done."""
+        if self._done.wait(self._quiet_s):
+            return
+        if not self._in_place:
+            self.line(f"{self._what} ...")
+            return
         while True:
             fields = self._what, duration(self._clock() - self._start_s)
             self.show(lambda fields=fields: fields, last=True)

@@ -574,6 +574,16 @@ class TrainPipeline:
         lines.append(f"{clips:,} training clips; row lengths {lengths}")
         return [*lines, self._describe_packing()] if self._packed else lines
 
+    def describe_run(self, steps: int) -> str:
+        """How many clips and epochs so many updates are, in one sentence."""
+        epoch, _ = self.locate(0)  # small weights may leave epoch 0 empty
+        counts = self.fill(epoch).clips_per_batch
+        seen, about = steps * counts.mean(), "about " if self._packed else ""
+        return (
+            f"{steps:,} updates of {self._batch_size:,} rows: {about}{seen:,.0f} clips, "
+            f"{steps / len(counts):.1f} epochs of {counts.sum():,}"
+        )
+
     def _describe_packing(self) -> str:
         """What packing makes of the first epoch, in one sentence."""
         epoch, _ = self.locate(0)  # small weights may leave epoch 0 empty

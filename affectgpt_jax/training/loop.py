@@ -64,9 +64,11 @@ class Session:
 
     Raises:
         ValueError: `config.profile_steps` is no range of steps.
+        MetricsError: Weights & Biases is asked for, but not installed.
     """
 
     def __init__(self, config: ConfigDict, workdir: Path, group: ProcessGroup):
+        metrics_writer.check_wandb(config.wandb_project)
         self.config, self.workdir, self.group = config, workdir, group
         self.clock = metrics_writer.TimeBuckets(outside="setup")
         self.progress = metrics_writer.Progress(config.steps, enabled=group.is_main_process)

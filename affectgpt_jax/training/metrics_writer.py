@@ -146,17 +146,30 @@ class _TensorBoard:
         self._writer.close()
 
 
+def check_wandb(project: str) -> None:
+    """Refuse a project of Weights & Biases, unless it is "", where the package is missing.
+
+    Raises:
+        MetricsError: saying how to install it.
+    """
+    if not project:
+        return
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        raise MetricsError(
+            f"config.wandb_project={project!r} needs the package wandb; "
+            "pip install 'affectgpt-jax[wandb]', or leave the project empty"
+        ) from None
+
+
 class _WeightsAndBiases:
     """Scalars in a run of Weights & Biases, which a resumed run continues."""
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MetricsError(
-                f"config.wandb_project={project!r} needs the package wandb; "
-                "pip install 'affectgpt-jax[wandb]', or leave the project empty"
-            ) from None
+        check_wandb(project)
+        import wandb
+
         identity = workdir / "wandb_id"
         if not identity.exists():
             write_text(identity, secrets.token_hex(8))

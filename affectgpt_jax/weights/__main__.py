@@ -3,6 +3,7 @@
     affectgpt weights inspect PATH
     affectgpt weights export-peft WORKDIR OUT
     affectgpt weights export-release WORKDIR OUT.pth
+    affectgpt weights export-hub WORKDIR OUT
     affectgpt weights merge WORKDIR OUT
 
 PATH is a base model or a PEFT adapter (directories), a .pth of the PyTorch release, a run's working
@@ -14,19 +15,24 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 import jax
 
+import affectgpt_jax
 from affectgpt_jax import build, cli, runtime
+from affectgpt_jax.common.files import new_path
 from affectgpt_jax.common.identity import Identity
-from affectgpt_jax.common.json import check_type, read_json
+from affectgpt_jax.common.json import check_type, read_json, write_json
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
-from affectgpt_jax.weights import merge, peft, release, report
+from affectgpt_jax.weights import card, merge, peft, release, report
 from affectgpt_jax.weights.huggingface import WeightsError, base_identity
 
 
@@ -51,6 +57,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "export-release",
             export_release,
             "a run's LoRA, heads and pre-fusion, as the release has",
+        ),
+        (
+            "export-hub",
+            export_hub,
+            "a checkpoint as hubs lay it out, with a model card",
         ),
         ("merge", export_merged, "a run's base with its LoRA folded in, as transformers loads it"),
     ):
@@ -205,6 +216,65 @@ def export_release(arguments: argparse.Namespace) -> str:
         f"{arguments.out}: LoRA, heads and pre-fusion of step {checkpoint.step}, under the names "
         "of the PyTorch release"
     )
+
+
+# Keys of a config that name places of one machine.
+_PLACES = ("llm", "init_from", "data.train", "data.val", "data.test")
+
+
+def export_hub(arguments: argparse.Namespace) -> str:
+    """Write a checkpoint as hubs lay it out: a run that `predict` reads, an adapter, a card."""
+    checkpoint = open_checkpoint(arguments.workdir, arguments.step)
+    config = json.loads(json.dumps(checkpoint.config))
+    for key in _PLACES:
+        *groups, last = key.split(".")
+        entry = functools.reduce(lambda tree, group: tree.get(group, {}), groups, config)
+        if last in entry:
+            entry[last] = Path(entry[last]).name
+    for entry in config.get("data", {}).get("mixture", {}).values():
+        entry["source"] = Path(entry["source"]).name
+    step = str(checkpoint.step)
+    with new_path(arguments.out, WeightsError) as folder:
+        folder.mkdir()
+        whole = checkpoint.workdir / "checkpoints" / step
+        shutil.copytree(whole, folder / "checkpoints" / step)
+        write_json(folder / "config.json", config | {"wandb_project": ""})
+        if checkpoint.lora:
+            trainable = checkpoint.saved.trainable(checkpoint.step)
+            peft.save_adapter(
+                folder / "adapter", trainable["lora"], checkpoint.lora, checkpoint.base.name
+            )
+            for file in (folder / "adapter").iterdir():
+                file.rename(folder / file.name)
+            (folder / "adapter").rmdir()
+        (folder / "README.md").write_text(_card(checkpoint, config), encoding="utf-8")
+    return (
+        f"{arguments.out}: step {step} as a run, its adapter for PEFT, and README.md, the card; "
+        "look for what is to be filled in there, and read it before you publish"
+    )
+
+
+def _card(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:
+    result = checkpoint.workdir / "result.json"
+    scores = read_json(result, dict[str, Any], error=WeightsError) if result.is_file() else {}
+    if scores.get("best_step") != checkpoint.step:
+        scores = {}  # those of another checkpoint
+    loss = checkpoint.saved.val_loss(checkpoint.step)
+    shown = ("input", "label", "fusion", "prompts", "batch_size", "pack_length", "steps", "seed")
+    lora, base = checkpoint.lora, checkpoint.base
+    facts = [
+        ("base", f"{base.name}, sha256 {base.sha256}"),
+        ("checkpoint", f"step {checkpoint.step}"),
+        ("validation loss", "" if loss is None else f"{loss:.4f}"),
+        ("LoRA", report.describe_lora(lora.rank, lora.alpha, lora.targets) if lora else "none"),
+        *((f"config.{key}", str(config[key])) for key in shown if key in config),
+        ("config.optimizer", ", ".join(f"{k}={v}" for k, v in config.get("optimizer", {}).items())),
+        ("training clips", str(config.get("data", {}).get("train", ""))),
+    ]
+    rows = [(name, value) for name, value in facts if value]
+    name = f"{checkpoint.workdir.name}, step {checkpoint.step}"
+    results = card.result_rows(scores)
+    return card.model_card(name, base.name, rows, results, affectgpt_jax.__version__)
 
 
 def export_merged(arguments: argparse.Namespace) -> str:

@@ -2,7 +2,8 @@
 # Run a command on several hosts by ssh, one process a host, which takes all GPUs of it:
 #
 #   configs/launch/ssh.sh node1,node2 python -m affectgpt_jax.check_cluster
-#   configs/launch/ssh.sh node1,node2 python -m affectgpt_jax.train --config=affectgpt_qwen25_7b ...
+#   configs/launch/ssh.sh node1,node2 python -m affectgpt_jax.train \
+#       --config=affectgpt_qwen25_7b:48 ...
 #
 # The hosts let you in without a password, and have this directory, Python and the data under the
 # same paths. The first one is the coordinator: all others must reach its port (PORT, 5123). Ends

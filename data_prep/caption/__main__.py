@@ -45,8 +45,13 @@ from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
 MEDIA_EXTRA = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 
-def build_parser() -> cli.Parser:
-    """The command line: a parser with one for each verb."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        SystemExit: after printing the help.
+        UsageError: something is wrong with it.
+    """
     parser = cli.make_parser("affectgpt caption", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
@@ -117,7 +122,7 @@ def build_parser() -> cli.Parser:
     add = verb("demo", run_demo, "all stages on generated clips whose truth is known")
     add("--seed", type=int, default=0, help="of the world; default: 0")
     add("--clips", type=int, metavar="N", help="that nobody has labelled; default: 2048")
-    return parser
+    return parser.parse_args(argv)
 
 
 def _forms() -> str:
@@ -495,7 +500,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error(interrupted="interrupted; the same command goes on from there"):
-        arguments = build_parser().parse_args(argv)
+        arguments = parse_arguments(argv)
         try:
             arguments.run(arguments)
         except ModuleNotFoundError as error:

@@ -244,8 +244,9 @@ def _ask(
         for name, (_, words, sha256) in questions.items()
         if sha256 is not None
     }
-    # The first clip of each question.
-    own = {keys[name]: name for name in reversed(list(questions)[number::count])}
+    own: dict[str, str] = {}  # the first clip of each question
+    for name in list(questions)[number::count]:
+        own.setdefault(keys[name], name)
     missing = {key: questions[name][0] for key, name in own.items() if key not in kept}
     with _store(folder / f"{kind}{_suffix(shard)}.jsonl") as store:
         done = len(own) - len(missing)

@@ -81,8 +81,8 @@ def test_tables_3_and_4_share_sets_and_train_on_what_the_filter_left():
     config, _ = parse_command_line(run.flags)
     assert config.data.train == str(WORKDIR / "worlds" / "1" / "sets" / "raw-low-e")
     assert config.data.test == config.data.val == "demo" and config.demo_seed == 1
-    noisy, _ = parse_command_line(runs[Variant(data="face-x8"), 0].flags)
-    assert noisy.data.test == str(WORKDIR / "worlds" / "0" / "sets" / "face-x8" / "test")
+    noisy, _ = parse_command_line(runs[Variant(data="face-x32"), 0].flags)
+    assert noisy.data.test == str(WORKDIR / "worlds" / "0" / "sets" / "face-x32" / "test")
     with pytest.raises(RunError, match="vary or fix config.data.train"):
         plan([4], [0], WORKDIR, ["--config.data.train=x"])
     assert set(ablation.sampled_keys([4], runs)) == {k for k in runs if k[0] in FILTERS}
@@ -108,14 +108,14 @@ def test_sampled_answers_purity_and_clips_stand_beside_greedy_ones():
     assert rows["none"]["sampled_difference"] is None and rows["low"]["sampled"] is None
     text = markdown(report)
     head = text.splitlines()[0]
-    assert '| against "none" | worlds | sampled | ' in head and head.endswith("| clips | paper |")
+    assert '| worlds | against "none" | sampled | ' in head and head.endswith("| clips | paper |")
     assert "| as many, at random | - |" in text and "from its Table 4" in text
     # A report of a table without training sets reads as it did.
     assert "sampled" not in markdown(summarise(5, OUTCOMES))
 
 
 def test_the_noise_of_a_worse_encoder_lowers_what_can_be_known():
-    clean, noisy = demo.World(0), demo.World(0, {"face": 16.0})
+    clean, noisy = demo.World(0), demo.World(0, {"face": 64.0})
     ceilings = [demo.ceilings(w.evidence("test", 150))["face"] for w in (clean, noisy)]
     assert ceilings[1] < ceilings[0] - 0.03
     one, other = (next(iter(w.records("test", 1))).features for w in (clean, noisy))

@@ -32,11 +32,6 @@ def test_the_table_has_a_row_for_every_kept_case(path):
         assert f"| {made['floor_ms']:,.0f} | {made['tokens_per_s']:,.0f} |" in row
 
 
-def test_the_readme_has_the_anchor_of_every_kept_compiler():
-    readme = (harness.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert compiled.overview([harness.load(path) for path in KEPT]) in readme
-
-
 def test_cases_that_the_file_has_are_not_compiled_again(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(

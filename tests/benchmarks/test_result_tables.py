@@ -1,10 +1,11 @@
-"""The README's tables: what was met, missed and is open."""
+"""The tables of results: what was met, missed and is open."""
 
 import json
+import shutil
 
 import pytest
 
-from benchmarks import profile_table, tables
+from benchmarks import tables
 from benchmarks.tables import AIMS, Measured
 
 SIDES = {"jax": {"mfu": 0.56, "tokens_per_s": 17_900.0, "data_wait": 0.002}, "tuned": {"mfu": 0.39}}
@@ -162,12 +163,14 @@ def test_terms_come_before_the_tables(tmp_path):
     assert "## Input" not in printed
 
 
-def test_the_readme_has_the_tables_of_the_kept_results():
-    readme = (tables.RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert tables.targets(tables.RESULTS) in readme
-    profiles = sorted(tables.RESULTS.glob("profile_*.json"))
-    reports = [json.loads(path.read_text(encoding="utf-8")) for path in profiles]
-    assert profile_table.overview(reports) in readme
+def test_the_summary_says_how_each_result_is_known(tmp_path):
+    for name in ("parity", "plans", "compiled_jax_0.10"):
+        shutil.copy(tables.RESULTS / f"{name}.json", tmp_path)
+    assert tables.summary(tmp_path).count("| open |") == 2
+    report = json.dumps(trained(1.3) | {"environment": {}})
+    (tmp_path / "train_step_anchor_full.json").write_text(report)
+    *_, gpu = tables.summary(tmp_path).splitlines()
+    assert gpu == "| the same, measured | 17,900 tokens/s, 56.0% MFU | measured on a GPU |"
 
 
 def test_the_kept_results_make_the_tables(capsys):

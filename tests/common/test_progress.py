@@ -163,7 +163,8 @@ def test_silent_work_that_fails_claims_no_end(terminal, clock):
     for stream in (io.StringIO(), terminal):
         with pytest.raises(RuntimeError), Elapsed("compiling", stream=stream, clock=clock):
             raise RuntimeError
-        assert "compiling:" not in stream.getvalue() and stream.getvalue().endswith("\n")
+        assert "compiling:" not in stream.getvalue()
+    assert terminal.rows() == [""]
 
 
 def test_processes_but_the_first_are_silent(clock):
@@ -171,3 +172,31 @@ def test_processes_but_the_first_are_silent(clock):
     with Elapsed("compiling", stream=stream, clock=clock, enabled=False):
         pass
     assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize("interactive", [False, True])
+def test_work_that_is_soon_done_says_nothing(interactive, terminal, clock):
+    stream = terminal if interactive else io.StringIO()
+    with Elapsed("hashing", stream=stream, clock=clock, quiet_s=60.0):
+        clock.advance(59.0)
+    assert stream.getvalue() == ""
+    with Elapsed("hashing", stream=stream, clock=clock, quiet_s=60.0):
+        clock.advance(61.0)
+    assert stream.getvalue() == "hashing: 61.0 s\n"
+
+
+def test_work_that_takes_longer_is_named_while_it_goes_on(clock):
+    stream = io.StringIO()
+    with Elapsed("hashing", stream=stream, clock=clock, quiet_s=0.001):
+        while not stream.getvalue():
+            time.sleep(0.001)
+        assert stream.getvalue() == "hashing ...\n"
+
+
+def test_an_interruption_leaves_nothing_of_the_line(terminal, clock):
+    with pytest.raises(KeyboardInterrupt):
+        with Elapsed("compiling", stream=terminal, clock=clock, every_s=0.001):
+            while not terminal.getvalue():
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+    assert terminal.rows() == [""]

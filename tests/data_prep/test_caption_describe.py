@@ -280,3 +280,18 @@ def test_settings_are_checked(tmp_path):
         with pytest.raises(UserError, match=told):
             read_settings(tmp_path)
         path.write_text(text)
+
+
+def test_the_base_of_a_run_merges_without_a_server(trained_run, tmp_path, capsys):
+    out = tmp_path / "set"
+    given = _given(tmp_path, {"a": "The voice gives a sigh.", "b": "The voice gives a gasp."})
+    read_settings(out)
+    path = out / "caption.toml"
+    path.write_text(path.read_text().replace("merge = 512", "merge = 4"))
+    (tmp_path / "clips.csv").write_text("name,subtitle\na,We won!\nb,\n")
+    table = f"--csv={tmp_path / 'clips.csv'}"
+    main(["describe", "audio", table, f"--out={out}", f"--replies={given}"])
+    main(["merge", table, f"--out={out}", f"--workdir={trained_run}"])
+    lines = describe.read_described(out / "descriptions.jsonl")
+    assert list(lines) == ["a", "b"] and all("4 tokens" in x["model"] for x in lines.values())
+    assert "descriptions.jsonl: 2 clips" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from data_prep import extract
 from data_prep.speakers.rendered import rendered
 
 README = Path(extract.__file__).with_name("README.md")
-CLIPS, LABELLED = 14, 24
+CLIPS, LABELLED = 12, 24
 
 
 def commands():

@@ -1,6 +1,7 @@
 """Public data sets in the plain layout, from files as their authors lay them out."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -124,6 +125,36 @@ def test_labels_alone_are_a_set_and_leftovers_of_both_sides_are_named(tmp_path, 
     expected = f"files of no clip in {faces}: 2: 'samplenew3_1', 'samplenew3_2'"
     assert expected in said
     assert "without audio" not in said and f"of no clip in {folder / 'audio'}" not in said
+
+
+@pytest.mark.parametrize("kind", ["coarse", "fine"])
+def test_merrs_json_is_read_by_clip(kind, tmp_path, capsys):
+    folder = tmp_path / "MER2023"
+    folder.mkdir()
+    text = {"coarse": "caption", "fine": "smp_reason_caption"}[kind]
+    clips = {
+        "sample_1": {"pseu_emotion": "Happy", text: "She beams.", "AU_list": [1, 2]},
+        "sample_2": {"pseu_emotion": "", text: "He waits."},
+    }
+    path = folder / f"MERR_{kind}_grained.json"
+    path.write_text(json.dumps(clips))
+    rows = [("sample_1", "x", "Oh!"), ("sample_2", "x", "")]
+    columns = ["name", "sentence", "sentence_en"]
+    write_rows(folder / "transcription_en_all.csv", columns, rows)
+    out = tmp_path / "out.csv"
+    command = [f"--set=merr{kind}", f"--root={tmp_path}", f"--out={out}"]
+    datasets.main(command)
+    one, two = plain(out)
+    assert (one.labels, one.description, one.subtitle) == (("happy",), "She beams.", "Oh!")
+    assert (two.labels, two.description) == ((), "He waits.")
+    assert "1 clip without labels: 'sample_2'" in capsys.readouterr().out
+    for change, told in (
+        ({text: 3}, f"sample_2.{text}: expected text, found 3"),
+        ({text: ""}, "no clip has a description"),
+    ):
+        path.write_text(json.dumps({"sample_2": change}))
+        with pytest.raises(SystemExit, match=told):
+            datasets.main(command)
 
 
 def test_a_clip_described_twice_is_refused(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 from clip_files import write_talking
 from small_encoders import save_encoder
 
+from affectgpt_jax.__main__ import module_of
 from affectgpt_jax.data.records import RecordDataset
 from data_prep import extract
 
@@ -22,7 +23,7 @@ EMOTIONS = ("amused", "furious")  # words that the tiny base knows
 def commands():
     """The lines of the block that trains, as lists of words."""
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    walk = next(block for block in blocks if "affectgpt_jax.train" in block)
+    walk = next(block for block in blocks if "affectgpt train" in block)
     return [shlex.split(line) for line in walk.splitlines()]
 
 
@@ -51,8 +52,8 @@ def test_the_documented_walk_ends_in_a_scored_report(folder):
     }
     # What makes it small; the rest is as documented.
     small = {
-        "data_prep.extract": ["--workers=1"],
-        "affectgpt_jax.train": [
+        "extract": ["--workers=1"],
+        "train": [
             "--config.projectors.video_width=24",
             "--config.projectors.audio_width=32",
             "--config.steps=40",
@@ -63,13 +64,13 @@ def test_the_documented_walk_ends_in_a_scored_report(folder):
             "--config.generate.batch_size=8",
             "--config.generate.max_new_tokens=8",
         ],
-        "affectgpt_jax.evaluate": ["--bootstrap=10", "--max-new-tokens=8"],
+        "evaluate": ["--bootstrap=10", "--max-new-tokens=8"],
     }
-    for python, dash, module, *words in commands():
-        assert (python, dash) == ("python", "-m")
-        words = [encoders.get(word, word) for word in words] + small.get(module, [])
-        name = f"{module}.__main__" if module == "affectgpt_jax.weights" else module
-        importlib.import_module(name).main(words)
+    for affectgpt, command, *words in commands():
+        assert affectgpt == "affectgpt"
+        words = [encoders.get(word, word) for word in words] + small.get(command, [])
+        module = module_of(command) + (".__main__" if command == "weights" else "")
+        importlib.import_module(module).main(words)
     for split, count in CLIPS.items():
         assert len(RecordDataset(folder / "records" / split)) == count
     assert (folder / "statistics" / "distributions.png").is_file()

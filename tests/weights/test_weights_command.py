@@ -287,3 +287,28 @@ def test_the_command_ends_with_one_line_and_status_1(tmp_path):
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} holds no weights")
     assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_a_folder_for_the_hub_is_a_run_an_adapter_and_a_card(run, tmp_path, capsys):
+    import yaml
+
+    from affectgpt_jax.restore import load_config
+
+    out = tmp_path / "out"
+    (run / "work" / "result.json").write_text('{"best_step": 5, "hit": 0.6581, "clips": 2048}')
+    assert "read it before you publish" in command(capsys, "export-hub", run / "work", out)
+    assert SavedRun(out).steps == (5,)
+    assert SavedRun(out).fingerprint(5) == SavedRun(run / "work").fingerprint(5)
+    saved = SavedRun(run / "work").trainable(5)
+    shapes = SavedRun(out).shapes(5)
+    assert_same_tree(load_adapter(out, shapes["lora"], LORA), saved["lora"])
+    config = load_config(out)
+    assert (config.llm, config.data.train) == ("base", "demo")
+    assert str(run) not in (out / "config.json").read_text() + (out / "README.md").read_text()
+    _, metadata, text = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(metadata)["base_model"] == "base"
+    assert base_identity(run / "base").sha256 in text and "| 0.658 |" in text
+    assert "exists already" in refused("export-hub", run / "work", out)
+    # The scores are those of another checkpoint.
+    command(capsys, "export-hub", run / "work", tmp_path / "third", "--step", 3)
+    assert "0.658" not in (tmp_path / "third" / "README.md").read_text()
