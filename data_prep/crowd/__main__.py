@@ -1,8 +1,9 @@
 """A crowd of small networks that learned from human labels votes on clips without any.
 
-    affectgpt crowd train --out crowd --set mer2023:emotion,valence=records/mer2023 \\
-        --set meld:emotion=records/meld --against records/mercaption
-    affectgpt crowd vote --crowd crowd --records records/mercaption --out caption/votes.csv
+    affectgpt crowd train --out crowd --set mer2023:emotion,valence=DIR \\
+        --set meld:emotion=DIR --against records/clips
+    affectgpt crowd vote --crowd crowd --records records/clips \\
+        --out caption/votes.csv
 
 A corpus is a record directory with human labels (column emotion, or valence with its range),
 extracted with the same encoders as the clips to vote on. Each has folds x seeds x widths members,

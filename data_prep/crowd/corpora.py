@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.resources
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -69,7 +70,7 @@ def read_clips(directory: Path, what: str) -> Clips:
     if not known:
         raise CrowdError(f"{directory} has no feature {' or '.join(FEATURES)} for a crowd to read")
     features = {f: np.zeros((len(dataset), m["width"]), np.float16) for f, m in known.items()}
-    with Counter("clips", what) as count:
+    with Counter("clips", what, stream=sys.stderr) as count:
         for i in range(len(dataset)):
             for feature, values in dataset[i].features.items():
                 if feature in features:

@@ -220,7 +220,7 @@ def train_group(
         ]
         order = _padded(shuffled, steps * settings.batch_size)
         order = order.reshape(len(members), steps, settings.batch_size).swapaxes(0, 1)
-        key = jax.random.key(np.uint32(settings.seed * 1_000_003 + epoch))
+        key = jax.random.fold_in(jax.random.key(settings.seed), epoch)
         state = _epoch(state, data, order, validation, key, epoch, settings, has)
         progress(epoch, settings.epochs)
         if epoch - int(state["epoch"].max()) >= settings.patience:

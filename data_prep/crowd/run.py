@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.resources
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def train(
     Raises:
         CrowdError: a corpus without labels, too small, or with other features than the others.
     """
-    settings = Settings(**settings)
+    settings = Settings(**settings | {"hidden": tuple(settings.get("hidden", Settings.hidden))})
     check(sets, heads, settings)
     encoder = TextEncoder(text if isinstance(text, Path) else shipped_base()) if text else None
     clips = {name: read_clips(Path(place), name) for name, place in sets.items()}
@@ -188,7 +189,7 @@ def _trained(
     tensors: dict[str, np.ndarray] = {}
     groups: dict[int, Group] = {}
     for hidden in settings.hidden:
-        with Counter("epochs", f"{corpus.name}, {hidden} wide") as counter:
+        with Counter("epochs", f"{corpus.name}, {hidden} wide", stream=sys.stderr) as counter:
             groups[hidden] = members.train_group(corpus, hidden, settings, counter)
         tensors |= _flat(groups[hidden].params, str(hidden))
     data = save(tensors)
@@ -301,13 +302,13 @@ def vote(
             )
     vectors = {"text": encoder([e.subtitle for e in clips.entries])} if encoder else {}
     names = [entry.name for entry in clips.entries]
-    inputs = Inputs(names, clips.features | vectors)
+    arrays = clips.features | vectors
+    inputs = Inputs(names, {name: arrays[name] for name in summary["encoders"]})
     ballots, leaks = [], []
     for facts in summary["corpora"]:
         about = read_json(crowd / f"{facts['name']}.json", dict[str, Any], error=CrowdError)
         leaks += leak(facts["name"], str(records), shared(about["marks"], clips.marks))
-        with Counter("widths", f"{facts['name']} votes") as counter:
-            ballots.append(ballot(crowd, facts["name"], about, inputs, counter))
+        ballots.append(ballot(crowd, facts["name"], about, inputs))
     votes = count(names, ballots, inputs.there)
     write_votes(out, votes)
     others = [row for row in summary["leaks"]["found"] if row["and"] != str(records)]
@@ -324,10 +325,9 @@ def ballot(
     name: str,
     about: Mapping[str, Any],
     inputs: Inputs,
-    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Ballot:
     """The averaged answers of a corpus's members."""
-    answers = list(answers_of(crowd, name, about, inputs, progress))
+    answers = list(answers_of(crowd, name, about, inputs))
     probabilities = np.concatenate([p for p, _ in answers]).mean(axis=0)
     valence = np.concatenate([v for _, v in answers]).mean(axis=0)
     words = tuple(about["classes"])
@@ -339,7 +339,6 @@ def answers_of(
     name: str,
     about: Mapping[str, Any],
     inputs: Inputs,
-    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Iterable[tuple[np.ndarray, np.ndarray]]:
     """Of each width, its members' probabilities `[M, N, C]` and valence `[M, N]`."""
     path = crowd / f"{name}.safetensors"
@@ -347,11 +346,10 @@ def answers_of(
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CrowdError(f"{path} cannot be read: {error}") from None
-    for done, hidden in enumerate(about["hidden"], 1):
+    for hidden in about["hidden"]:
         prefix = f"{hidden}."
         mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         yield members.predict(_nested(mine), inputs)
-        progress(done, len(about["hidden"]))
 
 
 def _flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:

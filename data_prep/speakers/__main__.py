@@ -1,9 +1,9 @@
 """Is the person who is seen in a clip the one who is heard? A verdict for each clip.
 
-    affectgpt speakers check --csv clips.csv --clips clips --out caption/speakers.csv
-    affectgpt speakers check --clips clips --out caption/speakers.csv \\
+    affectgpt speakers check --csv clips.csv --clips clips --out speakers.csv
+    affectgpt speakers check --clips clips --out speakers.csv \\
         --network light-asd=finetuning_TalkSet.model
-    affectgpt speakers calibrate --verdicts caption/speakers.csv --truth truth.csv
+    affectgpt speakers calibrate --verdicts speakers.csv --truth truth.csv
 
 Without a network, synchrony of mouth and sound is judged; it drops a clip on strong evidence only
 and says "unsure" else. light-asd and lr-asd are networks of Junhua Liao and others, who publish
