@@ -1,7 +1,7 @@
 """Tables 3 and 4 and Figure 4 on real data: `python -m benchmarks.ablation_real --table 4 ...`.
 
-    python -m benchmarks.ablation_real --table 4 --llm /models/Qwen2.5-7B-Instruct \\
-        --records records --against records/unibench/mer2024 --workdir runs/t4
+    python -m benchmarks.ablation_real --table 4 --llm DIR --records records \\
+        --against records/unibench/mer2024 --workdir runs/t4
 
 checks the record directories of the rows and prints the command of each run, of its evaluation,
 and of the report beside the paper's figures. With --submit, runs are handed to SLURM.

@@ -2,14 +2,14 @@
 
 A data set is a folder, --out, and every stage goes on where it stopped:
 
-    affectgpt caption describe audio --csv clips.csv --clips DIR --out caption \\
-        --server http://localhost:8000/v1 --model Qwen/Qwen2.5-Omni-7B
-    affectgpt caption describe video --csv clips.csv --clips DIR --out caption ...
-    affectgpt caption merge  --csv clips.csv --out caption --server ... --model ...
+    affectgpt caption describe audio --out caption --csv clips.csv \\
+        --clips DIR --server http://localhost:8000/v1 --model NAME
+    affectgpt caption describe video --out caption ...
+    affectgpt caption merge  --out caption --csv clips.csv --server URL ...
     affectgpt caption labels --out caption
-    affectgpt speakers check --csv clips.csv --clips DIR --out caption/speakers.csv
-    affectgpt crowd vote     --crowd crowd --records records/clips --out caption/votes.csv
-    affectgpt caption filter --csv clips.csv --out caption --levels low,emotion
+    affectgpt speakers check --out caption/speakers.csv --csv clips.csv ...
+    affectgpt crowd vote     --out caption/votes.csv --crowd crowd ...
+    affectgpt caption filter --out caption --csv clips.csv --levels low,emotion
     affectgpt caption card   --out caption
 
 caption/caption.toml has the prompts and thresholds, and may be edited. `demo` shows all of it on

@@ -55,7 +55,7 @@ COLUMNS = (
 MADE_BY = {
     f"{DESCRIPTIONS}.jsonl": "caption merge",
     LABELS: "caption labels",
-    SPEAKERS: "speakers",
+    SPEAKERS: "speakers check",
     VOTES: "crowd vote",
 }
 NEEDS = {
