@@ -18,7 +18,7 @@ from data_prep import extract
 from data_prep.speakers.rendered import rendered
 
 README = Path(extract.__file__).with_name("README.md")
-CLIPS, LABELLED = 12, 24
+CLIPS, LABELLED = 8, 24
 
 
 def commands():
@@ -105,7 +105,10 @@ def test_the_documented_walk_ends_in_a_trained_run(folder):
             given = [encoders.get(word, word) for word in words]
             given = [word.replace("http://localhost:8000/v1", stub.url) for word in given]
             given += small.get((command, *words[:1]), small.get((command,), []))
-            module = importlib.import_module(module_of(command))
+            # The checkout's own, whatever is installed.
+            name = module_of(command).removeprefix("affectgpt_jax.")
+            name = name if name.startswith("data_prep") else f"affectgpt_jax.{name}"
+            module = importlib.import_module(name)
             if hasattr(module, "__path__"):
                 module = importlib.import_module(f"{module.__name__}.__main__")
             module.main(given)
@@ -117,7 +120,7 @@ def test_the_documented_walk_ends_in_a_trained_run(folder):
     assert verdicts.count("speaking") >= CLIPS // 2 - 2 and "off_screen" in verdicts
     plus = RecordDataset(folder / "records" / "plus")
     kept = [name for name, row in rows.items() if row["kept"] == "yes"]
-    assert [entry.name for entry in plus.index] == kept and len(kept) >= 4
+    assert [entry.name for entry in plus.index] == kept and len(kept) >= 2
     assert plus[0].labels == ("joyful", "amused") and "shows it" in plus[0].description
     card = (folder / "caption" / "README.md").read_text(encoding="utf-8")
     assert "| mine | 24 | " in card and "off screen" in card
