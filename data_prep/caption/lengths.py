@@ -71,8 +71,9 @@ def draw_lengths(texts: Sequence[str], cuts: dict[str, Cuts], path: Path) -> Non
     for panel, (unit, cut) in zip(panels, cuts.items()):
         values = [n for n, found in map(measure, filter(str.strip, texts)) if found == unit]
         panel.hist(values, bins=min(80, max(values) - min(values) + 1), color="tab:blue")
-        for name, at in (("shortest", cut.low), ("longest", cut.high)):
-            panel.axvline(at, color="tab:red", linestyle="--", label=f"{name} that is kept")
+        label = f"{cut.low:.1f} to {cut.high:.1f} are kept"
+        for at, text in ((cut.low, label), (cut.high, None)):
+            panel.axvline(at, color="tab:red", linestyle="--", label=text)
         panel.set_xlabel(f"{unit} of a description")
         panel.set_ylabel("clips")
         panel.legend()
