@@ -17,7 +17,7 @@ it works. What a user can mend is a `UserError`. Modules are imported when a fun
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -62,7 +62,13 @@ def get_config(name: Place = "demo", /, **overrides: Any) -> ConfigDict:
     return load_config_file(str(name), overrides)
 
 
-def run_training(config: ConfigDict, workdir: Place, *, fallback: bool = False) -> dict[str, Any]:
+def run_training(
+    config: ConfigDict,
+    workdir: Place,
+    *,
+    fallback: bool = False,
+    allow_other: Collection[str] = (),
+) -> dict[str, Any]:
     """Train, or resume what the workdir holds, and score the held-out clips.
 
     In a notebook, interrupting the cell saves and ends the run; the same call goes on.
@@ -71,6 +77,7 @@ def run_training(config: ConfigDict, workdir: Place, *, fallback: bool = False) 
         config: of the run, as `get_config` returns it.
         workdir: its directory.
         fallback: go on from an older checkpoint where the newest is damaged.
+        allow_other: of "prompts" and "lexicon": go on though it is another one than the run had.
 
     Returns:
         What `result.json` in the workdir holds.
@@ -82,14 +89,16 @@ def run_training(config: ConfigDict, workdir: Place, *, fallback: bool = False) 
     from affectgpt_jax import config as configs
     from affectgpt_jax import train
     from affectgpt_jax.restore import set_up_process
+    from affectgpt_jax.training.checkpoints import check_path
     from affectgpt_jax.training.stopping import Stopped, lock_workdir
 
     configs.validate(config)
     set_up_process()
     place = Path(workdir).expanduser()
+    check_path(place)
     with lock_workdir(place):
         try:
-            return train.train(config, place, fallback=fallback)
+            return train.train(config, place, fallback=fallback, allow_other=allow_other)
         except Stopped:
             raise KeyboardInterrupt(f"stopped after saving; {place} goes on from there") from None
 
@@ -101,6 +110,7 @@ def load_run(
     llm: Place = "",
     mesh: str = "",
     merge_lora: str = "",
+    allow_other: Collection[str] = (),
 ) -> Run:
     """A trained run, ready to be asked; it may still be training.
 
@@ -110,6 +120,7 @@ def load_run(
         llm: directory of the base, if not where the run's config says.
         mesh: devices, if not the run's.
         merge_lora: instead of the run's `generate.merge_lora`.
+        allow_other: "prompts": use the run though they are others than it was trained with.
 
     Raises:
         UserError: a workdir without a run, another base, no such or a damaged checkpoint.
@@ -118,7 +129,9 @@ def load_run(
 
     restore.set_up_process()
     place = Path(workdir).expanduser()
-    return restore.load_run(place, step, llm=str(llm), mesh=mesh, merge_lora=merge_lora)
+    return restore.load_run(
+        place, step, llm=str(llm), mesh=mesh, merge_lora=merge_lora, allow_other=allow_other
+    )
 
 
 def ask_clips(

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from affectgpt_jax import cpu
+from affectgpt_jax.common.identity import Identity, code_identity, json_sha256
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
@@ -32,7 +33,8 @@ from affectgpt_jax.data.records import (
     read_manifest,
     subsample,
 )
-from affectgpt_jax.data.tokenizer import Tokenizer
+from affectgpt_jax.data.tokenizer import Tokenizer, tokenizer_identities
+from affectgpt_jax.evaluation.lexicon import lexicon_identity
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.attention import CausalAttention, Choice, choose, deviation
 from affectgpt_jax.models.decoder import PUBLISHED, ComputeConfig, Decoder, DecoderConfig
@@ -298,6 +300,39 @@ def prompt_processor(config: ConfigDict, tokenizer: Tokenizer, mode: str = "") -
     )
 
 
+def inputs(config: ConfigDict, directory: Path, data: Data | None = None) -> dict[str, Identity]:
+    """What the answers of a run depend on beside its base: by what it is, as checkpoints keep it.
+
+    Args:
+        config: the run's config.
+        directory: of its base.
+        data: the clips that it is trained on and measured by, for which it takes the lexicon that
+            ships; None leaves both out.
+
+    Raises:
+        PromptError, TokenizerError: a prompt file or a tokenizer that cannot be used.
+    """
+    found = {
+        **tokenizer_identities(directory),
+        "prompts": load_prompts(config.prompts).identity,
+        "code": code_identity(),
+    }
+    if data is not None:
+        sets = {f"training records ({part.name})": part for part in data.train}
+        sets |= {f"validation records ({part.name})": part for part in data.val}
+        if data.test is not None:
+            sets[TEST_RECORDS] = data.test
+        found |= {name: records_identity(part.dataset) for name, part in sets.items()}
+        found["lexicon"] = lexicon_identity()
+    return found
+
+
+def records_identity(records: Records) -> Identity:
+    """Which records these are, by the hashes in their manifest; of a part, those of the whole."""
+    manifest = dataclasses.asdict(records.manifest)
+    return Identity(f"{records.manifest.count:,} clips", json_sha256(manifest))
+
+
 def check_features(config: ConfigDict, dataset: Records, mode: InputMode) -> None:
     """Compare the shapes of a data set's features with what its input mode reads.
 
@@ -335,6 +370,10 @@ def _check_features(
                 f"but config.{key} is {fusion.feature_width(name)}; set it to "
                 f"{facts['width']}, or use records of another encoder"
             )
+
+
+# What `inputs` calls the run's own test set.
+TEST_RECORDS = "test records"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.text import one_line
+from affectgpt_jax.common.text import brief
 
 COLUMNS = 80
+# Of what a command says at its end; what is longer repeats a file.
+MAX_SENTENCE = 4000
 
 
 def wrap_help(text: str) -> str:
@@ -201,7 +203,7 @@ def exit_on_error(
 
 
 def _sentence(error: Exception | str) -> str:
-    return f"error: {one_line(str(error))}"
+    return f"error: {brief(str(error), MAX_SENTENCE)}"
 
 
 def _without_memory(error: Exception) -> str | None:
@@ -210,8 +212,10 @@ def _without_memory(error: Exception) -> str | None:
         return "this machine"
     # Commands load JAX or PyTorch only if they run a model.
     jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
-    # XLA's error has no type of its own: it is a `JaxRuntimeError` whose text names the status.
-    if jax and isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+    # XLA's error has no type of its own: it is a `JaxRuntimeError`, or for some calls a
+    # `ValueError`, whose text names the status.
+    kinds = (jax.errors.JaxRuntimeError, ValueError) if jax else ()
+    if isinstance(error, kinds) and "RESOURCE_EXHAUSTED" in str(error):
         return "the device"
     if isinstance(error, getattr(torch, "OutOfMemoryError", ())):
         return "the device"

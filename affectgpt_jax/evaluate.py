@@ -29,7 +29,7 @@ from typing import Any
 
 from affectgpt_jax import build, cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
-from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.files import atomic_write, lock_file
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
@@ -40,7 +40,7 @@ from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
 from affectgpt_jax.evaluation.chat_server import ChatServer
 from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, TASKS, name_and_task
-from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCache
+from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, ReplyCache
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
 from affectgpt_jax.evaluation.report import write_report
@@ -48,10 +48,18 @@ from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, percent, sco
 from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
 from affectgpt_jax.models.generate import GREEDY, Sampling
-from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, open_run, set_up_process
-from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.restore import (
+    OUT_OF_MEMORY,
+    Run,
+    add_allow_other,
+    add_merge_lora,
+    open_run,
+    set_up_process,
+)
+from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, SavedRun, silence_threads
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
+LOCK_FILE = "evaluate.lock"
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
 LABELS = ("ovlabel", "onehot", "onehot_candidates")
 QUESTIONS = (*LABELS, "description")
@@ -151,6 +159,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="the environment variable with the server's key, if it wants one",
     )
     add("--concurrency", type=int, default=8, metavar="N", help="requests to it at a time")
+    add(
+        "--max-reply-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="of a reply about labels, thinking included; default: 512",
+    )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
     add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
     add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
@@ -167,6 +182,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
     add_merge_lora(parser)
+    add_allow_other(parser, ALLOWED_OTHERS)
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
     add("--out", metavar="DIR", help="default: RUN/evaluate")
@@ -186,7 +202,13 @@ def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namesp
         )
     except ValueError as error:
         parser.error(str(error))
-    for flag in ("batch_size", "max_clips", "max_new_tokens", "concurrency"):
+    for flag in (
+        "batch_size",
+        "max_clips",
+        "max_new_tokens",
+        "concurrency",
+        "max_reply_tokens",
+    ):
         value = getattr(arguments, flag)
         if value is not None and value < 1:
             parser.error(f"--{flag.replace('_', '-')} must be 1 or more")
@@ -217,6 +239,8 @@ def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple
         llm=arguments.llm,
         mesh=arguments.mesh,
         merge_lora=arguments.merge_lora,
+        allow_other=arguments.allow_other,
+        say=say,
     )
     return evaluate_run(run, arguments, say)
 
@@ -226,6 +250,15 @@ def evaluate_run(
 ) -> tuple[Report, Path]:
     """`evaluate` of a run that is open, with its weights or without."""
     out = output_folder(arguments)
+    out.mkdir(parents=True, exist_ok=True)
+    advice = "wait for it, stop it, or name another --out"
+    with lock_file(out / LOCK_FILE, str(out), advice, say):
+        return _evaluate(run, out, arguments, say)
+
+
+def _evaluate(
+    run: Run, out: Path, arguments: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[Report, Path]:
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
@@ -242,6 +275,9 @@ def evaluate_run(
     needs_lexicon = any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
+    if lexicon and not arguments.lexicon:  # which one is meant has not been said
+        mine = {"lexicon": lexicon.identity}
+        SavedRun(run.workdir).check_inputs(run.step, mine, arguments.allow_other, say)
     chat = chat_server(arguments)
     run = run if run.base is not None else run.with_weights()
     replies = Counter("replies about labels")
@@ -261,7 +297,8 @@ def evaluate_run(
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
     for step in steps:
-        trainable = (run if step == run.step else run.at_step(step)).trainable
+        at_step = run if step == run.step else run.at_step(step, arguments.allow_other, say)
+        trainable = at_step.trainable
         checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test in sets:
             file = _answer_file(run, step, checkpoint, test, question, limit, arguments)
@@ -431,6 +468,7 @@ def open_set(
     """
     dataset = build.open_records(run.config, place.place, "test", run.workdir, say)
     build.check_features(run.config, dataset, processor.mode)
+    run.report_records(place.place, dataset, say)
     if max_clips is not None and max_clips < len(dataset):
         dataset = RecordSubset(dataset, range(max_clips))
     task = place.task or _task_of(dataset, place)
@@ -493,6 +531,7 @@ def chat_server(arguments: argparse.Namespace) -> ChatServer | None:
         arguments.model,
         api_key=os.environ.get(arguments.api_key_env, ""),
         concurrency=arguments.concurrency,
+        max_tokens=arguments.max_reply_tokens,
     )
 
 
@@ -518,6 +557,7 @@ def make_extractor(
         run.processor.tokenizer,
         run.mesh,
         batch_size=arguments.batch_size or run.config.generate.batch_size,
+        max_new_tokens=arguments.max_reply_tokens,
     )
     cache = ReplyCache(out / "replies.jsonl")
     return ChatExtractor(chat, cache, rules.in_text, progress)
@@ -536,16 +576,27 @@ def predict(
     if question == "description":
         told = [processor.prompts.read_answer(question, text) for text in answers.texts]
         labels = extractor.labels(told)
-        unread = _where(names, [text in extractor.unparsed for text in told])
-        findings.append(Finding("whose labels could not be extracted", unread))
+        findings += _unread(names, told, extractor, "whose labels could not be extracted")
     else:
         labels = [processor.prompts.read_labels(text, question) for text in answers.texts]
     values: list[Any] = labels
     if test.task == "sentiment":
         values = extractor.sentiments(labels)
-        unread = _where(names, [", ".join(ls) in extractor.unparsed for ls in labels])
-        findings.append(Finding("whose sentiment could not be extracted", unread))
+        asked = [", ".join(clip) for clip in labels]
+        findings += _unread(names, asked, extractor, "whose sentiment could not be extracted")
     return Table("the answers", names, tuple(values), tuple(f for f in findings if f.names))
+
+
+def _unread(
+    names: Sequence[str], asked: Sequence[str], extractor: Extractor, what: str
+) -> list[Finding]:
+    """The clips of which the extractor could make nothing, by why."""
+    clips: dict[str, list[str]] = {}
+    for name, text in zip(names, asked, strict=True):
+        if (reply := extractor.unparsed.get(text)) is not None:
+            why = str(reply) if isinstance(reply, NoWords) else what
+            clips.setdefault(why, []).append(name)
+    return [Finding(why, tuple(found)) for why, found in clips.items()]
 
 
 def _where(names: Sequence[str], flags: Sequence[bool]) -> tuple[str, ...]:
@@ -567,6 +618,7 @@ def _answer_file(
         # A run that is trained anew in the same place has the same steps.
         checkpoint,
         run.identity.sha256,
+        {name: identity.sha256 for name, identity in run.inputs.items()},
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.
@@ -596,9 +648,12 @@ def modalities(processor: PromptProcessor) -> str:
 
 def summarise(report: Report, out: Path) -> list[str]:
     """The closing lines: every set's score, and where to look."""
-    lines = []
+    lines = [f"warning: {warning}" for warning in report.warnings]
     for result in report.sets:
         fixed = result.fixed
+        # What was made of the labels comes first.
+        lines += [f"{result.name}: {unknown}" for unknown in fixed.unknown]
+        lines += [f"{result.name}: {finding}" for finding in fixed.pairs.findings]
         score = fixed.score
         metric, value = next(iter(score.values.items()))
         interval = fixed.interval
@@ -614,8 +669,6 @@ def summarise(report: Report, out: Path) -> list[str]:
                 f"{percent(both.best_value)} ({both.best})"
             )
         lines += [f"  {name}: {percent(share)}" for name, share in result.references.items()]
-        lines += [f"  {finding}" for finding in fixed.pairs.findings]
-    lines += [f"warning: {warning}" for warning in report.warnings]
     lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
     return lines
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.text import listed, print_lines
 from affectgpt_jax.data.arrays import COLUMNS, Arrays, open_arrays, records_from_csv
 from affectgpt_jax.data.modalities import feature_names
-from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
+from affectgpt_jax.data.records import Record, RecordDataset, RecordError, write_records
 
 MOST_FREQUENT = 5
 
@@ -81,7 +81,18 @@ def encoders(pairs: Sequence[str], given: Mapping[str, Path]) -> dict[str, str]:
     return found
 
 
-def summary(dataset: RecordDataset, arrays: Mapping[str, Arrays]) -> list[str]:
+def watch_zeros(records: Iterable[Record], zeros: dict[str, list[str]]) -> Iterator[Record]:
+    """The records; of each feature, `zeros` gets the clips with a row that is all zero."""
+    for record in records:
+        for feature, values in record.features.items():
+            if values.dtype.kind in "fiu" and not values.any(axis=1).all():
+                zeros.setdefault(feature, []).append(record.name)
+        yield record
+
+
+def summary(
+    dataset: RecordDataset, arrays: Mapping[str, Arrays], zeros: Mapping[str, Sequence[str]]
+) -> list[str]:
     """What was written, in lines: features, clips without one, arrays without a clip, labels."""
     manifest, index = dataset.manifest, dataset.index
     lines = [f"{len(index):,} clips, split {manifest.split!r}"]
@@ -90,6 +101,12 @@ def summary(dataset: RecordDataset, arrays: Mapping[str, Arrays]) -> list[str]:
         lines.append(f"{feature} {shape} of {facts['encoder']}: {present:,} clips")
         if missing := [entry.name for entry in index if feature not in entry.present]:
             lines.append(f"  clips without: {len(missing):,}: {listed(missing)}")
+        if blank := zeros.get(feature):
+            lines.append(
+                f"  clips with rows that are all zero, as others store a missing {feature}: "
+                f"{len(blank):,}: {listed(blank)}; the model reads them as values: leave such "
+                "arrays out, and pass --allow-missing"
+            )
         if unused := sorted(set(arrays[feature]) - {entry.name for entry in index}):
             lines.append(f"  arrays without a row, left out: {len(unused):,}: {listed(unused)}")
     for column in COLUMNS:
@@ -128,10 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             frames=arguments.frames,
             encoding=arguments.encoding,
         )
-        out = arguments.out.expanduser()
+        out, zeros = arguments.out.expanduser(), {}
         with cli.writing(str(arguments.out)):
-            write_records(out, records, encoders=names, split=arguments.split)
-        print_lines([f"{out}:", *summary(RecordDataset(out), arrays)])
+            watched = watch_zeros(records, zeros)
+            write_records(out, watched, encoders=names, split=arguments.split)
+        print_lines([f"{out}:", *summary(RecordDataset(out), arrays, zeros)])
 
 
 if __name__ == "__main__":

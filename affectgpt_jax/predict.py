@@ -28,6 +28,7 @@ others. Notes and progress go to the standard error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -38,6 +39,7 @@ from typing import Any, Self, TypedDict
 
 from affectgpt_jax import build, cli, cpu
 from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.common.json import ResumableJsonl, read_json, write_json
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import json_line, one_line, print_lines, say
@@ -45,7 +47,14 @@ from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.inference import SCORED, Answer, Generator, should_merge
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.restore import OUT_OF_MEMORY, Run, add_merge_lora, open_run, set_up_process
+from affectgpt_jax.restore import (
+    OUT_OF_MEMORY,
+    Run,
+    add_allow_other,
+    add_merge_lora,
+    open_run,
+    set_up_process,
+)
 from affectgpt_jax.training.checkpoints import silence_threads
 
 
@@ -81,6 +90,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
     add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
     add_merge_lora(parser)
+    add_allow_other(parser, ["prompts"])
     add("--records", metavar="DIR", help="clips, as config.data.test; default: that of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -142,6 +152,7 @@ def predict(arguments: argparse.Namespace) -> None:
         llm=arguments.llm,
         mesh=arguments.mesh,
         merge_lora=arguments.merge_lora,
+        allow_other=arguments.allow_other,
     )
     best = ", the best on validation" if run.step == run.best_step else ""
     say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.processor.mode.name}")
@@ -151,6 +162,10 @@ def predict(arguments: argparse.Namespace) -> None:
     for question in questions:
         # Trouble with a clip shows now, not at the end.
         run.processor.prompt_examples(clips, question)
+    # Who may not write must not wait for the weights first.
+    file = (
+        AnswerFile(arguments.out, file_settings(run, clips, arguments)) if arguments.out else None
+    )
     run = run.with_weights()
     generator = make_generator(
         run,
@@ -160,8 +175,8 @@ def predict(arguments: argparse.Namespace) -> None:
         sampling=arguments.sampling,
         seed=arguments.seed,
     )
-    if arguments.out:
-        with AnswerFile(arguments.out, file_settings(run, clips, arguments)) as file:
+    if file:
+        with file:
             for name, question, answer in ask(run, generator, clips, questions, file):
                 file.write(as_dict(run, name, question, answer))
     elif len(clips) == 1 and not arguments.json:
@@ -251,6 +266,7 @@ def open_clips(run: Run, place: str | None) -> Records:
     config.data.verify = False  # a record that is read checks itself, and few may be read
     clips = build.open_records(config, place, "test", run.workdir, say)
     build.check_features(config, clips, run.processor.mode)
+    run.report_records(place, clips, say)
     return clips
 
 
@@ -389,7 +405,8 @@ def file_settings(run: Run, clips: Records, arguments: argparse.Namespace) -> di
         "step": run.step,
         # A run that is trained anew in the same place has the same steps.
         "checkpoint": run.fingerprint(run.step),
-        "records": clips.manifest.index_sha256,
+        "records": build.records_identity(clips).sha256,
+        **{name: identity.sha256 for name, identity in run.inputs.items()},
         "max_new_tokens": arguments.max_new_tokens or run.config.generate.max_new_tokens,
         "temperature": arguments.temperature,
         "top_p": arguments.top_p,
@@ -408,7 +425,8 @@ class _AnswerLine(TypedDict):
 class AnswerFile:
     """Answers as lines of JSON, which an interrupted command goes on with.
 
-    Beside it, FILE.settings.json says how its answers were made.
+    Beside it, FILE.settings.json says how its answers were made, and FILE.lock keeps other
+    processes from writing it.
 
     Attributes:
         answered: clip names and questions of the lines that are there.
@@ -419,20 +437,25 @@ class AnswerFile:
 
     Raises:
         PredictError: the file was not written by this command, or with other settings.
+        FileInUse: another process writes it.
         ReadError: it cannot be read, or a line of it is not an answer.
         OSError: it cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
         beside = path.with_name(f"{path.name}.settings.json")
-        begun = path.exists() and path.stat().st_size
-        if begun:
-            self._check(path, beside, settings)
-        else:
+        lock = path.with_name(f"{path.name}.lock")
+        advice = "wait for it, stop it, or name another --out"
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(lock_file(lock, str(path), advice, say))
+            begun = path.exists() and path.stat().st_size
+            if begun:
+                self._check(path, beside, settings)
             write_json(beside, settings)
-        self._file = ResumableJsonl(
-            path, _AnswerLine, ("name", "question"), advice="mend it, or name another --out"
-        )
+            self._file = ResumableJsonl(
+                path, _AnswerLine, ("name", "question"), advice="mend it, or name another --out"
+            )
+            self._held = stack.pop_all()
         self.answered = self._file.records.keys()
         if self._file.torn:
             say(f"{path}: the last line was half written; that answer is asked for again")
@@ -453,18 +476,22 @@ class AnswerFile:
                 "--out"
             ) from None
         for key, mine in settings.items():
-            if theirs.get(key) != mine:
+            if theirs.get(key) == mine:
+                continue
+            if key == "code":
+                say(f"note: {path} holds answers of another version of the code")
+            else:
                 raise PredictError(
                     f"{path} holds answers with {key} {theirs.get(key)!r}, but now it is {mine!r}; "
                     "name another --out, or the same settings to go on"
                 )
 
     def __enter__(self) -> Self:
-        self._file.__enter__()
+        self._held.enter_context(self._file)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._file.__exit__(*error)
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

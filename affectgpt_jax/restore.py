@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
+from affectgpt_jax.common.text import say
 from affectgpt_jax.config import CHOICES, ConfigError, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.prompts import parse_label
+from affectgpt_jax.data.records import Records
 from affectgpt_jax.models import attention
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_trainable
 from affectgpt_jax.models.decoder import DecoderConfig
@@ -54,6 +56,7 @@ class Run:
         model: the modules.
         base, trainable, identity: frozen weights, adapters and fusion, and which base it is; None
             until `with_weights`.
+        inputs: identities of what else answers depend on, but for the clips (`build.inputs`).
         processor: how clips become inputs, in the mode `config.input`.
         mesh: where the arrays are.
         step: of the checkpoint.
@@ -67,6 +70,7 @@ class Run:
     base: Any = dataclasses.field(repr=False)
     trainable: Any = dataclasses.field(repr=False)
     identity: Identity | None
+    inputs: Mapping[str, Identity] = dataclasses.field(repr=False)
     processor: PromptProcessor = dataclasses.field(repr=False)
     mesh: Mesh
     step: int
@@ -103,15 +107,32 @@ class Run:
             base = load_base(directory, shapes, sharding.tree_shardings(self.mesh, shapes))
         return dataclasses.replace(self, base=base, trainable=trainable, identity=identity)
 
-    def at_step(self, step: int) -> Run:
+    def at_step(
+        self,
+        step: int,
+        allow_other: Collection[str] = (),
+        say: Callable[[str], None] = say,
+    ) -> Run:
         """The same run at another checkpoint, on the base that is loaded.
+
+        Args:
+            step: of the checkpoint.
+            allow_other, say: as for `load_run`.
 
         Raises:
             CheckpointError: there is none of that step, or as for `load_run`.
         """
         shapes = sharding.abstract(self.mesh, lambda key: init_trainable(self.model, key))
-        trainable = SavedRun(self.workdir).restore(step, self.identity, shapes)
+        saved = SavedRun(self.workdir)
+        saved.check_inputs(step, self.inputs, allow_other, say)
+        trainable = saved.restore(step, self.identity, shapes)
         return dataclasses.replace(self, trainable=trainable, step=step)
+
+    def report_records(self, place: str, records: Records, say: Callable[[str], None]) -> None:
+        """Say where the run's own test records are no longer those that it was trained beside."""
+        if place == self.config.data.test:
+            mine = {build.TEST_RECORDS: build.records_identity(records)}
+            SavedRun(self.workdir).check_inputs(self.step, mine, mine.keys(), say)
 
 
 def load_config(workdir: Path) -> ConfigDict:
@@ -168,6 +189,17 @@ def add_merge_lora(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_allow_other(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
+    """The flag `load_run` is given as `allow_other`, of every command that loads a run."""
+    parser.add_argument(
+        "--allow-other",
+        default=[],
+        action="append",
+        choices=names,
+        help="use the run though this is another one than it was trained with; repeatable",
+    )
+
+
 def load_run(
     workdir: Path,
     step: int | None = None,
@@ -175,6 +207,8 @@ def load_run(
     llm: str = "",
     mesh: str = "",
     merge_lora: str = "",
+    allow_other: Collection[str] = (),
+    say: Callable[[str], None] = say,
 ) -> Run:
     """Load the model of a run, see `open_run`, with its weights.
 
@@ -183,7 +217,8 @@ def load_run(
             damaged.
         RunError, ConfigError, MeshError, PromptError, TokenizerError, WeightsError: as `open_run`.
     """
-    return open_run(workdir, step, llm=llm, mesh=mesh, merge_lora=merge_lora).with_weights()
+    how = {"llm": llm, "mesh": mesh, "merge_lora": merge_lora}
+    return open_run(workdir, step, **how, allow_other=allow_other, say=say).with_weights()
 
 
 def open_run(
@@ -193,6 +228,8 @@ def open_run(
     llm: str = "",
     mesh: str = "",
     merge_lora: str = "",
+    allow_other: Collection[str] = (),
+    say: Callable[[str], None] = say,
 ) -> Run:
     """Open a run, which may still be training, without its weights; nothing is written.
 
@@ -204,10 +241,13 @@ def open_run(
         llm: directory of the base, if not where `config.llm` says: checkpoints know it by its hash.
         mesh: devices, if not those that `config.mesh` names.
         merge_lora: instead of `config.generate.merge_lora`.
+        allow_other: inputs that may be others than in training (`checkpoints.check_inputs`).
+        say: told which are.
 
     Raises:
         RunError: a workdir without a run.
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: there is no such checkpoint, or it was trained with another tokenizer, chat
+            template or other prompts.
         ConfigError, MeshError, PromptError, TokenizerError, WeightsError: what the config names
             cannot be used.
     """
@@ -225,6 +265,8 @@ def open_run(
     device_mesh = sharding.make_mesh(config.mesh)
     directory, llm_shape = build.base_directory(config.llm), build.base_config(config.llm)
     model = build.model(config, llm_shape, sharding.ActivationConstraint(device_mesh))
+    inputs = build.inputs(config, directory)
+    saved.check_inputs(step, inputs, allow_other, say)
     processor = build.prompt_processor(config, build.tokenizer(directory, llm_shape))
     return Run(
         workdir=workdir,
@@ -233,6 +275,7 @@ def open_run(
         base=None,
         trainable=None,
         identity=None,
+        inputs=inputs,
         processor=processor,
         mesh=device_mesh,
         step=step,

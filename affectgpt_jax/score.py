@@ -17,7 +17,7 @@ from typing import Any
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.files import write_text
-from affectgpt_jax.common.text import print_lines, shorten
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.datasets import TASKS
 from affectgpt_jax.evaluation.lexicon import load_lexicon
@@ -30,8 +30,6 @@ from affectgpt_jax.evaluation.results import (
     protocols,
     score_checkpoints,
 )
-
-UNKNOWN_SHOWN = 10
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -133,7 +131,14 @@ def _render_result(result: Result) -> list[str]:
         ends = [f"{percent(i.low)}-{percent(i.high)}" for i in result.intervals.values()]
         confidence = next(iter(result.intervals.values())).confidence
         rows.append([f"{confidence:.0%} interval", *ends])
-    lines = [result.predictions, ", ".join(title), *_align(rows)]
+    # What was made of the labels comes first: a score of labels that nobody knows says nothing.
+    lines = [result.predictions, ", ".join(title)]
+    lines += [str(finding) for finding in result.pairs.findings]
+    for unknown in result.unknown:
+        lines.append(str(unknown))
+        if warning := unknown.warning():
+            lines.append(f"warning: {warning}")
+    lines += _align(rows)
     if score.wheels:
         lines.append(
             f"labels per clip: {counts['predicted_labels_per_clip']:.2f} predicted, "
@@ -143,17 +148,7 @@ def _render_result(result: Result) -> list[str]:
         why = "have valence 0" if score.task == "sentiment" else "have no true word"
         others = f", the others {why}" if counts["scored"] < counts["clips"] else ""
         lines.append(f"{counts['scored']} clips scored{others}")
-    lines += [str(finding) for finding in result.pairs.findings]
-    for side in ("predicted", "true"):
-        if words := counts.get(f"unknown_{side}"):
-            lines.append(f"unknown {side} words: {_render_words(words)}")
     return lines
-
-
-def _render_words(words: dict[str, int]) -> str:
-    shown = [f"{shorten(word, 40)} x {times}" for word, times in words.items()]
-    more = len(shown) - UNKNOWN_SHOWN
-    return ", ".join(shown[:UNKNOWN_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _render_protocols(results: Sequence[Result], told: metrics.Protocols) -> list[str]:

@@ -12,8 +12,10 @@ import contextlib
 import math
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +23,10 @@ import jax
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, cpu, evaluators, inference, restore, runtime
+from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import QUIET_S, Counter, Elapsed
+from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import (
     ConfigError,
     check_same_run,
@@ -32,17 +36,20 @@ from affectgpt_jax.config import (
     saved_steps,
 )
 from affectgpt_jax.data.pipeline import TrainPipeline
-from affectgpt_jax.program import check_rows, compiler_options, make_program
+from affectgpt_jax.program import COMPILING, check_rows, compiler_options, make_program
 from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding, xla_options
 from affectgpt_jax.training.checkpoints import (
+    ALLOWED_OTHERS,
     Checkpoints,
     CheckpointWriteError,
     check_disk,
+    check_path,
     silence_threads,
 )
 from affectgpt_jax.training.losses import cross_entropy
+from affectgpt_jax.training.step import State
 from affectgpt_jax.training.stopping import lock_workdir
-from affectgpt_jax.weights.huggingface import base_identity, load_base
+from affectgpt_jax.weights.huggingface import base_identity, calls_own_head_tied, load_base
 
 
 def train(
@@ -50,6 +57,7 @@ def train(
     workdir: Path,
     group: distributed.ProcessGroup | None = None,
     fallback: bool = False,
+    allow_other: Collection[str] = (),
 ) -> dict[str, Any]:
     """Run a config from data to scored result.
 
@@ -58,6 +66,7 @@ def train(
         workdir: which this run alone works in; the same for all processes.
         group: the processes of the run; None is this one alone.
         fallback: go on from an older checkpoint where the newest is damaged.
+        allow_other: which of `checkpoints.ALLOWED_OTHERS` may be others than before.
 
     Returns:
         What the main process writes into `workdir/result.json`.
@@ -83,6 +92,8 @@ def train(
         say(reserved)
     directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
     build.check_model(config, llm)
+    if calls_own_head_tied(directory):
+        say(f"note: {directory}: the stored lm_head is used, though config.json calls it tied")
     build.optimizer_config(config)
     build.check_data(config)
     resumes = group.from_main_process(lambda: bool(saved_steps(workdir)))
@@ -130,20 +141,28 @@ def train(
         say(line)
     check_disk(workdir, program.state)
 
+    # All that an answer depends on: the same in all processes, and as it was where a run resumes.
+    with Elapsed("hashing the base", quiet_s=QUIET_S, enabled=group.is_main_process):
+        identity, inputs = base_identity(directory), build.inputs(config, directory, data)
+    group.require_same({name: one.sha256 for name, one in [("base", identity), *inputs.items()]})
+    checkpoints = Checkpoints(workdir, identity, config.max_to_keep, group.is_main_process, inputs)
+
     # The frozen base and the state, straight into their shardings. `loop.initial_state` has the
     # order in which a run resumes.
-    with Elapsed("reading the base", quiet_s=QUIET_S, enabled=group.is_main_process):
-        base = load_base(directory, program.base, sharding.shardings_of(program.base))
-        identity = base_identity(directory)
-    group.require_same({"base": identity.sha256})
-    checkpoints = Checkpoints(workdir, identity, config.max_to_keep, group.is_main_process)
+    def fresh_state() -> State:
+        with Elapsed("drawing weights", quiet_s=QUIET_S, enabled=group.is_main_process):
+            return restore.fresh_state(program, initial)
+
     state, start = loop.initial_state(
         checkpoints,
         program.state,
-        lambda: restore.fresh_state(program, initial),
+        fresh_state,
         session,
         fallback=fallback,
+        allow_other=allow_other,
     )
+    with Elapsed("reading the base", quiet_s=QUIET_S, enabled=group.is_main_process):
+        base = load_base(directory, program.base, sharding.shardings_of(program.base))
 
     # Every batch shape is compiled before the loop, side by side.
     steps = {}
@@ -299,10 +318,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="where the newest checkpoint is damaged, set it aside and resume from one that is "
         "whole",
     )
+    restore.add_allow_other(parser, ALLOWED_OTHERS)
     distributed.add_flags(parser)
 
     def leave(status: int, sentence: str) -> NoReturn:
-        distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
+        if launch:
+            distributed.leave(launch, status, sentence)
+        compiling = any(thread.name.startswith(COMPILING) for thread in threading.enumerate())
+        if compiling and status == 128 + signal.SIGINT:
+            # Python would wait for it, for minutes where the model is large.
+            print(sentence, file=sys.stderr, flush=True)
+            os._exit(status)
+        cli.leave(status, sentence)
 
     with cli.exit_on_error(
         interrupted="interrupted; the same command resumes from the newest checkpoint",
@@ -316,20 +343,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         config, own = parse_command_line(sys.argv[1:] if argv is None else argv, parser)
         workdir = own.workdir
+        check_path(workdir)
         launch = distributed.find_launch(own)
         runtime.leave_out_gpu_compiler()
         runtime.use_compilation_cache()
         xla_options.reserve_gpu_memory()
-        facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}
+        facts = {"workdir": str(workdir), "jax": jax.__version__, "code": str(code_identity())}
+        facts |= described(config)
         with distributed.join(launch, facts, own.join_timeout, print) as group:
             with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
                 try:
-                    train(config, workdir, group, own.fallback)
+                    train(config, workdir, group, own.fallback, own.allow_other)
                 except CheckpointWriteError as error:
                     # Orbax's threads still hold half of the checkpoint and would fill the terminal
                     # at exit.
                     group.fail(str(error))
-                    print(f"error: {error}", file=sys.stderr, flush=True)
+                    print_lines([f"error: {error}"], sys.stderr)
                     os._exit(1)
 
 

@@ -16,6 +16,7 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import path_below, read_bytes
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import listed
+from affectgpt_jax.evaluation.label_files import match_names
 
 VIDEO = tuple(".mp4 .avi .mkv .mov .webm .flv .m4v .mpg .mpeg .ts .wmv .3gp".split())
 AUDIO = tuple(".wav .mp3 .flac .m4a .ogg .opus .aac .wma".split())
@@ -56,15 +57,23 @@ class Found:
         clips: in order.
         unnamed: names in the folders that the CSV file has no row for.
         other: files in the folders that are no media by their suffix.
+        lacking: names of the CSV file without a file, where there are files without a name.
+        renamed: how the names of files differ from those of the CSV file; "" if they do not.
     """
 
     clips: list[Clip]
     unnamed: list[str]
     other: list[str]
+    lacking: list[str] = dataclasses.field(default_factory=list)
+    renamed: str = ""
 
     def remarks(self) -> list[str]:
         """A line for each kind of file that is not used."""
         lines = []
+        if self.renamed:
+            lines.append(f"files of the clips: {self.renamed}")
+        if self.lacking:
+            lines.append(f"rows of the CSV file without a file: {_counted(self.lacking)}")
         if self.unnamed:
             lines.append(f"files without a row in the CSV file, left out: {_counted(self.unnamed)}")
         if self.other:
@@ -102,6 +111,7 @@ def find_clips(
     if faces is not None and not faces.is_dir():
         raise ClipError(f"{faces} is not a folder; expected one with an array NAME.npy per clip")
     found = videos.keys() | sounds.keys()
+    matched, how = {name: name for name in found}, ""
     if table is None:
         if not found:
             places = ", ".join(map(str, folders))
@@ -109,12 +119,14 @@ def find_clips(
         rows = [{"name": name} for name in sorted(found)]
     else:
         rows = [row for _, row in csv_rows(read_bytes(table), str(table), ("name",))]
+        matched, how = match_names([row["name"].strip() for row in rows], found)
     clips = []
     for row in rows:
         name = row["name"].strip()
         files = {c: table.parent / row[c].strip() for c in MEDIA_COLUMNS if row.get(c, "").strip()}
         if "video" not in row and "audio" not in row:
-            files |= {k: f[name] for k, f in (("video", videos), ("audio", sounds)) if name in f}
+            file = matched.get(name)
+            files |= {k: f[file] for k, f in (("video", videos), ("audio", sounds)) if file in f}
         if "face" not in row and faces is not None:
             files["face"] = _face_file(faces, name)
         clips.append(Clip(name, files.get("video"), files.get("audio"), files.get("face")))
@@ -123,7 +135,9 @@ def find_clips(
             f"{table} has no clip with a file: expected columns video or audio with paths, or "
             "--clips DIR where the clip NAME is a file NAME.mp4 or the like"
         )
-    return Found(clips, sorted(found - {clip.name for clip in clips}), other)
+    unnamed = sorted(found - {matched.get(clip.name) for clip in clips})
+    lacking = [clip.name for clip in clips if not clip.sound]
+    return Found(clips, unnamed, other, lacking if unnamed else [], how)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -27,12 +27,18 @@ from typing import Any
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import path_below, read_bytes, write_text
+from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.common.text import listed, print_lines, shorten
+from affectgpt_jax.common.text import print_lines, shorten
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
-from affectgpt_jax.evaluation.label_files import find_set, read_set, read_subtitles
+from affectgpt_jax.evaluation.label_files import (
+    MEDIA,
+    find_media,
+    find_set,
+    read_set,
+    read_subtitles,
+)
 from affectgpt_jax.evaluation.readers import Finding, read_truth
 
 COLUMNS = (
@@ -49,8 +55,6 @@ COLUMNS = (
     "valence_range",
     "source",
 )
-VIDEO, AUDIO = ("{0}.mp4", "{0}.avi"), ("{0}.wav",)
-FACE = ("{0}.npy", "{0}/{0}.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +206,9 @@ def caption_set(
         }
         for name in names
     ]
-    remarks += [str(finding) for finding in lacking if finding.names]
-    return PlainSet(dataset.name, rows, remarks + _add_media(rows, dataset, folder))
+    findings, more = _add_media(rows, dataset, folder)
+    lacking, remarks = lacking + findings, remarks + more
+    return PlainSet(dataset.name, rows, remarks + [str(f) for f in lacking if f.names])
 
 
 def evaluation_set(dataset: DataSet, labels: Path, allow_pickle: bool = False) -> PlainSet:
@@ -263,42 +268,19 @@ def _merr(path: Path, text: str) -> tuple[dict[str, list[str]], dict[str, str]]:
 
 def _add_media(
     rows: Sequence[dict[str, str]], dataset: CaptionSet | DataSet, folder: Path
-) -> list[str]:
-    """Name the files that exist; returns remarks on clips without a file, and files of no clip."""
-    remarks = []
-    kinds = {
-        "video": (dataset.video, VIDEO),
-        "audio": (dataset.audio, AUDIO),
-        "face": (dataset.face, FACE),
-    }
-    for kind, (below, patterns) in kinds.items():
-        place = (folder / below).resolve()
-        lacking = []
+) -> tuple[list[Finding], list[str]]:
+    """Name the files that exist, and say what is missing, by clips and by folders."""
+    names = [row["name"] for row in rows]
+    findings: list[Finding] = []
+    remarks: list[str] = []
+    for kind in MEDIA:
+        media = find_media(folder.resolve(), dataset, kind, names)
         for row in rows:
-            files = (path_below(place, pattern.format(row["name"])) for pattern in patterns)
-            if found := next((file for file in files if file.is_file()), None):
-                row[kind] = str(found)
-            else:
-                lacking.append(row["name"])
-        if lacking:
-            remarks.append(str(Finding(f"without {kind} in {folder / below}", tuple(lacking))))
-            if others := _left_over(place, rows):
-                names = f"{len(others):,}: {listed(others)}"
-                remarks.append(f"files of no clip in {folder / below}: {names}")
-    return remarks
-
-
-def _left_over(place: Path, rows: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
-    """Files and folders of media that belong to no clip: under another name, what clips lack.
-
-    Public carriers rename clips in one kind of media and not in another. A name is not guessed,
-    since those of different clips differ in their prefix alone.
-    """
-    if not place.is_dir():
-        return ()
-    known = {Path(row["name"]).parts[0] for row in rows} | {row["name"] for row in rows}
-    found = (path for path in place.iterdir() if not path.name.startswith("."))
-    return tuple(sorted(p.name for p in found if p.stem not in known and p.name not in known))
+            if row["name"] in media.files:
+                row[kind] = str(media.files[row["name"]])
+        findings.append(media.lacking)
+        remarks += media.remarks
+    return findings, remarks
 
 
 def _list(words: Sequence[str]) -> str:

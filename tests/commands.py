@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from affectgpt_jax.data import demo
+from affectgpt_jax.data.pipeline import TrainPipeline
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
@@ -80,6 +82,17 @@ def _train(arguments, said, cache, settings, before):
 def limit_file_size(size):
     """For a command: no file may grow over this. Stands in for a full disk, without a mount."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def stop_data_before(step):
+    """For a command: the batch of a step, from 0, never comes. Stands in for storage that hangs."""
+    whole = TrainPipeline.batches
+
+    def batches(self, start, stop):
+        yield from whole(self, start, min(stop, step))
+        time.sleep(1000)
+
+    TrainPipeline.batches = batches
 
 
 class Command:
@@ -154,13 +167,27 @@ def finish(workdir, *flags, **more):
         return command.said
 
 
-def group(workdir, count, *flags, settings=None):
-    """Start the processes of one run."""
+def enter(folders, process_id):
+    """Make a folder of its own the current one of each process."""
+    os.chdir(folders[process_id])
+
+
+def group(workdir, count, *flags, settings=None, before=None):
+    """Start the processes of one run; `before(i)` is called in each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = (*flags, f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}")
-    return [Command(workdir, *flags, f"--process_id={i}", settings=settings) for i in range(count)]
+    return [
+        Command(
+            workdir,
+            *flags,
+            f"--process_id={i}",
+            settings=settings,
+            before=before and functools.partial(before, i),
+        )
+        for i in range(count)
+    ]
 
 
 @contextlib.contextmanager

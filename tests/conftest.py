@@ -148,6 +148,8 @@ EXPECTED_SKIPS = [
     "WordNet is not installed",
     # A linter for two short scripts, which no Python package needs.
     "shellcheck is not installed",
+    # Full disks are file systems of a few kilobytes, which only root may mount.
+    "a small file system cannot be mounted here",
     # cuDNN's attention; the same file runs it with JAX_PLATFORMS=cuda where there is a GPU.
     "no GPU for this backend",
     # The extra gpu-compile; .ci/run has an environment of its own for it.

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 from affectgpt_jax import evaluate, inference
+from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
+from affectgpt_jax.evaluation import lexicon
 from affectgpt_jax.evaluation.extract import label_message
 from affectgpt_jax.models.generate import decode, prefill
 
@@ -140,6 +142,27 @@ def test_of_several_checkpoints_the_best_on_validation_is_the_fixed_one(run, say
     assert report(run)["sets"][0]["protocols"]["fixed"] == f"step {3 - best}"
 
 
+def test_one_process_at_a_time_evaluates_into_a_folder(run, says):
+    asked = says(lambda name: "They feel calm.")
+    (run / "evaluate").mkdir()
+    with lock_file(run / "evaluate" / evaluate.LOCK_FILE, "it", ""):
+        message = refusal(run)
+    assert f"{run / 'evaluate'} is in use by process {os.getpid()} on " in message
+    assert "or name another --out" in message and not asked
+
+
+def test_what_nobody_knows_is_said_before_the_score(run, says, capsys):
+    says(lambda name: "They feel good grief.")
+    command(run)
+    lines = capsys.readouterr().out.splitlines()
+    (score,) = (i for i, line in enumerate(lines) if "hit rate" in line)
+    (unknown,) = (i for i, line in enumerate(lines) if "unknown predicted words: " in line)
+    (warning,) = (i for i, line in enumerate(lines) if line.startswith("warning: "))
+    assert max(unknown, warning) < score
+    assert f"'good grief' x {CLIPS}; {CLIPS} of {CLIPS} labels (100.0%)" in lines[unknown]
+    assert "most of the predicted labels are the true word of no clip (100.0%)" in lines[warning]
+
+
 def test_a_second_run_asks_only_about_what_is_missing(run, says):
     asked = says(lambda name: f"They feel {TRUTH[name].emotion}.")
     command(run, "--max_clips=3")
@@ -254,6 +277,20 @@ def test_the_llm_and_a_server_extract_and_are_not_asked_again(run, says, monkeyp
     )
     written = "".join(p.read_text() for p in (run / "evaluate").rglob("*") if p.is_file())
     assert "sesame" not in written + capsys.readouterr().out
+
+
+def test_another_lexicon_is_refused_unless_it_is_named_or_meant(run, says, tmp_path, monkeypatch):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    other = shutil.copytree(lexicon.DEFAULT, tmp_path / "lexicon")
+    with (other / "forms.csv").open("a") as file:
+        file.write("calm,quietish\n")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    flags = [f"--set=mine:fine={test}", "--question=ovlabel"]
+    command(run, *flags, f"--lexicon={other}")
+    monkeypatch.setattr(lexicon, "DEFAULT", other)
+    message = refusal(run, *flags)
+    assert "checkpoints/2: lexicon: it was trained with" in message
+    command(run, *flags, "--allow-other=lexicon")
 
 
 def test_clips_without_a_truth_are_left_out_and_named(run, says, tmp_path, capsys):

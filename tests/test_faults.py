@@ -22,6 +22,7 @@ from commands import (
     group,
     limit_file_size,
     losses,
+    stop_data_before,
 )
 
 from affectgpt_jax import build, program
@@ -341,6 +342,20 @@ def test_two_processes_stop_together_whichever_is_told_to(
     stopped = int(commands[0].said.split("stopped after step ")[1].split(";")[0])
     assert SavedRun(workdir).steps[-1] == stopped < 2000
     assert max(losses(workdir)) == stopped
+
+
+def test_a_run_whose_data_hang_saves_what_it_has_and_goes_on_from_there(
+    records, undisturbed, tmp_path
+):
+    workdir = tmp_path / "run"
+    before = functools.partial(stop_data_before, 2)
+    with Command(workdir, *records, "--config.step_timeout=12.0", before=before) as command:
+        assert command.wait() == 1
+        assert "no progress for 12 s since step 1" in command.said
+        assert "; step 2 is saved; the same command resumes" in command.said
+    assert SavedRun(workdir).steps == (2,)
+    assert "resumed from the checkpoint of step 2" in finish(workdir, *records)
+    assert_undisturbed(workdir, undisturbed)
 
 
 @pytest.mark.slow

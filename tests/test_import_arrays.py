@@ -94,6 +94,18 @@ def test_the_command_tells_what_it_wrote(sources, tmp_path, capsys):
     assert not any(line.startswith(("caption", "name", "note")) for line in lines)
 
 
+def test_rows_of_zeros_are_told(tmp_path, capsys):
+    (tmp_path / "clips.csv").write_text("name\na\nb\nc\n")
+    (tmp_path / "face").mkdir()
+    for name, values in {"a": np.ones((2, 3)), "b": np.zeros((2, 3)), "c": np.eye(2, 3)}.items():
+        values[1, 0] = 0
+        np.save(tmp_path / "face" / f"{name}.npy", values * (values[:, :1] if name == "c" else 1))
+    files = [f"--csv={tmp_path / 'clips.csv'}", f"--face={tmp_path / 'face'}"]
+    import_arrays.main([*files, f"--out={tmp_path / 'out'}", "--encoder=face=clip"])
+    said = capsys.readouterr().out
+    assert "rows that are all zero, as others store a missing face: 2: 'b', 'c'; the model" in said
+
+
 def test_it_trains_and_trains_alike_as_a_tfds_data_set(imported, tmp_path):
     to_tfds.main([f"--out={tmp_path / 'tfds'}", "--records", f"train={imported}"])
     results = {}

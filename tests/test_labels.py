@@ -6,6 +6,7 @@ import pytest
 from published_sets import publish, write_npz, write_rows
 
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, UNIBENCH
+from affectgpt_jax.evaluation.label_files import match_names
 from affectgpt_jax.evaluation.readers import read_truth
 from affectgpt_jax.labels import main
 
@@ -98,6 +99,44 @@ def test_the_file_of_melds_authors_is_enough(tmp_path, capsys):
     assert "column Utterance" in capsys.readouterr().out
 
 
+def test_melds_clips_are_found_as_its_authors_ship_them(tmp_path, capsys):
+    folder = tmp_path / "MELD.Raw"
+    header = ["Utterance", "Emotion", "Dialogue_ID", "Utterance_ID"]
+    rows = [("Oh", "joy", 0, 0), ("No", "anger", 0, 1), ("Who", "fear", 38, 4)]
+    (folder / "output_repeated_splits_test").mkdir(parents=True)
+    write_rows(folder / "test_sent_emo.csv", header, rows)
+    for file in ("dia0_utt0.mp4", "dia0_utt1.mp4", "final_videos_testdia0_utt1.mp4", "._x.mp4"):
+        (folder / "output_repeated_splits_test" / file).touch()
+    run("--set=meld", "--root", tmp_path, "--out", tmp_path / "meld.csv")
+    told = capsys.readouterr().out
+    place = folder / "output_repeated_splits_test"
+    for line in (
+        f"video in {place}: 2 are found by other names, as 'dia0_utt0' for 'test_dia0_utt0'",
+        f"1 clip without video in {place}: 'test_dia38_utt4'",
+        f"1 files in {place} belong to no clip: 'final_videos_testdia0_utt1'",
+    ):
+        assert f"  {line}\n" in told
+
+
+@pytest.mark.parametrize(
+    ("names", "present", "found"),
+    [
+        (["a", "b"], ["a", "c"], {"a": "a"}),
+        (["test_d1", "test_d2"], ["d1", "d2"], {"test_d1": "d1", "test_d2": "d2"}),
+        (["d1", "d11"], ["x_d1", "x_d11"], {"d1": "x_d1", "d11": "x_d11"}),
+        (["Ses05F", "Ses05M"], ["ses05f", "SES05M"], {"Ses05F": "ses05f", "Ses05M": "SES05M"}),
+        # What stands in front may be a part of a number, so that these are others.
+        (["1", "2"], ["11", "12", "21"], {}),
+        (["a1"], ["b2"], {}),
+        (["a"], [], {}),
+    ],
+)  # fmt: skip
+def test_names_are_matched_by_what_is_there(names, present, found):
+    matched, how = match_names(names, present)
+    assert matched == found
+    assert bool(how) == any(name != other for name, other in found.items())
+
+
 def test_everything_missing_is_told_by_name_and_number(tmp_path, capsys):
     publish(tmp_path, "mosi", subtitles=False)
     folder = tmp_path / "cmumosi-process"
@@ -109,6 +148,7 @@ def test_everything_missing_is_told_by_name_and_number(tmp_path, capsys):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).touch()
     (folder / "openface_face" / "a").mkdir()
+    (folder / "openface_face" / "a" / "a.npy").touch()
     run("--set=mosi", "--root", folder, "--out", tmp_path / "t.csv", "--allow-pickle")
     told = capsys.readouterr().out
     for line in (

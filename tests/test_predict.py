@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from affectgpt_jax import build, inference, predict
+from affectgpt_jax.common.files import FileInUse
+from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.inference import Generator
@@ -321,6 +323,24 @@ def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(
     assert len(by_name(parsed(out.read_text()))) == len(parsed(out.read_text())) == 2 * CLIPS
 
 
+def test_one_process_at_a_time_writes_a_file(tmp_path):
+    line = {"name": "a", "question": "q", "text": "t"}
+    path = tmp_path / "answers.jsonl"
+    with predict.AnswerFile(path, {"seed": 1}) as file:
+        file.write(line)
+        for settings in ({"seed": 1}, {"seed": 2}):
+            with pytest.raises(FileInUse, match=f"{path} is in use by process {os.getpid()} on "):
+                predict.AnswerFile(path, settings)
+        file.write(line | {"name": "b"})
+    assert json.loads((tmp_path / "answers.jsonl.settings.json").read_text()) == {"seed": 1}
+    with predict.AnswerFile(path, {"seed": 1}) as file:
+        assert sorted(file.answered) == [("a", "q"), ("b", "q")]
+    with pytest.raises(predict.PredictError, match="holds answers with seed 1, but now it is 2"):
+        predict.AnswerFile(path, {"seed": 2})
+    with predict.AnswerFile(path, {"seed": 1}):
+        pass  # the refused one holds nothing
+
+
 def test_a_file_of_one_question_can_be_scored(ask, tmp_path, capsys):
     from affectgpt_jax import score
 
@@ -438,6 +458,55 @@ def test_a_run_of_another_base_is_refused(ask, tmp_path):
     assert "was trained on the base" in refusal(ask, f"--config.llm={base}")
 
 
+def other_tokenizer(folder):
+    """The tiny base with its emotion words exchanged in the tokenizer, beside the same weights."""
+    base = shutil.copytree(build.base_directory("tiny"), folder / "base")
+    tokenizer = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = (word for word in ("\u0120calm", "\u0120alarmed"))
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (base / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False))
+    return base
+
+
+def test_another_tokenizer_beside_the_same_weights_is_refused(ask, tmp_path):
+    message = refusal(ask, f"--config.llm={other_tokenizer(tmp_path)}")
+    assert "checkpoints/2: tokenizer: it was trained with tiny_base (sha256 " in message
+    assert "and now it is base (sha256 " in message
+
+
+def test_another_chat_template_is_refused(ask, tmp_path):
+    base = shutil.copytree(build.base_directory("tiny"), tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    assert "checkpoints/2: chat template: it was" in refusal(ask, f"--config.llm={base}")
+
+
+def test_other_prompts_are_refused_unless_they_are_meant(ask, changed, tmp_path, capsys):
+    prompts = build.Path(build.__file__).parent / "assets" / "prompts" / "compact.toml"
+    text = prompts.read_text()
+    edited = text.replace("[questions]", "# Only a comment.\n[questions]", 1)
+    assert edited != text
+    (tmp_path / "mine.toml").write_text(edited)
+    run = changed(prompts=str(tmp_path / "mine.toml"))
+    assert "is named 'nobody'" in refusal(ask, "--name=nobody", workdir=run)
+    (tmp_path / "mine.toml").write_text(edited.replace("Better is", "The better one is", 1))
+    message = refusal(ask, "--name=nobody", workdir=run)
+    assert "prompts: it was trained with" in message and "pass --allow-other=prompts" in message
+    flags = ("--name=nobody", "--allow-other=prompts")
+    assert "is named 'nobody'" in refusal(ask, *flags, workdir=run)
+    said = capsys.readouterr().err
+    assert "note: " in said and "prompts: it was trained with" in said
+
+
+def test_the_runs_own_test_records_are_said_to_be_others(ask, changed, tmp_path, capsys):
+    write(tmp_path / "test", demo.World(1).records("test", 2))
+    run = changed(**{"data.test": str(tmp_path / "test")})
+    refusal(ask, "--name=nobody", workdir=run)
+    assert "test records: it was trained with 12 clips (sha256 " in capsys.readouterr().err
+    refusal(ask, "--name=nobody", f"--records={tmp_path / 'test'}")
+    assert "test records" not in capsys.readouterr().err
+
+
 def test_a_file_with_other_answers_is_left_alone(ask, tmp_path):
     out = tmp_path / "answers.jsonl"
     ask(f"--out={out}", "--first=1")
@@ -468,3 +537,13 @@ def test_a_file_is_not_gone_on_with_by_a_run_that_has_been_trained_anew(ask, cha
     shutil.rmtree(run / "checkpoints" / "2")
     shutil.copytree(run / "checkpoints" / "1", run / "checkpoints" / "2")
     assert "holds answers with checkpoint '" in refusal(ask, *flags, workdir=run)
+
+
+def test_a_file_is_gone_on_with_by_other_code_which_is_said_once(ask, tmp_path, monkeypatch):
+    flags = (f"--out={tmp_path / 'answers.jsonl'}", "--first=1")
+    ask(*flags)
+    monkeypatch.setattr(build, "code_identity", lambda: Identity("affectgpt_jax", "f" * 64))
+    said = ask(*flags)[1]
+    assert "answers.jsonl holds answers of another version of the code" in said
+    assert "code: it was trained with affectgpt_jax (sha256 " in said
+    assert "holds answers of another version" not in ask(*flags)[1]

@@ -106,6 +106,32 @@ def test_the_report_names_lexicon_and_everything_odd(capsys, tmp_path, lexicon):
     ] == ["c"]
 
 
+def test_labels_that_no_lexicon_knows_come_with_a_warning_before_the_score(
+    capsys, tmp_path, lexicon
+):
+    truth = write(tmp_path / "t.csv", "name,emotion\na,happy\nb,sad\n")
+    glued = [{"name": n, "labels": ["happy und sad"]} for n in "ab"]
+    predictions = write(tmp_path / "p.jsonl", "".join(json.dumps(x) + "\n" for x in glued))
+    score("basic", predictions, truth, f"--lexicon={lexicon}", "--bootstrap=0")
+    out = capsys.readouterr().out
+    told = (
+        "the lexicon does not know most of the predicted labels (100.0%), such as 'happy und sad'"
+    )
+    assert f"warning: {told}" in out
+    assert "'happy und sad' x 2; 2 of 2 labels (100.0%)" in out
+    assert out.index("unknown predicted") < out.index("warning: ") < out.index("hit rate")
+
+
+@pytest.mark.parametrize(
+    "text", ["happy\uff0csad", "[happy; sad]", '{"emotions": ["happy"]}', "1. happy"]
+)
+def test_labels_in_any_form_count(capsys, tmp_path, lexicon, text):
+    truth = write(tmp_path / "t.csv", "name,emotion\na,happy\n")
+    predictions = write(tmp_path / "p.jsonl", json.dumps({"name": "a", "openset": text}) + "\n")
+    score("basic", predictions, truth, f"--lexicon={lexicon}", "--bootstrap=0")
+    assert ["mean", "100.00"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
 def test_missing_predictions_stop_unless_said_otherwise(capsys, tmp_path, lexicon):
     predictions = write(tmp_path / "p.csv", "name,openset\na,happy\n")
     truth = write(tmp_path / "t.csv", "name,emotion\na,happy\nb,sad\n")

@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from affectgpt_jax import train
+from affectgpt_jax.common.identity import code_identity
+from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import demo as demo_config
-from affectgpt_jax.data.records import RecordDataset
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.models import attention
 from affectgpt_jax.restore import load_run
 from affectgpt_jax.training import loop
@@ -503,6 +506,37 @@ def test_a_workdir_of_another_run_is_refused(finished, records):
     workdir, _ = finished
     with pytest.raises(SystemExit, match="config.seed=0, but now it is 1"):
         run(workdir, *records, "--config.lora.dropout=0.1", "--config.seed=1")
+
+
+def test_records_that_were_replaced_are_refused(finished, records, demo_records, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(demo_records["train"], tmp_path / "train")
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["train"] = str(tmp_path / "train")
+    (workdir / "config.json").write_text(json.dumps(config))
+    flags = (*records, "--config.lora.dropout=0.1", f"--config.data.train={tmp_path / 'train'}")
+    shutil.rmtree(tmp_path / "train")
+    clips = demo.World(1).records("train", 64, tuple(demo.SHAPES))
+    write_records(tmp_path / "train", clips, encoders=dict.fromkeys(demo.SHAPES, "demo"))
+    before = sorted(workdir.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        run(workdir, *flags, "--config.steps=6")
+    message = str(stopped.value)
+    assert "checkpoints/6: training records (train): it was trained with 64 clips" in message
+    assert sorted(workdir.rglob("*")) == before
+
+
+def test_what_processes_must_have_in_common_holds_the_code(records, tmp_path, monkeypatch):
+    told = []
+
+    def join(launch, facts, timeout_s, say):
+        told.append(facts)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(train.distributed, "join", join)
+    with pytest.raises(SystemExit, match="enough"):
+        run(tmp_path, *records)
+    assert told[0]["code"] == str(code_identity())
 
 
 def test_a_checkpoint_of_another_base_is_refused(finished, records, tmp_path):

@@ -22,6 +22,7 @@ from affectgpt_jax.common.text import shorten
 
 # Of a file that is read as a whole: far more than any that is meant to be.
 MAX_BYTES = 2**30
+_MAX_NAME = 255  # bytes of a part of a path, on all usual file systems
 
 
 class FileInUse(UserError, RuntimeError):
@@ -106,7 +107,8 @@ def path_below(
         ReadError: the name leads out of the folder, or is none.
     """
     parts = Path(name).parts
-    if not parts or os.path.isabs(name) or ".." in parts or "\0" in name:
+    longest = max((len(part.encode("utf-8", "surrogatepass")) for part in parts), default=0)
+    if not 0 < longest <= _MAX_NAME or os.path.isabs(name) or ".." in parts or "\0" in name:
         raise error(
             f"the name {shorten(name)} leads out of {folder}; expected that of a file below it"
         )

@@ -7,6 +7,7 @@ are the same thing, wherever their files lie.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -60,6 +61,19 @@ def files_sha256(paths: Iterable[str | os.PathLike[str]], about: Any = None) -> 
         for file_sha256 in pool.map(sha256_of, paths):
             digest.update(bytes.fromhex(file_sha256))
     return digest.hexdigest()
+
+
+@functools.cache
+def code_identity(package: Path = Path(__file__).parent.parent) -> Identity:
+    """Which code this is: a hash of the sources of a package, this one, as they are on disk.
+
+    What a wheel adds to the package, configs and `data_prep`, is left out: a checkout and a wheel
+    of the same version are the same code.
+    """
+    paths = (path.relative_to(package) for path in package.rglob("*.py"))
+    sources = sorted(path for path in paths if path.parts[0] not in ("configs", "data_prep"))
+    lines = [f"{path.as_posix()} {sha256_of(package / path)}" for path in sources]
+    return Identity(package.name, hashlib.sha256("\n".join(lines).encode()).hexdigest())
 
 
 def named_files_sha256(paths: Iterable[Path]) -> str:

@@ -12,6 +12,8 @@ from typing import IO
 
 import numpy as np
 
+from affectgpt_jax.common.text import brief
+
 # An entry of an archive that is larger than this, and than this many times what it takes up there,
 # is made to fill the memory: features compress to a half at best.
 MAX_EXPANDED = 64 * 2**20
@@ -122,4 +124,4 @@ def read_npz(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 def reason(error: Exception) -> str:
     """The first line of a message, which libraries may leave empty."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return brief(lines[0]) if lines else type(error).__name__

@@ -69,6 +69,15 @@ def shorten(value: Any, limit: int = 80) -> str:
     return text
 
 
+def brief(error: Exception | str, limit: int = 300) -> str:
+    """What an error says, in one line, cut off after `limit` characters.
+
+    Libraries repeat in it what they were given, whatever its size.
+    """
+    text = one_line(str(error)[: limit + 1])
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
 def _pieces(value: Any, limit: int, depth: int) -> Iterator[str]:
     """The `repr` of a value, piece by piece; of text and bytes no more than is shown."""
     kind = type(value)

@@ -34,6 +34,7 @@ from affectgpt_jax.common import npy
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import path_below, read_bytes
 from affectgpt_jax.common.json import parse_json
+from affectgpt_jax.common.labels import read_labels
 from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import feature_names
@@ -114,8 +115,8 @@ def parse_list(text: str) -> tuple[str, ...]:
 
 
 def parse_labels(text: str) -> tuple[str, ...]:
-    """The words of a list in lower case, as MER-UniBench reads labels."""
-    return tuple(word.lower() for word in parse_list(text))
+    """The words of a list in lower case, as the evaluation reads labels."""
+    return tuple(read_labels(text))
 
 
 def sample_rows(count: int, frames: int) -> np.ndarray:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.identity import Identity, json_sha256
+from affectgpt_jax.common.labels import read_labels
 from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode, placeholders
 from affectgpt_jax.data.records import Annotations
 
@@ -153,6 +155,7 @@ class PromptSet:
         questions: by label type; a clip takes one of several by a hash of its name.
         answers: by label type, and `preference_same`.
         modes: whole prompts by input mode, for modes that are not composed from `inputs`.
+        identity: of the templates; comments and the order of keys do not matter.
     """
 
     source: str
@@ -163,6 +166,7 @@ class PromptSet:
     questions: Mapping[str, tuple[Template, ...]]
     answers: Mapping[str, Template]
     modes: Mapping[str, Template]
+    identity: Identity
 
     def prompt(
         self, mode: InputMode, token_counts: Mapping[str, int], clip: Annotations, question: str
@@ -246,12 +250,10 @@ class PromptSet:
     def read_labels(self, text: str, label_type: str = "ovlabel") -> list[str]:
         """The labels of a generated answer, lower-case, in order, without repeats.
 
-        Whatever was written inside the frame sentence, or instead of it, is split at commas, so
-        that an answer in another form is still scored as what it says.
+        Whatever was written inside the frame sentence, or instead of it, is read as a list
+        (`common.labels`), so that an answer in another form is still scored as what it says.
         """
-        parts = re.split(r"[,\n;]", self.read_answer(label_type, text))
-        labels = (part.strip(" \t\n.[]'\"").lower() for part in parts)
-        return list(dict.fromkeys(label for label in labels if label))
+        return list(dict.fromkeys(read_labels(self.read_answer(label_type, text))))
 
 
 # --- prompt files -------------------------------------------------------------------------------
@@ -335,7 +337,13 @@ class _Reader:
             for key, value in self._table(data, "modes", optional=INPUT_MODES).items()
         }
         return PromptSet(
-            self._source, **roles, inputs=inputs, questions=questions, answers=answers, modes=modes
+            self._source,
+            **roles,
+            inputs=inputs,
+            questions=questions,
+            answers=answers,
+            modes=modes,
+            identity=Identity(self._source, json_sha256(data)),
         )
 
     def _mode(self, mode: InputMode, value: object) -> Template:

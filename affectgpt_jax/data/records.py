@@ -44,7 +44,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import read_bytes, sha256_of
 from affectgpt_jax.common.json import check_type, json_lines, parse_json, read_json
-from affectgpt_jax.common.text import one_line, shorten
+from affectgpt_jax.common.text import brief, one_line, shorten
 from affectgpt_jax.data.modalities import feature_names
 
 FORMAT_VERSION = 1
@@ -194,7 +194,7 @@ def decode(data: bytes) -> Record:
         raise
     # A field that `Annotations` does not have, or shapes that the bytes do not fill.
     except (TypeError, ValueError, KeyError) as error:
-        raise RecordError(f"the record was written by another version: {error}") from None
+        raise RecordError(f"the record was written by another version: {brief(error)}") from None
 
 
 def write_records(
@@ -622,7 +622,7 @@ def read_index(path: Path, manifest: Manifest) -> list[IndexEntry]:
                 raise RecordError(f"the manifest has no feature {shorten(min(unknown))}")
         except (RecordError, TypeError, KeyError) as error:
             raise RecordError(
-                f"{path}, line {line} was written by another version: {error}; {_RESTORE}"
+                f"{path}, line {line} was written by another version: {brief(error)}; {_RESTORE}"
             ) from None
         entries.append(entry)
     return entries

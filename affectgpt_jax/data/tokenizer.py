@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import sha256_of
+from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import read_json
+from affectgpt_jax.common.text import brief
 from affectgpt_jax.data.modalities import placeholders
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -38,6 +41,50 @@ def _fast_tokenizer_class() -> type:
     return PreTrainedTokenizerFast
 
 
+def read_chat_template(directory: Path) -> str | None:
+    """The Jinja template of a base's directory; None if it has none.
+
+    Raises:
+        TokenizerError: it cannot be read.
+    """
+    path = directory / "chat_template.jinja"
+    try:
+        if path.is_file():
+            return path.read_text("utf-8")
+        path = directory / "tokenizer_config.json"
+        found = read_json(path, dict).get("chat_template") if path.is_file() else None
+        if isinstance(found, list):  # several by name, of which one is for everything else
+            found = {entry["name"]: entry["template"] for entry in found}["default"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise TokenizerError(f"{path}: no chat template can be read: {error}") from None
+    if found is not None and not isinstance(found, str):
+        raise TokenizerError(f"{path}: chat_template is {type(found).__name__}; expected text")
+    return found
+
+
+def tokenizer_identities(directory: Path) -> dict[str, Identity]:
+    """Which tokenizer and which chat template a base's directory has, by content.
+
+    A template that cannot be read is one of its own: only who asks for a prompt needs it.
+
+    Raises:
+        TokenizerError: no tokenizer.json, or one that cannot be read.
+    """
+    path = directory / "tokenizer.json"
+    try:
+        tokenizer = sha256_of(path)
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from None
+    try:
+        template = read_chat_template(directory)
+    except TokenizerError as error:
+        template = str(error).removeprefix(str(directory))
+    return {
+        "tokenizer": Identity(directory.name, tokenizer),
+        "chat template": Identity(directory.name, json_sha256(template)),
+    }
+
+
 class Tokenizer:
     """Text to ids and back, for a Qwen2-style tokenizer in a local directory.
 
@@ -58,14 +105,14 @@ class Tokenizer:
         try:
             self._fast = _fast_tokenizer_class()(tokenizer_file=str(path))
         except Exception as error:  # the tokenizers library raises bare Exception on bad files
-            raise TokenizerError(f"{path}: not a tokenizer: {error}") from None
+            raise TokenizerError(f"{path}: not a tokenizer: {brief(error)}") from None
         vocabulary = self._fast.get_vocab()
-        self.base_size = max(vocabulary.values()) + 1
         missing = [token for token in CHAT_TOKENS if token not in vocabulary]
         if missing:
             raise TokenizerError(
                 f"{path}: no token {' or '.join(missing)}; expected a Qwen2-style chat tokenizer"
             )
+        self.base_size = max(vocabulary.values()) + 1
         self._fast.add_tokens(list(placeholders()), special_tokens=True)
         self.start_id, self.end_id = self._fast.convert_tokens_to_ids(list(CHAT_TOKENS))
         self.placeholder_ids = {
@@ -123,22 +170,9 @@ class Tokenizer:
                 enable_thinking=False,  # Qwen3 reads this; other templates do not
             )
         except Exception as error:  # a template is a program, and may fail in any way
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = brief(str(error) or type(error).__name__)
             raise TokenizerError(f"{self._directory}: its chat template fails: {reason}") from None
 
     @functools.cached_property
     def _chat_template(self) -> str | None:
-        """The Jinja template of the directory; None if it has none."""
-        path = self._directory / "chat_template.jinja"
-        try:
-            if path.is_file():
-                return path.read_text("utf-8")
-            path = self._directory / "tokenizer_config.json"
-            found = read_json(path, dict).get("chat_template") if path.is_file() else None
-            if isinstance(found, list):  # several by name, of which one is for everything else
-                found = {entry["name"]: entry["template"] for entry in found}["default"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise TokenizerError(f"{path}: no chat template can be read: {error}") from None
-        if found is not None and not isinstance(found, str):
-            raise TokenizerError(f"{path}: chat_template is {type(found).__name__}; expected text")
-        return found
+        return read_chat_template(self._directory)

@@ -12,12 +12,13 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, NotRequired, TypedDict
+from typing import Any, TypedDict
 
 from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.secret import Secret
 from affectgpt_jax.common.text import shorten
+from affectgpt_jax.evaluation.extract import NoWords, spoken
 
 # Of a reply, and of an error's text that is looked at.
 MAX_REPLY_BYTES = 16 * 2**20
@@ -30,7 +31,7 @@ class ChatError(UserError, RuntimeError):
 
 
 class ChatRefusal(ChatError):
-    """A server or model that refuses one message, and may answer others."""
+    """A server that refuses one message, and may answer others."""
 
 
 # Of a message; or what makes it, called by the thread that asks, since media fill the memory. It
@@ -46,7 +47,7 @@ class Reply:
     """A reply and how it ended.
 
     Attributes:
-        text: of the model, "" where it said nothing.
+        text: of the model, with what it thought; "" where it said nothing.
         finish: what the server says why it ended, such as "stop", or "length" for a reply that
             was cut off; "" where it does not say.
         tokens: of message and reply, as the server counts them; 0 where it does not.
@@ -62,23 +63,29 @@ class _Unread(Exception):
 
 
 class _Message(TypedDict):
-    content: str | None
+    content: str | None  # null where a model has only thought, or refuses
 
 
-class _Choice(TypedDict):
+class _OptionalFields(TypedDict, total=False):
+    finish_reason: str | None
+
+
+class _Choice(_OptionalFields):
     message: _Message
-    finish_reason: NotRequired[str | None]
 
 
-class _Usage(TypedDict):
-    total_tokens: NotRequired[int]
+class _Usage(TypedDict, total=False):
+    total_tokens: int
 
 
-class _Reply(TypedDict):
+class _OptionalUsage(TypedDict, total=False):
+    usage: _Usage | None
+
+
+class _Reply(_OptionalUsage):
     """What is read of a reply."""
 
     choices: list[_Choice]
-    usage: NotRequired[_Usage | None]
 
 
 class _Reason(TypedDict):
@@ -150,7 +157,7 @@ class ChatServer:
         )
         self.identity = f"{model} at {self._url}, greedy, {max_tokens} tokens"
 
-    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str | NoWords]]:
         """Yield the number and the reply of each message, in the order in which they come.
 
         Raises:
@@ -160,7 +167,7 @@ class ChatServer:
         for number, reply in self.replies(messages):
             if isinstance(reply, ChatRefusal):
                 raise reply
-            yield number, reply.text
+            yield number, reply.text if spoken(reply.text) else NoWords(reply.finish)
 
     def replies(self, messages: Sequence[Message]) -> Iterator[tuple[int, Reply | ChatRefusal]]:
         """Yield number and reply, or how it is refused, of each message, in the order of arrival.
@@ -199,10 +206,10 @@ class ChatServer:
         except _Unread as error:
             raise self._error(f"{error}; is it a server of chat completions?") from None
         except self._openai.APIStatusError as error:
-            refusal = self._refusal(error.response)
+            refusal = self._error(self._refusal(error.response))
             if error.response.status_code in REFUSED:
-                return self._error(refusal, ChatRefusal)
-            raise self._error(refusal) from None
+                return ChatRefusal(str(refusal))
+            raise refusal from None
         except self._openai.APIConnectionError as error:
             late = isinstance(error, self._openai.APITimeoutError)
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
@@ -211,27 +218,30 @@ class ChatServer:
                 f"({self._secret.mask(reason)[:200]}), "
                 f"{self._attempts} times; {_RESUME}"
             ) from None
+        return self._content(data)
+
+    def _content(self, data: bytes) -> Reply:
+        """What a reply says.
+
+        Raises:
+            ChatError: it is no reply of chat completions.
+        """
         try:
             reply = parse_json(data, "the reply", _Reply)
             choice = reply["choices"][0]
         except (ReadError, IndexError):
-            raise self._error(self._without_content(data)) from None
-        text = choice["message"]["content"]
-        if text is None:
-            return self._error(self._without_content(data), ChatRefusal)
+            shown = self._shown(data.decode(errors="replace"), 80)
+            raise self._error(
+                f"an answer without choices[0].message.content: {shown}; is it a server of chat "
+                "completions?"
+            ) from None
+        reason = self._shown(choice.get("finish_reason") or "", 40).strip("'")
         tokens = (reply.get("usage") or {}).get("total_tokens", 0)
-        return Reply(text, choice.get("finish_reason") or "", tokens)
+        return Reply(choice["message"]["content"] or "", reason, tokens)
 
-    def _without_content(self, data: bytes) -> str:
-        shown = self._shown(data.decode(errors="replace"), 80)
-        return (
-            f"an answer without choices[0].message.content: {shown}; is it a server of chat "
-            "completions?"
-        )
-
-    def _error(self, sentence: str, kind: type[ChatError] = ChatError) -> ChatError:
+    def _error(self, sentence: str) -> ChatError:
         """An error without the key, which servers like to repeat."""
-        return kind(self._secret.mask(" ".join(f"{self._url}: {sentence}".split())))
+        return ChatError(self._secret.mask(" ".join(f"{self._url}: {sentence}".split())))
 
     def _shown(self, text: str, limit: int) -> str:
         """The beginning of a server's words. Masked first: half a key would not be known."""

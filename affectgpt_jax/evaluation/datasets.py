@@ -27,6 +27,8 @@ class DataSet:
         subtitle_column: the column of it that the release shows to the model.
         valence: the lowest and highest true value; None where the truth is none.
         audio, video, face: media folders.
+        raw_folder, raw_video: the folders as the set's own authors ship them; "" where the release
+            has no others.
         unibench: whether its primary score is one of the nine of the MER-UniBench mean.
     """
 
@@ -45,6 +47,8 @@ class DataSet:
     audio: str = "audio"
     video: str = "video"
     face: str = "openface_face"
+    raw_folder: str = ""
+    raw_video: str = ""
     unibench: bool = True
 
 
@@ -87,6 +91,8 @@ DATASETS = (
         size=2610,
         audio="subaudio",
         video="subvideo",
+        raw_folder="MELD.Raw",
+        raw_video="output_repeated_splits_test",
     ),
     DataSet(
         name="IEMOCAP",

@@ -7,6 +7,7 @@ language model, be it behind `evaluation.chat_server` or the very one that wrote
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Protocol, TypedDict
 
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import ResumableJsonl
+from affectgpt_jax.common.labels import labels_of_object, read_labels, split_labels
 from affectgpt_jax.evaluation.lexicon import normalise
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
-from affectgpt_jax.evaluation.readers import parse_labels
 
 # Verbatim from appendix E of the AffectGPT paper (arXiv 2501.16566).
 LABEL_PROMPT = (
@@ -35,16 +36,37 @@ SENTIMENT_PROMPT = (
 LONGEST_LABEL = 4
 
 
+@dataclasses.dataclass(frozen=True)
+class NoWords:
+    """A reply that has no words, as of a model that thinks until its limit.
+
+    Attributes:
+        finish_reason: why the model stopped, as servers call it; "" where it is not known.
+    """
+
+    finish_reason: str = ""
+
+    def __str__(self) -> str:
+        advice = {
+            "length": "; the model thought up to the limit: turn its thinking off, or raise "
+            "--max-reply-tokens",
+            "content_filter": "; the server's filter took them",
+        }
+        reason = f" (finish_reason {self.finish_reason})" if self.finish_reason else ""
+        return f"whose reply had no words{reason}{advice.get(self.finish_reason, '')}"
+
+
 class Extractor(Protocol):
     """Turns descriptions into labels.
 
     Attributes:
         identity: for reports: what it is, and all that its results depend on.
-        unparsed: a reply by each text (or label list, as text) of which it could make nothing.
+        unparsed: a reply by each text (or label list, as text) of which it could make nothing, or
+            `NoWords`.
     """
 
     identity: str
-    unparsed: dict[str, str]
+    unparsed: dict[str, str | NoWords]
 
     def labels(self, texts: Sequence[str]) -> list[list[str]]:
         """The emotions that each text names, in lower case, in order, without repeats."""
@@ -64,7 +86,7 @@ class Chat(Protocol):
 
     identity: str
 
-    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str | NoWords]]:
         """Yield the number and the reply of each message, in the order in which they come."""
         ...
 
@@ -144,9 +166,13 @@ class ChatExtractor:
             for text, reply in zip(texts, replies, strict=True)
         ]
 
-    def _read_labels(self, text: str, reply: str) -> list[str]:
+    def _read_labels(self, text: str, reply: str | NoWords) -> list[str]:
+        if isinstance(reply, NoWords):
+            self.unparsed[text] = reply
+            return []
         labels = read_label_reply(reply)
         if labels is None:
+            reply = spoken(reply)
             labels = self._in_prose(reply)
             if not labels and not is_refusal(reply):
                 self.unparsed[text] = reply
@@ -158,14 +184,18 @@ class ChatExtractor:
         replies = self._ask([sentiment_message(ls) if ls else None for ls in label_lists])
         found = []
         for labels, reply in zip(label_lists, replies, strict=True):
-            word = "neutral" if reply is None else read_sentiment_reply(reply)
+            known = isinstance(reply, str)
+            word = read_sentiment_reply(reply) if known else None if reply else "neutral"
             if word is None:
                 self.unparsed[", ".join(labels)] = reply
             found.append(word or "neutral")
         return found
 
-    def _ask(self, messages: Sequence[str | None]) -> list[str | None]:
-        """The reply to each message, None to None."""
+    def _ask(self, messages: Sequence[str | None]) -> list[str | NoWords | None]:
+        """The reply to each message, None to None.
+
+        One without words is not kept: the next run, with other settings of the server, asks again.
+        """
         wanted = list(dict.fromkeys(m for m in messages if m is not None))
         replies = {m: self._cache.get(self.identity, m) for m in wanted}
         missing = [m for m in wanted if replies[m] is None]
@@ -173,7 +203,11 @@ class ChatExtractor:
         if missing:
             self._progress(done, len(wanted))
             for number, reply in self._chat.answer(missing):
-                self._cache.put(self.identity, missing[number], reply)
+                if isinstance(reply, str) and not spoken(reply):
+                    cut = "<think>" in reply and "</think>" not in reply
+                    reply = NoWords("length" if cut else "")
+                if isinstance(reply, str):
+                    self._cache.put(self.identity, missing[number], reply)
                 replies[missing[number]] = reply
                 done += 1
                 self._progress(done, len(wanted))
@@ -182,6 +216,7 @@ class ChatExtractor:
 
 # What stands before the items of a list: "-", "*", "1.", "(2)", "a)".
 _BULLET = re.compile(r"\s*(?:[-*\u2022\u2013\u2014\u00b7]\s+|\(?(?:\d{1,2}|[a-z])[.)]\s+)")
+_FENCE = re.compile(r"```\w*")
 _AROUND = " \t\r\n.,;:!'\"`*_[](){}\u201c\u201d\u2018\u2019"
 _REFUSAL = re.compile(
     r"\b(?:no|not any|none of the|cannot|can't|could not|unable to|impossible to|not possible to)\b"
@@ -202,19 +237,23 @@ _NOTHING = {
 
 
 def read_label_reply(reply: str) -> list[str] | None:
-    """The labels of a reply to `LABEL_PROMPT`; what a model thinks before `</think>` is no part.
+    """The labels of a reply to `LABEL_PROMPT`; what a model thinks is no part (`spoken`).
 
-    Read are a bracketed list anywhere in the reply (the first one), else bullets or numbers, one
-    item a line, with explanations after a colon or dash left out, else words between commas, after
-    a colon if there is one.
+    Read are an object of JSON, else a bracketed list anywhere in the reply (the first one), else
+    bullets or numbers, one item a line, with explanations after a colon or dash left out, else
+    words between commas, after a colon if there is one. `common.labels` says in which forms.
 
     Returns:
         Lower-case labels, in order, without repeats, or without any where the reply says so in a
-        word; None for a reply in prose.
+        word; None for a reply in prose, or without words.
     """
-    text = reply.rsplit("</think>", 1)[-1].replace("```json", "").replace("```", "").strip()
-    if match := re.search(r"\[([^\[\]]*)\]", text):
-        return _tidy(parse_labels(match[1].replace("\n", ",")))
+    text = _FENCE.sub("", spoken(reply)).strip()
+    if not text:
+        return None
+    if (found := labels_of_object(text)) is not None:
+        return _tidy(found)
+    if match := re.search(r"[\[\uff3b\u3010]([^][\uff3b\uff3d\u3010\u3011]*)[]\uff3d\u3011]", text):
+        return _tidy(read_labels(f"[{match[1]}]"))
     lines = [line for line in text.splitlines() if line.strip()]
     if bullets := [_BULLET.sub("", line, count=1) for line in lines if _BULLET.match(line)]:
         items = [re.split(r":|\s[-\u2013\u2014]\s|\s\(", item, maxsplit=1)[0] for item in bullets]
@@ -238,7 +277,7 @@ def read_sentiment_reply(reply: str) -> str | None:
     A reply that repeats the candidates and then chooses is read by what follows the last colon,
     or by its last line.
     """
-    text = reply.rsplit("</think>", 1)[-1].lower()
+    text = spoken(reply).lower()
     lines = [line for line in text.splitlines() if line.strip()]
     for part in (text, text.rsplit(":", 1)[-1], lines[-1] if lines else ""):
         named = {word for word in SENTIMENTS if re.search(rf"\b{word}\b", part)}
@@ -247,8 +286,14 @@ def read_sentiment_reply(reply: str) -> str | None:
     return None
 
 
+def spoken(reply: str) -> str:
+    """A reply without what the model thinks; empty where it has not thought to an end."""
+    text = reply.rsplit("</think>", 1)[-1]
+    return text.partition("<think>")[0].strip()
+
+
 def _split(text: str) -> list[str]:
-    return re.split(r",|;|\n|\band\b|&", text)
+    return [item for part in split_labels(text) for item in re.split(r"\band\b", part)]
 
 
 def _if_short(items: Sequence[str]) -> list[str] | None:

@@ -6,9 +6,11 @@ import csv
 import dataclasses
 import io
 import os
+import re
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
@@ -23,8 +25,10 @@ MELD_SUBTITLES = "Utterance"
 MEDIA = {
     "audio": (".wav",),
     "video": (".mp4", ".avi"),
-    "face": (".npy", ""),  # NAME.npy, or the folder NAME
+    "face": (".npy",),  # or in a folder NAME
 }
+# How many names are compared with all files to see what stands in front of them.
+NAMES_COMPARED = 50
 VALUES_SHOWN = 8
 
 
@@ -74,12 +78,13 @@ def find_set(dataset: DataSet, root: str | Path, alone: bool = False) -> Path | 
 
     Args:
         dataset: which one.
-        root: holds a folder that is called as in the release, or that has the set's key as its
-            name.
+        root: holds a folder that is called as in the release, as the set's authors call it, or by
+            the set's key.
         alone: the set's files may lie in `root` itself.
     """
     root = Path(root)
-    folders = (root / dataset.folder, root / dataset.key, *((root,) if alone else ()))
+    names = (dataset.folder, dataset.key, *filter(None, [dataset.raw_folder]))
+    folders = [*(root / name for name in names), *((root,) if alone else ())]
     candidates = (folder / name for folder in folders for name in dataset.labels)
     return next((path for path in candidates if path.is_file()), None)
 
@@ -125,14 +130,10 @@ def read_set(dataset: DataSet, labels: Path, allow_pickle: bool = False) -> SetT
         low, high = dataset.valence
         outside = _names(names, table.values, lambda value: not low <= value <= high)
         findings.append(Finding(f"with a valence outside {low:g} to {high:g}", outside))
-    for kind, suffixes in MEDIA.items():
-        place = folder / getattr(dataset, kind)
-        if not place.is_dir():
-            remarks.append(f"no folder {place}")
-            continue
-        present = _media_names(place, suffixes)
-        lacking = tuple(name for name in names if name not in present)
-        findings.append(Finding(f"without {kind} in {place}", lacking))
+    for kind in MEDIA:
+        media = find_media(folder, dataset, kind, names)
+        remarks += media.remarks
+        findings.append(media.lacking)
     findings = tuple(finding for finding in findings if finding.names)
     return SetTruth(
         dataset, labels, source, names, table.values, subtitles, findings, tuple(remarks)
@@ -168,22 +169,119 @@ def _read_utterances(path: Path, names: tuple[str, ...]) -> dict[str, str]:
     return {f"{MELD_PREFIX}{name}": text for name, text in zip(names, texts, strict=True)}
 
 
-def _media_names(folder: Path, suffixes: tuple[str, ...]) -> set[str]:
-    """Names of the files of a folder without one of these suffixes.
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """The files of one kind that the clips of a set have.
+
+    Attributes:
+        files: by clip.
+        lacking: the clips without a file.
+        remarks: that there is no folder, that files have other names than clips, or belong to none
+            where others lack one.
+    """
+
+    files: Mapping[str, Path]
+    lacking: Finding
+    remarks: tuple[str, ...]
+
+
+class MediaFolders(Protocol):
+    """A set with its folders of media, such as a `DataSet`."""
+
+    audio: str
+    video: str
+    face: str
+
+
+def find_media(folder: Path, dataset: MediaFolders, kind: str, names: Sequence[str]) -> Media:
+    """Find the files of the clips of a set, matched by `match_names`.
+
+    Args:
+        folder: of the set.
+        dataset: the set.
+        kind: audio, video or face.
+        names: of its clips.
+
+    Raises:
+        ReadError: a folder that cannot be listed.
+    """
+    places = [folder / getattr(dataset, f"{shape}{kind}", "") for shape in ("", "raw_")]
+    place = next((p for p in places if p != folder and p.is_dir()), None)
+    if place is None:
+        none = Finding(f"without {kind} in {places[0]}", ())
+        return Media({}, none, (f"no folder {places[0]}",))
+    present = _media_files(place, kind)
+    matched, how = match_names(names, present)
+    lacking = tuple(name for name in names if name not in matched)
+    remarks = [f"{kind} in {place}: {how}"] if how else []
+    left = sorted(present.keys() - matched.values())
+    if lacking and left:
+        remarks.append(f"{len(left):,} files in {place} belong to no clip: {listed(left)}")
+    files = {name: present[file] for name, file in matched.items()}
+    return Media(files, Finding(f"without {kind} in {place}", lacking), tuple(remarks))
+
+
+def match_names(names: Sequence[str], present: Collection[str]) -> tuple[dict[str, str], str]:
+    """Find the name by which each clip is there, where others may have renamed them all alike.
+
+    If no name is there as it is, one side may have something in front of every name, as
+    `test_dia0_utt0` for `dia0_utt0`, or differ in upper and lower case.
+
+    Args:
+        names: that are looked for.
+        present: that are there.
+
+    Returns:
+        Names that are there by the names that are looked for, and how they differ, "" if not.
+    """
+    found = {name: name for name in names if name in present}
+    if found or not present:
+        return found, ""
+    prefixes: Counter[tuple[str, str]] = Counter()
+    for name in names[:NAMES_COMPARED]:
+        for other in present:
+            if other.endswith(name):
+                prefixes["", other.removesuffix(name)] += 1
+            elif name.endswith(other):
+                prefixes[name.removesuffix(other), ""] += 1
+    # What has no letter may be part of a number.
+    rules = [rule for rule, _ in prefixes.most_common() if re.search(r"[^\W\d_]", "".join(rule))]
+    for cut, put in rules[:1]:
+        renamed = {n: put + n.removeprefix(cut) for n in names if n.startswith(cut)}
+        found = {name: other for name, other in renamed.items() if other in present}
+    if not found:
+        folded = {other.casefold(): other for other in present}
+        if len(folded) == len(present):
+            found = {n: folded[n.casefold()] for n in names if n.casefold() in folded}
+    if not found:
+        return {}, ""
+    name, other = next(iter(found.items()))
+    example = f"{shorten(other)} for {shorten(name)}"
+    return found, f"{len(found):,} are found by other names, as {example}"
+
+
+def _media_files(folder: Path, kind: str) -> dict[str, Path]:
+    """The files of a folder by their names without a suffix of this kind.
 
     Raises:
         ReadError: the folder cannot be listed.
     """
+    found: dict[str, Path] = {}
     try:
-        entries = os.listdir(folder)
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                stem, suffix = os.path.splitext(entry.name)
+                if entry.name.startswith("."):  # what a system or an archive hides
+                    continue
+                if suffix.lower() in MEDIA[kind] and entry.is_file():
+                    found.setdefault(stem, Path(entry.path))
+                elif kind == "face" and entry.is_dir():
+                    nested = Path(entry.path, f"{entry.name}.npy")
+                    if nested.is_file():
+                        found.setdefault(entry.name, nested)
     except OSError as error:
         raise ReadError(f"{folder} cannot be listed: {error.strerror or error}") from None
-    return {
-        entry[: len(entry) - len(suffix)]
-        for entry in entries
-        for suffix in suffixes
-        if entry.lower().endswith(suffix)
-    }
+    return found
 
 
 def _distribution(values: tuple[Any, ...]) -> str:

@@ -126,6 +126,12 @@ def load_lexicon(directory: str | Path | None = None) -> Lexicon:
     return lexicon
 
 
+def lexicon_identity(directory: str | Path | None = None) -> Identity:
+    """Which lexicon this is; arguments and errors are those of `load_lexicon`."""
+    directory = DEFAULT if directory is None else Path(directory)
+    return _identify(directory, _read_files(directory))
+
+
 def read_source(directory: str | Path | None = None) -> Source:
     """Read a lexicon's files; arguments and errors are those of `load_lexicon`."""
     directory = DEFAULT if directory is None else Path(directory)

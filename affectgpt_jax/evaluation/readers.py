@@ -14,6 +14,7 @@ from typing import Any
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.json import json_lines
+from affectgpt_jax.common.labels import parse_labels, read_labels
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import listed, shorten
 from affectgpt_jax.evaluation.lexicon import normalise
@@ -86,26 +87,15 @@ def count(names: Sequence[str]) -> str:
     return f"{len(names)} clip{'' if len(names) == 1 else 's'}"
 
 
-def parse_labels(text: str) -> list[str]:
-    """The words of a label list that is written as text by a model or in a file.
-
-    One leading `[` and one trailing `]` go, then every quote and comma separates; empty words are
-    dropped, the others stripped and lower-cased. So `["a", 'b']`, `[a, b]` and `a,b` are the same.
-    """
-    text = text.strip().removeprefix("[").removesuffix("]")
-    for separator in ("'", '"'):
-        text = text.replace(separator, ",")
-    return [word for word in map(normalise, text.split(",")) if word]
-
-
 def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) -> Table:
     """Read the predictions of a system for each clip.
 
     Args:
         path: a JSONL file (one object a line with `name` and `labels`, `openset` or `text`; for
             the sentiment task `sentiment` first) or a CSV file with such columns, where a text is
-            read as a list by `parse_labels`; or an npz archive of the release (`*-openset.npz`,
-            `*-openset-sentiment.npz`) with arrays `filenames` and `fileitems`.
+            read as a list by `read_labels`; or an npz archive of the release (`*-openset.npz`,
+            `*-openset-sentiment.npz`) with arrays `filenames` and `fileitems`, whose texts are read
+            by the release's own rule, `parse_labels`.
         task: fine, basic, sentiment or words.
         allow_pickle: read archives whose arrays are pickled objects.
 
@@ -126,6 +116,8 @@ def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) ->
             records = _prediction_archive(data, where, allow_pickle)
         case _:
             raise _unknown_suffix(where)
+    if path.suffix.lower() == ".npz":
+        records = ((place, name, _by_release(value)) for place, name, value in records)
     return _table(where, records, _sentiment if task == "sentiment" else _labels)
 
 
@@ -347,9 +339,14 @@ def _table(where: str, records: Iterator[Record], parse: Callable[[Any], Any]) -
     return Table(where, tuple(names), tuple(values), ())
 
 
+def _by_release(value: Any) -> Any:
+    """A text of the release's archives as the list that it is there."""
+    return parse_labels(value) if isinstance(value, str) else value
+
+
 def _labels(value: Any) -> list[str]:
     if isinstance(value, str):
-        return parse_labels(value)
+        return read_labels(value)
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         return [word for word in map(normalise, value) if word]
     raise ValueError(f"expected a list of words, found {shorten(value)}")

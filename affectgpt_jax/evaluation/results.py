@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.confusion import Confusion, confusions
 from affectgpt_jax.evaluation.datasets import GROUPS, UNIBENCH
@@ -20,6 +21,9 @@ EXAMPLES = 8
 MEAN = "Mean"
 # Tasks whose words become labels of wheels.
 NEEDS_LEXICON = ("fine", "basic")
+UNKNOWN_SHOWN = 10
+# Share of unknown labels over which a score comes with a warning.
+UNKNOWN_WARNED = 0.5
 # How texts and tables call the metrics.
 TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weighted F1"}
 
@@ -27,6 +31,68 @@ TITLES = {"f": "F", "p": "P", "r": "R", "hit": "hit rate", "weighted_f1": "weigh
 def percent(share: float) -> str:
     """A share, 0 to 1, in percent with two decimals."""
     return f"{100 * share:.2f}"
+
+
+def unknown_labels(score: Score, side: str) -> Unknown:
+    """The labels of a score that nothing could be made of.
+
+    Args:
+        score: of any task.
+        side: "predicted" or "true".
+    """
+    counts = score.counts
+    words = counts.get(f"unknown_{side}", {})
+    if score.task in NEEDS_LEXICON:
+        total = round(counts[f"{side}_labels_per_clip"] * counts["clips"])
+    elif score.task == "words":  # of which the first ones alone count
+        total = sum(row["predicted"] for row in score.classes) + sum(words.values())
+    else:
+        total = sum(counts["predicted"].values()) + sum(words.values())
+    return Unknown(score.task, side, words, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unknown:
+    """Labels that no lexicon knows, or that are none of the words of a task.
+
+    Attributes:
+        task: that they were scored by.
+        side: "predicted" or "true".
+        words: how often each occurs, the commonest first.
+        total: how many labels there are, known ones included.
+    """
+
+    task: str
+    side: str
+    words: Mapping[str, int]
+    total: int
+
+    @property
+    def share(self) -> float:
+        return sum(self.words.values()) / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        shown = [f"{shorten(word, 40)} x {times}" for word, times in self.words.items()]
+        more = len(shown) - UNKNOWN_SHOWN
+        words = ", ".join(shown[:UNKNOWN_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        return (
+            f"unknown {self.side} words: {words}; {sum(self.words.values()):,} of {self.total:,} "
+            f"labels ({self.share:.1%})"
+        )
+
+    def warning(self) -> str | None:
+        """What must be said before a number where most labels are unknown."""
+        if self.share <= UNKNOWN_WARNED:
+            return None
+        lacks = {
+            "words": "most of the {} labels are the true word of no clip",
+            "sentiment": "most of the {} sentiments are none of positive, negative and neutral",
+        }.get(self.task, "the lexicon does not know most of the {} labels")
+        examples = ", ".join(shorten(word, 40) for word in list(self.words)[:3])
+        return (
+            f"{lacks.format(self.side)} ({self.share:.1%}), such as {examples}: the score says "
+            "little; look whether each is one word or phrase, as the lexicon has them"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,6 +112,12 @@ class Result:
     score: Score
     intervals: dict[str, metrics.Interval]
     against_fixed: metrics.Comparison | None
+
+    @property
+    def unknown(self) -> tuple[Unknown, ...]:
+        """The unknown labels of either side, where there are some."""
+        sides = (unknown_labels(self.score, side) for side in ("predicted", "true"))
+        return tuple(side for side in sides if side.words)
 
     @property
     def interval(self) -> metrics.Interval | None:

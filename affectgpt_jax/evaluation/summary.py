@@ -119,6 +119,8 @@ def _warnings(sets: Sequence[SetResult], peers: bool) -> list[str]:
             + beside
         )
     for result in sets:
+        told = filter(None, (unknown.warning() for unknown in result.fixed.unknown))
+        warnings += [f"{result.name}: {warning}." for warning in told]
         clips = result.fixed.score.counts["clips"]
         if result.name in BY_NAME and clips != (size := BY_NAME[result.name].size):
             warnings.append(

@@ -2,12 +2,16 @@
 
 A checkpoint is a directory `checkpoints/STEP`:
 
-    manifest.json   the base that it belongs to, its validation loss, size and sha256 of every file
+    manifest.json   the base that it belongs to, what else it depends on, its validation loss, size
+                    and sha256 of every file
     state/          what Orbax writes: each process its own part of every array
 
-A checkpoint is written under another name and renamed when all its files, the manifest last, are on
-disk. So a checkpoint that is there was complete, and the hashes show later damage. The frozen base
-is not saved; its identity is, and a run that resumes on another base is refused.
+A checkpoint is written under another name, read back, and renamed when all its files, the manifest
+last, are on disk. So a checkpoint that is there was complete and could be read, and the hashes show
+later damage.
+
+The frozen base is not saved; its identity is, as are those of all else that an answer depends on:
+tokenizer, chat template, prompts, records, lexicon, code. `check_inputs` says which may be another.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import dataclasses
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Self
@@ -39,6 +43,18 @@ STATE = "state"
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", ".damaged"
 
 
+# Orbax looks for its own files by patterns that begin with the path, and TensorStore takes a
+# backslash for a slash: what is written there is lost, or mixed with a neighbour's.
+_PATTERNS, _UNREADABLE = "*?[", "\\"
+
+# What may be another than in training where the user says so, and what may always be another, but
+# is reported. Nothing else may.
+ALLOWED_OTHERS = ("prompts", "lexicon")
+_REPORTED = ("code",)
+# How systems say that there is no room.
+_FULL = ("No space left", "quota exceeded", "File too large")
+
+
 class CheckpointError(UserError, ValueError):
     """A checkpoint that does not belong to this run, or that cannot be read."""
 
@@ -54,12 +70,14 @@ class Manifest:
     Attributes:
         step: the number of updates.
         base: identity of the base that it was trained on.
+        inputs: identities of what else its answers depend on, by what it is.
         val_loss: None where it was not validated.
         files: `[bytes, sha256]` of every file, by its path in the checkpoint.
     """
 
     step: int
     base: Identity
+    inputs: dict[str, Identity]
     val_loss: float | None
     files: dict[str, tuple[int, str]]
 
@@ -87,6 +105,64 @@ class Manifest:
         if digest != json_sha256(fields):
             raise _damaged(directory, f"{MANIFEST}: its own sha256 does not match")
         return manifest
+
+
+def check_path(workdir: Path, *, write: bool = True) -> None:
+    """Refuse a directory whose path the libraries that store checkpoints misread.
+
+    Args:
+        workdir: the run's directory; that of its parents counts as well.
+        write: whether checkpoints are to be written there. Some can be read all the same.
+
+    Raises:
+        CheckpointError: naming the characters.
+    """
+    text = str(Path(workdir).absolute())
+    forbidden = _UNREADABLE + (_PATTERNS if write else "")
+    found = sorted({char for char in text if char in forbidden or "\ud800" <= char <= "\udfff"})
+    if found:
+        raise CheckpointError(
+            f"{text}: checkpoints cannot be {'written' if write else 'read'} below a path with "
+            f"{' or '.join(map(ascii, found))} in it; name another --workdir"
+            + ("" if write else ", or move the run")
+        )
+
+
+def check_inputs(
+    where: Path,
+    saved: Mapping[str, Identity],
+    mine: Mapping[str, Identity],
+    allow_other: Collection[str] = (),
+    say: Callable[[str], None] = print,
+) -> None:
+    """Compare what a checkpoint was trained with and what it is about to be used with.
+
+    Args:
+        where: the checkpoint.
+        saved: its `Manifest.inputs`.
+        mine: those of the command, or some of them.
+        allow_other: which of `ALLOWED_OTHERS` may be others.
+        say: told of those that are, and of other code.
+
+    Raises:
+        CheckpointError: one is another, and may not be; the message names both.
+    """
+    for name, identity in mine.items():
+        was = saved.get(name)
+        if was is not None and was.sha256 == identity.sha256:
+            continue
+        differ = f"{where}: {name}: it was trained with {was or 'none'}, and now it is {identity}"
+        if name in _REPORTED or name in allow_other:
+            say(f"note: {differ}")
+        elif name in ALLOWED_OTHERS:
+            raise CheckpointError(
+                f"{differ}; put back what it was trained with, or pass --allow-other={name} if "
+                "this is meant"
+            )
+        else:
+            raise CheckpointError(
+                f"{differ}; put back what it was trained with, or train in another --workdir"
+            )
 
 
 def check_disk(workdir: Path, abstract_state: State) -> None:
@@ -165,11 +241,20 @@ class Checkpoints:
         base: identity of the frozen base that this run trains on.
         keep: how many of the newest to keep, beside the best on validation.
         is_main_process: whether this is process 0.
+        inputs: identities of what else the answers of this run depend on, by what it is.
     """
 
-    def __init__(self, workdir: Path, base: Identity, keep: int = 3, is_main_process: bool = True):
-        self._base, self._keep = base, keep
+    def __init__(
+        self,
+        workdir: Path,
+        base: Identity,
+        keep: int = 3,
+        is_main_process: bool = True,
+        inputs: Mapping[str, Identity] | None = None,
+    ):
+        self._base, self._inputs, self._keep = base, dict(inputs or {}), keep
         self._is_main_process = is_main_process
+        check_path(workdir)
         self._folder = _Folder(workdir)
         self._broken = False
         self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
@@ -206,7 +291,10 @@ class Checkpoints:
         dataclasses.replace(Manifest.read(where), val_loss=val_loss).write(where)
 
     def step_to_resume(
-        self, fallback: bool = False, say: Callable[[str], None] = print
+        self,
+        fallback: bool = False,
+        say: Callable[[str], None] = print,
+        allow_other: Collection[str] = (),
     ) -> int | None:
         """The newest step, after a look at its files; None where nothing has been saved.
 
@@ -214,42 +302,43 @@ class Checkpoints:
             fallback: where the newest is damaged, set it aside, under the name `STEP.damaged`, and
                 take the newest that is whole.
             say: told of it.
+            allow_other: as for `check_inputs`.
 
         Raises:
             CheckpointError: the newest is damaged; the message names what is, and the newest that
-                is whole.
+                is whole. Or it was trained on another base, or with other inputs.
         """
-        *older, newest = self._folder.steps() or [None]
-        if newest is None:
-            return None
-        try:
-            self._folder.verify(newest)
-            return newest
-        except CheckpointError as error:
-            damage = error
-        damaged, whole = [newest], None
-        for step in reversed(older):
-            with contextlib.suppress(CheckpointError):
-                self._folder.verify(step)
+        damaged, damage, whole = [], None, None
+        for step in reversed(self._folder.steps()):
+            try:
+                manifest = self._folder.verify(step)
                 whole = step
                 break
-            damaged.append(step)
+            except CheckpointError as error:
+                damaged.append(step)
+                damage = damage or error
         if whole is None:
+            if damage is None:
+                return None
             raise CheckpointError(
                 f"{damage}; no older checkpoint is intact: use another --workdir, or delete "
                 f"{self._folder.path} to start anew"
             ) from None
-        if not fallback:
+        if damaged and not fallback:
             raise CheckpointError(
                 f"{damage}; the newest intact checkpoint is that of step {whole}: pass --fallback "
                 "to go on from there"
             ) from None
+        where = self._folder.at(whole)
+        _check_base(where, manifest.base, self._base)
+        check_inputs(where, manifest.inputs, self._inputs, allow_other, say)
         for step in damaged:
             aside = self._folder.at(step).with_name(f"{step}{_DAMAGED}")
             if aside.exists():
                 shutil.rmtree(aside)
             self._folder.at(step).rename(aside)
-        say(f"warning: {damage}; set aside, going on from step {whole}")
+        if damaged:
+            say(f"warning: {damage}; set aside, going on from step {whole}")
         return whole
 
     def save(self, step: int, state: State, val_loss: float | None) -> None:
@@ -262,20 +351,25 @@ class Checkpoints:
         with self._write_errors():
             staging = self._folder.path / f"{_SAVING}{step}"
             self._orbax.save(staging / STATE, args=ocp.args.StandardSave(state))
-            self._pending = self._finisher.submit(self._finish, staging, step, val_loss)
+            # Its arrays may be donated when this returns.
+            written = _describe(state), np.asarray(state["step"])
+            self._pending = self._finisher.submit(self._finish, staging, step, val_loss, written)
 
-    def _finish(self, staging: Path, step: int, val_loss: float | None) -> None:
+    def _finish(
+        self, staging: Path, step: int, val_loss: float | None, written: tuple[Any, np.ndarray]
+    ) -> None:
         """Wait for what all processes write, then let it count as a checkpoint."""
         self._orbax.wait_until_finished()
         if not self._is_main_process:
             return
+        _read_back(staging / STATE, *written)
         files = {}
         for path in sorted(staging.rglob("*")):
             sync(path)
             if path.is_file():
                 name = str(path.relative_to(staging))
                 files[name] = path.stat().st_size, sha256_of(path)
-        Manifest(step, self._base, val_loss, files).write(staging)
+        Manifest(step, self._base, self._inputs, val_loss, files).write(staging)
         staging.rename(self._folder.at(step))
         sync(self._folder.path)
         steps = self._folder.steps()
@@ -293,9 +387,11 @@ class Checkpoints:
         except Exception as error:
             self._broken = True
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            full = any(words in str(error) for words in _FULL)
             raise CheckpointWriteError(
-                f"a checkpoint cannot be written to {self._folder.path}; is the disk full? Those "
-                f"before it are whole, and the same command resumes from them ({reason})"
+                f"a checkpoint cannot be written to {self._folder.path}"
+                f"{'; is the disk full?' if full else '.'} Those before it are whole, and the same "
+                f"command resumes from them ({reason})"
             ) from error
 
     def restore(self, step: int, abstract: State) -> State:
@@ -352,6 +448,7 @@ class SavedRun:
     """
 
     def __init__(self, workdir: Path):
+        check_path(workdir, write=False)
         self._folder = _Folder(workdir)
         self.steps = tuple(self._folder.steps())
         if not self.steps:
@@ -363,6 +460,24 @@ class SavedRun:
     def base(self, step: int) -> Identity:
         """The base that the checkpoint was trained on."""
         return self._manifest(step).base
+
+    def inputs(self, step: int) -> dict[str, Identity]:
+        """What else its answers depend on, see `Manifest`."""
+        return self._manifest(step).inputs
+
+    def check_inputs(
+        self,
+        step: int,
+        mine: Mapping[str, Identity],
+        allow_other: Collection[str] = (),
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """Compare these with what the checkpoint was trained with, see `check_inputs`.
+
+        Raises:
+            CheckpointError: one is another, and may not be; or there is no such step.
+        """
+        check_inputs(self._folder.at(step), self.inputs(step), mine, allow_other, say)
 
     def val_loss(self, step: int) -> float | None:
         """Its validation loss; None where it was not validated."""
@@ -468,6 +583,33 @@ def _check_tree(where: Path, saved: Any, wanted: Any) -> None:
                 f"and {expected.get(name, 'missing')} here; use the config it was trained with, or "
                 "another --workdir"
             )
+
+
+def _read_back(where: Path, expected: dict[str, str], step: np.ndarray) -> None:
+    """Compare what was written with what it should be: the tree, all shapes, and one value.
+
+    Hashes prove that bytes are as they were written, not that they can be read. The value is the
+    number of the step, which is never 0: where TensorStore finds no bytes, it reads zeros.
+
+    Raises:
+        ReadError: it is something else, or cannot be read.
+    """
+    # A handler alone: a checkpointer would wait for the other processes.
+    handler = ocp.PyTreeCheckpointHandler()
+    as_array = ocp.RestoreArgs(restore_type=np.ndarray)
+    args = ocp.args.PyTreeRestore(
+        item={"step": jax.ShapeDtypeStruct(step.shape, step.dtype)},
+        restore_args={"step": as_array},
+        partial_restore=True,
+    )
+    try:
+        found = _describe(handler.metadata(where)), handler.restore(where, args=args)["step"]
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ReadError(f"it cannot be read back: {reason[:200]}") from None
+    if found != (expected, step):
+        differs = sorted(found[0].items() ^ expected.items()) or [("step", found[1])]
+        raise ReadError(f"it reads back as something else: {' '.join(map(str, differs[0]))}")
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -16,7 +16,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -110,6 +110,7 @@ def initial_state(
     session: Session,
     *,
     fallback: bool = False,
+    allow_other: Collection[str] = (),
 ) -> tuple[State, int]:
     """The state that a run goes on from, and its step.
 
@@ -118,10 +119,11 @@ def initial_state(
     3. Where there is none: `init()`.
 
     Raises:
-        CheckpointError: the newest checkpoint is damaged, or is that of another model or base.
+        CheckpointError: the newest checkpoint is damaged, is that of another model or base, or was
+            trained with other inputs (`checkpoints.check_inputs`).
     """
     found = session.group.from_main_process(
-        lambda: checkpoints.step_to_resume(fallback, session.say)
+        lambda: checkpoints.step_to_resume(fallback, session.say, allow_other)
     )
     if found is None:
         return init(), 0
@@ -176,6 +178,19 @@ def run_steps(
     )
     if start and (start % config.checkpoint_every == 0 or start == config.steps):
         _validate_late(session, reporter, checkpoints, validate, state, start)
+
+    def rescue() -> str:
+        """Save the last state that is finished; it may wait for ever for a step that is not."""
+        reporter.flush()
+        reporter.require_finite_state(step, state)
+        reached = int(state["step"])
+        if reached > (checkpoints.latest_step() or 0):
+            checkpoints.save(reached, state, None)
+            checkpoints.wait()
+        return f"step {reached} is saved"
+
+    if session.group.num_processes == 1:  # of several, one that hangs cannot save alone
+        session.watchdog.rescue = rescue
     batches = data.batches(start, config.steps)
     with clock.measure("data_wait"):
         batch = next(batches, None)  # None where no step is left
@@ -215,6 +230,7 @@ def run_steps(
     session.profiler.step(step + 1)  # ends a trace that reaches to the last step
     with clock.measure("save"):
         checkpoints.wait()
+    session.watchdog.rescue = None  # it holds the state
     return state, reporter.totals()
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -78,13 +78,12 @@ class Choice(NamedTuple):
         return self.limit is None or self.memory.total <= USABLE * self.limit
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{_gib(n)} {name}" for name, n in self.memory._asdict().items())
+        total = f"about {_gib(self.memory.total)}"
         if self.limit is None:
-            return f"remat {self.policy}: this device knows no memory limit; {parts} GiB"
-        return (
-            f"remat {self.policy}: about {_gib(self.memory.total)} of {_gib(self.limit)} GiB "
-            f"({parts})" + ("" if self.fits else "; it may not fit")
-        )
+            return f"remat {self.policy}: {total} GiB; this device knows no memory limit"
+        parts = ", ".join(f"{_gib(n)} {name}" for name, n in self.memory._asdict().items())
+        doubt = "" if self.fits else "; it may not fit"
+        return f"remat {self.policy}: {total} of {_gib(self.limit)} GiB ({parts}){doubt}"
 
 
 def _gib(size: int) -> str:
@@ -342,19 +341,47 @@ def saved_bytes(function: Callable, differentiated: Any, *others: Any) -> int:
         return jax.vjp(lambda x: function(x, *others), differentiated, has_aux=True)[1]
 
     jaxpr = jax.make_jaxpr(residuals)(differentiated, *others).jaxpr
-    arguments = {id(variable) for variable in (*jaxpr.invars, *jaxpr.constvars)}
-    made_by = {id(v): equation for equation in jaxpr.eqns for v in equation.outvars}
-
-    def original(variable: Any) -> Any:
-        """What a variable is another view of."""
-        equation = made_by.get(id(variable))
-        if equation is None or equation.primitive.name not in _VIEWS:
-            return variable
-        (source,) = equation.invars
-        return original(source) if source.aval.size == variable.aval.size else variable
-
-    kept = {id(v): v.aval for v in map(original, jaxpr.outvars) if id(v) not in arguments}
+    arguments = {((), id(variable)) for variable in (*jaxpr.invars, *jaxpr.constvars)}
+    outer = _Call((), _equations_by_result(jaxpr), {})
+    found = (_original(outer, variable) for variable in jaxpr.outvars)
+    kept = {place: variable.aval for place, variable in found if place not in arguments}
     return nbytes(list(kept.values()))
+
+
+class _Call(NamedTuple):
+    """A jaxpr where it is called: the layers of a model may call the same one.
+
+    Attributes:
+        place: the calls that lead there.
+        made_by: `_equations_by_result` of it.
+        passed: for every one of its arguments the call it comes from, and what it is there.
+    """
+
+    place: tuple[int, ...]
+    made_by: Mapping[int, Any]
+    passed: Mapping[int, tuple[_Call, Any]]
+
+
+def _equations_by_result(jaxpr: Any) -> dict[int, Any]:
+    return {id(variable): equation for equation in jaxpr.eqns for variable in equation.outvars}
+
+
+def _original(call: _Call, variable: Any) -> tuple[tuple[tuple[int, ...], int], Any]:
+    """The array that a variable is another view of, by where it is made, and its variable."""
+    equation = call.made_by.get(id(variable))
+    if equation is None:
+        if id(variable) in call.passed:
+            return _original(*call.passed[id(variable)])
+    elif equation.primitive.name in _VIEWS:
+        (source,) = equation.invars
+        if source.aval.size == variable.aval.size:
+            return _original(call, source)
+    elif equation.primitive.name == "jit":
+        inner = equation.params["jaxpr"].jaxpr
+        inputs = {id(v): (call, given) for v, given in zip(inner.invars, equation.invars)}
+        deeper = _Call((*call.place, id(equation)), _equations_by_result(inner), inputs)
+        return _original(deeper, inner.outvars[equation.outvars.index(variable)])
+    return (call.place, id(variable)), variable
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:

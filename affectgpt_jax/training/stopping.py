@@ -18,6 +18,9 @@ from jax.experimental import multihost_utils
 
 from affectgpt_jax.common.files import lock_file
 
+# Seconds that a process which is ended for a hang may take to save.
+RESCUE_S = 120.0
+
 
 class Stopped(SystemExit):
     """A signal has ended the run; the status is 128 plus the signal's number, as in a shell."""
@@ -94,38 +97,46 @@ class StopSignals:
 class Watchdog:
     """Ends a process that makes no progress, after it has printed the stacks of all threads.
 
+    Time in which the process was suspended does not count: after it, the count starts anew.
+
     Args:
         limit_s: the longest time in s between two calls of `beat`; 0 is no limit.
         tell: called with a sentence before the process ends.
+
+    Attributes:
+        rescue: called before that, in a thread of its own, for what can still be saved; says what
+            it did. It may hang or raise, and has at most `RESCUE_S`.
     """
 
     def __init__(self, limit_s: float, tell: Callable[[str], None] = lambda sentence: None):
         self._limit_s, self._tell = limit_s, tell
         self._what, self._since_s = "the start", time.monotonic()
         self._done = threading.Event()
+        self._ending = threading.Lock()
+        self.rescue: Callable[[], str] | None = None
 
     def beat(self, what: str) -> None:
-        """Note progress, now at `what`."""
-        self._what, self._since_s = what, time.monotonic()
+        """Note progress, now at `what`; does not return once the process is being ended."""
+        with self._ending:
+            self._what, self._since_s = what, time.monotonic()
 
     def _watch(self) -> None:
         interval_s = min(self._limit_s / 4, 10.0)
         looked_s = time.monotonic()
         while not self._done.wait(interval_s):
             now_s = time.monotonic()
-            if now_s - looked_s > interval_s + self._limit_s / 2:
-                # This process was suspended: its own pause is no lack of progress.
+            if now_s - looked_s > 2 * interval_s:  # this process was suspended
                 self._since_s = now_s
             looked_s = now_s
-            # In case a thread never releases the interpreter lock, so that this one cannot run.
+            # In case a thread never releases the interpreter lock, so that this one cannot run. It
+            # must not end the process: its clock does not stop while the process is suspended.
             if _has_descriptor(sys.__stderr__):
-                faulthandler.dump_traceback_later(
-                    2 * self._limit_s + 60, exit=True, file=sys.__stderr__
-                )
-            if time.monotonic() - self._since_s > self._limit_s:
+                faulthandler.dump_traceback_later(2 * self._limit_s + 60, file=sys.__stderr__)
+            if now_s - self._since_s > self._limit_s:
                 self._end()
 
     def _end(self) -> None:
+        self._ending.acquire()  # never released: the run does not go on beside its rescue
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         sentence = (
             f"no progress for {self._limit_s:g} s since {self._what}, the stacks of all threads "
@@ -133,12 +144,29 @@ class Watchdog:
         )
         self._tell(sentence)
         print(
-            f"error: {sentence}; the same command resumes from the newest checkpoint. Where this "
-            "takes so long by its nature, raise config.step_timeout",
+            f"error: {sentence}; {self._rescued()}; the same command resumes from the newest "
+            "checkpoint. Where this takes so long by its nature, raise config.step_timeout",
             file=sys.stderr,
             flush=True,
         )
         os._exit(1)
+
+    def _rescued(self) -> str:
+        """What `rescue` says of itself, or why it says nothing."""
+        said = []
+
+        def run() -> None:
+            try:
+                said.append(self.rescue())
+            except Exception as error:  # of whatever hangs
+                said.append(f"it could not be saved ({_first_line(error)})")
+
+        if self.rescue is None:
+            return "nothing is saved now"
+        thread = threading.Thread(target=run, name="rescue", daemon=True)
+        thread.start()
+        thread.join(RESCUE_S)
+        return said[0] if said else f"it could not be saved within {RESCUE_S:g} s"
 
     def __enter__(self) -> Self:
         self.beat("the start of training")
@@ -149,6 +177,10 @@ class Watchdog:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         faulthandler.cancel_dump_traceback_later()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _has_descriptor(stream: object) -> bool:

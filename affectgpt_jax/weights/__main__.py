@@ -26,14 +26,21 @@ import jax
 
 import affectgpt_jax
 from affectgpt_jax import build, cli, runtime
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import new_path
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import check_type, read_json, write_json
 from affectgpt_jax.common.text import print_lines
+from affectgpt_jax.config import ConfigError
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
 from affectgpt_jax.weights import card, merge, peft, release, report
-from affectgpt_jax.weights.huggingface import WeightsError, base_identity
+from affectgpt_jax.weights.huggingface import (
+    WeightsError,
+    base_identity,
+    check_base,
+    read_config,
+)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +77,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("out", type=Path, help="a place where nothing stands yet")
         command.add_argument("--step", type=int, help="default: the best on validation")
         command.set_defaults(run=run)
-        if run is export_merged:
+        if run in (export_peft, export_merged):
             command.add_argument("--base", help="the base's directory; default: config.llm's")
     return parser.parse_args(argv)
 
@@ -163,11 +170,22 @@ def inspect(arguments: argparse.Namespace) -> str:
     if path.name == "checkpoints" or _is_checkpoint(path) or (path / "checkpoints").is_dir():
         return describe_run(open_checkpoint(path, arguments.step)).render()
     if (path / "config.json").exists():
-        return report.describe_base(path, arguments.hash).render()
+        return report.describe_base(path, base_refusal(path), arguments.hash).render()
     raise WeightsError(
         f"{path} holds no weights of a known kind; expected a base model (config.json and "
         f"*.safetensors), a PEFT adapter ({peft.CONFIG}), a run (checkpoints/) or a .pth file"
     )
+
+
+def base_refusal(directory: Path) -> str | None:
+    """Why a base cannot be run here, by the checks that training has; None where it can."""
+    try:
+        config = read_config(directory)
+        check_base(directory, config)
+        build.tokenizer(directory, config)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def describe_run(checkpoint: Checkpoint) -> report.Report:
@@ -196,11 +214,20 @@ def export_peft(arguments: argparse.Namespace) -> str:
     """Write a run's LoRA as a PEFT adapter."""
     checkpoint = open_checkpoint(arguments.workdir, arguments.step)
     lora = _require_lora(checkpoint)
+    place = f"beside {checkpoint.base.name}"
+    try:
+        base = str(find_base(checkpoint, arguments.base).absolute())
+    except ConfigError:
+        if arguments.base:
+            raise
+        base = checkpoint.base.name
+        place += ", once base_model_name_or_path names its directory (or --base, here)"
     trainable = checkpoint.saved.trainable(checkpoint.step)
-    peft.save_adapter(arguments.out, trainable["lora"], lora, checkpoint.base.name)
+    peft.save_adapter(arguments.out, trainable["lora"], lora, base)
     return (
         f"{arguments.out}: LoRA of step {checkpoint.step} for {checkpoint.base.name}, as "
-        "peft.PeftModel.from_pretrained loads it; heads and pre-fusion are not part of an adapter"
+        f"peft.AutoPeftModelForCausalLM.from_pretrained loads it {place}; heads and pre-fusion are "
+        "not part of an adapter"
     )
 
 
@@ -281,14 +308,9 @@ def export_merged(arguments: argparse.Namespace) -> str:
     """Write a run's base with its LoRA folded in."""
     checkpoint = open_checkpoint(arguments.workdir, arguments.step)
     lora = _require_lora(checkpoint)
-    directory = build.base_directory(arguments.base or checkpoint.config["llm"])
-    found = base_identity(directory)
-    if found.sha256 != checkpoint.base.sha256:
-        raise WeightsError(
-            f"{directory} is not the base of {checkpoint.workdir}: its sha256 is {found.sha256}, "
-            f"but the run was trained on {checkpoint.base.name} ({checkpoint.base.sha256}); name "
-            "that with --base"
-        )
+    directory = find_base(checkpoint, arguments.base)
+    # Its tokenizer is copied, and must be the one that the adapter learned with.
+    checkpoint.saved.check_inputs(checkpoint.step, build.tokenizer_identities(directory))
     trainable = checkpoint.saved.trainable(checkpoint.step)
     merge.save_merged(directory, arguments.out, trainable["lora"], lora.scale)
     precision = checkpoint.config.get("base_precision")
@@ -297,6 +319,28 @@ def export_merged(arguments: argparse.Namespace) -> str:
         f"{arguments.out}: {checkpoint.base.name} with the LoRA of step {checkpoint.step} folded "
         f"in{trained}; heads and pre-fusion are not part of it"
     )
+
+
+def find_base(checkpoint: Checkpoint, base: str | None) -> Path:
+    """The directory of the base that a checkpoint was trained on.
+
+    Args:
+        checkpoint: of a run.
+        base: where it is; None is where the run's config says.
+
+    Raises:
+        ConfigError: no such directory.
+        WeightsError: one with another base.
+    """
+    directory = build.base_directory(base or checkpoint.config["llm"])
+    found = base_identity(directory)
+    if found.sha256 != checkpoint.base.sha256:
+        raise WeightsError(
+            f"{directory} is not the base of {checkpoint.workdir}: its sha256 is {found.sha256}, "
+            f"but the run was trained on {checkpoint.base.name} ({checkpoint.base.sha256}); name "
+            "that with --base"
+        )
+    return directory
 
 
 def _require_lora(checkpoint: Checkpoint) -> LoraConfig:

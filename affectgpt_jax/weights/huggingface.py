@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
+from affectgpt_jax.common.files import path_below
 from affectgpt_jax.common.identity import Identity, files_sha256
 from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.models.decoder import DecoderConfig
+from affectgpt_jax.models.decoder import Decoder, DecoderConfig, init_base
 from affectgpt_jax.models.quantize import QuantizedKernel, quantize
 from affectgpt_jax.weights.hf_config import from_hf, to_hf
 from affectgpt_jax.weights.streaming import (
+    HOST_BLOCK,
     StoredTensor,
     Target,
     WeightsError,
@@ -29,9 +31,11 @@ from affectgpt_jax.weights.streaming import (
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # What may stand beside a model's tensors: the head that a tied checkpoint shares with its
-# embedding, and the rotary frequencies of Llama's first files, which follow from the config.
-_REDUNDANT = ("lm_head.weight", ".self_attn.rotary_emb.inv_freq")
+# embedding (`read_config` compares them), and the rotary frequencies of Llama's first files, which
+# follow from the config.
+_REDUNDANT = (_HEAD, ".self_attn.rotary_emb.inv_freq")
 
 
 def tensor_name(path: tuple[str | int, ...]) -> str:
@@ -40,9 +44,9 @@ def tensor_name(path: tuple[str | int, ...]) -> str:
     `("layers", 3, "q_proj", "kernel")` -> `"model.layers.3.self_attn.q_proj.weight"`.
     """
     if path == ("lm_head",):
-        return "lm_head.weight"
+        return _HEAD
     if path == ("embed_tokens",):
-        return "model.embed_tokens.weight"
+        return _EMBEDDING
     if path[0] == "norm":
         return "model.norm.weight"
     _, layer, module, leaf = path
@@ -72,6 +76,9 @@ def base_tensors(tree: Any) -> dict[str, tuple[Any, bool]]:
 def read_config(directory: Path) -> DecoderConfig:
     """Read `config.json`.
 
+    A head that is stored beside an embedding of other values is a head of its own, whatever the
+    config says of ties: merged models are so, and transformers 5 reads them so.
+
     Raises:
         WeightsError: no such file, not JSON, or a model this code cannot run.
     """
@@ -83,9 +90,53 @@ def read_config(directory: Path) -> DecoderConfig:
         )
     config = read_json(path, dict[str, Any], error=WeightsError)
     try:
-        return from_hf(config)
+        found = from_hf(config)
     except ValueError as error:
         raise WeightsError(f"{path}: {error}") from None
+    if found.tie_word_embeddings and has_own_head(directory):
+        found = dataclasses.replace(found, tie_word_embeddings=False)
+    return found
+
+
+def calls_own_head_tied(directory: Path) -> bool:
+    """Whether `config.json` calls a head tied that is stored with other values than the embedding.
+
+    Raises:
+        WeightsError: no such file, or not JSON.
+    """
+    config = read_json(Path(directory) / "config.json", dict[str, Any], error=WeightsError)
+    return bool(config.get("tie_word_embeddings")) and has_own_head(directory)
+
+
+def has_own_head(directory: Path) -> bool:
+    """Whether a head is stored whose values are not those of the embedding.
+
+    Weights that are missing or cannot be read have none; loading says what is wrong with them.
+    """
+    try:
+        stored = stored_tensors(directory)
+        head, embedding = stored.get(_HEAD), stored.get(_EMBEDDING)
+        if head is None or embedding is None:
+            return False
+        # Their bytes are compared once, as long as the files are the same.
+        files = [path.stat() for path in (head.path, embedding.path)]
+        return not _same_values(head, embedding, *((f.st_mtime_ns, f.st_ino) for f in files))
+    except WeightsError:
+        return False
+
+
+@functools.lru_cache(16)
+def _same_values(one: StoredTensor, other: StoredTensor, *_files: Any) -> bool:
+    if one.shape != other.shape:
+        return False
+    if len(one.shape) != 2 or 0 in one.shape:
+        return True  # no matrix: loading says so
+    rows = max(1, HOST_BLOCK * one.shape[0] // max(one.nbytes, other.nbytes, 1))
+    blocks = (
+        tensor.blocks(0, tensor.shape[0], rows * tensor.nbytes // tensor.shape[0])
+        for tensor in (one, other)
+    )
+    return all(np.array_equal(mine, theirs) for (_, mine), (_, theirs) in zip(*blocks, strict=True))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -99,7 +150,7 @@ def weight_files(directory: Path) -> list[Path]:
     weight_map = _read_index(directory)
     names = [_SINGLE] if weight_map is None else sorted(set(weight_map.values()))
     for name in names:
-        if not (directory / name).is_file():
+        if not path_below(directory, name, WeightsError).is_file():
             pickles = any(directory.glob("*.bin"))
             raise WeightsError(
                 f"{directory}: no weights: {name} is missing"
@@ -176,6 +227,17 @@ def _identity_shape(config: DecoderConfig) -> dict[str, Any]:
         if not shape[name]:
             del shape[name]
     return shape
+
+
+def check_base(directory: Path, config: DecoderConfig) -> None:
+    """Compare the stored tensors with those that a base of this shape loads; reads headers alone.
+
+    Raises:
+        WeightsError: as `load_base`.
+    """
+    module = Decoder(config)
+    abstract = jax.eval_shape(lambda key: init_base(module, key), jax.random.key(0))
+    _check_tensors(directory, stored_tensors(directory), abstract)
 
 
 def load_base(directory: Path, abstract: Any, shardings: Any) -> Any:

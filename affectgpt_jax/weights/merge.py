@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.common.files import new_path
-from affectgpt_jax.common.json import write_json
-from affectgpt_jax.weights.huggingface import stored_tensors, tensor_name
+from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax.weights.huggingface import calls_own_head_tied, stored_tensors, tensor_name
 from affectgpt_jax.weights.streaming import StoredTensor, WeightsError
 from affectgpt_jax.weights.tensors import write_tensors
 
@@ -43,7 +43,8 @@ def save_merged(
     """Write a base directory with LoRA folded in, as `transformers` reads it.
 
     Tensors are read, merged and written one by one, in the dtype of the base: a model of any size
-    takes the memory of its largest tensor. Config, tokenizer and licence files are copied.
+    takes the memory of its largest tensor. Config, tokenizer and licence files are copied; a config
+    that calls a head of its own tied is mended.
 
     Args:
         base: a model directory in Hugging Face layout.
@@ -85,6 +86,10 @@ def save_merged(
         for path in sorted(base.iterdir()):
             if path.is_file() and not path.name.endswith(_WEIGHTS):
                 shutil.copyfile(path, partial / path.name)
+        if calls_own_head_tied(base):
+            # Other programs would believe it, and drop the head.
+            config = read_json(base / "config.json", dict[str, Any], error=WeightsError)
+            write_json(partial / "config.json", config | {"tie_word_embeddings": False})
 
 
 def _factors(

@@ -14,6 +14,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+import jax
+import numpy as np
+
 from affectgpt_jax.common.files import new_path
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
@@ -39,7 +42,28 @@ _ALLOWED = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
 }
+_PREFIX = "base_model.model."
 _MODULE = re.compile(r"base_model\.model\.model\.layers\.\d+\.(?:self_attn|mlp)\.(\w+)\.lora_[AB]")
+# Why names of tensors are others than expected, by what is in them, and what to do.
+_STRANGERS = {
+    "_orig_mod.": "it was saved from a compiled model; save model._orig_mod, or take '_orig_mod.' "
+    "out of all names",
+    "lora_magnitude": "it is of DoRA, which is not supported",
+    "embed": "adapters and copies of embeddings are not read; save the adapter with "
+    "save_embedding_layers=False, and train it without embeddings",
+    "lm_head": "adapters and copies of the head are not read; train the adapter without it",
+    "modules_to_save": "copies of whole modules are not read; train the adapter without them",
+    "language_model.": "it was saved from a model around the language model; save the adapter of "
+    "the language model alone, or rename the tensors",
+    "vision": "it was saved from a model with a vision tower, which is not read",
+    "_fsdp_wrapped_module.": "it was saved from a wrapped model; save the one inside",
+    "module.": "it was saved from a wrapped model; save model.module, or take 'module.' out of all "
+    "names",
+    ".default.": "it was saved as the state of a trainer; use save_pretrained, or take '.default' "
+    "out of all names",
+    "base_model.model.layers.": "it was saved from a model without a head (AutoModel); train with "
+    "AutoModelForCausalLM, or put 'model.' before 'layers' in all names",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +94,7 @@ def lora_layout(path: layout.Path, prefix: str, suffix: str) -> layout.Stored:
 
 
 def _layout(path: layout.Path) -> layout.Stored:
-    return lora_layout(path, "base_model.model.", ".weight")
+    return lora_layout(path, _PREFIX, ".weight")
 
 
 def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "") -> None:
@@ -198,6 +222,7 @@ def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> A
         )
     tensors = adapter_tensors(directory)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_names(directory / TENSORS, shapes)
     check_adapter(directory, found.rank, found.alpha, adapter_targets(shapes), config)
     expected = layout.expected_shapes(abstract, _layout)
     for name in shapes:
@@ -208,6 +233,86 @@ def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> A
     if trouble := layout.compare_shapes(shapes, expected):
         raise WeightsError(f"{directory / TENSORS}: {trouble}")
     return layout.from_tensors(abstract, _layout, lambda name: tensors[name].read())
+
+
+def refusal(directory: Path) -> str | None:
+    """Why no run can start from an adapter; None where one can: with its rank, alpha and targets,
+    on a base of its shapes.
+
+    Raises:
+        WeightsError: a config or tensors that cannot be read.
+    """
+    config, tensors = read_adapter_config(directory), adapter_tensors(directory)
+    if config.refused:
+        refused = ", ".join(f"{key}={value!r}" for key, value in config.refused.items())
+        return f"{refused} is not supported"
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    try:
+        check_names(directory / TENSORS, shapes)
+        lora = LoraConfig(config.rank, config.alpha, config.dropout, adapter_targets(shapes))
+        # Of every projection, the first layer says the sizes, and the numbers how many there are.
+        count = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in shapes)
+        tree = {}
+        for target in lora.targets:
+            down, up = (
+                shapes.get(_layout(("layers", target, factor)).name.format(0), (0, 0))
+                for factor in ("lora_a", "lora_b")
+            )
+            tree[target] = {
+                "lora_a": jax.ShapeDtypeStruct((count, *down[1:], config.rank), np.float32),
+                "lora_b": jax.ShapeDtypeStruct((count, config.rank, *up[:1]), np.float32),
+            }
+        expected = layout.expected_shapes({"layers": tree}, _layout)
+        return layout.compare_shapes(shapes, expected)
+    except (WeightsError, ValueError) as error:
+        return str(error)
+
+
+def check_names(where: Path, shapes: Mapping[str, layout.Shape]) -> None:
+    """Refuse a file whose tensors are no adapters of projections, before it is said what they lack.
+
+    Args:
+        where: the file.
+        shapes: of its tensors, by name.
+
+    Raises:
+        WeightsError: no tensors, one without values, or one of another name; with a cause.
+    """
+    check_sizes(where, shapes)
+    for name in shapes:
+        target = adapter_target(name)
+        if target is None or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+            raise WeightsError(
+                f"{where}: the tensor {name} is no adapter of a projection; expected names as "
+                f"{_layout(('layers', TARGETS[0], 'lora_a')).name.format(0)}{cause(name)}"
+            )
+        if target not in TARGETS:
+            raise WeightsError(
+                f"{where}: the tensor {name} adapts {target}; only {', '.join(TARGETS)} are adapted"
+            )
+
+
+def check_sizes(where: Path, shapes: Mapping[str, layout.Shape]) -> None:
+    """Refuse a file without tensors, or with one that has no values.
+
+    Raises:
+        WeightsError: it is so; with a cause.
+    """
+    if not shapes:
+        raise WeightsError(
+            f"{where} holds no tensors; save it again, from the process that has them"
+        )
+    for name, shape in shapes.items():
+        if 0 in shape:
+            raise WeightsError(
+                f"{where}: the tensor {name} is {shape} and has no values; sharded training "
+                "(ZeRO-3, FSDP) leaves that where shards are not gathered before they are saved"
+            )
+
+
+def cause(name: str) -> str:
+    """Why a tensor may have such a name, and what to do, to append to an error; or nothing."""
+    return next((f"; {why}" for part, why in _STRANGERS.items() if part in name), "")
 
 
 def check_adapter(

@@ -22,7 +22,13 @@ from affectgpt_jax.common.text import shorten
 from affectgpt_jax.data.modalities import HEADS
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.weights import layout, torch_zip
-from affectgpt_jax.weights.peft import adapter_targets, check_adapter, lora_layout
+from affectgpt_jax.weights.peft import (
+    adapter_targets,
+    cause,
+    check_adapter,
+    check_sizes,
+    lora_layout,
+)
 from affectgpt_jax.weights.streaming import WeightsError
 
 ALPHA = 32.0
@@ -181,6 +187,20 @@ def lora_rank_and_targets(tensors: Mapping[str, layout.Shape]) -> tuple[int, tup
     return max(ranks, default=0), adapter_targets(peft_names)
 
 
+def check_names(file: ReleaseFile) -> None:
+    """Refuse a file whose tensors are not those of the release.
+
+    Raises:
+        WeightsError: no tensors, one without values, or one of another name; with a cause.
+    """
+    check_sizes(file.path, {name: tensor.shape for name, tensor in file.tensors.items()})
+    for name in file.tensors:
+        if owner(name) is None and not _BUFFER.fullmatch(name):
+            raise WeightsError(
+                f"{file.path}: the tensor {name} is not part of this model{cause(name)}"
+            )
+
+
 def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[Any, list[str]]:
     """Load the adapters, projectors and pre-fusion of a checkpoint of the release.
 
@@ -201,6 +221,7 @@ def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[An
     file = read_release(path)
     shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
     expected = layout.expected_shapes(abstract, release_layout)
+    check_names(file)
     rank, targets = lora_rank_and_targets(shapes)
     if rank or lora:
         check_adapter(file.path, rank, ALPHA, targets, lora)

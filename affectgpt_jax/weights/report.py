@@ -15,7 +15,7 @@ from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.text import one_line
 from affectgpt_jax.data.modalities import HEADS
 from affectgpt_jax.weights import peft, release
-from affectgpt_jax.weights.huggingface import base_identity, read_config, stored_tensors
+from affectgpt_jax.weights.huggingface import base_identity, calls_own_head_tied, stored_tensors
 from affectgpt_jax.weights.streaming import WeightsError
 
 _ATTENTION = re.compile(r"\.(self_attn|attention)\.")
@@ -120,11 +120,12 @@ class Report:
         return "\n".join(map(one_line, lines))
 
 
-def describe_base(directory: Path, hash_weights: bool = False) -> Report:
+def describe_base(directory: Path, refusal: str | None, hash_weights: bool = False) -> Report:
     """A base model in Hugging Face layout, of any family.
 
     Args:
         directory: the model's.
+        refusal: why it cannot be run here, or None.
         hash_weights: name the SHA-256 that checkpoints know it by, which reads every byte.
 
     Raises:
@@ -135,21 +136,19 @@ def describe_base(directory: Path, hash_weights: bool = False) -> Report:
     family = config["model_type"]
     tensors = stored_tensors(directory)
     files = {tensor.path for tensor in tensors.values()}
-    try:
-        read_config(directory)
-        runs = "yes"
-    except WeightsError as error:
-        runs = f"no: {error}"
+    head = "tied to the embedding" if config.get("tie_word_embeddings") else "untied"
+    if calls_own_head_tied(directory):
+        head = "untied: another one than the embedding is stored, though config.json calls it tied"
     sizes = [f"{name} {config[key]:,}" for key, name in _SIZES.items() if config.get(key)]
     facts = [
         ("format", f"base model in Hugging Face layout, {count(len(files), 'safetensors file')}"),
         ("family", f"{family} ({', '.join(config.get('architectures') or ['unnamed'])})"),
         ("sizes", ", ".join(sizes)),
-        ("head", "tied to the embedding" if config.get("tie_word_embeddings") else "untied"),
+        ("head", head),
         ("tokenizer", "yes" if (directory / "tokenizer.json").is_file() else "no tokenizer.json"),
-        ("runs here", runs),
+        ("runs here", f"no: {refusal}" if refusal else "yes"),
     ]
-    if hash_weights and runs == "yes":
+    if hash_weights and not refusal:
         facts.append(("sha256", base_identity(directory).sha256))
     return Report(facts, _group(tensors, _base_part, _BASE_PARTS))
 
@@ -175,13 +174,13 @@ def describe_adapter(directory: Path) -> Report:
     config = peft.read_adapter_config(directory)
     tensors = peft.adapter_tensors(directory)
     targets = peft.adapter_targets(tensors)
-    refused = ", ".join(f"{key}={value!r}" for key, value in config.refused.items())
+    refusal = peft.refusal(directory)
     facts = [
         ("format", "PEFT adapter"),
         ("base", config.base or "not named"),
         ("LoRA", describe_lora(config.rank, config.alpha, targets)),
         ("dropout", str(config.dropout)),
-        ("loads here", f"no: {refused} is not supported" if refused else "yes"),
+        ("loads here", f"no: {refusal}" if refusal else "yes"),
     ]
     parts = _group(tensors, lambda name: peft.adapter_target(name) or "other", (*targets, "other"))
     return Report(facts, parts)
@@ -196,12 +195,18 @@ def describe_release(path: Path) -> Report:
     file = release.read_release(path)
     rank, targets = release.lora_rank_and_targets({k: t.shape for k, t in file.tensors.items()})
     kinds = release.head_kinds(file.tensors)
+    try:
+        release.check_names(file)
+        loads = "yes"
+    except WeightsError as error:
+        loads = f"no: {error}"
     facts = [
         ("format", "checkpoint of the PyTorch release"),
         ("epoch", "not named" if file.epoch is None else str(file.epoch)),
         ("LoRA", describe_lora(rank, release.ALPHA, targets)),
         ("heads", describe_heads(kinds)),
         ("beside", ", ".join(file.others) or "nothing"),
+        ("loads here", loads),
     ]
     order = ("LoRA", *map(head_name, HEADS), "other")
     return Report(facts, _group(file.tensors, _release_part, order))

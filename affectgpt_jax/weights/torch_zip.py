@@ -192,7 +192,7 @@ def _open(path: Path) -> tuple[np.ndarray, dict[str, tuple[int, int, int]]]:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
         names = [info.filename for info in infos]
-        folders = [name.split("/")[0] for name in names if re.fullmatch("[^/]+/data.pkl", name)]
+        folders = [name.split("/")[0] for name in names if re.fullmatch(r"[^/]+/data\.pkl", name)]
         if not folders:
             raise ValueError("it holds no data.pkl")
         names = [name.removeprefix(f"{folders[0]}/") for name in names]

@@ -23,7 +23,7 @@ from affectgpt_jax.common.json import ResumableJsonl, json_lines
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import json_line, listed
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatRefusal, Message, Reply
-from affectgpt_jax.evaluation.extract import Chat
+from affectgpt_jax.evaluation.extract import Chat, NoWords, spoken
 
 from ..clips import Clip
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, Settings
@@ -91,7 +91,8 @@ class TextDescriber:
                 yield number, refusal
         numbers = list(texts)
         for place, text in self._chat.answer(list(texts.values())) if texts else ():
-            yield numbers[place], Reply(text, "stop", 0)
+            words = Reply("", text.finish_reason, 0) if isinstance(text, NoWords) else None
+            yield numbers[place], words or Reply(text, "stop", 0)
 
 
 def describe_media(
@@ -256,7 +257,7 @@ def _ask(
             nonlocal done
             kept[key] = {
                 "key": key,
-                "reply": reply.text.strip(),
+                "reply": spoken(reply.text).strip(),
                 "finish": reply.finish,
                 "why": why,
                 "tokens": reply.tokens,

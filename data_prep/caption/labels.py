@@ -30,7 +30,7 @@ def label_descriptions(out: Path, extractor: Extractor) -> list[str]:
     described = read_described(path)
     texts = [line["reply"] for line in described.values()]
     labels = extractor.labels(texts)
-    unparsed = [extractor.unparsed.get(text, "") for text in texts]
+    unparsed = [str(extractor.unparsed.get(text, "")) for text in texts]
     sentiments = extractor.sentiments(labels)
     rows = [
         {"name": name, "labels": f"[{', '.join(words)}]", "sentiment": mood, "unparsed": reply}

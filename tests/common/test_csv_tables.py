@@ -2,11 +2,13 @@
 
 import csv
 import io
+import zipfile
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from affectgpt_jax.common import tables
 from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.tables import CsvTable, csv_rows, xlsx_rows
 
@@ -74,3 +76,48 @@ def test_a_million_columns_are_checked_in_a_moment():
 def test_what_is_no_workbook_is_one_sentence():
     with pytest.raises(ReadError, match="f is not a readable xlsx workbook: File is not a zip"):
         list(xlsx_rows(b"no zip", "f"))
+
+
+MAIN = "http://schemas.openxmlformats.org/spreadsheetml/2006/main"
+STRINGS = f'<sst xmlns="{MAIN}"><si><t>name</t></si><si><t>a</t></si></sst>'
+ROWS = (
+    '<row><c r="A1" t="s"><v>0</v></c></row>'
+    '<row><c r="A2" t="s"><v>1</v></c></row>'
+    '<row><c r="A3" t="inlineStr"><is><t>b</t></is></c></row>'
+)
+
+
+def workbook(rows=ROWS, strings=STRINGS, before="", kind=zipfile.ZIP_DEFLATED):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", kind) as archive:
+        archive.writestr("xl/sharedStrings.xml", strings)
+        archive.writestr(
+            "xl/worksheets/sheet1.xml",
+            f'{before}<worksheet xmlns="{MAIN}"><sheetData>{rows}</sheetData></worksheet>',
+        )
+    return stream.getvalue()
+
+
+def test_the_first_sheet_of_a_workbook_is_read():
+    assert list(xlsx_rows(workbook(), "f")) == [{"name": "a"}, {"name": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"rows": ROWS + "<row/>" * 70_000}, "sheet1.xml expands from"),
+        ({"rows": ROWS + "<a/>" * 1_100}, "sheet1.xml has more than 1,000 elements"),
+        ({"strings": STRINGS.replace("name", "x" * 40_000)}, "a cell of 40,000 characters"),
+        ({"before": '<!DOCTYPE a [<!ENTITY b "c">]>'}, "defines entities"),
+        ({"kind": zipfile.ZIP_BZIP2}, "is compressed in a way that is not read"),
+        ({"rows": ROWS.replace("<v>1", "<v>7")}, "list index out of range"),
+        ({"rows": '<row><c t="s"><v>0</v></c></row>'}, "'r'"),
+    ],
+    ids=range(7),
+)
+def test_a_workbook_that_would_fill_the_memory_is_refused(parts, reason, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_SHEET_BYTES", 400_000)
+    monkeypatch.setattr(tables, "MAX_ELEMENTS", 1_000)
+    with pytest.raises(ReadError) as error:
+        list(xlsx_rows(workbook(**parts), "f"))
+    assert "f is not a readable xlsx workbook: " in str(error.value) and reason in str(error.value)

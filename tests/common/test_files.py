@@ -44,6 +44,22 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         read_bytes(tmp_path / "a", error=OtherError)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", "../a", "/a", "a/../b", "a\0b", "a" * 256, "a/" + "ä" * 128, "\ud800" * 99],
+)
+def test_a_name_that_leads_out_of_its_folder_is_refused(name, tmp_path):
+    with pytest.raises(OtherError, match="leads out of .*; expected that of a file below it"):
+        files.path_below(tmp_path, name, OtherError)
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a/b.npy", "..a", "a..b/c", "a" * 255, "ä\u3000 x", "~", "-"]
+)
+def test_a_name_below_its_folder_is_joined(name, tmp_path):
+    assert files.path_below(tmp_path, name) == tmp_path / name
+
+
 def test_text_has_one_encoding_and_maybe_a_mark():
     assert files.decode("\ufeffä".encode(), "f") == files.decode("ä".encode(), "f") == "ä"
     assert files.decode("走".encode("gb18030"), "f", "gb18030") == "走"

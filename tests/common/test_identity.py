@@ -4,7 +4,13 @@ import hashlib
 
 import pytest
 
-from affectgpt_jax.common.identity import Identity, files_sha256, json_sha256, named_files_sha256
+from affectgpt_jax.common.identity import (
+    Identity,
+    code_identity,
+    files_sha256,
+    json_sha256,
+    named_files_sha256,
+)
 
 
 def digest(text: str) -> bytes:
@@ -48,3 +54,24 @@ def test_the_hash_of_named_files_counts_their_names_and_not_their_folders(tmp_pa
     assert found == named_files_sha256([tmp_path / "y" / "a"])
     (tmp_path / "y" / "a").rename(tmp_path / "y" / "b")
     assert found != named_files_sha256([tmp_path / "y" / "b"])
+
+
+def test_the_identity_of_code_is_that_of_its_sources_wherever_they_lie(tmp_path):
+    def package(folder, **files):
+        for name, text in files.items():
+            path = tmp_path / folder / "package" / name.replace("__", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".py").write_text(text)
+        return tmp_path / folder / "package"
+
+    mine = code_identity(package("a", x="1", data__y="2"))
+    assert mine.name == "package" and len(mine.sha256) == 64
+    (package("b", x="1", data__y="2") / "notes.txt").write_text("no source")
+    assert code_identity(package("b", configs__demo="3", data_prep__x="4")) == mine
+    for other in (
+        package("c", x="1", data__y="3"),
+        package("d", x="1", models__y="2"),
+        package("e", x="1", data__y="2", z=""),
+    ):
+        assert code_identity(other).sha256 != mine.sha256
+    assert code_identity().name == "affectgpt_jax"

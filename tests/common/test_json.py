@@ -130,6 +130,12 @@ def test_a_dataclass_is_made_of_an_object():
         (manifest(loss="1"), "f: loss: expected a number or null, found '1'"),
         (manifest(loss=True), "f: loss: expected a number or null, found True"),
         (manifest(loss=10**400), "f: loss: expected a number or null, found 1000"),
+        (manifest(loss=float("nan")), "f: loss: expected a number or null, found nan"),
+        (manifest(loss=float("-inf")), "f: loss: expected a number or null, found -inf"),
+        (
+            manifest(sources={"x": 2**63}),
+            "f: sources.x: expected a whole number of at most 64 bits, found 9223372036854775808",
+        ),
         (manifest(shards={}), "f: shards: expected a list, found {}"),
         (manifest(shards=[1]), "f: shards[0]: expected a JSON object, found 1"),
         (manifest(shards=[{"file": "f"}]), "f: shards[0]: the key 'count' is missing"),
@@ -253,6 +259,16 @@ def test_trouble_with_the_disk_shows_before_the_work(tmp_path):
     (tmp_path / "b").symlink_to(tmp_path / "a")
     with pytest.raises(OSError), file:
         raise AssertionError("opened below a file")
+
+
+def test_no_link_is_appended_to(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text('{"file": "a", "count": 1}\nhalf')
+    (tmp_path / "a.jsonl").symlink_to(mine)
+    file = opened(tmp_path / "a.jsonl")
+    with pytest.raises(OSError):
+        file.append({"file": "b", "count": 2})
+    assert mine.read_text().endswith("half")
 
 
 def test_a_record_that_json_lacks_is_not_written(tmp_path):

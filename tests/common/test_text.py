@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from affectgpt_jax.common.text import json_line, listed, one_line, print_lines, shorten
+from affectgpt_jax.common.text import brief, json_line, listed, one_line, print_lines, shorten
 
 ANY_TEXT = st.text(st.characters())  # lone surrogates, too
 
@@ -81,7 +81,7 @@ def test_only_what_is_shown_of_a_value_is_looked_at():
     loop = []
     loop.append(loop)
     assert shorten([loop] * 2).endswith("...")
-    assert shorten("a" * 2**28, 5) == "'aaaa..."
+    assert shorten("a" * 2**22, 5) == "'aaaa..."
 
 
 def test_a_list_of_names_ends_with_the_number_of_the_others():
@@ -90,3 +90,9 @@ def test_a_list_of_names_ends_with_the_number_of_the_others():
     assert listed(names[:5]).endswith("'clip4'")
     assert listed(names) == "'clip0', 'clip1', 'clip2', 'clip3', 'clip4' and 1,000 more"
     assert listed(["a\nb"]) == r"'a\nb'"
+
+
+def test_what_an_error_says_is_cut():
+    assert brief(ValueError("a\x1b\n")) == r"a\x1b\n"
+    assert brief("x" * 300) == "x" * 300
+    assert brief("x" * 10**7) == "x" * 300 + "..."

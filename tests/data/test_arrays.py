@@ -2,12 +2,15 @@ import dataclasses
 import json
 import os
 import re
+import struct
+import zipfile
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from affectgpt_jax.common import labels
 from affectgpt_jax.data.arrays import (
     COLUMNS,
     open_arrays,
@@ -17,7 +20,6 @@ from affectgpt_jax.data.arrays import (
     sample_rows,
 )
 from affectgpt_jax.data.records import Annotations, RecordError, write_records
-from affectgpt_jax.evaluation import readers
 
 NAMES = ("a", "b", "c 名")
 
@@ -92,8 +94,8 @@ def test_every_annotation_has_a_column(tmp_path):
 
 @given(st.text(alphabet="[]'\", aAb\n名") | st.text())
 def test_labels_are_read_as_the_evaluation_reads_them(text):
-    assert list(parse_labels(text)) == readers.parse_labels(text)
-    assert [word.lower() for word in parse_list(text)] == readers.parse_labels(text)
+    assert list(parse_labels(text)) == labels.read_labels(text)
+    assert [word.lower() for word in parse_list(text)] == labels.parse_labels(text)
 
 
 @pytest.mark.parametrize(
@@ -409,3 +411,29 @@ def test_a_dict_of_arrays_is_named_in_messages(clips):
     arrays = {name: values(name) for name in NAMES} | {"b": [1.0, 2.0]}
     with pytest.raises(RecordError, match=r"the face arrays, clip 'b' has the shape \[2\]"):
         list(records_from_csv(path, {"face": arrays}))
+
+
+@pytest.mark.parametrize("name", ["../b", "/b", "a/../../b", "sub/../../b"])
+def test_no_name_of_a_clip_leads_out_of_its_folder(name, clips, tmp_path):
+    _, face = clips
+    np.save(face.parent / "b.npy", values("b"))
+    path = table(tmp_path / "mine.csv", f"name\n{name}\n")
+    with pytest.raises(RecordError, match=r"the name '.*b.npy' leads out of .*; expected that of"):
+        records_from_csv(path, {"face": face})
+
+
+def test_arrays_that_are_larger_than_their_files_are_refused(clips, tmp_path):
+    path, face = clips
+    header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1024), }".ljust(117)
+    data = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + header.encode() + b"\n" + bytes(100)
+    (face / "b.npy").write_bytes(data)
+    with pytest.raises(RecordError, match="b.npy cannot be read: its header names an array"):
+        list(records_from_csv(path, {"face": face}))
+    archive = tmp_path / "zeros.npz"
+    # 65 MiB of zeros in 65 KiB.
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+        with file.open("a.npy", "w", force_zip64=True) as entry:
+            for _ in range(65):
+                entry.write(bytes(2**20))
+    with pytest.raises(RecordError, match="'a' cannot be read: a.npy expands from .* to 68,15"):
+        open_arrays(archive)["a"]

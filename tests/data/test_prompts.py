@@ -218,11 +218,14 @@ def test_a_label_that_names_no_type_or_one_twice_is_refused(label):
 
 
 def is_label(text: str) -> bool:
-    return text == text.lower().strip(".[]'\"").strip() and "###" not in text
+    plain = text == text.lower().strip(" -") and " -" not in text and "- " not in text
+    return plain and text not in {"and", "or", "none", "null", "nil"}
 
 
-# What splits a label list cannot be part of a label.
-labels = st.text(st.characters(codec="utf-8", exclude_characters=",;\n"), min_size=1, max_size=12)
+# Words of any script: what splits a list cannot be part of a label, and full-width letters are read
+# as others.
+LETTERS = st.characters(categories=["L", "Nd", "M"]).filter(lambda c: not "\uff01" <= c <= "\uff5e")
+labels = st.text(LETTERS | st.sampled_from(" -"), min_size=1, max_size=12)
 
 
 @settings(max_examples=50)

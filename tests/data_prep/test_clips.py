@@ -61,7 +61,30 @@ def test_a_table_decides_which_clips_there_are_and_in_which_order(tmp_path):
     assert [clip.name for clip in found.clips] == ["c", "a", "z"]
     assert found.clips[1].audio == tmp_path / "clips" / "a.wav"
     assert found.clips[2] == Clip("z")
-    assert found.remarks() == ["files without a row in the CSV file, left out: 1: 'b'"]
+    assert found.remarks() == [
+        "rows of the CSV file without a file: 1: 'z'",
+        "files without a row in the CSV file, left out: 1: 'b'",
+    ]
+
+
+def test_files_that_are_called_otherwise_than_all_rows_are_found_and_told(tmp_path):
+    touch(tmp_path / "clips", "dia0_utt0.mp4", "dia0_utt1.mp4", "extra_dia0_utt1.mp4")
+    table = write_table(tmp_path / "t.csv", "name\ntest_dia0_utt0\ntest_dia0_utt1\n")
+    found = find_clips([tmp_path / "clips"], table)
+    assert [clip.name for clip in found.clips] == ["test_dia0_utt0", "test_dia0_utt1"]
+    assert found.clips[0].video == tmp_path / "clips" / "dia0_utt0.mp4"
+    assert found.remarks() == [
+        "files of the clips: 2 are found by other names, as 'dia0_utt0' for 'test_dia0_utt0'",
+        "files without a row in the CSV file, left out: 1: 'extra_dia0_utt1'",
+    ]
+
+
+@pytest.mark.parametrize("name", ["../secret", "/tmp/secret", "a/../../secret"])
+def test_no_name_leads_out_of_the_folder_of_faces(name, tmp_path):
+    touch(tmp_path, "secret.npy", "faces/a.npy", "clips/a.mp4")
+    table = write_table(tmp_path / "t.csv", f"name,video\n{name},clips/a.mp4\n")
+    with pytest.raises(ClipError, match="leads out of .*faces; expected that of a file below it"):
+        find_clips([], table, tmp_path / "faces")
 
 
 def test_files_that_a_table_names_lie_relative_to_it(tmp_path):

@@ -44,12 +44,6 @@ def test_an_item_that_has_no_end_costs_no_other_item():
     assert found == [0.0, "late", 0.1]
 
 
-def test_a_file_that_ends_its_process_does_not_end_the_command():
-    """With --workers 0 too, which `stages` turns into one process."""
-    found = list(in_order(square, [-1, 2], 1, ahead=1, died=lambda: "died"))
-    assert found == ["died", 4]
-
-
 def test_a_clip_gives_pixels_windows_and_facts(tmp_path):
     path = write_talking(tmp_path / "a.mp4", seconds=2.4)
     found = decode_clip(Job(Clip("a", path), ALL, 64))

@@ -281,11 +281,13 @@ def test_flags_that_do_not_go_together_end_in_the_usage(flags, message, capsys):
 
 
 def test_without_the_extra_the_command_says_how_to_get_it():
-    missing = "import sys, runpy; sys.modules['av'] = None; sys.argv = ['extract']; "
+    flags = ["extract", "--clips=c", "--audio=hubert-l", "--out=o"]
+    missing = f"import sys, runpy; sys.modules['av'] = None; sys.argv = {flags}; "
     code = missing + "runpy.run_module('data_prep.extract', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: the package av is missing: pip install -e '.[features]'\n"
+    advice = "pip install 'affectgpt-jax[features]'"
+    assert done.stderr == f"error: the package av is missing: {advice}\n"
 
 
 def test_no_clip_that_can_be_used_is_one_sentence(encoders, tmp_path):
@@ -422,7 +424,7 @@ def test_an_interrupted_and_a_killed_extraction_go_on_and_leave_no_process_behin
         if process.returncode != 0:  # on a busy machine it may be over before the signal comes
             break
     assert process.returncode == 128 + signal.SIGINT
-    assert said.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert said.splitlines()[-1] == "interrupted; the same command goes on from there"
     assert "Traceback" not in said
     assert 1 <= len(list(out.glob(f"{extract.BLOCKS}/*.npz"))) < 5
     kill_and_finish(call, out, [0], seed=0)

@@ -12,6 +12,7 @@ from affectgpt_jax.evaluation import chat_server, extract
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
 from affectgpt_jax.evaluation.extract import (
     ChatExtractor,
+    NoWords,
     ReplyCache,
     label_message,
     read_label_reply,
@@ -161,7 +162,26 @@ def test_every_label_of_the_demo_is_found_in_its_descriptions():
         ("(empty list)", []),
         ("N/A", []),
         ("No clear emotion.", []),
-        ("", []),
+        # nothing was said
+        ("", None),
+        ("<think>\nIs he [sad]?", None),
+        ("<think>\nHe is [sad].\n</think>\n", None),
+        # objects: the key that speaks of emotions, not the first list
+        ('{"evidence": ["a tear"], "emotions": ["happy", "sad"]}', ["happy", "sad"]),
+        ('{"labels": "happy, sad"}', ["happy", "sad"]),
+        ('I think: {"emotion": "happy", "confidence": 0.9}', ["happy"]),
+        # punctuation of other scripts, and other separators
+        ("happy\uff0csad", ["happy", "sad"]),
+        ("[happy\uff0csad]", ["happy", "sad"]),
+        ("\u3010happy\u3001sad\u3011", ["happy", "sad"]),
+        ("[\u201chappy\u201d\uff0c\u201csad\u201d]", ["happy", "sad"]),
+        ("Emotions\uff1ahappy\u3001sad", ["happy", "sad"]),
+        ("['happy'\u3001'sad']", ["happy", "sad"]),
+        ("[happy; sad]", ["happy", "sad"]),
+        ("[happy | sad]", ["happy", "sad"]),
+        ("happy / sad", ["happy", "sad"]),
+        ("**happy**, **sad**", ["happy", "sad"]),
+        ("[1. happy, 2. sad]", ["happy", "sad"]),
         ("The man seems to be happy because he smiles.", None),
     ],
 )
@@ -246,6 +266,24 @@ def test_prose_is_read_by_rule_and_what_cannot_be_read_is_kept(tmp_path):
     assert asks.labels(["a", "b", "c"]) == [["happy"], [], []]
     assert asks.sentiments([["x"]]) == ["neutral"]
     assert asks.unparsed == {"c": said["c"], "x": said["[x]"]}
+
+
+def test_a_reply_without_words_is_unread_and_asked_again(tmp_path):
+    thinks = "<think>\nHe is happy, or is he"
+    said = {"a": NoWords("length"), "b": "", "c": thinks, "d": "[sad]", "[sad]": NoWords("stop")}
+    for asked in (5, 4):
+        parrot = Parrot(said)
+        asks = extractor(parrot, tmp_path / "cache.jsonl")
+        assert asks.labels(["a", "b", "c", "d"]) == [[], [], [], ["sad"]]
+        assert asks.sentiments([["sad"]]) == ["neutral"]
+        assert asks.unparsed == {
+            "a": NoWords("length"), "b": NoWords(), "c": NoWords("length"), "sad": NoWords("stop"),
+        }  # fmt: skip
+        assert len(parrot.asked) == asked
+    assert str(NoWords("length")) == (
+        "whose reply had no words (finish_reason length); the model thought up to the limit: turn "
+        "its thinking off, or raise --max-reply-tokens"
+    )
 
 
 def test_what_was_answered_before_trouble_is_not_asked_again(tmp_path):
@@ -340,7 +378,8 @@ def test_trouble_that_stays_is_one_sentence_after_some_attempts():
         ((429, {"Retry-After": "3600"}, ""), "asks for a pause of 3600 s"),
         ((200, {}, '{"text": "happy"}'), 'without choices.0..message.content: \'{"text": "happy'),
         ((200, {}, '{"choices": []}'), "without choices"),
-        ((200, {}, '{"choices": [{"message": {"content": null}}]}'), "without choices"),
+        ((200, {}, '{"choices": [{"message": {"content": 1}}]}'), "without choices"),
+        ((200, {}, '{"choices": [{"message": {}}]}'), "without choices"),
         ((200, {}, "[]"), "without choices"),
         ((200, {"Content-Type": "application/json"}, '{"choices": [{"mess'), "without choices"),
     ],
@@ -353,6 +392,24 @@ def test_trouble_that_asking_again_cannot_mend_stops_at_once(turn, told):
         assert len(stub.requests) == 1
     assert "\n" not in str(stopped.value)
     assert "sesame" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "expected"),
+    [
+        (None, "length", NoWords("length")),
+        ("", "stop", NoWords("stop")),
+        (" \n", None, NoWords()),
+        ("<think>\nIs he [sad]?", "length", NoWords("length")),
+        ("<think>\nHe is.\n</think>\n[sad]", "stop", "<think>\nHe is.\n</think>\n[sad]"),
+        ("[sad]", None, "[sad]"),
+    ],
+)
+def test_a_reply_without_words_is_a_reply_and_says_why(content, reason, expected):
+    message = {"role": "assistant", "content": content, "reasoning_content": "He is [angry]."}
+    reply = {"choices": [{"message": message, "finish_reason": reason}]}
+    with Stub((200, {}, json.dumps(reply))) as stub:
+        assert ask(stub, ["say happy", "say calm"], concurrency=1) == [expected, "[calm]"]
 
 
 def test_a_redirect_takes_the_key_to_no_other_host():

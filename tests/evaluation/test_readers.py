@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import pickle
+import struct
 import zipfile
 
 import numpy as np
@@ -268,6 +269,11 @@ def object_archive(path, name, content):
     return path
 
 
+def npy_header(dtype, count):
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({count},), }}".ljust(501)
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", 502) + header.encode() + b"\n"
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_hostile_pickles_run_nothing(tmp_path, protocol):
     trace = tmp_path / "trace"
@@ -286,6 +292,28 @@ def test_hostile_pickles_run_nothing(tmp_path, protocol):
         with pytest.raises(plain_pickle.PickleError, match="would call"):
             plain_pickle.loads(data)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        # 65 MiB of zeros in 65 KiB; an array of 2 ** 40 empty texts; objects that are not there.
+        (bytes(65 * 2**20), "test_corpus.npy expands from"),
+        (npy_header("|S0", 2**40), "its header names an array"),
+        (npy_header("<f4", 2**40), "its header names an array"),
+        (npy_header("|O", 2**40) + pickle.dumps([]), "pickled values do not fill an array"),
+        (npy_header("|O", "(1," * 60 + "1" + ")" * 60), "shape is not valid: (("),
+        (b"\x93NUMPY\x03\x00", "its version is neither 1 nor 2"),
+    ],
+    ids=range(6),
+)
+def test_small_archives_that_would_fill_the_memory_are_refused(tmp_path, content, reason):
+    path = tmp_path / "label.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("test_corpus.npy", content)
+    with pytest.raises(ReadError) as error:
+        read_truth(path, "basic", allow_pickle=True)
+    assert reason in str(error.value) and len(str(error.value)) < 500
 
 
 def test_a_name_out_of_a_pickle_is_no_value(tmp_path):

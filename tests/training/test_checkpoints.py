@@ -1,6 +1,7 @@
 """Checkpoints: what comes back is what was saved, and only where it belongs."""
 
 import json
+import os
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from trees import assert_same_tree
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.training import sharding
 from affectgpt_jax.training.checkpoints import (
+    ALLOWED_OTHERS,
     CheckpointError,
     Checkpoints,
     CheckpointWriteError,
@@ -183,6 +185,114 @@ def test_a_save_ends_on_what_the_save_before_it_met(tmp_path, monkeypatch):
     checkpoints.save(1, make_state(1), 0.5)
     with pytest.raises(CheckpointWriteError, match="No space left on device"):
         checkpoints.save(2, make_state(2), 0.5)
+
+
+# --- What answers depend on -----------------------------------------------------------------------
+
+INPUTS = {
+    name: Identity(name, digit * 64)
+    for name, digit in (("tokenizer", "1"), ("training records", "2"), ("prompts", "3"),
+                        ("lexicon", "4"), ("code", "5"))
+}  # fmt: skip
+
+
+def resume(workdir, inputs, allow_other=()):
+    """What is said, and the step; the next one is saved."""
+    said = []
+    with Checkpoints(workdir, BASE, keep=9, inputs=inputs) as checkpoints:
+        step = checkpoints.step_to_resume(say=said.append, allow_other=allow_other)
+        checkpoints.save((step or 0) + 1, make_state(), None)
+    return said, step
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "training records", "prompts", "lexicon"])
+def test_another_input_is_refused_by_name_and_both_hashes(tmp_path, name):
+    assert resume(tmp_path, INPUTS) == ([], None)
+    assert resume(tmp_path, INPUTS) == ([], 1)
+    others = INPUTS | {name: Identity("other", "f" * 64)}
+    advice = f"pass --allow-other={name}" if name in ALLOWED_OTHERS else "another --workdir"
+    words = rf"checkpoints/2: {name}: .*{name} \(sha256 \d+\).*other \(sha256 f+\).*{advice}"
+    with pytest.raises(CheckpointError, match=words):
+        resume(tmp_path, others)
+    with pytest.raises(CheckpointError, match=words):
+        SavedRun(tmp_path).check_inputs(2, {name: others[name]})
+    with pytest.raises(CheckpointError, match=f"{name} x: it was trained with none"):
+        Checkpoints(tmp_path, BASE, inputs={name + " x": others[name]}).step_to_resume()
+    SavedRun(tmp_path).check_inputs(2, {key: INPUTS[key] for key in INPUTS if key != name})
+
+
+def test_a_base_of_another_content_is_refused_before_it_is_read(saved):
+    with pytest.raises(CheckpointError, match="checkpoints/7 was trained on the base Tiny"):
+        Checkpoints(saved, Identity("Tiny", "1" * 64)).step_to_resume()
+
+
+@pytest.mark.parametrize("name, flag", [("prompts", ["prompts"]), ("code", [])])
+def test_an_input_that_may_be_another_is_said_and_recorded(tmp_path, name, flag):
+    resume(tmp_path, INPUTS)
+    others = INPUTS | {name: Identity("other", "f" * 64)}
+    (said,), step = resume(tmp_path, others, flag)
+    assert step == 1 and said.startswith("note: ") and f"{name}: it was trained with" in said
+    assert SavedRun(tmp_path).inputs(1) == INPUTS
+    assert SavedRun(tmp_path).inputs(2) == others
+    assert resume(tmp_path, others) == ([], 2)
+
+
+# --- What cannot be read back ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a*b", "a?b", "a\\b", os.fsdecode(b"a\xffb")])
+def test_a_path_that_the_libraries_misread_is_refused_at_the_start(tmp_path, name):
+    with pytest.raises(CheckpointError, match="below a path with '.*' in it; name another --workd"):
+        Checkpoints(tmp_path / name / "run", BASE)
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a?b", "a b", "a]b", "a:b,c;d", "a%20b", "日本", "a\nb"])
+def test_a_run_below_another_odd_path_is_read(saved, tmp_path, name):
+    shutil.copytree(saved / "checkpoints", tmp_path / name / "checkpoints")
+    assert_same_tree(SavedRun(tmp_path / name).trainable(7), make_state()["trainable"])
+
+
+def test_a_run_below_a_backslash_is_refused_by_its_path(saved, tmp_path):
+    shutil.copytree(saved / "checkpoints", tmp_path / "a\\b" / "checkpoints")
+    with pytest.raises(CheckpointError, match="cannot be read below a path with .*, or move the r"):
+        SavedRun(tmp_path / "a\\b")
+
+
+@pytest.mark.parametrize("name", ["a[1]", "a\\b"])
+def test_what_cannot_be_read_back_is_no_checkpoint(tmp_path, name, monkeypatch):
+    # As if the libraries came to misread a path that is not refused.
+    monkeypatch.setattr("affectgpt_jax.training.checkpoints.check_path", lambda workdir: None)
+    checkpoints = Checkpoints(tmp_path / name, BASE)
+    checkpoints.save(1, make_state(1), 0.5)
+    with pytest.raises(CheckpointWriteError, match="it cannot be read back"):
+        checkpoints.wait()
+    assert checkpoints._folder.steps() == []
+
+
+@pytest.mark.parametrize(
+    "state, words",
+    [
+        (make_state(0) | {"step": jnp.int32(9)}, "step "),
+        (make_state(shapes=SHAPES | {"lora": {}}), ".*lora/layers/q_proj/lora_a"),
+    ],
+)
+def test_what_reads_back_as_something_else_is_no_checkpoint(saved, state, words):
+    checkpoints = Checkpoints(saved, BASE)
+    finished = checkpoints._orbax.wait_until_finished
+
+    def other_bytes():
+        finished()
+        written = saved / "checkpoints" / ".saving-9" / "state"
+        if written.exists():
+            shutil.rmtree(written)
+            shutil.copytree(saved / "checkpoints" / "7" / "state", written)
+
+    checkpoints._orbax.wait_until_finished = other_bytes
+    checkpoints.save(9, state, 0.5)
+    with pytest.raises(CheckpointWriteError, match=f"it reads back as something else: {words}"):
+        checkpoints.wait()
+    assert SavedRun(saved).steps == (7,)
 
 
 # --- What is damaged ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Several processes as one run: how they are launched, meet, agree and part."""
 
 import contextlib
+import functools
 import signal
 import socket
 import threading
@@ -9,9 +10,11 @@ import time
 import jax
 import numpy as np
 import pytest
-from commands import ending, finish, group, trace
+from commands import ending, enter, finish, group, trace
 
 from affectgpt_jax import cli
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import write_records
 from affectgpt_jax.training import distributed
 from affectgpt_jax.training.distributed import Launch, LaunchError, ProcessGroup
 
@@ -416,6 +419,24 @@ def test_two_processes_train_as_one_until_one_is_killed_and_one_goes_on_alone(
         assert "workdir" not in commands[1].said, "only the first process reports"
     assert "resumed from the checkpoint of step" in finish(workdir, *records)
     assert_same_losses(workdir, undisturbed)
+
+
+def test_processes_with_other_records_at_the_same_path_do_not_train_as_one(records, tmp_path):
+    """As on machines that hold the records on disks of their own."""
+    val = records[1]
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for seed, folder in enumerate(folders):
+        clips = demo.World(seed).records("train", 40)
+        write_records(
+            folder / "train", clips, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo")
+        )
+    flags = ("--config.data.train=train", val)
+    started = group(tmp_path / "run", 2, *flags, before=functools.partial(enter, folders))
+    with ending(started) as commands:
+        assert [command.wait(timeout_s=120) for command in commands] == [1, 1]
+        said = commands[0].said
+        assert "process 1 on " in said and "has training records (train)=" in said
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

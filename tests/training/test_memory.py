@@ -47,6 +47,22 @@ def test_an_array_that_is_read_in_two_shapes_is_counted_once():
     assert memory.saved_bytes(views, shape(8, 16)) == 2 * 8 * 16 * 4  # sin and cos
 
 
+def test_calls_of_one_function_are_looked_into():
+    policy = jax.checkpoint_policies.nothing_saveable
+    square = jax.checkpoint(lambda x: x * x, policy=policy)
+
+    @functools.partial(jax.jit, inline=True)
+    def layer(x):
+        once = jnp.sin(x)
+        return square(once) + square(once.reshape(-1)).reshape(x.shape)
+
+    def layers(x):
+        return jnp.sum(layer(layer(x))), None
+
+    # Each layer's cos, and sin, which is read in two shapes; the second's input is an addition.
+    assert memory.saved_bytes(layers, shape(8, 16)) == 2 * 2 * 8 * 16 * 4
+
+
 def test_a_scan_saves_for_every_layer_in_the_dtype_of_each_value():
     def layers(x, weights):
         def layer(x, w):

@@ -45,6 +45,16 @@ def train(
             writer.write(step, {"train/loss": 8.0 / step, "lr": 0.5})
 
 
+def test_no_link_is_written_through(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text('{"step": 1, "time_s": 0.5}\n{"step": 2, "time_s": 1.0}\n')
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(mine)
+    with pytest.raises(OSError, match="a link stands there"):
+        MetricsWriter(tmp_path / "run", resume_step=1)
+    assert mine.read_text().count("\n") == 2
+
+
 def test_a_line_holds_step_time_and_scalars(tmp_path: Path, clock: FakeClock) -> None:
     with MetricsWriter(tmp_path / "run", clock=clock) as writer:
         clock.advance(1.5)

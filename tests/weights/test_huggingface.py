@@ -280,7 +280,51 @@ def test_a_tied_checkpoint_may_carry_its_head(tmp_path):
     base = random_tree(abstract_base(TIED))
     save_base(tmp_path, TIED, base)
     edit_tensors(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]}))
+    assert read_config(tmp_path) == TIED
     assert_same_tree(load(tmp_path, TIED), base)
+
+
+def other_head(tensors):
+    """As after a merge that trained the head: one value of it is another, in its last row."""
+    head = tensors["model.embed_tokens.weight"].copy()
+    head[-1, -1] += 1
+    tensors["lm_head.weight"] = head
+
+
+def test_a_head_of_its_own_is_not_dropped_though_the_config_says_tied(tmp_path):
+    base = random_tree(abstract_base(TIED))
+    save_base(tmp_path, TIED, base)
+    tied = base_identity(tmp_path)
+    edit_tensors(tmp_path, other_head)
+    llm = read_config(tmp_path)
+    assert llm == dataclasses.replace(TIED, tie_word_embeddings=False)
+    head = np.array(base["embed_tokens"]).T
+    head[-1, -1] += 1
+    assert_same_tree(load(tmp_path, llm), base | {"lm_head": head})
+    assert base_identity(tmp_path).sha256 != tied.sha256
+    # Compared by values: a head in another precision than its embedding may be the same.
+    halves = np.asarray(base["embed_tokens"]).astype(np.float16)
+    edit_tensors(
+        tmp_path,
+        lambda t: t.update(
+            {"model.embed_tokens.weight": halves, "lm_head.weight": halves.astype(np.float32)}
+        ),
+    )
+    assert read_config(tmp_path) == TIED
+
+
+def test_transformers_computes_the_same_with_a_head_of_its_own(tmp_path):
+    torch = needs_torch.pytorch("the reference runs in PyTorch")
+    import transformers
+
+    save_base(tmp_path, TIED, random_tree(abstract_base(TIED)))
+    edit_tensors(tmp_path, other_head)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(TIED.vocab_size, size=(2, 7))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    llm = read_config(tmp_path)
+    assert relative_error(logits_of(load(tmp_path, llm), llm, tokens), expected) < 1e-5
 
 
 # --- What is refused ------------------------------------------------------------------------------

@@ -151,6 +151,20 @@ def test_a_merged_directory_holds_the_merged_tree_in_the_dtype_of_the_base(tmp_p
     ).read_bytes()
 
 
+def test_a_head_of_its_own_is_not_called_tied_in_what_is_merged(tmp_path):
+    tied = dataclasses.replace(LLM, tie_word_embeddings=True)
+    make_base(tmp_path / "base", tied)
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, path)
+    save_merged(tmp_path / "base", tmp_path / "out", LORA, CONFIG.scale)
+    theirs, mine = (json.loads((tmp_path / x / "config.json").read_text()) for x in ("base", "out"))
+    assert theirs["tie_word_embeddings"] and mine == theirs | {"tie_word_embeddings": False}
+    merged = all_tensors(tmp_path / "out")["lm_head.weight"]
+    np.testing.assert_array_equal(merged, tensors["lm_head.weight"])
+
+
 def test_files_are_cut_where_they_get_large_and_indexed(tmp_path):
     make_base(tmp_path / "base")
     save_merged(tmp_path / "base", tmp_path / "one", LORA, CONFIG.scale)

@@ -19,7 +19,13 @@ from affectgpt_jax.models.decoder import Decoder, init_lora, lm_head
 from affectgpt_jax.models.lora import TARGETS, LoraConfig
 from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.huggingface import WeightsError, save_base
-from affectgpt_jax.weights.peft import load_adapter, read_adapter_config, save_adapter
+from affectgpt_jax.weights.peft import (
+    TENSORS,
+    load_adapter,
+    read_adapter_config,
+    refusal,
+    save_adapter,
+)
 
 MODEL = make_model()
 CONFIG = MODEL.decoder.lora
@@ -105,6 +111,63 @@ def test_a_half_precision_adapter_is_cast_to_the_dtype_of_the_run(saved):
     assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), expected)
 
 
+# --- Adapters that are none for us ----------------------------------------------------------------
+
+LAYERS = "base_model.model.model."
+
+
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): value for name, value in tensors.items()}
+
+
+def without_values(part):
+    return lambda tensors: {
+        name: np.zeros(0, np.float32) if part in name else value for name, value in tensors.items()
+    }
+
+
+def beside(name, *shape):
+    return lambda tensors: tensors | {LAYERS + name: np.zeros(shape, np.float32)}
+
+
+STRANGERS = {
+    "compiled": (renamed("base_model.model", "_orig_mod.base_model.model"), "save model._orig_mod"),
+    "parallel": (renamed("base_model.model", "module.base_model.model"), "save model.module, or t"),
+    "no head": (renamed(LAYERS, "base_model.model."), "train with AutoModelForCausalLM, or put"),
+    "around": (renamed(LAYERS, LAYERS + "language_model."), "the adapter of the language model al"),
+    "state": (renamed(".weight", ".default.weight"), "use save_pretrained, or take '.default' out"),
+    "sharded": (without_values("lora"), "has no values; sharded training (ZeRO-3, FSDP)"),
+    "half sharded": (without_values("lora_B"), "has no values; sharded training (ZeRO-3, FSDP)"),
+    "empty": (
+        lambda tensors: {},
+        "holds no tensors; save it again, from the process that has them",
+    ),
+    "embedding": (beside("embed_tokens.weight", 3, 2), "with save_embedding_layers=False"),
+    "embedding's": (beside("embed_tokens.lora_embedding_A", 3, 2), "with save_embedding_layers=F"),
+    "head": (beside("lm_head.lora_A.weight", 3, 2), "train the adapter without it"),
+    "other": (beside("layers.0.mlp.router.lora_A.weight", 3, 2), "router; only q_proj, k_proj"),
+    "gap": (
+        lambda tensors: {k: v for k, v in tensors.items() if ".0.mlp.up_proj.lora_A" not in k},
+        "layers.0.mlp.up_proj.lora_A.weight is missing",
+    ),
+    "misshapen": (
+        lambda tensors: tensors | {NAME: np.zeros((5, 7), np.float32)},
+        "down_proj.lora_A.weight is (5, 7); expected (4, ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGERS)
+def test_what_training_refuses_is_refused_by_its_cause_and_inspection_says_so(saved, kind):
+    assert refusal(saved) is None
+    change, words = STRANGERS[kind]
+    save_file(change(load_file(saved / "adapter_model.safetensors")), saved / TENSORS)
+    with pytest.raises(WeightsError) as error:
+        load_adapter(saved, abstract(LORA), CONFIG)
+    assert words in str(error.value)
+    assert words in refusal(saved)
+
+
 # --- The real library -----------------------------------------------------------------------------
 
 
@@ -161,6 +224,15 @@ def test_peft_computes_the_same_logits_with_an_exported_adapter(tmp_path, saved,
     # Float32 sums of some tens of terms, two layers deep, added in another order.
     assert relative_error(logits(llm, base, LORA, CONFIG), expected) < 1e-5
     assert relative_error(logits(llm, base, {}, CONFIG), expected) > 0.1, "the adapter does nothing"
+
+
+def test_autopeft_finds_the_base_of_an_exported_adapter(tmp_path):
+    base, _ = reference(tmp_path / "base", LLM)
+    import peft
+
+    save_adapter(tmp_path / "adapter", LORA, CONFIG, str(tmp_path / "base"))
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert relative_error(logits(LLM, base, LORA, CONFIG), torch_logits(model)) < 1e-5
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), TARGETS])

@@ -491,9 +491,10 @@ def test_broken_archives_are_refused(tmp_path):
         refused(path, *words)
     refused(tmp_path / "nowhere.pth", "cannot be read")
     refused(tmp_path, "cannot be read")
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("a/b/data.pkl", program)
-    refused(path, "no data.pkl")
+    for name in ("a/b/data.pkl", "a/data_pkl", "data.pkl"):
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr(name, program)
+        refused(path, "no data.pkl")
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(path, "w") as file:
         file.writestr("archive/data.pkl", b"N.")
         file.writestr("archive/data.pkl", program)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_model import FUSION, LLM, make_model, random_base, random_trainable
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from trees import assert_same_tree
 
 from affectgpt_jax.configs import demo
+from affectgpt_jax.data.tokenizer import CHAT_TOKENS, tokenizer_identities
 from affectgpt_jax.models.lora import LoraConfig, merge
 from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, SavedRun
 from affectgpt_jax.weights.__main__ import main
@@ -26,18 +30,24 @@ MODEL = make_model(fusion=FUSION)
 STEPS = {3: 0.5, 5: 0.25, 10_001: 0.75}
 
 
+def write_tokenizer(directory):
+    vocabulary = {word: i for i, word in enumerate(["a", *CHAT_TOKENS])}
+    Tokenizer(WordLevel(vocabulary, unk_token="a")).save(str(directory / "tokenizer.json"))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three checkpoints, the second of which is the best, and its base."""
     root = tmp_path_factory.mktemp("run")
     save_base(root / "base", LLM, random_base(MODEL))
-    (root / "base" / "tokenizer.json").write_text("{}")
+    write_tokenizer(root / "base")
     config = demo.get_config()
     config.llm = str(root / "base")
     config.lora.rank, config.lora.alpha = LORA.rank, LORA.alpha
     (root / "work").mkdir()
     (root / "work" / "config.json").write_text(config.to_json())
-    with Checkpoints(root / "work", base_identity(root / "base"), keep=9) as checkpoints:
+    base, inputs = base_identity(root / "base"), tokenizer_identities(root / "base")
+    with Checkpoints(root / "work", base, keep=9, inputs=inputs) as checkpoints:
         for step, loss in STEPS.items():
             trainable = random_trainable(MODEL, seed=step)
             opt_state = jax.tree.map(jnp.zeros_like, trainable)
@@ -136,7 +146,8 @@ def test_an_adapter_and_a_file_of_the_release_are_shown(run, tmp_path, capsys):
     command(capsys, "export-peft", run / "work", tmp_path / "adapter")
     text = command(capsys, "inspect", tmp_path / "adapter")
     found = facts(text)
-    assert (found["format"], found["base"], found["loads here"]) == ("PEFT adapter", "base", "yes")
+    assert (found["format"], found["loads here"]) == ("PEFT adapter", "yes")
+    assert found["base"] == str(run / "base")
     assert found["LoRA"].startswith("rank 4, alpha 32 (scale 8), on q_proj, k_proj")
     lora = random_trainable(MODEL)["lora"]
     assert table(text)["down_proj"] == (4, *sizes_of(lora["layers"]["down_proj"]))
@@ -150,9 +161,44 @@ def test_an_adapter_and_a_file_of_the_release_are_shown(run, tmp_path, capsys):
     text = command(capsys, "inspect", tmp_path / "c.pth")
     found = facts(text)
     assert (found["epoch"], found["beside"]) == ("2", "epoch, config")
+    assert found["loads here"] == "yes"
     assert found["heads"] == "pre-fusion attention, audio head attention, video head attention"
     assert found["LoRA"].startswith("rank 4, alpha 32 (scale 8)")
     assert table(text)["total"][1] == count(random_trainable(MODEL))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda base: (base / "tokenizer.json").unlink(), "tokenizer.json: not found"),
+        (lambda base: (base / "tokenizer.json").write_text("{}"), "tokenizer.json: not a tokenize"),
+        (lambda base: edit(base, drop="model.norm.weight"), "model.norm.weight is missing"),
+        (lambda base: edit(base, **{"visual.weight": (2, 2)}), "visual.weight is not part of this"),
+        (lambda base: edit(base, **{"model.norm.weight": (3,)}), "model.norm.weight is (3,); expe"),
+    ],
+)
+def test_a_base_that_does_not_load_is_not_said_to(run, tmp_path, capsys, change, words):
+    base = shutil.copytree(run / "base", tmp_path / "base")
+    change(base)
+    found = facts(command(capsys, "inspect", base))["runs here"]
+    assert found.startswith("no: ") and words in found
+
+
+def test_a_head_of_its_own_is_shown(run, tmp_path, capsys):
+    base = shutil.copytree(run / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    found = facts(command(capsys, "inspect", base))
+    assert found["runs here"] == "yes"
+    assert found["head"].startswith("untied: another one than the embedding is stored")
+
+
+def edit(directory, drop=None, file="model.safetensors", **shapes):
+    """Leave a tensor out, and add some of ones."""
+    tensors = load_file(directory / file)
+    tensors.pop(drop, None)
+    tensors |= {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(tensors, directory / file)
 
 
 def sizes_of(tree):
