@@ -105,7 +105,7 @@ def _digest(rows: Sequence[np.ndarray]) -> str:
 def make_corpus(
     name: str, clips: Clips, kinds: Sequence[str], text: np.ndarray | None, left_out: set[str]
 ) -> Corpus:
-    """A corpus of the clips that have a label of one of these kinds.
+    """A corpus of the clips that have a feature and a label of one of these kinds.
 
     Args:
         name: of the corpus.
@@ -134,12 +134,13 @@ def make_corpus(
             f"{clips.directory}: the lexicon does not know the classes {listed(unknown)}; write "
             "them in other words"
         )
+    arrays = clips.features | ({} if text is None else {"text": text})
+    there = np.any([array.any(axis=1) for array in arrays.values()], axis=0)
     used = [
         i
         for i, entry in enumerate(clips.entries)
-        if (emotion[i] or np.isfinite(valence[i])) and entry.name not in left_out
+        if there[i] and (emotion[i] or np.isfinite(valence[i])) and entry.name not in left_out
     ]
-    arrays = clips.features | ({} if text is None else {"text": text})
     return Corpus(
         name,
         Inputs([clips.entries[i].name for i in used], {n: a[used] for n, a in arrays.items()}),
