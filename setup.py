@@ -40,6 +40,9 @@ setup(
         "affectgpt_jax.configs",
         "affectgpt_jax.data",
         "affectgpt_jax.data_prep",
+        "affectgpt_jax.data_prep.caption",
+        "affectgpt_jax.data_prep.crowd",
+        "affectgpt_jax.data_prep.speakers",
         "affectgpt_jax.evaluation",
         "affectgpt_jax.models",
         "affectgpt_jax.training",
@@ -50,6 +53,8 @@ setup(
         "affectgpt_jax": ["assets/*/*", "py.typed"],
         "affectgpt_jax.configs": ["launch/*.sh"],
         "affectgpt_jax.data_prep": ["*.toml"],
+        "affectgpt_jax.data_prep.crowd": ["*.toml"],
+        "affectgpt_jax.data_prep.caption": ["*.toml", "*.jinja"],
     },
     entry_points={"console_scripts": ["affectgpt = affectgpt_jax.__main__:main"]},
     install_requires=[

@@ -38,13 +38,19 @@ COMMANDS = {
     "Make records to train on": {
         "extract": "from videos: decode, find faces, run the encoders",
         "import-arrays": "from a CSV file and arrays of features",
+        "caption": "descriptions of unlabelled clips by models, filtered",
+        "crowd": "small networks that vote on emotions of unlabelled clips",
+        "speakers": "is the person who is seen the one who is heard",
         "datasets": "the public data sets in the layout that extract reads",
         "statistics": "tables and plots of records",
         "to-tfds": "records as a TensorFlow data set",
         "release-prompts": "the PyTorch release's prompts as a prompt file",
     },
 }
-DATA_PREP = ("extract", "datasets", "statistics", "to-tfds", "release-prompts")
+DATA_PREP = (
+    *("extract", "caption", "crowd", "speakers"),
+    *("datasets", "statistics", "to-tfds", "release-prompts"),
+)
 
 
 def module_of(command: str) -> str:

@@ -23,12 +23,14 @@ import dataclasses
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes, write_text
+from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.common.text import print_lines
+from affectgpt_jax.common.text import print_lines, shorten
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
 from affectgpt_jax.evaluation.label_files import (
     MEDIA,
@@ -64,7 +66,7 @@ class CaptionSet:
         key: what commands call it.
         folder: the release's folder.
         labels: its file of label lists (columns name, openset); "" where none is published.
-        descriptions: its file of descriptions (columns name, reason).
+        descriptions: its file of descriptions (columns name, reason); "" where there is none.
         size: published number of clips.
         subtitles, subtitle_column: as in `DataSet`.
         audio, video, face: media folders.
@@ -101,7 +103,30 @@ CAPTION_SETS = (
         "track3_train_ovmerd.csv",
         332,
     ),
+    CaptionSet(
+        "MER2026, labelled by people",
+        "mer2026human",
+        "mer2026-dataset",
+        "track2_train_human.csv",
+        "",
+        1_532,
+    ),
+    *(
+        CaptionSet(
+            f"MERR-{kind}",
+            f"merr{kind.lower()}",
+            "MER2023",
+            f"MERR_{kind.lower()}_grained.json",
+            "",
+            size,
+            "transcription_en_all.csv",
+            "sentence_en",
+        )
+        for kind, size in (("Coarse", 28_618), ("Fine", 4_487))
+    ),
 )
+# MERR, of Emotion-LLaMA: one JSON file of all clips, by name, and the key of the description in it.
+MERR_TEXTS = {"merrcoarse": "caption", "merrfine": "smp_reason_caption"}
 CAPTIONED = {dataset.key: dataset for dataset in CAPTION_SETS}
 # OV-MERD comes with descriptions, so it is read as a set to train on; labels are the same.
 TESTED = {key: dataset for key, dataset in BY_KEY.items() if key not in CAPTIONED}
@@ -148,9 +173,15 @@ def caption_set(
     """
     if not dataset.labels and not (labels and descriptions):
         raise ReadError(f"{dataset.name} has no published files; name --labels and --descriptions")
-    table = read_truth(labels or folder / dataset.labels, "fine")
-    words = dict(zip(table.names, table.values, strict=True))
-    texts = _descriptions(descriptions or folder / dataset.descriptions)
+    place = labels or folder / dataset.labels
+    words: Mapping[str, Sequence[str]]
+    if dataset.key in MERR_TEXTS:
+        words, texts = _merr(place, MERR_TEXTS[dataset.key])
+    else:
+        table = read_truth(place, "fine")
+        words = dict(zip(table.names, table.values, strict=True))
+        told = descriptions or (folder / dataset.descriptions if dataset.descriptions else None)
+        texts = _descriptions(told) if told else {}
     names = tuple(dict.fromkeys((*words, *texts)))
     remarks = [] if len(names) == dataset.size else [_size(len(names), dataset.size)]
     path = folder / dataset.subtitles
@@ -215,6 +246,24 @@ def _descriptions(path: Path) -> dict[str, str]:
             raise ReadError(f"{path}, line {line}: {name!r} stands there twice; keep one")
         found[name] = row["reason"].strip()
     return found
+
+
+def _merr(path: Path, text: str) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Labels and descriptions of MERR's JSON file: an object by clip, with `pseu_emotion`."""
+    found = parse_json(read_bytes(path), str(path), dict[str, dict[str, Any]])
+    words: dict[str, list[str]] = {}
+    texts: dict[str, str] = {}
+    for name, clip in found.items():
+        for key in ("pseu_emotion", text):
+            if not isinstance(clip.get(key, ""), str):
+                raise ReadError(f"{path}: {name}.{key}: expected text, found {shorten(clip[key])}")
+        if word := clip.get("pseu_emotion", "").strip().lower():
+            words[name] = [word]
+        if description := clip.get(text, "").strip():
+            texts[name] = description
+    if not texts:
+        raise ReadError(f"{path}: no clip has a description as {text!r}")
+    return words, texts
 
 
 def _add_media(

@@ -14,7 +14,8 @@ RECORDS then holds the records, and extraction.csv: a row per clip with what bec
 A clip counts if all features can be had of it; with --allow-missing, if any can. The same command,
 stopped and run again, goes on where it stopped; what is finished lies in RECORDS/.blocks, which may
 be deleted when nothing is to be added any more. The output is the same, byte by byte, for any
-number of workers and stops.
+number of workers, stops and shares: under srun each task takes its share of the clips, as with
+--shard I/N, and the last one to end writes the records.
 
 Video encoders: {video}.
 
@@ -30,11 +31,12 @@ import argparse
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from affectgpt_jax import cli
-from affectgpt_jax.common.files import read_bytes, sha256_of, write_text
+from affectgpt_jax.common.files import lock_file, read_bytes, sha256_of, write_text
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import print_lines, say
@@ -69,10 +71,12 @@ from .report import (
     reasons,
     write_report,
 )
+from .shards import parse_shard, shard_of_task
 
 MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 BLOCKS = ".blocks"
+LOCK = "lock"
 FINISHED = "finished"  # in there: of what the records are
 # To be raised with every change of this code that changes features.
 VERSION = 2
@@ -129,6 +133,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ignore", nargs="+", default=[], metavar="COLUMN", help="of the CSV file, to leave out")
     add("--split", metavar="NAME", help="name of the split; default: that of the directory")
     add("--workers", type=int, metavar="N", help="processes that decode ahead; default: one a core")
+    add(
+        "--shard",
+        type=cli.argument_type(parse_shard),
+        metavar="I/N",
+        help="a share of the clips, I from 0 to N - 1; default: that of srun's task",
+    )
     add("--batch", type=int, metavar="N", help=f"clips at a time; default: {BATCH}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda, where PyTorch finds it")
     add(
@@ -199,14 +209,38 @@ def extract(arguments: argparse.Namespace) -> None:
         return
     store = BlockStore(out / BLOCKS)
     store.folder.mkdir(parents=True, exist_ok=True)  # trouble with it must show now, too
-    missing = {key: part for key, part in blocks.items() if key not in store}
-    if done := sum(len(part) for key, part in blocks.items() if key not in missing):
-        say(f"{done:,} of {len(found.clips):,} clips are finished")
+    number, shares = arguments.shard or shard_of_task()
+    mine = {key: blocks[key] for key in list(blocks)[number::shares]}
+    missing = {key: part for key, part in mine.items() if key not in store}
+    if done := sum(len(part) for key, part in mine.items() if key not in missing):
+        say(f"{done:,} of {sum(map(len, mine.values())):,} clips are finished")
     work = None
     if missing:
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = available_cores() if arguments.workers is None else arguments.workers
         work = stages.run(missing, store, encoders, settings, workers)
+    if any(key not in store for key in blocks):
+        print_lines([f"share {number} of {shares} is finished; the last one writes the records"])
+        return
+    # Two shares that end at once both find everything finished.
+    with lock_file(out / BLOCKS / LOCK, f"{out}", "its records are being written", say):
+        if is_complete(out, identity):
+            return
+        lines = _assemble(arguments, blocks, store, identity, settings, places, elsewhere)
+    print_lines([*lines, *found.remarks(), *(work.lines() if work else ())])
+
+
+def _assemble(
+    arguments: argparse.Namespace,
+    blocks: Mapping[str, Sequence[Clip]],
+    store: BlockStore,
+    identity: str,
+    settings: Mapping[str, Any],
+    places: Mapping[str, Any],
+    elsewhere: Elsewhere,
+) -> list[str]:
+    """Write report and records of finished blocks; returns lines about them."""
+    out = arguments.out.expanduser()
     rows = (row for key in blocks for row in store.rows(key))
     report = clip_report(rows, arguments.features, arguments.allow_missing, elsewhere)
     write_report(out / REPORT_FILE, report)
@@ -226,8 +260,7 @@ def extract(arguments: argparse.Namespace) -> None:
         extra={"extraction": settings},
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
-    lines += [*elsewhere.remarks(report), *found.remarks(), *(work.lines() if work else ())]
-    print_lines(lines)
+    return [*lines, *elsewhere.remarks(report)]
 
 
 def placement(device: str | None, precision: str | None) -> tuple[str, str]:

@@ -62,6 +62,15 @@ def find_face(image: np.ndarray, near: Square | None = None) -> Square | None:
     return tuple(round(value / scale) for value in (left - margin, top - margin, side * MARGIN))
 
 
+def find_faces(grey: np.ndarray) -> list[Square]:
+    """All faces in grey uint8 `[H, W]`, without a margin, the largest first."""
+    scale = min(1.0, SEARCH_HEIGHT / grey.shape[0])
+    if scale < 1:
+        grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    found = _all(grey, SMALLEST * grey.shape[0], min(grey.shape))
+    return [tuple(round(v / scale) for v in square) for square in found]
+
+
 def _search_near(grey: np.ndarray, square: tuple[float, ...]) -> Square | None:
     """A face of about the size of a square, no farther from it than half its side."""
     left, top, side = square
@@ -74,13 +83,18 @@ def _search_near(grey: np.ndarray, square: tuple[float, ...]) -> Square | None:
 
 def _search(grey: np.ndarray, smallest: float, largest: float) -> Square | None:
     """The largest face within bounds for its side."""
+    return next(iter(_all(grey, smallest, largest)), None)
+
+
+def _all(grey: np.ndarray, smallest: float, largest: float) -> list[Square]:
+    """Faces within bounds for their side, the largest first."""
     sizes = {"minSize": (max(24, round(smallest)),) * 2, "maxSize": (round(largest),) * 2}
     found = _cascade().detectMultiScale(grey, scaleFactor=1.1, minNeighbors=5, **sizes)
     if not len(found):
-        return None
+        return []
     # Of two as large, the leftmost, then the upper: an order that does not depend on the search.
-    left, top, side, _ = min(found.tolist(), key=lambda box: (-box[2], box[0], box[1]))
-    return left, top, side
+    boxes = sorted(found.tolist(), key=lambda box: (-box[2], box[0], box[1]))
+    return [(left, top, side) for left, top, side, _ in boxes]
 
 
 def crop(image: np.ndarray, square: Square) -> np.ndarray:

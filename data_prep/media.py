@@ -162,6 +162,37 @@ def read_frames(
         known = n
 
 
+def frames_at(
+    path: Path, rate: int, convert: Callable[[np.ndarray], Converted], most: int
+) -> list[Converted]:
+    """A video's pictures at even times, `rate` a second, by the timestamps of its frames.
+
+    Args:
+        path: a file with a video stream.
+        rate: pictures per second of the result; a frame is repeated or left out for it.
+        convert: applied to each of them, uint8 RGB `[H, W, 3]`.
+        most: pictures, of which all are held at once.
+
+    Raises:
+        MediaError: no video stream, no frames in it, a damaged file, or more than `most`.
+    """
+    taken: list[Converted] = []
+    first = None
+    for number, frame in enumerate(_decoded(path, "video")):
+        time = number / rate if frame.time is None else frame.time
+        first = time if first is None else first
+        due = round((time - first) * rate)
+        if due >= most:
+            raise MediaError(f"longer than {most / rate:g} s, which is more than an utterance")
+        # The picture before this one is shown until it is due.
+        taken += taken[-1:] * (due - len(taken))
+        if due == len(taken):
+            taken.append(convert(_upright(frame)))
+    if not taken:
+        raise MediaError("the video stream has no frames")
+    return taken
+
+
 def read_waveform(path: Path) -> np.ndarray:
     """All sound of a file, float32 `[N]` at 16 kHz, the mean of its channels.
 

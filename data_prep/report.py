@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax.common.files import read_bytes, write_text
-from affectgpt_jax.common.tables import csv_rows
+from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.tables import csv_rows, write_csv
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import extracted_features
 
@@ -119,11 +117,7 @@ def _reason(problems: Mapping[str, str], features: Sequence[str]) -> str:
 
 def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
     """Write the CSV file of `COLUMNS`, atomically."""
-    stream = io.StringIO(newline="")
-    writer = csv.DictWriter(stream, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(report)
-    write_text(path, stream.getvalue())
+    write_csv(path, COLUMNS, report)
 
 
 def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:

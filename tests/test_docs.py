@@ -56,6 +56,7 @@ REASONS = {
     "the public data sets",
     "a file of the release; tests/data_prep/test_release_prompts.py has one of its form",
     "PyTorch and encoders; tests/data_prep/test_walk.py runs it",
+    "PyTorch, encoders and a server; tests/data_prep/test_caption_walk.py runs it",
     "half a minute of compilation; tests/test_plan.py runs such plans",
     "the extra gpu-compile; tests marked gpu_compile run such plans",
 }

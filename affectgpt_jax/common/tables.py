@@ -1,18 +1,20 @@
-"""Rows of tables: CSV files, and the first sheet of an xlsx workbook."""
+"""Rows of tables: CSV files, read and written, and the first sheet of an xlsx workbook."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 from xml.etree import ElementTree
 
 from affectgpt_jax.common import npy
 from affectgpt_jax.common.errors import ReadError, UserError
-from affectgpt_jax.common.files import decode
+from affectgpt_jax.common.files import decode, write_text
 from affectgpt_jax.common.text import shorten
 
 # Of a part of a workbook, unpacked: a hundred times those of the release.
@@ -105,6 +107,27 @@ def csv_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """The rows of a `CsvTable`, whose header is read with the first one."""
     yield from CsvTable(data, where, columns)
+
+
+def write_csv(
+    path: str | os.PathLike[str], columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write or replace a CSV file with a header, whole or not at all.
+
+    Args:
+        path: the file.
+        columns: in order; a row may lack some of them, and has no others.
+        rows: cells by column name.
+
+    Raises:
+        OSError: it cannot be written.
+        ValueError: a row with another column.
+    """
+    stream = io.StringIO(newline="")
+    writer = csv.DictWriter(stream, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, stream.getvalue())
 
 
 def xlsx_rows(data: bytes, where: str) -> Iterator[dict[str, str]]:

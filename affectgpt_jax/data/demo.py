@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +85,10 @@ MAIN_CEILINGS = (
     "audio_text",
     "multi_audio_face_text",
 )
-# Supervision sees "train" alone; "rl" is for what comes after it.
+# Supervision sees "train" alone; "rl" is for what comes after it, and "captions" are its clips for
+# the construction of data sets.
 SIZES = {"train": 6144, "val": 512, "test": 2048, "rl": 6144}
-_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3, "rl": 4}
+_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3, "rl": 4, "captions": 4}
 
 FACE_OWN, VOICE_OWN, TOPIC_OWN = 0.78, 0.84, 0.85  # share of cues that read their level right
 ABSENT = 0.04  # chance that a modality is absent, each
@@ -128,6 +129,12 @@ def _cue_tables() -> dict[str, np.ndarray]:
 CUE_TABLES = _cue_tables()
 FACE_WORDS = tuple(word for level in FACE_CUES for word in level)
 VOICE_WORDS = tuple(word for level in VOICE_CUES for word in level)
+
+
+def split_key(split: str) -> int:
+    """The number of a split in the seeds of its draws; "corpus-K" is the K-th of fresh clips."""
+    corpus = re.fullmatch(r"corpus-(\d+)", split)
+    return 100 + int(corpus[1]) if corpus else _SPLIT_KEYS[split]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,15 +248,20 @@ def ceiling(evidence: dict[str, np.ndarray], seen: tuple[str, ...]) -> float:
 class World:
     """One seed's appearance of the cues, and the clips drawn from it.
 
+    Args:
+        seed: of the appearance and of the clips.
+        noise: by feature, how many times noisier it is than `NOISE`: a worse encoder.
+
     Attributes:
         directions: for every feature, the unit-free vectors `[cues, d]` of the cues it tells of.
         nuisance: for every feature, orthonormal nuisance directions `[8, d]` ("who and where").
         offset: for every feature, a constant part of all its values `[d]`.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, noise: Mapping[str, float] | None = None):
         rng = np.random.default_rng([seed, 0, 0])
         self.seed = seed
+        self._noise = {name: NOISE * (noise or {}).get(name, 1.0) for name in SHAPES}
         self.directions, self.nuisance, self.offset = {}, {}, {}
         for feature, (_, width) in SHAPES.items():
             cues = CUE_TABLES[OBSERVATIONS[feature]].shape[1]
@@ -266,7 +278,7 @@ class World:
 
     def clips(self, split: str, size: int | None = None) -> Clips:
         """Draw the clips of a split; `size` defaults to `SIZES[split]`."""
-        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], 0])
+        rng = np.random.default_rng([self.seed, split_key(split), 0])
         return draw_clips(rng, SIZES[split] if size is None else size)
 
     def features(
@@ -284,12 +296,12 @@ class World:
                 if not clips.present[modality][i]:
                     continue
                 number = list(SHAPES).index(name)
-                rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], i + 1, number])
+                rng = np.random.default_rng([self.seed, split_key(split), i + 1, number])
                 identity = NUISANCE_STD * rng.standard_normal(NUISANCE_DIMS, dtype=np.float32)
                 noise = rng.standard_normal(shape, dtype=np.float32)
                 clean = self.offset[name] + self.directions[name][clips.cues[modality][i]]
                 clean = clean + identity @ self.nuisance[name]
-                out[name] = (clean + NOISE * noise).astype(np.float16)
+                out[name] = (clean + self._noise[name] * noise).astype(np.float16)
             yield out
 
     def records(
@@ -297,7 +309,7 @@ class World:
     ) -> Iterator[Record]:
         """Yield the records of a split, annotated for every label type."""
         clips = self.clips(split, size)
-        rng = np.random.default_rng([self.seed, _SPLIT_KEYS[split], 0, 1])
+        rng = np.random.default_rng([self.seed, split_key(split), 0, 1])
         others = rng.integers(len(clips), size=len(clips))
         places = rng.integers(2, size=len(clips))
         for i, found in enumerate(self.features(clips, split, features)):
@@ -329,7 +341,7 @@ class World:
         frame noise over T, `v` the nuisance variance, `U` orthonormal), whose inverse is closed.
         """
         mean = features.astype(np.float64).mean(axis=1) - self.offset[name]
-        s = NOISE**2 / features.shape[1]
+        s = self._noise[name] ** 2 / features.shape[1]
         shrink = NUISANCE_STD**2 / (NUISANCE_STD**2 + s)
         basis = self.nuisance[name].astype(np.float64)
         directions = self.directions[name].astype(np.float64)

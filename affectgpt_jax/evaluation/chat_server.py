@@ -1,14 +1,16 @@
 """Any server that speaks OpenAI's chat completions: vLLM, llama.cpp, Ollama, OpenAI itself.
 
-The `openai` client (the extra `affectgpt-jax[openai]`) sends the requests.
+The `openai` client (the extra `affectgpt-jax[openai]`) sends the requests. A message is text, or
+a list of parts as the protocol has them: `{"type": "image_url", "image_url": {"url": ...}}`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypedDict
 
@@ -28,6 +30,34 @@ class ChatError(UserError, RuntimeError):
     """A server that gives no reply: one sentence that says what it did instead."""
 
 
+class ChatRefusal(ChatError):
+    """A server that refuses one message, and may answer others."""
+
+
+# Of a message; or what makes it, called by the thread that asks, since media fill the memory. It
+# raises a `ChatRefusal` where there is nothing to ask.
+Content = str | Sequence[dict[str, Any]]
+Message = Content | Callable[[], Content]
+# The statuses by which a server refuses a message for what is in it.
+REFUSED = (400, 413, 415, 422)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """A reply and how it ended.
+
+    Attributes:
+        text: of the model, with what it thought; "" where it said nothing.
+        finish: what the server says why it ended, such as "stop", or "length" for a reply that
+            was cut off; "" where it does not say.
+        tokens: of message and reply, as the server counts them; 0 where it does not.
+    """
+
+    text: str
+    finish: str
+    tokens: int
+
+
 class _Unread(Exception):
     """A reply that is not read to its end; the text says why."""
 
@@ -44,7 +74,15 @@ class _Choice(_OptionalFields):
     message: _Message
 
 
-class _Reply(TypedDict):
+class _Usage(TypedDict, total=False):
+    total_tokens: int
+
+
+class _OptionalUsage(TypedDict, total=False):
+    usage: _Usage | None
+
+
+class _Reply(_OptionalUsage):
     """What is read of a reply."""
 
     choices: list[_Choice]
@@ -126,6 +164,17 @@ class ChatServer:
             ChatError: no reply to one of them, after all attempts or because none would help;
                 what came before has been yielded.
         """
+        for number, reply in self.replies(messages):
+            if isinstance(reply, ChatRefusal):
+                raise reply
+            yield number, reply.text if spoken(reply.text) else NoWords(reply.finish)
+
+    def replies(self, messages: Sequence[Message]) -> Iterator[tuple[int, Reply | ChatRefusal]]:
+        """Yield number and reply, or how it is refused, of each message, in the order of arrival.
+
+        Raises:
+            ChatError: as `answer`, but for a single message that is refused.
+        """
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="chat")
         try:
             numbers = {pool.submit(self._reply, m): n for n, m in enumerate(messages)}
@@ -135,16 +184,20 @@ class ChatServer:
             # Requests that wait for a thread are dropped; those under way end by themselves.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _reply(self, message: str) -> str | NoWords:
+    def _reply(self, message: Message) -> Reply | ChatRefusal:
         """One reply; the client has repeated the request where that can help.
 
         Raises:
-            ChatError: there is none.
+            ChatError: there is none, and others will get none either.
         """
+        try:
+            content = message() if callable(message) else message
+        except ChatRefusal as refusal:
+            return refusal
         try:
             response = self._client.chat.completions.with_raw_response.create(
                 model=self._model,
-                messages=[{"role": "user", "content": message}],
+                messages=[{"role": "user", "content": content}],
                 temperature=0,
                 max_tokens=self._max_tokens,
                 extra_headers={} if self._has_key else {"Authorization": self._openai.Omit()},
@@ -153,7 +206,10 @@ class ChatServer:
         except _Unread as error:
             raise self._error(f"{error}; is it a server of chat completions?") from None
         except self._openai.APIStatusError as error:
-            raise self._error(self._refusal(error.response)) from None
+            refusal = self._error(self._refusal(error.response))
+            if error.response.status_code in REFUSED:
+                return ChatRefusal(str(refusal))
+            raise refusal from None
         except self._openai.APIConnectionError as error:
             late = isinstance(error, self._openai.APITimeoutError)
             reason = str(error.__cause__ or error) or type(error.__cause__).__name__
@@ -164,23 +220,24 @@ class ChatServer:
             ) from None
         return self._content(data)
 
-    def _content(self, data: bytes) -> str:
+    def _content(self, data: bytes) -> Reply:
         """What a reply says.
 
         Raises:
             ChatError: it is no reply of chat completions.
         """
         try:
-            choice = parse_json(data, "the reply", _Reply)["choices"][0]
+            reply = parse_json(data, "the reply", _Reply)
+            choice = reply["choices"][0]
         except (ReadError, IndexError):
             shown = self._shown(data.decode(errors="replace"), 80)
             raise self._error(
                 f"an answer without choices[0].message.content: {shown}; is it a server of chat "
                 "completions?"
             ) from None
-        content = choice["message"]["content"] or ""
         reason = self._shown(choice.get("finish_reason") or "", 40).strip("'")
-        return content if spoken(content) else NoWords(reason)
+        tokens = (reply.get("usage") or {}).get("total_tokens", 0)
+        return Reply(choice["message"]["content"] or "", reason, tokens)
 
     def _error(self, sentence: str) -> ChatError:
         """An error without the key, which servers like to repeat."""

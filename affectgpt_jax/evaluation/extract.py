@@ -174,7 +174,7 @@ class ChatExtractor:
         if labels is None:
             reply = spoken(reply)
             labels = self._in_prose(reply)
-            if not labels and not _REFUSAL.search(reply.lower()):
+            if not labels and not is_refusal(reply):
                 self.unparsed[text] = reply
         return labels
 
@@ -264,6 +264,11 @@ def read_label_reply(reply: str) -> list[str] | None:
     if found is None and ":" in text:
         found = _if_short(_split(text.rsplit(":", 1)[1]))
     return found
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text says somewhere that no emotion can be identified."""
+    return bool(_REFUSAL.search(text.lower()))
 
 
 def read_sentiment_reply(reply: str) -> str | None:

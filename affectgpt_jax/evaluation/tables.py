@@ -25,12 +25,15 @@ from affectgpt_jax.evaluation.results import MEAN, GroupMean, SetResult
 
 FORMAT = "affectgpt_jax report 1"
 NINE = tuple(name for names in UNIBENCH.values() for name in names)
-# The paper's ablations by table number: the title, and what distinguishes the rows.
+# The paper's ablations by table or figure: the title, how the names of its rows begin, and the
+# name of the table in `published`.
 ABLATIONS = {
-    "4": ("Filtering", "filter"),
-    "5": ("Pre-fusion", "pre-fusion"),
-    "6": ("Input", "input"),
-    "8": ("LoRA rank", "LoRA rank"),
+    "3": ("Training set", "trained on", "3/13"),
+    "4": ("Filtering", "filter", "4"),
+    "5": ("Pre-fusion", "pre-fusion", "5"),
+    "6": ("Input", "input", "6"),
+    "8": ("LoRA rank", "LoRA rank", "8"),
+    "fig4": ("Encoder", "encoder", "Fig 4"),
 }
 NOT_COMPARABLE = "\u2020"
 UNLIKE = (
@@ -290,14 +293,15 @@ def _interval(entry: dict[str, Any]) -> Interval:
 
 
 def ablation_table(number: str, runs: Sequence[Run], peers: bool = False) -> Table:
-    """Runs that differ in one setting, in the shape of the paper's Tables 4, 5, 6 and 8.
+    """Runs that differ in one setting, in the shape of the paper's Tables 3 to 6, 8, or Figure 4.
 
     The columns are the means of the fine-grained, basic and sentiment sets and of all nine, and
     each set that is in no mean. If runs had several checkpoints, a further column has the mean of
     the best ones, chosen on the test set. Empty columns are left out.
 
     Args:
-        number: "4" (filtering), "5" (pre-fusion), "6" (input) or "8" (LoRA rank).
+        number: "3" (training set), "4" (filtering), "5" (pre-fusion), "6" (input), "8" (LoRA rank)
+            or "fig4" (encoders).
         runs: the rows.
         peers: add the paper's rows.
 
@@ -315,10 +319,10 @@ def ablation_table(number: str, runs: Sequence[Run], peers: bool = False) -> Tab
     if len(ways) > 1:
         told = " and ".join(sorted(f"{lexicon} level {level}" for lexicon, level in ways))
         raise ScoreError(f"the runs were scored in two ways, which do not mix: {told}")
-    title, what = ABLATIONS[number]
+    title, what, table = ABLATIONS[number]
     further = list(dict.fromkeys(n for run in runs for n in run.values if _extra(n)))
     columns = [*GROUPS.values(), MEAN, *further]
-    published = read_published(number) if peers else ()
+    published = read_published(table) if peers else ()
     columns = [
         column
         for column in columns
@@ -335,9 +339,10 @@ def ablation_table(number: str, runs: Sequence[Run], peers: bool = False) -> Tab
         cells = [Cell(peer.values.get(c)) for c in columns] + [Cell() for _ in chosen]
         label = peer.name.removeprefix(f"{what} ")
         rows.append(Row(label, "", tuple(cells), published=True))
+    place = "Figure 4" if number == "fig4" else f"Table {number}"
     best = [f"{column}, best checkpoint, chosen on the test set" for column in chosen]
     return Table(
-        f"{title} (the paper's Table {number}), percent",
+        f"{title} (the paper's {place}), percent",
         (title, ""),
         (),
         (*columns, *best),

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from affectgpt_jax.config import parse_command_line, save_config
-from benchmarks import ablation, harness
+from affectgpt_jax.data import demo
+from affectgpt_jax.data.records import RecordDataset
+from benchmarks import ablation, harness, training_sets
 from benchmarks.ablation import (
     DEFAULT,
     LENGTH,
+    QUICK,
     TABLES,
     Variant,
     markdown,
@@ -41,11 +44,11 @@ def test_every_run_is_a_config_that_differs_as_the_table_says():
     base, _ = parse_command_line(LENGTH)
     for (variant, seed), run in plan([5, 6, 8], [3, 4], WORKDIR, ["--config.steps=7"]).items():
         config, _ = parse_command_line(run.flags)
-        assert (config.fusion, config.input, config.lora.rank) == variant
+        assert (config.fusion, config.input, config.lora.rank, config.data.train) == variant
         assert (config.seed, config.demo_seed, config.steps) == (seed, seed, 7)
         assert config.lora.alpha == 32
         expected = base.copy_and_resolve_references()
-        expected.fusion, expected.input, expected.lora.rank = variant
+        expected.fusion, expected.input, expected.lora.rank, _ = variant
         expected.seed = expected.demo_seed = seed
         expected.steps = 7
         assert config == expected
@@ -61,10 +64,74 @@ def test_what_the_tables_vary_cannot_be_overridden(flag):
 
 
 def test_the_tables_agree_on_the_default_and_on_the_papers_best():
-    for table in TABLES.values():
-        (row,) = (row for row in table.rows if row.variant == DEFAULT)
+    for number in (*QUICK, "fig4"):
+        (row,) = (row for row in TABLES[number].rows if row.variant == DEFAULT)
         assert row.published == 74.77
-    assert sum(len(table.rows) for table in TABLES.values()) == 14
+    assert sum(len(TABLES[number].rows) for number in QUICK) == 14
+
+
+# --- training sets ------------------------------------------------------------------------------
+
+
+def test_tables_3_and_4_share_sets_and_train_on_what_the_filter_left():
+    runs = plan([3, 4, "fig4"], [0, 1], WORKDIR)
+    variants = {variant for variant, _ in runs}
+    assert len(variants) == 3 + 2 + 5 + 5 and len(runs) == 2 * len(variants)
+    run = runs[Variant(data="raw-low-e"), 1]
+    config, _ = parse_command_line(run.flags)
+    assert config.data.train == str(WORKDIR / "worlds" / "1" / "sets" / "raw-low-e")
+    assert config.data.test == config.data.val == "demo" and config.demo_seed == 1
+    noisy, _ = parse_command_line(runs[Variant(data="face-x32"), 0].flags)
+    assert noisy.data.test == str(WORKDIR / "worlds" / "0" / "sets" / "face-x32" / "test")
+    with pytest.raises(RunError, match="vary or fix config.data.train"):
+        plan([4], [0], WORKDIR, ["--config.data.train=x"])
+    assert set(ablation.sampled_keys([4], runs)) == {k for k in runs if k[0] in FILTERS}
+
+
+FILTERS = {row.variant for row in TABLES[4].rows}
+RAW, PLUS = Variant(data="raw"), Variant(data="raw-plus")
+
+
+def test_sampled_answers_purity_and_clips_stand_beside_greedy_ones():
+    outcomes = {(v, s): outcome(0.5 + s / 10, CEILINGS) for v in (RAW, PLUS) for s in (0, 1)}
+    sets = {
+        (v, s): {"clips": clips, "purity": 0.5 + add, "sampled": 0.3 + add + s / 50}
+        for v, clips, add in ((RAW, 6000, 0.0), (PLUS, 2000, 0.4))
+        for s in (0, 1)
+    }
+    report = summarise(4, outcomes, sets)
+    rows = {row["label"]: row for row in report["rows"]}
+    plus = rows["low + emotion + sentiment"]
+    assert plus["sampled"] == pytest.approx((0.71, T1 * 0.01))
+    assert plus["sampled_difference"] == pytest.approx((0.4, 0.0))
+    assert plus["purity"][0] == pytest.approx(0.9) and plus["clips"] == 2000
+    assert rows["none"]["sampled_difference"] is None and rows["low"]["sampled"] is None
+    text = markdown(report)
+    head = text.splitlines()[0]
+    assert '| worlds | against "none" | sampled | ' in head and head.endswith("| clips | paper |")
+    assert "| as many, at random | - |" in text and "from its Table 4" in text
+    # A report of a table without training sets reads as it did.
+    assert "sampled" not in markdown(summarise(5, OUTCOMES))
+
+
+def test_the_noise_of_a_worse_encoder_lowers_what_can_be_known():
+    clean, noisy = demo.World(0), demo.World(0, {"face": 64.0})
+    ceilings = [demo.ceilings(w.evidence("test", 150))["face"] for w in (clean, noisy)]
+    assert ceilings[1] < ceilings[0] - 0.03
+    one, other = (next(iter(w.records("test", 1))).features for w in (clean, noisy))
+    assert (one["audio"] == other["audio"]).all() and (one["face"] != other["face"]).any()
+
+
+def test_sets_are_written_once_and_known_by_their_purity(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_sets, "CLIPS", 60)
+    said = []
+    first = training_sets.prepare(tmp_path, 0, ["human-short", "coarse", "fine"], said.append)
+    assert [facts["clips"] for facts in first.values()] == [20, 30, 8]
+    assert first["human-short"]["purity"] == 1 and 0.3 < first["coarse"]["purity"] < 0.8
+    short = RecordDataset(tmp_path / "sets" / "human-short")
+    assert {len(entry.labels) for entry in short.index} == {1}
+    monkeypatch.setattr(training_sets, "_write", None)
+    assert training_sets.prepare(tmp_path, 0, ["coarse"], said.append)["coarse"] == first["coarse"]
 
 
 # Quantiles of Student's t have closed forms for one and two degrees of freedom.

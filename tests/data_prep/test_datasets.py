@@ -1,6 +1,7 @@
 """Public data sets in the plain layout, from files as their authors lay them out."""
 
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -104,6 +105,47 @@ def test_all_sets_below_a_root_are_found_and_none_is_an_error(tmp_path, capsys):
     for which in ("--all", "--set=meld", "--set=mercaptionplus"):
         with pytest.raises(SystemExit, match="error: --root=.*none: found no label file there"):
             datasets.main([which, f"--root={tmp_path / 'none'}", f"--out={tmp_path / 'x'}"])
+
+
+def test_labels_alone_are_a_set(tmp_path, capsys):
+    folder = tmp_path / "mer2026-dataset"
+    folder.mkdir()
+    labels = [("sample_1", "[Happy]"), ("sample_2", "[sad]")]
+    write_rows(folder / "track2_train_human.csv", ["name", "openset"], labels)
+    out = tmp_path / "out.csv"
+    datasets.main(["--set=mer2026human", f"--root={tmp_path}", f"--out={out}"])
+    assert [record.labels for record in plain(out)] == [("happy",), ("sad",)]
+    assert "published 1,532" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["coarse", "fine"])
+def test_merrs_json_is_read_by_clip(kind, tmp_path, capsys):
+    folder = tmp_path / "MER2023"
+    folder.mkdir()
+    text = {"coarse": "caption", "fine": "smp_reason_caption"}[kind]
+    clips = {
+        "sample_1": {"pseu_emotion": "Happy", text: "She beams.", "AU_list": [1, 2]},
+        "sample_2": {"pseu_emotion": "", text: "He waits."},
+    }
+    path = folder / f"MERR_{kind}_grained.json"
+    path.write_text(json.dumps(clips))
+    rows = [("sample_1", "x", "Oh!"), ("sample_2", "x", "")]
+    columns = ["name", "sentence", "sentence_en"]
+    write_rows(folder / "transcription_en_all.csv", columns, rows)
+    out = tmp_path / "out.csv"
+    command = [f"--set=merr{kind}", f"--root={tmp_path}", f"--out={out}"]
+    datasets.main(command)
+    one, two = plain(out)
+    assert (one.labels, one.description, one.subtitle) == (("happy",), "She beams.", "Oh!")
+    assert (two.labels, two.description) == ((), "He waits.")
+    assert "1 clip without labels: 'sample_2'" in capsys.readouterr().out
+    for change, told in (
+        ({text: 3}, f"sample_2.{text}: expected text, found 3"),
+        ({text: ""}, "no clip has a description"),
+    ):
+        path.write_text(json.dumps({"sample_2": change}))
+        with pytest.raises(SystemExit, match=told):
+            datasets.main(command)
 
 
 def test_a_clip_described_twice_is_refused(tmp_path):

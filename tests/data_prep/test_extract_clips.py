@@ -115,6 +115,16 @@ def test_any_number_of_workers_writes_the_same_bytes(workers, extracted, clips, 
     assert contents(tmp_path / "train") == contents(extracted)
 
 
+def test_shares_of_the_work_leave_the_same_bytes(extracted, clips, encoders, tmp_path, capsys):
+    out = tmp_path / "train"
+    for share in ("2/3", "0/3"):
+        run(clips, out, encoders, f"--shard={share}")
+        assert f"share {share[0]} of 3 is finished" in capsys.readouterr().out
+        assert not contents(out)
+    run(clips, out, encoders, "--shard=1/3")
+    assert contents(out) == contents(extracted)
+
+
 def test_a_finished_extraction_is_left_alone(extracted, clips, encoders, capsys):
     before = contents(extracted)
     run(clips, extracted, encoders)

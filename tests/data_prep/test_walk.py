@@ -23,7 +23,7 @@ EMOTIONS = ("amused", "furious")  # words that the tiny base knows
 def commands():
     """The lines of the block that trains, as lists of words."""
     blocks = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    (walk,) = (block for block in blocks if "affectgpt train" in block)
+    walk = next(block for block in blocks if "affectgpt train" in block)
     return [shlex.split(line) for line in walk.splitlines()]
 
 

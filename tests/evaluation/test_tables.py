@@ -20,6 +20,7 @@ from affectgpt_jax.evaluation.results import MEAN, group_means, score_set
 from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.evaluation.tables import (
     NOT_COMPARABLE,
+    Run,
     ablation_table,
     main_table,
     read_run,
@@ -207,7 +208,9 @@ def test_runs_come_together_in_the_shape_of_table_5(runs):
     assert "| qformer | 62.65 | 66.89 | 84.30 | 74.16 |" in render_markdown(table)
 
 
-@pytest.mark.parametrize(("number", "rows"), [("4", 5), ("5", 3), ("6", 7), ("8", 4)])
+@pytest.mark.parametrize(
+    ("number", "rows"), [("3", 14), ("4", 5), ("5", 3), ("6", 7), ("8", 4), ("fig4", 8)]
+)
 def test_every_ablation_of_the_paper_has_a_table(runs, number, rows):
     table = ablation_table(number, runs, peers=True)
     assert sum(row.published for row in table.rows) == rows
@@ -239,6 +242,20 @@ def test_ablations_that_make_no_sense_are_refused(tmp_path, runs):
     other = read_run("x", tmp_path / "report.json")
     with pytest.raises(ScoreError, match="two ways, which do not mix"):
         ablation_table("5", [*runs, other])
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "rows"),
+    [("3", "Table 3", 14), ("4", "Table 4", 5), ("fig4", "Figure 4", 8)],
+)
+def test_training_sets_filters_and_encoders_stand_beside_the_papers(number, place, rows):
+    ours = Run("ours", {"Mean": 0.5}, {}, {}, "", None, True)
+    table = ablation_table(number, [ours], peers=True)
+    assert place in table.title and len(table.rows) == 1 + rows
+    mean = table.columns.index("Mean")
+    best = max(table.rows, key=lambda row: row.cells[mean].value)
+    assert best.cells[mean].value == 0.7477
+    assert not best.name.startswith(("trained on", "filter", "encoder"))
 
 
 @pytest.mark.parametrize(

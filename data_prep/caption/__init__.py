@@ -1,0 +1,1 @@
+"""From unlabelled clips to a described and filtered training set, as the paper made MER-Caption."""

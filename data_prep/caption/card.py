@@ -1,0 +1,385 @@
+"""The card of a data set: what is in it, how it was made, and what it leaves out.
+
+It is a `README.md` as the Hugging Face hub reads it, with the plots beside it. All that it says
+comes from the files of the stages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.common.files import atomic_write, write_text
+from affectgpt_jax.common.json import read_json
+from affectgpt_jax.data.records import IndexEntry
+from affectgpt_jax.evaluation.lexicon import Lexicon
+from affectgpt_jax.evaluation.markup import escape_markdown
+
+from ..contents import Contents, table_row, write_statistics
+from . import filtering
+from .describe import KINDS, Described, read_described
+from .filtering import PASSED, DataSet, Judgement
+from .lengths import draw_lengths, save_png
+from .settings import DESCRIPTIONS, Settings
+
+CARD = "README.md"
+SAMPLES = 12  # rows that are kept, and as many that are dropped
+TEXT_SHOWN = 240
+BANDS = 5  # of lengths and durations
+# The hub's classes of size: up to so many clips.
+SIZES = {
+    10**3: "n<1K",
+    10**4: "1K<n<10K",
+    10**5: "10K<n<100K",
+    10**6: "100K<n<1M",
+    10**7: "1M<n<10M",
+}
+# Columns of Table 1 that are shown.
+TABLE_1 = (
+    "clips",
+    "hours",
+    "label vocabulary",
+    "labels per clip, mean",
+    "words per description, mean",
+    "words per description, median",
+)
+
+
+def write_card(
+    data: DataSet,
+    judged: Mapping[str, Mapping[str, Judgement]],
+    levels: Sequence[str],
+    lexicon: Lexicon,
+    settings: Settings,
+    out: Path,
+    *,
+    title: str,
+    license_name: str,
+    languages: Sequence[str],
+    crowd: Path | None = None,
+    seconds: Mapping[str, float] | None = None,
+    seed: int = 0,
+) -> Path:
+    """Write `README.md`, its plots and `statistics/`; returns the path of the card.
+
+    Args:
+        data, judged, levels: the data set, and what is kept of it.
+        lexicon, settings: by which it was judged.
+        out: the folder.
+        title, license_name, languages: as the user says; the latter as the hub's codes.
+        crowd: folder of the crowd that voted, for its corpora and leaks.
+        seconds: durations of clips by name, where they are known.
+        seed: of the sample rows.
+
+    Raises:
+        ReadError: a file that cannot be read.
+        OSError: one that cannot be written.
+    """
+    kept = filtering.kept_names(judged, levels)
+    seconds = seconds or {}
+    sets = [
+        _contents("all descriptions", data, data.names, seconds),
+        _contents("kept", data, kept, seconds),
+    ]
+    write_statistics(sets, out / "statistics")
+    texts = [line["reply"] for line in (data.descriptions or {}).values()]
+    draw_lengths(texts, data.cuts, out / "lengths.png")
+    _draw_growth({c.name: c.entries for c in sets}, out / "vocabulary.png")
+    stages = filtering.funnel(data, judged, levels)
+    filtering.draw_funnel(stages, out / "funnel.png")
+    parts = [
+        _head(title, license_name, languages, len(kept)),
+        _table_1(sets),
+        _funnel(stages),
+        "## Lengths\n\n![lengths of descriptions](lengths.png)\n\n" + _cuts(data),
+        "## Labels\n\n![distributions](statistics/distributions.png)\n\n"
+        "![growth of the vocabulary](vocabulary.png)",
+        _bias(data, kept, seconds),
+        _matrix(data, lexicon),
+        _samples(data, judged, levels, kept, seed),
+        _how(data, settings, lexicon, levels, out),
+        _crowd(crowd),
+        _limits(data),
+    ]
+    path = out / CARD
+    write_text(path, "\n\n".join(part.strip() for part in parts if part) + "\n")
+    return path
+
+
+def _contents(
+    name: str, data: DataSet, names: Iterable[str], seconds: Mapping[str, float]
+) -> Contents:
+    names = [n for n in names if data.descriptions and n in data.descriptions]
+    labels, rows = data.labels or {}, data.rows
+    entries = [
+        IndexEntry(
+            name=n,
+            subtitle=rows[n].get("subtitle", ""),
+            description=data.descriptions[n]["reply"],
+            labels=labels[n].labels if n in labels else (),
+            present=(),
+        )
+        for n in names
+    ]
+    return Contents(name, entries, [seconds[n] for n in names if n in seconds])
+
+
+def _head(title: str, license_name: str, languages: Sequence[str], clips: int) -> str:
+    size = next((name for most, name in SIZES.items() if clips < most), "n>10M")
+    # JSON is YAML, whatever stands in the texts.
+    lines = [
+        "---",
+        f"pretty_name: {json.dumps(title)}",
+        f"license: {json.dumps(license_name)}",
+        f"language: {json.dumps(list(languages))}",
+        f'size_categories: ["{size}"]',
+        'task_categories: ["video-text-to-text"]',
+        'tags: ["emotion", "multimodal", "AffectGPT", "MER-Caption"]',
+        "---",
+        "",
+        f"# {escape_markdown(title)}",
+        "",
+        "Emotions of people in short clips, described by models and filtered by a crowd of others. "
+        "`plus.csv` is the training set, `filtered.csv` says of every clip which test it passed, "
+        "and why not.",
+    ]
+    return "\n".join(lines)
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(escape_markdown(str(cell)) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _table_1(sets: Sequence[Contents]) -> str:
+    rows = []
+    for contents in sets:
+        row = table_row(contents)
+        rows.append([contents.name, *(_count(row[column]) for column in TABLE_1)])
+    return "## Size\n\n" + _markdown_table(["set", *TABLE_1], rows)
+
+
+def _funnel(stages: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [s["test"], *(_count(s[k]) for k in ("clips", "labels", "dropped", "not_judged"))]
+        for s in stages
+    ]
+    reasons = [
+        [stage["test"], reason, _count(count)]
+        for stage in stages
+        for reason, count in list(stage["reasons"].items())[:8]
+    ]
+    text = "## The filter\n\n![funnel](funnel.png)\n\n" + _markdown_table(
+        ["test", "clips", "labels", "dropped", "not judged"], rows
+    )
+    if reasons:
+        text += "\n\n" + _markdown_table(["test", "reason", "clips"], reasons)
+    return text
+
+
+def _cuts(data: DataSet) -> str:
+    return "\n".join(
+        f"- {unit}: kept are {cut.low:.1f} to {cut.high:.1f}, of {cut.texts:,} descriptions with a "
+        f"mean of {cut.mean:.1f} and a standard deviation of {cut.deviation:.1f}, by the quartiles"
+        for unit, cut in data.cuts.items()
+    )
+
+
+def _share(names: Sequence[str], kept: set[str]) -> list[str]:
+    inside = sum(name in kept for name in names)
+    return [_count(len(names)), f"{100 * inside / len(names):.1f} %"]
+
+
+def _bias(data: DataSet, kept: Sequence[str], seconds: Mapping[str, float]) -> str:
+    """Kept share by what the filter should not look at."""
+    stays = set(kept)
+    text = (
+        "## What the filter favours\n\nThe crowd knows few emotions, so that rare and mixed ones "
+        "are dropped more often than others, whether or not their description is right."
+    )
+    by_word: dict[str, list[str]] = {}
+    for name in data.names:
+        vote = (data.votes or {}).get(name)
+        by_word.setdefault((vote.emotion if vote else "") or "no vote", []).append(name)
+    if data.votes:
+        rows = [[word, *_share(by_word[word], stays)] for word in sorted(by_word)]
+        text += "\n\n" + _markdown_table(["emotion, by the crowd", "clips", "kept"], rows)
+    described = [n for n in data.names if n in (data.descriptions or {})]
+    lengths = {n: len(data.descriptions[n]["reply"].split()) for n in described}
+    durations = {n: seconds[n] for n in data.names if n in seconds}
+    for title, values in (("words of the description", lengths), ("seconds", durations)):
+        if rows := [[band, *_share(names, stays)] for band, names in _bands(values)]:
+            text += "\n\n" + _markdown_table([title, "clips", "kept"], rows)
+    return text
+
+
+def _bands(values: Mapping[str, float]) -> Iterator[tuple[str, list[str]]]:
+    """Clips in bands of about as many each."""
+    if not values:
+        return
+    names = sorted(values, key=lambda n: (values[n], n))
+    for part in np.array_split(np.array(names, object), min(BANDS, len(names))):
+        yield f"{values[part[0]]:g} to {values[part[-1]]:g}", list(part)
+
+
+def _matrix(data: DataSet, lexicon: Lexicon) -> str:
+    """Crowd's word by the description's labels on the first wheel."""
+    if not (data.votes and data.labels):
+        return ""
+    table: Counter[tuple[str, str]] = Counter()
+    for name in data.names:
+        vote, labelled = data.votes.get(name), data.labels.get(name)
+        if vote and vote.emotion and labelled:
+            words = {lexicon.label(label, 1) or "on no wheel" for label in labelled.labels}
+            table.update((vote.emotion, word) for word in words or {"no label"})
+    words = sorted({word for _, word in table})
+    rows = [
+        [said, *(_count(table[said, word]) for word in words)]
+        for said in sorted({said for said, _ in table})
+    ]
+    return (
+        "## Crowd and descriptions\n\nClips by the crowd's word (rows) and the labels of the "
+        "description on the first emotion wheel (columns; a clip may count in several).\n\n"
+        + _markdown_table(["crowd", *words], rows)
+    )
+
+
+def _samples(
+    data: DataSet,
+    judged: Mapping[str, Mapping[str, Judgement]],
+    levels: Sequence[str],
+    kept: Sequence[str],
+    seed: int,
+) -> str:
+    """A few rows that are kept, and a few that are not, drawn at random."""
+    rng = np.random.default_rng(seed)
+    stays = set(kept)
+    dropped = [n for n in data.names if n not in stays]
+
+    def drawn(names: Sequence[str]) -> list[str]:
+        chosen = rng.choice(len(names), size=min(SAMPLES, len(names)), replace=False)
+        return [names[i] for i in sorted(chosen.tolist())]
+
+    def cells(name: str) -> list[str]:
+        text = (data.descriptions or {}).get(name, {}).get("reply", "")
+        labels = data.labels[name].labels if name in (data.labels or {}) else ()
+        shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}\u2026"
+        return [name, ", ".join(labels), shown]
+
+    def why(name: str) -> str:
+        tests = filtering.tests_of(levels)
+        test = next(t for t in tests if judged[name][t].outcome != PASSED)
+        return f"{test}: {judged[name][test].why}"
+
+    text = "## Samples\n\nKept:\n\n"
+    text += _markdown_table(["clip", "labels", "description"], map(cells, drawn(kept)))
+    if dropped:
+        rows = ([*cells(name), why(name)] for name in drawn(dropped))
+        text += "\n\nNot kept:\n\n" + _markdown_table(
+            ["clip", "labels", "description", "first reason"], rows
+        )
+    return text
+
+
+def _how(
+    data: DataSet, settings: Settings, lexicon: Lexicon, levels: Sequence[str], out: Path
+) -> str:
+    """Who was asked what, and by which thresholds it was judged."""
+    rows = []
+    for kind in (*KINDS, DESCRIPTIONS):
+        lines = read_described(out / f"{kind}.jsonl", missing_ok=True).values()
+        for model, prompt in dict.fromkeys(_asked(lines)):
+            count = sum(1 for pair in _asked(lines) if pair == (model, prompt))
+            rows.append([kind, model, prompt[:12] or "none", _count(count)])
+    networks = Counter(row["network"] for row in (data.speakers or {}).values())
+    facts = [
+        f"levels: {', '.join(levels) or 'none'}",
+        f"settings, `caption.toml`: sha256 {settings.sha256}",
+        f"lengths: cuts at the mean -+ {settings.lengths.tails:g} standard deviations",
+        "speaker check: "
+        + (", ".join(f"{n} ({c:,} clips)" for n, c in networks.items()) or "not run")
+        + f"; dropped verdicts: {', '.join(settings.speakers.drop)}",
+        f"crowd and description must agree on {settings.crowd.agree} of the wheels that know both, "
+        f"with at least {settings.crowd.least_votes} vote",
+        f"lexicon: {lexicon.identity}",
+    ]
+    return (
+        "## How it was made\n\n"
+        + _markdown_table(["what", "model", "prompt sha256", "clips"], rows)
+        + "\n\n"
+        + "\n".join(f"- {fact}" for fact in facts)
+    )
+
+
+def _asked(lines: Iterable[Described]) -> Iterator[tuple[str, str]]:
+    return ((line["model"], line["prompt_sha256"]) for line in lines)
+
+
+def _crowd(crowd: Path | None) -> str:
+    """Corpora of the crowd and the leaks that were looked for."""
+    path = crowd and crowd / "members.json"
+    if path is None or not path.exists():
+        return ""
+    found = read_json(path, dict)
+    rows = [
+        [
+            c["name"],
+            _count(c["clips"]),
+            ", ".join(c["classes"]) or "valence",
+            _count(c["members"]),
+            c["score"] if c["score"] is None else f"{c['score']:.3f}",
+        ]
+        for c in found["corpora"]
+    ]
+    text = "## The crowd\n\n" + _markdown_table(
+        ["corpus", "clips", "classes", "members", "validation score"], rows
+    )
+    leaks = json.dumps(found.get("leaks", {}), indent=2, sort_keys=True)
+    return (
+        f"{text}\n\nClips that corpora, voted clips and test sets share:\n\n```json\n{leaks}\n```"
+    )
+
+
+def _limits(data: DataSet) -> str:
+    ends = Counter(line["finish"] or "unknown" for line in (data.descriptions or {}).values())
+    shown = ", ".join(f"{end}: {count:,}" for end, count in ends.most_common())
+    return (
+        "## Limits and licence\n\n"
+        "- Descriptions are those of models: nobody has looked at all of them. What the crowd "
+        "does not know, it cannot confirm.\n"
+        "- A crowd that learned from sets on which models are tested gives these an advantage; "
+        "see the leaks above.\n"
+        f"- How replies ended: {shown}.\n"
+        "- This data set has annotations alone. Videos stay where their owners have them, under "
+        "the licence that they come with; ask their owners for them."
+    )
+
+
+def _draw_growth(sets: Mapping[str, Sequence[IndexEntry]], path: Path) -> None:
+    """Different labels by the number of clips in which they were met, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    panel = figure.subplots()
+    for name, entries in sets.items():
+        seen: set[str] = set()
+        sizes = []
+        for entry in entries:
+            seen.update(entry.labels)
+            sizes.append(len(seen))
+        panel.plot(np.arange(1, len(sizes) + 1), sizes, label=name)
+    panel.set_xlabel("clips")
+    panel.set_ylabel("different labels")
+    panel.legend()
+    with atomic_write(path) as file:
+        save_png(figure, file)

@@ -1,0 +1,518 @@
+"""The filter: which descriptions are kept, by which test, and why the others are not.
+
+Three levels, in any combination:
+
+* `low`: the reply did not fail, its length is normal, and the person who is seen speaks;
+* `emotion`: the crowd's word agrees with the labels of the description on the emotion wheels;
+* `sentiment`: the crowd's sentiment is that of the description.
+
+Every clip has a row in `filtered.csv`: per test `passed`, `dropped` or `not judged`, the value and
+the reason. A clip that a test of the chosen levels has not judged is not kept, and counted as such.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from affectgpt_jax.common.errors import ReadError
+from affectgpt_jax.common.files import atomic_write, read_bytes
+from affectgpt_jax.common.json import write_json
+from affectgpt_jax.common.tables import CsvTable, csv_rows, write_csv
+from affectgpt_jax.common.text import listed
+from affectgpt_jax.data.arrays import parse_labels
+from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
+from affectgpt_jax.evaluation.extract import is_refusal
+from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon
+from affectgpt_jax.evaluation.metrics import SENTIMENTS
+
+from ..crowd.votes import Vote, read_votes
+from ..speakers.verdicts import read_speakers
+from .describe import Described, read_described
+from .lengths import Cuts, fit_cuts, measure, save_png
+from .settings import DESCRIPTIONS, LABELS, SPEAKERS, VOTES, CaptionError, Settings
+
+# The tests of each level, in the order in which they are applied.
+LEVELS = {
+    "low": ("reply", "length", "speaker"),
+    "emotion": ("emotion",),
+    "sentiment": ("sentiment",),
+}
+TESTS = tuple(test for tests in LEVELS.values() for test in tests)
+PASSED, DROPPED, NOT_JUDGED = "passed", "dropped", "not judged"
+FILTERED, PLUS, FUNNEL = "filtered.csv", "plus.csv", "funnel"
+COLUMNS = (
+    *("name", "kept"),
+    *itertools.chain.from_iterable((t, f"{t}_value", f"{t}_why") for t in TESTS),
+)
+# The command that makes what a test reads.
+MADE_BY = {
+    f"{DESCRIPTIONS}.jsonl": "caption merge",
+    LABELS: "caption labels",
+    SPEAKERS: "speakers check",
+    VOTES: "crowd vote",
+}
+NEEDS = {
+    "reply": (f"{DESCRIPTIONS}.jsonl", LABELS),
+    "length": (f"{DESCRIPTIONS}.jsonl",),
+    "speaker": (SPEAKERS,),
+    "emotion": (LABELS, VOTES),
+    "sentiment": (LABELS, VOTES),
+}
+
+
+class Judgement(NamedTuple):
+    """What a test says about a clip: one of `PASSED`, `DROPPED`, `NOT_JUDGED`; value and reason."""
+
+    outcome: str
+    value: str = ""
+    why: str = ""
+
+
+class Labelled(NamedTuple):
+    """A row of `labels.csv`: emotions and sentiment of a description, and a reply that no labels
+    could be read from."""
+
+    labels: tuple[str, ...]
+    sentiment: str
+    unparsed: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataSet:
+    """All that the stages have said, by clip; None where a stage has not run.
+
+    Attributes:
+        names: of the clips, in order.
+        rows: the clips' own CSV file, by name.
+        descriptions, labels, speakers, votes: of the stages.
+        cuts: of the lengths of descriptions, by unit.
+    """
+
+    names: list[str]
+    rows: dict[str, dict[str, str]]
+    descriptions: dict[str, Described] | None
+    labels: dict[str, Labelled] | None
+    speakers: dict[str, Mapping[str, str]] | None
+    votes: dict[str, Vote] | None
+    cuts: dict[str, Cuts]
+
+
+def read_clip_rows(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of the clips' CSV file by name, in order.
+
+    Raises:
+        ReadError: a file that cannot be read, an empty name, or one that comes twice.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for line, row in CsvTable(read_bytes(path), str(path), ("name",)):
+        name = row["name"].strip()
+        if not name or name in rows:
+            what = f"{name!r} has a row already" if name else "the name is empty"
+            raise ReadError(f"{path}, line {line}: {what}")
+        rows[name] = row
+    if not rows:
+        raise ReadError(f"{path} has a header, but no clips")
+    return rows
+
+
+def read_labels(path: Path) -> dict[str, Labelled]:
+    """The rows of `labels.csv` by name.
+
+    Raises:
+        ReadError: a file that cannot be read, or a sentiment that is none.
+    """
+    found = {}
+    columns = ("name", "labels", "sentiment", "unparsed")
+    for line, row in csv_rows(read_bytes(path), str(path), columns):
+        if row["sentiment"] not in SENTIMENTS:
+            raise ReadError(
+                f"{path}, line {line}: the sentiment is {row['sentiment']!r}; expected "
+                f"{', '.join(SENTIMENTS)}"
+            )
+        labels = parse_labels(row["labels"])
+        found[row["name"]] = Labelled(labels, row["sentiment"], row["unparsed"])
+    return found
+
+
+def read_data_set(out: Path, table: Path | None, settings: Settings) -> DataSet:
+    """All that the stages have left in the folder of a data set.
+
+    Args:
+        out: the folder.
+        table: the clips' CSV file; without one, the clips are those that have a description.
+        settings: for the cuts.
+
+    Raises:
+        ReadError: a file that cannot be read.
+        CaptionError: no descriptions.
+    """
+
+    def found(file: str, read: Any) -> Any:
+        return read(out / file) if (out / file).exists() else None
+
+    descriptions = found(f"{DESCRIPTIONS}.jsonl", read_described)
+    if table is None and descriptions is None:
+        raise CaptionError(f"{out} has no {DESCRIPTIONS}.jsonl; run `caption merge` first")
+    rows = read_clip_rows(table) if table else {name: {"name": name} for name in descriptions}
+    texts = [line["reply"] for line in (descriptions or {}).values()]
+    return DataSet(
+        list(rows),
+        rows,
+        descriptions,
+        found(LABELS, read_labels),
+        found(SPEAKERS, read_speakers),
+        found(VOTES, read_votes),
+        fit_cuts(texts, settings.lengths.tails),
+    )
+
+
+def check_stages(data: DataSet, out: Path, levels: Sequence[str]) -> None:
+    """Refuse levels whose stages have not run, or know none of the clips.
+
+    Raises:
+        CaptionError: naming the file and the command that makes it.
+    """
+    stages = {
+        f"{DESCRIPTIONS}.jsonl": data.descriptions,
+        LABELS: data.labels,
+        SPEAKERS: data.speakers,
+        VOTES: data.votes,
+    }
+    always = (f"{DESCRIPTIONS}.jsonl", LABELS)  # what a training set is made of
+    needed = {file: f"the level {lv}" for lv in levels for t in LEVELS[lv] for file in NEEDS[t]}
+    for file in dict.fromkeys([*always, *needed]):
+        what = needed.get(file, "a training set")
+        if stages[file] is None:
+            raise CaptionError(
+                f"{out / file} is missing, which {what} needs; run `affectgpt {MADE_BY[file]}`"
+            )
+        if not any(name in stages[file] for name in data.names):
+            raise CaptionError(
+                f"{out / file} has none of the {len(data.names):,} clips: it names "
+                f"{listed(list(stages[file]))}, and they are called {listed(data.names)}"
+            )
+
+
+# --- tests --------------------------------------------------------------------------------------
+
+
+def judge(data: DataSet, settings: Settings, lexicon: Lexicon) -> dict[str, dict[str, Judgement]]:
+    """Every test of every clip, by name and test."""
+    judged = {}
+    for name in data.names:
+        described = (data.descriptions or {}).get(name)
+        labelled = (data.labels or {}).get(name)
+        vote = (data.votes or {}).get(name)
+        judged[name] = {
+            "reply": judge_reply(described, labelled),
+            "length": judge_length(described, data.cuts),
+            "speaker": judge_speaker((data.speakers or {}).get(name), settings.speakers.drop),
+            "emotion": judge_emotion(labelled, vote, settings, lexicon),
+            "sentiment": judge_sentiment(labelled, vote, settings),
+        }
+    return judged
+
+
+def judge_reply(described: Described | None, labelled: Labelled | None) -> Judgement:
+    """Whether there is a description at all."""
+    if described is None:
+        return Judgement(NOT_JUDGED, why="no description")
+    finish, text = described["finish"], described["reply"]
+    if not text:
+        return Judgement(DROPPED, finish, described["why"] or "the reply is empty")
+    if finish == "length":
+        return Judgement(DROPPED, finish, "the reply was cut off")
+    # One that names emotions may as well say what cannot be determined.
+    if labelled is not None and not labelled.labels and is_refusal(text):
+        return Judgement(DROPPED, finish, "the reply is a refusal")
+    return Judgement(PASSED, finish)
+
+
+def judge_length(described: Described | None, cuts: Mapping[str, Cuts]) -> Judgement:
+    """Whether the length of the description is normal."""
+    if described is None:
+        return Judgement(NOT_JUDGED, why="no description")
+    length, unit = measure(described["reply"])
+    value = f"{length} {unit}"
+    if unit not in cuts:
+        return Judgement(DROPPED, value, "empty")
+    if length < cuts[unit].low:
+        return Judgement(DROPPED, value, f"shorter than {cuts[unit].low:.1f} {unit}")
+    if length > cuts[unit].high:
+        return Judgement(DROPPED, value, f"longer than {cuts[unit].high:.1f} {unit}")
+    return Judgement(PASSED, value)
+
+
+def judge_speaker(row: Mapping[str, str] | None, drop: Sequence[str]) -> Judgement:
+    """Whether the person who is seen may be the one who is heard."""
+    if row is None:
+        return Judgement(NOT_JUDGED, why="no verdict")
+    verdict = row["verdict"]
+    if verdict in drop:
+        return Judgement(DROPPED, verdict, f"{verdict.replace('_', ' ')}, by {row['network']}")
+    return Judgement(PASSED, verdict)
+
+
+def judge_emotion(
+    labelled: Labelled | None, vote: Vote | None, settings: Settings, lexicon: Lexicon
+) -> Judgement:
+    """Whether the labels agree with the crowd's word on the wheels that know both.
+
+    `neutral`, which stands on no wheel, agrees with a description that names nothing, names it,
+    or has a neutral sentiment.
+    """
+    if (missing := _missing(labelled, vote, vote and vote.emotion)) is not None:
+        return missing
+    if vote.emotion_votes < settings.crowd.least_votes:
+        why = f"{vote.emotion_votes} votes for {vote.emotion}"
+        return Judgement(DROPPED, vote.emotion, why)
+    if vote.emotion == "neutral":
+        fits = not labelled.labels or "neutral" in labelled.labels
+        passed = fits or labelled.sentiment == "neutral"
+        value = "neutral"
+    elif not labelled.labels:
+        return Judgement(DROPPED, vote.emotion, "the description names no emotion")
+    else:
+        agreeing, known = agreement(labelled.labels, vote.emotion, lexicon)
+        if not known:
+            return Judgement(NOT_JUDGED, vote.emotion, "on no wheel are both sides known")
+        value = f"{vote.emotion}, {agreeing} of {known} wheels"
+        passed = {
+            "any": agreeing >= 1,
+            "majority": 2 * agreeing > known,
+            "all": agreeing == known,
+        }[settings.crowd.agree]
+    if passed:
+        return Judgement(PASSED, value)
+    shown = ", ".join(labelled.labels) or "none"
+    return Judgement(DROPPED, value, f"the description says {shown}")
+
+
+def agreement(labels: Sequence[str], word: str, lexicon: Lexicon) -> tuple[int, int]:
+    """On how many wheels one of the labels is the word's, and how many wheels know both sides."""
+    agreeing = known = 0
+    for wheel in range(1, WHEELS + 1):
+        one = lexicon.label(word, wheel)
+        many = {lexicon.label(label, wheel) for label in labels} - {None}
+        if one is not None and many:
+            known += 1
+            agreeing += one in many
+    return agreeing, known
+
+
+def judge_sentiment(labelled: Labelled | None, vote: Vote | None, settings: Settings) -> Judgement:
+    """Whether the crowd's sentiment is that of the description."""
+    if (missing := _missing(labelled, vote, vote and vote.sentiment)) is not None:
+        return missing
+    if vote.sentiment_votes < settings.crowd.least_votes:
+        why = f"{vote.sentiment_votes} votes for {vote.sentiment}"
+        return Judgement(DROPPED, vote.sentiment, why)
+    if vote.sentiment == labelled.sentiment:
+        return Judgement(PASSED, vote.sentiment)
+    return Judgement(DROPPED, vote.sentiment, f"the description is {labelled.sentiment}")
+
+
+def _missing(labelled: Labelled | None, vote: Vote | None, said: str | None) -> Judgement | None:
+    if labelled is None:
+        return Judgement(NOT_JUDGED, why="no labels")
+    if vote is None or not said:
+        return Judgement(NOT_JUDGED, why="the crowd did not vote")
+    return None
+
+
+# --- results ------------------------------------------------------------------------------------
+
+
+def tests_of(levels: Sequence[str]) -> tuple[str, ...]:
+    """The tests of these levels, in the order in which they are applied."""
+    return tuple(test for level in LEVELS if level in levels for test in LEVELS[level])
+
+
+def kept_names(judged: Mapping[str, Mapping[str, Judgement]], levels: Sequence[str]) -> list[str]:
+    """The clips that passed all tests of the levels."""
+    tests = tests_of(levels)
+    return [name for name, j in judged.items() if all(j[test].outcome == PASSED for test in tests)]
+
+
+def filtered_rows(
+    judged: Mapping[str, Mapping[str, Judgement]], levels: Sequence[str]
+) -> Iterator[dict[str, str]]:
+    """The rows of `filtered.csv`."""
+    kept = set(kept_names(judged, levels))
+    for name, judgements in judged.items():
+        row = {"name": name, "kept": "yes" if name in kept else "no"}
+        for test, judgement in judgements.items():
+            keys = (test, f"{test}_value", f"{test}_why")
+            row |= dict(zip(keys, judgement, strict=True))
+        yield row
+
+
+def funnel(
+    data: DataSet, judged: Mapping[str, Mapping[str, Judgement]], levels: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What is left after each test: clips, vocabulary, and what the test dropped, by reason.
+
+    The first stage is all clips. A clip counts under the first test that does not pass it.
+    """
+    left = list(data.names)
+
+    def stage(test: str, **more: Any) -> dict[str, Any]:
+        words = {w for n in left if (row := (data.labels or {}).get(n)) for w in row.labels}
+        return {"test": test, "clips": len(left), "labels": len(words), **more}
+
+    stages = [stage("all clips", dropped=0, not_judged=0, reasons={})]
+    for test in tests_of(levels):
+        outcomes = {name: judged[name][test] for name in left}
+        left = [name for name in left if outcomes[name].outcome == PASSED]
+        lost = [j for j in outcomes.values() if j.outcome != PASSED]
+        reasons = Counter(_kind(test, j) for j in lost)
+        not_judged = sum(1 for j in lost if j.outcome == NOT_JUDGED)
+        stages.append(
+            stage(
+                test,
+                dropped=len(lost) - not_judged,
+                not_judged=not_judged,
+                reasons=dict(reasons.most_common()),
+            )
+        )
+    return stages
+
+
+def _kind(test: str, judgement: Judgement) -> str:
+    """A reason that clips have in common."""
+    if judgement.outcome == NOT_JUDGED:
+        return judgement.why
+    if test == "emotion":
+        word = judgement.value.partition(",")[0]
+        return f"the crowd says {word}"
+    if test == "sentiment":
+        return f"the crowd says {judgement.value}, {judgement.why}"
+    return judgement.why
+
+
+def draw_funnel(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Bars of the clips and the vocabulary after each test, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.6 * len(stages) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    names = [stage["test"] for stage in stages]
+    clips = [stage["clips"] for stage in stages]
+    bars = panel.barh(np.arange(len(stages)), clips, color="tab:blue")
+    texts = [f"{s['clips']:,} clips, {s['labels']:,} labels" for s in stages]
+    panel.bar_label(bars, texts, padding=4)
+    panel.set_yticks(np.arange(len(stages)), names)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.35 * max(*clips, 1))
+    panel.set_xlabel("clips that passed")
+    with atomic_write(path) as file:
+        save_png(figure, file)
+
+
+def trainable(data: DataSet, kept: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Of clips that are kept, those that can be trained on, and the others by what they lack.
+
+    Without the level `low`, replies that failed are kept, which teach neither text nor labels.
+    """
+    lacking: dict[str, list[str]] = {}
+    usable = []
+    for name in kept:
+        if name not in data.descriptions or not data.descriptions[name]["reply"]:
+            lacking.setdefault("a description", []).append(name)
+        elif name not in data.labels or not data.labels[name].labels:
+            lacking.setdefault("a label", []).append(name)
+        else:
+            usable.append(name)
+    return usable, lacking
+
+
+def plus_rows(data: DataSet, kept: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of the training set, in the layout that `extract` reads.
+
+    Columns of the clips' own CSV file stay, but for labels and description, which are the models'.
+    """
+    own = list(dict.fromkeys(column for row in data.rows.values() for column in row))
+    columns = list(dict.fromkeys([*own, "labels", "description"]))
+    rows = [
+        data.rows[name]
+        | {
+            "labels": f"[{', '.join(data.labels[name].labels)}]",
+            "description": data.descriptions[name]["reply"],
+        }
+        for name in kept
+    ]
+    return columns, rows
+
+
+def write_results(
+    data: DataSet,
+    judged: Mapping[str, Mapping[str, Judgement]],
+    levels: Sequence[str],
+    to: Path,
+    about: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """Write `filtered.csv`, `plus.csv`, `funnel.json` and `funnel.png`; returns the funnel.
+
+    Args:
+        data, judged, levels: what is filtered, by what.
+        to: the folder.
+        about: of the settings, for `funnel.json`.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    usable, _ = trainable(data, kept_names(judged, levels))
+    stages = funnel(data, judged, levels)
+    write_csv(to / FILTERED, COLUMNS, filtered_rows(judged, levels))
+    write_csv(to / PLUS, *plus_rows(data, usable))
+    write_json(to / f"{FUNNEL}.json", {"levels": list(levels), **about, "funnel": stages})
+    draw_funnel(stages, to / f"{FUNNEL}.png")
+    return stages
+
+
+def write_training_records(
+    data: DataSet, kept: Sequence[str], source: Path, to: Path
+) -> tuple[int, list[str]]:
+    """Records of the clips that are kept, with features of an extraction and the new annotations.
+
+    Args:
+        data: the data set.
+        kept: names of clips.
+        source: records of the clips.
+        to: the record directory to write.
+
+    Returns:
+        How many were written, and the names of clips that are kept but have no record.
+
+    Raises:
+        RecordError: no clip that is kept has a record, or a directory that cannot be used.
+    """
+    records = RecordDataset(source)
+    wanted = set(kept)
+    numbers = [i for i, entry in enumerate(records.index) if entry.name in wanted]
+    lacking = sorted(wanted - {records.index[i].name for i in numbers})
+    if not numbers:
+        raise RecordError(
+            f"{source} has no record of the {len(kept):,} clips that are kept: its clips are "
+            f"called {listed([e.name for e in records.index])}"
+        )
+    encoders = {name: facts["encoder"] for name, facts in records.manifest.features.items()}
+
+    def annotated():
+        for i in numbers:
+            record = records[i]
+            yield dataclasses.replace(
+                record,
+                description=data.descriptions[record.name]["reply"],
+                labels=data.labels[record.name].labels,
+            )
+
+    write_records(to, annotated(), encoders=encoders)
+    return len(numbers), lacking

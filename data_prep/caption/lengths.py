@@ -1,0 +1,86 @@
+"""Replies that failed by their length: the two tails of the paper's Figure 2.
+
+The lengths of descriptions are nearly normal; what is far shorter is a refusal or a failure, and
+what is far longer a model that rambles. Mean and deviation are estimated by the quartiles, since
+failures form a mode of their own, which must not move the cuts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from affectgpt_jax.common.files import atomic_write
+
+# Between the quartiles of a normal distribution, in standard deviations.
+QUARTILES = 1.349
+_LETTERS = re.compile(r"[^\W\d_]")
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f]")
+
+
+def measure(text: str) -> tuple[int, str]:
+    """Length of a text and its unit: words, or characters where most letters are not Latin."""
+    letters = len(_LETTERS.findall(text))
+    if letters and 2 * len(_LATIN.findall(text)) < letters:
+        return sum(not c.isspace() for c in text), "characters"
+    return len(text.split()), "words"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """The lengths that are kept, in one unit: `low` to `high`, both included."""
+
+    mean: float
+    deviation: float
+    low: float
+    high: float
+    texts: int
+
+
+def fit_cuts(texts: Sequence[str], tails: float) -> dict[str, Cuts]:
+    """The cuts by unit, of texts that are not empty.
+
+    Args:
+        texts: descriptions.
+        tails: standard deviations from the mean to each cut.
+    """
+    lengths: dict[str, list[int]] = {}
+    for text in filter(str.strip, texts):
+        length, unit = measure(text)
+        lengths.setdefault(unit, []).append(length)
+    cuts = {}
+    for unit, values in sorted(lengths.items()):
+        first, mean, third = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
+        deviation = (third - first) / QUARTILES
+        half = tails * deviation
+        cuts[unit] = Cuts(mean, deviation, mean - half, mean + half, len(values))
+    return cuts
+
+
+def draw_lengths(texts: Sequence[str], cuts: dict[str, Cuts], path: Path) -> None:
+    """A histogram of the lengths with both cuts, a panel a unit, as PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.5 * max(len(cuts), 1)), layout="constrained")
+    panels = figure.subplots(max(len(cuts), 1), 1, squeeze=False)[:, 0]
+    for panel, (unit, cut) in zip(panels, cuts.items()):
+        values = [n for n, found in map(measure, filter(str.strip, texts)) if found == unit]
+        panel.hist(values, bins=min(80, max(values) - min(values) + 1), color="tab:blue")
+        label = f"{cut.low:.1f} to {cut.high:.1f} are kept"
+        for at, text in ((cut.low, label), (cut.high, None)):
+            panel.axvline(at, color="tab:red", linestyle="--", label=text)
+        panel.set_xlabel(f"{unit} of a description")
+        panel.set_ylabel("clips")
+        panel.legend()
+    with atomic_write(path) as file:
+        save_png(figure, file)
+
+
+def save_png(figure: Any, file: Any) -> None:
+    """Write a Matplotlib figure without a date or version in it: the same data, the same bytes."""
+    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})

@@ -1,0 +1,297 @@
+import base64
+import json
+import re
+
+import pytest
+from chat_stub import Stub
+from clip_files import face_frames, write_clip, write_talking
+
+from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
+from data_prep.caption import describe
+from data_prep.caption.__main__ import main
+from data_prep.caption.settings import read_settings
+from data_prep.clips import find_clips
+from data_prep.shards import parse_shard, shard_of_task
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+def reply(text, finish="stop"):
+    choice = {"message": {"content": text}, "finish_reason": finish}
+    return 200, {}, json.dumps({"choices": [choice], "usage": {"total_tokens": 7}})
+
+
+def hears(body):
+    """Answers by how much it was sent, the same for the same clip."""
+    parts = body["messages"][0]["content"]
+    if isinstance(parts, str):
+        return reply(f"Merged: {parts.splitlines()[-3:]}")
+    kinds = [part["type"] for part in parts]
+    return reply(f"{kinds} of {sum(len(json.dumps(part)) for part in parts)} bytes")
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory):
+    """Three clips: two whole ones, and one without sound."""
+    folder = tmp_path_factory.mktemp("media")
+    for seed in range(2):
+        write_talking(folder / f"clip{seed}.mp4", seed=seed)
+    write_clip(folder / "mute.mp4", face_frames(10))
+    return folder
+
+
+def ask(stub, kind, media, out, **options):
+    server = ChatServer(stub.url, "omni", concurrency=1, attempts=2)
+    clips = find_clips([media]).clips
+    return describe.describe_media(kind, clips, out, server, read_settings(out), **options)
+
+
+def test_a_server_hears_sound_and_sees_pictures_and_every_clip_has_a_line(media, tmp_path):
+    with Stub(good=hears) as stub:
+        heard = ask(stub, "audio", media, tmp_path)
+        seen = ask(stub, "video", media, tmp_path)
+    assert [line["name"] for line in heard] == ["clip0", "clip1", "mute"]
+    assert [line["finish"] for line in heard] == ["stop", "stop", "unreadable"]
+    assert heard[2]["reply"] == "" and heard[2]["why"] == "no audio stream"
+    assert heard[0]["model"].startswith("omni at ") and heard[0]["tokens"] == 7
+    assert heard[0]["media_sha256"] == seen[0]["media_sha256"] != heard[1]["media_sha256"]
+    assert all("['text', " + ", ".join(["'image_url'"] * 8) in line["reply"] for line in seen)
+    sound = next(b for _, _, b in stub.requests if "input_audio" in json.dumps(b))
+    part = sound["messages"][0]["content"][1]["input_audio"]
+    assert part["format"] == "wav"
+    wav = base64.b64decode(part["data"])
+    assert wav[:4] == b"RIFF" and abs(len(wav) - 44 - 2 * 16_000) < 2000  # a second at 16 kHz
+    assert describe.read_described(tmp_path / "audio.jsonl")["mute"] == heard[2]
+
+
+def test_a_killed_stage_asks_the_rest_and_leaves_the_same_bytes(media, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    with Stub(good=hears) as stub:
+        ask(stub, "video", media, whole)
+        port = stub.url
+
+    class Killed(Exception):
+        pass
+
+    def kill(done, total):
+        if done == 1:
+            raise Killed
+
+    with Stub(good=hears) as stub:
+        with pytest.raises(Killed):
+            ask(stub, "video", media, killed, progress=kill)
+        # Half a line, as a power cut leaves it.
+        file = killed / ".replies" / "video.jsonl"
+        file.write_bytes(file.read_bytes() + b'{"key": "tor')
+        assert not (killed / "video.jsonl").exists()
+        ask(stub, "video", media, killed)
+        assert 3 <= len(stub.requests) <= 4  # the one that was under way is asked again
+        again = len(stub.requests)
+        ask(stub, "video", media, killed)
+        assert len(stub.requests) == again
+        ports = (port.encode(), stub.url.encode())
+    expected = (whole / "video.jsonl").read_bytes().replace(*ports)
+    assert (killed / "video.jsonl").read_bytes() == expected
+
+
+def test_what_has_changed_is_asked_anew(media, tmp_path):
+    clips = tmp_path / "clips"
+    write_talking(clips / "a.mp4", seed=0)
+    write_talking(clips / "b.mp4", seed=1)
+    with Stub(good=hears) as stub:
+        ask(stub, "audio", clips, tmp_path)
+        write_talking(clips / "b.mp4", seed=2)
+        ask(stub, "audio", clips, tmp_path)
+        assert len(stub.requests) == 3
+        file = tmp_path / "caption.toml"
+        file.write_text(file.read_text().replace("Listen to", "Attend to"))
+        ask(stub, "audio", clips, tmp_path)
+        assert len(stub.requests) == 5
+
+
+def test_shards_leave_what_one_process_leaves(media, tmp_path):
+    with Stub(good=hears) as stub:
+        ask(stub, "video", media, tmp_path / "one")
+        assert ask(stub, "video", media, tmp_path / "two", shard=(1, 2)) is None
+        files = {p.name for p in (tmp_path / "two" / ".replies").iterdir()}
+        assert files == {"video-00001-of-00002.jsonl", "media-00001-of-00002.jsonl"}
+        assert ask(stub, "video", media, tmp_path / "two", shard=(0, 2)) is not None
+        assert len(stub.requests) == 6
+    one, two = (tmp_path / n / "video.jsonl" for n in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_the_task_of_srun_is_its_shard():
+    batch = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}
+    assert shard_of_task({}) == shard_of_task(batch) == (0, 1)
+    assert shard_of_task(batch | {"SLURM_STEP_ID": "0"}) == (3, 4)
+    for wrong in ("4/4", "1", "a/b", "-1/2"):
+        with pytest.raises(ValueError, match="is not I/N"):
+            parse_shard(wrong)
+
+
+def test_a_server_that_does_not_take_a_medium_is_one_sentence(media, tmp_path):
+    refusal = 400, {}, '{"error": {"message": "no video_url here"}}'
+    with Stub(good=lambda body: refusal) as stub:
+        with pytest.raises(ChatError, match="no video_url here.*try --as frames") as told:
+            ask(stub, "video", media, tmp_path, form="video_url")
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "video.jsonl").exists()
+
+
+def test_single_refusals_and_empty_or_cut_replies_are_counted(media, tmp_path):
+    turns = [reply("fine"), (400, {}, '{"error": {"message": "too dark"}}'), reply("", "length")]
+    with Stub(*turns) as stub:
+        server = ChatServer(stub.url, "omni", concurrency=1)
+        clips = find_clips([media]).clips
+        lines = describe.describe_media("video", clips, tmp_path, server, read_settings(tmp_path))
+    assert [line["finish"] for line in lines] == ["stop", "refused", "length"]
+    assert "too dark" in lines[1]["why"]
+    first, *whys = describe.summary(lines)
+    assert "3 clips" in first and "empty: 2" in first and "too dark" in whys[0]
+
+
+@pytest.mark.parametrize("turn", ["hang up", "sleep", (500, {"retry-after-ms": "1"}, "")])
+def test_a_server_that_breaks_off_loses_no_reply(turn, media, tmp_path):
+    with Stub(reply("fine"), *[turn] * 4, good=hears) as stub:
+        server = ChatServer(stub.url, "omni", concurrency=1, attempts=2, timeout_s=0.3)
+        clips = find_clips([media]).clips
+        settings = read_settings(tmp_path)
+        with pytest.raises(ChatError, match="goes on from there"):
+            describe.describe_media("video", clips, tmp_path, server, settings)
+        # The server is back when it has done all of it.
+        server = ChatServer(stub.url, "omni", concurrency=1)
+        lines = describe.describe_media("video", clips, tmp_path, server, settings)
+    assert lines[0]["reply"] == "fine"
+    assert all(line["reply"] for line in lines)
+
+
+def test_both_are_merged_with_the_subtitle(media, tmp_path, capsys):
+    (tmp_path / "clips.csv").write_text(
+        "name,subtitle\nclip0,I told you so!\nclip1,\nmute,\nghost,\n", encoding="utf-8"
+    )
+    (tmp_path / "heard.csv").write_text("name,reply\nclip0,a sigh\nother,x\n", encoding="utf-8")
+    table = f"--csv={tmp_path / 'clips.csv'}"
+    out = f"--out={tmp_path / 'set'}"
+    main(["describe", "audio", table, out, f"--replies={tmp_path / 'heard.csv'}"])
+    said = capsys.readouterr().out
+    assert "without a reply in" in said and "'clip1', 'mute', 'ghost'" in said and "'other'" in said
+    with Stub(good=hears) as stub:
+        server = ["--server", stub.url, "--model", "text"]
+        main(["describe", "video", table, f"--clips={media}", out, *server])
+        main(["merge", table, out, *server])
+        asked = [b for _, _, b in stub.requests if isinstance(b["messages"][0]["content"], str)]
+    lines = describe.read_described(tmp_path / "set" / "descriptions.jsonl")
+    assert list(lines) == ["clip0", "clip1", "mute", "ghost"]
+    assert lines["ghost"]["why"] == "neither clue nor subtitle"
+    message = next(m for b in asked if "a sigh" in (m := b["messages"][0]["content"]))
+    assert message.startswith("Please act as an expert in the field of emotions.")
+    assert "Subtitle: I told you so!" in message and "Acoustic clues: a sigh\n" in message
+    main(["labels", out])
+    rows = (tmp_path / "set" / "labels.csv").read_text().splitlines()
+    assert rows[0] == "name,labels,sentiment,unparsed" and len(rows) == 5
+
+
+def test_text_models_merge_as_servers_do(tmp_path):
+    class Base:
+        identity = "base"
+
+        def answer(self, messages):
+            yield from reversed(list(enumerate(f"so {len(m)}" for m in messages)))
+
+    describe.write_described(
+        tmp_path / "audio.jsonl",
+        describe.given_replies(_given(tmp_path, {"a": "hums", "b": "sings loudly"}), ["a", "b"])[0],
+    )
+    model = describe.TextDescriber(Base())
+    settings = read_settings(tmp_path)
+    lines = describe.merge(["a", "none", "b"], {}, tmp_path, model, settings)
+    assert [bool(line["reply"]) for line in lines] == [True, False, True]
+    assert lines[0]["reply"] != lines[2]["reply"] and lines[0]["model"] == "base"
+
+
+def _given(folder, replies):
+    path = folder / "given.jsonl"
+    lines = (json.dumps({"name": n, "reply": r}) + "\n" for n, r in replies.items())
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"name": "a"}\n', "'reply' is missing"),
+        ('{"name": "a", "reply": "x"}\n' * 2, "line 2: 'a' has a reply already"),
+        ('{"name": "z", "reply": "x"}\n', "has none of the 2 clips: it names 'z'"),
+    ],
+)
+def test_replies_that_do_not_fit_are_refused(content, told, tmp_path):
+    path = tmp_path / "replies.jsonl"
+    path.write_text(content)
+    with pytest.raises(UserError, match=told):
+        describe.given_replies(path, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["describe", "audio", "--clips=x"], "name who describes"),
+        (["describe", "audio", "--server=http://x/v1", "--model=m"], "name the clips"),
+        (["describe", "video", "--clips=x", "--server=http://x/v1"], "go together"),
+        (
+            ["describe", "audio", "--clips=x", "--as=frames", "--server=http://x/v1", "--model=m"],
+            "audio is sent as input_audio or audio_url",
+        ),
+        (["merge", "--replies=x", "--workdir=y"], "both say who describes|--replies and --workdir"),
+        (["merge", "--server=http://x/v1", "--model=m"], "neither audio.jsonl nor video.jsonl"),
+        (["labels"], "descriptions.jsonl is missing"),
+        (["filter", "--levels=low,mood"], "'mood' is no level"),
+    ],
+)
+def test_wrong_command_lines_are_one_sentence(arguments, told, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, f"--out={tmp_path / 'set'}"])
+    said = str(ended.value.code) + capsys.readouterr().err
+    assert re.search(told, said), said
+    assert "Traceback" not in said
+
+
+def test_settings_are_checked(tmp_path):
+    first = read_settings(tmp_path)
+    assert first.prompts.merge.startswith("Please act as an expert") and "\n" not in (
+        first.prompts.merge.strip()
+    )
+    path = tmp_path / "caption.toml"
+    path.write_text(path.read_text().replace("tails = 2.5", "tails = 3"))
+    assert read_settings(tmp_path).lengths.tails == 3.0
+    assert read_settings(tmp_path).sha256 != first.sha256
+    for old, new, told in (
+        ("tails = 3", "tails = 0", "lengths.tails is 0"),
+        ("tails = 3", 'tails = "x"', "lengths.tails: expected a number"),
+        ('agree = "majority"', 'agree = "most"', "crowd.agree: expected one of"),
+        ("[lengths]", "[lengths", "not TOML"),
+    ):
+        text = path.read_text()
+        path.write_text(text.replace(old, new))
+        with pytest.raises(UserError, match=told):
+            read_settings(tmp_path)
+        path.write_text(text)
+
+
+def test_the_base_of_a_run_merges_without_a_server(trained_run, tmp_path, capsys):
+    out = tmp_path / "set"
+    given = _given(tmp_path, {"a": "The voice gives a sigh.", "b": "The voice gives a gasp."})
+    read_settings(out)
+    path = out / "caption.toml"
+    path.write_text(path.read_text().replace("merge = 512", "merge = 4"))
+    (tmp_path / "clips.csv").write_text("name,subtitle\na,We won!\nb,\n")
+    table = f"--csv={tmp_path / 'clips.csv'}"
+    main(["describe", "audio", table, f"--out={out}", f"--replies={given}"])
+    main(["merge", table, f"--out={out}", f"--workdir={trained_run}"])
+    lines = describe.read_described(out / "descriptions.jsonl")
+    assert list(lines) == ["a", "b"] and all("4 tokens" in x["model"] for x in lines.values())
+    assert "descriptions.jsonl: 2 clips" in capsys.readouterr().out

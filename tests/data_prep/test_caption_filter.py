@@ -1,0 +1,273 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.tables import write_csv
+from affectgpt_jax.data.records import Record, RecordDataset, write_records
+from affectgpt_jax.evaluation.lexicon import load_lexicon
+from data_prep.caption import filtering
+from data_prep.caption.__main__ import main
+from data_prep.caption.describe import Described, write_described
+from data_prep.caption.filtering import DROPPED, NOT_JUDGED, PASSED, Labelled
+from data_prep.caption.lengths import fit_cuts, measure
+from data_prep.caption.settings import read_settings
+from data_prep.crowd.votes import Vote, write_votes
+from data_prep.speakers.verdicts import write_speakers
+
+LEXICON = load_lexicon()
+
+
+def described(text="words " * 40, finish="stop", why="", name="a"):
+    return Described(
+        name=name,
+        reply=text,
+        finish=finish,
+        why=why,
+        tokens=0,
+        model="m",
+        prompt_sha256="",
+        media_sha256="",
+    )
+
+
+def vote(emotion="happy", sentiment="positive", votes=3, name="a"):
+    return Vote(name, emotion, votes, 3, 0.9, sentiment, votes, 3, 0.5, 0.1)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    return read_settings(tmp_path_factory.mktemp("settings"))
+
+
+def labelled(*labels, sentiment="positive"):
+    return Labelled(labels, sentiment, "")
+
+
+# --- lengths ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("She smiles a little", (4, "words")),
+        ("\u5979\u5fae\u7b11\u4e86 OK", (6, "characters")),
+        ("", (0, "words")),
+        ("123 !?", (2, "words")),
+    ],
+)
+def test_lengths_are_words_or_characters(text, expected):
+    assert measure(text) == expected
+
+
+def test_cuts_are_those_of_the_normal_part():
+    rng = np.random.default_rng(0)
+    normal = rng.normal(60, 8, 4000).round().astype(int)
+    failed, rambling = rng.integers(2, 12, 400), rng.integers(180, 220, 200)
+    lengths = np.concatenate([normal, failed, rambling])
+    cut = fit_cuts(["word " * n for n in lengths], tails=2.5)["words"]
+    # A mean and a standard deviation of all would be 60 +- 34.
+    assert abs(cut.mean - 60) < 1.5 and abs(cut.deviation - 8) < 2
+    inside = (lengths >= cut.low) & (lengths <= cut.high)
+    assert inside[:4000].mean() > 0.97 and not inside[4000:].any()
+
+
+# --- tests of a clip ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "labels", "outcome", "why"),
+    [
+        (described(), labelled("happy"), PASSED, ""),
+        (None, None, NOT_JUDGED, "no description"),
+        (described("", "unreadable", "no video stream"), None, DROPPED, "no video stream"),
+        (described(""), None, DROPPED, "the reply is empty"),
+        (described(finish="length"), labelled("happy"), DROPPED, "cut off"),
+        (described("I cannot identify any emotion."), labelled(), DROPPED, "refusal"),
+        # What says more than that is none.
+        (described("I cannot identify his emotion, she is sad."), labelled("sad"), PASSED, ""),
+    ],
+)  # fmt: skip
+def test_failed_replies_are_dropped(line, labels, outcome, why):
+    found = filtering.judge_reply(line, labels)
+    assert found.outcome == outcome and why in found.why
+
+
+@pytest.mark.parametrize(
+    ("labels", "word", "agree", "outcome"),
+    [
+        (("joyful",), "happy", "all", PASSED),
+        (("furious",), "happy", "any", DROPPED),
+        (("sad", "joyful"), "happy", "all", PASSED),
+        (("disappointed",), "sad", "majority", PASSED),
+        (("disappointed",), "sad", "all", DROPPED),
+        (("grateful",), "happy", "majority", DROPPED),
+        (("grateful",), "happy", "any", PASSED),
+        ((), "happy", "any", DROPPED),
+        ((), "neutral", "all", PASSED),
+        (("neutral", "happy"), "neutral", "all", PASSED),
+        (("happy",), "neutral", "any", DROPPED),
+        (("blorf",), "happy", "any", NOT_JUDGED),
+        (("happy",), "", "any", NOT_JUDGED),
+    ],
+)
+def test_labels_agree_with_the_crowd_on_wheels(labels, word, agree, outcome, settings):
+    crowd = dataclasses.replace(settings.crowd, agree=agree)
+    changed = dataclasses.replace(settings, crowd=crowd)
+    found = filtering.judge_emotion(labelled(*labels), vote(word), changed, LEXICON)
+    assert found.outcome == outcome, found
+
+
+def test_few_votes_and_other_sentiments_are_dropped(settings):
+    crowd = dataclasses.replace(settings.crowd, least_votes=2)
+    strict = dataclasses.replace(settings, crowd=crowd)
+    joyful = labelled("joyful")
+    assert filtering.judge_emotion(joyful, vote(votes=1), strict, LEXICON).outcome == DROPPED
+    assert filtering.judge_sentiment(joyful, vote(votes=1), strict).outcome == DROPPED
+    assert filtering.judge_sentiment(joyful, vote(), settings).outcome == PASSED
+    found = filtering.judge_sentiment(joyful, vote(sentiment="neutral"), settings)
+    assert found.outcome == DROPPED and "the description is positive" in found.why
+    assert filtering.judge_sentiment(None, vote(), settings).outcome == NOT_JUDGED
+
+
+@pytest.mark.parametrize(
+    ("verdict", "outcome"),
+    [("speaking", PASSED), ("unsure", PASSED), ("off_screen", DROPPED), ("no_face", DROPPED)],
+)
+def test_verdicts_drop_on_evidence_only(verdict, outcome, settings):
+    row = {"verdict": verdict, "network": "synchrony"}
+    assert filtering.judge_speaker(row, settings.speakers.drop).outcome == outcome
+
+
+# --- the whole of it ----------------------------------------------------------------------------
+
+NAMES = [f"clip{i:02d}" for i in range(24)]
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    """A data set of 24 clips: the last one has no vote, clip01 failed, clip02 is off screen,
+    clip03 is said to be sad, clip04 is positive against the crowd's negative."""
+    out = tmp_path / "set"
+    texts = {name: "word " * (40 + i % 5) + "happy" for i, name in enumerate(NAMES)}
+    texts["clip01"] = "No."
+    lines = [described(text, name=name) for name, text in texts.items()]
+    write_described(out / "descriptions.jsonl", lines)
+    columns = ("name", "labels", "sentiment", "unparsed")
+    labels = {
+        name: {"labels": "[happy]", "sentiment": "positive", "unparsed": ""} for name in NAMES
+    }
+    labels["clip01"]["labels"], labels["clip03"]["labels"] = "[]", "[sad]"
+    rows = [{"name": name} | row for name, row in labels.items()]
+    write_csv(out / "labels.csv", columns, rows)
+    write_speakers(
+        out / "speakers.csv",
+        [
+            {
+                "name": name,
+                "verdict": "off_screen" if name == "clip02" else "speaking",
+                "network": "synchrony",
+            }
+            for name in NAMES
+        ],
+    )
+    votes = [vote(name=name, sentiment="negative" if name == "clip04" else "positive")
+             for name in NAMES[:-1]]  # fmt: skip
+    write_votes(out / "votes.csv", votes)
+    write_csv(tmp_path / "clips.csv", ("name", "subtitle"), [{"name": n} for n in NAMES])
+    return out
+
+
+def run(data_set, *arguments):
+    main(["filter", f"--out={data_set}", f"--csv={data_set.parent / 'clips.csv'}", *arguments])
+
+
+def test_every_clip_has_a_row_and_every_loss_a_reason(data_set, capsys):
+    run(data_set)
+    rows = (data_set / "filtered.csv").read_text().splitlines()
+    assert rows[0].startswith("name,kept,reply,reply_value,reply_why,length,") and len(rows) == 25
+    kept = [row.split(",")[0] for row in rows[1:] if row.split(",")[1] == "yes"]
+    assert kept == [NAMES[0], *NAMES[5:-1]]
+    report = json.loads((data_set / "funnel.json").read_text())
+    stages = {stage["test"]: stage for stage in report["funnel"]}
+    assert [s["clips"] for s in report["funnel"]] == [24, 24, 23, 22, 20, 19]
+    assert stages["emotion"]["dropped"] == 1 and stages["emotion"]["not_judged"] == 1
+    assert stages["emotion"]["reasons"] == {
+        "the crowd says happy": 1,
+        "the crowd did not vote": 1,
+    }
+    assert "the crowd did not vote" in capsys.readouterr().out
+    assert (data_set / "funnel.png").read_bytes()[:4] == b"\x89PNG"
+    plus = (data_set / "plus.csv").read_text().splitlines()
+    assert plus[0] == "name,subtitle,labels,description" and len(plus) == 20
+    assert plus[1].startswith("clip00,,[happy],word word")
+
+
+def test_levels_can_be_combined_in_any_way(data_set, capsys):
+    kept = {}
+    for levels in ("none", "low", "emotion", "sentiment", "sentiment,low"):
+        to = data_set / levels.replace(",", "-")
+        run(data_set, f"--levels={levels}", f"--to={to}")
+        kept[levels] = json.loads((to / "funnel.json").read_text())["funnel"][-1]["clips"]
+    assert kept == {"none": 24, "low": 22, "emotion": 21, "sentiment": 22, "sentiment,low": 20}
+    # What failed teaches nothing, and is said to be left out.
+    assert len((data_set / "none" / "plus.csv").read_text().splitlines()) == 1 + 23
+    assert "kept, but without a label to train on: 1: 'clip01'" in capsys.readouterr().out
+
+
+def test_records_of_what_is_kept_have_the_new_annotations(data_set, tmp_path, capsys):
+    source = tmp_path / "records"
+    features = {"face": np.ones((2, 3), np.float16)}
+    records = [Record(name=name, features=features, subtitle="hm") for name in NAMES[:-2]]
+    write_records(source, records, encoders={"face": "e"})
+    to = tmp_path / "plus"
+    run(data_set, f"--records={source}", f"--write={to}")
+    found = RecordDataset(to)
+    assert [entry.name for entry in found.index] == [NAMES[0], *NAMES[5:-2]]
+    first = found[0]
+    assert first.labels == ("happy",) and first.description.endswith("happy")
+    assert first.subtitle == "hm" and found.manifest.features["face"]["encoder"] == "e"
+    assert "without a record: 1: 'clip22'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "levels", "told"),
+    [
+        ("votes.csv", "emotion", "votes.csv is missing, which the level emotion needs; run .*vote"),
+        ("speakers.csv", "low", "speakers.csv is missing"),
+        ("labels.csv", "none", "labels.csv is missing, which a training set needs"),
+    ],
+)
+def test_a_stage_that_has_not_run_is_named(file, levels, told, data_set):
+    (data_set / file).unlink()
+    with pytest.raises(SystemExit, match=told):
+        run(data_set, f"--levels={levels}")
+
+
+def test_a_stage_of_other_clips_is_refused(data_set):
+    text = (data_set / "votes.csv").read_text()
+    (data_set / "votes.csv").write_text(text.replace("clip", "film"))
+    with pytest.raises(SystemExit, match="votes.csv has none of the 24 clips: it names 'film00'"):
+        run(data_set)
+
+
+def test_nothing_kept_and_half_a_pair_of_flags_are_errors(data_set):
+    text = (data_set / "votes.csv").read_text()
+    (data_set / "votes.csv").write_text(text.replace("happy", "angry"))
+    with pytest.raises(SystemExit, match="no clip is kept; .*filtered.csv says why"):
+        run(data_set)
+    with pytest.raises(SystemExit):
+        run(data_set, "--records=x")
+
+
+def test_broken_tables_are_refused_by_line(data_set):
+    table = data_set.parent / "clips.csv"
+    table.write_text("name,subtitle\na,\na,\n")
+    with pytest.raises(UserError, match="line 3: 'a' has a row already"):
+        filtering.read_clip_rows(table)
+    labels = data_set / "labels.csv"
+    labels.write_text(labels.read_text().replace("positive", "fine", 1))
+    with pytest.raises(UserError, match="line 2: the sentiment is 'fine'"):
+        filtering.read_labels(labels)
