@@ -18,7 +18,7 @@ from data_prep import extract
 from data_prep.speakers.rendered import rendered
 
 README = Path(extract.__file__).with_name("README.md")
-CLIPS, LABELLED = 8, 24
+CLIPS, LABELLED = 8, 96
 
 
 def commands():
@@ -87,8 +87,8 @@ def test_the_documented_walk_ends_in_a_trained_run(folder):
             "--folds=2",
             "--seeds=1",
             "--hidden=16",
-            "--epochs=99",
-            "--patience=99",
+            "--epochs=199",
+            "--patience=199",
         ],
         ("train",): [
             "--config.projectors.video_width=24",
@@ -128,6 +128,6 @@ def test_the_documented_walk_ends_in_a_trained_run(folder):
     assert [entry.name for entry in plus.index] == kept and len(kept) >= 2
     assert plus[0].labels == ("joyful", "amused") and "shows it" in plus[0].description
     card = (folder / "caption" / "README.md").read_text(encoding="utf-8")
-    assert "| mine | 24 | " in card and "off screen" in card
+    assert "| mine | 96 | " in card and "off screen" in card
     assert json.loads((folder / "runs/plus/config.json").read_text())["steps"] == 2
     assert (folder / "runs/plus/result.json").is_file()
