@@ -133,7 +133,8 @@ def _write(
                     name=captions.names[i],
                     features=found,
                     subtitle=captions.clips.subtitles[i],
-                    description=captions.descriptions[i],
+                    # Without the asides, which the demo's prompts have no room for.
+                    description=f"{captions.video[i]} {captions.audio[i]} They feel {labels[i][0]}.",
                     labels=labels[i],
                     source="demo",
                 )

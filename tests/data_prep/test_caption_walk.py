@@ -75,6 +75,7 @@ def write_labelled(folder):
     write_records(folder / "records" / "labelled", records, encoders=encoders)
 
 
+@pytest.mark.slow
 def test_the_documented_walk_ends_in_a_trained_run(folder):
     encoders = {
         "clip-vit-l": f"clip={save_encoder('clip', folder / 'models')}",
@@ -96,7 +97,8 @@ def test_the_documented_walk_ends_in_a_trained_run(folder):
             "--config.steps=2",
             "--config.checkpoint_every=2",
             "--config.optimizer.warmup_steps=1",
-            "--config.batch_size=4",
+            "--config.batch_size=2",
+            "--config.data.val_share=0.5",  # of a handful of clips
             "--config.num_buckets=1",
             "--config.generate.batch_size=4",
             "--config.generate.max_new_tokens=4",
