@@ -77,7 +77,7 @@ def run_training(
         config: of the run, as `get_config` returns it.
         workdir: its directory.
         fallback: go on from an older checkpoint where the newest is damaged.
-        allow_other: of "prompts" and "lexicon", what may be another one than the run had.
+        allow_other: of "prompts" and "lexicon": go on though it is another one than the run had.
 
     Returns:
         What `result.json` in the workdir holds.
@@ -120,18 +120,18 @@ def load_run(
         llm: directory of the base, if not where the run's config says.
         mesh: devices, if not the run's.
         merge_lora: instead of the run's `generate.merge_lora`.
-        allow_other: ("prompts",) if its prompts may be others than in training.
+        allow_other: "prompts": use the run though they are others than it was trained with.
 
     Raises:
-        UserError: a workdir without a run, another base, tokenizer or prompts, no such or a damaged
-            checkpoint.
+        UserError: a workdir without a run, another base, no such or a damaged checkpoint.
     """
     from affectgpt_jax import restore
 
     restore.set_up_process()
     place = Path(workdir).expanduser()
-    how = {"llm": str(llm), "mesh": mesh, "merge_lora": merge_lora}
-    return restore.load_run(place, step, **how, allow_other=allow_other)
+    return restore.load_run(
+        place, step, llm=str(llm), mesh=mesh, merge_lora=merge_lora, allow_other=allow_other
+    )
 
 
 def ask_clips(

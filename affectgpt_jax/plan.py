@@ -205,7 +205,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     rows, shape, remat = planner.rows, layout.shape, layout.remat
     # Where the GPU's compiler works beside, its line is the one that counts.
     elapsed = Elapsed(
-        f"compiling for {mesh.size} emulated devices",
+        f"compiling for {mesh.size} emulated device{'s' * (mesh.size > 1)}",
         stream=sys.stderr,
         enabled=not arguments.compile,
     )
@@ -422,7 +422,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         yield "nothing is sent: one device"
     yield ""
     yield (
-        f"an update takes at least {_ms(seconds['floor'])} (products {_ms(seconds['compute'])}, "
+        f"an update takes at least {_ms(seconds['floor'])} (matmuls {_ms(seconds['compute'])}, "
         f"memory {_ms(seconds['memory'])}, network {_ms(seconds['network'])}, all at once and at "
         "the makers' peaks)"
     )

@@ -38,6 +38,8 @@ from affectgpt_jax.training.step import (
     make_train_step,
 )
 
+COMPILING = "compiling"
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
@@ -90,11 +92,11 @@ class Program:
     def describe(self, base_name: str) -> list[str]:
         """Parameters and the remat policy, in lines for people."""
         config, trainable = self.config, self.state["trainable"]
+        lora, fusion = (parameter_count(trainable[part]) for part in ("lora", "fusion"))
         lines = [
-            f"{parameter_count(self.base):,} frozen parameters ({base_name}, "
-            f"{nbytes(self.base) / 2**20:,.1f} MiB in {config.base_precision or config.dtype}), "
-            f"{parameter_count(trainable['lora']):,} in LoRA and "
-            f"{parameter_count(trainable['fusion']):,} in projectors and fusion to train"
+            f"{parameter_count(self.base):,} frozen parameters: {base_name}, "
+            f"{nbytes(self.base) / 2**20:,.1f} MiB in {config.base_precision or config.dtype}",
+            f"{lora + fusion:,} to train: {lora:,} in LoRA, {fusion:,} in projectors and fusion",
         ]
         return lines + ([str(self.remat)] if self.remat else [])
 
@@ -128,13 +130,20 @@ class Program:
     def compile(
         self, compiler_options: Mapping[str, xla_options.Value] | None = None
     ) -> dict[int, Callable]:
-        """The compiled update for every row length, compiled side by side."""
+        """The compiled update for every row length, compiled side by side.
+
+        An exception, such as Ctrl-C, comes through at once, while threads named `COMPILING` go on:
+        nothing ends a compilation but the process.
+        """
 
         def compile_one(length: int) -> Callable:
             return self.lower(length).compile(compiler_options=dict(compiler_options or {}))
 
-        with ThreadPoolExecutor() as pool:
+        pool = ThreadPoolExecutor(thread_name_prefix=COMPILING)
+        try:
             return dict(zip(self.batches, pool.map(compile_one, self.batches), strict=True))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def init_state(self, seed: int) -> State:
         """Fresh adapters, fusion and optimizer state, made where they stay."""

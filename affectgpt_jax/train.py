@@ -12,7 +12,9 @@ import contextlib
 import math
 import os
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +36,7 @@ from affectgpt_jax.config import (
     saved_steps,
 )
 from affectgpt_jax.data.pipeline import TrainPipeline
-from affectgpt_jax.program import check_rows, compiler_options, make_program
+from affectgpt_jax.program import COMPILING, check_rows, compiler_options, make_program
 from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding, xla_options
 from affectgpt_jax.training.checkpoints import (
     ALLOWED_OTHERS,
@@ -45,6 +47,7 @@ from affectgpt_jax.training.checkpoints import (
     silence_threads,
 )
 from affectgpt_jax.training.losses import cross_entropy
+from affectgpt_jax.training.step import State
 from affectgpt_jax.training.stopping import lock_workdir
 from affectgpt_jax.weights.huggingface import base_identity, calls_own_head_tied, load_base
 
@@ -146,10 +149,14 @@ def train(
 
     # The frozen base and the state, straight into their shardings. `loop.initial_state` has the
     # order in which a run resumes.
+    def fresh_state() -> State:
+        with Elapsed("drawing weights", quiet_s=QUIET_S, enabled=group.is_main_process):
+            return restore.fresh_state(program, initial)
+
     state, start = loop.initial_state(
         checkpoints,
         program.state,
-        lambda: restore.fresh_state(program, initial),
+        fresh_state,
         session,
         fallback=fallback,
         allow_other=allow_other,
@@ -270,7 +277,7 @@ def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
     return f"""{table}
 
 What you have now, in {workdir}:
-  {"result.json" + answers:<42}  the result{" and every answer behind it" if answers else ""}
+  {"result.json" + answers:<42}  the result{", and every answer" if answers else ""}
   metrics.jsonl, tensorboard/, run.png        the training run
   checkpoints/                                adapters, fusion, optimizer state
 
@@ -315,7 +322,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     distributed.add_flags(parser)
 
     def leave(status: int, sentence: str) -> NoReturn:
-        distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
+        if launch:
+            distributed.leave(launch, status, sentence)
+        compiling = any(thread.name.startswith(COMPILING) for thread in threading.enumerate())
+        if compiling and status == 128 + signal.SIGINT:
+            # Python would wait for it, for minutes where the model is large.
+            print(sentence, file=sys.stderr, flush=True)
+            os._exit(status)
+        cli.leave(status, sentence)
 
     with cli.exit_on_error(
         interrupted="interrupted; the same command resumes from the newest checkpoint",

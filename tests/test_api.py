@@ -55,7 +55,7 @@ def test_a_finished_run_is_resumed_and_an_interruption_is_one_of_the_keyboard(
     config = load_config(trained_run)
     with pytest.raises(KeyboardInterrupt, match="goes on from there"):
         run_training(config, tmp_path / "run", fallback=True)
-    assert given == [(config, tmp_path / "run", {"fallback": True})]
+    assert given == [(config, tmp_path / "run", {"fallback": True, "allow_other": ()})]
     config.steps = 0
     with pytest.raises(ConfigError, match="config.steps is 0"):
         run_training(config, tmp_path / "run")

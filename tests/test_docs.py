@@ -209,6 +209,14 @@ def test_links_lead_to_files(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_tests_that_pages_name_are_there():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in ROOT.glob("tests/**/*.py"))
+    names = set(re.findall(r"::(test_\w+)", pages))
+    assert len(names) > 50
+    assert [name for name in names if f"def {name}(" not in sources] == []
+
+
 def test_every_page_is_in_the_index_of_the_readme_and_of_the_site():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     index = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

@@ -31,7 +31,7 @@ class ReadsFeatures:
     def __init__(self, processor):
         self.processor, self.orders = processor, []
 
-    def answer(self, trainable, dataset, question, feature_from=None):
+    def answer(self, trainable, dataset, question, feature_from=None, progress=None):
         assert trainable is TRAINABLE and question == "onehot"
         self.orders.append(feature_from)
         seen = range(len(dataset)) if feature_from is None else feature_from
@@ -102,7 +102,7 @@ def scored(config, test, workdir, texts):
     """`score_test_set` with a model that writes these answers; and which clips' features it saw."""
     seen = []
 
-    def answer(trainable, dataset, question, feature_from=None):
+    def answer(trainable, dataset, question, feature_from=None, progress=None):
         seen.append(feature_from)
         return Answers([Answer(text, 3, number == 0, None) for number, text in enumerate(texts)])
 

@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+import affectgpt_jax
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = sorted(
@@ -65,6 +68,39 @@ def test_a_command_prints_its_help(name, monkeypatch, capsys):
             unescaped = re.sub(r"%%|%\(\w+\)s", "", action.help or "")
             assert "%" not in unescaped, f"{parser.prog} {action.dest}: {action.help}"
         parser.format_help()
+
+
+def test_affectgpt_lists_every_command_but_those_that_make_what_ships():
+    from affectgpt_jax.__main__ import COMMANDS as LISTED
+    from affectgpt_jax.__main__ import module_of
+
+    names = [name for commands in LISTED.values() for name in commands]
+    listed = {module_of(name).removeprefix("affectgpt_jax.") for name in names}
+    makers = {"data_prep.tiny_base", "data_prep.lexicon"}
+    there = {name.removeprefix("affectgpt_jax.").removesuffix(".__main__") for name in COMMANDS}
+    there = {name for name in there if not name.startswith("benchmarks.")} - {"__main__"}
+    assert listed == there - makers
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "said"),
+    [
+        ([], 0, "usage: affectgpt COMMAND ...\n"),
+        (["--version"], 0, f"affectgpt_jax {affectgpt_jax.__version__} (jax {jax.__version__}, "),
+        (["trian"], 2, "error: 'trian' is not a command; did you mean train?\n"),
+        (["check_cluster", "--help"], 0, "usage: affectgpt check-cluster "),
+        (["score"], 2, "error: the following arguments are required: --task, "),
+    ],
+)
+def test_affectgpt_runs_commands_by_their_names(argv, status, said, monkeypatch, capsys):
+    from affectgpt_jax.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["affectgpt", *argv])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert (end.value.code or 0) == status
+    shown = capsys.readouterr()
+    assert (shown.err if status else shown.out).startswith(said)
 
 
 def test_a_command_is_found_by_python():

@@ -547,7 +547,10 @@ def _hellos(server: socket.socket, deadline: float) -> Iterator[tuple[socket.soc
                 for key, _ in selector.select(max(0.0, first - now)):
                     if key.fileobj is not server:
                         knock = knocking[key.fileobj]
-                        more = _read_up_to_line_end(key.fileobj)
+                        try:
+                            more = _read_up_to_line_end(key.fileobj)
+                        except BlockingIOError:  # there was nothing after all
+                            continue
                         knock.said += more
                         if knock.said.endswith(b"\n") or not more or len(knock.said) > MAX_HELLO:
                             let_go(key.fileobj)
@@ -577,10 +580,16 @@ def _hellos(server: socket.socket, deadline: float) -> Iterator[tuple[socket.soc
 
 
 def _read_up_to_line_end(connection: socket.socket) -> bytes:
-    """What there is of a line, and nothing behind it; b"" if the other side has left."""
+    """What there is of a line, and nothing behind it; b"" if the other side has left.
+
+    Raises:
+        BlockingIOError: there is nothing yet.
+    """
     try:
         there = connection.recv(MAX_HELLO + 1, socket.MSG_PEEK)
         return connection.recv(there.find(b"\n") + 1 or len(there))
+    except BlockingIOError:
+        raise
     except OSError:
         return b""
 

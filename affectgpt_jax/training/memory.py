@@ -78,13 +78,12 @@ class Choice(NamedTuple):
         return self.limit is None or self.memory.total <= USABLE * self.limit
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{_gib(n)} {name}" for name, n in self.memory._asdict().items())
+        total = f"about {_gib(self.memory.total)}"
         if self.limit is None:
-            return f"remat {self.policy}: this device knows no memory limit; {parts} GiB"
-        return (
-            f"remat {self.policy}: about {_gib(self.memory.total)} of {_gib(self.limit)} GiB "
-            f"({parts})" + ("" if self.fits else "; it may not fit")
-        )
+            return f"remat {self.policy}: {total} GiB; this device knows no memory limit"
+        parts = ", ".join(f"{_gib(n)} {name}" for name, n in self.memory._asdict().items())
+        doubt = "" if self.fits else "; it may not fit"
+        return f"remat {self.policy}: {total} of {_gib(self.limit)} GiB ({parts}){doubt}"
 
 
 def _gib(size: int) -> str:

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -79,7 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command.set_defaults(run=run)
         if run in (export_peft, export_merged):
             command.add_argument("--base", help="the base's directory; default: config.llm's")
-    return parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    return parser.parse_args([*(word.replace("_", "-") for word in given[:1]), *given[1:]])
 
 
 class _RunConfig(TypedDict):

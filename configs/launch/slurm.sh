@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
 # Train under SLURM, one process a GPU:
 #
-#   sbatch --nodes=8 configs/launch/slurm.sh --config=affectgpt_qwen25_7b:192 --workdir=runs/paper \
-#       --config.llm=/models/Qwen2.5-7B-Instruct --config.data.train=/records/mercaptionplus
+#   sbatch --nodes=8 configs/launch/slurm.sh --config=affectgpt_qwen25_7b:192 \
+#       --workdir=runs/paper --config.llm=/models/Qwen2.5-7B-Instruct \
+#       --config.data.train=/records/mercaptionplus
+#
+# That is the paper's 900,000 clips in batches of 192. By `affectgpt plan`, 64 A100 take under an
+# hour for them, 8 (with :24) six hours, and validation beside; nobody has measured it yet. A run
+# that reaches the limit below has saved, and the same command goes on.
 #
 # Everything behind the script's name goes to training. The processes find each other by what srun
 # tells them; the same command, or a requeued job, resumes from the newest checkpoint.
-#
-# Batches of 192 on 64 GPUs, and of 24 on 8 (--nodes=1, --config=affectgpt_qwen25_7b:24), are the 3
-# clips a GPU of the paper's recipe, and see its 900,000 clips. For A100 `affectgpt plan` expects
-# about 0.6 s an update, which nobody has measured yet: 6 hours on 8 GPUs, 50 minutes on 64, and
-# validation beside. The limit below leaves room; a run that reaches it has saved, and the same
-# command goes on.
 #
 #SBATCH --job-name=affectgpt
 #SBATCH --nodes=1

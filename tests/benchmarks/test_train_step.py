@@ -31,7 +31,7 @@ def test_settings_are_pairs(value):
 
 
 def test_only_clips_share_rows():
-    for flags in (["--pack"], ["--tuning", "packed"]):
+    for flags in (["--pack"], ["--peer", "torch", "--tuning", "packed"]):
         with pytest.raises(UsageError, match="only the clips of --workload affectgpt"):
             train_step.COMMAND.parse(["--workload", "small", *flags])
 

@@ -327,7 +327,10 @@ def test_a_source_names_a_directory_and_maybe_a_split(written, monkeypatch):
         ("tfds:", "'tfds:' names no data set; expected tfds:DIR or tfds:DIR:SPLIT"),
         ("tfds:/nowhere:train", "/nowhere is not a directory; a TFDS source is tfds:DIR"),
         ("tfds:{out}:train[:80%", r"train\[:80% is not a directory; a TFDS source is tfds:DIR"),
-        ("tfds:{train}", "train holds no TFDS data set: neither .* write one with python -m data"),
+        (
+            "tfds:{train}",
+            "train holds no TFDS data set: neither .* write one with affectgpt to-tfds",
+        ),
         ("tfds:{out}:dev", r"split 'dev' cannot be read: .*Unknown split 'dev'.*val \(3 clips\)"),
         ("tfds:{out}:train[a:b]", r"split 'train\[a:b\]' cannot be read: .*train \(10 clips\)"),
         ("tfds:{out}:train[:200%]", r"cannot be read: .*percent slice boundaries"),

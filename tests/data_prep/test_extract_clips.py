@@ -20,7 +20,7 @@ from small_encoders import save_encoder
 from affectgpt_jax.data.records import RecordDataset
 from data_prep import extract, stages
 from data_prep.clips import Clip
-from data_prep.decoding import Job, decode_clip
+from data_prep.decoding import Job, decode_clip, in_order
 from data_prep.encoders import Encoder, find_encoder
 
 ROOT = Path(__file__).parents[2]
@@ -133,9 +133,12 @@ def test_what_is_finished_is_used_again_and_damage_to_it_is_noticed(
     blocks[0].write_bytes(blocks[0].read_bytes()[:-500])
     blocks[1].unlink()
     decoded = []
-    monkeypatch.setattr(
-        stages, "decode_clip", lambda job: decoded.append(job.clip.name) or decode_clip(job)
-    )
+
+    def recorded(function, jobs, *options):
+        decoded.extend(job.clip.name for job in jobs)
+        return in_order(function, jobs, *options)
+
+    monkeypatch.setattr(stages, "in_order", recorded)
     run(clips, out, encoders)
     assert contents(out) == contents(extracted)
     assert len(decoded) == len(lost) and set(decoded) == lost
@@ -271,11 +274,13 @@ def test_flags_that_do_not_go_together_end_in_the_usage(flags, message, capsys):
 
 
 def test_without_the_extra_the_command_says_how_to_get_it():
-    missing = "import sys, runpy; sys.modules['av'] = None; sys.argv = ['extract']; "
+    flags = ["extract", "--clips=c", "--audio=hubert-l", "--out=o"]
+    missing = f"import sys, runpy; sys.modules['av'] = None; sys.argv = {flags}; "
     code = missing + "runpy.run_module('data_prep.extract', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr == "error: the package av is missing: pip install -e '.[features]'\n"
+    advice = "pip install 'affectgpt-jax[features]'"
+    assert done.stderr == f"error: the package av is missing: {advice}\n"
 
 
 def test_no_clip_that_can_be_used_is_one_sentence(encoders, tmp_path):
@@ -317,8 +322,8 @@ def test_wherever_it_ends_the_same_command_writes_the_same_bytes(
             break
         except Stopped:
             ended += 1
-    # Two blocks, the report, a shard, the index, and the manifest.
-    assert ended == 2 * 6
+    # Two blocks, the report, what is finished, a shard, the index, and the manifest.
+    assert ended == 2 * 7
     assert contents(out) == contents(extracted)
 
 
@@ -327,17 +332,17 @@ def test_files_that_change_while_they_are_read_are_not_remembered(encoders, tmp_
     whole = path.read_bytes()
     path.write_bytes(whole[:500])  # somebody copies it
 
-    def copied_meanwhile(job):
-        result = decode_clip(job)
-        path.write_bytes(whole)
-        return result
+    def copied_meanwhile(*work):
+        for result in in_order(*work):
+            path.write_bytes(whole)
+            yield result
 
-    monkeypatch.setattr(stages, "decode_clip", copied_meanwhile)
+    monkeypatch.setattr(stages, "in_order", copied_meanwhile)
     with pytest.raises(
         SystemExit, match="files of the clips 'a' changed while they were read; run"
     ):
         run(tmp_path / "clips", tmp_path / "out", encoders)
-    monkeypatch.setattr(stages, "decode_clip", decode_clip)
+    monkeypatch.setattr(stages, "in_order", in_order)
     run(tmp_path / "clips", tmp_path / "out", encoders)
     assert report(tmp_path / "out")["a"]["status"] == "ok"
 
@@ -412,7 +417,7 @@ def test_an_interrupted_and_a_killed_extraction_go_on_and_leave_no_process_behin
         if process.returncode != 0:  # on a busy machine it may be over before the signal comes
             break
     assert process.returncode == 128 + signal.SIGINT
-    assert said.splitlines()[-1] == "stopped; the same command goes on from here"
+    assert said.splitlines()[-1] == "interrupted; the same command goes on from there"
     assert "Traceback" not in said
     assert 1 <= len(list(out.glob(f"{extract.BLOCKS}/*.npz"))) < 5
     kill_and_finish(call, out, [0], seed=0)

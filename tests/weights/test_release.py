@@ -398,9 +398,9 @@ def test_a_wrapped_model_and_buffers_are_read_over(torch, saved):
     found, unused = load_release(saved, abstract(), LORA)
     assert_same_tree(found, expected)
     assert unused == sorted(extra)
-    # Of a wrapped model every name has the prefix; one that lacks it shows that the file is mixed.
+    # Of a wrapped model every name has the prefix; a file in which one lacks it is mixed.
     edit(torch, saved, lambda model: model.update({FIRST: model.pop(f"module.{FIRST}")}))
-    assert_refused(saved, "is not part of this model; it was saved from a wrapped model")
+    assert_refused(saved, "it was saved from a wrapped model")
 
 
 def test_half_precision_is_cast_to_the_dtype_of_the_run(torch, saved):

@@ -356,5 +356,5 @@ def test_a_folder_for_the_hub_is_a_run_an_adapter_and_a_card(run, tmp_path, caps
     assert base_identity(run / "base").sha256 in text and "| 0.658 |" in text
     assert "exists already" in refused("export-hub", run / "work", out)
     # The scores are those of another checkpoint.
-    command(capsys, "export-hub", run / "work", tmp_path / "third", "--step", 3)
+    command(capsys, "export_hub", run / "work", tmp_path / "third", "--step", 3)
     assert "0.658" not in (tmp_path / "third" / "README.md").read_text()
