@@ -209,7 +209,7 @@ def train_group(
         "params": params,
         "optimizer": jax.vmap(optimizer.init)(params),
         "best": jax.tree.map(jnp.copy, params),
-        "score": jnp.full(len(members), -jnp.inf),
+        "score": jnp.full(len(members), -jnp.inf, jnp.float32),
         "epoch": jnp.zeros(len(members), jnp.int32),
     }
     has = (bool(corpus.words), corpus.has_valence)
