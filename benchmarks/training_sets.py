@@ -129,12 +129,13 @@ def _write(
         drawn = world.features(captions.clips, "captions")
         for i, found in enumerate(drawn):
             if i in labels:
+                told = f"{captions.video[i]} {captions.audio[i]} They feel {labels[i][0]}."
                 yield Record(
                     name=captions.names[i],
                     features=found,
                     subtitle=captions.clips.subtitles[i],
                     # Without the asides, which the demo's prompts have no room for.
-                    description=f"{captions.video[i]} {captions.audio[i]} They feel {labels[i][0]}.",
+                    description=told,
                     labels=labels[i],
                     source="demo",
                 )
