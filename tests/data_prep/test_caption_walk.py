@@ -97,10 +97,10 @@ def test_the_documented_walk_ends_in_a_trained_run(folder):
             "--config.steps=2",
             "--config.checkpoint_every=2",
             "--config.optimizer.warmup_steps=1",
-            "--config.batch_size=2",
+            "--config.batch_size=8",
             "--config.data.val_share=0.5",  # of a handful of clips
             "--config.num_buckets=1",
-            "--config.generate.batch_size=4",
+            "--config.generate.batch_size=8",
             "--config.generate.max_new_tokens=4",
         ],
     }
