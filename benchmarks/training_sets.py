@@ -24,6 +24,7 @@ from data_prep.caption import demo, filtering
 from data_prep.caption.settings import read_settings
 
 CLIPS = worlds.SIZES["train"]
+SPLITS = ("train", "val", "test")
 # Table 4: the filters of the demo by the name of the set.
 FILTERED = {
     "raw": "none",
@@ -83,7 +84,7 @@ def flags(folder: Path, name: str) -> tuple[str, ...]:
     """The keys of a config that trains on a set; validation and test are clean clips."""
     place = folder / "sets" / name
     if name in NOISES:
-        return tuple(f"--config.data.{split}={place / split}" for split in worlds.SIZES)
+        return tuple(f"--config.data.{split}={place / split}" for split in SPLITS)
     return (f"--config.data.train={place}",)
 
 
@@ -150,7 +151,7 @@ def _noisy_world(folder: Path, name: str, seed: int, say: Callable[[str], None])
     """All splits of a world that a worse encoder sees, and the ceilings that are left."""
     world = worlds.World(seed, NOISES[name])
     encoders = dict.fromkeys(worlds.DEFAULT_FEATURES, f"demo world, seed {seed}, {name}")
-    for split in worlds.SIZES:
+    for split in SPLITS:
         place = folder / "sets" / name / split
         if not (place / MANIFEST_FILE).exists():
             say(f"writing {place}")

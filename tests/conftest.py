@@ -46,6 +46,12 @@ jax.config.update("jax_compilation_cache_dir", os.environ["AFFECTGPT_TEST_CACHE"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_configure(config):
+    # pytest-xdist would begin with the files of the most tests, which take the least time, and have
+    # one process end with the longest.
+    config.option.loadscopereorder = False
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _few_programs_at_a_time():
     """Forget a file's compiled programs behind it.

@@ -53,6 +53,7 @@ REASONS = {
     "minutes of training; tests/test_api.py runs it in short",
     "hours of measurement, or a GPU",
     "a run of your own",
+    "clips that people have labelled; tests/data_prep/test_speakers.py has some",
     "the public data sets",
     "a file of the release; tests/data_prep/test_release_prompts.py has one of its form",
     "PyTorch and encoders; tests/data_prep/test_walk.py runs it",

@@ -254,7 +254,8 @@ def _below(key: str, name: str) -> str:
 
 def _mismatch(value: Any, kind: Any, key: str) -> _Mismatch:
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    names = [_NAMES.get(typing.get_origin(k) or k, "a JSON object") for k in kinds]
+    # Unions of the same types are the same to Python, in whatever order they were written.
+    names = sorted(_NAMES.get(typing.get_origin(k) or k, "a JSON object") for k in kinds)
     return _Mismatch(key, f"expected {' or '.join(names)}, found {shorten(value)}")
 
 

@@ -40,6 +40,8 @@ MAX_HELLO = 2**12
 # What knocks at the port has so long to say who it is, and no more may do so at a time.
 HELLO_TIMEOUT_S = 5.0
 MAX_KNOCKING = 256
+# Within this time after its own deadline process 0 has told the others who is missing.
+NAMING_S = 10.0
 
 
 class LaunchError(UserError, RuntimeError):
@@ -431,7 +433,9 @@ def join(
     for number, link in meet(launch, host, int(port), deadline).items():
         group._watch(number, link)
     with group:
-        group.require_same(facts, max(1.0, deadline - time.monotonic()))
+        left = max(1.0, deadline - time.monotonic())
+        # Process 0 waits as long for the others, and names those that are missing.
+        group.require_same(facts, left if group.is_main_process else left + NAMING_S)
         service = group.from_main_process(_free_port)
         jax.distributed.initialize(
             f"{host}:{service}",

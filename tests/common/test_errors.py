@@ -27,4 +27,4 @@ def error_classes():
 
 @pytest.mark.parametrize("bases", list(error_classes()))
 def test_commands_catch_every_error_of_the_package_as_one_class(bases):
-    assert bases & {"UserError", "ReadError"}
+    assert bases & {"UserError", "ReadError", "ChatError"}
