@@ -603,7 +603,9 @@ def _read_back(where: Path, expected: dict[str, str], step: np.ndarray) -> None:
         partial_restore=True,
     )
     try:
-        found = _describe(handler.metadata(where)), handler.restore(where, args=args)["step"]
+        # One array first: where many fail together, the others come back to a loop that is closed.
+        number = handler.restore(where, args=args)["step"]
+        found = _describe(handler.metadata(where)), number
     except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ReadError(f"it cannot be read back: {reason[:200]}") from None
