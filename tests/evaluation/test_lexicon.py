@@ -293,7 +293,10 @@ def test_a_home_that_cannot_be_written_does_no_harm(neutral, own_cache):
         ({"forms_csv": FORMS_CSV + "a,b,c\n"}, r"line 8: expected 2 cells.*found 3"),
         ({"lexicon_json": "{}"}, r"lexicon.json: the key 'name' is missing"),
         ({"lexicon_json": "["}, r"lexicon.json: not JSON"),
-        ({"lexicon_json": '{"name": "a", "version": []}'}, "lexicon.json: version: expected a whole n"),
+        (
+            {"lexicon_json": '{"name": "a", "version": []}'},
+            "json: version: expected a whole number",
+        ),
         ({"wheel1_xlsx": "x"}, r"two lexicons"),
     ],
 )
