@@ -84,6 +84,28 @@ def make_parser(command: str, description: str) -> Parser:
     return Parser(prog=command, description=description)
 
 
+def add_chat_server_flags(add: Callable[..., Any]) -> None:
+    """The flags that name a server of chat completions, of every command that asks one.
+
+    Args:
+        add: `add_argument` of the parser.
+    """
+    add(
+        "--base-url",
+        "--server",
+        metavar="URL",
+        help="of the server, as http://localhost:8000/v1",
+    )
+    add("--model", metavar="NAME", help="that the server knows its model by")
+    add(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        metavar="VARIABLE",
+        help="the environment variable with the server's key, if it wants one",
+    )
+    add("--concurrency", type=int, default=8, metavar="N", help="requests at a time; default: 8")
+
+
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """A `type=` of `argparse` that shows the message of a `ValueError` of `parse`."""
 

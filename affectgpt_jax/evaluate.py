@@ -171,15 +171,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="who finds labels in descriptions: rules, the run's own LLM without its adapters, or "
         "a server; auto: rules for the base that ships, else llm",
     )
-    add("--base-url", metavar="URL", help="of the server, as http://localhost:8000/v1")
-    add("--model", metavar="NAME", help="that the server knows its model by")
-    add(
-        "--api-key-env",
-        default="OPENAI_API_KEY",
-        metavar="VARIABLE",
-        help="the environment variable with the server's key, if it wants one",
-    )
-    add("--concurrency", type=int, default=8, metavar="N", help="requests to it at a time")
+    cli.add_chat_server_flags(add)
     add(
         "--max-reply-tokens",
         type=int,

@@ -23,11 +23,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, continued, cpu, runtime
+from affectgpt_jax import build, cpu, post_training, runtime
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
-from affectgpt_jax.continued import Exams
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
 from affectgpt_jax.data.records import Records, RecordSubset, hold_out
@@ -41,11 +40,12 @@ from affectgpt_jax.pairs import (
     reference_log_probs,
     sampled_pairs,
 )
+from affectgpt_jax.post_training import Exams
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.rollouts import truths
-from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding
-from affectgpt_jax.training.checkpoints import Checkpoints, check_disk, silence_threads
+from affectgpt_jax.training import distributed, loop, memory, sharding
+from affectgpt_jax.training.checkpoints import silence_threads
 from affectgpt_jax.training.policy import answer_log_probs
 from affectgpt_jax.training.preference import PreferenceLossConfig, preference_loss
 
@@ -111,14 +111,16 @@ def prefer(
                 f"{config.mesh!r}) in {config.gradient_accumulation_steps} microbatches"
             )
     config.batch_size = dpo.pairs
-    continued.note_start(dpo, run, lexicon)
+    post_training.note_start(dpo, run, lexicon)
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock, processor = session.say, session.clock, run.processor
     say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
 
     # Pairs, some of them held out by the names of their clips.
-    clips = group.main_process_first(lambda: continued.open_clips(config, "dpo", workdir, run, say))
+    clips = group.main_process_first(
+        lambda: post_training.open_clips(config, "dpo", workdir, run, say)
+    )
     reward = Reward("sentiment" if dpo.question == "sentiment" else "wheel_f", Wheels(lexicon))
     known = np.flatnonzero(reward.scorable(truths(clips["test"], dpo.question)))
     test = RecordSubset(clips["test"], known[: dpo.test_clips].tolist())
@@ -159,7 +161,7 @@ def prefer(
     data.bucket = held_out.bucket = Bucket(*map(max, both))
 
     # The program: the set-up of supervision, with another loss.
-    directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
+    llm = build.base_config(config.llm)
     options = compiler_options(config, say)
     group.require_same({"base": run.identity.sha256})
     say("attention: xla (both answers of a pair share their prompt)")
@@ -172,21 +174,9 @@ def prefer(
         attend=grouped,
         memory_limit=group.from_main_process(memory.device_limit),
     )
-    for line in program.describe(directory.name):
-        say(line)
-    check_disk(workdir, program.state)
-    inputs = continued.inputs_of(run, clips, lexicon)
-    group.require_same({what: identity.sha256 for what, identity in inputs.items()})
-    checkpoints = Checkpoints(
-        workdir, run.identity, config.max_to_keep, group.is_main_process, inputs
-    )
-    state, start = loop.initial_state(
-        checkpoints,
-        program.state,
-        lambda: continued.start_state(program, run),
-        session,
-        fallback=fallback,
-        allow_other=allow_other,
+    inputs = post_training.inputs_of(run, clips, lexicon)
+    checkpoints, state, start = post_training.start(
+        program, run, inputs, session, fallback=fallback, allow_other=allow_other
     )
     steps = {}
     if start < config.steps:
@@ -215,7 +205,7 @@ def prefer(
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
         with clock.measure("evaluate"):
-            before = exams.thorough("test", run.trainable, workdir / continued.BEFORE)
+            before = exams.thorough("test", run.trainable, workdir / post_training.BEFORE)
             for name, pairs in sets.items():
                 tokens = [
                     [p.prompt.tolist(), p.better.tolist(), p.worse.tolist()] for p in pairs.pairs
@@ -248,21 +238,15 @@ def prefer(
             state = checkpoints.restore(best, program.state)
         say(f"asking about the held-out clips, after, with step {best}")
         with clock.measure("evaluate"):
-            file = workdir / continued.after_file(best)
+            file = workdir / post_training.after_file(best)
             after = exams.thorough("test", state["trainable"], file)
             pairs = validation(state["trainable"])
-        result = continued.compare(config, dpo, workdir, exams, before, after, best, last)
+        result = post_training.compare(config, dpo, workdir, exams, before, after, best, last)
         result["pairs"] = {"train": len(data.pairs), "held_out": len(held_out.pairs)} | {
             name.removeprefix("val/"): value for name, value in pairs.items()
         }
-    times = clock.report()
-    result |= totals | {"wall_s": sum(times.values()), "time_s": times}
-    if group.is_main_process:
-        write_json(workdir / "result.json", result)
-        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
-        print(clock.table())
-        more = [("preferred as annotated, held-out pairs", f"0.500 -> {pairs['val/accuracy']:.3f}")]
-        print(continued.summary(workdir, result, more))
+    accuracy = ("preferred as annotated, held-out pairs", f"0.500 -> {pairs['val/accuracy']:.3f}")
+    post_training.finish(session, result, totals, [accuracy])
     return result
 
 
@@ -285,7 +269,7 @@ def kept_reference(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    continued.run_command(
+    post_training.run_command(
         "affectgpt prefer",
         __doc__,
         "dpo",

@@ -21,19 +21,19 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, continued, cpu, inference, rollouts, runtime
+from affectgpt_jax import build, cpu, inference, post_training, rollouts, runtime
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
-from affectgpt_jax.continued import Exams
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
 from affectgpt_jax.models.attention import grouped
 from affectgpt_jax.models.generate import Sampling
+from affectgpt_jax.post_training import Exams
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
-from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding
-from affectgpt_jax.training.checkpoints import Checkpoints, check_disk, silence_threads
+from affectgpt_jax.training import distributed, loop, memory, sharding
+from affectgpt_jax.training.checkpoints import silence_threads
 from affectgpt_jax.training.policy import PolicyLossConfig, policy_loss
 
 # Metrics of a step that its line shows, and what it calls them.
@@ -88,7 +88,7 @@ def reinforce(
     """Go on from a run by rewards.
 
     Args:
-        config: see `continued.config_from`.
+        config: see `post_training.config_from`.
         workdir: which this run alone works in.
         run: that it starts from, loaded with this config's mesh.
         group: the processes of the run; None is this one alone.
@@ -120,7 +120,7 @@ def reinforce(
             f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
         )
     config.batch_size = sum(rollouts.row_counts(config, shares))
-    continued.note_start(rl, run, lexicon)
+    post_training.note_start(rl, run, lexicon)
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock = session.say, session.clock
@@ -128,7 +128,9 @@ def reinforce(
     say(f"reward {rl.reward} by {lexicon.identity}")
 
     # Data: clips that supervision has not seen, and, if asked for, some that it has.
-    clips = group.main_process_first(lambda: continued.open_clips(config, "rl", workdir, run, say))
+    clips = group.main_process_first(
+        lambda: post_training.open_clips(config, "rl", workdir, run, say)
+    )
     supervised = None
     if rl.sft_share:
         trained = build.data(config, run.workdir, run.processor.tokenizer, say).train
@@ -162,7 +164,7 @@ def reinforce(
     data.prompt_length = exams.prompt_length
 
     # The program: the set-up of supervision, with another loss.
-    directory, llm = build.base_directory(config.llm), build.base_config(config.llm)
+    llm = build.base_config(config.llm)
     options = compiler_options(config, say)
     attention = build.attention(config, llm)
     group.require_same({"attention": attention.name, "base": run.identity.sha256})
@@ -183,21 +185,9 @@ def reinforce(
         attend=grouped if rl.share_prompt else attention.attend,
         memory_limit=group.from_main_process(memory.device_limit),
     )
-    for line in program.describe(directory.name):
-        say(line)
-    check_disk(workdir, program.state)
-    inputs = continued.inputs_of(run, clips, lexicon)
-    group.require_same({what: identity.sha256 for what, identity in inputs.items()})
-    checkpoints = Checkpoints(
-        workdir, run.identity, config.max_to_keep, group.is_main_process, inputs
-    )
-    state, start = loop.initial_state(
-        checkpoints,
-        program.state,
-        lambda: continued.start_state(program, run),
-        session,
-        fallback=fallback,
-        allow_other=allow_other,
+    inputs = post_training.inputs_of(run, clips, lexicon)
+    checkpoints, state, start = post_training.start(
+        program, run, inputs, session, fallback=fallback, allow_other=allow_other
     )
 
     def finished(step: int) -> bool:
@@ -248,7 +238,7 @@ def reinforce(
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
         with clock.measure("evaluate"):
-            before = exams.thorough("test", run.trainable, workdir / continued.BEFORE)
+            before = exams.thorough("test", run.trainable, workdir / post_training.BEFORE)
         state, totals = loop.run_steps(
             session,
             steps,
@@ -267,24 +257,18 @@ def reinforce(
             state = checkpoints.restore(best, program.state)
         say(f"asking about the held-out clips, after, with step {best}")
         with clock.measure("evaluate"):
-            file = workdir / continued.after_file(best)
+            file = workdir / post_training.after_file(best)
             after = exams.thorough("test", state["trainable"], file)
-        result = continued.compare(config, rl, workdir, exams, before, after, best, last)
+        result = post_training.compare(config, rl, workdir, exams, before, after, best, last)
         result["ended_by"] = "stop_kl" if finished(last) else "steps"
         session.writer.write(last, {"test/sampled_reward": float(after.sampled.mean())})
-    times = clock.report()
-    result |= totals | {"wall_s": sum(times.values()), "time_s": times}
-    if group.is_main_process:
-        write_json(workdir / "result.json", result)
-        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
-        print(clock.table())
-        print(continued.summary(workdir, result))
+    post_training.finish(session, result, totals)
     return result
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    continued.run_command(
+    post_training.run_command(
         "affectgpt reinforce",
         __doc__,
         "rl",

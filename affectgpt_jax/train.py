@@ -8,47 +8,38 @@ checkpoint. `--config.key=value` overrides any key of the config. Under srun or 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import shlex
-import signal
 import sys
-import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, cpu, evaluators, inference, restore, runtime
-from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import QUIET_S, Counter, Elapsed
-from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import (
     ConfigError,
     check_same_run,
-    described,
     parse_command_line,
     save_config,
     saved_steps,
 )
 from affectgpt_jax.data.pipeline import TrainPipeline
-from affectgpt_jax.program import COMPILING, check_rows, compiler_options, make_program
+from affectgpt_jax.program import check_rows, compiler_options, make_program
+from affectgpt_jax.trainer_command import TrainerCommand, add_flags
 from affectgpt_jax.training import distributed, loop, memory, metrics_writer, sharding, xla_options
 from affectgpt_jax.training.checkpoints import (
-    ALLOWED_OTHERS,
     Checkpoints,
-    CheckpointWriteError,
     check_disk,
-    check_path,
     silence_threads,
 )
 from affectgpt_jax.training.losses import cross_entropy
 from affectgpt_jax.training.step import State
-from affectgpt_jax.training.stopping import lock_workdir
 from affectgpt_jax.weights.huggingface import base_identity, calls_own_head_tied, load_base
 
 
@@ -310,56 +301,16 @@ def next_commands(config: ConfigDict, workdir: Path) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; ends with status 1 and one sentence for trouble that the user can mend."""
-    workdir = launch = None
     parser = cli.make_parser("affectgpt train", __doc__)
-    parser.add_argument(
-        "--fallback",
-        action="store_true",
-        help="where the newest checkpoint is damaged, set it aside and resume from one that is "
-        "whole",
+    add_flags(parser)
+    command = TrainerCommand(
+        "lower config.batch_size, raise config.gradient_accumulation_steps, or let "
+        "config.remat=full recompute more"
     )
-    restore.add_allow_other(parser, ALLOWED_OTHERS)
-    distributed.add_flags(parser)
-
-    def leave(status: int, sentence: str) -> NoReturn:
-        if launch:
-            distributed.leave(launch, status, sentence)
-        compiling = any(thread.name.startswith(COMPILING) for thread in threading.enumerate())
-        if compiling and status == 128 + signal.SIGINT:
-            # Python would wait for it, for minutes where the model is large.
-            print(sentence, file=sys.stderr, flush=True)
-            os._exit(status)
-        cli.leave(status, sentence)
-
-    with cli.exit_on_error(
-        interrupted="interrupted; the same command resumes from the newest checkpoint",
-        out_of_memory="lower config.batch_size, raise config.gradient_accumulation_steps, or let "
-        "config.remat=full recompute more",
-        os_error=lambda error: (
-            f"{error.filename or workdir}: {error.strerror or error}; the run "
-            "needs a --workdir that it can write to, with room"
-        ),
-        leave=leave,
-    ):
+    with command.ending():
         config, own = parse_command_line(sys.argv[1:] if argv is None else argv, parser)
-        workdir = own.workdir
-        check_path(workdir)
-        launch = distributed.find_launch(own)
-        runtime.leave_out_gpu_compiler()
-        runtime.use_compilation_cache()
-        xla_options.reserve_gpu_memory()
-        facts = {"workdir": str(workdir), "jax": jax.__version__, "code": str(code_identity())}
-        facts |= described(config)
-        with distributed.join(launch, facts, own.join_timeout, print) as group:
-            with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
-                try:
-                    train(config, workdir, group, own.fallback, own.allow_other)
-                except CheckpointWriteError as error:
-                    # Orbax's threads still hold half of the checkpoint and would fill the terminal
-                    # at exit.
-                    group.fail(str(error))
-                    print_lines([f"error: {error}"], sys.stderr)
-                    os._exit(1)
+        with command.joined(config, own) as group:
+            train(config, own.workdir, group, own.fallback, own.allow_other)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ from .report import (
     reasons,
     write_report,
 )
-from .shards import parse_shard, shard_of_task
+from .shards import add_shard_flag, shard_of_task
 
 MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
@@ -133,12 +133,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ignore", nargs="+", default=[], metavar="COLUMN", help="of the CSV file, to leave out")
     add("--split", metavar="NAME", help="name of the split; default: that of the directory")
     add("--workers", type=int, metavar="N", help="processes that decode ahead; default: one a core")
-    add(
-        "--shard",
-        type=cli.argument_type(parse_shard),
-        metavar="I/N",
-        help="a share of the clips, I from 0 to N - 1; default: that of srun's task",
-    )
+    add_shard_flag(add)
     add("--batch", type=int, metavar="N", help=f"clips at a time; default: {BATCH}")
     add("--device", choices=("cpu", "cuda"), help="default: cuda, where PyTorch finds it")
     add(

@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from affectgpt_jax import cli
 
 Shard = tuple[int, int]  # number, from 0, and count
+
+
+def add_shard_flag(add: Callable[..., Any]) -> None:
+    """The flag of every command that does a share of the work.
+
+    Args:
+        add: `add_argument` of the parser.
+    """
+    add(
+        "--shard",
+        type=cli.argument_type(parse_shard),
+        metavar="I/N",
+        help="a share of the work, I from 0 to N - 1; default: that of srun's task, or all of it",
+    )
 
 
 def parse_shard(text: str) -> Shard:

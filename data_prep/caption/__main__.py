@@ -3,9 +3,9 @@
 A data set is a folder, --out, and every stage goes on where it stopped:
 
     affectgpt caption describe audio --out caption --csv clips.csv \\
-        --clips DIR --server http://localhost:8000/v1 --model NAME
+        --clips DIR --base-url http://localhost:8000/v1 --model NAME
     affectgpt caption describe video --out caption ...
-    affectgpt caption merge  --out caption --csv clips.csv --server URL ...
+    affectgpt caption merge  --out caption --csv clips.csv --base-url URL ...
     affectgpt caption labels --out caption
     affectgpt speakers check --out caption/speakers.csv --csv clips.csv ...
     affectgpt crowd vote     --out caption/votes.csv --crowd crowd ...
@@ -38,7 +38,7 @@ from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
 from ..contents import read_seconds
-from ..shards import parse_shard, shard_of_task
+from ..shards import add_shard_flag, shard_of_task
 from . import describe, filtering, labels
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
 
@@ -140,15 +140,7 @@ def _add_levels(add: Callable[..., Any]) -> None:
 
 
 def _add_model(add: Callable[..., Any], base: bool) -> None:
-    add("--server", metavar="URL", help="of chat completions, as http://localhost:8000/v1")
-    add("--model", metavar="NAME", help="that the server knows its model by")
-    add(
-        "--api-key-env",
-        default="OPENAI_API_KEY",
-        metavar="VARIABLE",
-        help="the environment variable with the server's key, if it wants one",
-    )
-    add("--concurrency", type=int, default=8, metavar="N", help="requests at a time; default: 8")
+    cli.add_chat_server_flags(add)
     add("--timeout", type=float, default=120.0, metavar="S", help="for a reply; default: 120 s")
     if base:
         add("--workdir", type=Path, metavar="RUN", help="a run, whose base is asked instead")
@@ -156,12 +148,7 @@ def _add_model(add: Callable[..., Any], base: bool) -> None:
 
 def _add_shared(add: Callable[..., Any]) -> None:
     add("--replies", type=Path, metavar="FILE", help="JSONL or CSV with name and reply, instead")
-    add(
-        "--shard",
-        type=cli.argument_type(parse_shard),
-        metavar="I/N",
-        help="do a part of the work, numbered from 0; default: that of the task of srun, or all",
-    )
+    add_shard_flag(add)
 
 
 def parse_levels(text: str) -> tuple[str, ...]:
@@ -185,9 +172,11 @@ def parse_levels(text: str) -> tuple[str, ...]:
 
 def _check_model(arguments: argparse.Namespace, others: Sequence[str]) -> None:
     """Refuse a command line that names nobody to ask, several, or half a server."""
-    if bool(arguments.server) != bool(arguments.model):
-        raise cli.UsageError("--server and --model go together; see affectgpt caption --help")
-    named = [f"--{n}" for n in ("server", *others) if getattr(arguments, n, None)]
+    if bool(arguments.base_url) != bool(arguments.model):
+        raise cli.UsageError("--base-url and --model go together; see affectgpt caption --help")
+    named = [
+        f"--{n.replace('_', '-')}" for n in ("base_url", *others) if getattr(arguments, n, None)
+    ]
     if len(named) > 1:
         raise cli.UsageError(f"{' and '.join(named)} both say who describes; name one of them")
     if arguments.concurrency < 1 or arguments.timeout <= 0:
@@ -196,7 +185,7 @@ def _check_model(arguments: argparse.Namespace, others: Sequence[str]) -> None:
 
 def _server(arguments: argparse.Namespace, max_tokens: int) -> ChatServer:
     return ChatServer(
-        arguments.server,
+        arguments.base_url,
         arguments.model,
         api_key=os.environ.get(arguments.api_key_env, ""),
         concurrency=arguments.concurrency,
@@ -232,8 +221,8 @@ def run_describe(arguments: argparse.Namespace) -> None:
     from ..clips import find_clips
 
     _check_model(arguments, ("replies",))
-    if not (arguments.server or arguments.replies):
-        raise cli.UsageError("name who describes: --server and --model, or --replies FILE")
+    if not (arguments.base_url or arguments.replies):
+        raise cli.UsageError("name who describes: --base-url and --model, or --replies FILE")
     if not (arguments.csv or arguments.clips):
         raise cli.UsageError("name the clips: --csv FILE, --clips DIR, or both")
     kind, out = arguments.kind, arguments.out.expanduser()
@@ -294,9 +283,9 @@ def _subtitles(table: Path | None) -> dict[str, str]:
 def run_merge(arguments: argparse.Namespace) -> None:
     """`merge`."""
     _check_model(arguments, ("replies", "workdir"))
-    if not (arguments.server or arguments.replies or arguments.workdir):
+    if not (arguments.base_url or arguments.replies or arguments.workdir):
         raise cli.UsageError(
-            "name who merges: --server and --model, --workdir RUN, or --replies FILE"
+            "name who merges: --base-url and --model, --workdir RUN, or --replies FILE"
         )
     out = arguments.out.expanduser()
     settings = read_settings(out)
@@ -308,7 +297,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
     limit = settings.replies.merge
     model = (
         _server(arguments, limit)
-        if arguments.server
+        if arguments.base_url
         else describe.TextDescriber(_base(arguments.workdir, limit))
     )
     with Counter("descriptions", stream=sys.stderr) as count:
@@ -340,8 +329,8 @@ def run_labels(arguments: argparse.Namespace) -> None:
     out = arguments.out.expanduser()
     rules = RuleExtractor(load_lexicon(arguments.lexicon))
     extractor: Extractor = rules
-    if arguments.server or arguments.workdir:
-        chat = _server(arguments, 512) if arguments.server else _base(arguments.workdir, 512)
+    if arguments.base_url or arguments.workdir:
+        chat = _server(arguments, 512) if arguments.base_url else _base(arguments.workdir, 512)
         cache = ReplyCache(out / REPLIES / "labels.jsonl")
         count = Counter("replies about labels", stream=sys.stderr)
         extractor = ChatExtractor(chat, cache, rules.in_text, count)
@@ -469,7 +458,7 @@ def run_choose(arguments: argparse.Namespace) -> None:
     lexicon = load_lexicon(arguments.lexicon)
     rules = RuleExtractor(lexicon)
     makers: list[Callable[[], Extractor]] = [lambda: rules]
-    if arguments.server:
+    if arguments.base_url:
         chat = _server(arguments, 512)
 
         def maker(run: int) -> Callable[[], Extractor]:

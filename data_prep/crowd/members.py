@@ -21,7 +21,6 @@ import optax
 
 Params = dict[str, Any]
 
-TEXT = "text"
 # In a member's validation score; of a corpus that has both kinds of labels, as MERBench has it.
 VALENCE_WEIGHT = 0.25
 PREDICTED = 1024  # clips at a time

@@ -24,7 +24,7 @@ from affectgpt_jax import cli
 from affectgpt_jax.common.text import print_lines
 
 from ..clips import find_clips
-from ..shards import parse_shard, shard_of_task
+from ..shards import add_shard_flag, shard_of_task
 from . import calibrate
 from .synchrony import DETECTOR
 from .verdicts import read_speakers
@@ -48,12 +48,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--passes", type=int, metavar="N", help="of a network, 1 to 6; default: 1 on a CPU, else 6")
     add("--share", type=float, default=0.5, metavar="X", help="of the voiced frames; default: 0.5")
     add("--workers", type=int, metavar="N", help="processes that decode; default: one a core")
-    add(
-        "--shard",
-        type=cli.argument_type(parse_shard),
-        metavar="I/N",
-        help="every N-th block from the I-th; default: the task's of srun",
-    )
+    add_shard_flag(add)
     add = verbs.add_parser("calibrate", help="compare verdicts with labels").add_argument
     add("--verdicts", type=Path, required=True, metavar="FILE", help="what check wrote")
     add("--truth", type=Path, required=True, metavar="FILE", help="a CSV file: name, speaking")

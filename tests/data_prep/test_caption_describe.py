@@ -181,7 +181,7 @@ def test_both_are_merged_with_the_subtitle(media, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "without a reply in" in said and "'clip1', 'mute', 'ghost'" in said and "'other'" in said
     with Stub(good=hears) as stub:
-        server = ["--server", stub.url, "--model", "text"]
+        server = ["--base-url", stub.url, "--model", "text"]
         main(["describe", "video", table, f"--clips={media}", out, *server])
         main(["merge", table, out, *server])
         asked = [b for _, _, b in stub.requests if isinstance(b["messages"][0]["content"], str)]
@@ -240,14 +240,21 @@ def test_replies_that_do_not_fit_are_refused(content, told, tmp_path):
     ("arguments", "told"),
     [
         (["describe", "audio", "--clips=x"], "name who describes"),
-        (["describe", "audio", "--server=http://x/v1", "--model=m"], "name the clips"),
-        (["describe", "video", "--clips=x", "--server=http://x/v1"], "go together"),
+        (["describe", "audio", "--base-url=http://x/v1", "--model=m"], "name the clips"),
+        (["describe", "video", "--clips=x", "--base-url=http://x/v1"], "go together"),
         (
-            ["describe", "audio", "--clips=x", "--as=frames", "--server=http://x/v1", "--model=m"],
+            [
+                "describe",
+                "audio",
+                "--clips=x",
+                "--as=frames",
+                "--base-url=http://x/v1",
+                "--model=m",
+            ],
             "audio is sent as input_audio or audio_url",
         ),
         (["merge", "--replies=x", "--workdir=y"], "both say who describes|--replies and --workdir"),
-        (["merge", "--server=http://x/v1", "--model=m"], "neither audio.jsonl nor video.jsonl"),
+        (["merge", "--base-url=http://x/v1", "--model=m"], "neither audio.jsonl nor video.jsonl"),
         (["labels"], "descriptions.jsonl is missing"),
         (["filter", "--levels=low,mood"], "'mood' is no level"),
     ],

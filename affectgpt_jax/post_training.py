@@ -1,14 +1,12 @@
-"""Runs that go on from another run, by rewards or by preferences: what both commands share."""
+"""Post-training, which goes on from another run by rewards or by preferences: what both share."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +15,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build, cli, outcomes, restore
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.config import SECTIONS, ConfigError, apply_overrides, described, validate
+from affectgpt_jax.config import SECTIONS, ConfigError, apply_overrides, validate
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import Records, hold_out
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
@@ -27,10 +25,10 @@ from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.program import Program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.rollouts import truths
-from affectgpt_jax.training import distributed, metrics_writer
-from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, CheckpointWriteError
+from affectgpt_jax.trainer_command import TrainerCommand, add_flags
+from affectgpt_jax.training import distributed, loop, metrics_writer
+from affectgpt_jax.training.checkpoints import Checkpoints, check_disk
 from affectgpt_jax.training.step import State
-from affectgpt_jax.training.stopping import lock_workdir
 
 BEFORE = "answers_before.json"
 
@@ -100,14 +98,7 @@ def parse_command_line(
     )
     add("--step", type=int, metavar="N", help="of its checkpoint; default: the best on validation")
     add("--config.KEY", metavar="VALUE", help="instead of the run's or the default one")
-    add(
-        "--fallback",
-        action="store_true",
-        help="where the newest checkpoint is damaged, set it aside and resume from one that is "
-        "whole",
-    )
-    restore.add_allow_other(parser, ALLOWED_OTHERS)
-    distributed.add_flags(parser)
+    add_flags(parser)
     own, overrides = parser.parse_known_args(argv)
     for arg in overrides:
         if not (arg.startswith("--config.") and "=" in arg):
@@ -136,44 +127,20 @@ def run_command(
         work: `(config, workdir, run, group, fallback, allow_other)`.
         out_of_memory: what to do where there is none left.
     """
-    workdir = launch = None
-
-    def leave(status: int, sentence: str) -> NoReturn:
-        distributed.leave(launch, status, sentence) if launch else cli.leave(status, sentence)
-
-    with cli.exit_on_error(
-        interrupted="interrupted; the same command resumes from the newest checkpoint",
-        out_of_memory=out_of_memory,
-        os_error=lambda error: (
-            f"{error.filename or workdir}: {error.strerror or error}; the run "
-            "needs a --workdir that it can write to, with room"
-        ),
-        leave=leave,
-    ):
+    trainer = TrainerCommand(out_of_memory)
+    with trainer.ending():
         argv = sys.argv[1:] if argv is None else argv
         own, overrides = parse_command_line(command, description, argv)
-        workdir = own.workdir
         config = config_from(restore.load_config(own.origin), section, overrides)
-        launch = distributed.find_launch(own)
-        restore.set_up_process()
-        facts = described(config) | {"workdir": str(workdir), "jax": jax.__version__}
-        with distributed.join(launch, facts, own.join_timeout, print) as group:
-            workdir.mkdir(parents=True, exist_ok=True)
-            with lock_workdir(workdir) if group.is_main_process else contextlib.nullcontext():
-                run = restore.load_run(
-                    own.origin,
-                    own.step,
-                    llm=config.llm,
-                    mesh=config.mesh,
-                    allow_other=own.allow_other,
-                )
-                try:
-                    work(config, workdir, run, group, own.fallback, own.allow_other)
-                except CheckpointWriteError as error:
-                    # As in training: Orbax's threads still hold half of the checkpoint.
-                    group.fail(str(error))
-                    print(f"error: {error}", file=sys.stderr, flush=True)
-                    os._exit(1)
+        with trainer.joined(config, own) as group:
+            run = restore.load_run(
+                own.origin,
+                own.step,
+                llm=config.llm,
+                mesh=config.mesh,
+                allow_other=own.allow_other,
+            )
+            work(config, own.workdir, run, group, own.fallback, own.allow_other)
 
 
 # --- the start ------------------------------------------------------------------------------------
@@ -200,7 +167,44 @@ def inputs_of(run: Run, clips: Mapping[str, Records], lexicon: Lexicon) -> dict[
     return {**run.inputs, **records, "lexicon": lexicon.identity}
 
 
-def start_state(program: Program, run: Run) -> State:
+def start(
+    program: Program,
+    run: Run,
+    inputs: Mapping[str, Identity],
+    session: loop.Session,
+    *,
+    fallback: bool,
+    allow_other: Collection[str],
+) -> tuple[Checkpoints, State, int]:
+    """The new run's checkpoints, its state, and the step from which it goes on.
+
+    Args:
+        program: the update.
+        run: that it starts from where there is no checkpoint yet.
+        inputs: see `inputs_of`.
+        session: of the loop.
+        fallback, allow_other: see `loop.initial_state`.
+    """
+    config, workdir, group = session.config, session.workdir, session.group
+    for line in program.describe(build.base_directory(config.llm).name):
+        session.say(line)
+    check_disk(workdir, program.state)
+    group.require_same({what: identity.sha256 for what, identity in inputs.items()})
+    checkpoints = Checkpoints(
+        workdir, run.identity, config.max_to_keep, group.is_main_process, inputs
+    )
+    state, step = loop.initial_state(
+        checkpoints,
+        program.state,
+        lambda: _start_state(program, run),
+        session,
+        fallback=fallback,
+        allow_other=allow_other,
+    )
+    return checkpoints, state, step
+
+
+def _start_state(program: Program, run: Run) -> State:
     """The run's adapters and fusion with a fresh optimizer, which the loop may donate."""
     state = program.init_state(program.config.seed)
     state["trainable"] = jax.tree.map(
@@ -426,6 +430,30 @@ def compare(
 def after_file(step: int) -> str:
     """Where the answers of a checkpoint about the test clips are kept."""
     return f"answers_step_{step}.json"
+
+
+def finish(
+    session: loop.Session,
+    result: dict[str, Any],
+    totals: Mapping[str, Any],
+    more: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write `result.json` and the picture, and print the closing words.
+
+    Args:
+        session: of the loop.
+        result: of `compare`; what follows is added.
+        totals: of `loop.run_steps`.
+        more: rows for the summary.
+    """
+    times = session.clock.report()
+    result |= {**totals, "wall_s": sum(times.values()), "time_s": times}
+    if session.group.is_main_process:
+        workdir = session.workdir
+        write_json(workdir / "result.json", result)
+        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
+        print(session.clock.table())
+        print(summary(workdir, result, more))
 
 
 def summary(workdir: Path, result: dict[str, Any], more: Sequence[tuple[str, str]] = ()) -> str:
