@@ -80,27 +80,43 @@ def base_directory(llm: str, download: bool = False) -> Path:
     return path
 
 
+def _lacks_of_shape(directory: Path) -> str | None:
+    return None if (directory / "config.json").is_file() else "config.json is missing"
+
+
 def _lacks_of_base(directory: Path) -> str | None:
-    for name in ("config.json", "tokenizer.json"):
-        if not (directory / name).is_file():
-            return f"{name} is missing"
+    if not (directory / "tokenizer.json").is_file():
+        return "tokenizer.json is missing"
     try:
         weight_files(directory)
     except WeightsError as error:
         return str(error)
-    return None
+    return _lacks_of_shape(directory)
 
 
-def base_config(llm: str) -> DecoderConfig:
+def base_config(llm: str, download: bool = False) -> DecoderConfig:
     """Shape of `config.llm`; of a published model by its name alone, without any file.
 
+    Args:
+        llm: the value of the key.
+        download: get what says it, of a model of the hub, where the hub's cache lacks it.
+
     Raises:
-        ConfigError, HubError: neither a path, nor a model of the hub that is here, nor a published
-            name.
+        ConfigError: neither a directory nor a published name.
+        HubError: a model of the hub that is not here, or cannot be had.
     """
     if llm in PUBLISHED and not Path(llm).is_dir():
         return PUBLISHED[llm]
-    return read_config(base_directory(llm))
+    place = hub.parse_place(llm)
+    if place is None:
+        return read_config(base_directory(llm))
+    try:
+        found = hub.find(place, f"config.llm={llm}", ("config.json",), _lacks_of_shape, download)
+    except hub.HubError:
+        if (name := place.repository.rpartition("/")[2]) in PUBLISHED:
+            return PUBLISHED[name]
+        raise
+    return read_config(found)
 
 
 def tokenizer(directory: Path, llm: DecoderConfig) -> Tokenizer:

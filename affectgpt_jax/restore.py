@@ -83,6 +83,11 @@ class Run:
         return isinstance(self.saved, SavedRun)
 
     @property
+    def has_workdir(self) -> bool:
+        """Whether what is made of it may be written beside it."""
+        return self.is_trained_here and not hub.is_cached(self.workdir)
+
+    @property
     def label_types(self) -> tuple[str, ...]:
         """The label types that the run has been trained on."""
         entries = self.config.data.mixture.values()
@@ -183,8 +188,7 @@ class Run:
             ConfigError: they lack the features that the input mode reads, or others have them.
             RecordError: a directory without intact records.
         """
-        generated = demo.world_seed(place, 0) is not None
-        if generated and (not self.is_trained_here or hub.is_cached(self.workdir)):
+        if demo.world_seed(place, 0) is not None and not self.has_workdir:
             raise RunError(
                 f"the clips of {place!r} are generated into the directory of a run, and "
                 f"{self.workdir} is none of yours; name records, as those below a run's data/"

@@ -70,6 +70,7 @@ def find(
     patterns: Sequence[str],
     missing: Callable[[Path], str | None],
     download: bool = False,
+    otherwise: str = "name a path",
 ) -> Path:
     """The directory of a model, or its file, in the hub's cache (`HF_HOME`).
 
@@ -79,6 +80,7 @@ def find(
         patterns: of the files that are needed; others are not downloaded.
         missing: says what a directory lacks, or None; the cache may hold a part of a model only.
         download: get what is not there. Without it, nothing is asked of any server.
+        otherwise: what to do where it is not to be downloaded.
 
     Raises:
         HubError: it is not there, or cannot be had; one sentence that names it and the cache.
@@ -126,7 +128,7 @@ def find(
     if found is None:
         raise HubError(
             f"{what}: {place} is no path here, and {reason} ({cache}); pass --download to get it "
-            "from the hub, or name a path"
+            f"from the hub, or {otherwise}"
         )
     return found
 
