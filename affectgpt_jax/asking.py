@@ -103,8 +103,12 @@ def make_generator(
     sampling: Sampling,
     seed: int,
     group: int = 1,
+    prompt_length: int | None = None,
 ) -> Generator:
-    """What answers questions about these clips; None is as the run's config has it."""
+    """What answers questions about these clips; None is as the run's config has it.
+
+    With a `prompt_length` all prompts are padded to it, see `Generator`.
+    """
     config = run.config
     return Generator(
         run.model,
@@ -118,6 +122,7 @@ def make_generator(
         sampling=sampling,
         group=group,
         seed=seed,
+        prompt_length=prompt_length,
         log_probs=True,
     )
 

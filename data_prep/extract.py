@@ -55,6 +55,7 @@ from .encoders import (
     ARCHITECTURES,
     BATCH,
     FEATURES,
+    MISSING,
     PRECISIONS,
     Encoder,
     EncoderError,
@@ -72,8 +73,6 @@ from .report import (
 )
 from .settings import KEY, make_settings, placement
 from .shards import add_shard_flag, shard_of_task
-
-MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 LOCK = "lock"
 FINISHED = "finished"  # in there: of what the records are
