@@ -63,12 +63,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.make_parser("affectgpt describe", __doc__)
     add = parser.add_argument
     add("files", nargs="+", type=_path, metavar="FILE", help="videos, sounds, or folders of them")
-    add("--workdir", required=True, type=_path, metavar="RUN", help="directory of a training run")
+    restore.add_run_flags(parser)
     add("--step", type=int, metavar="N", help="of the checkpoint; default: the best on validation")
-    add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
-    add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
-    restore.add_merge_lora(parser)
-    restore.add_allow_other(parser, ["prompts"])
     said = parser.add_mutually_exclusive_group()
     said.add_argument("--subtitle", metavar="TEXT", help="what is said in the one clip")
     said.add_argument(
@@ -79,12 +75,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--records", metavar="DIR", help="what the run was trained on, if it is elsewhere now")
     for kind, what in (("video", "faces and frames"), ("audio", "sound")):
-        text = f"where the weights for {what} are; default: where they were, or the hub's cache"
-        add(f"--{kind}", metavar="DIR", help=text)
+        text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
+        add(f"--{kind}", metavar="[NAME=]DIR", help=text)
     add("--faces", type=_path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
     add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
     add("--precision", metavar="TYPE", help="of the encoders; default: as for the records")
-    add("--download", action="store_true", help="get encoders that are not in the hub's cache")
     add("--workers", type=int, metavar="N", help="processes that decode ahead; default: one a core")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--json", action="store_true", help="a line of JSON per clip")
@@ -92,7 +87,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--show", type=_path, metavar="DIR", help="a picture per clip: frames, faces and sound")
     add("--verbose", action="store_true", help="say what was found in each clip")
     asking.add_answer_flags(parser)
-    arguments = parser.parse_args(argv)
+    arguments = restore.parse_run_flags(parser, argv)
     asking.check_least_one(parser, arguments, "step", "workers")
     asking.check_answer_flags(parser, arguments)
     return arguments
@@ -115,7 +110,7 @@ def describe(arguments: argparse.Namespace) -> None:
     from affectgpt_jax.evaluation.lexicon import load_lexicon
     from affectgpt_jax.evaluation.rewards import Wheels
     from affectgpt_jax.outcomes import prompt_length
-    from affectgpt_jax.restore import open_run
+    from affectgpt_jax.restore import open_from_flags
 
     from .extractor import Extractor, extraction_of
 
@@ -125,14 +120,7 @@ def describe(arguments: argparse.Namespace) -> None:
     subtitles = subtitles_of(arguments, [clip.name for clip in clips])
     if arguments.show:
         pictures = {c.name: path_below(arguments.show, f"{c.name.lstrip('/')}.png") for c in clips}
-    run = open_run(
-        arguments.workdir,
-        arguments.step,
-        llm=arguments.llm,
-        mesh=arguments.mesh,
-        merge_lora=arguments.merge_lora,
-        allow_other=arguments.allow_other,
-    )
+    run = open_from_flags(arguments)
     how = extraction_of(
         run,
         arguments.records,
@@ -142,7 +130,7 @@ def describe(arguments: argparse.Namespace) -> None:
         download=arguments.download,
     )
     names = ", ".join(f"{kind} by {place.name}" for kind, place in how.encoders.items())
-    say(f"{run.workdir}: checkpoint of step {run.step}; input {run.processor.mode.name}; {names}")
+    say(f"{run.title}; input {run.processor.mode.name}; {names}")
     for note in how.notes:
         say(f"note: {how.place} was extracted otherwise: {note}")
     default = asking.AGREEABLE if wheels else asking.DEFAULT_QUESTIONS
