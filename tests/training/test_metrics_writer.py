@@ -20,7 +20,6 @@ from affectgpt_jax.training.metrics_writer import (
     Progress,
     Throughput,
     TimeBuckets,
-    plot_run,
     read_metrics,
     summary_table,
 )
@@ -580,58 +579,3 @@ def test_the_jax_profiler_leaves_a_trace(tmp_path: Path) -> None:
             jnp.sin(jnp.ones(8))
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 0
-
-
-# --- plot_run -----------------------------------------------------------------------------------
-
-
-def write_metrics(path: Path, records: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Collects figures that would have been written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    drawn: list = []
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, _: drawn.append(canvas.figure))
-    return drawn
-
-
-def test_a_plot_shows_losses_scores_and_ceilings(tmp_path: Path, figures: list) -> None:
-    # Two kinds of batches in turn, as label answers and descriptions give.
-    records = [{"step": step, "train/loss": 1.0 + 2.0 * (step % 2)} for step in range(100)]
-    records += [{"step": 50, "val/loss": 2.0, "val/hit": 0.5}, {"step": 99, "test/hit": 0.75}]
-    metrics = write_metrics(tmp_path / "metrics.jsonl", records)
-
-    plot_run(metrics, tmp_path / "run.png", ceilings={"all modalities": 0.875})
-
-    (figure,) = figures
-    loss_axes, score_axes = figure.axes
-    raw, mean, val = (list(line.get_ydata()) for line in loss_axes.lines)
-    assert set(raw) == {1.0, 3.0}
-    assert mean[50] == pytest.approx(2.0, abs=0.1)  # eleven values, hence not exactly
-    assert max(mean) - min(mean) < 0.5
-    assert val == [2.0]
-    assert [list(line.get_ydata()) for line in score_axes.lines] == [[0.5], [0.75], [0.875] * 2]
-    assert score_axes.lines[-1].get_linestyle() == "--"
-    labels = [text.get_text() for text in score_axes.get_legend().get_texts()]
-    assert labels == ["val", "test", "all modalities (0.875)"]
-
-
-@pytest.mark.parametrize(
-    "records",
-    [
-        [],
-        [{"step": 1, "train/loss": 2.0}],
-        [{"step": 1, "train/loss": None, "train/loss_nonfinite": "nan"}],
-        [{"step": 1, "test/hit": 0.5}],
-    ],
-    ids=["none", "one loss", "nan", "one score"],
-)
-def test_a_run_with_few_points_still_gives_a_picture(tmp_path: Path, records: list) -> None:
-    metrics = write_metrics(tmp_path / "metrics.jsonl", records)
-    plot_run(metrics, tmp_path / "run.png", ceilings={"all modalities": 0.875})
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
