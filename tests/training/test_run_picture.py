@@ -12,7 +12,7 @@ from affectgpt_jax.training.run_picture import plot_run
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Draws records; the axes by title. Files are written where a test says so, for it takes long."""
+    """Draws records; the axes by title. Written where a test asks: it takes long."""
     figures, save = [], drawing.save_png
 
     def draw(records, *, written=False, **references):
