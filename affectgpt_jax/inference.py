@@ -442,7 +442,7 @@ def read_labels(
     return [processor.prompts.read_labels(text, question) for text in answers.texts]
 
 
-def _truth(dataset: Records, question: str) -> list[str]:
+def truths(dataset: Records, question: str) -> list[str]:
     """The true label of every clip; empty where it has none."""
     if question == "sentiment":
         return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
@@ -454,14 +454,14 @@ def score_labels(
 ) -> dict[str, float]:
     """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
     return {
-        "hit": metrics.hit_rate(labels, _truth(dataset, question), max_labels=1),
+        "hit": metrics.hit_rate(labels, truths(dataset, question), max_labels=1),
         "labels_per_clip": metrics.labels_per_clip(labels),
     }
 
 
 def without_truth(dataset: Records, question: str = "ovlabel") -> int:
     """The number of clips without the true label that a question is scored against."""
-    return sum(not word for word in _truth(dataset, question))
+    return sum(not word for word in truths(dataset, question))
 
 
 def write_predictions(
