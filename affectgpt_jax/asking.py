@@ -12,7 +12,6 @@ import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
-from affectgpt_jax import build
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import one_line, print_lines, say
@@ -103,8 +102,12 @@ def make_generator(
     sampling: Sampling,
     seed: int,
     group: int = 1,
+    prompt_length: int | None = None,
 ) -> Generator:
-    """What answers questions about these clips; None is as the run's config has it."""
+    """What answers questions about these clips; None is as the run's config has it.
+
+    With a `prompt_length` all prompts are padded to it, see `Generator`.
+    """
     config = run.config
     return Generator(
         run.model,
@@ -118,6 +121,7 @@ def make_generator(
         sampling=sampling,
         group=group,
         seed=seed,
+        prompt_length=prompt_length,
         log_probs=True,
     )
 
@@ -185,12 +189,7 @@ def open_clips(run: Run, place: str | None) -> Records:
         raise PredictError(
             f"{run.workdir} has no test set (config.data.test is empty); name clips: --records DIR"
         )
-    config = run.config.copy_and_resolve_references()
-    config.data.verify = False  # a record that is read checks itself, and few may be read
-    clips = build.open_records(config, place, "test", run.workdir, say)
-    build.check_features(config, clips, run.processor.mode)
-    run.report_records(place, clips, say)
-    return clips
+    return run.open_records(place, say, verify=False)  # few may be read
 
 
 def choose_clips(clips: Records, names: Sequence[str] | None, first: int | None) -> Records:

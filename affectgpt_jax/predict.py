@@ -67,9 +67,9 @@ from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.restore import (
     OUT_OF_MEMORY,
     Run,
-    add_allow_other,
-    add_merge_lora,
-    open_run,
+    add_run_flags,
+    open_from_flags,
+    parse_run_flags,
     set_up_process,
 )
 from affectgpt_jax.training.checkpoints import silence_threads
@@ -88,18 +88,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = cli.make_parser("affectgpt predict", __doc__)
     add = parser.add_argument
-    add(
-        "--workdir",
-        required=True,
-        type=path_from_flag,
-        metavar="RUN",
-        help="directory of a training run",
-    )
+    add_run_flags(parser)
     add("--step", type=int, metavar="N", help="of the checkpoint; default: the best on validation")
-    add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
-    add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
-    add_merge_lora(parser)
-    add_allow_other(parser, ["prompts"])
     add("--records", metavar="DIR", help="clips, as config.data.test; default: that of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -112,7 +102,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--out", type=path_from_flag, metavar="FILE", help="the same into a file; resumes"
     )
     add_answer_flags(parser)
-    arguments = parser.parse_args(argv)
+    arguments = parse_run_flags(parser, argv)
     check_least_one(parser, arguments, "step", "first")
     check_texts(parser, arguments, "name")
     check_answer_flags(parser, arguments)
@@ -129,16 +119,10 @@ def predict(arguments: argparse.Namespace) -> None:
     wheels = Wheels(load_lexicon(arguments.lexicon)) if arguments.consensus else None
     if arguments.out and not arguments.out.parent.is_dir():
         raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
-    run = open_run(
-        arguments.workdir,
-        arguments.step,
-        llm=arguments.llm,
-        mesh=arguments.mesh,
-        merge_lora=arguments.merge_lora,
-        allow_other=arguments.allow_other,
-    )
-    best = ", the best on validation" if run.step == run.best_step else ""
-    say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.processor.mode.name}")
+    run = open_from_flags(arguments)
+    which = f": checkpoint of step {run.step}" if run.is_trained_here else ""
+    best = ", the best on validation" if which and run.step == run.best_step else ""
+    say(f"{run.workdir}{which}{best}; input {run.processor.mode.name}")
     default = AGREEABLE if arguments.consensus else DEFAULT_QUESTIONS
     questions = choose_questions(run, arguments.question, default)
     clips = choose_clips(open_clips(run, arguments.records), arguments.name, arguments.first)
@@ -186,6 +170,7 @@ def file_settings(
         "step": run.step,
         # A run that is trained anew in the same place has the same steps.
         "checkpoint": run.fingerprint(run.step),
+        "base": run.base_identity().sha256,
         "records": build.records_identity(clips).sha256,
         **{name: identity.sha256 for name, identity in run.inputs.items()},
         "max_new_tokens": arguments.max_new_tokens or run.config.generate.max_new_tokens,

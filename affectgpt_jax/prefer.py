@@ -115,7 +115,7 @@ def prefer(
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock, processor = session.say, session.clock, run.processor
-    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+    say(f"workdir {workdir}; from {run.title}")
 
     # Pairs, some of them held out by the names of their clips.
     clips = group.main_process_first(

@@ -124,7 +124,7 @@ def reinforce(
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock = session.say, session.clock
-    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+    say(f"workdir {workdir}; from {run.title}")
     say(f"reward {rl.reward} by {lexicon.identity}")
 
     # Data: clips that supervision has not seen, and, if asked for, some that it has.
@@ -133,7 +133,8 @@ def reinforce(
     )
     supervised = None
     if rl.sft_share:
-        trained = build.data(config, run.workdir, run.processor.tokenizer, say).train
+        home = run.workdir if run.is_trained_here else workdir
+        trained = build.data(config, home, run.processor.tokenizer, say).train
         supervised = rollouts.SupervisedRows(trained, config.max_tokens, config.seed)
     data = rollouts.RolloutData(
         config,

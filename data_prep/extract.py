@@ -21,8 +21,8 @@ Video encoders: {video}.
 
 Audio encoders: {audio}.
 
-A name alone is looked up in the hub's cache, NAME=DIR is a directory; the bare architectures
-({bare}) take weights of any size.
+A name alone is looked up in the hub's cache, NAME=DIR is a directory, and NAME=OWNER/MODEL another
+model of the hub; the bare architectures ({bare}) take weights of any size.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ from .encoders import (
     ARCHITECTURES,
     BATCH,
     FEATURES,
+    MISSING,
     PRECISIONS,
     Encoder,
     EncoderError,
@@ -72,8 +73,6 @@ from .report import (
 )
 from .settings import KEY, make_settings, placement
 from .shards import add_shard_flag, shard_of_task
-
-MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 LOCK = "lock"
 FINISHED = "finished"  # in there: of what the records are
@@ -136,7 +135,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=PRECISIONS["cuda"],
         help="of matrix products; default: float32 on a CPU, float16 on a GPU",
     )
-    add("--download", action="store_true", help="get weights that are not in the hub's cache")
+    cli.add_download_flag(add)
     arguments = parser.parse_args(argv)
     if not arguments.clips and not arguments.csv:
         parser.error("give --clips DIR, --csv FILE, or both")

@@ -24,16 +24,23 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.json import check_type, read_json
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import MODALITIES
-from affectgpt_jax.data.records import Manifest, MemoryRecords, Record, read_manifest
+from affectgpt_jax.data.records import (
+    FORMAT_VERSION,
+    Feature,
+    Manifest,
+    MemoryRecords,
+    Record,
+    read_manifest,
+)
 from affectgpt_jax.restore import Run
 
 from .blocks import BLOCKS, PLACES
 from .clips import Clip
 from .decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
-from .encoders import Encoder, EncoderError, EncoderPlace, find_encoder
+from .encoders import WINDOWS, Encoder, EncoderError, EncoderPlace, find_encoder
 from .encoders import names as encoder_names
 from .report import reason_of
-from .settings import KEY, Settings, differences, package_versions, placement
+from .settings import KEY, Settings, differences, make_settings, package_versions, placement
 from .settings import VERSION as CODE_VERSION
 from .stages import Stages, encode
 
@@ -49,7 +56,7 @@ class Extraction:
     """How the records of a run were extracted, and what here repeats it.
 
     Attributes:
-        place: of the records.
+        place: of the records; "" where there are none.
         manifest: theirs.
         settings: theirs; but device, precision and batch as they are here.
         features: that the run reads.
@@ -84,7 +91,8 @@ def extraction_of(
         run: of `restore.open_run`, with or without its weights.
         records: a directory of such records, where those of the run's config are no longer there.
         encoders: by kind, "video" or "audio", the directory of its weights, or NAME=DIRECTORY;
-            None looks where they were, and then in the hub's cache.
+            None looks where they were, and then in the hub's cache. Where no records are named,
+            they are what makes features, and have names.
         device, precision: of PyTorch; those of the records where this machine has them, if None.
         download: get published weights that are not in the hub's cache.
 
@@ -104,10 +112,15 @@ def extraction_of(
             f"{run.workdir} reads the feature {others[0]!r} (config.input={run.config.input!r}), "
             f"which no encoder of data_prep makes; {EXTRACT}, with another input"
         )
-    sets = {records} if records else {e["source"] for e in build.training_sets(run.config).values()}
-    found = {place: _read(run, place, wanted) for place in sorted(sets)}
-    (place, (manifest, theirs)), *rest = found.items()
     kinds = list(dict.fromkeys(MODALITIES[name].encoder for name in wanted))
+    given = encoders or {}
+    sources = (
+        [records] if records else [e["source"] for e in build.training_sets(run.config).values()]
+    )
+    if not any(sources) and all(given.get(kind) for kind in kinds):
+        return _named(run, {kind: given[kind] for kind in kinds}, device, precision, download)
+    found = {place: _read(run, place, wanted) for place in sorted(set(sources))}
+    (place, (manifest, theirs)), *rest = found.items()
     for other, (_, settings) in rest:
         for kind in kinds:
             if settings["encoders"][kind] != theirs["encoders"][kind]:
@@ -116,7 +129,7 @@ def extraction_of(
                     f"{run.workdir} was trained on features of several encoders: {kind} by "
                     f"{names[0]} in {place}, by {names[1]} in {other}; choose with --records DIR"
                 )
-    given = encoders or {}
+    build.check_features(run.config, MemoryRecords([], manifest), run.processor.mode)
     places = {
         kind: _find(theirs["encoders"][kind], kind, Path(place), given.get(kind), download)
         for kind in kinds
@@ -126,6 +139,30 @@ def extraction_of(
     mine = {"version": CODE_VERSION, **here, "batch": theirs["batch"]}
     notes = differences(theirs, mine | {"versions": package_versions()})
     return Extraction(place, manifest, settings, wanted, places, tuple(notes))
+
+
+def _named(
+    run: Run,
+    given: Mapping[str, str],
+    device: str | None,
+    precision: str | None,
+    download: bool,
+) -> Extraction:
+    """The extraction by encoders that somebody names, for weights that came without records."""
+    places = {kind: find_encoder(text, kind, download) for kind, text in given.items()}
+    wanted = run.processor.mode.features
+    settings = make_settings(wanted, places, None, *placement(device, precision), "bgr")
+    features: dict[str, Feature] = {
+        name: {
+            "frames": WINDOWS,
+            "width": run.processor.features[name],
+            "encoder": places[MODALITIES[name].encoder].name,
+            "present": 0,
+        }
+        for name in wanted
+    }
+    manifest = Manifest(FORMAT_VERSION, "", 0, [], features, {}, "", {})
+    return Extraction("", manifest, settings, wanted, places)
 
 
 def placement_like(
@@ -151,8 +188,9 @@ def _read(run: Run, place: str, wanted: Sequence[str]) -> tuple[Manifest, Settin
         raise ExtractionError(f"{whose} the demo world, whose clips are generated; {EXTRACT}")
     if not place or place.startswith("tfds:"):
         raise ExtractionError(
-            f"{whose} {place or 'no records'}, which does not say how its features were made; name "
-            "the records that affectgpt extract wrote: --records DIR"
+            f"{whose} {place or 'records that it does not name'}, so nothing says how features "
+            "were made; name records that affectgpt extract wrote, --records DIR, or without any "
+            "the encoders, --video NAME[=DIR] --audio NAME[=DIR]"
         )
     manifest = read_manifest(Path(place).expanduser())
     if KEY not in manifest.extra:
@@ -177,37 +215,30 @@ def _find(
         EncoderError: it is not here, or another one is.
     """
     label, digest = theirs["name"], theirs["sha256"]
-    name = label.partition(":")[0]
-    noted = records.expanduser() / BLOCKS / PLACES
+    name, _, model = label.partition(":")
     advice = f"name the directory of its weights: --{kind} DIR"
     if given:
-        before, equals, directory = given.partition("=")
-        known = equals and before in encoder_names(kind)
-        texts = [f"{name}={directory if known else given}"]
+        texts = [given if given.partition("=")[0] in encoder_names(kind) else f"{name}={given}"]
     else:
-        texts = [] if name != label or name not in encoder_names(kind) else [name]
-        if noted.is_file():
-            directory = read_json(noted, dict[str, str], error=EncoderError).get(kind, "")
-            if directory and Path(directory).is_dir():
-                texts.insert(0, f"{name}={directory}")
+        noted = records.expanduser() / BLOCKS / PLACES
+        was = read_json(noted, dict[str, str], error=EncoderError) if noted.is_file() else {}
+        texts = [f"{name}={was[kind]}"] if Path(was.get(kind, "")).is_dir() and kind in was else []
+        if not model or "/" in model:  # the hub has it
+            texts.append(f"{name}={model}".rstrip("="))
+    other = ""
     for text in texts:
         try:
             found = find_encoder(text, kind, download)
-        except EncoderError as error:
-            if given or text == texts[-1]:
-                raise EncoderError(f"the {kind} encoder of {records}: {error}") from None
+        except UserError as error:
+            if text == texts[-1] and not other:
+                raise EncoderError(f"the {kind} encoder {label} of {records}: {error}") from None
             continue
-        if found.sha256() == digest:
+        if (digest_here := found.sha256()) == digest:
             return dataclasses.replace(found, name=label)
-        if given:
-            raise EncoderError(
-                f"--{kind} {given}: {found.directory} holds other weights (sha256 "
-                f"{found.sha256()[:12]}) than {label}, which made {records} ({digest[:12]}); "
-                f"{advice}"
-            )
+        other = f"{found.directory} holds other weights (sha256 {digest_here[:12]})"
     raise EncoderError(
-        f"{records} was made by the {kind} encoder {label} (sha256 {digest[:12]}), which is not "
-        f"where it was; {advice}"
+        f"{records} was made by the {kind} encoder {label} (sha256 {digest[:12]}), but "
+        f"{other or 'where it was there is none now'}; {advice}"
     )
 
 
@@ -252,7 +283,7 @@ class Extractor:
         workers: processes that decode; one a core if None.
 
     Raises:
-        EncoderError: weights that are damaged.
+        EncoderError: weights that are damaged, or features of another width than the run reads.
     """
 
     def __init__(self, how: Extraction, workers: int | None = None):
@@ -263,6 +294,13 @@ class Extractor:
             kind: Encoder(place, settings["device"], settings["precision"])
             for kind, place in how.encoders.items()
         }
+        for feature in how.features:
+            encoder = self._encoders[MODALITIES[feature].encoder]
+            if encoder.width != (reads := how.manifest.features[feature]["width"]):
+                raise EncoderError(
+                    f"the encoder {encoder.place.name} makes features of width {encoder.width}, "
+                    f"but the run reads {feature} of width {reads}; name another encoder"
+                )
 
     def __call__(
         self, clips: Iterable[Clip], subtitles: Mapping[str, str] | None = None
