@@ -28,9 +28,9 @@ from affectgpt_jax.common.text import print_lines
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from affectgpt_jax.asking import ClipAnswer
     from affectgpt_jax.evaluation.results import Result
     from affectgpt_jax.evaluation.summary import Report
-    from affectgpt_jax.predict import ClipAnswer
     from affectgpt_jax.restore import Run
 
 __all__ = [
@@ -203,17 +203,17 @@ def ask_clips(
     Raises:
         UserError: clips, a question or settings that cannot be used.
     """
-    from affectgpt_jax import predict
+    from affectgpt_jax import asking
     from affectgpt_jax.models.generate import Sampling
 
     try:
         sampling = Sampling(temperature, top_p, repetition_penalty)
     except ValueError as error:
-        raise predict.PredictError(str(error)) from None
-    predict.check_questions([question])
+        raise asking.PredictError(str(error)) from None
+    asking.check_questions([question])
     place = None if records is None else str(records)
-    clips = predict.choose_clips(predict.open_clips(run, place), names, first)
-    generator = predict.make_generator(
+    clips = asking.choose_clips(asking.open_clips(run, place), names, first)
+    generator = asking.make_generator(
         run,
         clips,
         max_new_tokens=max_new_tokens,
@@ -223,7 +223,7 @@ def ask_clips(
     )
     answers = generator.answer(run.trainable, clips, question)
     return [
-        predict.as_dict(run, entry.name, question, answer)
+        asking.as_dict(run, entry.name, question, answer)
         for entry, answer in zip(clips.index, answers.each, strict=True)
     ]
 

@@ -446,8 +446,7 @@ def data(
         PromptError: a prompt file that cannot be used.
     """
     check_data(config)
-    one = data_set(config.data.train)
-    sets = config.data.mixture.to_dict() if config.data.mixture else {"train": one.to_dict()}
+    sets = training_sets(config)
 
     def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> MixtureComponent:
         mode = entry["input"] or config.input
@@ -466,7 +465,7 @@ def data(
             val.append(dataclasses.replace(whole, dataset=held_out))
             whole = dataclasses.replace(whole, dataset=mine)
         train.append(whole)
-    plain = one.to_dict()
+    plain = data_set(config.data.train).to_dict()
     if config.data.val:
         val = [source("val", config.data.val, "val", plain)]
     test = source("test", config.data.test, "test", plain) if config.data.test else None
@@ -474,13 +473,17 @@ def data(
     return Data(train, val, test)
 
 
+def training_sets(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The data sets that a config trains on by name, as `data_set` describes each."""
+    return config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+
+
 def training_clips(config: ConfigDict) -> int | None:
     """How many clips an epoch of a config has, by manifests alone; None where one is not here."""
     if not config.data.train and not config.data.mixture:
         return None
-    sets = config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
     total = 0.0
-    for entry in sets.values():
+    for entry in training_sets(config).values():
         if demo.world_seed(entry["source"], config.demo_seed) is not None:
             count = demo.SIZES["train"]
         elif (manifest := Path(entry["source"]).expanduser() / MANIFEST_FILE).is_file():
@@ -504,8 +507,8 @@ def check_data(config: ConfigDict) -> None:
             "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
         )
     load_prompts(config.prompts)
-    sets = config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
-    places = [(entry["source"], "train", entry["input"]) for entry in sets.values()]
+    sets = training_sets(config).values()
+    places = [(entry["source"], "train", entry["input"]) for entry in sets]
     places += [(config.data[split], split, "") for split in ("val", "test") if config.data[split]]
     for place, split, mode in places:
         if (features := _declared_features(config, place)) is not None:

@@ -54,6 +54,9 @@ CONFIGS = ("config.json", "preprocessor_config.json")
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Where PyTorch or what decodes is not installed.
+MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
+
 
 class EncoderError(UserError, ValueError):
     """An encoder that is unknown, not on this machine, or not the one that its name says."""
