@@ -14,6 +14,10 @@ by a set of MER-UniBench ({keys}) or any name with its task ({tasks}), and a rec
 
 takes every set of MER-UniBench that has its records in a folder called so there, and says which
 have none. Run again, it goes on where it stopped.
+
+    --checkpoint FILE.pth --config=affectgpt_qwen25_7b --out DIR
+
+in place of --workdir evaluates weights that nobody trained here; docs/released.md has the whole way.
 """
 
 from __future__ import annotations

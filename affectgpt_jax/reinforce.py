@@ -5,7 +5,8 @@
 asks the run about clips that supervision has not seen, rewards its answers by the emotion wheels,
 and makes the better answers of each prompt more probable. Adapters and fusion go on from the run's
 best checkpoint, or from --step; the base stays frozen. The new workdir is a run like any other:
-every command reads it. The same command, run again, resumes.
+every command reads it. The same command, run again, resumes. --checkpoint with --config stands in
+place of --from, for weights that nobody trained here.
 
 `--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
 `--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
