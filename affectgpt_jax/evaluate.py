@@ -17,7 +17,7 @@ have none. Run again, it goes on where it stopped.
 
     --checkpoint FILE.pth --config=affectgpt_qwen25_7b --out DIR
 
-in place of --workdir evaluates weights that nobody trained here; docs/released.md has the whole way.
+in place of --workdir evaluates weights that nobody trained here: see docs/released.md.
 """
 
 from __future__ import annotations
