@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.json import ResumableJsonl
 from affectgpt_jax.common.text import json_line
+from affectgpt_jax.data.examples import Example
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import PromptSet, sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
@@ -24,6 +25,7 @@ from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.consensus import consensus
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch
+from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import (
     GREEDY,
     Decoding,
@@ -80,6 +82,30 @@ class Answers:
         return sum(answer.cut for answer in self.each)
 
 
+# One, or several that are asked together.
+Question = str | Sequence[str]
+
+
+def _each(question: Question) -> tuple[str, ...]:
+    return (question,) if isinstance(question, str) else tuple(question)
+
+
+def _together(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[int, list[int]]]:
+    """Prompts `[T]` each as one row: what they all begin with, and the rest of each.
+
+    Returns:
+        The row's tokens, and the sizes of these parts as `grouped_row` takes them. Of every prompt
+        one token or more is the rest.
+    """
+    if len(prompts) == 1:
+        return prompts[0], (len(prompts[0]), [])
+    least = min(map(len, prompts)) - 1
+    equal = np.all([p[:least] == prompts[0][:least] for p in prompts], axis=0)
+    start = least if equal.all() else int(equal.argmin())
+    tokens = np.concatenate([prompts[0][:start], *(prompt[start:] for prompt in prompts)])
+    return tokens, (start, [len(prompt) - start for prompt in prompts])
+
+
 class Generator:
     """Answers questions about clips, with a few compiled programs for each prompt length.
 
@@ -88,12 +114,13 @@ class Generator:
         base: frozen weights.
         processor: how clips become prompts.
         mesh: batches are split over it.
-        batch_size: answers that are generated at a time.
+        batch_size: answers that are generated at a time, or a few more.
         max_new_tokens: limit of an answer.
         num_buckets: the number of prompt lengths, each of which costs compilation.
         prompt_length: of all prompts instead, which are padded to it.
         sampling: how tokens are chosen; greedy by default.
-        group: answers to each prompt, which share its prefill.
+        group: answers to each prompt, which share its prefill; so do several questions about a clip
+            what their prompts begin with.
         seed: of sampling. A sample depends on it, the clip's name, the question and its place in
             the group, not on the other clips.
         log_probs: whether answers have a log-probability.
@@ -124,10 +151,7 @@ class Generator:
         self._seed, self._pulse, self.group = seed, pulse, group
         # Without adapters, and beside quantized kernels, there is nothing to merge.
         self._merge_lora = merge_lora and _can_merge(model)
-        prompts, self._prefill_batch = rows_and_prefill_batch(
-            -(-batch_size // group), data_parallel_size(mesh)
-        )
-        self._rows = prompts * group
+        self._batch_size = batch_size
         tokenizer, end = processor.tokenizer, processor.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
         self._decoding = Decoding(
@@ -138,18 +162,19 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
         progress: Progress = silent,
     ) -> Answers:
-        """Ask one question about every clip.
+        """Ask about every clip.
 
-        The answers of a group stand side by side: answer g about clip i is number i * group + g.
+        The answers of a group stand side by side, and those to several questions about a clip:
+        answer g to question q about clip i is number (i * questions + q) * group + g.
 
         Args:
             trainable: adapters and fusion.
             dataset: the clips.
-            question: a label type of the prompts, or the text of any question.
+            question: a label type of the prompts, the text of any question, or several of these.
             feature_from: for each clip the number of the one whose features it gets instead of its
                 own; a permutation is the control that shows what features are worth.
             progress: called with the answers there are and the number there will be.
@@ -157,7 +182,7 @@ class Generator:
         Raises:
             DataError: a clip that cannot be asked; the message names it.
         """
-        found, total = {}, len(dataset) * self.group
+        found, total = {}, len(dataset) * len(_each(question)) * self.group
         progress(0, total)
         for number, answer in self.answers(trainable, dataset, question, feature_from):
             found[number] = answer
@@ -168,7 +193,7 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """The answers one by one, in the order of completion, with their numbers."""
@@ -179,17 +204,22 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
         seed: int | None = None,
     ) -> Iterator[tuple[int, Generated]]:
         """The same as tokens, NumPy arrays of one row; `seed` may be another one."""
+        questions = _each(question)
+        width = len(questions) * self.group
+        rows, prefill_batch = rows_and_prefill_batch(
+            -(-self._batch_size // width), data_parallel_size(self._mesh)
+        )
         return generate_all(
             self._model,
             *self._weights(trainable),
-            self._prompts(dataset, question, feature_from),
+            self._prompts(dataset, questions, prefill_batch, feature_from),
             self._decoding,
-            self._rows,
+            rows * width,
             seed=self._seed if seed is None else seed,
         )
 
@@ -208,7 +238,7 @@ class Generator:
         Returns:
             `P * group` answers, those to one prompt side by side.
         """
-        ids = shard_whole_batch(self._mesh, identities(self._names(names, question)))
+        ids = shard_whole_batch(self._mesh, identities(self._names(names, (question,))))
         size = len(names) * self.group
         prompts = [Prompts(np.arange(size), batch, ids)]
         weights = self._weights(trainable)
@@ -225,9 +255,9 @@ class Generator:
         Raises:
             DataError: the clip cannot be asked.
         """
-        [(_, batch, rows, _)] = self._prompts(clip, question)
-        weights, settings = self._weights(trainable), {"seed": self._seed, "rows": rows}
-        for generated in stream(self._model, *weights, batch, self._decoding, **settings):
+        [prompts] = self._prompts(clip, (question,), data_parallel_size(self._mesh))
+        weights, settings = self._weights(trainable), {"seed": self._seed, "rows": prompts.rows}
+        for generated in stream(self._model, *weights, prompts.batch, self._decoding, **settings):
             first = generated.row(0)
             answer = self.read(first)
             complete = first.ended or answer.tokens == self._decoding.max_new_tokens
@@ -242,29 +272,41 @@ class Generator:
         return merged, {**trainable, "lora": {}}
 
     def _prompts(
-        self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
+        self,
+        dataset: Records,
+        questions: Sequence[str],
+        rows: int,
+        feature_from: Sequence[int] | None = None,
     ) -> Iterator[Prompts]:
-        examples = self._processor.prompt_examples(dataset, question)
+        """All prompts, so many rows at a time; a row has those of a clip."""
+        asked = [self._processor.prompt_examples(dataset, question) for question in questions]
+        together = [_together([example.tokens for example in clip]) for clip in zip(*asked)]
         batches = sequential_batches(
             dataset,
             self._processor,
-            examples,
-            self._prefill_batch,
+            [Example(tokens, len(tokens)) for tokens, _ in together],
+            rows,
             self._num_buckets,
             feature_from,
             length=self._prompt_length,
         )
+        width = len(questions) * self.group
         for numbers, batch in batches:
             self._pulse()
-            names = self._names([dataset.index[i].name for i in numbers], question)
-            names += [""] * (self._prefill_batch * self.group - len(names))
-            numbers = (numbers[:, None] * self.group + np.arange(self.group)).ravel()
-            yield Prompts(numbers, *shard_whole_batch(self._mesh, (batch, identities(names))))
+            for row, clip in enumerate(numbers if len(questions) > 1 else ()):
+                positions, segment_ids = grouped_row(*together[clip][1])
+                batch["positions"][row, : len(positions)] = positions
+                batch["segment_ids"][row, : len(segment_ids)] = segment_ids
+            names = self._names([dataset.index[i].name for i in numbers], questions)
+            names += [""] * (rows * width - len(names))
+            numbers = (numbers[:, None] * width + np.arange(width)).ravel()
+            batch, ids = shard_whole_batch(self._mesh, (batch, identities(names)))
+            yield Prompts(numbers, batch, ids, questions=len(questions))
 
-    def _names(self, clips: Sequence[str], question: str) -> list[str]:
-        """What tells the answers to these clips apart, those of a group side by side."""
+    def _names(self, clips: Sequence[str], questions: Sequence[str]) -> list[str]:
+        """What tells the answers about these clips apart, those to a question side by side."""
         places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
-        return [f"{name}\n{question}{place}" for name in clips for place in places]
+        return [f"{name}\n{q}{place}" for name in clips for q in questions for place in places]
 
     def read(self, generated: Generated) -> Answer:
         """The answer in one row."""
@@ -404,26 +446,29 @@ def agreed_answers(
     processor: PromptProcessor,
     trainable: Any,
     dataset: Records,
-    question: str,
+    question: Question,
     wheels: Wheels,
 ) -> Iterator[tuple[int, Answer]]:
-    """What the answers of each group agree on, with record numbers, in the order of completion.
+    """What the answers of each group agree on, in the order of completion, with their numbers.
 
-    Tokens are those of the whole group, which was cut if one of its answers was.
+    Number i * questions + q is that of question q about clip i. Tokens are those of the whole
+    group, which was cut if one of its answers was.
     """
+    questions = _each(question)
     groups: dict[int, dict[int, Answer]] = {}
-    for number, answer in generator.answers(trainable, dataset, question):
-        clip, place = divmod(number, generator.group)
-        group = groups.setdefault(clip, {})
+    for number, answer in generator.answers(trainable, dataset, questions):
+        asked, place = divmod(number, generator.group)
+        group = groups.setdefault(asked, {})
         group[place] = answer
         if len(group) == generator.group:
             each = [group[place] for place in range(generator.group)]
             texts = [answer.text for answer in each]
-            labels = read_labels(processor, Answers(each), question)
-            _, text = agree(processor.prompts, question, texts, labels, wheels)
+            kind = questions[asked % len(questions)]
+            labels = read_labels(processor, Answers(each), kind)
+            _, text = agree(processor.prompts, kind, texts, labels, wheels)
             tokens, cut = sum(a.tokens for a in each), any(a.cut for a in each)
-            yield clip, Answer(text, tokens, cut, None)
-            del groups[clip]
+            yield asked, Answer(text, tokens, cut, None)
+            del groups[asked]
 
 
 # Label types whose answers name the clip's one true word, best first.

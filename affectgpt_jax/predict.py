@@ -123,7 +123,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
     add("--lexicon", metavar="DIR", help="by which they agree; default: the shipped emotion wheels")
     add("--max-new-tokens", type=int, metavar="N", help="default: the run's")
-    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
     arguments = parser.parse_args(argv)
     for name in ("step", "first", "max_new_tokens", "batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
@@ -192,6 +192,7 @@ def predict(arguments: argparse.Namespace) -> None:
         clips,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        questions=len(questions),
         sampling=arguments.sampling,
         group=arguments.consensus or 1,
         seed=arguments.seed,
@@ -221,15 +222,16 @@ def make_generator(
     sampling: Sampling,
     seed: int,
     group: int = 1,
+    questions: int = 1,
 ) -> Generator:
-    """What answers questions about these clips; None is as the run's config has it."""
+    """What answers so many questions about these clips; None is as the run's config has it."""
     config = run.config
     return Generator(
         run.model,
         run.base,
         run.processor,
         run.mesh,
-        batch_size=min(batch_size or config.generate.batch_size, len(clips)),
+        batch_size=min(batch_size or config.generate.batch_size, len(clips) * questions),
         max_new_tokens=max_new_tokens or config.generate.max_new_tokens,
         num_buckets=config.num_buckets,
         merge_lora=should_merge(config.generate.merge_lora, run.model, run.base),
@@ -358,28 +360,27 @@ def ask(
 
     With `wheels`, the answers of each group are brought to agreement.
     """
-    parts, answered = {}, file.answered if file else ()
-    for question in questions:
-        left = [i for i, e in enumerate(clips.index) if (e.name, question) not in answered]
-        parts[question] = RecordSubset(clips, left)
+    answered = file.answered if file else ()
+    missing = [
+        tuple(question for question in questions if (entry.name, question) not in answered)
+        for entry in clips.index
+    ]
     # A line that is rewritten would mix with answers on the same terminal.
     in_place = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
-    done, total = 0, sum(map(len, parts.values()))
+    done, total = 0, sum(map(len, missing))
     if not total:
         return
     with Counter("answers", stream=sys.stderr, in_place=in_place) as count:
         count(done, total)
-        for question, part in parts.items():
-            if not len(part):
-                continue
+        for asked in filter(None, dict.fromkeys(missing)):
+            part = RecordSubset(clips, [i for i, left in enumerate(missing) if left == asked])
             if wheels:
-                found = agreed_answers(
-                    generator, run.processor, run.trainable, part, question, wheels
-                )
+                found = agreed_answers(generator, run.processor, run.trainable, part, asked, wheels)
             else:
-                found = generator.answers(run.trainable, part, question)
+                found = generator.answers(run.trainable, part, asked)
             for number, answer in found:
-                yield part.index[number].name, question, answer
+                clip, question = divmod(number, len(asked))
+                yield part.index[clip].name, asked[question], answer
                 done += 1
                 count(done, total)
 

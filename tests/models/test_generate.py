@@ -16,6 +16,7 @@ from tiny_model import LLM, make_batch, make_model, random_base, random_trainabl
 
 from affectgpt_jax.models import generate as module
 from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count, with_compute
+from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import (
     Decoding,
     Prompts,
@@ -327,6 +328,36 @@ def ending():
     }
 
 
+def rows_of_questions(soft_first):
+    """A row of three prompts for each of three clips, and a filler row; and each in its own row."""
+    starts = [7, 9, 5] if soft_first else [1, 1, 1]
+    sizes = [(3, 5, 4), (2, 4, 1), (6, 4, 5)] if soft_first else [(6, 8, 9), (10, 5, 8), (7, 9, 6)]
+    batch = make_batch([10] * 4, width=28, seed=4)
+    alone = {name: np.repeat(batch[name][:3], 3, axis=0) for name in batch}
+    for name in ("positions", "segment_ids", "soft_token_index"):
+        batch[name] = np.zeros_like(batch[name])
+    for clip, (start, parts) in enumerate(zip(starts, sizes, strict=True)):
+        positions, ids = grouped_row(start, parts)
+        batch["positions"][clip, : len(ids)], batch["segment_ids"][clip, : len(ids)] = (
+            positions,
+            ids,
+        )
+        soft = alone["soft_token_index"][3 * clip]
+        place = start
+        for q, size in enumerate(parts):
+            row, here = 3 * clip + q, slice(place, place + size)
+            batch["soft_token_index"][clip, :start] = soft[:start]
+            batch["soft_token_index"][clip, here] = soft[start : start + size]
+            alone["tokens"][row, :start] = batch["tokens"][clip, :start]
+            alone["tokens"][row, start : start + size] = batch["tokens"][clip, here]
+            alone["segment_ids"][row] = np.arange(28) < start + size
+            place += size
+    batch["present"] = {
+        name: x & (np.arange(4) < 3)[:, None] for name, x in batch["present"].items()
+    }
+    return batch, alone
+
+
 class TestAll:
     @pytest.mark.parametrize(("size", "turn"), [(1, 1), (5, 2), (16, 4)])
     @pytest.mark.parametrize("how", ["greedy", "sampled"])
@@ -409,6 +440,33 @@ class TestAll:
             np.testing.assert_array_equal(answer.tokens, expected.tokens[number])
             np.testing.assert_allclose(answer.log_probs, expected.log_probs[number], atol=2e-5)
         assert len({tuple(answer.tokens) for answer in found.values()}) == 6
+
+    @pytest.mark.parametrize("soft", [True, False], ids=["after", "before"])
+    @pytest.mark.parametrize("group", [1, 2])
+    @pytest.mark.parametrize("decoding", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
+    def test_questions_in_one_row_are_answered_as_in_rows_of_their_own(self, decoding, group, soft):
+        """Three questions; those to which a clip's soft tokens come first, or after they differ."""
+        rows, alone = rows_of_questions(soft)
+        names = [f"{name}{q}{g}" for name in NAMES for q in range(3) for g in range(group)]
+        apart = jax.tree.map(lambda x: np.repeat(x, group, axis=0), alone)
+        expected = run(decoding, apart, names)
+        ids = np.concatenate([identities(names), np.zeros((3 * group, 2), np.uint32)])
+        turns = [
+            Prompts(
+                np.arange(3 * group * first, 3 * group * min(first + 2, 3)),
+                jax.tree.map(lambda x: x[first : first + 2], rows),  # noqa: B023
+                ids[3 * group * first : 3 * group * (first + 2)],
+                questions=3,
+            )
+            for first in (0, 2)
+        ]
+        found = dict(generate_all(MODEL, BASE, TRAINABLE, turns, decoding, 7 * group))
+        assert sorted(found) == list(range(9 * group))
+        for number, answer in found.items():
+            np.testing.assert_array_equal(answer.tokens, expected.tokens[number])
+            np.testing.assert_allclose(answer.log_probs, expected.log_probs[number], atol=1e-5)
+        if group == 1:
+            assert len({tuple(answer.tokens) for answer in found.values()}) == 9
 
     def test_no_prompts_have_no_answers(self):
         assert list(generate_all(MODEL, BASE, TRAINABLE, [], PLAIN, 4)) == []
