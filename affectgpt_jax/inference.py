@@ -97,13 +97,46 @@ def _together(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[int, lis
         The row's tokens, and the sizes of these parts as `grouped_row` takes them. Of every prompt
         one token or more is the rest.
     """
-    if len(prompts) == 1:
-        return prompts[0], (len(prompts[0]), [])
     least = min(map(len, prompts)) - 1
     equal = np.all([p[:least] == prompts[0][:least] for p in prompts], axis=0)
     start = least if equal.all() else int(equal.argmin())
     tokens = np.concatenate([prompts[0][:start], *(prompt[start:] for prompt in prompts)])
     return tokens, (start, [len(prompt) - start for prompt in prompts])
+
+
+def prompt_batches(
+    dataset: Records,
+    processor: PromptProcessor,
+    asked: Sequence[Sequence[Example]],
+    rows: int,
+    num_buckets: int,
+    feature_from: Sequence[int] | None = None,
+    length: int | None = None,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Batches of prompts as `models.generate.Prompts` has them: a row has all prompts of a clip.
+
+    Args:
+        asked: for each question the prompt of every clip.
+        rows: of a batch.
+
+    The other arguments, and what is yielded, are those of `sequential_batches`.
+    """
+    if len(asked) == 1:
+        yield from sequential_batches(
+            dataset, processor, asked[0], rows, num_buckets, feature_from, length=length
+        )
+        return
+    together = [_together([example.tokens for example in clip]) for clip in zip(*asked)]
+    examples = [Example(tokens, len(tokens)) for tokens, _ in together]
+    batches = sequential_batches(
+        dataset, processor, examples, rows, num_buckets, feature_from, length=length
+    )
+    for numbers, batch in batches:
+        for row, clip in enumerate(numbers):
+            positions, segment_ids = grouped_row(*together[clip][1])
+            batch["positions"][row, : len(positions)] = positions
+            batch["segment_ids"][row, : len(segment_ids)] = segment_ids
+        yield numbers, batch
 
 
 class Generator:
@@ -278,25 +311,18 @@ class Generator:
         rows: int,
         feature_from: Sequence[int] | None = None,
     ) -> Iterator[Prompts]:
-        """All prompts, so many rows at a time; a row has those of a clip."""
-        asked = [self._processor.prompt_examples(dataset, question) for question in questions]
-        together = [_together([example.tokens for example in clip]) for clip in zip(*asked)]
-        batches = sequential_batches(
+        batches = prompt_batches(
             dataset,
             self._processor,
-            [Example(tokens, len(tokens)) for tokens, _ in together],
+            [self._processor.prompt_examples(dataset, question) for question in questions],
             rows,
             self._num_buckets,
             feature_from,
-            length=self._prompt_length,
+            self._prompt_length,
         )
         width = len(questions) * self.group
         for numbers, batch in batches:
             self._pulse()
-            for row, clip in enumerate(numbers if len(questions) > 1 else ()):
-                positions, segment_ids = grouped_row(*together[clip][1])
-                batch["positions"][row, : len(positions)] = positions
-                batch["segment_ids"][row, : len(segment_ids)] = segment_ids
             names = self._names([dataset.index[i].name for i in numbers], questions)
             names += [""] * (rows * width - len(names))
             numbers = (numbers[:, None] * width + np.arange(width)).ravel()

@@ -587,7 +587,7 @@ def stream(
     Args:
         model, base, trainable, batch, decoding, rows: as for `prefill`.
         seed: of sampling, 0 to 2^32 - 1.
-        every: tokens between two items, after which the host is waited for.
+        every: tokens between two items.
 
     Yields:
         NumPy arrays of what is written so far: the first token, then up to `every` more each time,
@@ -595,16 +595,19 @@ def stream(
     """
     fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
     size = len(fresh.lengths)
-    most = most_slots(fresh, decoding)
-    state = init_decode_state(fresh, size, decoding, _kv_bucket(fresh.slots, most))
+    most, needed = most_slots(fresh, decoding), fresh.slots
+    state = init_decode_state(fresh, size, decoding, _kv_bucket(needed, most))
     state = insert(model, state, fresh, decoding, np.arange(size, dtype=np.int32))
     while True:
-        generated, done, needed = _progress(state)
+        # The device writes the next tokens while the host looks at these. So the host does not know
+        # of the last ones yet, which may be `every` more.
+        before = jax.tree.map(jnp.copy, state._replace(cache=()))
+        state = resize(model, state, _kv_bucket(needed + 2 * every, most))
+        state = decode(model, base, trainable, state, decoding, every)
+        generated, done, needed = _progress(before)
         yield generated
         if done.all():
             return
-        state = resize(model, state, _kv_bucket(needed, most))
-        state = decode(model, base, trainable, state, decoding, every)
 
 
 def _progress(state: DecodeState) -> tuple[Generated, np.ndarray, int]:
@@ -662,51 +665,59 @@ def generate_all(
         seed: of sampling, 0 to 2^32 - 1.
 
     Yields:
-        An answer's number and the answer, a row of NumPy arrays, when P * Q * G more are complete.
+        An answer's number and the answer, a row of NumPy arrays, when P * Q * G more are complete
+        and the rows that they leave write the next ones.
 
     Raises:
         ValueError: a batch of more than `size` answers, or of longer prompts than the first.
     """
     owners = np.full(size, -1)  # whose answer each row writes
     limit = decoding.max_new_tokens
-    needed = 0  # slots, for the next token
-    state, prompts = None, iter(prompts)
+    longest, needed = 0, 0  # tokens of a prompt; slots, for the next token
+    complete: list[tuple[int, Generated]] = []  # not told yet
+    state, fresh, prompts = None, None, iter(prompts)
     upcoming = next(prompts, None)
+
+    def begin(asked: Prompts) -> DecodeState:
+        length = asked.batch["tokens"].shape[1]
+        if asked.answers > size or length > (longest or length):
+            raise ValueError(
+                f"a batch of {asked.answers} answers to prompts of {length} tokens; expected at "
+                f"most {size}, and no longer prompts than the {longest} tokens of the first"
+            )
+        _, batch, rows, limits, questions = asked
+        return prefill(
+            model, base, trainable, batch, decoding, np.uint32(seed), rows, limits, questions
+        )
+
     while upcoming is not None or (owners >= 0).any():
         free = np.flatnonzero(owners < 0)
-        while upcoming is not None:
-            numbers, batch, rows, limits, questions = upcoming
-            prefill_batch, length = upcoming.answers, batch["tokens"].shape[1]
-            if state is not None and prefill_batch > len(free):
-                break
-            if state is None:
-                longest = length
-            if prefill_batch > size or length > longest:
-                raise ValueError(
-                    f"a batch of {prefill_batch} answers to prompts of {length} tokens; expected "
-                    f"at most {size}, and no longer prompts than the {longest} tokens of the first"
-                )
-            fresh = prefill(
-                model, base, trainable, batch, decoding, np.uint32(seed), rows, limits, questions
-            )
+        while upcoming is not None and (state is None or upcoming.answers <= len(free)):
+            fresh = begin(upcoming) if fresh is None else fresh
+            prefill_batch, length = upcoming.answers, fresh.slots
             needed = max(needed, length + 1)
             if state is None:
-                most = most_slots(fresh, decoding)
+                longest, most = length, most_slots(fresh, decoding)
                 state = init_decode_state(fresh, size, decoding, _kv_bucket(needed, most))
             state = resize(model, state, _kv_bucket(needed, most))
-            taken, free = np.split(free, [len(numbers)])
+            taken, free = np.split(free, [len(upcoming.numbers)])
             places = size + np.arange(prefill_batch, dtype=np.int32)  # nowhere, for filler
             places[: len(taken)] = taken
             state = insert(model, state, fresh, decoding, places)
-            owners[taken] = numbers
-            upcoming = next(prompts, None)
+            owners[taken] = upcoming.numbers
+            fresh, upcoming = None, next(prompts, None)
         enough = min(size, prefill_batch + (len(free) if upcoming is None else 0))
         state = resize(model, state, _kv_bucket(needed, most))
         state = decode(model, base, trainable, state, decoding, limit, enough)
+        # Dispatched before anyone waits: the device goes on while the host looks at answers.
+        if upcoming is not None and fresh is None:
+            fresh = begin(upcoming)
+        yield from complete
         generated, done, needed = _progress(state)
-        for row in np.flatnonzero(done & (owners >= 0)):
-            yield int(owners[row]), generated.row(row)
-            owners[row] = -1
+        rows = np.flatnonzero(done & (owners >= 0))
+        complete = [(int(owners[row]), generated.row(row)) for row in rows]
+        owners[rows] = -1
+    yield from complete
 
 
 def score_answers(

@@ -100,6 +100,23 @@ def record_slots(monkeypatch, least):
     return slots
 
 
+def record_events(monkeypatch):
+    """Returns where it is written in which order the parts are called, and the host waits."""
+    events = []
+
+    def recorded(name, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("prefill", "insert", "decode"):
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    monkeypatch.setattr(module, "_progress", recorded("waited", module._progress))
+    return events
+
+
 def with_answers(tokens, batch=BATCH):
     """The batch with these tokens `[B, N]` behind its prompts, and where they start, `[B]`."""
     rows, new = tokens.shape
@@ -142,7 +159,7 @@ def test_sampled_tokens_have_the_log_probs_of_the_unmodified_model(samples):
 def test_a_cache_that_grows_when_needed_changes_nothing(decoding, monkeypatch):
     expected = run(decoding)
     slots = record_slots(monkeypatch, 4)
-    found = run(decoding)
+    found = run(decoding, every=1)
     assert sorted(set(slots)) == [16, 21]  # prompts of 12, and 9 tokens that are fed
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     # Float32, sums of another length.
@@ -158,6 +175,13 @@ def test_a_stream_shows_prefixes_of_the_whole_answer(samples, every):
     for n, item in zip(shown, items):
         np.testing.assert_array_equal(item.tokens[:, :n], samples.tokens[:, :n])
         assert (item.tokens[:, n:] == PAD).all()
+
+
+def test_a_stream_writes_on_while_its_reader_looks(monkeypatch):
+    events = record_events(monkeypatch)
+    for _ in stream(MODEL, BASE, TRAINABLE, BATCH, PLAIN):
+        events.append("told")
+    assert events == ["prefill", "insert", *["decode", "waited", "told"] * NEW]
 
 
 def test_decoding_needs_no_host_between_tokens():
@@ -401,6 +425,19 @@ class TestAll:
 
         next(generate_all(MODEL, BASE, TRAINABLE, reading(), PLAIN, 4))
         assert sum(read) == 6  # in four rows, and two that wait
+
+    def test_rows_write_on_before_anyone_looks_at_answers(self, monkeypatch):
+        """The next prompts and tokens are dispatched first, so no device waits for the host."""
+        events = record_events(monkeypatch)
+        for _ in generate_all(MODEL, BASE, TRAINABLE, in_turns(2), PLAIN, 4):
+            events.append("told")
+        first = events.index("told")
+        assert events[:first] == [
+            *["prefill", "insert"] * 2,
+            *["decode", "prefill", "waited"],
+            *["insert", "prefill", "insert", "decode", "prefill"],
+        ]
+        assert events[first : first + 5] == ["told"] * 4 + ["waited"]
 
     def test_rows_on_eight_devices_write_what_one_device_does(self, ending):
         expected = run(ending["sampled"], many_prompts(), MANY_NAMES)
