@@ -424,7 +424,7 @@ class TestAll:
                 yield prompts
 
         next(generate_all(MODEL, BASE, TRAINABLE, reading(), PLAIN, 4))
-        assert sum(read) == 6  # in four rows, and two that wait
+        assert sum(read) == 10  # of four rows, the next in them, and two that wait
 
     def test_rows_write_on_before_anyone_looks_at_answers(self, monkeypatch):
         """The next prompts and tokens are dispatched first, so no device waits for the host."""
