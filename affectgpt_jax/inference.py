@@ -86,22 +86,25 @@ class Answers:
 Question = str | Sequence[str]
 
 
-def _each(question: Question) -> tuple[str, ...]:
+def each_question(question: Question) -> tuple[str, ...]:
     return (question,) if isinstance(question, str) else tuple(question)
 
 
-def _together(prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, tuple[int, list[int]]]:
-    """Prompts `[T]` each as one row: what they all begin with, and the rest of each.
+def joined(prompts: Sequence[Example]) -> tuple[Example, tuple[int, list[int]]]:
+    """The prompts about a clip as one row: what they all begin with, and the rest of each.
 
     Returns:
-        The row's tokens, and the sizes of these parts as `grouped_row` takes them. Of every prompt
-        one token or more is the rest.
+        The row, and the sizes of these parts as `grouped_row` takes them: one token or more of
+        every prompt is the rest. A single prompt is its own row, without any rest.
     """
-    least = min(map(len, prompts)) - 1
-    equal = np.all([p[:least] == prompts[0][:least] for p in prompts], axis=0)
+    if len(prompts) == 1:
+        return prompts[0], (len(prompts[0]), [])
+    parts = [prompt.tokens for prompt in prompts]
+    least = min(map(len, parts)) - 1
+    equal = np.all([part[:least] == parts[0][:least] for part in parts], axis=0)
     start = least if equal.all() else int(equal.argmin())
-    tokens = np.concatenate([prompts[0][:start], *(prompt[start:] for prompt in prompts)])
-    return tokens, (start, [len(prompt) - start for prompt in prompts])
+    tokens = np.concatenate([parts[0][:start], *(part[start:] for part in parts)])
+    return Example(tokens, len(tokens)), (start, [len(part) - start for part in parts])
 
 
 def prompt_batches(
@@ -121,19 +124,14 @@ def prompt_batches(
 
     The other arguments, and what is yielded, are those of `sequential_batches`.
     """
-    if len(asked) == 1:
-        yield from sequential_batches(
-            dataset, processor, asked[0], rows, num_buckets, feature_from, length=length
-        )
-        return
-    together = [_together([example.tokens for example in clip]) for clip in zip(*asked)]
-    examples = [Example(tokens, len(tokens)) for tokens, _ in together]
+    rows_of_clips = [joined(clip) for clip in zip(*asked, strict=True)]
+    examples = [example for example, _ in rows_of_clips]
     batches = sequential_batches(
         dataset, processor, examples, rows, num_buckets, feature_from, length=length
     )
     for numbers, batch in batches:
-        for row, clip in enumerate(numbers):
-            positions, segment_ids = grouped_row(*together[clip][1])
+        for row, clip in enumerate(numbers if len(asked) > 1 else ()):
+            positions, segment_ids = grouped_row(*rows_of_clips[clip][1])
             batch["positions"][row, : len(positions)] = positions
             batch["segment_ids"][row, : len(segment_ids)] = segment_ids
         yield numbers, batch
@@ -150,7 +148,7 @@ class Generator:
         batch_size: answers that are generated at a time, or a few more.
         max_new_tokens: limit of an answer.
         num_buckets: the number of prompt lengths, each of which costs compilation.
-        prompt_length: of all prompts instead, which are padded to it.
+        prompt_length: of all rows of prompts instead, which are padded to it.
         sampling: how tokens are chosen; greedy by default.
         group: answers to each prompt, which share its prefill; so do several questions about a clip
             what their prompts begin with.
@@ -179,7 +177,7 @@ class Generator:
         merge_lora: bool = False,
         pulse: Callable[[], None] = lambda: None,
     ):
-        self._model, self._base, self._processor, self._mesh = model, base, processor, mesh
+        self.model, self._base, self.processor, self.mesh = model, base, processor, mesh
         self._num_buckets, self._prompt_length = num_buckets, prompt_length
         self._seed, self._pulse, self.group = seed, pulse, group
         # Without adapters, and beside quantized kernels, there is nothing to merge.
@@ -187,7 +185,7 @@ class Generator:
         self._batch_size = batch_size
         tokenizer, end = processor.tokenizer, processor.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
-        self._decoding = Decoding(
+        self.decoding = Decoding(
             max_new_tokens, tuple(sorted(stops)), tokenizer.end_id, sampling, log_probs
         )
 
@@ -215,7 +213,7 @@ class Generator:
         Raises:
             DataError: a clip that cannot be asked; the message names it.
         """
-        found, total = {}, len(dataset) * len(_each(question)) * self.group
+        found, total = {}, len(dataset) * len(each_question(question)) * self.group
         progress(0, total)
         for number, answer in self.answers(trainable, dataset, question, feature_from):
             found[number] = answer
@@ -242,16 +240,16 @@ class Generator:
         seed: int | None = None,
     ) -> Iterator[tuple[int, Generated]]:
         """The same as tokens, NumPy arrays of one row; `seed` may be another one."""
-        questions = _each(question)
+        questions = each_question(question)
         width = len(questions) * self.group
         rows, prefill_batch = rows_and_prefill_batch(
-            -(-self._batch_size // width), data_parallel_size(self._mesh)
+            -(-self._batch_size // width), data_parallel_size(self.mesh)
         )
         return generate_all(
-            self._model,
-            *self._weights(trainable),
+            self.model,
+            *self.weights(trainable),
             self._prompts(dataset, questions, prefill_batch, feature_from),
-            self._decoding,
+            self.decoding,
             rows * width,
             seed=self._seed if seed is None else seed,
         )
@@ -271,11 +269,11 @@ class Generator:
         Returns:
             `P * group` answers, those to one prompt side by side.
         """
-        ids = shard_whole_batch(self._mesh, identities(self._names(names, (question,))))
+        ids = shard_whole_batch(self.mesh, identities(self._names(names, (question,))))
         size = len(names) * self.group
         prompts = [Prompts(np.arange(size), batch, ids)]
-        weights = self._weights(trainable)
-        found = dict(generate_all(self._model, *weights, prompts, self._decoding, size, seed=seed))
+        weights = self.weights(trainable)
+        found = dict(generate_all(self.model, *weights, prompts, self.decoding, size, seed=seed))
         return [found[number] for number in range(size)]
 
     def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
@@ -288,20 +286,18 @@ class Generator:
         Raises:
             DataError: the clip cannot be asked.
         """
-        [prompts] = self._prompts(clip, (question,), data_parallel_size(self._mesh))
-        weights, settings = self._weights(trainable), {"seed": self._seed, "rows": prompts.rows}
-        for generated in stream(self._model, *weights, prompts.batch, self._decoding, **settings):
+        [prompts] = self._prompts(clip, (question,), data_parallel_size(self.mesh))
+        weights, settings = self.weights(trainable), {"seed": self._seed, "rows": prompts.rows}
+        for generated in stream(self.model, *weights, prompts.batch, self.decoding, **settings):
             first = generated.row(0)
-            answer = self.read(first)
-            complete = first.ended or answer.tokens == self._decoding.max_new_tokens
-            settled = _settled(answer.text, self._processor.prompts.end)
-            yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
+            complete = first.ended or first.counts == self.decoding.max_new_tokens
+            yield self.read(first) if complete else self.read_unfinished(first)
 
-    def _weights(self, trainable: Any) -> tuple[Any, Any]:
+    def weights(self, trainable: Any) -> tuple[Any, Any]:
         """Base and trainable for generation, with LoRA merged if asked for."""
         if not self._merge_lora:
             return self._base, trainable
-        merged = merge(self._base, trainable["lora"], self._model.decoder.lora.scale)
+        merged = merge(self._base, trainable["lora"], self.model.decoder.lora.scale)
         return merged, {**trainable, "lora": {}}
 
     def _prompts(
@@ -313,8 +309,8 @@ class Generator:
     ) -> Iterator[Prompts]:
         batches = prompt_batches(
             dataset,
-            self._processor,
-            [self._processor.prompt_examples(dataset, question) for question in questions],
+            self.processor,
+            [self.processor.prompt_examples(dataset, question) for question in questions],
             rows,
             self._num_buckets,
             feature_from,
@@ -326,7 +322,7 @@ class Generator:
             names = self._names([dataset.index[i].name for i in numbers], questions)
             names += [""] * (rows * width - len(names))
             numbers = (numbers[:, None] * width + np.arange(width)).ravel()
-            batch, ids = shard_whole_batch(self._mesh, (batch, identities(names)))
+            batch, ids = shard_whole_batch(self.mesh, (batch, identities(names)))
             yield Prompts(numbers, batch, ids, questions=len(questions))
 
     def _names(self, clips: Sequence[str], questions: Sequence[str]) -> list[str]:
@@ -334,11 +330,17 @@ class Generator:
         places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
         return [f"{name}\n{q}{place}" for name in clips for q in questions for place in places]
 
+    def read_unfinished(self, generated: Generated) -> Answer:
+        """The answer in one row so far, without what later tokens could change."""
+        answer = self.read(generated)
+        text = _settled(answer.text, self.processor.prompts.end)
+        return dataclasses.replace(answer, text=text, cut=False)
+
     def read(self, generated: Generated) -> Answer:
         """The answer in one row."""
         count = int(generated.counts)
-        text = self._processor.tokenizer.decode(generated.tokens[:count])
-        text, mark, _ = text.partition(self._processor.prompts.end)
+        text = self.processor.tokenizer.decode(generated.tokens[:count])
+        text, mark, _ = text.partition(self.processor.prompts.end)
         log_probs = generated.log_probs
         return Answer(
             text=text,
@@ -480,7 +482,7 @@ def agreed_answers(
     Number i * questions + q is that of question q about clip i. Tokens are those of the whole
     group, which was cut if one of its answers was.
     """
-    questions = _each(question)
+    questions = each_question(question)
     groups: dict[int, dict[int, Answer]] = {}
     for number, answer in generator.answers(trainable, dataset, questions):
         asked, place = divmod(number, generator.group)
@@ -513,7 +515,7 @@ def read_labels(
     return [processor.prompts.read_labels(text, question) for text in answers.texts]
 
 
-def _truth(dataset: Records, question: str) -> list[str]:
+def truths(dataset: Records, question: str) -> list[str]:
     """The true label of every clip; empty where it has none."""
     if question == "sentiment":
         return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
@@ -525,14 +527,14 @@ def score_labels(
 ) -> dict[str, float]:
     """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
     return {
-        "hit": metrics.hit_rate(labels, _truth(dataset, question), max_labels=1),
+        "hit": metrics.hit_rate(labels, truths(dataset, question), max_labels=1),
         "labels_per_clip": metrics.labels_per_clip(labels),
     }
 
 
 def without_truth(dataset: Records, question: str = "ovlabel") -> int:
     """The number of clips without the true label that a question is scored against."""
-    return sum(not word for word in _truth(dataset, question))
+    return sum(not word for word in truths(dataset, question))
 
 
 def write_predictions(

@@ -107,7 +107,10 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         metavar="FILE",
         help="write the plan to a file as JSON; without a file, print it in place of the report",
     )
+    cli.add_download_flag(add)
     config, arguments = parse_command_line(argv, parser)
+    if arguments.download:
+        build.base_config(config.llm, download=True)
     if arguments.shape:
         named = [
             *(f"--{flag}" for flag in ("length", "targets") if getattr(arguments, flag)),

@@ -22,6 +22,11 @@ from affectgpt_jax.common.json import parse_json
 
 from .clips import Clip
 
+# The store's folder in the directory of the records, and beside the blocks: where the weights of
+# the encoders are, by kind.
+BLOCKS = ".blocks"
+PLACES = "encoders.json"
+
 
 def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:
     """Name of the block file for these settings and clips."""
