@@ -192,7 +192,9 @@ class LiveAnswers:
         names = [f"{prompt.record.name}\n{prompt.question}" for prompt in prompts]
         limits = np.array([prompt.max_new_tokens for prompt in prompts] + [0] * filler, np.int32)
         placed = (batch, identities(names + [""] * filler), limits)
-        return Prompts(np.asarray(numbers, int), *shard_whole_batch(self._generator.mesh, placed))
+        return Prompts(
+            np.asarray(numbers, int), *shard_whole_batch(self._generator.mesh, placed)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ class Examination:
 def prompt_length(
     processor: PromptProcessor, question: Question, datasets: Sequence[Records]
 ) -> int:
-    """Tokens of a row that holds the prompts of any of these clips, of several questions together."""
+    """Tokens of a row that holds all prompts of any of these clips."""
     lengths = [
         len(joined(prompts)[0])
         for dataset in datasets

@@ -214,9 +214,7 @@ def start_engine(run: Run, clips: asking.Records, arguments: argparse.Namespace)
         lengths=lengths,
         shapes=feature_shapes(run.processor.features, [clips]),
     )
-    with Elapsed(
-        f"compiling for {live.rows} answers at a time", stream=sys.stderr, quiet_s=QUIET_S
-    ):
+    with Elapsed(f"compiling for {live.rows} answers at a time", stream=sys.stderr, quiet_s=QUIET_S):
         live.warm_up()
     sizes = ", ".join(map(str, lengths))
     say(f"warm: {live.rows} answers at a time; prompts of {sizes} tokens; nothing more compiles")

@@ -333,9 +333,7 @@ class Service:
         if asked.clip is None:
             return (await self._seen(asked.files)).record
         if asked.clip not in self._uploaded:
-            raise RequestError(
-                f"there is no clip {shorten(asked.clip)} any more; send it anew", 404
-            )
+            raise RequestError(f"there is no clip {shorten(asked.clip)} any more; send it anew", 404)
         self._uploaded.move_to_end(asked.clip)
         return self._uploaded[asked.clip]
 
