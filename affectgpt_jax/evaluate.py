@@ -185,7 +185,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
     add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
-    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
     add(
         "--max-new-tokens",
         type=int,

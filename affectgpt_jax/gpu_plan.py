@@ -25,7 +25,7 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.progress import LiveLine, duration
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.planner import Planner
-from affectgpt_jax.training import gpu_compile, roofline, sharding, xla_options
+from affectgpt_jax.training import gpu_compile, hlo_traffic, roofline, sharding, xla_options
 from affectgpt_jax.training.devices import DEVICES
 from affectgpt_jax.training.gpu_compile import CompilerError
 
@@ -53,8 +53,10 @@ def describe(request: Request) -> dict[str, Any]:
     """Compile a step and describe it, see `gpu_compile.read`, together with its floor.
 
     Returns:
-        What `gpu_compile.read` does, and `compile_s`; `tflop`, of the model; `floor_ms`, see
-        `roofline.compiled_floor`; `tokens_per_s` and `mfu` there. All of one device.
+        What `gpu_compile.read` does, each of `collectives` with `ms` and `alone_ms` a step, see
+        `roofline.sent_times`; their sums `network_ms` and `network_alone_ms`; `compile_s`; `tflop`,
+        of the model; `floor_ms`, see `roofline.compiled_floor`; `tokens_per_s` and `mfu` there. All
+        of one device.
 
     Raises:
         CompilerError: the compiler refuses it.
@@ -80,11 +82,20 @@ def describe(request: Request) -> dict[str, Any]:
 
     share = config.batch_size / request.devices
     flops = type(planner.flops())(*(share * f for f in planner.flops()))
-    moved = 1e9 * (found["moved_gb"] - found["matmul_gb"] - found["attention_gb"])
+    shape = roofline.Shape(*sharding.parse_mesh(config.mesh, request.devices))
+    network = alone = 0.0
+    for each in found["collectives"]:
+        times = roofline.sent_times(hlo_traffic.Sent(**each), shape, device, config.dtype)
+        each["ms"], each["alone_ms"] = (1e3 * seconds for seconds in times)
+        network, alone = network + times[0], alone + times[1]
+    elsewhere = ("matmul_gb", "attention_gb", "collective_gb")
+    moved = 1e9 * (found["moved_gb"] - sum(found[kind] for kind in elsewhere))
     floor = roofline.compiled_floor(
-        flops, request.remat, moved, device, config.dtype, config.base_precision
+        flops, request.remat, moved, device, config.dtype, config.base_precision, alone
     )
     return found | {
+        "network_ms": 1e3 * network,
+        "network_alone_ms": 1e3 * alone,
         "jax": jax.__version__,
         "remat": request.remat,
         "compile_s": seconds,

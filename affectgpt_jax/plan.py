@@ -488,12 +488,19 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
         part = found["kinds"][kind]
         if part["launches"]:
             ms = "" if kind in ("matmul", "attention") else f"{1e12 * part['gb'] / bandwidth:10.1f}"
+            if kind == "collective":  # what limits them is not the memory
+                ms = f"{found['network_ms']:10.1f}"
             yield f"  {words:<30} {part['launches']:8,} {part['gb']:9.1f}{ms}"
     yield f"  {'all':<30} {found['launches']:8,} {found['moved_gb']:9.1f}"
     yield (
         f"  floor {_ms(1e-3 * found['floor_ms'])}: {found['tflop']:,.1f} TFLOP at "
         f"{MATMUL_SHARE:.0%} of the peak, and all other launches' bytes at {BANDWIDTH_SHARE:.0%} "
         "of the bandwidth"
+        + (
+            f", of collectives {found['network_alone_ms']:.1f} ms that nothing hides"
+            if found["collectives"]
+            else ""
+        )
     )
     yield (
         f"  there {found['tokens_per_s']:,.0f} tokens/s and {found['mfu']:.0%} MFU a device; "
@@ -503,7 +510,8 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
         where = "in a loop" if c["in_loop"] else "once"
         yield (
             f"  {c['count']:6,} {c['kind']:<18} over {'+'.join(c['axes']):<12} of "
-            f"{c['bytes'] / 1e6:10.3f} MB, {where}, beside {c['overlapped_by']} large matmuls"
+            f"{c['bytes'] / 1e6:10.3f} MB, {where}, beside {c['overlapped_by']} large matmuls: "
+            f"{c['ms']:.2f} ms by the links, {c['alone_ms']:.2f} alone"
         )
 
 

@@ -142,7 +142,7 @@ def describe(arguments: argparse.Namespace) -> None:
     unseen = how.as_records(
         [Record(name=c.name, subtitle=subtitles.get(c.name, ""), features={}) for c in clips]
     )
-    longest = max(prompt_length(run.processor, question, [unseen]) for question in questions)
+    longest = prompt_length(run.processor, questions, [unseen])
 
     run = run.with_weights()
     with Elapsed("reading the encoders", stream=sys.stderr, quiet_s=QUIET_S):
@@ -152,6 +152,7 @@ def describe(arguments: argparse.Namespace) -> None:
         unseen,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        questions=len(questions),
         sampling=arguments.sampling,
         group=arguments.consensus or 1,
         seed=arguments.seed,
