@@ -20,9 +20,9 @@ from affectgpt_jax.data.pipeline import (
 )
 from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.program import Program
+from affectgpt_jax.training.loop import Validation
+from affectgpt_jax.training.metrics_writer import SAMPLES, Sample
 from affectgpt_jax.training.sharding import shard_whole_batch
-
-Validation = Callable[[Any], dict[str, float]]
 
 
 def question_for_test_set(config: ConfigDict) -> str:
@@ -73,7 +73,8 @@ def make_validation(
     pulse: Callable[[], None],
     progress: inference.Progress = inference.silent,
 ) -> Validation:
-    """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true answer.
+    """Scores `val/loss` and `val/hit`, and a few answers; both of these where clips name a true
+    answer.
 
     Of several components, the loss is that of all tokens together, and every component has its own
     beside it, `val/loss/NAME` and `val/hit/NAME`.
@@ -91,8 +92,8 @@ def make_validation(
     """
     parts = {c.name: _validation_set(program.config, c, generators, progress) for c in components}
 
-    def validate(trainable: Any) -> dict[str, float]:
-        sums, scores = {}, {}
+    def validate(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
+        sums, scores, samples = {}, {}, []
         for name, (batches, hit) in parts.items():
             device_sums = []
             for batch in batches():
@@ -102,12 +103,13 @@ def make_validation(
             sums[name] = np.sum(jax.device_get(device_sums), axis=0)
             suffix = f"/{name}" if len(parts) > 1 else ""
             if hit is not None:
-                scores[f"val/hit{suffix}"] = hit(trainable)
+                scores[f"val/hit{suffix}"], found = hit(trainable)
+                samples += found
             if suffix:
                 total, tokens = sums[name]
                 scores[f"val/loss{suffix}"] = float(total / tokens)
         total, tokens = np.sum(list(sums.values()), axis=0)
-        return {"val/loss": float(total / tokens), **scores}
+        return {"val/loss": float(total / tokens), **scores}, samples
 
     return validate
 
@@ -117,8 +119,8 @@ def _validation_set(
     component: MixtureComponent,
     generators: Mapping[InputMode, inference.Generator],
     progress: inference.Progress,
-) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], float] | None]:
-    """The batches of a validation set, and its hit rate if it has one.
+) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], tuple[float, list[Sample]]] | None]:
+    """The batches of a validation set, and its hit rate and first answers if it has one.
 
     Clips alternate between the label types, the same ones every time.
     """
@@ -146,11 +148,13 @@ def _validation_set(
     if question is None or inference.without_truth(dataset, question):
         return batches, None
 
-    def hit(trainable: Any) -> float:
+    def hit(trainable: Any) -> tuple[float, list[Sample]]:
         generator = generators[processor.mode]
         answers = generator.answer(trainable, dataset, question, progress=progress)
         labels = inference.read_labels(processor, answers, question)
-        return inference.score_labels(dataset, labels, question)["hit"]
+        rate = inference.score_labels(dataset, labels, question)["hit"]
+        shown = zip(dataset.index[:SAMPLES], answers.texts, inference.truths(dataset, question))
+        return rate, [Sample(entry.name, text, true) for entry, text, true in shown]
 
     return batches, hit
 

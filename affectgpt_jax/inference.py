@@ -119,7 +119,7 @@ class Generator:
         merge_lora: bool = False,
         pulse: Callable[[], None] = lambda: None,
     ):
-        self._model, self._base, self._processor, self._mesh = model, base, processor, mesh
+        self.model, self._base, self.processor, self.mesh = model, base, processor, mesh
         self._num_buckets, self._prompt_length = num_buckets, prompt_length
         self._seed, self._pulse, self.group = seed, pulse, group
         # Without adapters, and beside quantized kernels, there is nothing to merge.
@@ -130,7 +130,7 @@ class Generator:
         self._rows = prompts * group
         tokenizer, end = processor.tokenizer, processor.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
-        self._decoding = Decoding(
+        self.decoding = Decoding(
             max_new_tokens, tuple(sorted(stops)), tokenizer.end_id, sampling, log_probs
         )
 
@@ -185,10 +185,10 @@ class Generator:
     ) -> Iterator[tuple[int, Generated]]:
         """The same as tokens, NumPy arrays of one row; `seed` may be another one."""
         return generate_all(
-            self._model,
-            *self._weights(trainable),
+            self.model,
+            *self.weights(trainable),
             self._prompts(dataset, question, feature_from),
-            self._decoding,
+            self.decoding,
             self._rows,
             seed=self._seed if seed is None else seed,
         )
@@ -208,11 +208,11 @@ class Generator:
         Returns:
             `P * group` answers, those to one prompt side by side.
         """
-        ids = shard_whole_batch(self._mesh, identities(self._names(names, question)))
+        ids = shard_whole_batch(self.mesh, identities(self._names(names, question)))
         size = len(names) * self.group
         prompts = [Prompts(np.arange(size), batch, ids)]
-        weights = self._weights(trainable)
-        found = dict(generate_all(self._model, *weights, prompts, self._decoding, size, seed=seed))
+        weights = self.weights(trainable)
+        found = dict(generate_all(self.model, *weights, prompts, self.decoding, size, seed=seed))
         return [found[number] for number in range(size)]
 
     def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
@@ -226,28 +226,26 @@ class Generator:
             DataError: the clip cannot be asked.
         """
         [(_, batch, rows, _)] = self._prompts(clip, question)
-        weights, settings = self._weights(trainable), {"seed": self._seed, "rows": rows}
-        for generated in stream(self._model, *weights, batch, self._decoding, **settings):
+        weights, settings = self.weights(trainable), {"seed": self._seed, "rows": rows}
+        for generated in stream(self.model, *weights, batch, self.decoding, **settings):
             first = generated.row(0)
-            answer = self.read(first)
-            complete = first.ended or answer.tokens == self._decoding.max_new_tokens
-            settled = _settled(answer.text, self._processor.prompts.end)
-            yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
+            complete = first.ended or first.counts == self.decoding.max_new_tokens
+            yield self.read(first) if complete else self.read_unfinished(first)
 
-    def _weights(self, trainable: Any) -> tuple[Any, Any]:
+    def weights(self, trainable: Any) -> tuple[Any, Any]:
         """Base and trainable for generation, with LoRA merged if asked for."""
         if not self._merge_lora:
             return self._base, trainable
-        merged = merge(self._base, trainable["lora"], self._model.decoder.lora.scale)
+        merged = merge(self._base, trainable["lora"], self.model.decoder.lora.scale)
         return merged, {**trainable, "lora": {}}
 
     def _prompts(
         self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
     ) -> Iterator[Prompts]:
-        examples = self._processor.prompt_examples(dataset, question)
+        examples = self.processor.prompt_examples(dataset, question)
         batches = sequential_batches(
             dataset,
-            self._processor,
+            self.processor,
             examples,
             self._prefill_batch,
             self._num_buckets,
@@ -259,18 +257,24 @@ class Generator:
             names = self._names([dataset.index[i].name for i in numbers], question)
             names += [""] * (self._prefill_batch * self.group - len(names))
             numbers = (numbers[:, None] * self.group + np.arange(self.group)).ravel()
-            yield Prompts(numbers, *shard_whole_batch(self._mesh, (batch, identities(names))))
+            yield Prompts(numbers, *shard_whole_batch(self.mesh, (batch, identities(names))))
 
     def _names(self, clips: Sequence[str], question: str) -> list[str]:
         """What tells the answers to these clips apart, those of a group side by side."""
         places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
         return [f"{name}\n{question}{place}" for name in clips for place in places]
 
+    def read_unfinished(self, generated: Generated) -> Answer:
+        """The answer in one row so far, without what later tokens could change."""
+        answer = self.read(generated)
+        text = _settled(answer.text, self.processor.prompts.end)
+        return dataclasses.replace(answer, text=text, cut=False)
+
     def read(self, generated: Generated) -> Answer:
         """The answer in one row."""
         count = int(generated.counts)
-        text = self._processor.tokenizer.decode(generated.tokens[:count])
-        text, mark, _ = text.partition(self._processor.prompts.end)
+        text = self.processor.tokenizer.decode(generated.tokens[:count])
+        text, mark, _ = text.partition(self.processor.prompts.end)
         log_probs = generated.log_probs
         return Answer(
             text=text,
@@ -442,7 +446,7 @@ def read_labels(
     return [processor.prompts.read_labels(text, question) for text in answers.texts]
 
 
-def _truth(dataset: Records, question: str) -> list[str]:
+def truths(dataset: Records, question: str) -> list[str]:
     """The true label of every clip; empty where it has none."""
     if question == "sentiment":
         return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
@@ -454,14 +458,14 @@ def score_labels(
 ) -> dict[str, float]:
     """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
     return {
-        "hit": metrics.hit_rate(labels, _truth(dataset, question), max_labels=1),
+        "hit": metrics.hit_rate(labels, truths(dataset, question), max_labels=1),
         "labels_per_clip": metrics.labels_per_clip(labels),
     }
 
 
 def without_truth(dataset: Records, question: str = "ovlabel") -> int:
     """The number of clips without the true label that a question is scored against."""
-    return sum(not word for word in _truth(dataset, question))
+    return sum(not word for word in truths(dataset, question))
 
 
 def write_predictions(

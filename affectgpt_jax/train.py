@@ -29,6 +29,7 @@ from affectgpt_jax.config import (
     save_config,
     saved_steps,
 )
+from affectgpt_jax.data.modalities import modalities_in_words
 from affectgpt_jax.data.pipeline import TrainPipeline
 from affectgpt_jax.program import check_rows, compiler_options, make_program
 from affectgpt_jax.trainer_command import TrainerCommand, add_flags
@@ -218,24 +219,26 @@ def train(
                 session.writer.write(config.steps, {"test/hit": result["hit"]})
             else:
                 say("not scored: " + result["not_scored"])
-    times = clock.report()
-    result |= {"wall_s": sum(times.values()), "time_s": times}
+        times = clock.report()
+        result |= {"wall_s": sum(times.values()), "time_s": times}
+        if group.is_main_process:
+            write_json(workdir / "result.json", result)
+        session.draw(config.steps, references(config, result))
     if group.is_main_process:
-        report(config, workdir, result)
         print(clock.table())
         print(summary(config, workdir, result))
     return result
 
 
-def report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> None:
-    """Write `result.json` and plot the run."""
-    write_json(workdir / "result.json", result)
-    ceiling = result.get("ceilings", {}).get(build.input_mode(config).name)
-    metrics_writer.plot_run(
-        workdir / "metrics.jsonl",
-        workdir / "run.png",
-        ceilings=ceiling and {"ceiling": ceiling},
-    )
+def references(config: ConfigDict, result: dict[str, Any]) -> dict[str, float]:
+    """What the picture of a run sets its hit rate beside; its own ceiling first."""
+    ceilings = dict(result.get("ceilings", {}))
+    own = ceilings.pop(build.input_mode(config).name, None)
+    found = {} if own is None else {"ceiling": own}
+    found |= {f"ceiling, {modalities_in_words(mode)}": ceilings[mode] for mode in ceilings}
+    if "hit_features_shuffled" in result:
+        found["control: shuffled features"] = result["hit_features_shuffled"]
+    return found
 
 
 def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
@@ -258,7 +261,7 @@ def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
         if "hit_features_shuffled" in result:
             rows.append(("control: shuffled features", f"{result['hit_features_shuffled']:.3f}"))
         rows += [
-            (f"ceiling with {mode.removeprefix('multi_').replace('_', ' + ')}", f"{value:.3f}")
+            (f"ceiling with {modalities_in_words(mode)}", f"{value:.3f}")
             for mode, value in ceilings.items()
         ]
         if result["answers_cut"]:

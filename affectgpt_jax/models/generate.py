@@ -667,6 +667,98 @@ def generate_all(
             owners[row] = -1
 
 
+class LiveRows:
+    """Rows that take prompts at any time, and write a few tokens at a time: for a server.
+
+    What `generate_all` does for prompts that are known, for those that are yet to come. The cache
+    has room for whole answers from the start, so that each program is compiled once for every
+    length of prompts (see `put`), and never again.
+
+    Attributes:
+        steps: tokens that have been written one after another, by all rows together, but for the
+            first of every answer.
+
+    Args:
+        model, base, trainable, decoding: as for `prefill`.
+        size: rows.
+    """
+
+    def __init__(
+        self, model: AffectGPT, base: Any, trainable: Any, decoding: Decoding, size: int
+    ) -> None:
+        self._model, self._weights, self._decoding = model, (base, trainable), decoding
+        self._owners = np.full(size, -1)  # whose answer each row writes
+        self._counts = np.zeros(size, np.int32)  # tokens that each has, as far as the host knows
+        self._state: DecodeState | None = None
+        self._longest = self.steps = 0
+
+    @property
+    def free(self) -> int:
+        """Rows without an answer."""
+        return int((self._owners < 0).sum())
+
+    def put(self, prompts: Prompts, seed: int = 0) -> None:
+        """Give prompts to free rows, which writes their first tokens.
+
+        Args:
+            prompts: P at a time, always as many; those in use have rows, no more than are free.
+                The first ones are the longest.
+            seed: of sampling, 0 to 2^32 - 1.
+
+        Raises:
+            ValueError: more prompts than free rows, or longer ones than the first.
+        """
+        size, length = len(self._owners), prompts.batch["tokens"].shape[1]
+        self._longest = self._longest or length
+        if len(prompts.numbers) > self.free or length > self._longest:
+            raise ValueError(
+                f"{len(prompts.numbers)} prompts of {length} tokens; expected at most {self.free}, "
+                f"and no longer ones than the {self._longest} tokens of the first"
+            )
+        model, decoding = self._model, self._decoding
+        fresh = prefill(
+            *(model, *self._weights, prompts.batch, decoding),
+            *(np.uint32(seed), prompts.rows, prompts.limits),
+        )
+        if self._state is None:
+            self._state = init_decode_state(fresh, size, decoding)
+        taken = np.flatnonzero(self._owners < 0)[: len(prompts.numbers)]
+        places = size + np.arange(len(fresh.lengths), dtype=np.int32)  # nowhere, for filler
+        places[: len(taken)] = taken
+        self._state = insert(model, self._state, fresh, decoding, places)
+        self._owners[taken], self._counts[taken] = prompts.numbers, 1
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Have the rows of these answers write no more, and free them."""
+        rows = np.isin(self._owners, list(numbers))
+        self._state = _stopped(self._model, self._state, rows)
+        self._owners[rows] = -1
+
+    def write(self, steps: int) -> list[tuple[int, Generated, bool]]:
+        """Write up to `steps` tokens more to every answer; rows of complete ones become free.
+
+        Returns:
+            Of every answer its number, what is written (a row of NumPy arrays), and whether it is
+            complete.
+        """
+        self._state = decode(
+            self._model, *self._weights, self._state, self._decoding, np.int32(steps)
+        )
+        generated, done, _ = _progress(self._state)
+        used = np.flatnonzero(self._owners >= 0)
+        self.steps += int((generated.counts - self._counts)[used].max(initial=0))
+        self._counts = generated.counts
+        found = [(int(self._owners[i]), generated.row(i), bool(done[i])) for i in used]
+        self._owners[used[done[used]]] = -1
+        return found
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _stopped(model: AffectGPT, state: DecodeState, rows: jax.Array) -> DecodeState:
+    """The same state, in which the rows that `rows` `[B]` bool marks write no more."""
+    return _laid_out(model, state._replace(limits=jnp.where(rows, 0, state.limits)))
+
+
 def score_answers(
     model: AffectGPT, base: Any, trainable: Any, batch: Batch
 ) -> tuple[jax.Array, jax.Array]:
