@@ -25,6 +25,7 @@ from data_prep.extractor import Extractor, extraction_of
 
 README = Path(extract.__file__).with_name("README.md")
 CLIPS = {"train": 20, "test": 6}
+ENCODERS = {"video": "clip", "audio": "hubert"}
 EMOTIONS = ("amused", "furious")  # words that the tiny base knows
 
 
@@ -223,4 +224,16 @@ def test_encoders_are_found_by_what_they_hold(folder, capsys, tmp_path):
         _, _, status = described(folder, capsys, "new.mp4")
     finally:
         places.write_text(kept)
+    # The run has kept what its records say of them.
+    records = folder / "records" / "train"
+    records.rename(folder / "moved")
+    try:
+        where = [f"--{kind}={folder}/models/{name}" for kind, name in ENCODERS.items()]
+        _, said, _ = described(folder, capsys, "none.mp4", *where)
+        _, _, refused = described(folder, capsys, "none.mp4", where[0], f"--audio={other}")
+        _, found, _ = described(folder, capsys, "none.mp4", "--records=moved")
+    finally:
+        (folder / "moved").rename(records)
+    assert "none: not answered: no such file" in said and "none: not answered" in found
+    assert "holds a clip_vision_model by its config.json, expected hubert" in refused
     assert re.search(r"video encoder clip:clip \(sha256 .*\), but .*: --video DIR", status)
