@@ -203,7 +203,7 @@ class _Kept(TypedDict):
 
 
 def _is_gone(run: Run, place: str) -> bool:
-    """Whether the records of a source string are not there, or are TFDS's, which name no encoder."""
+    """Whether the records of a source string are not there; those of TFDS name no encoder."""
     if demo.world_seed(place, run.config.demo_seed) is not None:
         return False
     return not (Path(place).expanduser() / MANIFEST_FILE).is_file()
