@@ -1,4 +1,4 @@
-"""The page and the API of `affectgpt serve`: a Starlette application around a running `live.Engine`.
+"""The page and the API of `affectgpt serve`: a Starlette application around a `live.Engine`.
 
 Nothing is served but the three files of the page, which lie in memory, and what is said here of
 records and clips. Requests of other hosts' pages are refused, and so are names that lead here by
@@ -333,7 +333,9 @@ class Service:
         if asked.clip is None:
             return (await self._seen(asked.files)).record
         if asked.clip not in self._uploaded:
-            raise RequestError(f"there is no clip {shorten(asked.clip)} any more; send it anew", 404)
+            raise RequestError(
+                f"there is no clip {shorten(asked.clip)} any more; send it anew", 404
+            )
         self._uploaded.move_to_end(asked.clip)
         return self._uploaded[asked.clip]
 
