@@ -36,7 +36,7 @@ from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.modalities import MODALITIES
+from affectgpt_jax.data.modalities import MODALITIES, modalities_in_words
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
 from affectgpt_jax.evaluation.chat_server import ChatServer
@@ -508,7 +508,7 @@ def open_set(
     references = {}
     if task == "words":
         references = {
-            f"ceiling with {name.replace('_', ' + ')}": value
+            f"ceiling with {modalities_in_words(name)}": value
             for name, value in dataset.ceilings(processor.mode.name).items()
         }
     return TestSet(place.name, task, dataset, truth, references)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -16,12 +15,14 @@ from jax.sharding import Mesh
 
 from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.json import ResumableJsonl
+from affectgpt_jax.common.tables import write_csv
 from affectgpt_jax.common.text import json_line
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import PromptSet, sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.consensus import consensus
+from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch
 from affectgpt_jax.models.generate import (
@@ -446,40 +447,83 @@ def read_labels(
     return [processor.prompts.read_labels(text, question) for text in answers.texts]
 
 
-def _truth(dataset: Records, question: str) -> list[str]:
-    """The true label of every clip; empty where it has none."""
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What the answers about clips are scored against, and how.
+
+    Attributes:
+        metric: "hit", the share of clips whose one true word is the first label, or "f", the F
+            score of lists of labels on the emotion wheels that ship (`metrics.score_fine`).
+        each: the true words of every clip; () where it has none, which "f" leaves out.
+    """
+
+    metric: str
+    each: Sequence[tuple[str, ...]]
+
+    @property
+    def clips(self) -> int:
+        """The number of clips that are scored."""
+        return sum(map(bool, self.each))
+
+    def score(self, labels: Sequence[Sequence[str]]) -> dict[str, float]:
+        """`hit`, or `f`, `p` and `r`; upper and lower case are alike."""
+        if self.metric == "hit":
+            return {"hit": metrics.hit_rate(labels, [w for (w,) in self.each], max_labels=1)}
+        return dict(metrics.score_fine(labels, self.each, load_lexicon()).values)
+
+    def interval(self, labels: Sequence[Sequence[str]]) -> tuple[float, float]:
+        """The 95 % bootstrap interval of "f" over the clips."""
+        found = metrics.bootstrap(metrics.score_fine(labels, self.each, load_lexicon()))["f"]
+        return found.low, found.high
+
+
+def truth_of(dataset: Records, question: str) -> Truth | str:
+    """What the answers to a question out of `SCORED` are scored against, or why they are not.
+
+    Where every clip has the one true word that the question asks for, that is it. Otherwise it is
+    lists of labels, where the question asks for them and clips have some.
+    """
     if question == "sentiment":
-        return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
-    return [entry.emotion.strip().lower() for entry in dataset.index]
-
-
-def score_labels(
-    dataset: Records, labels: Sequence[Sequence[str]], question: str = "ovlabel"
-) -> dict[str, float]:
-    """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
-    return {
-        "hit": metrics.hit_rate(labels, _truth(dataset, question), max_labels=1),
-        "labels_per_clip": metrics.labels_per_clip(labels),
-    }
-
-
-def without_truth(dataset: Records, question: str = "ovlabel") -> int:
-    """The number of clips without the true label that a question is scored against."""
-    return sum(not word for word in _truth(dataset, question))
+        words = ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
+    else:
+        words = [entry.emotion.strip().lower() for entry in dataset.index]
+    if all(words):
+        return Truth("hit", [(word,) for word in words])
+    lists = [e.labels or ((w,) if w else ()) for e, w in zip(dataset.index, words, strict=True)]
+    if question == "ovlabel" and any(lists):
+        try:
+            metrics.score_fine(lists, lists, load_lexicon())
+        except metrics.ScoreError as error:
+            return f"the labels of the clips: {error}"
+        return Truth("f", lists)
+    return f"{words.count('')} of {len(dataset)} clips name no true answer"
 
 
 def write_predictions(
-    workdir: Path, dataset: Records, answers: Answers, labels: Sequence[Sequence[str]] | None
+    workdir: Path,
+    dataset: Records,
+    answers: Answers,
+    labels: Sequence[Sequence[str]] | None,
+    truth: Truth | None,
 ) -> None:
-    """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`
-    (name, emotion)."""
+    """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`.
+
+    The truth is as `affectgpt score` reads it: name and emotion for --task words, or name and
+    openset for --task fine. Without any there is no such file.
+    """
     with atomic_write(workdir / "predictions.jsonl", "w") as file:
         for i, entry in enumerate(dataset.index):
             line: dict[str, Any] = {"name": entry.name, "text": answers.texts[i]}
             if labels is not None:
                 line["labels"] = list(labels[i])
             file.write(json_line(json.dumps(line, ensure_ascii=False)) + "\n")
-    with atomic_write(workdir / "truth.csv", "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "emotion"])
-        writer.writerows([entry.name, entry.emotion] for entry in dataset.index)
+    if truth is None:
+        (workdir / "truth.csv").unlink(missing_ok=True)  # of an earlier end of this run
+        return
+    column = "emotion" if truth.metric == "hit" else "openset"
+    rows = (
+        {"name": e.name, column: ", ".join(words)}
+        for e, words in zip(dataset.index, truth.each, strict=True)
+        if words
+    )
+    write_csv(workdir / "truth.csv", ("name", column), rows)

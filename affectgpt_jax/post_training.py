@@ -34,6 +34,7 @@ from affectgpt_jax.rollouts import truths
 from affectgpt_jax.trainer_command import TrainerCommand, add_flags
 from affectgpt_jax.training import distributed, loop, metrics_writer
 from affectgpt_jax.training.checkpoints import Checkpoints, check_disk
+from affectgpt_jax.training.metrics_writer import SAMPLES, Sample
 from affectgpt_jax.training.step import State
 
 BEFORE = "answers_before.json"
@@ -368,12 +369,16 @@ class Exams:
             pulse=self._pulse,
         )
 
-    def quick(self, name: str, trainable: Any) -> outcomes.Outcome:
-        """Of one group of samples a clip."""
+    def quick(self, name: str, trainable: Any) -> tuple[outcomes.Outcome, list[Sample]]:
+        """Of one group of samples a clip; and the most probable answers about the first clips."""
         exam, samples = self._exams[name], self._section.group
         asked = exam.ask(trainable, samples)
         question = self._section.question
-        return outcomes.outcome(asked, exam.truth, question, self._lexicon, samples)
+        shown = zip(exam.dataset.index[:SAMPLES], asked["greedy"], exam.truth)
+        return outcomes.outcome(asked, exam.truth, question, self._lexicon, samples), [
+            Sample(entry.name, "(cut off)" if labels is None else ", ".join(labels), _words(true))
+            for entry, labels, true in shown
+        ]
 
     def thorough(self, name: str, trainable: Any, file: Path) -> outcomes.Outcome:
         """Of enough samples for a consensus; all answers are kept in a file, and found there."""
@@ -404,6 +409,11 @@ class Exams:
                 outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)
             )
         return [*found, len(known)]
+
+
+def _words(truth: Any) -> str:
+    """Labels of a clip, or its valence."""
+    return f"{truth:+g}" if isinstance(truth, float) else ", ".join(truth)
 
 
 def compare(
@@ -465,7 +475,7 @@ def finish(
     totals: Mapping[str, Any],
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write `result.json` and the picture, and print the closing words.
+    """Write `result.json` and the picture, and print the closing words; inside `session.running`.
 
     Args:
         session: of the loop.
@@ -473,12 +483,18 @@ def finish(
         totals: of `loop.run_steps`.
         more: rows for the summary.
     """
+    before, step = result["before"], result["steps"]
+    greedy = next(value for key, value in before.items() if key.startswith("greedy_"))
+    references = {"a sample, before": before["sampled_reward"], "most probable, before": greedy}
+    session.writer.write(step, {"test/sampled_reward": result["after"]["sampled_reward"]})
     times = session.clock.report()
     result |= {**totals, "wall_s": sum(times.values()), "time_s": times}
+    workdir = session.workdir
     if session.group.is_main_process:
-        workdir = session.workdir
         write_json(workdir / "result.json", result)
-        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
+    session.draw(step, references)
+    session.progress.close()
+    if session.group.is_main_process:
         print(session.clock.table())
         print(summary(workdir, result, more))
 

@@ -34,6 +34,7 @@ from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.training import distributed, loop, memory, sharding
 from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import PolicyLossConfig, policy_loss
 
 # Metrics of a step that its line shows, and what it calls them.
@@ -225,16 +226,16 @@ def reinforce(
 
         steps = {data.prompt_length: run_step}
 
-    def validation(trainable: Any) -> dict[str, float]:
+    def validation(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
         """A checkpoint is chosen by what its samples lack of the largest score."""
-        found = exams.quick("val", trainable)
+        found, samples = exams.quick("val", trainable)
         sampled = float(found.sampled.mean())
         return {
             "val/loss": 1 - sampled,
             "val/sampled_reward": sampled,
             f"val/{found.metric}": found.greedy.primary,
             "val/labels": found.labels,
-        }
+        }, samples
 
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
@@ -262,8 +263,7 @@ def reinforce(
             after = exams.thorough("test", state["trainable"], file)
         result = post_training.compare(config, rl, workdir, exams, before, after, best, last)
         result["ended_by"] = "stop_kl" if finished(last) else "steps"
-        session.writer.write(last, {"test/sampled_reward": float(after.sampled.mean())})
-    post_training.finish(session, result, totals)
+        post_training.finish(session, result, totals)
     return result
 
 

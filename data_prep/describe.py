@@ -241,7 +241,11 @@ def facts(extracted: Any) -> Iterator[str]:
     if "frames" in known:
         yield f"{known['frames']:,} frames of {known['width']} x {known['height']}"
     if "faces" in known:
-        yield f"{known['faces']:,} with a face" if "frames" in known else f"{known['faces']} faces"
+        from .faces import SEARCHED
+
+        # Of arrays there may be any number.
+        of = f" of {min(SEARCHED, known['frames'])}" if extracted.clip.faces is None else ""
+        yield f"a face in {known['faces']:,}{of} searched frames"
     if "seconds" in known:
         yield f"{known['seconds']:.2f} s"
     if given := ", ".join(extracted.inputs):
