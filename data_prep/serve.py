@@ -39,12 +39,11 @@ from .encoders import MISSING, EncoderError
 # stay small.
 if TYPE_CHECKING:
     import uvicorn
-    from starlette.applications import Starlette
 
     from affectgpt_jax.data.records import Records
-    from affectgpt_jax.live import Engine
+    from affectgpt_jax.live import LiveAnswers
     from affectgpt_jax.restore import Run
-    from affectgpt_jax.web import Look, Seen
+    from affectgpt_jax.web import Look, Seen, Service
 
     from .extractor import Extraction, Extractor
 
@@ -131,8 +130,8 @@ def serve(arguments: argparse.Namespace) -> None:
             )
     with contextlib.closing(listen(arguments.host, arguments.port)) as listening:
         with contextlib.ExitStack() as stack:
-            app, engine = make_app(arguments, stack)
-            listen_until_interrupted(app, engine, listening)
+            service = make_service(arguments, stack)
+            listen_until_interrupted(service, [arguments.host, *arguments.allow_host], listening)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -157,10 +156,8 @@ def listen(host: str, port: int) -> socket.socket:
     return holding
 
 
-def make_app(
-    arguments: argparse.Namespace, stack: contextlib.ExitStack
-) -> tuple[Starlette, Engine]:
-    """The application and the running model behind it, both warm.
+def make_service(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> Service:
+    """What is served, with the model running and warm.
 
     Args:
         arguments: of `parse_arguments`.
@@ -198,7 +195,7 @@ def make_app(
     say(f"warm: {live.rows} answers at a time, prompts of {lengths} tokens; no more to compile")
     engine = Engine(live, queue=arguments.queue, timeout_s=arguments.timeout)
     stack.callback(engine.stop)
-    service = web.Service(
+    return web.Service(
         run,
         clips,
         engine,
@@ -210,11 +207,10 @@ def make_app(
         look=look,
         why_not=why_not,
     )
-    return web.make_app(service, [arguments.host, *arguments.allow_host]), engine
 
 
-def make_live(run: Run, clips: Records, arguments: argparse.Namespace) -> Any:
-    """What writes answers, a `live.LiveAnswers`, before it is warm."""
+def make_live(run: Run, clips: Records, arguments: argparse.Namespace) -> LiveAnswers:
+    """What writes answers, before it is warm."""
     from affectgpt_jax import asking
     from affectgpt_jax.data.packing import round_up
     from affectgpt_jax.data.pipeline import feature_shapes
@@ -309,13 +305,20 @@ def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
 # --- the server ---------------------------------------------------------------------------------
 
 
-def listen_until_interrupted(app: Starlette, engine: Engine, listening: socket.socket) -> None:
+def listen_until_interrupted(
+    service: Service, hosts: Sequence[str], listening: socket.socket
+) -> None:
     """Answer requests until Ctrl-C.
+
+    Args:
+        service: what is served.
+        hosts: as for `web.make_app`.
+        listening: the socket.
 
     Raises:
         KeyboardInterrupt: then.
     """
-    server = make_server(app, engine)
+    server = make_server(service, hosts)
     host, port, *_ = listening.getsockname()
     if not ipaddress.ip_address(host).is_loopback:
         say(
@@ -327,17 +330,19 @@ def listen_until_interrupted(app: Starlette, engine: Engine, listening: socket.s
     server.run(sockets=[listening])
 
 
-def make_server(app: Starlette, engine: Engine) -> uvicorn.Server:
+def make_server(service: Service, hosts: Sequence[str]) -> uvicorn.Server:
     """A server, at whose end answers that are being written end first."""
     import uvicorn
 
+    from affectgpt_jax.web import make_app
+
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            engine.begin_stop()
+            service.engine.begin_stop()
             await super().shutdown(sockets)
 
     config = uvicorn.Config(
-        app,
+        make_app(service, hosts),
         http="h11",
         ws="none",
         log_config=None,

@@ -284,7 +284,7 @@ async function submit(event) {
 function showTruth() {
   const { emotion = "", labels = [], description = "", valence = null } = clip.truth ?? {};
   const words = labels.length ? labels : emotion ? [emotion] : [];
-  const lines = [words.join(", "), description, valence === null ? "" : `valence ${valence}`].filter(Boolean);
+  const lines = [words.join(", "), description, valence === null ? "" : `valence ${Number(valence.toFixed(3))}`].filter(Boolean);
   show("truth", lines.length > 0);
   $("truth").replaceChildren(element("h3", { textContent: "truth" }), ...lines.map((line) => element("p", { dir: "auto", textContent: line })));
 }
@@ -314,7 +314,7 @@ function draw(said, truth) {
   const tree = about.wheels[chosen];
   const on = (places, level) => new Set(places.map((place) => place.wheels[chosen][level]).filter(Boolean));
   const marks = [0, 1].map((level) => ({ said: on(said, level), true: on(truth, level) }));
-  const size = 500, inner = 62, middle = 142, outer = 172;
+  const size = 500, inner = 64, middle = 158, outer = 188;
   const drawing = svg("svg", { viewBox: `${-size / 2} ${-size / 2} ${size} ${size}`, role: "img" });
   const later = []; // what is marked is drawn above its neighbours
   const classes = (level, name) => Object.keys(marks[level]).filter((kind) => marks[level][kind].has(name)).join(" ");
@@ -382,7 +382,7 @@ function outerLabel(later, angle, radius, name, kind) {
 async function start() {
   about = await json("/about");
   document.title = `AffectGPT: ${about.model}`;
-  $("model").textContent = `AffectGPT ${about.model}, checkpoint ${about.step}, reads ${about.input.replaceAll("_", ", ")}`;
+  $("model").textContent = `AffectGPT ${about.model}, checkpoint ${about.step}, reads ${about.reads.join(", ")}`;
   const usual = about.asked.length > 1 ? [[about.asked.join(" and "), DEFAULT]] : [];
   const kinds = about.questions.map((kind) => [kind, kind]);
   for (const [text, value] of [...usual, ...kinds, ["a question of your own", OWN]]) $("kind").append(element("option", { value, textContent: text }));
@@ -414,10 +414,11 @@ async function start() {
     });
   }
   const names = about.records ? await search() : [];
-  // A link may name a record: /#record=NAME
-  const wanted = new URLSearchParams(location.hash.slice(1)).get("record");
-  if (wanted !== null) await pick(wanted);
-  else if (names.length) await pick(names[0]);
+  // A link may name a record, and ask: /#record=NAME&ask
+  const wanted = new URLSearchParams(location.hash.slice(1));
+  const first = wanted.get("record") ?? names[0];
+  if (first !== undefined) await pick(first);
+  if (wanted.has("ask") && clip) $("ask").requestSubmit();
 }
 
 start().catch(problem);
