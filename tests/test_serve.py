@@ -309,7 +309,8 @@ def test_nothing_is_fetched_or_read_from_the_disk(client, eyes, url):
 @pytest.mark.parametrize(
     "path",
     ["/../../../etc/passwd", "/%2e%2e/setup.py", "/page.html", "/style.css/../x", "//etc/passwd",
-     "/assets/serve/page.js", "/record?name=../../etc/passwd", "/record?name=%00", "/record", "/docs"],
+     "/assets/serve/page.js", "/record?name=../../etc/passwd", "/record?name=%00", "/record",
+     "/docs"],
 )  # fmt: skip
 def test_no_path_leads_to_a_file(client, path):
     status, _, found = client(path)
