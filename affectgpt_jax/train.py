@@ -101,6 +101,7 @@ def train(
     # generated, the main process writes and the others then find.
     tokenizer = build.tokenizer(directory, llm)
     data = group.main_process_first(lambda: build.data(config, workdir, tokenizer, say))
+    group.from_main_process(lambda: build.keep_extraction(workdir, data.train))
     if data.test is not None:
         # Trouble with a clip shows now, not at the end.
         question = evaluators.question_for_test_set(config)

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -26,7 +26,9 @@ from affectgpt_jax.common.json import check_type, read_json
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import MODALITIES
 from affectgpt_jax.data.records import (
+    EXTRACTION,
     FORMAT_VERSION,
+    MANIFEST_FILE,
     Feature,
     Manifest,
     MemoryRecords,
@@ -41,8 +43,8 @@ from .decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
 from .encoders import WINDOWS, Encoder, EncoderError, EncoderPlace, find_encoder
 from .encoders import names as encoder_names
 from .report import reason_of
-from .settings import KEY, Settings, differences, make_settings, package_versions, placement
 from .settings import VERSION as CODE_VERSION
+from .settings import Settings, differences, make_settings, package_versions, placement
 from .stages import Stages, encode
 
 EXTRACT = "describe needs a run that was trained on records of affectgpt extract"
@@ -92,8 +94,9 @@ def extraction_of(
         run: of `restore.open_run`, with or without its weights.
         records: a directory of such records, where those of the run's config are no longer there.
         encoders: by kind, "video" or "audio", the directory of its weights, or NAME=DIRECTORY;
-            None looks where they were, and then in the hub's cache. Where no records are named,
-            they are what makes features, and have names.
+            None looks where they were, and then in the hub's cache. Where neither records are
+            there nor the run has kept how they were made, they are what makes features, and have
+            names.
         device, precision: of PyTorch; those of the records where this machine has them, if None.
         download: get published weights that are not in the hub's cache.
 
@@ -115,12 +118,23 @@ def extraction_of(
         )
     kinds = list(dict.fromkeys(MODALITIES[name].encoder for name in wanted))
     given = encoders or {}
-    sources = (
-        [records] if records else [e["source"] for e in build.training_sets(run.config).values()]
-    )
-    if not any(sources) and all(given.get(kind) for kind in kinds):
+    places = sorted({e["source"] for e in build.training_sets(run.config).values()} - {""})
+    gone = [place for place in places if _is_gone(run, place)]
+    if records:
+        found = {records: _read(run, records, wanted)}
+    elif places and not gone:
+        found = {place: _read(run, place, wanted) for place in places}
+    elif (kept := run.workdir / build.EXTRACTION_FILE).is_file():
+        found = {str(kept): _read(run, str(kept), wanted)}
+    elif all((given.get(kind) or "").partition("=")[0] in encoder_names(kind) for kind in kinds):
         return _named(run, {kind: given[kind] for kind in kinds}, device, precision, download)
-    found = {place: _read(run, place, wanted) for place in sorted(set(sources))}
+    else:
+        why = f"which was {gone[0]!r}, is not there" if gone else "is not named"
+        raise ExtractionError(
+            f"what {run.workdir} was trained on {why}, so nothing says how features were made; "
+            "name records that affectgpt extract wrote, --records DIR, or without any the "
+            "encoders, --video NAME[=DIR] --audio NAME[=DIR]"
+        )
     (place, (manifest, theirs)), *rest = found.items()
     for other, (_, settings) in rest:
         for kind in kinds:
@@ -131,15 +145,15 @@ def extraction_of(
                     f"{names[0]} in {place}, by {names[1]} in {other}; choose with --records DIR"
                 )
     build.check_features(run.config, MemoryRecords([], manifest), run.processor.mode)
-    places = {
+    here = {
         kind: _find(theirs["encoders"][kind], kind, Path(place), given.get(kind), download)
         for kind in kinds
     }
-    here = placement_like(theirs, device, precision)
-    settings: Settings = {**theirs, **here}
-    mine = {"version": CODE_VERSION, **here, "batch": theirs["batch"]}
+    how = placement_like(theirs, device, precision)
+    settings: Settings = {**theirs, **how}
+    mine = {"version": CODE_VERSION, **how, "batch": theirs["batch"]}
     notes = differences(theirs, mine | {"versions": package_versions()})
-    return Extraction(place, manifest, settings, wanted, places, tuple(notes))
+    return Extraction(place, manifest, settings, wanted, here, tuple(notes))
 
 
 def _named(
@@ -182,25 +196,41 @@ def placement_like(
     return {"device": device, "precision": precision}
 
 
+class _Kept(TypedDict):
+    """What a run keeps, see `build.keep_extraction`."""
+
+    features: dict[str, Feature]
+    extraction: dict[str, Any]
+
+
+def _is_gone(run: Run, place: str) -> bool:
+    """Whether the records of a source string are not there; those of TFDS name no encoder."""
+    if demo.world_seed(place, run.config.demo_seed) is not None:
+        return False
+    return not (Path(place).expanduser() / MANIFEST_FILE).is_file()
+
+
 def _read(run: Run, place: str, wanted: Sequence[str]) -> tuple[Manifest, Settings]:
     """Manifest and settings of records that encoders of ours have made."""
     whose = f"{run.workdir} was trained on"
     if demo.world_seed(place, run.config.demo_seed) is not None:
         raise ExtractionError(f"{whose} the demo world, whose clips are generated; {EXTRACT}")
-    if not place or place.startswith("tfds:"):
-        raise ExtractionError(
-            f"{whose} {place or 'records that it does not name'}, so nothing says how features "
-            "were made; name records that affectgpt extract wrote, --records DIR, or without any "
-            "the encoders, --video NAME[=DIR] --audio NAME[=DIR]"
-        )
-    manifest = read_manifest(Path(place).expanduser())
-    if KEY not in manifest.extra:
+    path = Path(place).expanduser()
+    if path.is_file():
+        facts = read_json(path, _Kept, error=ExtractionError)
+        extra = {EXTRACTION: facts["extraction"]}
+        manifest = Manifest(FORMAT_VERSION, "", 0, [], facts["features"], {}, "", extra)
+    else:
+        manifest = read_manifest(path)
+    if EXTRACTION not in manifest.extra:
         made = sorted({facts["encoder"] for facts in manifest.features.values()})
         raise ExtractionError(
             f"{whose} {place}, whose features ({', '.join(made)}) no encoder of data_prep has "
             f"made; {EXTRACT}"
         )
-    settings = check_type(manifest.extra[KEY], Settings, f"{place}: {KEY}", error=ExtractionError)
+    settings = check_type(
+        manifest.extra[EXTRACTION], Settings, f"{place}: {EXTRACTION}", error=ExtractionError
+    )
     for name in wanted:
         if MODALITIES[name].encoder not in settings["encoders"]:
             raise ExtractionError(f"{place} has no encoder of the feature {name!r}; {EXTRACT}")
