@@ -12,6 +12,7 @@ Nothing is written.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -311,13 +312,14 @@ class Extractor:
     Args:
         how: of `extraction_of`.
         workers: processes that decode; one a core if None.
+        max_seconds: of a file; a longer one is not decoded, and has no features.
 
     Raises:
         EncoderError: weights that are damaged, or features of another width than the run reads.
     """
 
-    def __init__(self, how: Extraction, workers: int | None = None):
-        self.how = how
+    def __init__(self, how: Extraction, workers: int | None = None, max_seconds: float = math.inf):
+        self.how, self._max_seconds = how, max_seconds
         self._workers = available_cores() if workers is None else workers
         settings = how.settings
         self._encoders = {
@@ -352,7 +354,7 @@ class Extractor:
         def died() -> Decoded:
             return Decoded(problems=dict.fromkeys(features, DIED))
 
-        jobs = [Job(clip, features, size, order) for clip in clips]
+        jobs = [Job(clip, features, size, order, self._max_seconds) for clip in clips]
         workers = max(1, min(self._workers, len(jobs)))
         decoded = in_order(decode_clip, jobs, workers, 2 * batch + workers, died)
         try:
