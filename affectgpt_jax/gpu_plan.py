@@ -1,4 +1,4 @@
-"""A train step as XLA's CUDA compiler makes it, or a step of reinforcement, asked in a process apart.
+"""A train step, or one of reinforcement, as XLA's CUDA compiler makes it, in a process of its own.
 
 The compiler's plugin would be seen by all that JAX does in its process. So `Compilation` starts
 another one, whose JAX runs on the CPU, and `answer` is what that one does: a request comes on
