@@ -111,7 +111,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         "--prompt",
         type=_positive,
         metavar="TOKENS",
-        help=f"with --rl: of the longest prompt; default: {PROMPT}",
+        help=f"with --rl: of the longest prompt; default: {PROMPT}, where that fits a row",
     )
     add(
         "--answer",
@@ -308,7 +308,8 @@ def plan_of_reinforcement(config: ConfigDict, arguments: argparse.Namespace) -> 
     shares, rl = shape.data * shape.fsdp, config.rl
     rollouts.check_prompts(config, shares)
     config.batch_size = sum(rollouts.row_counts(config, shares))
-    device, prompt = DEVICES[arguments.device], arguments.prompt or PROMPT
+    device, room = DEVICES[arguments.device], max(1, config.max_tokens - rl.max_new_tokens)
+    prompt = arguments.prompt or min(PROMPT, room)
     answer = arguments.answer or rl.max_new_tokens
     lengths = {
         "prompt": prompt,
