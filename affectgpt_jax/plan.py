@@ -235,8 +235,6 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     """
     if arguments.compile and (missing := gpu_compile.unavailable()):
         raise gpu_compile.CompilerError(missing)
-    if arguments.rl:
-        return plan_of_reinforcement(config, arguments)
     device = DEVICES[arguments.device]
     planner, layout, request = set_up(config, arguments)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: arguments.devices])
@@ -304,6 +302,8 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
 
 def plan_of_reinforcement(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, Any]:
     """The same of a step of reinforcement; config and errors are those of `reinforce`."""
+    if arguments.compile and (missing := gpu_compile.unavailable()):
+        raise gpu_compile.CompilerError(missing)
     shape = Shape(*sharding.parse_mesh(config.mesh, arguments.devices))
     shares, rl = shape.data * shape.fsdp, config.rl
     rollouts.check_prompts(config, shares)
@@ -737,7 +737,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The devices are emulated, and their number is fixed once JAX has started.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
-        plan = make_plan(config, arguments)
+        plan = (plan_of_reinforcement if arguments.rl else make_plan)(config, arguments)
         if arguments.json and arguments.json != _PRINT:
             write_json(Path(arguments.json), plan)
         text = json.dumps(plan, indent=2) if arguments.json == _PRINT else report(plan)

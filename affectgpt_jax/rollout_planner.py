@@ -314,8 +314,8 @@ class RolloutPlanner:
         prompts = sharding.abstract_batch(mesh, prompts)
         rows = sharding.abstract_batch(mesh, jax.ShapeDtypeStruct((size, 2), jnp.uint32))
         places, number = (jax.ShapeDtypeStruct(s, jnp.int32) for s in ((size,), ()))
-        run = functools.partial(generate.prefill, writer, decoding=self.decoding)
-        fresh = _laid_out(mesh, jax.eval_shape(run, *weights, prompts, seed=number, rows=rows))
+        prefill = generate.prefill.lower(writer, *weights, prompts, self.decoding, number, rows)
+        fresh = _laid_out(mesh, prefill.out_info)
         answers = _laid_out(mesh, self._answers(fresh, size))
 
         [batch] = program.batches.values()
@@ -325,10 +325,7 @@ class RolloutPlanner:
         during = before + device_nbytes(fresh) + device_nbytes(answers)
         after = there + device_nbytes(batch)
         lowered = {
-            "prefill": (
-                generate.prefill.lower(writer, *weights, prompts, self.decoding, number, rows),
-                before,
-            ),
+            "prefill": (prefill, before),
             "insert": (
                 generate.insert.lower(writer, answers, fresh, self.decoding, places),
                 during,
