@@ -355,7 +355,7 @@ def _can_merge(model: AffectGPT) -> bool:
     return model.decoder.lora is not None and not model.decoder.compute.base_precision
 
 
-def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
+def should_merge(setting: str, model: AffectGPT, base: Any, limit: int | None = None) -> bool:
     """Whether LoRA is merged into a copy of the base's kernels before generation.
 
     Unmerged, each of the seven projections of a layer needs two narrow matmuls more for every
@@ -366,14 +366,15 @@ def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
             copy takes at most a quarter of the memory of the device, or of the host where that is
             the device.
         model: the modules. Without LoRA, or with quantized kernels, nothing is merged.
-        base: frozen weights.
+        base: frozen weights, or their shapes with shardings.
+        limit: bytes of a device that is not here.
     """
     if setting != "auto" or not _can_merge(model):
         return setting == "true" and _can_merge(model)
     lora = model.decoder.lora
     kernels = [layer[name]["kernel"] for layer in base["layers"] for name in lora.targets]
     copy = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
-    limit = device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = limit or device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4 * copy <= limit
 
 
