@@ -68,8 +68,7 @@ def describe(request: Request) -> dict[str, Any]:
         What `gpu_compile.read` does, each of `collectives` with `ms` and `alone_ms` a step, see
         `roofline.sent_times`; their sums `network_ms` and `network_alone_ms`; `compile_s`; `tflop`,
         of the model; `floor_ms`, see `roofline.compiled_floor`; `tokens_per_s` and `mfu` there. All
-        of one device. Of a step of reinforcement, see
-        `describe_step`.
+        of one device. Of a step of reinforcement, see `describe_step`.
 
     Raises:
         CompilerError: the compiler refuses it.
@@ -116,7 +115,7 @@ def describe_step(request: Request) -> dict[str, Any]:
     Returns:
         `passes`, by name (see `rollout_planner`): `there_gib`, of all that a device holds while it
         runs, `peak_gib`, with its results and temporaries, `launches`, `moved_gb`, `floor_ms`, see
-        `roofline.launch_floor`, and `compile_s`; `peak_gib`, the largest of them; and `compile_s`.
+        `roofline.launch_floor`, and `compile_s`; `peak_gib`, the largest of them.
         All of one device, and of one run of each program; `decode` is one token.
 
     Raises:
