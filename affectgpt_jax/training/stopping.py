@@ -124,8 +124,9 @@ while silent_s <= wait_s and os.getppid() == pid:
     if passed_s > 2 * interval_s or is_stopped():
         silent_s = 0
 if os.getppid() == pid:
-    os.write(2, b"error: the process no longer watches itself, since a thread keeps the interpreter "
-        b"lock; it is ended, and the same command resumes from the newest checkpoint\\n")
+    os.write(2, b"error: the process no longer watches itself, since a thread keeps the "
+        b"interpreter lock; it is ended, and the same command resumes from the newest "
+        b"checkpoint\\n")
     os.kill(pid, signal.SIGKILL)
 """
 
