@@ -142,8 +142,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--consensus is {arguments.consensus}; expected 2 or more answers")
     elif not arguments.temperature:
         arguments.temperature = 1.0
-    if not 0 <= arguments.seed < 2**32:
-        parser.error(f"--seed is {arguments.seed}; expected 0 to 4294967295")
+    try:
+        check_seed(arguments.seed)
+    except PredictError as error:
+        parser.error(f"--{error}")
     try:
         arguments.sampling = Sampling(
             arguments.temperature, arguments.top_p, arguments.repetition_penalty
@@ -151,6 +153,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return arguments
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that samplers do not take.
+
+    Raises:
+        PredictError: less than 0, or 2^32 or more.
+    """
+    if not 0 <= seed < 2**32:
+        raise PredictError(f"seed is {seed}; expected 0 to 4294967295")
 
 
 def predict(arguments: argparse.Namespace) -> None:
