@@ -14,9 +14,8 @@ from affectgpt_jax.common.text import brief
 MAX_BYTES = 2**20
 MAX_DEPTH = 100
 # A key of so many parts: for each, `tomllib` keeps all that stand before it.
-_DEEP_KEY = re.compile(
-    r"(?:(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*){%d}" % MAX_DEPTH, re.ASCII
-)
+_PART = r"(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*"
+_DEEP_KEY = re.compile(f"(?:{_PART}){{{MAX_DEPTH}}}", re.ASCII)
 
 
 def parse_toml(data: bytes, where: str, *, error: type[UserError] = ReadError) -> dict[str, Any]:

@@ -131,6 +131,12 @@ def test_answers_are_counted_by_the_key(study):
         file.write_text(f"rater,clip,answer\n{text}\n")
         with pytest.raises(UserError, match=told):
             compare.count_answers(folder, [file])
+    # A browser sends back what the page shows.
+    strange = 'a\x1b"><script>'
+    compare.write_page(folder, {strange: "x"}, {strange: "y"}, {}, pairs=1, seed=0, title="t")
+    assert strange not in (folder / "compare.html").read_text()
+    file.write_text('rater,clip,answer\nann,"a\\x1b""><script>",tie\n')
+    assert compare.count_answers(folder, [file])[0]["tie"].count == 1
     file.write_text("rater,clip,answer\n")
     with pytest.raises(UserError, match="no answers"):
         compare.count_answers(folder, [file])
