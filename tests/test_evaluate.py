@@ -413,7 +413,7 @@ def test_answers_that_are_damaged_are_named(run, says):
     command(run, "--max-clips=2")
     [file] = (run / "evaluate" / "answers").iterdir()
     file.write_text('{"name": "x"}\n')
-    assert "line 1: the key 'cut' is missing" in refusal(run)
+    assert "line 1: the key 'code' is missing" in refusal(run)
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(run, says, tmp_path):

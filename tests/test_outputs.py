@@ -11,6 +11,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 
 import commands
@@ -39,12 +40,14 @@ class Case:
         arguments: `{o}` is the output, `{s}` the sources.
         begun: folders of the sources that the command goes on in.
         much: whether it writes more than a few kilobytes.
+        separate: whether it must be a process of its own.
     """
 
     module: str
     arguments: tuple[str, ...]
     begun: tuple[str, ...] = ()
     much: bool = True
+    separate: bool = False
 
 
 def case(module, *arguments, **more):
@@ -56,6 +59,7 @@ SCORED = ("--predictions={s}/predictions.csv", "--truth={s}/truth.csv", "--boots
 IMPORT = ("--csv={s}/clips.csv", "--face={s}/face", "--encoder=face=clip", "--allow-missing")
 CLIPS = "--clips={s}/talking"
 CAPTION = functools.partial(case, "data_prep.caption")
+SHORT = functools.partial(few, "data_prep.caption")
 SERVER = ("--base-url={url}", "--model=omni")
 MEMBERS = ("--folds=2", "--seeds=1", "--hidden=8", "--epochs=3", "--no-text")
 COMMANDS = {
@@ -74,6 +78,7 @@ COMMANDS = {
     "plan": few(
         "affectgpt_jax.plan",
         *("--devices=8", "--shape=1x32", "--config.input=text", "--json={o}/plan.json"),
+        separate=True,
     ),
     "statistics": case("data_prep.statistics", "--records={s}/records", "--out={o}/statistics"),
     "to_tfds": case("data_prep.to_tfds", "--records=train={s}/records", "--out={o}/tfds"),
@@ -98,16 +103,15 @@ COMMANDS = {
         begun=("crowd",),
     ),
     "describe": CAPTION("describe", "audio", CLIPS, "--out={o}/caption", *SERVER),
-    "caption merge": CAPTION("merge", "--out={o}/caption", *SERVER, begun=("caption/described",)),
-    "caption labels": CAPTION("labels", "--out={o}/caption", *SERVER, begun=("caption/merged",)),
+    "caption merge": SHORT("merge", "--out={o}/caption", *SERVER, begun=("caption/described",)),
+    "caption labels": SHORT("labels", "--out={o}/caption", *SERVER, begun=("caption/merged",)),
     "filter": CAPTION("filter", "--out={o}/caption", "--levels=none", begun=("caption/labelled",)),
     "card": CAPTION("card", "--out={o}/caption", "--levels=none", begun=("caption/labelled",)),
-    "compare": CAPTION(
+    "compare": SHORT(
         *("compare", "--out={o}/caption", "--against={s}/theirs.csv"), begun=("caption/labelled",)
     ),
-    "choose": CAPTION(
-        *("choose", "--records={s}/labelled", "--replies=x={s}/theirs.csv", "--out={o}/caption"),
-        much=False,
+    "choose": SHORT(
+        *("choose", "--records={s}/labelled", "--replies=x={s}/theirs.csv", "--out={o}/caption")
     ),
 }
 
@@ -176,7 +180,14 @@ def arguments(name, sources, out, url):
 
 
 def run(command, given):
-    """Run it here."""
+    """Run it here, unless it must be a process of its own; ends as the command does."""
+    if command.separate:
+        with tempfile.NamedTemporaryFile("r") as file:
+            process = commands.start(command.module, given, file.name, before=in_a_session)
+            process.join()
+            if process.exitcode:
+                raise SystemExit(file.read().splitlines()[-1])
+        return
     module = importlib.import_module(command.module)
     if hasattr(module, "__path__"):
         module = importlib.import_module(f"{command.module}.__main__")

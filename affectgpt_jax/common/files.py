@@ -129,6 +129,17 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what writes to an open file: an `OSError`, as of a full disk, then names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """A file to write to, which becomes `path` when the block ends without an error.
 
@@ -151,7 +162,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with os.fdopen(number, mode, **text) as file:
+        with naming(path), os.fdopen(number, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from affectgpt_jax.common.errors import ReadError, UserError
-from affectgpt_jax.common.files import decode, open_to_append, read_bytes, write_text
+from affectgpt_jax.common.files import decode, naming, open_to_append, read_bytes, write_text
 from affectgpt_jax.common.text import json_line, shorten
 
 # Far more than any document has that this package reads as a whole; in memory it is several times
@@ -348,8 +348,9 @@ class ResumableJsonl:
             return
         # Readable as it is, but for what no file or terminal should be given, such as surrogates.
         line = json_line(json.dumps(record, ensure_ascii=False, allow_nan=False)) + "\n"
-        self._file.write(line)
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(line)
+            self._file.flush()
         self._size = self._whole = self._whole + len(line.encode())
         self.records[self._key(record)] = dict(record)
 
@@ -364,7 +365,8 @@ class ResumableJsonl:
                     "bytes; run this again, and one at a time"
                 )
             if self._whole < size:
-                file.truncate(self._whole)
+                with naming(self.path):
+                    file.truncate(self._whole)
                 self._size = self._whole
         except BaseException:
             file.close()
@@ -376,5 +378,6 @@ class ResumableJsonl:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        with naming(self.path):  # what could not be written is tried again
+            file.close()

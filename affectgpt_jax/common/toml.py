@@ -15,7 +15,8 @@ MAX_BYTES = 2**20
 MAX_DEPTH = 100
 # A key of so many parts: for each, `tomllib` keeps all that stand before it.
 _PART = r"(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*"
-_DEEP_KEY = re.compile(f"(?:{_PART}){{{MAX_DEPTH}}}", re.ASCII)
+# Not from within a word: each would be read as often as it has characters.
+_DEEP_KEY = re.compile(rf"(?<![\w-])(?:{_PART}){{{MAX_DEPTH}}}", re.ASCII)
 
 
 def parse_toml(data: bytes, where: str, *, error: type[UserError] = ReadError) -> dict[str, Any]:

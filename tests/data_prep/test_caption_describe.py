@@ -118,7 +118,7 @@ def test_shards_leave_what_one_process_leaves(media, tmp_path):
         ask(stub, "video", media, tmp_path / "one")
         assert ask(stub, "video", media, tmp_path / "two", shard=(1, 2)) is None
         files = {p.name for p in (tmp_path / "two" / ".replies").iterdir()}
-        assert files == {"video-00001-of-00002.jsonl", "media-00001-of-00002.jsonl"}
+        assert files == {"video-00001-of-00002.jsonl", "media-video-00001-of-00002.jsonl"}
         assert ask(stub, "video", media, tmp_path / "two", shard=(0, 2)) is not None
         assert len(stub.requests) == 6
     one, two = (tmp_path / n / "video.jsonl" for n in ("one", "two"))
@@ -307,7 +307,7 @@ def test_settings_are_checked(tmp_path):
         ("tails = 3", "tails = 0", "lengths.tails is 0"),
         ("tails = 3", 'tails = "x"', "lengths.tails: expected a number"),
         ('agree = "majority"', 'agree = "most"', "crowd.agree: expected one of"),
-        ("[lengths]", "[lengths", "not TOML"),
+        ("[lengths]", "[lengths", "not valid TOML"),
     ):
         text = path.read_text()
         path.write_text(text.replace(old, new))
