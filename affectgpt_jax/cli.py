@@ -107,6 +107,35 @@ def add_chat_server_flags(add: Callable[..., Any]) -> None:
     add("--concurrency", type=int, default=8, metavar="N", help="requests at a time; default: 8")
 
 
+def add_download_flag(add: Callable[..., Any]) -> None:
+    """The flag without which nothing is downloaded, of every command that takes models of the hub.
+
+    Args:
+        add: `add_argument` of the parser.
+    """
+    add(
+        "--download",
+        action="store_true",
+        help="get models of the hub that are not in the hub's cache",
+    )
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a parser, and the `--config.KEY=VALUE` beside them.
+
+    Raises:
+        UsageError: an unknown flag, or one that is missing.
+        SystemExit: after printing the help.
+    """
+    own, overrides = parser.parse_known_args(argv)
+    for arg in overrides:
+        if not (arg.startswith("--config.") and "=" in arg):
+            parser.error(f"unknown argument {arg}; keys are set by --config.KEY=VALUE")
+    return own, overrides
+
+
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """A `type=` of `argparse` that shows the message of a `ValueError` of `parse`."""
 

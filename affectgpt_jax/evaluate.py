@@ -14,6 +14,10 @@ by a set of MER-UniBench ({keys}) or any name with its task ({tasks}), and a rec
 
 takes every set of MER-UniBench that has its records in a folder called so there, and says which
 have none. Run again, it goes on where it stopped.
+
+    --checkpoint FILE.pth --config=affectgpt_qwen25_7b --out DIR
+
+in place of --workdir evaluates weights that nobody trained here: see docs/released.md.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax import build, cli, cpu, inference
+from affectgpt_jax import cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.common.files import atomic_write, lock_file
 from affectgpt_jax.common.identity import json_sha256
@@ -36,7 +40,7 @@ from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.modalities import MODALITIES
+from affectgpt_jax.data.modalities import MODALITIES, modalities_in_words
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
 from affectgpt_jax.evaluation.chat_server import ChatServer
@@ -53,12 +57,12 @@ from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.restore import (
     OUT_OF_MEMORY,
     Run,
-    add_allow_other,
-    add_merge_lora,
-    open_run,
+    add_run_flags,
+    open_from_flags,
+    parse_run_flags,
     set_up_process,
 )
-from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, SavedRun, silence_threads
+from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, silence_threads
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
 LOCK_FILE = "evaluate.lock"
@@ -138,7 +142,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = __doc__.format(keys=", ".join(BY_KEY), tasks=", ".join(TASKS))
     parser = cli.make_parser("affectgpt evaluate", description)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="RUN", help="of the run")
+    add_run_flags(parser, ALLOWED_OTHERS)
     add(
         "--steps",
         "--step",
@@ -181,7 +185,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
     add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
-    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
     add(
         "--max-new-tokens",
         type=int,
@@ -193,19 +197,17 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
     add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
-    add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
-    add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
-    add_merge_lora(parser)
-    add_allow_other(parser, ALLOWED_OTHERS)
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
-    add("--out", metavar="DIR", help="default: RUN/evaluate")
-    arguments = parser.parse_args(argv)
+    add("--out", metavar="DIR", help="default: RUN/evaluate; needed with --checkpoint")
+    arguments = parse_run_flags(parser, argv)
     _check_arguments(parser, arguments)
     return arguments
 
 
 def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.checkpoint is not None and not arguments.out:
+        parser.error("--checkpoint needs --out=DIR, where the report is to be written")
     if arguments.bootstrap < 0 or arguments.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
     if arguments.seed >= 2**32:
@@ -255,15 +257,7 @@ def output_folder(arguments: argparse.Namespace) -> Path:
 
 def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Report, Path]:
     """Do what the command line asks for; returns the report and the folder that it is in."""
-    run = open_run(
-        Path(arguments.workdir).expanduser(),
-        llm=arguments.llm,
-        mesh=arguments.mesh,
-        merge_lora=arguments.merge_lora,
-        allow_other=arguments.allow_other,
-        say=say,
-    )
-    return evaluate_run(run, arguments, say)
+    return evaluate_run(open_from_flags(arguments, say), arguments, say)
 
 
 def evaluate_run(
@@ -299,7 +293,7 @@ def _evaluate(
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
     if lexicon and not arguments.lexicon:  # which one is meant has not been said
         mine = {"lexicon": lexicon.identity}
-        SavedRun(run.workdir).check_inputs(run.step, mine, arguments.allow_other, say)
+        run.check_inputs(mine, arguments.allow_other, say)
     chat = chat_server(arguments)
     run = run if run.base is not None else run.with_weights()
     replies = Counter("replies about labels")
@@ -329,7 +323,7 @@ def _evaluate(
         checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test, (how, generator) in itertools.product(sets, generators.items()):
             file = _answer_file(run, step, checkpoint, test, question, limit, how, arguments.seed)
-            said = ", ".join(filter(None, [f"step {step}", how.name]))
+            said = ", ".join(filter(None, [run.step_name(step), how.name]))
             with Counter(f"answers about {test.name}", said) as count:
                 answers = inference.answers_on_disk(
                     out / "answers" / file, generator, trainable, test.dataset, question, count, say
@@ -356,7 +350,12 @@ def _evaluate(
         )
         for test in sets
     ]
-    parts = [run.workdir.name, question, decodings[-1].name, *sampled_how(arguments)]
+    parts = [
+        run.workdir.stem if run.workdir.is_file() else run.workdir.name,
+        question,
+        decodings[-1].name,
+        *sampled_how(arguments),
+    ]
     report = make_report(
         ", ".join(filter(None, [*parts, extractor and extractor.identity])),
         results,
@@ -380,6 +379,8 @@ def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
         ConfigError: the run has no such checkpoint.
     """
     steps: list[int] = []
+    if not run.is_trained_here and [*asked] != ["best"]:
+        raise ConfigError(f"--steps: {run.workdir} is one checkpoint; leave it out")
     for step in asked:
         steps += run.steps if step == "all" else [run.best_step if step == "best" else int(step)]
     for step in steps:
@@ -503,9 +504,7 @@ def open_set(
         ConfigError: features that do not fit, or clips without a truth of the set's task.
         RecordError: no intact records.
     """
-    dataset = build.open_records(run.config, place.place, "test", run.workdir, say)
-    build.check_features(run.config, dataset, processor.mode)
-    run.report_records(place.place, dataset, say)
+    dataset = run.open_records(place.place, say)
     if max_clips is not None and max_clips < len(dataset):
         dataset = RecordSubset(dataset, range(max_clips))
     task = place.task or _task_of(dataset, place)
@@ -513,7 +512,7 @@ def open_set(
     references = {}
     if task == "words":
         references = {
-            f"ceiling with {name.replace('_', ' + ')}": value
+            f"ceiling with {modalities_in_words(name)}": value
             for name, value in dataset.ceilings(processor.mode.name).items()
         }
     return TestSet(place.name, task, dataset, truth, references)

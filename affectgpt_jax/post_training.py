@@ -15,7 +15,13 @@ from ml_collections import ConfigDict
 from affectgpt_jax import build, cli, outcomes, restore
 from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import check_type, read_json, write_json
-from affectgpt_jax.config import SECTIONS, ConfigError, apply_overrides, validate
+from affectgpt_jax.config import (
+    SECTIONS,
+    ConfigError,
+    apply_overrides,
+    config_of_flags,
+    validate,
+)
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import Records, hold_out
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
@@ -28,6 +34,7 @@ from affectgpt_jax.rollouts import truths
 from affectgpt_jax.trainer_command import TrainerCommand, add_flags
 from affectgpt_jax.training import distributed, loop, metrics_writer
 from affectgpt_jax.training.checkpoints import Checkpoints, check_disk
+from affectgpt_jax.training.metrics_writer import SAMPLES, Sample
 from affectgpt_jax.training.step import State
 
 BEFORE = "answers_before.json"
@@ -88,25 +95,53 @@ def parse_command_line(
     parser = cli.make_parser(command, description)
     add = parser.add_argument
     add("--workdir", required=True, type=Path, metavar="DIR", help="of the new run")
-    add(
-        "--from",
-        required=True,
-        type=Path,
-        dest="origin",
-        metavar="RUN",
-        help="workdir of the run to start from",
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--from", dest="origin", metavar="RUN", help="workdir of the run to start from"
     )
+    restore.add_checkpoint_flags(parser, which)
     add("--step", type=int, metavar="N", help="of its checkpoint; default: the best on validation")
     add("--config.KEY", metavar="VALUE", help="instead of the run's or the default one")
     add_flags(parser)
-    own, overrides = parser.parse_known_args(argv)
-    for arg in overrides:
-        if not (arg.startswith("--config.") and "=" in arg):
-            parser.error(f"unknown argument {arg}; keys are set by --config.KEY=VALUE")
-    own.workdir, own.origin = own.workdir.expanduser(), own.origin.expanduser()
-    if own.workdir.resolve() == own.origin.resolve():
-        parser.error("--workdir and --from are the same run; name a new --workdir")
+    own, overrides = cli.parse_with_overrides(parser, argv)
+    if own.config and own.origin is not None:
+        parser.error("--config goes with --checkpoint; a run has its config")
+    own.workdir = own.workdir.expanduser()
+    start = Path(own.origin or own.checkpoint).expanduser()
+    if own.workdir.resolve() == start.resolve():
+        flag = "--checkpoint" if own.origin is None else "--from"
+        parser.error(f"--workdir and {flag} are the same run; name a new --workdir")
     return own, overrides
+
+
+def open_start(
+    own: argparse.Namespace, section: str, overrides: Sequence[str]
+) -> tuple[ConfigDict, Callable[[], Run]]:
+    """The config of a new run, and what loads the weights that it starts from.
+
+    Args:
+        own, overrides: of `parse_command_line`.
+        section: of the config that the command adds.
+
+    Raises:
+        UserError: no run and no checkpoint, or a config that cannot be.
+    """
+    how = {"allow_other": own.allow_other, "download": own.download}
+    if own.origin is not None:
+        origin = Path(own.origin).expanduser()
+        config = config_from(restore.load_config(origin), section, overrides)
+        return config, lambda: restore.load_run(
+            origin, own.step, llm=config.llm, mesh=config.mesh, **how
+        )
+    named = None
+    if own.config:
+        rest = [arg for arg in overrides if not arg.startswith(f"--config.{section}.")]
+        named = config_of_flags(own.config, rest)
+    path = restore.checkpoint_path(own.checkpoint, download=own.download)
+    config = config_from(restore.config_of_checkpoint(path, named), section, overrides)
+    return config, lambda: restore.open_checkpoint(
+        own.checkpoint, named, own.step, llm=config.llm, mesh=config.mesh, **how
+    ).with_weights()
 
 
 def run_command(
@@ -131,16 +166,9 @@ def run_command(
     with trainer.ending():
         argv = sys.argv[1:] if argv is None else argv
         own, overrides = parse_command_line(command, description, argv)
-        config = config_from(restore.load_config(own.origin), section, overrides)
+        config, load = open_start(own, section, overrides)
         with trainer.joined(config, own) as group:
-            run = restore.load_run(
-                own.origin,
-                own.step,
-                llm=config.llm,
-                mesh=config.mesh,
-                allow_other=own.allow_other,
-            )
-            work(config, own.workdir, run, group, own.fallback, own.allow_other)
+            work(config, own.workdir, load(), group, own.fallback, own.allow_other)
 
 
 # --- the start ------------------------------------------------------------------------------------
@@ -414,12 +442,16 @@ class Exams:
             pulse=self._pulse,
         )
 
-    def quick(self, name: str, trainable: Any) -> outcomes.Outcome:
-        """Of one group of samples a clip."""
+    def quick(self, name: str, trainable: Any) -> tuple[outcomes.Outcome, list[Sample]]:
+        """Of one group of samples a clip; and the most probable answers about the first clips."""
         exam, samples = self._exams[name], self._section.group
         asked = exam.ask(trainable, samples)
         question = self._section.question
-        return outcomes.outcome(asked, exam.truth, question, self._lexicon, samples)
+        shown = zip(exam.dataset.index[:SAMPLES], asked["greedy"], exam.truth)
+        return outcomes.outcome(asked, exam.truth, question, self._lexicon, samples), [
+            Sample(entry.name, "(cut off)" if labels is None else ", ".join(labels), _words(true))
+            for entry, labels, true in shown
+        ]
 
     def thorough(
         self, name: str, trainable: Any, file: Path, checkpoint: Callable[[], str]
@@ -460,6 +492,11 @@ class Exams:
                 outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)
             )
         return [*found, len(known)]
+
+
+def _words(truth: Any) -> str:
+    """Labels of a clip, or its valence."""
+    return f"{truth:+g}" if isinstance(truth, float) else ", ".join(truth)
 
 
 def compare(
@@ -521,7 +558,7 @@ def finish(
     totals: Mapping[str, Any],
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write `result.json` and the picture, and print the closing words.
+    """Write `result.json` and the picture, and print the closing words; inside `session.running`.
 
     Args:
         session: of the loop.
@@ -529,12 +566,18 @@ def finish(
         totals: of `loop.run_steps`.
         more: rows for the summary.
     """
+    before, step = result["before"], result["steps"]
+    greedy = next(value for key, value in before.items() if key.startswith("greedy_"))
+    references = {"a sample, before": before["sampled_reward"], "most probable, before": greedy}
+    session.writer.write(step, {"test/sampled_reward": result["after"]["sampled_reward"]})
     times = session.clock.report()
     result |= {**totals, "wall_s": sum(times.values()), "time_s": times}
+    workdir = session.workdir
     if session.group.is_main_process:
-        workdir = session.workdir
         write_json(workdir / "result.json", result)
-        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
+    session.draw(step, references)
+    session.progress.close()
+    if session.group.is_main_process:
         print(session.clock.table())
         print(summary(workdir, result, more))
 

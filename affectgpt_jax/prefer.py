@@ -44,6 +44,7 @@ from affectgpt_jax.restore import Run
 from affectgpt_jax.rollouts import truths
 from affectgpt_jax.training import distributed, loop, memory, sharding
 from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
+from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import answer_log_probs
 from affectgpt_jax.training.preference import PreferenceLossConfig, preference_loss
 
@@ -115,7 +116,7 @@ def prefer(
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock, processor = session.say, session.clock, run.processor
-    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+    say(f"workdir {workdir}; from {run.title}")
 
     # Pairs, some of them held out by the names of their clips.
     clips = group.main_process_first(
@@ -192,7 +193,7 @@ def prefer(
     evaluate = jax.jit(lambda trainable, base, batch: loss(program.model, base, trainable, batch))
     log_probs = jax.jit(functools.partial(answer_log_probs, program.model))
 
-    def validation(trainable: Any) -> dict[str, float]:
+    def validation(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
         """Loss, accuracy of the implicit reward, and margin on held-out pairs."""
         sums, pairs = np.zeros(3), 0.0
         for _, batch in held_out.whole():
@@ -203,7 +204,7 @@ def prefer(
             sums += np.array([float(total), float(metrics["accuracy"]), float(metrics["margin"])])
             pairs += float(count)
         names = ("val/loss", "val/accuracy", "val/margin")
-        return dict(zip(names, (sums / pairs).tolist(), strict=True))
+        return dict(zip(names, (sums / pairs).tolist(), strict=True)), []
 
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
@@ -250,13 +251,14 @@ def prefer(
             file = workdir / post_training.after_file(best)
             fingerprint = functools.partial(SavedRun(workdir).fingerprint, best)
             after = exams.thorough("test", state["trainable"], file, fingerprint)
-            pairs = validation(state["trainable"])
+            pairs, _ = validation(state["trainable"])
         result = post_training.compare(config, dpo, workdir, exams, before, after, best, last)
         result["pairs"] = {"train": len(data.pairs), "held_out": len(held_out.pairs)} | {
             name.removeprefix("val/"): value for name, value in pairs.items()
         }
-    accuracy = ("preferred as annotated, held-out pairs", f"0.500 -> {pairs['val/accuracy']:.3f}")
-    post_training.finish(session, result, totals, [accuracy])
+        accuracy = f"0.500 -> {pairs['val/accuracy']:.3f}"
+        rows = [("preferred as annotated, held-out pairs", accuracy)]
+        post_training.finish(session, result, totals, rows)
     return result
 
 

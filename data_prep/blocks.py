@@ -27,6 +27,11 @@ from .clips import Clip, ClipError
 # What `zipfile` and NumPy raise on an archive that is none, or has other bytes than it had.
 _DAMAGED = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
+# The store's folder in the directory of the records, and beside the blocks: where the weights of
+# the encoders are, by kind.
+BLOCKS = ".blocks"
+PLACES = "encoders.json"
+
 
 def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:
     """Name of the block file for these settings and clips."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.hub import model_name
 from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.text import brief
@@ -102,8 +103,8 @@ def tokenizer_identities(directory: Path) -> dict[str, Identity]:
     except TokenizerError as error:
         template = str(error).removeprefix(str(directory))
     return {
-        "tokenizer": Identity(directory.name, tokenizer),
-        "chat template": Identity(directory.name, json_sha256(template)),
+        "tokenizer": Identity(model_name(directory), tokenizer),
+        "chat template": Identity(model_name(directory), json_sha256(template)),
     }
 
 

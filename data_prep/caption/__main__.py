@@ -38,11 +38,10 @@ from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
 from ..contents import read_seconds
+from ..encoders import MISSING
 from ..shards import add_shard_flag, shard_of_task
 from . import describe, filtering, labels
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
-
-MEDIA_EXTRA = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -493,7 +492,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             arguments.run(arguments)
         except ModuleNotFoundError as error:
-            raise UserError(MEDIA_EXTRA.format(error.name)) from None
+            raise UserError(MISSING.format(error.name)) from None
 
 
 if __name__ == "__main__":
