@@ -326,7 +326,7 @@ def _evaluate(
             said = ", ".join(filter(None, [run.step_name(step), how.name]))
             with Counter(f"answers about {test.name}", said) as count:
                 answers = inference.answers_on_disk(
-                    out / "answers" / file, generator, trainable, test.dataset, question, count
+                    out / "answers" / file, generator, trainable, test.dataset, question, count, say
                 )
             with replies:
                 predictions = predict(
@@ -688,12 +688,13 @@ def _answer_file(
     how: HowDecoded,
     seed: int,
 ) -> str:
-    """A name that changes with everything that an answer depends on."""
+    """A name that changes with everything that an answer depends on but the code."""
     parts = [
         # A run that is trained anew in the same place has the same steps.
         checkpoint,
         run.identity.sha256,
-        {name: identity.sha256 for name, identity in run.inputs.items()},
+        # But for the code, which every answer names: answers of two versions may stand together.
+        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.

@@ -53,8 +53,8 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["affectgpt_jax.train", "tensorboardX", "matplotlib.figure"])
 
 
-def _train(arguments, said, cache, settings, before):
-    """`python -m affectgpt_jax.train`, in a process of its own."""
+def _run(module, arguments, said, cache, settings, before):
+    """`python -m MODULE`, in a process of its own."""
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -74,9 +74,19 @@ def _train(arguments, said, cache, settings, before):
         before()
     sys.argv[1:] = arguments
     try:
-        runpy.run_module("affectgpt_jax.train", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which `multiprocessing` would leave out
+
+
+def start(module, arguments, said, settings=None, before=None):
+    """Start `python -m MODULE`, whose words go into a file; returns its process."""
+    cache = jax.config.jax_compilation_cache_dir
+    process = _SERVER.Process(
+        target=_run, args=(module, arguments, said, cache, settings or {}, before)
+    )
+    process.start()
+    return process
 
 
 def limit_file_size(size):
@@ -110,11 +120,7 @@ class Command:
         self._said = workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.txt"
         self._said.touch()
         arguments = [f"--workdir={workdir}", *SMALL, *flags]
-        cache = jax.config.jax_compilation_cache_dir
-        self.process = _SERVER.Process(
-            target=_train, args=(arguments, self._said, cache, settings or {}, before)
-        )
-        self.process.start()
+        self.process = start("affectgpt_jax.train", arguments, self._said, settings, before)
 
     def wait(self, timeout_s=400):
         """Its status, when it has ended."""
