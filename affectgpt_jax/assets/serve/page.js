@@ -382,7 +382,7 @@ function outerLabel(later, angle, radius, name, kind) {
 async function start() {
   about = await json("/about");
   document.title = `AffectGPT: ${about.model}`;
-  $("model").textContent = `AffectGPT ${about.model}, checkpoint ${about.step}, reads ${about.reads.join(", ")}`;
+  $("model").textContent = `${about.model}, ${about.step}; reads ${about.reads.join(", ")}`;
   const usual = about.asked.length > 1 ? [[about.asked.join(" and "), DEFAULT]] : [];
   const kinds = about.questions.map((kind) => [kind, kind]);
   for (const [text, value] of [...usual, ...kinds, ["a question of your own", OWN]]) $("kind").append(element("option", { value, textContent: text }));
