@@ -53,14 +53,14 @@ def records(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def flags(trained_run, records):
-    return [f"--workdir={trained_run}", f"--records={records}", "--config.mesh=data:1", *WANDER]
+    return [f"--workdir={trained_run}", f"--records={records}", *WANDER]
 
 
 @pytest.fixture(scope="module")
 def plain(flags):
     """What is served without files, since no encoder made the run's records."""
     with contextlib.ExitStack() as stack:
-        arguments = serve.parse_arguments([*flags, "--batch-size=3", "--max-prompt-tokens=72"])
+        arguments = serve.parse_arguments([*flags, "--max-prompt-tokens=72"])
         service = serve.make_service(arguments, stack)
         stack.callback(service.close)
         yield service
@@ -115,7 +115,7 @@ def client(plain, eyes):
 
 def test_requests_at_once_have_the_answers_of_predict(client, flags, capsys):
     capsys.readouterr()
-    predict.main([*flags, "--json", "--batch-size=3"])
+    predict.main([*flags, "--json"])
     expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len({line["text"] for line in expected}) > 10, "answers that are alike prove little"
 
@@ -490,7 +490,7 @@ def test_another_host_comes_with_a_sentence(plain, monkeypatch, capsys):
 @pytest.mark.slow
 def test_ctrl_c_ends_the_command(flags, tmp_path):
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    command = [sys.executable, "-m", "data_prep.serve", *flags, "--port=0", "--batch-size=3"]
+    command = [sys.executable, "-m", "data_prep.serve", *flags, "--port=0"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         said = []
