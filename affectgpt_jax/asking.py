@@ -47,7 +47,7 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
     add("--lexicon", metavar="DIR", help="by which they agree; default: the shipped emotion wheels")
     add("--max-new-tokens", type=int, metavar="N", help="default: the run's")
-    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,9 +113,10 @@ def make_generator(
     sampling: Sampling,
     seed: int,
     group: int = 1,
+    questions: int = 1,
     prompt_length: int | None = None,
 ) -> Generator:
-    """What answers questions about these clips; None is as the run's config has it.
+    """What answers so many questions about these clips; None is as the run's config has it.
 
     With a `prompt_length` all prompts are padded to it, see `Generator`.
     """
@@ -125,7 +126,7 @@ def make_generator(
         run.base,
         run.processor,
         run.mesh,
-        batch_size=max(1, min(batch_size or config.generate.batch_size, len(clips))),
+        batch_size=max(1, min(batch_size or config.generate.batch_size, len(clips) * questions)),
         max_new_tokens=max_new_tokens or config.generate.max_new_tokens,
         num_buckets=config.num_buckets,
         merge_lora=should_merge(config.generate.merge_lora, run.model, run.base),
@@ -254,28 +255,26 @@ def ask(
         run, generator, clips, questions, wheels: what is asked.
         answered: names and questions that a file of answers has; None prints the answers.
     """
-    parts = {}
-    for question in questions:
-        left = [i for i, e in enumerate(clips.index) if (e.name, question) not in (answered or ())]
-        parts[question] = RecordSubset(clips, left)
+    missing = [
+        tuple(q for q in questions if (entry.name, q) not in (answered or ()))
+        for entry in clips.index
+    ]
     # A line that is rewritten would mix with answers on the same terminal.
     in_place = sys.stderr.isatty() and (answered is not None or not sys.stdout.isatty())
-    done, total = 0, sum(map(len, parts.values()))
+    done, total = 0, sum(map(len, missing))
     if not total:
         return
     with Counter("answers", stream=sys.stderr, in_place=in_place) as count:
         count(done, total)
-        for question, part in parts.items():
-            if not len(part):
-                continue
+        for asked in filter(None, dict.fromkeys(missing)):
+            part = RecordSubset(clips, [i for i, left in enumerate(missing) if left == asked])
             if wheels:
-                found = agreed_answers(
-                    generator, run.processor, run.trainable, part, question, wheels
-                )
+                found = agreed_answers(generator, run.processor, run.trainable, part, asked, wheels)
             else:
-                found = generator.answers(run.trainable, part, question)
+                found = generator.answers(run.trainable, part, asked)
             for number, answer in found:
-                yield part.index[number].name, question, answer
+                clip, question = divmod(number, len(asked))
+                yield part.index[clip].name, asked[question], answer
                 done += 1
                 count(done, total)
 

@@ -14,6 +14,10 @@ by a set of MER-UniBench ({keys}) or any name with its task ({tasks}), and a rec
 
 takes every set of MER-UniBench that has its records in a folder called so there, and says which
 have none. Run again, it goes on where it stopped.
+
+    --checkpoint FILE.pth --config=affectgpt_qwen25_7b --out DIR
+
+in place of --workdir evaluates weights that nobody trained here: see docs/released.md.
 """
 
 from __future__ import annotations
@@ -181,7 +185,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
     add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
-    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
     add(
         "--max-new-tokens",
         type=int,

@@ -17,6 +17,7 @@ from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.json import ResumableJsonl
 from affectgpt_jax.common.tables import write_csv
 from affectgpt_jax.common.text import json_line
+from affectgpt_jax.data.examples import Example
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import PromptSet, sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
@@ -25,6 +26,7 @@ from affectgpt_jax.evaluation.consensus import consensus
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch
+from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import (
     GREEDY,
     Decoding,
@@ -81,6 +83,61 @@ class Answers:
         return sum(answer.cut for answer in self.each)
 
 
+# One, or several that are asked together.
+Question = str | Sequence[str]
+
+
+def each_question(question: Question) -> tuple[str, ...]:
+    return (question,) if isinstance(question, str) else tuple(question)
+
+
+def joined(prompts: Sequence[Example]) -> tuple[Example, tuple[int, list[int]]]:
+    """The prompts about a clip as one row: what they all begin with, and the rest of each.
+
+    Returns:
+        The row, and the sizes of these parts as `grouped_row` takes them: one token or more of
+        every prompt is the rest. A single prompt is its own row, without any rest.
+    """
+    if len(prompts) == 1:
+        return prompts[0], (len(prompts[0]), [])
+    parts = [prompt.tokens for prompt in prompts]
+    least = min(map(len, parts)) - 1
+    equal = np.all([part[:least] == parts[0][:least] for part in parts], axis=0)
+    start = least if equal.all() else int(equal.argmin())
+    tokens = np.concatenate([parts[0][:start], *(part[start:] for part in parts)])
+    return Example(tokens, len(tokens)), (start, [len(part) - start for part in parts])
+
+
+def prompt_batches(
+    dataset: Records,
+    processor: PromptProcessor,
+    asked: Sequence[Sequence[Example]],
+    rows: int,
+    num_buckets: int,
+    feature_from: Sequence[int] | None = None,
+    length: int | None = None,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Batches of prompts as `models.generate.Prompts` has them: a row has all prompts of a clip.
+
+    Args:
+        asked: for each question the prompt of every clip.
+        rows: of a batch.
+
+    The other arguments, and what is yielded, are those of `sequential_batches`.
+    """
+    rows_of_clips = [joined(clip) for clip in zip(*asked, strict=True)]
+    examples = [example for example, _ in rows_of_clips]
+    batches = sequential_batches(
+        dataset, processor, examples, rows, num_buckets, feature_from, length=length
+    )
+    for numbers, batch in batches:
+        for row, clip in enumerate(numbers if len(asked) > 1 else ()):
+            positions, segment_ids = grouped_row(*rows_of_clips[clip][1])
+            batch["positions"][row, : len(positions)] = positions
+            batch["segment_ids"][row, : len(segment_ids)] = segment_ids
+        yield numbers, batch
+
+
 class Generator:
     """Answers questions about clips, with a few compiled programs for each prompt length.
 
@@ -89,12 +146,13 @@ class Generator:
         base: frozen weights.
         processor: how clips become prompts.
         mesh: batches are split over it.
-        batch_size: answers that are generated at a time.
+        batch_size: answers that are generated at a time, or a few more.
         max_new_tokens: limit of an answer.
         num_buckets: the number of prompt lengths, each of which costs compilation.
-        prompt_length: of all prompts instead, which are padded to it.
+        prompt_length: of all rows of prompts instead, which are padded to it.
         sampling: how tokens are chosen; greedy by default.
-        group: answers to each prompt, which share its prefill.
+        group: answers to each prompt, which share its prefill; so do several questions about a clip
+            what their prompts begin with.
         seed: of sampling. A sample depends on it, the clip's name, the question and its place in
             the group, not on the other clips.
         log_probs: whether answers have a log-probability.
@@ -125,10 +183,7 @@ class Generator:
         self._seed, self._pulse, self.group = seed, pulse, group
         # Without adapters, and beside quantized kernels, there is nothing to merge.
         self._merge_lora = merge_lora and _can_merge(model)
-        prompts, self._prefill_batch = rows_and_prefill_batch(
-            -(-batch_size // group), data_parallel_size(mesh)
-        )
-        self._rows = prompts * group
+        self._batch_size = batch_size
         tokenizer, end = processor.tokenizer, processor.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
         self.decoding = Decoding(
@@ -139,18 +194,19 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
         progress: Progress = silent,
     ) -> Answers:
-        """Ask one question about every clip.
+        """Ask about every clip.
 
-        The answers of a group stand side by side: answer g about clip i is number i * group + g.
+        The answers of a group stand side by side, and those to several questions about a clip:
+        answer g to question q about clip i is number (i * questions + q) * group + g.
 
         Args:
             trainable: adapters and fusion.
             dataset: the clips.
-            question: a label type of the prompts, or the text of any question.
+            question: a label type of the prompts, the text of any question, or several of these.
             feature_from: for each clip the number of the one whose features it gets instead of its
                 own; a permutation is the control that shows what features are worth.
             progress: called with the answers there are and the number there will be.
@@ -158,7 +214,7 @@ class Generator:
         Raises:
             DataError: a clip that cannot be asked; the message names it.
         """
-        found, total = {}, len(dataset) * self.group
+        found, total = {}, len(dataset) * len(each_question(question)) * self.group
         progress(0, total)
         for number, answer in self.answers(trainable, dataset, question, feature_from):
             found[number] = answer
@@ -169,7 +225,7 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """The answers one by one, in the order of completion, with their numbers."""
@@ -180,17 +236,22 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
         seed: int | None = None,
     ) -> Iterator[tuple[int, Generated]]:
         """The same as tokens, NumPy arrays of one row; `seed` may be another one."""
+        questions = each_question(question)
+        width = len(questions) * self.group
+        rows, prefill_batch = rows_and_prefill_batch(
+            -(-self._batch_size // width), data_parallel_size(self.mesh)
+        )
         return generate_all(
             self.model,
             *self.weights(trainable),
-            self._prompts(dataset, question, feature_from),
+            self._prompts(dataset, questions, prefill_batch, feature_from),
             self.decoding,
-            self._rows,
+            rows * width,
             seed=self._seed if seed is None else seed,
         )
 
@@ -209,7 +270,7 @@ class Generator:
         Returns:
             `P * group` answers, those to one prompt side by side.
         """
-        ids = shard_whole_batch(self.mesh, identities(self._names(names, question)))
+        ids = shard_whole_batch(self.mesh, identities(self._names(names, (question,))))
         size = len(names) * self.group
         prompts = [Prompts(np.arange(size), batch, ids)]
         weights = self.weights(trainable)
@@ -226,9 +287,9 @@ class Generator:
         Raises:
             DataError: the clip cannot be asked.
         """
-        [(_, batch, rows, _)] = self._prompts(clip, question)
-        weights, settings = self.weights(trainable), {"seed": self._seed, "rows": rows}
-        for generated in stream(self.model, *weights, batch, self.decoding, **settings):
+        [prompts] = self._prompts(clip, (question,), data_parallel_size(self.mesh))
+        weights, settings = self.weights(trainable), {"seed": self._seed, "rows": prompts.rows}
+        for generated in stream(self.model, *weights, prompts.batch, self.decoding, **settings):
             first = generated.row(0)
             complete = first.ended or first.counts == self.decoding.max_new_tokens
             yield self.read(first) if complete else self.read_unfinished(first)
@@ -241,29 +302,34 @@ class Generator:
         return merged, {**trainable, "lora": {}}
 
     def _prompts(
-        self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
+        self,
+        dataset: Records,
+        questions: Sequence[str],
+        rows: int,
+        feature_from: Sequence[int] | None = None,
     ) -> Iterator[Prompts]:
-        examples = self.processor.prompt_examples(dataset, question)
-        batches = sequential_batches(
+        batches = prompt_batches(
             dataset,
             self.processor,
-            examples,
-            self._prefill_batch,
+            [self.processor.prompt_examples(dataset, question) for question in questions],
+            rows,
             self._num_buckets,
             feature_from,
-            length=self._prompt_length,
+            self._prompt_length,
         )
+        width = len(questions) * self.group
         for numbers, batch in batches:
             self._pulse()
-            names = self._names([dataset.index[i].name for i in numbers], question)
-            names += [""] * (self._prefill_batch * self.group - len(names))
-            numbers = (numbers[:, None] * self.group + np.arange(self.group)).ravel()
-            yield Prompts(numbers, *shard_whole_batch(self.mesh, (batch, identities(names))))
+            names = self._names([dataset.index[i].name for i in numbers], questions)
+            names += [""] * (rows * width - len(names))
+            numbers = (numbers[:, None] * width + np.arange(width)).ravel()
+            batch, ids = shard_whole_batch(self.mesh, (batch, identities(names)))
+            yield Prompts(numbers, batch, ids, questions=len(questions))
 
-    def _names(self, clips: Sequence[str], question: str) -> list[str]:
-        """What tells the answers to these clips apart, those of a group side by side."""
+    def _names(self, clips: Sequence[str], questions: Sequence[str]) -> list[str]:
+        """What tells the answers about these clips apart, those to a question side by side."""
         places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
-        return [f"{name}\n{question}{place}" for name in clips for place in places]
+        return [f"{name}\n{q}{place}" for name in clips for q in questions for place in places]
 
     def read_unfinished(self, generated: Generated) -> Answer:
         """The answer in one row so far, without what later tokens could change."""
@@ -289,7 +355,7 @@ def _can_merge(model: AffectGPT) -> bool:
     return model.decoder.lora is not None and not model.decoder.compute.base_precision
 
 
-def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
+def should_merge(setting: str, model: AffectGPT, base: Any, limit: int | None = None) -> bool:
     """Whether LoRA is merged into a copy of the base's kernels before generation.
 
     Unmerged, each of the seven projections of a layer needs two narrow matmuls more for every
@@ -300,14 +366,15 @@ def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
             copy takes at most a quarter of the memory of the device, or of the host where that is
             the device.
         model: the modules. Without LoRA, or with quantized kernels, nothing is merged.
-        base: frozen weights.
+        base: frozen weights, or their shapes with shardings.
+        limit: bytes of a device that is not here.
     """
     if setting != "auto" or not _can_merge(model):
         return setting == "true" and _can_merge(model)
     lora = model.decoder.lora
     kernels = [layer[name]["kernel"] for layer in base["layers"] for name in lora.targets]
     copy = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
-    limit = device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = limit or device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4 * copy <= limit
 
 
@@ -409,26 +476,29 @@ def agreed_answers(
     processor: PromptProcessor,
     trainable: Any,
     dataset: Records,
-    question: str,
+    question: Question,
     wheels: Wheels,
 ) -> Iterator[tuple[int, Answer]]:
-    """What the answers of each group agree on, with record numbers, in the order of completion.
+    """What the answers of each group agree on, in the order of completion, with their numbers.
 
-    Tokens are those of the whole group, which was cut if one of its answers was.
+    Number i * questions + q is that of question q about clip i. Tokens are those of the whole
+    group, which was cut if one of its answers was.
     """
+    questions = each_question(question)
     groups: dict[int, dict[int, Answer]] = {}
-    for number, answer in generator.answers(trainable, dataset, question):
-        clip, place = divmod(number, generator.group)
-        group = groups.setdefault(clip, {})
+    for number, answer in generator.answers(trainable, dataset, questions):
+        asked, place = divmod(number, generator.group)
+        group = groups.setdefault(asked, {})
         group[place] = answer
         if len(group) == generator.group:
             each = [group[place] for place in range(generator.group)]
             texts = [answer.text for answer in each]
-            labels = read_labels(processor, Answers(each), question)
-            _, text = agree(processor.prompts, question, texts, labels, wheels)
+            kind = questions[asked % len(questions)]
+            labels = read_labels(processor, Answers(each), kind)
+            _, text = agree(processor.prompts, kind, texts, labels, wheels)
             tokens, cut = sum(a.tokens for a in each), any(a.cut for a in each)
-            yield clip, Answer(text, tokens, cut, None)
-            del groups[clip]
+            yield asked, Answer(text, tokens, cut, None)
+            del groups[asked]
 
 
 # Label types whose answers name the clip's one true word, best first.

@@ -5,7 +5,8 @@
 asks the run about clips that supervision has not seen, rewards its answers by the emotion wheels,
 and makes the better answers of each prompt more probable. Adapters and fusion go on from the run's
 best checkpoint, or from --step; the base stays frozen. The new workdir is a run like any other:
-every command reads it. The same command, run again, resumes.
+every command reads it. The same command, run again, resumes. --checkpoint with --config stands in
+place of --from, for weights that nobody trained here.
 
 `--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
 `--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
@@ -113,13 +114,7 @@ def reinforce(
     except ValueError as error:
         raise ConfigError(f"config.rl or config.profile_steps: {error}") from None
     shares = sharding.data_parallel_size(mesh)
-    unit = shares * config.gradient_accumulation_steps
-    if rl.prompts % unit:
-        raise ConfigError(
-            f"config.rl.prompts={rl.prompts} in config.gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} microbatches cannot be shared by {shares} "
-            f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
-        )
+    rollouts.check_prompts(config, shares)
     config.batch_size = sum(rollouts.row_counts(config, shares))
     post_training.note_start(rl, run, lexicon)
     validate(config)
@@ -175,9 +170,7 @@ def reinforce(
         if rl.share_prompt
         else f"attention: {attention.name} ({attention.reason})"
     )
-    takes_kl = bool(rl.beta or rl.stop_kl)
-    more = ["reference_log_probs"] if takes_kl else []
-    more += ["old_log_probs"] if rl.updates > 1 else []
+    more = rollouts.later_arrays(rl)
     program = make_program(
         config,
         mesh,
@@ -208,7 +201,7 @@ def reinforce(
         writer = exams.sampled
         if merge_lora or (rl.temperature, rl.top_p) != (1, 1):
             writer = exams.generator(Sampling(rl.temperature, rl.top_p), rl.group, merge_lora)
-        reference = run.trainable if takes_kl else None
+        reference = run.trainable if "reference_log_probs" in more else None
         step = rollouts.RolloutStep(config, program, update, data, writer, reward, reference, say)
 
         def run_step(state: Any, base: Any, prompts: Any) -> tuple[Any, dict[str, float]]:

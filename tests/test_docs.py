@@ -57,6 +57,7 @@ REASONS = {
     "clips that people have labelled; tests/data_prep/test_speakers.py has some",
     "the public data sets",
     "a file of the release; tests/data_prep/test_release_prompts.py has one of its form",
+    "a file of the release; tests/test_checkpoint.py writes one",
     "PyTorch and encoders; tests/data_prep/test_walk.py runs it",
     "PyTorch, encoders and a server; tests/data_prep/test_caption_walk.py runs it",
     "half a minute of compilation; tests/test_plan.py runs such plans",

@@ -169,7 +169,8 @@ def labelled(records, lists):
 def test_clips_with_lists_of_labels_are_scored_by_their_f(demo_records, tmp_path):
     lists = [("happy", "proud"), ("angry",), (), ("sad",)]
     config, test = labelled(demo_records, lists)
-    texts = ["They feel happy and proud.", "They feel sad.", "They feel afraid.", "They feel sad."]
+    written = [["happy", "proud"], ["sad"], ["afraid"], ["sad"]]
+    texts = [test.processor.prompts.write_labels(words, "ovlabel") for words in written]
     result, seen = scored(config, test, tmp_path, texts)
     # Right, wrong, without a truth, right: precision and recall are 2 / 3 on every wheel.
     assert [result[name] for name in "fpr"] == pytest.approx([2 / 3] * 3)
