@@ -148,6 +148,7 @@ def predict(arguments: argparse.Namespace) -> None:
         clips,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        questions=len(questions),
         sampling=arguments.sampling,
         group=arguments.consensus or 1,
         seed=arguments.seed,

@@ -195,7 +195,7 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     c.qformer.dropout = 0.1
 
     c.generate = ConfigDict()  # answers, in validation and afterwards
-    c.generate.batch_size = 32  # clips at a time
+    c.generate.batch_size = 32  # answers at a time
     c.generate.max_new_tokens = 1200  # of an answer
     # Whether LoRA is added to a copy of the base's weights first, which is faster and rounds once
     # more: auto | true | false; auto does so where a second copy of them fits easily

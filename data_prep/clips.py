@@ -164,10 +164,10 @@ def named_clips(paths: Sequence[Path], faces: Path | None = None) -> list[Clip]:
             continue
         kind = "audio" if path.suffix.lower() in AUDIO else "video"
         key = path.parent, _name(path, path.parent)
+        if any(path in files.values() for files in groups.values()):
+            raise ClipError(f"{path} is named twice")
         if kind in groups.get(key, {}):  # another container: a clip of its own
             key = path.parent, path.name
-        if path in groups.get(key, {}).values():
-            raise ClipError(f"{path} is named twice")
         track = {"faces": _face_file(faces, key[1])} if faces is not None else {}
         groups[key] = groups.get(key, track) | {kind: path}
     taken = Counter(name for _, name in groups)

@@ -16,7 +16,8 @@ says why. Of a clip that cannot be read at all a line says so; the others are an
 status is 1. With --json a line of JSON per clip comes to the standard output, with --out into a
 file:
 
-    {"name", "files", "subtitle", "answers", "features", "missing", "facts", "refused"}
+    {"name", "files", "subtitle", "answers", "features", "missing", "facts",
+     "refused"}
 
 where answers are as predict has them, features those that the run was given, missing the reasons
 for others, facts those of the files (frames, faces among the frames that were searched, width,
@@ -42,7 +43,7 @@ from affectgpt_jax.common.progress import QUIET_S, Counter, Elapsed
 from affectgpt_jax.common.text import json_line, one_line, print_lines, say
 
 from .clips import ClipError, named_clips
-from .encoders import MISSING, EncoderError
+from .encoders import MISSING, PRECISIONS, EncoderError
 
 # What runs a model is imported where it is used: processes that decode read this file as well, and
 # stay small.
@@ -79,7 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         add(f"--{kind}", metavar="[NAME=]DIR", help=text)
     add("--faces", type=_path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
     add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
-    add("--precision", metavar="TYPE", help="of the encoders; default: as for the records")
+    precisions = PRECISIONS["cuda"]
+    add("--precision", choices=precisions, help="of the encoders; default: as for the records")
     add("--workers", type=int, metavar="N", help="processes that decode ahead; default: one a core")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--json", action="store_true", help="a line of JSON per clip")
@@ -142,7 +144,7 @@ def describe(arguments: argparse.Namespace) -> None:
     unseen = how.as_records(
         [Record(name=c.name, subtitle=subtitles.get(c.name, ""), features={}) for c in clips]
     )
-    longest = max(prompt_length(run.processor, question, [unseen]) for question in questions)
+    longest = prompt_length(run.processor, questions, [unseen])
 
     run = run.with_weights()
     with Elapsed("reading the encoders", stream=sys.stderr, quiet_s=QUIET_S):
@@ -152,6 +154,7 @@ def describe(arguments: argparse.Namespace) -> None:
         unseen,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        questions=len(questions),
         sampling=arguments.sampling,
         group=arguments.consensus or 1,
         seed=arguments.seed,
@@ -241,7 +244,11 @@ def facts(extracted: Any) -> Iterator[str]:
     if "frames" in known:
         yield f"{known['frames']:,} frames of {known['width']} x {known['height']}"
     if "faces" in known:
-        yield f"{known['faces']:,} with a face" if "frames" in known else f"{known['faces']} faces"
+        from .faces import SEARCHED
+
+        # Of arrays there may be any number.
+        of = f" of {min(SEARCHED, known['frames'])}" if extracted.clip.faces is None else ""
+        yield f"a face in {known['faces']:,}{of} searched frames"
     if "seconds" in known:
         yield f"{known['seconds']:.2f} s"
     if given := ", ".join(extracted.inputs):

@@ -42,6 +42,7 @@ from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import print_lines, say
 from affectgpt_jax.data.arrays import records_from_csv
 from affectgpt_jax.data.records import (
+    EXTRACTION,
     MANIFEST_FILE,
     Record,
     RecordError,
@@ -71,7 +72,7 @@ from .report import (
     reasons,
     write_report,
 )
-from .settings import KEY, make_settings, placement
+from .settings import make_settings, placement
 from .shards import add_shard_flag, shard_of_task
 
 LOCK = "lock"
@@ -239,7 +240,7 @@ def _assemble(
         finished_records(arguments, blocks, store, kept),
         encoders={f: p.name for kind, p in places.items() for f in FEATURES[kind]},
         split=arguments.split,
-        extra={KEY: settings},
+        extra={EXTRACTION: settings},
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
     return [*lines, *elsewhere.remarks(report)]

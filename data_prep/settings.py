@@ -8,8 +8,6 @@ from typing import Any, TypedDict
 
 from .encoders import BATCH, PRECISIONS, EncoderError, EncoderPlace, has_gpu
 
-# The key of a manifest's `extra` that holds them.
-KEY = "extraction"
 # To be raised with every change of this code that changes features.
 VERSION = 2
 # What may change a bit of the features, beside the weights.

@@ -46,6 +46,7 @@ def name_of(page):
 REASONS = {
     "a GPU and a real base",
     "a cluster",
+    "a server, which runs until it is stopped; tests/test_serve.py starts one",
     "an environment of its own",
     "an environment of its own, which the gate makes",
     "minutes of training",
@@ -133,7 +134,9 @@ def test_the_readme_walks_as_the_page_about_data_does():
 
 @every_page
 def test_the_flags_of_commands_are_there(page):
-    extras = re.findall(r'^        "([\w-]+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    extras = re.findall(
+        r'^        "([\w-]+)": (?:\[|SERVE)', (ROOT / "setup.py").read_text(), re.MULTILINE
+    )
     commands = [
         (block, without_launcher(words))
         for block in blocks(page)

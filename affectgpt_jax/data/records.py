@@ -51,6 +51,9 @@ from affectgpt_jax.data.modalities import feature_names
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.jsonl"
+# The key of `Manifest.extra` with the settings by which encoders made the features, as
+# data_prep.extract writes them.
+EXTRACTION = "extraction"
 
 # The name of a shard, which lies in the directory itself.
 _FILE = re.compile(r"[\w.+-]+")

@@ -270,6 +270,8 @@ def export_hub(arguments: argparse.Namespace) -> str:
         whole = checkpoint.workdir / "checkpoints" / step
         shutil.copytree(whole, folder / "checkpoints" / step)
         write_json(folder / "config.json", config | {"wandb_project": ""})
+        if (how := checkpoint.workdir / build.EXTRACTION_FILE).is_file():
+            shutil.copy(how, folder)
         if checkpoint.lora:
             trainable = checkpoint.saved.trainable(checkpoint.step)
             peft.save_adapter(
