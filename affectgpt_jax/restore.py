@@ -96,7 +96,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What people call it: its file without the suffix, its directory, or its name on the hub."""
+        """What people call it: a file without its suffix, a directory, a model of the hub."""
         return self.workdir.stem if self.workdir.is_file() else hub.model_name(self.workdir)
 
     def step_name(self, step: int) -> str:
