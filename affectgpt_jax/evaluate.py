@@ -4,6 +4,7 @@
 
 asks the checkpoint that validation chose about the run's test clips and writes, into the run's
 folder `evaluate`, report.html, report.json and report.md, and every answer and label behind them.
+An evaluation of anything else goes beside, into `evaluate/2`, `evaluate/3` and so on.
 Other clips are named with
 
     --set mer2024=/records/mer2024 --set mine:fine=/records/mine
@@ -36,6 +37,7 @@ from affectgpt_jax import cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.common.files import atomic_write, lock_file
 from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError
@@ -48,7 +50,7 @@ from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, T
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, ReplyCache
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
-from affectgpt_jax.evaluation.report import write_report
+from affectgpt_jax.evaluation.report import REPORT_FILE, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, Result, percent, score_set
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.evaluation.rules import RuleExtractor
@@ -63,9 +65,13 @@ from affectgpt_jax.restore import (
     set_up_process,
 )
 from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, silence_threads
+from affectgpt_jax.training.metrics_writer import read_metrics
+from affectgpt_jax.training.run_picture import curves_of
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
 LOCK_FILE = "evaluate.lock"
+# What a folder is the evaluation of.
+ASKED_FILE = "evaluation.json"
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
 LABELS = ("ovlabel", "onehot", "onehot_candidates")
 QUESTIONS = (*LABELS, "description")
@@ -114,6 +120,22 @@ class TestSet:
     dataset: Records
     truth: Table
     references: Mapping[str, float]
+
+    def about(self, processor: PromptProcessor) -> dict[str, list[tuple[str, str]]]:
+        """What is known of each clip beside its truth, as examples show it: names and texts."""
+        features = processor.mode.features
+        return {
+            entry.name: [
+                (name, text)
+                for name, text in (
+                    ("subtitle", entry.subtitle),
+                    ("described as", entry.description),
+                    ("without", ", ".join(f for f in features if f not in entry.present)),
+                )
+                if text
+            ]
+            for entry in self.dataset.index
+        }
 
 
 def file_name(name: str) -> str:
@@ -199,7 +221,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
-    add("--out", metavar="DIR", help="default: RUN/evaluate; needed with --checkpoint")
+    add(
+        "--out",
+        metavar="DIR",
+        help="default: RUN/evaluate, where reports of other evaluations stay; needed with "
+        "--checkpoint",
+    )
     arguments = parse_run_flags(parser, argv)
     _check_arguments(parser, arguments)
     return arguments
@@ -276,6 +303,8 @@ def _evaluate(
 ) -> tuple[Report, Path]:
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
+    log = run.workdir / "metrics.jsonl"  # which a run that was published lacks
+    curves = curves_of(read_metrics(log)) if log.is_file() else {}
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
     if question == "description" and not arguments.max_new_tokens:
         limit = max(limit, run.config.max_tokens)  # no description that it learned was longer
@@ -317,16 +346,32 @@ def _evaluate(
     wheels = lexicon and Wheels(lexicon, level=arguments.level)
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
+    files = {
+        (step, test.name, how): _answer_file(
+            run, step, checkpoint, test, question, limit, how, arguments.seed
+        )
+        for step in steps
+        for checkpoint in [run.fingerprint(step)]  # reads its files, so once for all sets
+        for test, how in itertools.product(sets, decodings)
+    }
+    asked = {
+        "question": question,
+        "sets": [dict(name=s.name, task=s.task, clips=len(s.dataset)) for s in sets],
+        "answers": [*files.values()],
+        "extractor": extractor.identity if extractor else None,
+        "lexicon": lexicon and lexicon.identity.sha256,
+        **{name: getattr(arguments, name) for name in ("level", "bootstrap", "seed")},
+    }
+    folder = claim_folder(out, asked, say)
     for step in steps:
         at_step = run if step == run.step else run.at_step(step, arguments.allow_other, say)
         trainable = at_step.trainable
-        checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test, (how, generator) in itertools.product(sets, generators.items()):
-            file = _answer_file(run, step, checkpoint, test, question, limit, how, arguments.seed)
+            file = files[step, test.name, how]
             said = ", ".join(filter(None, [run.step_name(step), how.name]))
             with Counter(f"answers about {test.name}", said) as count:
                 answers = inference.answers_on_disk(
-                    out / "answers" / file, generator, trainable, test.dataset, question, count
+                    out / "answers" / file, generator, trainable, test.dataset, question, count, say
                 )
             with replies:
                 predictions = predict(
@@ -334,7 +379,7 @@ def _evaluate(
                 )
             pairs[test.name][said] = pair(predictions.table, test.truth)
             texts[test.name] = dict(zip(predictions.table.names, predictions.texts, strict=True))
-            place = out / f"{file_name(test.name)}-{file_name(said)}.jsonl"
+            place = folder / f"{file_name(test.name)}-{file_name(said)}.jsonl"
             _write_predictions(place, predictions)
     results = [
         score_set(
@@ -347,6 +392,7 @@ def _evaluate(
             seed=arguments.seed,
             texts=texts[test.name],
             references=test.references,
+            about=test.about(processor),
         )
         for test in sets
     ]
@@ -360,13 +406,37 @@ def _evaluate(
         ", ".join(filter(None, [*parts, extractor and extractor.identity])),
         results,
         modalities=modalities(processor),
-        # Beside a user's own clips, scores on others say nothing.
-        peers=any(test.name in BY_NAME or test.name == DEMO for test in sets),
+        # Beside other clips, scores on those of MER-UniBench say nothing.
+        peers=any(test.name in BY_NAME for test in sets),
+        curves=curves,
         resamples=arguments.bootstrap,
         seed=arguments.seed,
     )
-    write_report(report, out)
-    return report, out
+    write_report(report, folder)
+    return report, folder
+
+
+def claim_folder(out: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> Path:
+    """Where the report of an evaluation goes: `out`, or a numbered folder in it.
+
+    A folder belongs to the evaluation that its `ASKED_FILE` describes, and to no other.
+
+    Args:
+        out: which this process has locked.
+        asked: all that the report depends on, ready for JSON.
+        say: told of a folder beside others.
+    """
+    for number in itertools.count(1):
+        folder = out if number == 1 else out / str(number)
+        file = folder / ASKED_FILE
+        if file.is_file() or (folder / REPORT_FILE).exists():
+            if not file.is_file() or read_json(file, dict[str, Any]) != asked:
+                continue
+        elif number > 1:
+            say(f"{out} holds another evaluation, which stays; this one goes to {folder}")
+        folder.mkdir(exist_ok=True)
+        write_json(file, asked, indent=1)
+        return folder
 
 
 def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
@@ -514,8 +584,17 @@ def open_set(
         references = {
             f"ceiling with {modalities_in_words(name)}": value
             for name, value in dataset.ceilings(processor.mode.name).items()
-        }
+        } | control(run, place, max_clips)
     return TestSet(place.name, task, dataset, truth, references)
+
+
+def control(run: Run, place: SetPlace, max_clips: int | None) -> dict[str, float]:
+    """The score on the run's own test set with features of other clips, which training found."""
+    file = run.workdir / "result.json"
+    if place.place != run.config.data.test or max_clips is not None or not file.is_file():
+        return {}
+    share = read_json(file, dict[str, Any]).get("hit_features_shuffled")
+    return {} if share is None else {"control: shuffled features": share}
 
 
 # What a record says that is true, by task.
@@ -688,12 +767,13 @@ def _answer_file(
     how: HowDecoded,
     seed: int,
 ) -> str:
-    """A name that changes with everything that an answer depends on."""
+    """A name that changes with everything that an answer depends on but the code."""
     parts = [
         # A run that is trained anew in the same place has the same steps.
         checkpoint,
         run.identity.sha256,
-        {name: identity.sha256 for name, identity in run.inputs.items()},
+        # But for the code, which every answer names: answers of two versions may stand together.
+        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.

@@ -506,7 +506,7 @@ def open_checkpoint(
     if _is_run(path):
         return open_run(path, step, **how, allow_other=allow_other, download=download, say=say)
     if step is not None:
-        raise RunError(f"{path} is one checkpoint; leave out the step {step}")
+        raise RunError(f"{path} is one checkpoint; leave out --step={step}")
     config = _to_ask(ConfigDict(config.to_dict()), **how)
 
     def compared(model: AffectGPT, device_mesh: Mesh) -> CheckpointFile:

@@ -47,7 +47,7 @@ from .settings import VERSION as CODE_VERSION
 from .settings import Settings, differences, make_settings, package_versions, placement
 from .stages import Stages, encode
 
-EXTRACT = "describe needs a run that was trained on records of affectgpt extract"
+EXTRACT = "files can be asked about where a run was trained on records of affectgpt extract"
 
 
 class ExtractionError(UserError, ValueError):

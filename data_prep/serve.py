@@ -52,6 +52,8 @@ ROWS = 8
 MIB = 2**20
 # After Ctrl-C, what is being sent has so long to end.
 GRACE_S = 3
+# More are told to come later; a process may have 1,024 files open.
+CONNECTIONS = 512
 
 
 class ServeError(UserError, RuntimeError):
@@ -292,13 +294,15 @@ def look_with(extractor: Extractor) -> Look:
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """What people want to know of a file."""
+    from .faces import SEARCHED
+
     found = {}
     if facts.get("seconds"):
         found["length"] = f"{facts['seconds']:.1f} s"
     if facts.get("width"):
         found["size"] = f"{facts['width']} x {facts['height']}, {facts['frames']} frames"
     if "faces" in facts:
-        found["faces"] = f"in {facts['faces']} frames"
+        found["faces"] = f"in {facts['faces']} of {min(SEARCHED, facts['frames'])} frames"
     return found
 
 
@@ -349,6 +353,7 @@ def make_server(service: Service, hosts: Sequence[str]) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_S,
     )
     return Server(config)

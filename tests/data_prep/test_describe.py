@@ -10,7 +10,7 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import MemoryRecords, RecordDataset, RecordError, write_records
 from data_prep import describe, encoders
 
-REFUSED = "describe needs a run that was trained on records of affectgpt extract"
+REFUSED = "files can be asked about where a run was trained on records of affectgpt extract"
 
 
 def sentence(*flags):

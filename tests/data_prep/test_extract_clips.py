@@ -152,6 +152,17 @@ def test_what_is_finished_is_used_again_and_damage_to_it_is_noticed(
     run(clips, out, encoders)
     assert contents(out) == contents(extracted)
     assert len(decoded) == len(lost) and set(decoded) == lost
+    # A byte of the features, which only who reads them sees.
+    (out / "manifest.json").unlink()
+    data = bytearray(blocks[2].read_bytes())
+    data[len(data) // 2] ^= 1
+    blocks[2].write_bytes(data)
+    with pytest.raises(SystemExit, match=f"{blocks[2].name} is damaged .*delete it, and the same"):
+        run(clips, out, encoders)
+    assert not (out / "manifest.json").exists()
+    blocks[2].unlink()
+    run(clips, out, encoders)
+    assert contents(out) == contents(extracted)
 
 
 def test_clips_without_a_modality_are_records_where_that_is_allowed(
