@@ -30,7 +30,7 @@ from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_tra
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.program import Program
 from affectgpt_jax.training import sharding, xla_options
-from affectgpt_jax.training.checkpoints import SavedRun
+from affectgpt_jax.training.checkpoints import SavedRun, saved_steps
 from affectgpt_jax.training.step import State
 from affectgpt_jax.weights.huggingface import (
     base_identity,
@@ -286,8 +286,8 @@ def open_run(
 def initial_weights(
     config: ConfigDict, llm: DecoderConfig, mesh: Mesh, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What a new run starts from beside what is drawn: `config.init_from`, a PEFT adapter's
-    directory (LoRA alone) or a `.pth` of the PyTorch release.
+    """What a new run starts from beside what is drawn: `config.init_from`, the workdir of a run
+    (its best checkpoint), a PEFT adapter's directory (LoRA alone) or a `.pth` of the release.
 
     Args:
         config: of the run.
@@ -299,7 +299,8 @@ def initial_weights(
         Parts of the trainable tree; none where nothing is named.
 
     Raises:
-        WeightsError: neither, or one that does not fit; the message names what differs.
+        WeightsError: none of them, or one that does not fit; the message names what differs.
+        CheckpointError: a run of another base, of other heads or inputs, or a damaged one.
     """
     if not config.init_from:
         return {}
@@ -307,6 +308,13 @@ def initial_weights(
     # Its attention is not asked for anything.
     model = build.model(config, llm, sharding.ActivationConstraint(mesh), attention.causal)
     abstract = sharding.abstract(mesh, lambda key: init_trainable(model, key))
+    if saved_steps(path):
+        saved = SavedRun(path)
+        with Elapsed("hashing the base", stream=sys.stderr, quiet_s=QUIET_S):
+            identity = base_identity(build.base_directory(config.llm))
+        loaded = saved.restore(saved.best, identity, abstract)
+        say(f"starting from step {saved.best} of {path}: adapters, projectors and fusion")
+        return loaded
     if path.is_dir():
         lora = load_adapter(path, abstract["lora"], model.decoder.lora)
         say(f"starting from the adapter {path}; projectors and fusion start fresh")
