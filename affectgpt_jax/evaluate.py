@@ -64,7 +64,8 @@ EXTRACTORS = ("auto", "rules", "llm", "openai")
 LOCK_FILE = "evaluate.lock"
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
 LABELS = ("ovlabel", "onehot", "onehot_candidates")
-QUESTIONS = (*LABELS, "description")
+# The last asks which of two descriptions fits the clip better.
+QUESTIONS = (*LABELS, "description", "preference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,12 +289,14 @@ def _evaluate(
     processor = run.processor
     sets = [
         open_set(run, place, processor, arguments.max_clips, say)
-        for place in choose_sets(arguments, run, say)
+        for place in for_question(question, choose_sets(arguments, run, say))
     ]
     for test in sets:
         # Trouble with a clip shows before any answer.
         processor.prompt_examples(test.dataset, question)
     decodings = choose_decodings(arguments)
+    if question == "preference" and arguments.consensus:
+        raise ConfigError("--consensus is for labels, and preferences have none; leave it out")
     needs_lexicon = bool(arguments.consensus) or any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
@@ -341,7 +344,7 @@ def _evaluate(
             pairs[test.name][said] = pair(predictions.table, test.truth)
             texts[test.name] = dict(zip(predictions.table.names, predictions.texts, strict=True))
             place = out / f"{file_name(test.name)}-{file_name(said)}.jsonl"
-            _write_predictions(place, predictions)
+            _write_predictions(place, predictions, test.task)
     results = [
         score_set(
             test.name,
@@ -409,6 +412,29 @@ def choose_question(asked: str | None, run: Run) -> str:
             "what it would answer means nothing"
         )
     return question
+
+
+def for_question(question: str, places: Sequence[SetPlace]) -> list[SetPlace]:
+    """The sets as a question scores them: preferences are a task of their own.
+
+    Raises:
+        ConfigError: a set that is named with a task of other questions, or the other way round.
+    """
+    if question != "preference":
+        for place in places:
+            if place.task == "preference":
+                raise ConfigError(
+                    f"--set {place.name}:preference is scored by --question=preference, not by "
+                    f"--question={question}"
+                )
+        return list(places)
+    for place in places:
+        if place.task not in ("", "preference") and place.name != DEMO:
+            raise ConfigError(
+                f"--question=preference: {place.name} is scored as {place.task}; name records with "
+                "alternatives, as --set NAME:preference=RECORDS"
+            )
+    return [dataclasses.replace(place, task="preference") for place in places]
 
 
 def choose_decodings(arguments: argparse.Namespace) -> list[HowDecoded]:
@@ -525,6 +551,7 @@ TRUTHS: dict[str, Callable[[Any], Any]] = {
     "basic": lambda entry: entry.emotion.strip().lower() or None,
     "words": lambda entry: entry.emotion.strip().lower() or None,
     "sentiment": lambda entry: entry.valence,
+    "preference": lambda entry: entry.preferred or None,
 }
 
 
@@ -548,7 +575,9 @@ def read_truth(dataset: Records, task: str, place: SetPlace) -> Table:
     found = {entry.name: TRUTHS[task](entry) for entry in dataset.index}
     known = {name: value for name, value in found.items() if value is not None}
     if not known:
-        field = {"fine": "labels", "sentiment": "valence"}.get(task, "emotion")
+        field = {"fine": "labels", "sentiment": "valence", "preference": "preferred"}.get(
+            task, "emotion"
+        )
         raise ConfigError(f"{place.place}: no record has the {field} that {task} is scored by")
     without = tuple(name for name in found if name not in known)
     findings = (Finding("without a truth, left out", without),) if without else ()
@@ -641,6 +670,10 @@ def predict(
         )
     else:
         labels = [processor.prompts.read_labels(text, question) for text in texts]
+    if question == "preference":
+        words = [processor.prompts.read_answer(question, text).strip().lower() for text in texts]
+        found = tuple(f for f in findings if f.names)
+        return Predictions(Table("the answers", names, tuple(words), found), tuple(texts))
     if group > 1:
         agreed = [
             inference.agree(
@@ -707,12 +740,12 @@ def _answer_file(
     return f"{file_name(test.name)}-step-{step}-{question}-{json_sha256(parts)[:12]}.jsonl"
 
 
-def _write_predictions(path: Path, predictions: Predictions) -> None:
-    """Name, text and labels or sentiment of every clip, as `score` and `report` read them."""
+def _write_predictions(path: Path, predictions: Predictions, task: str) -> None:
+    """Name, text and labels, sentiment or preference of every clip, as `score` reads them."""
     table = predictions.table
+    key = task if task in ("sentiment", "preference") else "labels"
     with atomic_write(path, "w") as file:
         for name, value, text in zip(table.names, table.values, predictions.texts, strict=True):
-            key = "sentiment" if isinstance(value, str) else "labels"
             file.write(json.dumps({"name": name, "text": text, key: value}) + "\n")
 
 

@@ -37,7 +37,6 @@ from benchmarks import harness, training_sets
 from benchmarks.harness import Report, at_least
 from benchmarks.runner import Outcome, Run, RunError, train_all
 
-
 # In place of a training set: adapters and heads stay as they are drawn.
 UNTRAINED = "untrained"
 

@@ -44,6 +44,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import read_bytes, sha256_of
 from affectgpt_jax.common.json import check_type, json_lines, parse_json, read_json
+from affectgpt_jax.common.labels import PREFERENCES
 from affectgpt_jax.common.text import brief, one_line, shorten
 from affectgpt_jax.data.modalities import feature_names
 
@@ -105,7 +106,6 @@ class IndexEntry(Annotations):
     present: tuple[str, ...]
 
 
-PREFERENCES = ("a1", "a2", "same")
 _TEXTS = ("name", "subtitle", "description", "emotion", "caption", "question", "answer", "source")
 _TUPLES = ("labels", "candidates", "valence_range", "alternatives", "present")
 

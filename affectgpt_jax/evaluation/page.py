@@ -40,6 +40,7 @@ TASKS = {
     "basic": "one true emotion, hit rate over five emotion wheels",
     "sentiment": "positive against negative, weighted F1",
     "words": "one true word, hit rate of the first label, no lexicon",
+    "preference": "which of two descriptions people prefer, weighted F1",
 }
 # Limits of the page; report.json has the full lists.
 LIMITS = {"WORDS_SHOWN": 30, "CLASSES_SHOWN": 40, "NAMES_SHOWN": 8, "TEXT_SHOWN": 600}

@@ -87,6 +87,7 @@ class Unknown:
         lacks = {
             "words": "most of the {} labels are the true word of no clip",
             "sentiment": "most of the {} sentiments are none of positive, negative and neutral",
+            "preference": "most of the {} preferences are none of a1, a2 and same",
         }.get(self.task, "the lexicon does not know most of the {} labels")
         examples = ", ".join(shorten(word, 40) for word in list(self.words)[:3])
         return (
@@ -210,7 +211,7 @@ class SetResult:
 
 
 def score_pairs(task: str, pairs: Pairs, lexicon: Lexicon | None, level: int = 1) -> Score:
-    """The score of a task; sentiment and words need no lexicon.
+    """The score of a task; only fine and basic need a lexicon.
 
     Raises:
         ScoreError: nothing can be scored.
@@ -220,6 +221,8 @@ def score_pairs(task: str, pairs: Pairs, lexicon: Lexicon | None, level: int = 1
             return metrics.score_sentiment(pairs.predictions, pairs.truth)
         case "words":
             return metrics.score_words(pairs.predictions, pairs.truth)
+        case "preference":
+            return metrics.score_preference(pairs.predictions, pairs.truth)
         case "fine":
             return metrics.score_fine(pairs.predictions, pairs.truth, lexicon, level)
         case _:
