@@ -23,7 +23,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import MODALITIES
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
+from affectgpt_jax.evaluation.answers import answers_file, file_name
 from affectgpt_jax.evaluation.chat_server import ChatServer
 from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, TASKS, name_and_task
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, ReplyCache
@@ -111,11 +111,6 @@ class TestSet:
     dataset: Records
     truth: Table
     references: Mapping[str, float]
-
-
-def file_name(name: str) -> str:
-    """How the names of a set's files begin."""
-    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def parse_set(text: str) -> SetPlace:
@@ -343,8 +338,7 @@ def _evaluate(
                 )
             pairs[test.name][said] = pair(predictions.table, test.truth)
             texts[test.name] = dict(zip(predictions.table.names, predictions.texts, strict=True))
-            place = out / f"{file_name(test.name)}-{file_name(said)}.jsonl"
-            _write_predictions(place, predictions, test.task)
+            _write_predictions(answers_file(out, test.name, said), predictions, test)
     results = [
         score_set(
             test.name,
@@ -356,6 +350,7 @@ def _evaluate(
             seed=arguments.seed,
             texts=texts[test.name],
             references=test.references,
+            parts=parts_of(test.dataset),
         )
         for test in sets
     ]
@@ -555,6 +550,18 @@ TRUTHS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def parts_of(dataset: Records) -> dict[str, set[str]]:
+    """Clips that are scored by themselves, too: those that say which modality contradicts others.
+
+    The paper's Figure 6 shows such clips. Nothing, where no record says so.
+    """
+    torn = {entry.name for entry in dataset.index if entry.conflict}
+    if not torn:
+        return {}
+    agree = {entry.name for entry in dataset.index} - torn
+    return {"clips whose modalities conflict": torn, "clips whose modalities agree": agree}
+
+
 def _task_of(dataset: Records, place: SetPlace) -> str:
     """The first task that all clips have a truth for."""
     for task in ("basic", "fine", "sentiment"):
@@ -740,13 +747,19 @@ def _answer_file(
     return f"{file_name(test.name)}-step-{step}-{question}-{json_sha256(parts)[:12]}.jsonl"
 
 
-def _write_predictions(path: Path, predictions: Predictions, task: str) -> None:
-    """Name, text and labels, sentiment or preference of every clip, as `score` reads them."""
+def _write_predictions(path: Path, predictions: Predictions, test: TestSet) -> None:
+    """Name, text and labels, sentiment or preference of every clip, as `score` reads them.
+
+    The truth stands beside, for those who read.
+    """
     table = predictions.table
-    key = task if task in ("sentiment", "preference") else "labels"
+    truth = dict(zip(test.truth.names, test.truth.values, strict=True))
+    key = test.task if test.task in ("sentiment", "preference") else "labels"
     with atomic_write(path, "w") as file:
         for name, value, text in zip(table.names, table.values, predictions.texts, strict=True):
-            file.write(json.dumps({"name": name, "text": text, key: value}) + "\n")
+            line = {"name": name, "text": text, key: value}
+            line |= {"truth": truth[name]} if name in truth else {}
+            file.write(json.dumps(line) + "\n")
 
 
 def modalities(processor: PromptProcessor) -> str:
@@ -795,6 +808,11 @@ def summarise(report: Report, out: Path, compared: bool = False) -> list[str]:
                 f"{percent(both.best_value)} ({both.best})"
             )
         lines += [f"  {name}: {percent(share)}" for name, share in result.references.items()]
+        for part in result.parts:
+            ends = ""
+            if part.interval:
+                ends = f" ({percent(part.interval.low)} to {percent(part.interval.high)})"
+            lines.append(f"  {part.clips:,} {part.name}: {percent(part.value)}{ends}")
     lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
     return lines
 

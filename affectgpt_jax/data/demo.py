@@ -146,6 +146,7 @@ class Clips:
         cues: for each modality the index of its cue.
         present: for each modality whether the clip has it.
         subtitles, labels: the texts; an absent subtitle is "".
+        conflict: the modality whose cue comes from another emotion, "" where none does.
     """
 
     emotion: np.ndarray
@@ -153,6 +154,7 @@ class Clips:
     present: dict[str, np.ndarray]
     subtitles: list[str]
     labels: list[tuple[str, ...]]
+    conflict: list[str]
 
     def __len__(self) -> int:
         return len(self.emotion)
@@ -187,7 +189,11 @@ def draw_clips(rng: np.random.Generator, n: int) -> Clips:
         TOPICS[t][s].format(OBJECTS[o]) if here else ""
         for t, s, o, here in zip(cues["text"], sentence, thing, present["text"], strict=True)
     ]
-    return Clips(emotion, cues, present, subtitles, _label_lists(rng, emotion))
+    conflict = [
+        CUES[m] if m >= 0 and o != e and present[CUES[m]][i] else ""
+        for i, (m, o, e) in enumerate(zip(conflicting, other, emotion, strict=True))
+    ]
+    return Clips(emotion, cues, present, subtitles, _label_lists(rng, emotion), conflict)
 
 
 def _label_lists(rng: np.random.Generator, emotion: np.ndarray) -> list[tuple[str, ...]]:
@@ -332,6 +338,7 @@ class World:
                 alternatives=tuple(pair[:: -1 if places[i] else 1]),
                 preferred=preferred,
                 source="demo",
+                conflict=clips.conflict[i],
             )
 
     def feature_evidence(self, name: str, features: np.ndarray) -> np.ndarray:

@@ -85,6 +85,7 @@ class Annotations:
     alternatives: tuple[str, ...] = ()  # two descriptions, "a1" and "a2"
     preferred: str = ""  # the better one of `alternatives`; "same" where neither is
     source: str = ""  # the data set that the clip comes from
+    conflict: str = ""  # the modality that contradicts the others, where that is known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # arrays have no single truth value
@@ -106,7 +107,10 @@ class IndexEntry(Annotations):
     present: tuple[str, ...]
 
 
-_TEXTS = ("name", "subtitle", "description", "emotion", "caption", "question", "answer", "source")
+_TEXTS = (
+    *("name", "subtitle", "description", "emotion", "caption", "question", "answer", "source"),
+    "conflict",
+)
 _TUPLES = ("labels", "candidates", "valence_range", "alternatives", "present")
 
 

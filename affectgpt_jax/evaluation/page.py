@@ -8,9 +8,11 @@ from a model or a file.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affectgpt_jax.evaluation.answers import SideBySide
 from affectgpt_jax.evaluation.markup import printable
 from affectgpt_jax.evaluation.published import MAIN_TABLE, SOURCE, read_published
 from affectgpt_jax.evaluation.results import MEAN
@@ -60,9 +62,9 @@ def render_page(report: Report) -> str:
     )
 
 
-def render_ablation(table: Table) -> str:
-    """A page with one table."""
-    return _template().render(title=table.title, table=table)
+def render_ablation(table: Table, answers: Sequence[SideBySide] = ()) -> str:
+    """A page with one table, and what its runs answered about some clips."""
+    return _template().render(title=table.title, table=table, answers=answers)
 
 
 def _peers(report: Report) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,23 @@ class Example:
     score: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The score of some of the clips of a set.
+
+    Attributes:
+        name: which clips.
+        clips: how many.
+        value: the primary value of the fixed checkpoint.
+        interval: of it; None without resampling.
+    """
+
+    name: str
+    clips: int
+    value: float
+    interval: metrics.Interval | None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class SetResult:
     """The results of a system on one data set.
@@ -170,6 +187,7 @@ class SetResult:
         examples: clips of the fixed checkpoint drawn at random.
         misses: clips of it drawn at random from those that score 0.
         references: values to set the score beside, shares by name, such as ceilings.
+        parts: scores of some of the clips.
     """
 
     name: str
@@ -179,6 +197,7 @@ class SetResult:
     examples: tuple[Example, ...]
     misses: tuple[Example, ...]
     references: Mapping[str, float]
+    parts: tuple[Part, ...] = ()
 
     @property
     def fixed(self) -> Result:
@@ -204,6 +223,7 @@ class SetResult:
             "results": [result.as_dict() for result in self.results],
             "protocols": dataclasses.asdict(self.protocols),
             "references": dict(self.references),
+            "parts": [dataclasses.asdict(part) for part in self.parts],
             "confusions": [table.as_dict() for table in self.confusions],
             "examples": [dataclasses.asdict(example) for example in self.examples],
             "misses": [dataclasses.asdict(example) for example in self.misses],
@@ -282,6 +302,7 @@ def score_set(
     seed: int = 0,
     texts: Mapping[str, str] | None = None,
     references: Mapping[str, float] | None = None,
+    parts: Mapping[str, Collection[str]] | None = None,
 ) -> SetResult:
     """Compute everything that a report shows about one data set.
 
@@ -291,6 +312,7 @@ def score_set(
             examples as well.
         texts: what the model of the fixed checkpoint wrote, by clip.
         references: shares, 0 to 1, to set the score beside.
+        parts: names of clips, by what they have in common, that are scored by themselves, too.
 
     Raises:
         ScoreError: nothing can be scored.
@@ -299,7 +321,36 @@ def score_set(
     fixed = results[-1]
     examples, misses = _draw_examples(fixed, texts or {}, seed)
     tables = confusions(task, fixed.pairs.predictions, fixed.pairs.truth, lexicon, level)
-    return SetResult(name, task, results, tables, examples, misses, dict(references or {}))
+    beside = dict(references or {})
+    some = _score_parts(task, fixed.pairs, parts or {}, lexicon, level, resamples, seed)
+    return SetResult(name, task, results, tables, examples, misses, beside, some)
+
+
+def _score_parts(
+    task: str,
+    pairs: Pairs,
+    parts: Mapping[str, Collection[str]],
+    lexicon: Lexicon | None,
+    level: int,
+    resamples: int,
+    seed: int,
+) -> tuple[Part, ...]:
+    """Parts without a clip that can be scored are left out."""
+    found = []
+    for what, names in parts.items():
+        chosen = [i for i, name in enumerate(pairs.names) if name in names]
+        some = Pairs(
+            tuple(pairs.names[i] for i in chosen),
+            [pairs.predictions[i] for i in chosen],
+            [pairs.truth[i] for i in chosen],
+            (),
+        )
+        try:
+            (result,) = score_checkpoints(task, {what: some}, lexicon, level, resamples, seed)
+        except ScoreError:
+            continue
+        found.append(Part(what, len(chosen), result.score.primary, result.interval))
+    return tuple(found)
 
 
 def _draw_examples(
