@@ -112,6 +112,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--faces", type=Path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
     add(
+        "--boxes",
+        type=Path,
+        metavar="DIR",
+        help="arrays NAME.npy [frames, 4] of faces: left, top, width, height in pixels",
+    )
+    add(
+        "--face-detector",
+        type=Path,
+        metavar="FILE",
+        help="YuNet or CenterFace as an ONNX file; default: OpenCV's cascade",
+    )
+    add(
         "--face-order",
         choices=("bgr", "rgb"),
         default="bgr",
@@ -149,6 +161,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     possible = [f for kind, features in FEATURES.items() if encoders[kind] for f in features]
     if not possible:
         parser.error("give --video, --audio, or both")
+    given = ("faces", "boxes", "face_detector")
+    if len(named := [f"--{n.replace('_', '-')}" for n in given if getattr(arguments, n)]) > 1:
+        parser.error(f"{' and '.join(named)} both say where faces are; name one of them")
     for feature in arguments.features or ():
         if feature not in possible:
             kind = next(kind for kind, features in FEATURES.items() if feature in features)
@@ -169,6 +184,7 @@ def extract(arguments: argparse.Namespace) -> None:
 
     from . import faces, stages
     from .decoding import available_cores
+    from .detectors import read_detector
 
     out = arguments.out.expanduser()
     device, precision = placement(arguments.device, arguments.precision)
@@ -176,7 +192,12 @@ def extract(arguments: argparse.Namespace) -> None:
         [path.expanduser() for path in arguments.clips],
         arguments.csv and arguments.csv.expanduser(),
         arguments.faces and arguments.faces.expanduser(),
+        arguments.boxes and arguments.boxes.expanduser(),
     )
+    detector = None
+    if arguments.face_detector:
+        detector = read_detector(arguments.face_detector.expanduser())
+    finder = "boxes" if arguments.boxes else detector.name if detector else faces.DETECTOR
     if arguments.csv:
         list(annotated(arguments, {}))  # wrong cells must show now, not after hours
     elsewhere = read_elsewhere(arguments.against)
@@ -192,7 +213,7 @@ def extract(arguments: argparse.Namespace) -> None:
         "batch": arguments.batch or BATCH[device],
         "device": device,
         "precision": precision,
-        "faces": {"detector": faces.DETECTOR, "order of arrays": arguments.face_order},
+        "faces": {"detector": finder, "order of arrays": arguments.face_order},
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS}
         # One module, which several packages bring.
         | {"opencv": cv2.__version__},
@@ -213,7 +234,7 @@ def extract(arguments: argparse.Namespace) -> None:
     if missing:
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = available_cores() if arguments.workers is None else arguments.workers
-        work = stages.run(missing, store, encoders, settings, workers)
+        work = stages.run(missing, store, encoders, settings, workers, detector)
     if any(key not in store for key in blocks):
         print_lines([f"share {number} of {shares} is finished; the last one writes the records"])
         return
