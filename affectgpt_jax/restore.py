@@ -21,7 +21,7 @@ from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.common.text import say
-from affectgpt_jax.config import CHOICES, ConfigError, schema_of, validate
+from affectgpt_jax.config import CHOICES, ConfigError, saved_steps, schema_of, validate
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.data.records import Records
@@ -30,7 +30,7 @@ from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_tra
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.program import Program
 from affectgpt_jax.training import sharding, xla_options
-from affectgpt_jax.training.checkpoints import SavedRun, saved_steps
+from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.step import State
 from affectgpt_jax.weights.huggingface import (
     base_identity,

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from clip_files import tone, write_clip
 from onnx_files import write_centerface, write_other, write_yunet
-
 from small_encoders import save_encoder
 
 from affectgpt_jax.data.records import RecordDataset
@@ -135,7 +134,7 @@ def test_an_extraction_says_which_detector_it_had(tmp_path, capsys):
     (record,) = RecordDataset(tmp_path / "out")
     assert record.features["face"].shape[0] == 8
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["extraction"]["faces"]["detector"] == read_detector(detector).name
+    assert manifest["extra"]["extraction"]["faces"]["detector"] == read_detector(detector).name
     # Another detector is another extraction.
     with pytest.raises(SystemExit, match="holds the records of other clips or settings"):
         extract.main(command)
