@@ -85,10 +85,10 @@ MAIN_CEILINGS = (
     "audio_text",
     "multi_audio_face_text",
 )
-# Supervision sees "train" alone; "rl" is for what comes after it, and "captions" are its clips for
-# the construction of data sets.
+# Supervision sees "train" alone; "rl" is for what comes after it, and "captions" for the
+# construction of data sets.
 SIZES = {"train": 6144, "val": 512, "test": 2048, "rl": 6144}
-_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3, "rl": 4, "captions": 4}
+_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3, "rl": 4, "captions": 5}
 
 FACE_OWN, VOICE_OWN, TOPIC_OWN = 0.78, 0.84, 0.85  # share of cues that read their level right
 ABSENT = 0.04  # chance that a modality is absent, each
