@@ -163,11 +163,11 @@ def extraction_of(
     mine = {"version": CODE_VERSION, **how, "batch": theirs["batch"]}
     notes = differences(theirs, mine | {"versions": package_versions()})
     if "face" in wanted:
-        notes += _check_detector(place, theirs["faces"]["detector"], detector)
+        notes += check_detector(place, theirs["faces"]["detector"], detector)
     return Extraction(place, manifest, settings, wanted, here, tuple(notes), detector)
 
 
-def _check_detector(place: str, theirs: str, detector: DetectorFile | None) -> list[str]:
+def check_detector(place: str, theirs: str, detector: DetectorFile | None) -> list[str]:
     """What is to be said of how faces were found in records, and are found here.
 
     Raises:

@@ -404,6 +404,7 @@ def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path
         run(tmp_path / "unlike", *other, "--config.fusion=qformer")
 
     weights.main(["export-peft", str(workdir), str(tmp_path / "adapter"), "--step", "6"])
+    (tmp_path / "adapter" / "fusion.safetensors").unlink()  # as of one that PEFT has trained
     run(tmp_path / "third", *records, *frozen, f"--config.init_from={tmp_path / 'adapter'}")
     assert "projectors and fusion start fresh" in capsys.readouterr().out
     weights.main(["export-release", str(tmp_path / "third"), str(tmp_path / "third.pth")])
