@@ -409,7 +409,18 @@ def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor.numpy(), second[name].numpy(), err_msg=name)
 
+    # A second stage of training starts from a run as it is, adapters, heads and all.
+    run(tmp_path / "stage2", *records, *frozen, f"--config.init_from={tmp_path / 'next'}")
+    assert f"starting from step 1 of {tmp_path / 'next'}" in capsys.readouterr().out
+    weights.main(["export-release", str(tmp_path / "stage2"), str(tmp_path / "stage2.pth")])
+    for name, tensor in read_release(tmp_path / "stage2.pth").tensors.items():
+        np.testing.assert_array_equal(tensor.numpy(), first[name].numpy(), err_msg=name)
+    other = (*records, *frozen, f"--config.init_from={tmp_path / 'next'}")
+    with pytest.raises(SystemExit, match="does not fit this config: .*fusion"):
+        run(tmp_path / "unlike", *other, "--config.fusion=qformer")
+
     weights.main(["export-peft", str(workdir), str(tmp_path / "adapter"), "--step", "6"])
+    (tmp_path / "adapter" / "fusion.safetensors").unlink()  # as of one that PEFT has trained
     run(tmp_path / "third", *records, *frozen, f"--config.init_from={tmp_path / 'adapter'}")
     assert "projectors and fusion start fresh" in capsys.readouterr().out
     weights.main(["export-release", str(tmp_path / "third"), str(tmp_path / "third.pth")])
