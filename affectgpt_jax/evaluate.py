@@ -28,7 +28,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,6 +44,7 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import MODALITIES, modalities_in_words
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
+from affectgpt_jax.evaluation.answers import answers_file, file_name
 from affectgpt_jax.evaluation.chat_server import ChatServer
 from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, TASKS, name_and_task
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, ReplyCache
@@ -74,7 +74,8 @@ LOCK_FILE = "evaluate.lock"
 ASKED_FILE = "evaluation.json"
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
 LABELS = ("ovlabel", "onehot", "onehot_candidates")
-QUESTIONS = (*LABELS, "description")
+# The last asks which of two descriptions fits the clip better.
+QUESTIONS = (*LABELS, "description", "preference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,11 +137,6 @@ class TestSet:
             ]
             for entry in self.dataset.index
         }
-
-
-def file_name(name: str) -> str:
-    """How the names of a set's files begin."""
-    return re.sub(r"[^\w.-]+", "-", name)
 
 
 def parse_set(text: str) -> SetPlace:
@@ -311,12 +307,14 @@ def _evaluate(
     processor = run.processor
     sets = [
         open_set(run, place, processor, arguments.max_clips, say)
-        for place in choose_sets(arguments, run, say)
+        for place in for_question(question, choose_sets(arguments, run, say))
     ]
     for test in sets:
         # Trouble with a clip shows before any answer.
         processor.prompt_examples(test.dataset, question)
     decodings = choose_decodings(arguments)
+    if question == "preference" and arguments.consensus:
+        raise ConfigError("--consensus is for labels, and preferences have none; leave it out")
     needs_lexicon = bool(arguments.consensus) or any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
@@ -379,8 +377,7 @@ def _evaluate(
                 )
             pairs[test.name][said] = pair(predictions.table, test.truth)
             texts[test.name] = dict(zip(predictions.table.names, predictions.texts, strict=True))
-            place = folder / f"{file_name(test.name)}-{file_name(said)}.jsonl"
-            _write_predictions(place, predictions)
+            _write_predictions(answers_file(folder, test.name, said), predictions, test)
     results = [
         score_set(
             test.name,
@@ -393,6 +390,7 @@ def _evaluate(
             texts=texts[test.name],
             references=test.references,
             about=test.about(processor),
+            parts=parts_of(test.dataset),
         )
         for test in sets
     ]
@@ -480,6 +478,29 @@ def choose_question(asked: str | None, run: Run) -> str:
             "what it would answer means nothing"
         )
     return question
+
+
+def for_question(question: str, places: Sequence[SetPlace]) -> list[SetPlace]:
+    """The sets as a question scores them: preferences are a task of their own.
+
+    Raises:
+        ConfigError: a set that is named with a task of other questions, or the other way round.
+    """
+    if question != "preference":
+        for place in places:
+            if place.task == "preference":
+                raise ConfigError(
+                    f"--set {place.name}:preference is scored by --question=preference, not by "
+                    f"--question={question}"
+                )
+        return list(places)
+    for place in places:
+        if place.task not in ("", "preference") and place.name != DEMO:
+            raise ConfigError(
+                f"--question=preference: {place.name} is scored as {place.task}; name records with "
+                "alternatives, as --set NAME:preference=RECORDS"
+            )
+    return [dataclasses.replace(place, task="preference") for place in places]
 
 
 def choose_decodings(arguments: argparse.Namespace) -> list[HowDecoded]:
@@ -603,7 +624,20 @@ TRUTHS: dict[str, Callable[[Any], Any]] = {
     "basic": lambda entry: entry.emotion.strip().lower() or None,
     "words": lambda entry: entry.emotion.strip().lower() or None,
     "sentiment": lambda entry: entry.valence,
+    "preference": lambda entry: entry.preferred or None,
 }
+
+
+def parts_of(dataset: Records) -> dict[str, set[str]]:
+    """Clips that are scored by themselves, too: those that say which modality contradicts others.
+
+    The paper's Figure 6 shows such clips. Nothing, where no record says so.
+    """
+    torn = {entry.name for entry in dataset.index if entry.conflict}
+    if not torn:
+        return {}
+    agree = {entry.name for entry in dataset.index} - torn
+    return {"clips whose modalities conflict": torn, "clips whose modalities agree": agree}
 
 
 def _task_of(dataset: Records, place: SetPlace) -> str:
@@ -626,7 +660,9 @@ def read_truth(dataset: Records, task: str, place: SetPlace) -> Table:
     found = {entry.name: TRUTHS[task](entry) for entry in dataset.index}
     known = {name: value for name, value in found.items() if value is not None}
     if not known:
-        field = {"fine": "labels", "sentiment": "valence"}.get(task, "emotion")
+        field = {"fine": "labels", "sentiment": "valence", "preference": "preferred"}.get(
+            task, "emotion"
+        )
         raise ConfigError(f"{place.place}: no record has the {field} that {task} is scored by")
     without = tuple(name for name in found if name not in known)
     findings = (Finding("without a truth, left out", without),) if without else ()
@@ -719,6 +755,10 @@ def predict(
         )
     else:
         labels = [processor.prompts.read_labels(text, question) for text in texts]
+    if question == "preference":
+        words = [processor.prompts.read_answer(question, text).strip().lower() for text in texts]
+        found = tuple(f for f in findings if f.names)
+        return Predictions(Table("the answers", names, tuple(words), found), tuple(texts))
     if group > 1:
         agreed = [
             inference.agree(
@@ -786,13 +826,19 @@ def _answer_file(
     return f"{file_name(test.name)}-step-{step}-{question}-{json_sha256(parts)[:12]}.jsonl"
 
 
-def _write_predictions(path: Path, predictions: Predictions) -> None:
-    """Name, text and labels or sentiment of every clip, as `score` and `report` read them."""
+def _write_predictions(path: Path, predictions: Predictions, test: TestSet) -> None:
+    """Name, text and labels, sentiment or preference of every clip, as `score` reads them.
+
+    The truth stands beside, for those who read.
+    """
     table = predictions.table
+    truth = dict(zip(test.truth.names, test.truth.values, strict=True))
+    key = test.task if test.task in ("sentiment", "preference") else "labels"
     with atomic_write(path, "w") as file:
         for name, value, text in zip(table.names, table.values, predictions.texts, strict=True):
-            key = "sentiment" if isinstance(value, str) else "labels"
-            file.write(json.dumps({"name": name, "text": text, key: value}) + "\n")
+            line = {"name": name, "text": text, key: value}
+            line |= {"truth": truth[name]} if name in truth else {}
+            file.write(json.dumps(line) + "\n")
 
 
 def modalities(processor: PromptProcessor) -> str:
@@ -841,6 +887,11 @@ def summarise(report: Report, out: Path, compared: bool = False) -> list[str]:
                 f"{percent(both.best_value)} ({both.best})"
             )
         lines += [f"  {name}: {percent(share)}" for name, share in result.references.items()]
+        for part in result.parts:
+            ends = ""
+            if part.interval:
+                ends = f" ({percent(part.interval.low)} to {percent(part.interval.high)})"
+            lines.append(f"  {part.clips:,} {part.name}: {percent(part.value)}{ends}")
     lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
     return lines
 
