@@ -75,14 +75,26 @@ def check_answer_flags(parser: argparse.ArgumentParser, arguments: argparse.Name
 
 def check_sampling_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse wrong values of the flags of `add_sampling_flags`; `arguments` gets its `sampling`."""
-    if not 0 <= arguments.seed < 2**32:
-        parser.error(f"--seed is {arguments.seed}; expected 0 to 4294967295")
+    try:
+        check_seed(arguments.seed)
+    except PredictError as error:
+        parser.error(f"--{error}")
     try:
         arguments.sampling = Sampling(
             arguments.temperature, arguments.top_p, arguments.repetition_penalty
         )
     except ValueError as error:
         parser.error(str(error))
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that samplers do not take.
+
+    Raises:
+        PredictError: less than 0, or 2^32 or more.
+    """
+    if not 0 <= seed < 2**32:
+        raise PredictError(f"seed is {seed}; expected 0 to 4294967295")
 
 
 def check_least_one(

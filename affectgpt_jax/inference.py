@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import ResumableJsonl
 from affectgpt_jax.common.tables import write_csv
-from affectgpt_jax.common.text import json_line
+from affectgpt_jax.common.text import json_line, say
 from affectgpt_jax.data.examples import Example
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import PromptSet, sentiment
@@ -386,13 +387,15 @@ def _settled(text: str, end: str) -> str:
 
 
 class _NamedAnswer(TypedDict):
-    """A line of a file of answers: a clip's name, and the fields of `Answer`."""
+    """A line of a file of answers: a clip's name, the fields of `Answer`, and which code wrote it
+    (the hash of `code_identity`)."""
 
     name: str
     text: str
     tokens: int
     cut: bool
     log_prob: float | None
+    code: str
 
 
 class _NamedSample(_NamedAnswer):
@@ -408,14 +411,16 @@ def answers_on_disk(
     dataset: Records,
     question: str,
     progress: Progress = silent,
+    say: Callable[[str], None] = say,
 ) -> Answers:
     """Ask about the clips whose answers a file does not have yet, and append the answers.
 
     Args:
-        path: a JSONL file of `name` (of a group also `sample`) and the fields of `Answer`; of one
-            model, question and data set, of which it may hold other clips as well.
+        path: a JSONL file of `name` (of a group also `sample`), the fields of `Answer` and `code`;
+            of one model, question and data set, of which it may hold other clips as well.
         generator, trainable, dataset, question: as for `Generator.answer`.
         progress: called with the answers there are and the number there will be.
+        say: told where the file has answers of another version of the code, which are kept.
 
     Raises:
         DataError: a clip that cannot be asked.
@@ -431,6 +436,13 @@ def answers_on_disk(
     missing = [n for n, e in enumerate(dataset.index) if not {*keys(e)} <= file.records.keys()]
     total = len(dataset) * group
     done = total - len(missing) * group
+    code = code_identity().sha256
+    wanted = {found for entry in dataset.index for found in keys(entry)} & file.records.keys()
+    if others := sum(file.records[found]["code"] != code for found in wanted):
+        say(
+            f"note: {path}: {others:,} of {total:,} answers are of another version of the code; to "
+            "have them anew, delete the file"
+        )
     progress(done, total)
     if missing:
         rest = RecordSubset(dataset, missing)
@@ -438,7 +450,8 @@ def answers_on_disk(
             for number, answer in generator.answers(trainable, rest, question):
                 found = keys(rest.index[number // group])[number % group]
                 if found not in file.records:  # of a group that was half written
-                    file.append(dict(zip(key, found, strict=True)) | dataclasses.asdict(answer))
+                    told = dataclasses.asdict(answer) | {"code": code}
+                    file.append(dict(zip(key, found, strict=True)) | told)
                 done += 1
                 progress(done, total)
     fields = [field.name for field in dataclasses.fields(Answer)]

@@ -36,14 +36,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, post_training, rollouts, runtime
-from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import Elapsed
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.common.trees import device_nbytes, parameter_count
@@ -65,7 +63,6 @@ SUPERVISED = 0.6
 PROMPT = 150  # tokens: of the longest such prompts
 CURVE = tuple(2**i for i in range(10))
 GIB = 2**30
-_PRINT = "-"  # of --json
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -123,7 +120,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
     add(
         "--json",
         nargs="?",
-        const=_PRINT,
+        const=cli.STDOUT,
         metavar="FILE",
         help="write the plan to a file as JSON; without a file, print it in place of the report",
     )
@@ -749,10 +746,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
         plan = (plan_of_reinforcement if arguments.rl else make_plan)(config, arguments)
-        if arguments.json and arguments.json != _PRINT:
-            write_json(Path(arguments.json), plan)
-        text = json.dumps(plan, indent=2) if arguments.json == _PRINT else report(plan)
-        print_lines(text.split("\n"))
+        if arguments.json:
+            text = json.dumps(plan, indent=2) + "\n"
+            if cli.write_output(arguments.json, text, "--json"):
+                return
+        print_lines(report(plan).split("\n"))
 
 
 if __name__ == "__main__":
