@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.common.files import atomic_write, write_text
+from affectgpt_jax.common import drawing
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.data.records import IndexEntry
 from affectgpt_jax.evaluation.lexicon import Lexicon
@@ -24,7 +25,7 @@ from ..contents import Contents, table_row, write_statistics
 from . import filtering
 from .describe import KINDS, Described, read_described
 from .filtering import PASSED, DataSet, Judgement
-from .lengths import draw_lengths, save_png
+from .lengths import draw_lengths
 from .settings import DESCRIPTIONS, Settings
 
 CARD = "README.md"
@@ -367,9 +368,7 @@ def _limits(data: DataSet) -> str:
 
 def _draw_growth(sets: Mapping[str, Sequence[IndexEntry]], path: Path) -> None:
     """Different labels by the number of clips in which they were met, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = drawing.new_figure(8, 4)
     panel = figure.subplots()
     for name, entries in sets.items():
         seen: set[str] = set()
@@ -381,5 +380,5 @@ def _draw_growth(sets: Mapping[str, Sequence[IndexEntry]], path: Path) -> None:
     panel.set_xlabel("clips")
     panel.set_ylabel("different labels")
     panel.legend()
-    with atomic_write(path) as file:
-        save_png(figure, file)
+    drawing.tidy(panel)
+    drawing.save_png(figure, path)

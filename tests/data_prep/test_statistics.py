@@ -90,6 +90,11 @@ def test_a_single_bin_is_seen_and_shares_begin_at_zero(directories, monkeypatch)
     assert (values.tolist(), edges.tolist()) == ([1.0], [0.5, 1.5])
     assert panels["labels per clip"].get_ylim()[0] == 0
     assert [patch.get_label() for patch in panels["seconds per clip"].patches] == ["train"]
+    # Labels stand beside their bars, each on a line of its own, the most frequent one on top.
+    labels = panels["clips"]
+    assert [text.get_text() for text in labels.get_yticklabels()] == ["sad", "calm"]
+    assert [bar.get_width() for bar in labels.patches] == [2, 1]
+    assert labels.yaxis_inverted()
 
 
 def test_what_a_user_gets_wrong_is_one_sentence(directories):
