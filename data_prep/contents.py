@@ -157,12 +157,12 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
     grid = figure.add_gridspec(len(BINS), 2)
     panel = figure.add_subplot(grid[:, 0])
     counts = spread[first]["clips with label"]
-    names = [_cut(label) for label in counts]
+    names = [drawing.plain(label) for label in counts]
     bars = panel.barh(range(len(counts)), list(counts.values()), color="tab:blue")
     panel.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
     panel.set_yticks(range(len(counts)), names, fontsize=9)
     panel.invert_yaxis()
-    panel.set(xlabel="clips", title=f"{_cut(first)}: most frequent labels")
+    panel.set(xlabel="clips", title=f"{drawing.plain(first)}: most frequent labels")
     for row, quantity in enumerate(BINS):
         panel, highest = figure.add_subplot(grid[row, 1]), 1e-9
         for name in shown:
@@ -174,7 +174,7 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
                 values = np.array(list(counts.values()))
                 shares = values / values.sum()
                 highest = max(highest, shares.max())
-                panel.stairs(shares, edges, label=_cut(name), linewidth=1.5)
+                panel.stairs(shares, edges, label=drawing.plain(name), linewidth=1.5)
         panel.set(xlabel=quantity, ylabel="share of clips")
         panel.set_ylim(0, 1.35 * highest)  # room for the names
         panel.xaxis.get_major_locator().set_params(integer=True)
@@ -184,8 +184,3 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
         drawing.tidy(panel)
     figure.axes[0].grid(visible=False, axis="y")
     drawing.save_png(figure, path)
-
-
-def _cut(name: str) -> str:
-    """A name, as far as a picture has room for it."""
-    return name if len(name) <= 30 else f"{name[:29]}\u2026"

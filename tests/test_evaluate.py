@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import evaluate, inference
+from affectgpt_jax import build, evaluate, inference
 from affectgpt_jax.common.files import lock_file
+from affectgpt_jax.common.identity import Identity, code_identity
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation import lexicon
@@ -250,6 +251,22 @@ def test_a_second_run_asks_only_about_what_is_missing(run, says):
     assert len(list((run / "evaluate" / "answers").iterdir())) == 2
 
 
+def test_answers_of_another_version_of_the_code_are_kept_and_said(run, says, monkeypatch, capsys):
+    asked = says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    with monkeypatch.context() as upgraded:
+        for module in (build, inference):
+            upgraded.setattr(module, "code_identity", lambda: Identity("affectgpt_jax", "f" * 64))
+        command(run, "--max-clips=3")
+    capsys.readouterr()
+    command(run)
+    assert len(asked) == CLIPS, "an upgrade in the middle asks nothing anew"
+    out = capsys.readouterr().out
+    assert f"3 of {CLIPS} answers are of another version of the code" in out
+    [file] = (run / "evaluate" / "answers").iterdir()
+    codes = [line["code"] for line in lines(file)]
+    assert codes == ["f" * 64] * 3 + [code_identity().sha256] * (CLIPS - 3)
+
+
 def test_answers_of_a_run_that_has_been_trained_anew_are_not_used(run, says):
     asked = says(lambda name: f"They feel {TRUTH[name].emotion}.")
     command(run, "--step=2", "--max-clips=2")
@@ -463,7 +480,7 @@ def test_answers_that_are_damaged_are_named(run, says):
     command(run, "--max-clips=2")
     [file] = (run / "evaluate" / "answers").iterdir()
     file.write_text('{"name": "x"}\n')
-    assert "line 1: the key 'cut' is missing" in refusal(run)
+    assert "line 1: the key 'code' is missing" in refusal(run)
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(run, says, tmp_path):
@@ -529,7 +546,7 @@ def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(run, mo
         (["--bootstrap=-1"], "must be 0 or more"),
         (["--seed=4294967296"], "must be below 4294967296"),
         (["--top-p=0.9"], "temperature 0 takes the most probable token"),
-        (["--api-key=sesame"], "unrecognized arguments"),
+        (["--api-key=sesame"], "unknown argument --api-key"),
         (["--consensus=1"], "one answer agrees with itself"),
         (["--consensus=4", "--steps", "all"], "compares decodings of one checkpoint"),
     ],

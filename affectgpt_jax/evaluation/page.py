@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from affectgpt_jax.evaluation.answers import SideBySide
 from affectgpt_jax.evaluation.markup import printable
 from affectgpt_jax.evaluation.published import MAIN_TABLE, SOURCE, read_published
 from affectgpt_jax.evaluation.results import MEAN
@@ -42,6 +43,7 @@ TASKS = {
     "basic": "one true emotion, hit rate over five emotion wheels",
     "sentiment": "positive against negative, weighted F1",
     "words": "one true word, hit rate of the first label, no lexicon",
+    "preference": "which of two descriptions people prefer, weighted F1",
 }
 # Limits of the page; report.json has the full lists.
 LIMITS = {"WORDS_SHOWN": 30, "CLASSES_SHOWN": 40, "NAMES_SHOWN": 8, "TEXT_SHOWN": 600}
@@ -64,9 +66,9 @@ def render_page(report: Report) -> str:
     )
 
 
-def render_ablation(table: Table) -> str:
-    """A page with one table."""
-    return _template().render(title=table.title, table=table)
+def render_ablation(table: Table, answers: Sequence[SideBySide] = ()) -> str:
+    """A page with one table, and what its runs answered about some clips."""
+    return _template().render(title=table.title, table=table, answers=answers)
 
 
 def _peers(report: Report) -> dict[str, float]:

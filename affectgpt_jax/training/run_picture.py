@@ -67,9 +67,14 @@ def plot_run(
     above, *below = figure.subfigures(
         1 + bool(rows), 1, height_ratios=[4.2, 2.1 * rows][: 1 + rows], squeeze=False
     )[:, 0]
-    losses, scores = above.subplots(1, 2, sharex=True)
+    # A run without a score has no half of a picture for it.
+    has_scores = bool(references) or any(
+        _of(f"{split}/{score}", logged) for split in ("train", "val", "test") for score in SCORES
+    )
+    losses, *scores = above.subplots(1, 1 + has_scores, sharex=True, squeeze=False)[0]
     _plot_losses(losses, records, logged)
-    _plot_scores(scores, records, logged, references or {})
+    for axes in scores:
+        _plot_scores(axes, records, logged, references or {})
     for part in below:
         for number, (title, curves) in enumerate(panels.items(), 1):
             _plot_panel(part.add_subplot(rows, COLUMNS, number), title, curves, records)
@@ -78,7 +83,7 @@ def plot_run(
         drawing.tidy(axes)
         if axes.get_legend_handles_labels()[0]:
             # Not "best", which looks at every point.
-            where = "lower right" if axes is scores else "upper right"
+            where = "lower right" if axes in scores else "upper right"
             axes.legend(loc=where, fontsize=9, framealpha=0.85, edgecolor="none")
     drawing.save_png(figure, png)
 
@@ -189,4 +194,4 @@ def _of(name: str, logged: set[str]) -> list[str]:
 def _label(name: str) -> str:
     """What a legend calls a metric: its split, and the component where it is of one."""
     split, _, component = name.split("/", 2) if name.count("/") > 1 else (*name.split("/"), "")
-    return f"{split} {component}".strip()
+    return drawing.plain(f"{split} {component}".strip())
