@@ -29,7 +29,8 @@ from affectgpt_jax.common.trees import device_nbytes
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.packing import Bucket, round_up
 from affectgpt_jax.data.pipeline import empty_batch
-from affectgpt_jax.models import generate
+from affectgpt_jax.models import attention, generate
+from affectgpt_jax.models.decoder import float32_logits
 from affectgpt_jax.models.flops import Flops, forward_flops, train_flops
 from affectgpt_jax.models.generate import DecodeState, Decoding, Sampling
 from affectgpt_jax.models.lora import merge
@@ -296,7 +297,13 @@ class RolloutPlanner:
             remat: the policy of the update.
         """
         shape, update, rl = Shape(**mesh.shape), self.update, self.config.rl
-        writer = update.program.on(mesh, attend=update.backend(shape.tensor).attend).model
+        # Not the decode step of a CPU, which is what compiles here.
+        writer = update.program.on(
+            mesh,
+            attend=update.backend(shape.tensor).attend,
+            attend_cached=attention.cached,
+            logits=float32_logits,
+        ).model
         program = update.program.on(mesh, remat=remat, attend=update.attention(shape.tensor).attend)
         state, base = program.state, program.base
         there = device_nbytes(base) + device_nbytes(state) + device_nbytes(state["trainable"])
