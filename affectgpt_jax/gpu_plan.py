@@ -65,9 +65,10 @@ def describe(request: Request) -> dict[str, Any]:
     """Compile an update and describe it, see `gpu_compile.read`, together with its floor.
 
     Returns:
-        What `gpu_compile.read` does, and `compile_s`; `tflop`, of the model; `floor_ms`, see
-        `roofline.compiled_floor`; `tokens_per_s` and `mfu` there. All of one device. Of a step of
-        reinforcement, see `describe_step`.
+        What `gpu_compile.read` does, each of `collectives` with `ms` and `alone_ms` a step, see
+        `roofline.sent_times`; their sums `network_ms` and `network_alone_ms`; `compile_s`; `tflop`,
+        of the model; `floor_ms`, see `roofline.compiled_floor`; `tokens_per_s` and `mfu` there. All
+        of one device. Of a step of reinforcement, see `describe_step`.
 
     Raises:
         CompilerError: the compiler refuses it.
@@ -84,11 +85,20 @@ def describe(request: Request) -> dict[str, Any]:
 
     share = config.batch_size / request.devices
     flops = type(planner.flops())(*(share * f for f in planner.flops()))
-    moved = 1e9 * (found["moved_gb"] - found["matmul_gb"] - found["attention_gb"])
+    shape = roofline.Shape(*sharding.parse_mesh(config.mesh, request.devices))
+    network = alone = 0.0
+    for each in found["collectives"]:
+        times = roofline.sent_times(hlo_traffic.Sent(**each), shape, device, config.dtype)
+        each["ms"], each["alone_ms"] = (1e3 * seconds for seconds in times)
+        network, alone = network + times[0], alone + times[1]
+    elsewhere = ("matmul_gb", "attention_gb", "collective_gb")
+    moved = 1e9 * (found["moved_gb"] - sum(found[kind] for kind in elsewhere))
     floor = roofline.compiled_floor(
-        flops, request.remat, moved, device, config.dtype, config.base_precision
+        flops, request.remat, moved, device, config.dtype, config.base_precision, alone
     )
     return found | {
+        "network_ms": 1e3 * network,
+        "network_alone_ms": 1e3 * alone,
         "jax": jax.__version__,
         "remat": request.remat,
         "compile_s": seconds,
@@ -105,7 +115,7 @@ def describe_step(request: Request) -> dict[str, Any]:
     Returns:
         `passes`, by name (see `rollout_planner`): `there_gib`, of all that a device holds while it
         runs, `peak_gib`, with its results and temporaries, `launches`, `moved_gb`, `floor_ms`, see
-        `roofline.launch_floor`, and `compile_s`; `peak_gib`, the largest of them; and `compile_s`.
+        `roofline.launch_floor`, and `compile_s`; `peak_gib`, the largest of them.
         All of one device, and of one run of each program; `decode` is one token.
 
     Raises:

@@ -36,14 +36,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, post_training, rollouts, runtime
-from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import Elapsed
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.common.trees import device_nbytes, parameter_count
@@ -65,7 +63,6 @@ SUPERVISED = 0.6
 PROMPT = 150  # tokens: of the longest such prompts
 CURVE = tuple(2**i for i in range(10))
 GIB = 2**30
-_PRINT = "-"  # of --json
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -123,15 +120,18 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
     add(
         "--json",
         nargs="?",
-        const=_PRINT,
+        const=cli.STDOUT,
         metavar="FILE",
         help="write the plan to a file as JSON; without a file, print it in place of the report",
     )
+    cli.add_download_flag(add)
     argv = cli.normal_flags(argv)
     overrides = [arg for arg in argv if arg.startswith("--config.")] if "--rl" in argv else []
     config, arguments = parse_command_line([a for a in argv if a not in overrides], parser)
     if arguments.rl:
         config = post_training.config_from(config, "rl", overrides)
+    if arguments.download:
+        build.base_config(config.llm, download=True)
     _check_kinds_of_rows(arguments)
     if arguments.shape:
         named = [
@@ -702,12 +702,19 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
         part = found["kinds"][kind]
         if part["launches"]:
             ms = "" if kind in ("matmul", "attention") else f"{1e12 * part['gb'] / bandwidth:10.1f}"
+            if kind == "collective":  # what limits them is not the memory
+                ms = f"{found['network_ms']:10.1f}"
             yield f"  {words:<30} {part['launches']:8,} {part['gb']:9.1f}{ms}"
     yield f"  {'all':<30} {found['launches']:8,} {found['moved_gb']:9.1f}"
     yield (
         f"  floor {_ms(1e-3 * found['floor_ms'])}: {found['tflop']:,.1f} TFLOP at "
         f"{MATMUL_SHARE:.0%} of the peak, and all other launches' bytes at {BANDWIDTH_SHARE:.0%} "
         "of the bandwidth"
+        + (
+            f", of collectives {found['network_alone_ms']:.1f} ms that nothing hides"
+            if found["collectives"]
+            else ""
+        )
     )
     yield (
         f"  there {found['tokens_per_s']:,.0f} tokens/s and {found['mfu']:.0%} MFU a device; "
@@ -717,7 +724,8 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
         where = "in a loop" if c["in_loop"] else "once"
         yield (
             f"  {c['count']:6,} {c['kind']:<18} over {'+'.join(c['axes']):<12} of "
-            f"{c['bytes'] / 1e6:10.3f} MB, {where}, beside {c['overlapped_by']} large matmuls"
+            f"{c['bytes'] / 1e6:10.3f} MB, {where}, beside {c['overlapped_by']} large matmuls: "
+            f"{c['ms']:.2f} ms by the links, {c['alone_ms']:.2f} alone"
         )
 
 
@@ -738,10 +746,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
         plan = (plan_of_reinforcement if arguments.rl else make_plan)(config, arguments)
-        if arguments.json and arguments.json != _PRINT:
-            write_json(Path(arguments.json), plan)
-        text = json.dumps(plan, indent=2) if arguments.json == _PRINT else report(plan)
-        print_lines(text.split("\n"))
+        if arguments.json:
+            text = json.dumps(plan, indent=2) + "\n"
+            if cli.write_output(arguments.json, text, "--json"):
+                return
+        print_lines(report(plan).split("\n"))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 asks the run about clips that supervision has not seen, rewards its answers by the emotion wheels,
 and makes the better answers of each prompt more probable. Adapters and fusion go on from the run's
 best checkpoint, or from --step; the base stays frozen. The new workdir is a run like any other:
-every command reads it. The same command, run again, resumes.
+every command reads it. The same command, run again, resumes. --checkpoint with --config stands in
+place of --from, for weights that nobody trained here.
 
 `--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
 `--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
@@ -14,16 +15,17 @@ every command reads it. The same command, run again, resumes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cpu, inference, post_training, rollouts, runtime
 from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
+from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
@@ -33,7 +35,8 @@ from affectgpt_jax.post_training import Exams
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.training import distributed, loop, memory, sharding
-from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
+from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import PolicyLossConfig, policy_loss
 
 # Metrics of a step that its line shows, and what it calls them.
@@ -50,6 +53,10 @@ SHOWN = {
 }
 # Says that a run ended by itself before its last step.
 ENDED = "ended.json"
+
+
+class _Ended(TypedDict):
+    step: int
 
 
 def make_reward(rl: ConfigDict, lexicon: Lexicon) -> Reward:
@@ -118,7 +125,7 @@ def reinforce(
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock = session.say, session.clock
-    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+    say(f"workdir {workdir}; from {run.title}")
     say(f"reward {rl.reward} by {lexicon.identity}")
 
     # Data: clips that supervision has not seen, and, if asked for, some that it has.
@@ -127,7 +134,8 @@ def reinforce(
     )
     supervised = None
     if rl.sft_share:
-        trained = build.data(config, run.workdir, run.processor.tokenizer, say).train
+        home = run.workdir if run.is_trained_here else workdir
+        trained = build.data(config, home, run.processor.tokenizer, say).train
         supervised = rollouts.SupervisedRows(trained, config.max_tokens, config.seed)
     data = rollouts.RolloutData(
         config,
@@ -138,7 +146,7 @@ def reinforce(
         shares,
         supervised,
     )
-    group.from_main_process(lambda: save_config(config, workdir))
+    group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
     for line in data.describe():
         say(line)
@@ -182,9 +190,13 @@ def reinforce(
         program, run, inputs, session, fallback=fallback, allow_other=allow_other
     )
 
+    if not start and group.is_main_process:
+        (workdir / ENDED).unlink(missing_ok=True)  # of a run that was here before
+    group.meet()
+
     def finished(step: int) -> bool:
         ended = workdir / ENDED
-        return ended.is_file() and step >= read_json(ended, dict[str, Any])["step"]
+        return ended.is_file() and step >= read_json(ended, _Ended)["step"]
 
     steps = {}
     if start < config.steps and not finished(start):
@@ -216,21 +228,22 @@ def reinforce(
 
         steps = {data.prompt_length: run_step}
 
-    def validation(trainable: Any) -> dict[str, float]:
+    def validation(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
         """A checkpoint is chosen by what its samples lack of the largest score."""
-        found = exams.quick("val", trainable)
+        found, samples = exams.quick("val", trainable)
         sampled = float(found.sampled.mean())
         return {
             "val/loss": 1 - sampled,
             "val/sampled_reward": sampled,
             f"val/{found.metric}": found.greedy.primary,
             "val/labels": found.labels,
-        }
+        }, samples
 
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
         with clock.measure("evaluate"):
-            before = exams.thorough("test", run.trainable, workdir / post_training.BEFORE)
+            file = workdir / post_training.BEFORE
+            before = exams.thorough("test", run.trainable, file, lambda: rl.start_sha256)
         state, totals = loop.run_steps(
             session,
             steps,
@@ -250,11 +263,11 @@ def reinforce(
         say(f"asking about the held-out clips, after, with step {best}")
         with clock.measure("evaluate"):
             file = workdir / post_training.after_file(best)
-            after = exams.thorough("test", state["trainable"], file)
+            fingerprint = functools.partial(SavedRun(workdir).fingerprint, best)
+            after = exams.thorough("test", state["trainable"], file, fingerprint)
         result = post_training.compare(config, rl, workdir, exams, before, after, best, last)
         result["ended_by"] = "stop_kl" if finished(last) else "steps"
-        session.writer.write(last, {"test/sampled_reward": float(after.sampled.mean())})
-    post_training.finish(session, result, totals)
+        post_training.finish(session, result, totals)
     return result
 
 

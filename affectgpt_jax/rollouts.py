@@ -42,7 +42,7 @@ from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.data.records import Records
 from affectgpt_jax.evaluation.rewards import Answered, Reward, Rewarded
 from affectgpt_jax.inference import Generator
-from affectgpt_jax.models.attention import GROUP
+from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.program import Program
 from affectgpt_jax.training import policy
@@ -137,24 +137,23 @@ def collate_rows(
     batch = collate(examples + [[]] * (count - len(rows)), common, shapes, bucket)
     batch |= {name: np.zeros((count, bucket.targets), np.float32) for name in BY_TOKEN}
     for i, row in enumerate(rows):
-        start = first = len(row.prompt)
-        target = 0
+        start, target = len(row.prompt), 0
         shared = len(row.written) > 1
         if shared:
-            batch["segment_ids"][i, :start] = GROUP
-        for place, answer in enumerate(row.written):
+            positions, ids = grouped_row(start, [len(answer.tokens) for answer in row.written])
+            batch["positions"][i, : len(ids)] = positions
+            batch["segment_ids"][i, : len(ids)] = ids
+        for answer in row.written:
             size = len(answer.tokens)
-            here, there = slice(first, first + size), slice(target, target + size)
+            there = slice(target, target + size)
             if shared:
-                batch["positions"][i, here] = start + np.arange(size)
-                batch["segment_ids"][i, here] = GROUP + 1 + place
                 batch["target_positions"][i, target] = start - 1
             batch["advantages"][i, there] = answer.advantage
             batch["loss_weights"][i, there], batch["count_weights"][i, there] = answer.weights
             if answer.log_probs is not None:
                 batch["sampled"][i, there] = 1
                 batch["rollout_log_probs"][i, there] = answer.log_probs
-            first, target = here.stop, there.stop
+            target = there.stop
     return batch
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,12 +37,14 @@ class Clip:
         video: a file with pictures, and with sound if `audio` is None.
         audio: a file with sound alone.
         faces: an array of faces, as OpenFace crops them.
+        boxes: an array of the boxes of faces in the video's frames.
     """
 
     name: str
     video: Path | None = None
     audio: Path | None = None
     faces: Path | None = None
+    boxes: Path | None = None
 
     @property
     def sound(self) -> Path | None:
@@ -82,7 +85,10 @@ class Found:
 
 
 def find_clips(
-    folders: Sequence[Path], table: Path | None = None, faces: Path | None = None
+    folders: Sequence[Path],
+    table: Path | None = None,
+    faces: Path | None = None,
+    boxes: Path | None = None,
 ) -> Found:
     """The clips of a folder, of a CSV file, or those of the folder that the CSV file names.
 
@@ -91,7 +97,7 @@ def find_clips(
             sound in another.
         table: a CSV file with a column `name`; it decides which clips there are, in its order.
             Without one, it is all names of the folders, sorted.
-        faces: holds NAME.npy, or NAME/NAME.npy.
+        faces, boxes: hold NAME.npy, or NAME/NAME.npy.
 
     Raises:
         ClipError: a folder that is not there, no clips, two files where one is expected.
@@ -108,8 +114,11 @@ def find_clips(
                 other.append(path.relative_to(folder).as_posix())
             else:
                 _add(kind, _name(path, folder), path)
-    if faces is not None and not faces.is_dir():
-        raise ClipError(f"{faces} is not a folder; expected one with an array NAME.npy per clip")
+    for place in (faces, boxes):
+        if place is not None and not place.is_dir():
+            raise ClipError(
+                f"{place} is not a folder; expected one with an array NAME.npy per clip"
+            )
     found = videos.keys() | sounds.keys()
     matched, how = {name: name for name in found}, ""
     if table is None:
@@ -129,7 +138,15 @@ def find_clips(
             files |= {k: f[file] for k, f in (("video", videos), ("audio", sounds)) if file in f}
         if "face" not in row and faces is not None:
             files["face"] = _face_file(faces, name)
-        clips.append(Clip(name, files.get("video"), files.get("audio"), files.get("face")))
+        clips.append(
+            Clip(
+                name,
+                files.get("video"),
+                files.get("audio"),
+                files.get("face"),
+                None if boxes is None else _face_file(boxes, name),
+            )
+        )
     if not any(clip.sound for clip in clips):
         raise ClipError(
             f"{table} has no clip with a file: expected columns video or audio with paths, or "
@@ -138,6 +155,42 @@ def find_clips(
     unnamed = sorted(found - {matched.get(clip.name) for clip in clips})
     lacking = [clip.name for clip in clips if not clip.sound]
     return Found(clips, unnamed, other, lacking if unnamed else [], how)
+
+
+def named_clips(paths: Sequence[Path], faces: Path | None = None) -> list[Clip]:
+    """The clips of files and folders that somebody names, in their order.
+
+    Files of one folder that differ in the suffix alone are a clip's video and sound. A file need
+    not be there, or be a medium: that shows when it is decoded. Clips are called by the stem of
+    their file, and with its folder where two have the same.
+
+    Args:
+        paths: files, and folders, of which all media below count.
+        faces: as for `find_clips`.
+
+    Raises:
+        ClipError: a folder without a medium, or the same file twice.
+    """
+    groups: dict[tuple[Path, str], dict[str, Path]] = {}
+    for path in paths:
+        if path.is_dir():
+            for clip in find_clips([path], faces=faces).clips:
+                files = {"video": clip.video, "audio": clip.audio, "faces": clip.faces}
+                groups[path, clip.name] = {kind: file for kind, file in files.items() if file}
+            continue
+        kind = "audio" if path.suffix.lower() in AUDIO else "video"
+        key = path.parent, _name(path, path.parent)
+        if any(path in files.values() for files in groups.values()):
+            raise ClipError(f"{path} is named twice")
+        if kind in groups.get(key, {}):  # another container: a clip of its own
+            key = path.parent, path.name
+        track = {"faces": _face_file(faces, key[1])} if faces is not None else {}
+        groups[key] = groups.get(key, track) | {kind: path}
+    taken = Counter(name for _, name in groups)
+    return [
+        Clip(name if taken[name] == 1 else (folder / name).as_posix(), **files)
+        for (folder, name), files in groups.items()
+    ]
 
 
 def _files(folder: Path) -> Iterator[Path]:

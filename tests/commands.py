@@ -81,6 +81,16 @@ def _run(module, arguments, said, cache, settings, before):
         atexit._run_exitfuncs()  # which `multiprocessing` would leave out
 
 
+def start(module, arguments, said, settings=None, before=None):
+    """Start `python -m MODULE`, whose words go into a file; returns its process."""
+    cache = jax.config.jax_compilation_cache_dir
+    process = _SERVER.Process(
+        target=_run, args=(module, arguments, said, cache, settings or {}, before)
+    )
+    process.start()
+    return process
+
+
 def limit_file_size(size):
     """For a command: no file may grow over this. Stands in for a full disk, without a mount."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
@@ -113,11 +123,7 @@ class Command:
         self._said = workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.txt"
         self._said.touch()
         arguments = [f"--workdir={workdir}", *(SMALL if module == TRAIN else ()), *flags]
-        cache = jax.config.jax_compilation_cache_dir
-        self.process = _SERVER.Process(
-            target=_run, args=(module, arguments, self._said, cache, settings or {}, before)
-        )
-        self.process.start()
+        self.process = start(module, arguments, self._said, settings, before)
 
     def wait(self, timeout_s=400):
         """Its status, when it has ended."""

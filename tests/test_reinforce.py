@@ -103,6 +103,28 @@ def test_a_run_that_stops_between_its_steps_goes_on_to_the_same_bytes(
         assert before[key] == after[key]
 
 
+def test_a_run_that_is_trained_anew_takes_nothing_of_the_run_before(
+    finished, trained_run, clips, tmp_path
+):
+    """What lies there is about as many clips, but of another run, and would score 0."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    best = json.loads((workdir / "result.json").read_text())["best_step"]
+    (workdir / "ended.json").write_text('{"step": 1, "kl": 9.0}')
+    for name in ("answers_before.json", f"answers_step_{best}.json"):
+        file = workdir / name
+        kept = json.loads(file.read_text())
+        kept["content"] = {
+            "greedy": [None for _ in kept["content"]["greedy"]],
+            "samples": [[None for _ in drawn] for drawn in kept["content"]["samples"]],
+        }
+        file.write_text(json.dumps(kept | {"made_of": "f" * 64}))
+    reinforce.main(flags(trained_run, clips, workdir))
+    before, after = (json.loads((d / "result.json").read_text()) for d in (finished, workdir))
+    for key in ("before", "after", "best_step", "ended_by"):
+        assert before[key] == after[key]
+
+
 def test_a_run_ends_by_itself_where_it_has_gone_too_far(
     finished, trained_run, clips, tmp_path, capsys
 ):
@@ -229,7 +251,10 @@ def test_a_workdir_without_a_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workdir=a"], "required: --from"),
+        (["--workdir=a"], "one of the arguments --from --checkpoint is required"),
+        (["--workdir=a", "--from=b", "--checkpoint=c"], "not allowed with argument --from"),
+        (["--workdir=a", "--checkpoint=./a"], "--checkpoint are the same run; name a new"),
+        (["--workdir=a", "--from=b", "--config=demo"], "--config goes with --checkpoint; a run"),
         (["--workdir=a", "--from=a"], "are the same run; name a new --workdir"),
         (["--workdir=a", "--from=b", "c"], "unknown argument c"),
         (["--workdir=a", "--from=b", "--config.steps"], "unknown argument --config.steps"),
