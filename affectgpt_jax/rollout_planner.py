@@ -329,13 +329,13 @@ class RolloutPlanner:
         inputs = {name: x for name, x in batch.items() if name not in update.by_token}
         log_probs = jax.jit(functools.partial(policy.answer_log_probs, program.model))
         before = there + merged + device_nbytes(prompts)
-        during = before + device_nbytes(fresh) + device_nbytes(answers)
+        during = before + device_nbytes(answers)
         after = there + device_nbytes(batch)
         lowered = {
             "prefill": (prefill, before),
             "insert": (
                 generate.insert.lower(writer, answers, fresh, self.decoding, places),
-                during,
+                during + device_nbytes(fresh),
             ),
             "decode": (
                 generate.decode.lower(writer, *weights, answers, self.decoding, number),
