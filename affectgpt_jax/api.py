@@ -283,7 +283,7 @@ def evaluate_run(
 
 
 def score_files(
-    task: Literal["fine", "basic", "sentiment", "words"],
+    task: Literal["fine", "basic", "sentiment", "words", "preference"],
     predictions: Place | Sequence[Place],
     truth: Place,
     *,

@@ -71,7 +71,7 @@ def base_directory(llm: str, download: bool = False) -> Path:
     if llm == "tiny":
         return Path(str(importlib.resources.files("affectgpt_jax") / "assets" / "tiny_base"))
     if place := hub.parse_place(llm):
-        return hub.find(place, f"config.llm={llm}", _BASE_FILES, _lacks_of_base, download)
+        return hub.find(place, "config.llm", _BASE_FILES, _lacks_of_base, download)
     path = Path(llm).expanduser()
     if not path.is_dir():
         raise ConfigError(
@@ -113,7 +113,7 @@ def base_config(llm: str, download: bool = False) -> DecoderConfig:
     if place is None:
         return read_config(base_directory(llm))
     try:
-        found = hub.find(place, f"config.llm={llm}", ("config.json",), _lacks_of_shape, download)
+        found = hub.find(place, "config.llm", ("config.json",), _lacks_of_shape, download)
     except hub.HubError:
         if (name := place.repository.rpartition("/")[2]) in PUBLISHED:
             return PUBLISHED[name]

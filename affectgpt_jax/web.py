@@ -159,7 +159,7 @@ class Service:
         defaults = [kind for kind in asking.DEFAULT_QUESTIONS if kind in trained]
         self._about = {
             "model": self.model,
-            "step": run.step,
+            "step": run.step_name(run.step),
             "reads": [*run.processor.mode.features, *["subtitle"] * run.processor.mode.text],
             "reads_subtitles": run.processor.mode.text,
             "records": len(clips),
@@ -527,9 +527,12 @@ class Guard:
 
     def _is_known(self, host: str) -> bool:
         try:
-            name = urlsplit(f"//{host}").hostname or ""
+            parts = urlsplit(f"//{host}")
         except ValueError:
             return False
+        if parts.netloc != host or parts.username is not None:
+            return False
+        name = parts.hostname or ""
         if name in self._hosts:
             return True
         try:
@@ -549,7 +552,7 @@ def make_app(service: Service, hosts: Collection[str] = ()) -> Starlette:
     files = {path: (ASSETS / name).read_bytes() for path, (name, _) in PAGE.items()}
 
     async def page(request: Request) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         return Response(files[path], media_type=PAGE[path][1])
 
     async def refuse(request: Request, error: Exception) -> Response:

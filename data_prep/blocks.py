@@ -36,7 +36,11 @@ PLACES = "encoders.json"
 def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:
     """Name of the block file for these settings and clips."""
     described = [
-        [clip.name, *(_stamp(path) for path in (clip.video, clip.audio, clip.faces))]
+        [
+            clip.name,
+            *(_stamp(path) for path in (clip.video, clip.audio, clip.faces)),
+            *([_stamp(clip.boxes)] if clip.boxes else []),
+        ]
         for clip in clips
     ]
     return json_sha256([settings, described])[:32]

@@ -44,6 +44,7 @@ from affectgpt_jax.common.text import json_line, one_line, print_lines, say
 
 from .clips import ClipError, named_clips
 from .encoders import MISSING, PRECISIONS, EncoderError
+from .settings import DETECTOR_HELP
 
 # What runs a model is imported where it is used: processes that decode read this file as well, and
 # stay small.
@@ -79,6 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
         add(f"--{kind}", metavar="[NAME=]DIR", help=text)
     add("--faces", type=_path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
+    add("--face-detector", type=_path, metavar="FILE", help=DETECTOR_HELP)
     add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
     precisions = PRECISIONS["cuda"]
     add("--precision", choices=precisions, help="of the encoders; default: as for the records")
@@ -127,6 +129,7 @@ def describe(arguments: argparse.Namespace) -> None:
         run,
         arguments.records,
         encoders={"video": arguments.video, "audio": arguments.audio},
+        face_detector=arguments.face_detector,
         device=arguments.device,
         precision=arguments.precision,
         download=arguments.download,

@@ -130,7 +130,7 @@ def _check_wav(path: Path) -> None:
 
 
 def read_frames(
-    path: Path, count: int, convert: Callable[[np.ndarray], Converted]
+    path: Path, count: int, convert: Callable[..., Converted], numbered: bool = False
 ) -> tuple[list[Converted], VideoFacts]:
     """The frames that are sampled from a video, at most `count`.
 
@@ -141,6 +141,7 @@ def read_frames(
         path: a file with a video stream.
         count: frames to sample; all, where there are fewer.
         convert: applied to each of them, uint8 RGB `[H, W, 3]`, so that not all are held at once.
+        numbered: whether it takes the number of the frame, too.
 
     Raises:
         MediaError: no video stream, no frames in it, or a damaged file.
@@ -162,7 +163,7 @@ def read_frames(
             if n in wanted:
                 image = _upright(frame)
                 size = image.shape[1], image.shape[0]
-                taken.append(convert(image))
+                taken.append(convert(image, n) if numbered else convert(image))
             n += 1
             last_s = frame.time
             first_s = last_s if first_s is None else first_s

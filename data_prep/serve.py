@@ -34,6 +34,7 @@ from affectgpt_jax.common.text import say
 
 from .clips import Clip
 from .encoders import MISSING, EncoderError
+from .settings import DETECTOR_HELP
 
 # What runs a model is imported where it is used: processes that decode read this file as well, and
 # stay small.
@@ -52,6 +53,8 @@ ROWS = 8
 MIB = 2**20
 # After Ctrl-C, what is being sent has so long to end.
 GRACE_S = 3
+# More are told to come later; a process may have 1,024 files open.
+CONNECTIONS = 512
 
 
 class ServeError(UserError, RuntimeError):
@@ -100,6 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for kind, what in (("video", "faces and frames"), ("audio", "sound")):
         text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
         add(f"--{kind}", metavar="[NAME=]DIR", help=text)
+    add("--face-detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
     add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
     arguments = restore.parse_run_flags(parser, argv)
     names = ("step", "batch_size", "max_new_tokens", "max_prompt_tokens", "max_upload", "queue")
@@ -251,6 +255,7 @@ def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None
         how = extraction_of(
             run,
             encoders={"video": arguments.video, "audio": arguments.audio},
+            face_detector=arguments.face_detector,
             device=arguments.device,
             download=arguments.download,
         )
@@ -292,13 +297,15 @@ def look_with(extractor: Extractor) -> Look:
 
 def _facts(facts: Mapping[str, Any]) -> dict[str, str]:
     """What people want to know of a file."""
+    from .faces import SEARCHED
+
     found = {}
     if facts.get("seconds"):
         found["length"] = f"{facts['seconds']:.1f} s"
     if facts.get("width"):
         found["size"] = f"{facts['width']} x {facts['height']}, {facts['frames']} frames"
     if "faces" in facts:
-        found["faces"] = f"in {facts['faces']} frames"
+        found["faces"] = f"in {facts['faces']} of {min(SEARCHED, facts['frames'])} frames"
     return found
 
 
@@ -349,6 +356,7 @@ def make_server(service: Service, hosts: Sequence[str]) -> uvicorn.Server:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=CONNECTIONS,
         timeout_graceful_shutdown=GRACE_S,
     )
     return Server(config)

@@ -21,6 +21,11 @@ class UsedEncoder(TypedDict):
     sha256: str
 
 
+# What `faces` of settings names as the detector where boxes were given.
+BOXES = "boxes"
+DETECTOR_HELP = "YuNet or CenterFace as an ONNX file; default: OpenCV's cascade"
+
+
 class Settings(TypedDict):
     """What an extraction was made with.
 
@@ -51,8 +56,10 @@ def make_settings(
     device: str,
     precision: str,
     face_order: str,
+    faces: str | None = None,
 ) -> Settings:
-    """The settings of an extraction that begins now; `batch` is that of the device if None."""
+    """The settings of an extraction that begins now; `batch` is that of the device if None, and
+    `faces`, what finds them, the cascade."""
     from .faces import DETECTOR  # loads OpenCV, which the help does without
 
     return {
@@ -62,7 +69,7 @@ def make_settings(
         "batch": batch or BATCH[device],
         "device": device,
         "precision": precision,
-        "faces": {"detector": DETECTOR, "order of arrays": face_order},
+        "faces": {"detector": faces or DETECTOR, "order of arrays": face_order},
         "versions": package_versions(),
     }
 

@@ -101,6 +101,7 @@ class Page:
     def open(self, url):
         self("Page.navigate", url="about:blank")  # another fragment alone would load nothing
         self("Page.navigate", url=url)
+        self.until("location.href != 'about:blank' && document.readyState == 'complete'")
 
     def run(self, script):
         """The value of an expression of JavaScript, awaited if it is a promise."""

@@ -22,6 +22,8 @@ from affectgpt_jax.data.records import write_records
 from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
 
+TRAIN = "affectgpt_jax.train"
+
 # Dropout, so that its masks are part of what must repeat; descriptions, which validation does not
 # have to write.
 SMALL = (
@@ -113,14 +115,15 @@ class Command:
         flags: further ones.
         settings: JAX's, by name.
         before: called in the process before it trains.
+        module: what runs; `train` is a small run.
     """
 
-    def __init__(self, workdir, *flags, settings=None, before=None):
+    def __init__(self, workdir, *flags, settings=None, before=None, module=TRAIN):
         self.workdir = workdir
         self._said = workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.txt"
         self._said.touch()
-        arguments = [f"--workdir={workdir}", *SMALL, *flags]
-        self.process = start("affectgpt_jax.train", arguments, self._said, settings, before)
+        arguments = [f"--workdir={workdir}", *(SMALL if module == TRAIN else ()), *flags]
+        self.process = start(module, arguments, self._said, settings, before)
 
     def wait(self, timeout_s=400):
         """Its status, when it has ended."""
@@ -178,7 +181,7 @@ def enter(folders, process_id):
     os.chdir(folders[process_id])
 
 
-def group(workdir, count, *flags, settings=None, before=None):
+def group(workdir, count, *flags, settings=None, before=None, module=TRAIN):
     """Start the processes of one run; `before(i)` is called in each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -191,6 +194,7 @@ def group(workdir, count, *flags, settings=None, before=None):
             f"--process_id={i}",
             settings=settings,
             before=before and functools.partial(before, i),
+            module=module,
         )
         for i in range(count)
     ]

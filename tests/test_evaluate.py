@@ -19,6 +19,7 @@ from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation import lexicon
 from affectgpt_jax.evaluation.extract import label_message
 from affectgpt_jax.models.generate import decode, prefill
+from affectgpt_jax.report import parse_run
 
 CLIPS = 12
 
@@ -43,8 +44,14 @@ def command(run, *flags):
     evaluate.main([f"--workdir={run}", "--bootstrap=20", "--max-new-tokens=8", *map(str, flags)])
 
 
+def folder(run):
+    """Where the last evaluation went."""
+    asked = run.glob(f"evaluate/**/{evaluate.ASKED_FILE}")
+    return max(asked, key=lambda path: path.stat().st_mtime_ns).parent
+
+
 def report(run):
-    return json.loads((run / "evaluate" / "report.json").read_text())
+    return json.loads((folder(run) / "report.json").read_text())
 
 
 def lines(path):
@@ -123,7 +130,7 @@ def test_descriptions_go_through_the_rules_and_sentiment_through_their_labels(ru
     command(run, "--question=description", *sets)
     words, signs = report(run)["sets"]
     assert words["results"][0]["values"]["hit"] == 1
-    [signs_file] = (run / "evaluate").glob("signs-step-?.jsonl")
+    [signs_file] = folder(run).glob("signs-step-?.jsonl")
     predictions = {p["name"]: p for p in lines(signs_file)}
     for name, record in TRUTH.items():
         if record.emotion in ("furious", "lonely", "ashamed", "terrified"):
@@ -143,6 +150,66 @@ def test_of_several_checkpoints_the_best_on_validation_is_the_fixed_one(run, say
     assert found["protocols"]["fixed"] == f"step {best}"
     command(run, "--step", str(3 - best))
     assert report(run)["sets"][0]["protocols"]["fixed"] == f"step {3 - best}"
+
+
+def test_another_evaluation_goes_beside_and_the_same_one_into_its_place(run, says, capsys):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    place = run / "evaluate"
+    command(run, "--max-clips=3")
+
+    def files():
+        found = (path for path in place.iterdir() if path.is_file())
+        return {p.name: p.read_bytes() for p in found if p.name != evaluate.LOCK_FILE}
+
+    first = files()
+    assert "holds another evaluation" not in capsys.readouterr().out
+    command(run)
+    told = f"{place} holds another evaluation, which stays; this one goes to {place / '2'}\n"
+    out = capsys.readouterr().out
+    assert told in out and f"{place / '2'}: report.html, report.json" in out
+    assert files() == first
+    assert report(run)["sets"][0]["results"][0]["counts"]["clips"] == CLIPS
+    for flags, where in (
+        (["--max-clips=3"], place),
+        ([], place / "2"),
+        (["--seed=1"], place / "3"),
+    ):
+        command(run, *flags)
+        assert folder(run) == where
+    # All of them share answers, and one of them must be named for an ablation.
+    assert not (place / "2" / "answers").exists()
+    with pytest.raises(ValueError, match=f"holds several evaluations; name one: .*{place / '2'}"):
+        parse_run(f"a={run}")
+    assert parse_run(f"a={place / '2'}") == ("a", str(place / "2" / "report.json"))
+
+
+def test_a_report_of_before_is_kept(run, says):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    (run / "evaluate").mkdir()
+    (run / "evaluate" / "report.json").write_text("{}")
+    command(run)
+    assert (run / "evaluate" / "report.json").read_text() == "{}"
+    assert folder(run) == run / "evaluate" / "2"
+
+
+def test_the_page_shows_the_training_and_what_was_known_of_each_example(run, says):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    command(run, f"--set=mine:words={test}")
+    page = (folder(run) / "report.html").read_text(encoding="utf-8")
+    assert '<h2 id="training">' in page and 'aria-label="loss by step"' in page
+    examples = report(run)["sets"][0]["examples"]
+    for example in examples:
+        clip, about = TRUTH[example["name"]], dict(example["about"])
+        assert about["subtitle"] == clip.subtitle and about["described as"] == clip.description
+        lacks = [name for name in ("audio", "face") if name not in clip.features]
+        assert sorted(filter(None, about.get("without", "").split(", "))) == lacks
+    # Nobody else has a score on these clips.
+    assert "Otter" not in page
+    # A run without its log, as one that was published, is evaluated as well.
+    (run / "metrics.jsonl").unlink()
+    command(run, f"--set=mine:words={test}", "--seed=3")
+    assert "training" not in (folder(run) / "report.html").read_text(encoding="utf-8")
 
 
 def test_one_process_at_a_time_evaluates_into_a_folder(run, says):
@@ -241,7 +308,7 @@ def test_samples_follow_from_the_seed_and_are_not_taken_for_other_answers(run):
     for seed, size in ((0, 4), (1, 4), (0, 2)):
         # Of a batch of another size, the same answers: the first file is used again.
         command(run, *flags, f"--seed={seed}", f"--batch-size={size}")
-        [file] = (run / "evaluate").glob("test-step-?.jsonl")
+        [file] = folder(run).glob("test-step-?.jsonl")
         said.append([p["text"] for p in lines(file)])
     assert said[0] == said[2] != said[1]
     assert len(list((run / "evaluate" / "answers").iterdir())) == 2
@@ -479,7 +546,7 @@ def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(run, mo
         (["--bootstrap=-1"], "must be 0 or more"),
         (["--seed=4294967296"], "must be below 4294967296"),
         (["--top-p=0.9"], "temperature 0 takes the most probable token"),
-        (["--api-key=sesame"], "unrecognized arguments"),
+        (["--api-key=sesame"], "unknown argument --api-key"),
         (["--consensus=1"], "one answer agrees with itself"),
         (["--consensus=4", "--steps", "all"], "compares decodings of one checkpoint"),
     ],

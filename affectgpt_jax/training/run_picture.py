@@ -88,6 +88,23 @@ def plot_run(
     drawing.save_png(figure, png)
 
 
+def curves_of(
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Steps and values by title and name, as `plot_run` draws them above; train is smoothed."""
+    logged = {key for record in records for key in record}
+    steps, values = series(records, "train/loss")
+    panels = {"loss": {"train": (steps, drawing.smooth(values))}}
+    panels["loss"] |= {_label(name): series(records, name) for name in _validated(logged)}
+    for score, (title, _) in SCORES.items():
+        for name in sorted(_of(f"val/{score}", logged)):
+            panels.setdefault(title, {})[_label(name)] = series(records, name)
+    return {
+        title: {name: points for name, points in curves.items() if points[0]}
+        for title, curves in panels.items()
+    }
+
+
 def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric; null, a value that was not finite, is left out."""
     points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
@@ -97,9 +114,7 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
 def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]], logged: set[str]) -> None:
     axes.set_title("loss")
     _plot_smoothed(axes, *series(records, "train/loss"), "tab:blue", "train")
-    # A run by rewards has no loss of validation: it logs what is missing to the best reward.
-    names = [] if "val/sampled_reward" in logged else sorted(_of("val/loss", logged))
-    for number, name in enumerate(names):
+    for number, name in enumerate(_validated(logged)):
         style = {"color": "tab:orange" if name == "val/loss" else f"C{number + 2}"}
         axes.plot(*series(records, name), "o-", markersize=4, label=_label(name), **style)
 
@@ -164,6 +179,11 @@ def _plot_smoothed(
     if steps:
         axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
         axes.plot(steps, drawing.smooth(values), color=color, label=label)
+
+
+def _validated(logged: set[str]) -> list[str]:
+    """Losses of validation. A run by rewards has none: it logs what is missing to the best one."""
+    return [] if "val/sampled_reward" in logged else sorted(_of("val/loss", logged))
 
 
 def _of(name: str, logged: set[str]) -> list[str]:

@@ -11,7 +11,7 @@ import functools
 import importlib.resources
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -366,21 +366,8 @@ def vote(
     Raises:
         CrowdError: no crowd, a damaged one, or one that learned from other encoders.
     """
-    summary = read_summary(crowd)
-    clips = read_clips(records, "clips")
-    encoder = TextEncoder(text or shipped_base()) if "text" in summary["encoders"] else None
-    found = _same_encoders({"clips": clips}, encoder)
-    for name, expected in summary["encoders"].items():
-        if tuple(found.get(name, ())) != expected:
-            own = found.get(name, "nothing")
-            raise CrowdError(
-                f"the crowd learned {name} from {list(expected)}, and {records} has {own}; extract "
-                "it with the same encoder, or train the crowd anew"
-            )
-    vectors = {"text": encoder([e.subtitle for e in clips.entries])} if encoder else {}
-    names = [entry.name for entry in clips.entries]
-    arrays = clips.features | vectors
-    inputs = Inputs(names, {name: arrays[name] for name in summary["encoders"]})
+    summary, clips, inputs = _to_vote_on(crowd, records, text)
+    names = inputs.names
     ballots, leaks = [], []
     for facts in summary["corpora"]:
         about = _read_about(crowd, facts["name"])
@@ -395,6 +382,52 @@ def vote(
     for row in leaks:
         say(f"warning: {told(row)}; train with --against {records} to leave them out")
     return votes
+
+
+def member_words(
+    crowd: Path, records: Path, text: Path | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What each single member of a crowd would say, without the others.
+
+    Args:
+        crowd, records, text: as for `vote`.
+
+    Yields:
+        For every member that knows emotions the name of its corpus, and a word for each clip.
+
+    Raises:
+        CrowdError: as for `vote`.
+    """
+    summary, _, inputs = _to_vote_on(crowd, records, text)
+    for facts in summary["corpora"]:
+        about = read_json(crowd / f"{facts['name']}.json", dict[str, Any], error=CrowdError)
+        words = np.array(about["classes"])
+        if len(words):
+            for probabilities, _ in answers_of(crowd, facts["name"], about, inputs):
+                yield from ((facts["name"], words[p.argmax(axis=-1)]) for p in probabilities)
+
+
+def _to_vote_on(crowd: Path, records: Path, text: Path | None) -> tuple[Summary, Clips, Inputs]:
+    """What a crowd is, the clips, and what its members see of them.
+
+    Raises:
+        CrowdError: no crowd, or one that learned from other encoders.
+    """
+    summary = read_summary(crowd)
+    clips = read_clips(records, "clips")
+    encoder = TextEncoder(text or shipped_base()) if "text" in summary["encoders"] else None
+    found = _same_encoders({"clips": clips}, encoder)
+    for name, expected in summary["encoders"].items():
+        if tuple(found.get(name, ())) != expected:
+            own = found.get(name, "nothing")
+            raise CrowdError(
+                f"the crowd learned {name} from {list(expected)}, and {records} has {own}; extract "
+                "it with the same encoder, or train the crowd anew"
+            )
+    vectors = {"text": encoder([e.subtitle for e in clips.entries])} if encoder else {}
+    names = [entry.name for entry in clips.entries]
+    arrays = clips.features | vectors
+    return summary, clips, Inputs(names, {name: arrays[name] for name in summary["encoders"]})
 
 
 def ballot(

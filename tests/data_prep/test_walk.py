@@ -1,6 +1,7 @@
 """The walk of data_prep/README.md, command by command, on generated clips and the tiny base; and
 what its run says of files that are no records."""
 
+import contextlib
 import csv
 import importlib
 import json
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chromium import Page, browser
 from clip_files import BROKEN, face_frames, tone, write_clip, write_talking
 from PIL import Image
 from small_encoders import save_encoder
+from web_client import WRITTEN, serving, video
 
 from affectgpt_jax import predict, score
 from affectgpt_jax.__main__ import module_of
 from affectgpt_jax.data.records import RecordDataset
 from affectgpt_jax.restore import open_run
-from data_prep import describe, extract
+from data_prep import describe, extract, serve
 from data_prep.clips import Clip
 from data_prep.extractor import Extractor, extraction_of
 
@@ -159,6 +162,62 @@ def test_the_features_of_a_file_are_those_of_its_record_bit_by_bit(folder):
                 values = found["new"].record.features[feature]
                 np.testing.assert_array_equal(values, expected.features[feature])
                 assert not np.array_equal(values, found["b"].record.features[feature])
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    """A server of the walk's run, with its encoders."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.chdir(folder)
+        flags = ["--workdir=runs/mine", "--batch-size=2", "--max-seconds=5"]
+        service = serve.make_service(serve.parse_arguments(flags), stack)
+        yield stack.enter_context(serving(service))
+
+
+def test_a_dropped_file_gets_the_answer_that_its_record_gets(folder, page):
+    content = (folder / "new.mp4").read_bytes()
+    status, _, seen = page("/clips", content, content_type="video/mp4")
+    assert status == 200 and seen["notes"] == []
+    assert seen["facts"] == {
+        "length": "0.4 s", "size": "320 x 240, 10 frames", "faces": "in 10 of 10 frames"
+    }  # fmt: skip
+    assert len(seen["pictures"]["face"]) == 8 and len(seen["sound"]) == 8
+    well = {"type": "subtitle", "text": "well"}
+    for question in ("description", "ovlabel"):
+        _, expected = page.chat({"type": "record", "name": "film/21"}, question)
+        for part in ({"type": "clip", "id": seen["clip"]}, video(content)):
+            status, found = page.chat(part, well, question)
+            assert status == 200 and found["choices"] == expected["choices"]
+    status, found = page.chat(video(content[:-2000]), well)
+    assert status == 422 and "the file cannot be used: damaged" in found["error"]["message"]
+
+
+def test_a_file_that_is_too_long_is_not_decoded(folder, page, tmp_path):
+    write_clip(tmp_path / "long.wav", None, tone(6.0), audio_codec="pcm_s16le")
+    content = (tmp_path / "long.wav").read_bytes()
+    status, _, found = page("/clips", content, content_type="audio/wav")
+    assert status == 422 and "longer than 5 s, which is the limit" in found["error"]["message"]
+
+
+def test_a_browser_shows_what_the_model_is_given_of_a_real_clip(folder, page, tmp_path):
+    browser()
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with Page(tmp_path / "profile", 390, 844) as shown:
+        shown.open(page.url)
+        shown.until("document.getElementById('kind').options.length")
+        shown.choose_file("#file", folder / "new.mp4")
+        shown.until("!document.getElementById('go').disabled && document.querySelector('.wave')")
+        assert shown.run("document.querySelectorAll('.images img').length") == 8
+        shown.run("document.getElementById('subtitle').value = 'well'")
+        shown.run("document.getElementById('ask').requestSubmit()")
+        shown.until(WRITTEN)
+        _, expected = page.chat({"type": "record", "name": "film/21"}, "description")
+        answer = shown.run("document.querySelector('.answer p').textContent")
+        assert answer == expected["choices"][0]["message"]["content"]
+        assert shown.problems == []
+        shown.choose_file("#file", tmp_path / "broken.mp4")
+        problem = shown.until("document.getElementById('problem').innerText")
+        assert "not readable as media" in problem
 
 
 def test_of_many_files_those_are_answered_that_can_be_read(folder, capsys):

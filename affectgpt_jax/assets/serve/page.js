@@ -314,7 +314,8 @@ function draw(said, truth) {
   const tree = about.wheels[chosen];
   const on = (places, level) => new Set(places.map((place) => place.wheels[chosen][level]).filter(Boolean));
   const marks = [0, 1].map((level) => ({ said: on(said, level), true: on(truth, level) }));
-  const size = 500, inner = 64, middle = 158, outer = 188;
+  const inner = 64, middle = 158, outer = 188;
+  const size = matchMedia("(max-width: 30rem)").matches ? 470 : 530; // words around it, of which few are shown on a phone
   const drawing = svg("svg", { viewBox: `${-size / 2} ${-size / 2} ${size} ${size}`, role: "img" });
   const later = []; // what is marked is drawn above its neighbours
   const classes = (level, name) => Object.keys(marks[level]).filter((kind) => marks[level][kind].has(name)).join(" ");
@@ -359,12 +360,22 @@ function sector(drawing, later, from, to, inner, outer, hue, kind, name) {
   else drawing.append(path);
 }
 
+// Text in lines of at most so many characters, around where it would stand in one.
+function wrapped(text, most) {
+  const lines = [];
+  for (const word of text.split(" ")) {
+    if (lines.length && lines.at(-1).length + word.length < most) lines.push(`${lines.pop()} ${word}`);
+    else lines.push(word);
+  }
+  return lines.map((line, i) => svg("tspan", { x: 0, dy: `${i ? 1.1 : -0.55 * (lines.length - 1)}em` }, line));
+}
+
 function label(later, angle, radius, name, kind, room) {
   if (room < 14 && !kind) return;
   const [x, y] = point(angle, radius).split(" ");
   const degrees = (180 * angle) / Math.PI - 90;
   const flip = angle > Math.PI ? 180 : 0;
-  later.push({ order: 3, node: svg("text", { class: kind, transform: `translate(${x} ${y}) rotate(${degrees + flip})` }, name) });
+  later.push({ order: 3, node: svg("text", { class: kind, transform: `translate(${x} ${y}) rotate(${degrees + flip})` }, ...wrapped(name, 13)) });
 }
 
 function outerLabel(later, angle, radius, name, kind) {
@@ -373,7 +384,7 @@ function outerLabel(later, angle, radius, name, kind) {
   const flipped = angle > Math.PI;
   later.push({
     order: 3,
-    node: svg("text", { class: `outer ${kind.replace("said", "on")} ${flipped ? "flipped" : ""}`, transform: `translate(${x} ${y}) rotate(${degrees + (flipped ? 180 : 0)})` }, name),
+    node: svg("text", { class: `outer ${kind.replace("said", "on")} ${flipped ? "flipped" : ""}`, transform: `translate(${x} ${y}) rotate(${degrees + (flipped ? 180 : 0)})` }, ...wrapped(name, 15)),
   });
 }
 
@@ -382,7 +393,7 @@ function outerLabel(later, angle, radius, name, kind) {
 async function start() {
   about = await json("/about");
   document.title = `AffectGPT: ${about.model}`;
-  $("model").textContent = `AffectGPT ${about.model}, checkpoint ${about.step}, reads ${about.reads.join(", ")}`;
+  $("model").textContent = `${about.model}, ${about.step}; reads ${about.reads.join(", ")}`;
   const usual = about.asked.length > 1 ? [[about.asked.join(" and "), DEFAULT]] : [];
   const kinds = about.questions.map((kind) => [kind, kind]);
   for (const [text, value] of [...usual, ...kinds, ["a question of your own", OWN]]) $("kind").append(element("option", { value, textContent: text }));
