@@ -269,6 +269,9 @@ def test_a_size_that_is_not_positive_is_refused(key, value):
             "config.llm is .*, of type ConfigDict; expected str",
         ),
         ("c.steps = 0", "config.steps is 0; expected 1 or more"),
+        ("c.optimizer.learning_rate = 1e999", "learning_rate is inf; expected a finite number"),
+        ("c.optimizer.clip_norm = float('nan')", "clip_norm is nan; expected a finite number"),
+        ("c.steps = 10 ** 20", "config.steps is 1000.*; at most 1,000,000,000,000 is taken"),
         ("c = None", "returned None, not a ConfigDict"),
     ],
 )
