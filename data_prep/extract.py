@@ -261,12 +261,13 @@ def _assemble(
         )
     # Before the manifest: records that were written whole must be known again, whenever this ends.
     write_text(out / BLOCKS / FINISHED, identity)
+    arrays = sum(c.faces is not None and c.name in kept for part in blocks.values() for c in part)
     write_records(
         out,
         finished_records(arguments, blocks, store, kept),
         encoders={f: p.name for kind, p in places.items() for f in FEATURES[kind]},
         split=arguments.split,
-        extra={EXTRACTION: settings},
+        extra={EXTRACTION: {**settings, "face arrays": arrays}},
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
     return [*lines, *elsewhere.remarks(report)]

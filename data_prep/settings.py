@@ -37,6 +37,8 @@ class Settings(TypedDict):
         device, precision: of PyTorch.
         faces: "detector", and "order of arrays", the channels of OpenFace's.
         versions: of packages.
+
+    Records also say how many of them have OpenFace's faces, as "face arrays".
     """
 
     version: int
