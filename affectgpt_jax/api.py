@@ -176,7 +176,7 @@ def ask_clips(
     question: str,
     *,
     records: Place | None = None,
-    names: Sequence[str] | None = None,
+    names: str | Sequence[str] | None = None,
     first: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
@@ -191,8 +191,8 @@ def ask_clips(
         run: of `load_run` or `load_checkpoint`.
         question: a label type, such as "ovlabel" or "description", or any text.
         records: a record directory; the run's test set if None.
-        names: of clips; all if None.
-        first: so many clips, where no names are given.
+        names: of clips, or of one; all if None.
+        first: so many clips instead of names.
         max_new_tokens, batch_size: the run's if None.
         temperature, top_p, repetition_penalty: of sampling; a temperature of 0 does not sample.
         seed: of sampling.
@@ -210,6 +210,19 @@ def ask_clips(
         sampling = Sampling(temperature, top_p, repetition_penalty)
     except ValueError as error:
         raise asking.PredictError(str(error)) from None
+    for what, value in (
+        ("first", first),
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+    ):
+        if value is not None and value < 1:
+            raise asking.PredictError(f"{what} is {value}; expected 1 or more")
+    asking.check_seed(seed)
+    names = [names] if isinstance(names, str) else names
+    if names is not None and (first is not None or not len(names)):
+        raise asking.PredictError("names is to hold names of clips, and first to be None beside it")
+    if names is not None and len(set(names)) < len(names):
+        raise asking.PredictError("names has a clip twice")
     asking.check_questions([question])
     place = None if records is None else str(records)
     clips = asking.choose_clips(asking.open_clips(run, place), names, first)
@@ -270,7 +283,7 @@ def evaluate_run(
 
 
 def score_files(
-    task: Literal["fine", "basic", "sentiment", "words"],
+    task: Literal["fine", "basic", "sentiment", "words", "preference"],
     predictions: Place | Sequence[Place],
     truth: Place,
     *,

@@ -43,14 +43,20 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
         help="a label type, whose question is asked, or any text; repeatable; default: "
         f"{' and '.join(DEFAULT_QUESTIONS)}, as far as the run was trained on them",
     )
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
-    add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
-    add("--seed", type=int, default=0, help="of sampling; default: 0")
+    add_sampling_flags(parser)
     add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
     add("--lexicon", metavar="DIR", help="by which they agree; default: the shipped emotion wheels")
     add("--max-new-tokens", type=int, metavar="N", help="default: the run's")
     add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of how tokens are chosen; `check_sampling_flags` reads them."""
+    add = parser.add_argument
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
+    add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
+    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    add("--seed", type=int, default=0, help="of sampling; default: 0")
 
 
 def check_answer_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -64,14 +70,31 @@ def check_answer_flags(parser: argparse.ArgumentParser, arguments: argparse.Name
         parser.error(f"--consensus is {arguments.consensus}; expected 2 or more answers")
     elif not arguments.temperature:
         arguments.temperature = 1.0
-    if not 0 <= arguments.seed < 2**32:
-        parser.error(f"--seed is {arguments.seed}; expected 0 to 4294967295")
+    check_sampling_flags(parser, arguments)
+
+
+def check_sampling_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse wrong values of the flags of `add_sampling_flags`; `arguments` gets its `sampling`."""
+    try:
+        check_seed(arguments.seed)
+    except PredictError as error:
+        parser.error(f"--{error}")
     try:
         arguments.sampling = Sampling(
             arguments.temperature, arguments.top_p, arguments.repetition_penalty
         )
     except ValueError as error:
         parser.error(str(error))
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that samplers do not take.
+
+    Raises:
+        PredictError: less than 0, or 2^32 or more.
+    """
+    if not 0 <= seed < 2**32:
+        raise PredictError(f"seed is {seed}; expected 0 to 4294967295")
 
 
 def check_least_one(
@@ -115,7 +138,7 @@ def make_generator(
         run.base,
         run.processor,
         run.mesh,
-        batch_size=min(batch_size or config.generate.batch_size, len(clips) * questions),
+        batch_size=max(1, min(batch_size or config.generate.batch_size, len(clips) * questions)),
         max_new_tokens=max_new_tokens or config.generate.max_new_tokens,
         num_buckets=config.num_buckets,
         merge_lora=should_merge(config.generate.merge_lora, run.model, run.base),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax import cpu
 from affectgpt_jax.common import hub
 from affectgpt_jax.common.identity import Identity, code_identity, json_sha256
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
@@ -27,6 +28,7 @@ from affectgpt_jax.data.modalities import HEADS, INPUT_MODES, MODALITIES, InputM
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import (
+    EXTRACTION,
     MANIFEST_FILE,
     RecordDataset,
     Records,
@@ -69,7 +71,7 @@ def base_directory(llm: str, download: bool = False) -> Path:
     if llm == "tiny":
         return Path(str(importlib.resources.files("affectgpt_jax") / "assets" / "tiny_base"))
     if place := hub.parse_place(llm):
-        return hub.find(place, f"config.llm={llm}", _BASE_FILES, _lacks_of_base, download)
+        return hub.find(place, "config.llm", _BASE_FILES, _lacks_of_base, download)
     path = Path(llm).expanduser()
     if not path.is_dir():
         raise ConfigError(
@@ -111,7 +113,7 @@ def base_config(llm: str, download: bool = False) -> DecoderConfig:
     if place is None:
         return read_config(base_directory(llm))
     try:
-        found = hub.find(place, f"config.llm={llm}", ("config.json",), _lacks_of_shape, download)
+        found = hub.find(place, "config.llm", ("config.json",), _lacks_of_shape, download)
     except hub.HubError:
         if (name := place.repository.rpartition("/")[2]) in PUBLISHED:
             return PUBLISHED[name]
@@ -476,6 +478,21 @@ def data(
 def training_sets(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """The data sets that a config trains on by name, as `data_set` describes each."""
     return config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+
+
+# What a run keeps of the extraction of its records, which need not stay where they are.
+EXTRACTION_FILE = "extraction.json"
+
+
+def keep_extraction(workdir: Path, train: Sequence[MixtureComponent]) -> None:
+    """Write how the features of the training records were made; nothing where they do not say it,
+    or by several encoders."""
+    manifests = [component.dataset.manifest for component in train]
+    found = [manifest.extra.get(EXTRACTION, {}) for manifest in manifests]
+    made = [settings.get("encoders") for settings in found]
+    if made[0] and all(encoders == made[0] for encoders in made):
+        facts = {"features": manifests[0].features, EXTRACTION: found[0]}
+        write_json(workdir / EXTRACTION_FILE, facts)
 
 
 def training_clips(config: ConfigDict) -> int | None:

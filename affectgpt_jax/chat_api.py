@@ -202,6 +202,8 @@ def _clip_and_question(parts: list[dict[str, Any]]) -> dict[str, Any]:
         checked = check_type(part, _PARTS[kind], where, error=RequestError)
         by_type.setdefault(kind, []).append(checked)
     for kind, found in by_type.items():
+        if any(not _is_text(part.get("text", "")) for part in found):
+            raise RequestError(f"a part of type {kind!r} holds half of a character")
         if len(found) > 1:
             raise RequestError(f"there are {len(found)} parts of type {kind!r}; give one")
     one = {kind: found for kind, [found] in by_type.items()}
@@ -223,6 +225,15 @@ def _clip_and_question(parts: list[dict[str, Any]]) -> dict[str, Any]:
         "subtitle": one["subtitle"]["text"] if "subtitle" in one else None,
         "question": one["text"]["text"].strip() or None if "text" in one else None,
     }
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, unlike what JSON's escapes allow."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _from_url(url: str) -> bytes:

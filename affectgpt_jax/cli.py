@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.text import brief
 
 COLUMNS = 80
@@ -205,6 +206,37 @@ def writing(output: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
+
+
+STDOUT = "-"
+
+
+def write_output(place: str, text: str, flag: str) -> bool:
+    """Write what a user wants to have at a place: a file, whole or not at all, or into a pipe.
+
+    Args:
+        place: a path. `STDOUT` and /dev/stdout are standard output.
+        text: what to write.
+        flag: as in `--json`, for messages.
+
+    Returns:
+        Whether it went to standard output, which is then for nothing else.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if place in (STDOUT, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return True
+    with writing(f"{flag}={place}"):
+        # A pipe of the shell or a device cannot be replaced; a link to a file is not followed.
+        if os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place)):
+            with open(place, "w", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            write_text(place, text)
+    return False
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
 
 asks the checkpoint that validation chose about the run's test clips and writes, into the run's
 folder `evaluate`, report.html, report.json and report.md, and every answer and label behind them.
+An evaluation of anything else goes beside, into `evaluate/2`, `evaluate/3` and so on.
 Other clips are named with
 
     --set mer2024=/records/mer2024 --set mine:fine=/records/mine
@@ -14,6 +15,10 @@ by a set of MER-UniBench ({keys}) or any name with its task ({tasks}), and a rec
 
 takes every set of MER-UniBench that has its records in a folder called so there, and says which
 have none. Run again, it goes on where it stopped.
+
+    --checkpoint FILE.pth --config=affectgpt_qwen25_7b --out DIR
+
+in place of --workdir evaluates weights that nobody trained here: see docs/released.md.
 """
 
 from __future__ import annotations
@@ -23,7 +28,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +36,7 @@ from affectgpt_jax import cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.common.files import atomic_write, lock_file
 from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError
@@ -39,12 +44,13 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import MODALITIES, modalities_in_words
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
+from affectgpt_jax.evaluation.answers import answers_file, file_name
 from affectgpt_jax.evaluation.chat_server import ChatServer
 from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, TASKS, name_and_task
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, ReplyCache
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
-from affectgpt_jax.evaluation.report import write_report
+from affectgpt_jax.evaluation.report import REPORT_FILE, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, Result, percent, score_set
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.evaluation.rules import RuleExtractor
@@ -59,12 +65,17 @@ from affectgpt_jax.restore import (
     set_up_process,
 )
 from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, silence_threads
+from affectgpt_jax.training.metrics_writer import read_metrics
+from affectgpt_jax.training.run_picture import curves_of
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
 LOCK_FILE = "evaluate.lock"
+# What a folder is the evaluation of.
+ASKED_FILE = "evaluation.json"
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
 LABELS = ("ovlabel", "onehot", "onehot_candidates")
-QUESTIONS = (*LABELS, "description")
+# The last asks which of two descriptions fits the clip better.
+QUESTIONS = (*LABELS, "description", "preference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,10 +122,21 @@ class TestSet:
     truth: Table
     references: Mapping[str, float]
 
-
-def file_name(name: str) -> str:
-    """How the names of a set's files begin."""
-    return re.sub(r"[^\w.-]+", "-", name)
+    def about(self, processor: PromptProcessor) -> dict[str, list[tuple[str, str]]]:
+        """What is known of each clip beside its truth, as examples show it: names and texts."""
+        features = processor.mode.features
+        return {
+            entry.name: [
+                (name, text)
+                for name, text in (
+                    ("subtitle", entry.subtitle),
+                    ("described as", entry.description),
+                    ("without", ", ".join(f for f in features if f not in entry.present)),
+                )
+                if text
+            ]
+            for entry in self.dataset.index
+        }
 
 
 def parse_set(text: str) -> SetPlace:
@@ -195,7 +217,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
-    add("--out", metavar="DIR", help="default: RUN/evaluate; needed with --checkpoint")
+    add(
+        "--out",
+        metavar="DIR",
+        help="default: RUN/evaluate, where reports of other evaluations stay; needed with "
+        "--checkpoint",
+    )
     arguments = parse_run_flags(parser, argv)
     _check_arguments(parser, arguments)
     return arguments
@@ -272,18 +299,22 @@ def _evaluate(
 ) -> tuple[Report, Path]:
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
+    log = run.workdir / "metrics.jsonl"  # which a run that was published lacks
+    curves = curves_of(read_metrics(log)) if log.is_file() else {}
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
     if question == "description" and not arguments.max_new_tokens:
         limit = max(limit, run.config.max_tokens)  # no description that it learned was longer
     processor = run.processor
     sets = [
         open_set(run, place, processor, arguments.max_clips, say)
-        for place in choose_sets(arguments, run, say)
+        for place in for_question(question, choose_sets(arguments, run, say))
     ]
     for test in sets:
         # Trouble with a clip shows before any answer.
         processor.prompt_examples(test.dataset, question)
     decodings = choose_decodings(arguments)
+    if question == "preference" and arguments.consensus:
+        raise ConfigError("--consensus is for labels, and preferences have none; leave it out")
     needs_lexicon = bool(arguments.consensus) or any(s.task in NEEDS_LEXICON for s in sets)
     extracts = question == "description" or any(s.task == "sentiment" for s in sets)
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
@@ -313,16 +344,32 @@ def _evaluate(
     wheels = lexicon and Wheels(lexicon, level=arguments.level)
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
+    files = {
+        (step, test.name, how): _answer_file(
+            run, step, checkpoint, test, question, limit, how, arguments.seed
+        )
+        for step in steps
+        for checkpoint in [run.fingerprint(step)]  # reads its files, so once for all sets
+        for test, how in itertools.product(sets, decodings)
+    }
+    asked = {
+        "question": question,
+        "sets": [dict(name=s.name, task=s.task, clips=len(s.dataset)) for s in sets],
+        "answers": [*files.values()],
+        "extractor": extractor.identity if extractor else None,
+        "lexicon": lexicon and lexicon.identity.sha256,
+        **{name: getattr(arguments, name) for name in ("level", "bootstrap", "seed")},
+    }
+    folder = claim_folder(out, asked, say)
     for step in steps:
         at_step = run if step == run.step else run.at_step(step, arguments.allow_other, say)
         trainable = at_step.trainable
-        checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test, (how, generator) in itertools.product(sets, generators.items()):
-            file = _answer_file(run, step, checkpoint, test, question, limit, how, arguments.seed)
+            file = files[step, test.name, how]
             said = ", ".join(filter(None, [run.step_name(step), how.name]))
             with Counter(f"answers about {test.name}", said) as count:
                 answers = inference.answers_on_disk(
-                    out / "answers" / file, generator, trainable, test.dataset, question, count
+                    out / "answers" / file, generator, trainable, test.dataset, question, count, say
                 )
             with replies:
                 predictions = predict(
@@ -330,8 +377,7 @@ def _evaluate(
                 )
             pairs[test.name][said] = pair(predictions.table, test.truth)
             texts[test.name] = dict(zip(predictions.table.names, predictions.texts, strict=True))
-            place = out / f"{file_name(test.name)}-{file_name(said)}.jsonl"
-            _write_predictions(place, predictions)
+            _write_predictions(answers_file(folder, test.name, said), predictions, test)
     results = [
         score_set(
             test.name,
@@ -343,6 +389,8 @@ def _evaluate(
             seed=arguments.seed,
             texts=texts[test.name],
             references=test.references,
+            about=test.about(processor),
+            parts=parts_of(test.dataset),
         )
         for test in sets
     ]
@@ -356,13 +404,37 @@ def _evaluate(
         ", ".join(filter(None, [*parts, extractor and extractor.identity])),
         results,
         modalities=modalities(processor),
-        # Beside a user's own clips, scores on others say nothing.
-        peers=any(test.name in BY_NAME or test.name == DEMO for test in sets),
+        # Beside other clips, scores on those of MER-UniBench say nothing.
+        peers=any(test.name in BY_NAME for test in sets),
+        curves=curves,
         resamples=arguments.bootstrap,
         seed=arguments.seed,
     )
-    write_report(report, out)
-    return report, out
+    write_report(report, folder)
+    return report, folder
+
+
+def claim_folder(out: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> Path:
+    """Where the report of an evaluation goes: `out`, or a numbered folder in it.
+
+    A folder belongs to the evaluation that its `ASKED_FILE` describes, and to no other.
+
+    Args:
+        out: which this process has locked.
+        asked: all that the report depends on, ready for JSON.
+        say: told of a folder beside others.
+    """
+    for number in itertools.count(1):
+        folder = out if number == 1 else out / str(number)
+        file = folder / ASKED_FILE
+        if file.is_file() or (folder / REPORT_FILE).exists():
+            if not file.is_file() or read_json(file, dict[str, Any]) != asked:
+                continue
+        elif number > 1:
+            say(f"{out} holds another evaluation, which stays; this one goes to {folder}")
+        folder.mkdir(exist_ok=True)
+        write_json(file, asked, indent=1)
+        return folder
 
 
 def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
@@ -406,6 +478,29 @@ def choose_question(asked: str | None, run: Run) -> str:
             "what it would answer means nothing"
         )
     return question
+
+
+def for_question(question: str, places: Sequence[SetPlace]) -> list[SetPlace]:
+    """The sets as a question scores them: preferences are a task of their own.
+
+    Raises:
+        ConfigError: a set that is named with a task of other questions, or the other way round.
+    """
+    if question != "preference":
+        for place in places:
+            if place.task == "preference":
+                raise ConfigError(
+                    f"--set {place.name}:preference is scored by --question=preference, not by "
+                    f"--question={question}"
+                )
+        return list(places)
+    for place in places:
+        if place.task not in ("", "preference") and place.name != DEMO:
+            raise ConfigError(
+                f"--question=preference: {place.name} is scored as {place.task}; name records with "
+                "alternatives, as --set NAME:preference=RECORDS"
+            )
+    return [dataclasses.replace(place, task="preference") for place in places]
 
 
 def choose_decodings(arguments: argparse.Namespace) -> list[HowDecoded]:
@@ -510,8 +605,17 @@ def open_set(
         references = {
             f"ceiling with {modalities_in_words(name)}": value
             for name, value in dataset.ceilings(processor.mode.name).items()
-        }
+        } | control(run, place, max_clips)
     return TestSet(place.name, task, dataset, truth, references)
+
+
+def control(run: Run, place: SetPlace, max_clips: int | None) -> dict[str, float]:
+    """The score on the run's own test set with features of other clips, which training found."""
+    file = run.workdir / "result.json"
+    if place.place != run.config.data.test or max_clips is not None or not file.is_file():
+        return {}
+    share = read_json(file, dict[str, Any]).get("hit_features_shuffled")
+    return {} if share is None else {"control: shuffled features": share}
 
 
 # What a record says that is true, by task.
@@ -520,7 +624,20 @@ TRUTHS: dict[str, Callable[[Any], Any]] = {
     "basic": lambda entry: entry.emotion.strip().lower() or None,
     "words": lambda entry: entry.emotion.strip().lower() or None,
     "sentiment": lambda entry: entry.valence,
+    "preference": lambda entry: entry.preferred or None,
 }
+
+
+def parts_of(dataset: Records) -> dict[str, set[str]]:
+    """Clips that are scored by themselves, too: those that say which modality contradicts others.
+
+    The paper's Figure 6 shows such clips. Nothing, where no record says so.
+    """
+    torn = {entry.name for entry in dataset.index if entry.conflict}
+    if not torn:
+        return {}
+    agree = {entry.name for entry in dataset.index} - torn
+    return {"clips whose modalities conflict": torn, "clips whose modalities agree": agree}
 
 
 def _task_of(dataset: Records, place: SetPlace) -> str:
@@ -543,7 +660,9 @@ def read_truth(dataset: Records, task: str, place: SetPlace) -> Table:
     found = {entry.name: TRUTHS[task](entry) for entry in dataset.index}
     known = {name: value for name, value in found.items() if value is not None}
     if not known:
-        field = {"fine": "labels", "sentiment": "valence"}.get(task, "emotion")
+        field = {"fine": "labels", "sentiment": "valence", "preference": "preferred"}.get(
+            task, "emotion"
+        )
         raise ConfigError(f"{place.place}: no record has the {field} that {task} is scored by")
     without = tuple(name for name in found if name not in known)
     findings = (Finding("without a truth, left out", without),) if without else ()
@@ -636,6 +755,10 @@ def predict(
         )
     else:
         labels = [processor.prompts.read_labels(text, question) for text in texts]
+    if question == "preference":
+        words = [processor.prompts.read_answer(question, text).strip().lower() for text in texts]
+        found = tuple(f for f in findings if f.names)
+        return Predictions(Table("the answers", names, tuple(words), found), tuple(texts))
     if group > 1:
         agreed = [
             inference.agree(
@@ -684,12 +807,13 @@ def _answer_file(
     how: HowDecoded,
     seed: int,
 ) -> str:
-    """A name that changes with everything that an answer depends on."""
+    """A name that changes with everything that an answer depends on but the code."""
     parts = [
         # A run that is trained anew in the same place has the same steps.
         checkpoint,
         run.identity.sha256,
-        {name: identity.sha256 for name, identity in run.inputs.items()},
+        # But for the code, which every answer names: answers of two versions may stand together.
+        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.
@@ -702,13 +826,19 @@ def _answer_file(
     return f"{file_name(test.name)}-step-{step}-{question}-{json_sha256(parts)[:12]}.jsonl"
 
 
-def _write_predictions(path: Path, predictions: Predictions) -> None:
-    """Name, text and labels or sentiment of every clip, as `score` and `report` read them."""
+def _write_predictions(path: Path, predictions: Predictions, test: TestSet) -> None:
+    """Name, text and labels, sentiment or preference of every clip, as `score` reads them.
+
+    The truth stands beside, for those who read.
+    """
     table = predictions.table
+    truth = dict(zip(test.truth.names, test.truth.values, strict=True))
+    key = test.task if test.task in ("sentiment", "preference") else "labels"
     with atomic_write(path, "w") as file:
         for name, value, text in zip(table.names, table.values, predictions.texts, strict=True):
-            key = "sentiment" if isinstance(value, str) else "labels"
-            file.write(json.dumps({"name": name, "text": text, key: value}) + "\n")
+            line = {"name": name, "text": text, key: value}
+            line |= {"truth": truth[name]} if name in truth else {}
+            file.write(json.dumps(line) + "\n")
 
 
 def modalities(processor: PromptProcessor) -> str:
@@ -757,6 +887,11 @@ def summarise(report: Report, out: Path, compared: bool = False) -> list[str]:
                 f"{percent(both.best_value)} ({both.best})"
             )
         lines += [f"  {name}: {percent(share)}" for name, share in result.references.items()]
+        for part in result.parts:
+            ends = ""
+            if part.interval:
+                ends = f" ({percent(part.interval.low)} to {percent(part.interval.high)})"
+            lines.append(f"  {part.clips:,} {part.name}: {percent(part.value)}{ends}")
     lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
     return lines
 

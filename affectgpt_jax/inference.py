@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -15,14 +14,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import ResumableJsonl
-from affectgpt_jax.common.text import json_line
+from affectgpt_jax.common.tables import write_csv
+from affectgpt_jax.common.text import json_line, say
 from affectgpt_jax.data.examples import Example
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import PromptSet, sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.consensus import consensus
+from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch
 from affectgpt_jax.models.attention import grouped_row
@@ -354,7 +356,7 @@ def _can_merge(model: AffectGPT) -> bool:
     return model.decoder.lora is not None and not model.decoder.compute.base_precision
 
 
-def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
+def should_merge(setting: str, model: AffectGPT, base: Any, limit: int | None = None) -> bool:
     """Whether LoRA is merged into a copy of the base's kernels before generation.
 
     Unmerged, each of the seven projections of a layer needs two narrow matmuls more for every
@@ -365,14 +367,15 @@ def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
             copy takes at most a quarter of the memory of the device, or of the host where that is
             the device.
         model: the modules. Without LoRA, or with quantized kernels, nothing is merged.
-        base: frozen weights.
+        base: frozen weights, or their shapes with shardings.
+        limit: bytes of a device that is not here.
     """
     if setting != "auto" or not _can_merge(model):
         return setting == "true" and _can_merge(model)
     lora = model.decoder.lora
     kernels = [layer[name]["kernel"] for layer in base["layers"] for name in lora.targets]
     copy = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
-    limit = device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = limit or device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4 * copy <= limit
 
 
@@ -384,13 +387,15 @@ def _settled(text: str, end: str) -> str:
 
 
 class _NamedAnswer(TypedDict):
-    """A line of a file of answers: a clip's name, and the fields of `Answer`."""
+    """A line of a file of answers: a clip's name, the fields of `Answer`, and which code wrote it
+    (the hash of `code_identity`)."""
 
     name: str
     text: str
     tokens: int
     cut: bool
     log_prob: float | None
+    code: str
 
 
 class _NamedSample(_NamedAnswer):
@@ -406,14 +411,16 @@ def answers_on_disk(
     dataset: Records,
     question: str,
     progress: Progress = silent,
+    say: Callable[[str], None] = say,
 ) -> Answers:
     """Ask about the clips whose answers a file does not have yet, and append the answers.
 
     Args:
-        path: a JSONL file of `name` (of a group also `sample`) and the fields of `Answer`; of one
-            model, question and data set, of which it may hold other clips as well.
+        path: a JSONL file of `name` (of a group also `sample`), the fields of `Answer` and `code`;
+            of one model, question and data set, of which it may hold other clips as well.
         generator, trainable, dataset, question: as for `Generator.answer`.
         progress: called with the answers there are and the number there will be.
+        say: told where the file has answers of another version of the code, which are kept.
 
     Raises:
         DataError: a clip that cannot be asked.
@@ -429,6 +436,13 @@ def answers_on_disk(
     missing = [n for n, e in enumerate(dataset.index) if not {*keys(e)} <= file.records.keys()]
     total = len(dataset) * group
     done = total - len(missing) * group
+    code = code_identity().sha256
+    wanted = {found for entry in dataset.index for found in keys(entry)} & file.records.keys()
+    if others := sum(file.records[found]["code"] != code for found in wanted):
+        say(
+            f"note: {path}: {others:,} of {total:,} answers are of another version of the code; to "
+            "have them anew, delete the file"
+        )
     progress(done, total)
     if missing:
         rest = RecordSubset(dataset, missing)
@@ -436,7 +450,8 @@ def answers_on_disk(
             for number, answer in generator.answers(trainable, rest, question):
                 found = keys(rest.index[number // group])[number % group]
                 if found not in file.records:  # of a group that was half written
-                    file.append(dict(zip(key, found, strict=True)) | dataclasses.asdict(answer))
+                    told = dataclasses.asdict(answer) | {"code": code}
+                    file.append(dict(zip(key, found, strict=True)) | told)
                 done += 1
                 progress(done, total)
     fields = [field.name for field in dataclasses.fields(Answer)]
@@ -515,40 +530,83 @@ def read_labels(
     return [processor.prompts.read_labels(text, question) for text in answers.texts]
 
 
-def truths(dataset: Records, question: str) -> list[str]:
-    """The true label of every clip; empty where it has none."""
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What the answers about clips are scored against, and how.
+
+    Attributes:
+        metric: "hit", the share of clips whose one true word is the first label, or "f", the F
+            score of lists of labels on the emotion wheels that ship (`metrics.score_fine`).
+        each: the true words of every clip; () where it has none, which "f" leaves out.
+    """
+
+    metric: str
+    each: Sequence[tuple[str, ...]]
+
+    @property
+    def clips(self) -> int:
+        """The number of clips that are scored."""
+        return sum(map(bool, self.each))
+
+    def score(self, labels: Sequence[Sequence[str]]) -> dict[str, float]:
+        """`hit`, or `f`, `p` and `r`; upper and lower case are alike."""
+        if self.metric == "hit":
+            return {"hit": metrics.hit_rate(labels, [w for (w,) in self.each], max_labels=1)}
+        return dict(metrics.score_fine(labels, self.each, load_lexicon()).values)
+
+    def interval(self, labels: Sequence[Sequence[str]]) -> tuple[float, float]:
+        """The 95 % bootstrap interval of "f" over the clips."""
+        found = metrics.bootstrap(metrics.score_fine(labels, self.each, load_lexicon()))["f"]
+        return found.low, found.high
+
+
+def truth_of(dataset: Records, question: str) -> Truth | str:
+    """What the answers to a question out of `SCORED` are scored against, or why they are not.
+
+    Where every clip has the one true word that the question asks for, that is it. Otherwise it is
+    lists of labels, where the question asks for them and clips have some.
+    """
     if question == "sentiment":
-        return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
-    return [entry.emotion.strip().lower() for entry in dataset.index]
-
-
-def score_labels(
-    dataset: Records, labels: Sequence[Sequence[str]], question: str = "ovlabel"
-) -> dict[str, float]:
-    """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
-    return {
-        "hit": metrics.hit_rate(labels, truths(dataset, question), max_labels=1),
-        "labels_per_clip": metrics.labels_per_clip(labels),
-    }
-
-
-def without_truth(dataset: Records, question: str = "ovlabel") -> int:
-    """The number of clips without the true label that a question is scored against."""
-    return sum(not word for word in truths(dataset, question))
+        words = ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
+    else:
+        words = [entry.emotion.strip().lower() for entry in dataset.index]
+    if all(words):
+        return Truth("hit", [(word,) for word in words])
+    lists = [e.labels or ((w,) if w else ()) for e, w in zip(dataset.index, words, strict=True)]
+    if question == "ovlabel" and any(lists):
+        try:
+            metrics.score_fine(lists, lists, load_lexicon())
+        except metrics.ScoreError as error:
+            return f"the labels of the clips: {error}"
+        return Truth("f", lists)
+    return f"{words.count('')} of {len(dataset)} clips name no true answer"
 
 
 def write_predictions(
-    workdir: Path, dataset: Records, answers: Answers, labels: Sequence[Sequence[str]] | None
+    workdir: Path,
+    dataset: Records,
+    answers: Answers,
+    labels: Sequence[Sequence[str]] | None,
+    truth: Truth | None,
 ) -> None:
-    """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`
-    (name, emotion)."""
+    """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`.
+
+    The truth is as `affectgpt score` reads it: name and emotion for --task words, or name and
+    openset for --task fine. Without any there is no such file.
+    """
     with atomic_write(workdir / "predictions.jsonl", "w") as file:
         for i, entry in enumerate(dataset.index):
             line: dict[str, Any] = {"name": entry.name, "text": answers.texts[i]}
             if labels is not None:
                 line["labels"] = list(labels[i])
             file.write(json_line(json.dumps(line, ensure_ascii=False)) + "\n")
-    with atomic_write(workdir / "truth.csv", "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "emotion"])
-        writer.writerows([entry.name, entry.emotion] for entry in dataset.index)
+    if truth is None:
+        (workdir / "truth.csv").unlink(missing_ok=True)  # of an earlier end of this run
+        return
+    column = "emotion" if truth.metric == "hit" else "openset"
+    rows = (
+        {"name": e.name, column: ", ".join(words)}
+        for e, words in zip(dataset.index, truth.each, strict=True)
+        if words
+    )
+    write_csv(workdir / "truth.csv", ("name", column), rows)

@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,10 @@ class LiveAnswers:
 
     For one thread, but for `prompt`. All programs are compiled by `warm_up`, none afterwards.
 
+    Attributes:
+        rows: answers at a time.
+        lengths: that prompts are padded to, ascending.
+
     Args:
         generator: makes single answers; of it come model, sampling and limits.
         trainable: adapters and fusion.
@@ -94,11 +98,11 @@ class LiveAnswers:
         trainable: Any,
         *,
         rows: int,
-        lengths: Sequence[int],
+        lengths: Collection[int],
         shapes: Mapping[str, tuple[int, int]],
     ) -> None:
         self._generator, self._shapes = generator, shapes
-        self._lengths = sorted(lengths)
+        self.lengths = tuple(sorted(lengths))
         self.rows, self._together = rows_and_prefill_batch(rows, data_parallel_size(generator.mesh))
         self._weights = generator.weights(trainable)
         self.reset()
@@ -139,10 +143,10 @@ class LiveAnswers:
                 have other shapes than those of the run.
         """
         [example] = self._generator.processor.prompt_examples(_Clips([record]), question)
-        if len(example) > self._lengths[-1]:
+        if len(example) > self.lengths[-1]:
             raise DataError(
                 f"the prompt about {record.name!r} has {len(example)} tokens, over the limit of "
-                f"{self._lengths[-1]}; shorten the question or the subtitle"
+                f"{self.lengths[-1]}; shorten the question or the subtitle"
             )
         for name, shape in self._shapes.items():
             found = record.features.get(name)
@@ -157,7 +161,7 @@ class LiveAnswers:
     def warm_up(self) -> None:
         """Compile all programs."""
         # The first rows are laid out otherwise than those that a program returns.
-        for length in (self._lengths[-1], *reversed(self._lengths)):
+        for length in (self.lengths[-1], *reversed(self.lengths)):
             self._rows.put(self._prompts((), (), length))
         for _ in range(2):
             self._rows.write(STEPS)
@@ -166,7 +170,7 @@ class LiveAnswers:
     def put(self, numbers: Sequence[int], prompts: Sequence[Prompt]) -> None:
         """Begin answers to at most `free` prompts of one seed; they are known by their numbers."""
         needed = max(len(prompt.example) for prompt in prompts)
-        length = next(length for length in self._lengths if length >= needed)
+        length = next(length for length in self.lengths if length >= needed)
         self._rows.put(self._prompts(numbers, prompts, length), prompts[0].seed)
 
     def drop(self, numbers: Sequence[int]) -> None:
@@ -192,9 +196,7 @@ class LiveAnswers:
         names = [f"{prompt.record.name}\n{prompt.question}" for prompt in prompts]
         limits = np.array([prompt.max_new_tokens for prompt in prompts] + [0] * filler, np.int32)
         placed = (batch, identities(names + [""] * filler), limits)
-        return Prompts(
-            np.asarray(numbers, int), *shard_whole_batch(self._generator.mesh, placed)
-        )
+        return Prompts(np.asarray(numbers, int), *shard_whole_batch(self._generator.mesh, placed))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,11 +272,15 @@ class Engine:
         ticket.dropped = True
 
     def stop(self) -> None:
-        """End all answers, whose `tell` hears `Stopped`, and the thread."""
+        """End all answers, whose `tell` hears `Stopped`, and wait for the thread."""
+        self.begin_stop()
+        self._thread.join()
+
+    def begin_stop(self) -> None:
+        """The same without waiting."""
         with self._changed:
             self._stopping = True
             self._changed.notify()
-        self._thread.join()
 
     def _work(self) -> None:
         active: dict[int, Ticket] = {}

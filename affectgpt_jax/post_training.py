@@ -6,15 +6,17 @@ import argparse
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, outcomes, restore
-from affectgpt_jax.common.identity import Identity
-from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax import config as configs
+from affectgpt_jax.common.files import write_text
+from affectgpt_jax.common.identity import Identity, json_sha256
+from affectgpt_jax.common.json import check_type, read_json, write_json
 from affectgpt_jax.config import (
     SECTIONS,
     ConfigError,
@@ -174,6 +176,14 @@ def run_command(
 # --- the start ------------------------------------------------------------------------------------
 
 
+def save_config(config: ConfigDict, start: Run, workdir: Path) -> None:
+    """Write the config of a run, and what its start has kept of how features are made."""
+    configs.save_config(config, workdir)
+    kept = start.workdir / build.EXTRACTION_FILE
+    if kept.is_file() and kept.parent != workdir:
+        write_text(workdir / build.EXTRACTION_FILE, kept.read_text(encoding="utf-8"))
+
+
 def note_start(section: ConfigDict, run: Run, lexicon: Lexicon) -> None:
     """Write into a config which checkpoint and which lexicon the run depends on."""
     section.start, section.start_step = str(run.workdir), run.step
@@ -295,6 +305,78 @@ def open_clips(
     return found
 
 
+# --- what is made once ----------------------------------------------------------------------------
+
+
+class _Kept(TypedDict):
+    """A file of what a run has made once.
+
+    Attributes:
+        made_of: the hash of all that the content depends on.
+        content: what was made.
+    """
+
+    made_of: str
+    content: Any
+
+
+def kept(
+    path: Path,
+    kind: Any,
+    group: distributed.ProcessGroup,
+    made_of: Callable[[], Any],
+    make: Callable[[], Any],
+) -> Any:
+    """What was made before of the same things, from a file; else what is made now, and kept there.
+
+    A run that is trained anew in the same place, or on other records, finds files of before.
+
+    Args:
+        path: of the file.
+        kind: type of the content, as `common.json` says.
+        group: the processes of the run, which all call this; the first one reads and writes.
+        made_of: returns all that the content depends on, a value that JSON has.
+        make: makes the content.
+
+    Raises:
+        ReadError: a file of another form.
+    """
+    advice = "delete it, and it is made anew"
+
+    def read() -> Any:
+        if not path.is_file():
+            return None
+        found = read_json(path, _Kept, advice=advice)
+        same = found["made_of"] == json_sha256(made_of())
+        return check_type(found["content"], kind, str(path), advice=advice) if same else None
+
+    content = group.from_main_process(read)
+    if content is None:
+        content = make()
+        if group.is_main_process:
+            write_json(path, {"made_of": json_sha256(made_of()), "content": content}, indent=None)
+    return content
+
+
+def asked_of(run: Run, dataset: Records, section: ConfigDict, seed: int) -> list[Any]:
+    """What answers about clips depend on, but for the checkpoint that gives them.
+
+    Args:
+        run: by whose base, tokenizer and prompts they are asked.
+        dataset: the clips.
+        section: of the config.
+        seed: of sampling.
+    """
+    return [
+        run.identity.sha256,
+        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
+        build.records_identity(dataset).sha256,
+        [entry.name for entry in dataset.index],
+        {key: section[key] for key in ("question", "group", "prompts", "max_new_tokens")},
+        seed,
+    ]
+
+
 # --- before and after -----------------------------------------------------------------------------
 
 
@@ -331,7 +413,8 @@ class Exams:
         found = outcomes.prompt_length(run.processor, question, list(datasets.values()))
         self.prompt_length = max(found, prompt_length)
         self._section, self._run, self._group, self._pulse = section, run, group, pulse
-        self._lexicon = lexicon
+        self._lexicon, self._seed = lexicon, seed
+        self._asked: dict[Path, outcomes.Asked] = {}
         self.sampled = self.generator(Sampling(1.0), section.group)
         greedy = self.generator(Sampling(), 1)
         self._exams = {
@@ -380,30 +463,40 @@ class Exams:
             for entry, labels, true in shown
         ]
 
-    def thorough(self, name: str, trainable: Any, file: Path) -> outcomes.Outcome:
-        """Of enough samples for a consensus; all answers are kept in a file, and found there."""
+    def thorough(
+        self, name: str, trainable: Any, file: Path, checkpoint: Callable[[], str]
+    ) -> outcomes.Outcome:
+        """Of enough samples for a consensus; all answers are kept in a file, and found there.
+
+        Args:
+            name: of the clips.
+            trainable: of the model that is asked.
+            file: of the answers.
+            checkpoint: returns the fingerprint of its checkpoint.
+        """
         section, exam = self._section, self._exams[name]
+        samples = max(section.consensus, section.test_samples)
 
-        def read() -> outcomes.Asked | None:
-            return read_json(file, outcomes.Asked) if file.is_file() else None
+        def made_of() -> list[Any]:
+            facts = asked_of(self._run, exam.dataset, section, self._seed)
+            return [checkpoint(), samples, *facts]
 
-        asked = self._group.from_main_process(read)
-        if asked is None:
-            asked = exam.ask(trainable, max(section.consensus, section.test_samples))
-            if self._group.is_main_process:
-                write_json(file, asked)
+        asked = self._asked[file] = kept(
+            file, outcomes.Asked, self._group, made_of, lambda: exam.ask(trainable, samples)
+        )
         return outcomes.outcome(
             asked, exam.truth, section.question, self._lexicon, section.test_samples
         )
 
     def by_lexicon(self, name: str, files: Sequence[Path], lexicon: Lexicon) -> list[Any]:
-        """Outcomes of answers in files, by another lexicon, and how many clips that scores."""
+        """Outcomes of answers that `thorough` has had, by another lexicon, and how many clips that
+        scores."""
         section, exam = self._section, self._exams[name]
         kind = "sentiment" if section.question == "sentiment" else "wheel_f"
         known = np.flatnonzero(Reward(kind, Wheels(lexicon)).scorable(exam.truth))
         truth, found = [exam.truth[i] for i in known], []
         for file in files:
-            asked = read_json(file, outcomes.Asked)
+            asked = self._asked[file]
             asked = {key: [lists[i] for i in known] for key, lists in asked.items()}
             found.append(
                 outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)

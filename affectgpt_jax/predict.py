@@ -9,6 +9,12 @@
     affectgpt predict --workdir runs/paper \\
         --records /records/mine --question ovlabel --out answers.jsonl
     affectgpt predict --workdir runs/demo --first 3 --consensus 16
+    affectgpt predict --checkpoint FILE.pth --records /records/mine \\
+        --config=affectgpt_qwen25_7b --config.llm=DIR \\
+        --config.prompts=release.toml
+
+The last asks weights that nobody trained here: a .pth of the PyTorch release, a PEFT adapter or an
+exported run; docs/released.md goes from the authors' files to their scores.
 
 One clip is answered as you watch, several side by side. With --json every answer is a line of
 JSON on the standard output; with --out these lines go to a file, and the same command, interrupted

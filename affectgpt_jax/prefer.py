@@ -24,9 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cpu, post_training, runtime
-from affectgpt_jax.common.identity import json_sha256
-from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
+from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
 from affectgpt_jax.data.records import Records, RecordSubset, hold_out
@@ -45,7 +43,7 @@ from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.rollouts import truths
 from affectgpt_jax.training import distributed, loop, memory, sharding
-from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
 from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import answer_log_probs
 from affectgpt_jax.training.preference import PreferenceLossConfig, preference_loss
@@ -67,18 +65,20 @@ def kept_pairs(
     dataset: Records,
     processor: PromptProcessor,
     question: str,
+    made_of: Callable[[], Any],
     make: Callable[[], tuple[list[Pair], int]],
 ) -> list[Pair]:
-    """Sampled pairs from a file, or else from `make()`, which are then written there."""
-    known = group.from_main_process(lambda: read_json(path, _Sampled) if path.is_file() else None)
-    if known is None:
+    """Sampled pairs from a file, or else from `make()`, see `post_training.kept`."""
+
+    def plain() -> _Sampled:
         pairs, _ = make()
-        if group.is_main_process:
-            both = {
-                side: [getattr(p, side).tolist() for p in pairs] for side in ("better", "worse")
-            }
-            write_json(path, {"number": [p.number for p in pairs], **both})
-        return pairs
+        return {
+            "number": [pair.number for pair in pairs],
+            "better": [pair.better.tolist() for pair in pairs],
+            "worse": [pair.worse.tolist() for pair in pairs],
+        }
+
+    known = post_training.kept(path, _Sampled, group, made_of, plain)
     prompts = processor.prompt_examples(dataset, question)
     return [
         Pair(n, prompts[n].tokens, *(np.asarray(tokens, np.int32) for tokens in both))
@@ -125,7 +125,7 @@ def prefer(
     reward = Reward("sentiment" if dpo.question == "sentiment" else "wheel_f", Wheels(lexicon))
     known = np.flatnonzero(reward.scorable(truths(clips["test"], dpo.question)))
     test = RecordSubset(clips["test"], known[: dpo.test_clips].tolist())
-    group.from_main_process(lambda: save_config(config, workdir))
+    group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
     exams = Exams(
         dpo,
@@ -149,9 +149,12 @@ def prefer(
                     dataset, processor, dpo.question, exams.sampled, run.trainable, reward, dpo.gap
                 )
 
-            pairs = kept_pairs(
-                workdir / f"pairs_{name}.json", group, dataset, processor, dpo.question, sample
-            )
+            def made_of(dataset: Records = dataset) -> list[Any]:
+                facts = post_training.asked_of(run, dataset, dpo, config.seed)
+                return [dpo.start_sha256, lexicon.identity.sha256, dpo.gap, *facts]
+
+            file = workdir / f"pairs_{name}.json"
+            pairs = kept_pairs(file, group, dataset, processor, dpo.question, made_of, sample)
         if not pairs:
             raise DataError(f"config.dpo: no pair to {name}; {len(dataset)} clips gave none")
         sets[name] = PairData(config, dataset, processor, pairs, sharding.data_parallel_rank(mesh))
@@ -206,22 +209,28 @@ def prefer(
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
         with clock.measure("evaluate"):
-            before = exams.thorough("test", run.trainable, workdir / post_training.BEFORE)
+            file = workdir / post_training.BEFORE
+            before = exams.thorough("test", run.trainable, file, lambda: dpo.start_sha256)
             for name, pairs in sets.items():
                 tokens = [
                     [p.prompt.tolist(), p.better.tolist(), p.worse.tolist()] for p in pairs.pairs
                 ]
-                digest = json_sha256([dpo.start_sha256, run.identity.sha256, tokens])[:12]
-                pairs.reference = kept_reference(
-                    workdir / f"reference_{name}_{digest}.json",
+                found = post_training.kept(
+                    workdir / f"reference_{name}.json",
+                    list[list[float]],
                     group,
-                    lambda pairs=pairs: reference_log_probs(
-                        lambda batch: log_probs(run.base, run.trainable, batch),
-                        mesh,
-                        pairs,
-                        session.pulse,
-                    ),
+                    lambda tokens=tokens: [dpo.start_sha256, run.identity.sha256, tokens],
+                    lambda pairs=pairs: [
+                        row.tolist()
+                        for row in reference_log_probs(
+                            lambda batch: log_probs(run.base, run.trainable, batch),
+                            mesh,
+                            pairs,
+                            session.pulse,
+                        )
+                    ],
                 )
+                pairs.reference = [np.asarray(row, np.float32) for row in found]
         state, totals = loop.run_steps(
             session,
             steps,
@@ -240,7 +249,8 @@ def prefer(
         say(f"asking about the held-out clips, after, with step {best}")
         with clock.measure("evaluate"):
             file = workdir / post_training.after_file(best)
-            after = exams.thorough("test", state["trainable"], file)
+            fingerprint = functools.partial(SavedRun(workdir).fingerprint, best)
+            after = exams.thorough("test", state["trainable"], file, fingerprint)
             pairs, _ = validation(state["trainable"])
         result = post_training.compare(config, dpo, workdir, exams, before, after, best, last)
         result["pairs"] = {"train": len(data.pairs), "held_out": len(held_out.pairs)} | {
@@ -250,23 +260,6 @@ def prefer(
         rows = [("preferred as annotated, held-out pairs", accuracy)]
         post_training.finish(session, result, totals, rows)
     return result
-
-
-def kept_reference(
-    path: Path, group: distributed.ProcessGroup, make: Callable[[], list[np.ndarray]]
-) -> list[np.ndarray]:
-    """Log-probabilities from a file, or else from `make()`, which are then written there."""
-
-    def read() -> list[list[float]] | None:
-        return read_json(path, list[list[float]]) if path.is_file() else None
-
-    known = group.from_main_process(read)
-    if known is not None:
-        return [np.asarray(row, np.float32) for row in known]
-    made = make()
-    if group.is_main_process:
-        write_json(path, [row.tolist() for row in made])
-    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,7 +5,8 @@
 asks the run about clips that supervision has not seen, rewards its answers by the emotion wheels,
 and makes the better answers of each prompt more probable. Adapters and fusion go on from the run's
 best checkpoint, or from --step; the base stays frozen. The new workdir is a run like any other:
-every command reads it. The same command, run again, resumes.
+every command reads it. The same command, run again, resumes. --checkpoint with --config stands in
+place of --from, for weights that nobody trained here.
 
 `--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
 `--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
@@ -14,16 +15,17 @@ every command reads it. The same command, run again, resumes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cpu, inference, post_training, rollouts, runtime
 from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
+from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
@@ -33,7 +35,7 @@ from affectgpt_jax.post_training import Exams
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.training import distributed, loop, memory, sharding
-from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
 from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import PolicyLossConfig, policy_loss
 
@@ -51,6 +53,10 @@ SHOWN = {
 }
 # Says that a run ended by itself before its last step.
 ENDED = "ended.json"
+
+
+class _Ended(TypedDict):
+    step: int
 
 
 def make_reward(rl: ConfigDict, lexicon: Lexicon) -> Reward:
@@ -113,13 +119,7 @@ def reinforce(
     except ValueError as error:
         raise ConfigError(f"config.rl or config.profile_steps: {error}") from None
     shares = sharding.data_parallel_size(mesh)
-    unit = shares * config.gradient_accumulation_steps
-    if rl.prompts % unit:
-        raise ConfigError(
-            f"config.rl.prompts={rl.prompts} in config.gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} microbatches cannot be shared by {shares} "
-            f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
-        )
+    rollouts.check_prompts(config, shares)
     config.batch_size = sum(rollouts.row_counts(config, shares))
     post_training.note_start(rl, run, lexicon)
     validate(config)
@@ -146,7 +146,7 @@ def reinforce(
         shares,
         supervised,
     )
-    group.from_main_process(lambda: save_config(config, workdir))
+    group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
     for line in data.describe():
         say(line)
@@ -175,9 +175,7 @@ def reinforce(
         if rl.share_prompt
         else f"attention: {attention.name} ({attention.reason})"
     )
-    takes_kl = bool(rl.beta or rl.stop_kl)
-    more = ["reference_log_probs"] if takes_kl else []
-    more += ["old_log_probs"] if rl.updates > 1 else []
+    more = rollouts.later_arrays(rl)
     program = make_program(
         config,
         mesh,
@@ -192,9 +190,13 @@ def reinforce(
         program, run, inputs, session, fallback=fallback, allow_other=allow_other
     )
 
+    if not start and group.is_main_process:
+        (workdir / ENDED).unlink(missing_ok=True)  # of a run that was here before
+    group.meet()
+
     def finished(step: int) -> bool:
         ended = workdir / ENDED
-        return ended.is_file() and step >= read_json(ended, dict[str, Any])["step"]
+        return ended.is_file() and step >= read_json(ended, _Ended)["step"]
 
     steps = {}
     if start < config.steps and not finished(start):
@@ -208,7 +210,7 @@ def reinforce(
         writer = exams.sampled
         if merge_lora or (rl.temperature, rl.top_p) != (1, 1):
             writer = exams.generator(Sampling(rl.temperature, rl.top_p), rl.group, merge_lora)
-        reference = run.trainable if takes_kl else None
+        reference = run.trainable if "reference_log_probs" in more else None
         step = rollouts.RolloutStep(config, program, update, data, writer, reward, reference, say)
 
         def run_step(state: Any, base: Any, prompts: Any) -> tuple[Any, dict[str, float]]:
@@ -240,7 +242,8 @@ def reinforce(
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
         with clock.measure("evaluate"):
-            before = exams.thorough("test", run.trainable, workdir / post_training.BEFORE)
+            file = workdir / post_training.BEFORE
+            before = exams.thorough("test", run.trainable, file, lambda: rl.start_sha256)
         state, totals = loop.run_steps(
             session,
             steps,
@@ -260,7 +263,8 @@ def reinforce(
         say(f"asking about the held-out clips, after, with step {best}")
         with clock.measure("evaluate"):
             file = workdir / post_training.after_file(best)
-            after = exams.thorough("test", state["trainable"], file)
+            fingerprint = functools.partial(SavedRun(workdir).fingerprint, best)
+            after = exams.thorough("test", state["trainable"], file, fingerprint)
         result = post_training.compare(config, rl, workdir, exams, before, after, best, last)
         result["ended_by"] = "stop_kl" if finished(last) else "steps"
         post_training.finish(session, result, totals)

@@ -12,7 +12,8 @@ them the one that was fixed beforehand.
         --run qformer=runs/qformer --out ablation
 
 brings the reports that affectgpt_jax.evaluate has written into several workdirs (or any other
-report.json) together in the shape of the paper's Table 4, 5, 6 or 8.
+report.json) together in the shape of the paper's Table 3, 4, 5, 6 or 8, or of its Figure 4, and
+sets what the runs answered about the same clips side by side, as in its Figure 5.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from pathlib import Path
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.text import print_lines, say
+from affectgpt_jax.evaluation.answers import side_by_side
 from affectgpt_jax.evaluation.datasets import BY_KEY, DEMO, TASKS, name_and_task
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_texts, read_truth
-from affectgpt_jax.evaluation.report import write_ablation, write_report
+from affectgpt_jax.evaluation.report import REPORT_FILE, write_ablation, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, SetResult, score_set
 from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.evaluation.tables import ABLATIONS, ablation_table, read_run
@@ -99,7 +101,7 @@ def parse_run(text: str) -> tuple[str, str]:
     RUN may be that file, the folder that it is in, or the workdir of an evaluated run.
 
     Raises:
-        ValueError: another form.
+        ValueError: another form, or a run that was evaluated in several ways.
     """
     label, _, path = text.rpartition("=")
     if not label or not path:
@@ -107,7 +109,13 @@ def parse_run(text: str) -> tuple[str, str]:
     place = Path(path).expanduser()
     if place.is_dir():
         inside = place / "evaluate"
-        place = (inside if inside.is_dir() else place) / "report.json"
+        place = inside if inside.is_dir() else place
+        if others := sorted(str(found.parent) for found in place.glob(f"*/{REPORT_FILE}")):
+            raise ValueError(
+                f"{place} holds several evaluations; name one: {place / REPORT_FILE}, "
+                f"{', '.join(others)}"
+            )
+        place /= REPORT_FILE
     return label, str(place)
 
 
@@ -139,6 +147,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="LABEL=RUN",
         help="a row of --ablation, and the workdir of an evaluated run or a report.json",
     )
+    add(
+        "--answers",
+        type=int,
+        default=8,
+        metavar="N",
+        help="of each set, clips to set side by side with --ablation; default: 8",
+    )
     add("--out", required=True, metavar="DIR", help="where the files go")
     add("--system", default="this system", metavar="NAME", help="what to call it")
     add("--modalities", default="", metavar="AVT", help="that it was given: A, V, T")
@@ -164,8 +179,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of the resampling and the examples")
     arguments = parser.parse_args(argv)
-    if arguments.bootstrap < 0 or arguments.seed < 0:
-        parser.error("--bootstrap and --seed must be 0 or more")
+    if arguments.bootstrap < 0 or arguments.seed < 0 or arguments.answers < 0:
+        parser.error("--bootstrap, --seed and --answers must be 0 or more")
     if bool(arguments.sets) == bool(arguments.ablation):
         parser.error("expected either --set, once or more, or --ablation with --run")
     if bool(arguments.runs) != bool(arguments.ablation):
@@ -223,8 +238,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.ablation:
             runs = [read_run(label, path) for label, path in arguments.runs]
             table = ablation_table(arguments.ablation, runs, arguments.peers)
+            places = {label: Path(path) for label, path in arguments.runs}
+            answers, remarks = side_by_side(places, arguments.answers, arguments.seed)
             with cli.writing(f"--out={arguments.out}"):
-                written = write_ablation(table, out)
+                written = write_ablation(table, out, answers)
+            for remark in remarks:
+                say(remark)
         else:
             report = make_report(
                 arguments.system,

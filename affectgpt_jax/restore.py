@@ -22,7 +22,14 @@ from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.common.text import say
-from affectgpt_jax.config import CHOICES, ConfigError, config_of_flags, schema_of, validate
+from affectgpt_jax.config import (
+    CHOICES,
+    ConfigError,
+    config_of_flags,
+    saved_steps,
+    schema_of,
+    validate,
+)
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.prompts import parse_label
@@ -506,7 +513,7 @@ def open_checkpoint(
     if _is_run(path):
         return open_run(path, step, **how, allow_other=allow_other, download=download, say=say)
     if step is not None:
-        raise RunError(f"{path} is one checkpoint; leave out the step {step}")
+        raise RunError(f"{path} is one checkpoint; leave out --step={step}")
     config = _to_ask(ConfigDict(config.to_dict()), **how)
 
     def compared(model: AffectGPT, device_mesh: Mesh) -> CheckpointFile:
@@ -592,8 +599,9 @@ def download_models(config: ConfigDict) -> None:
 def initial_weights(
     config: ConfigDict, llm: DecoderConfig, mesh: Mesh, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What a new run starts from beside what is drawn: `config.init_from`, a PEFT adapter's
-    directory or a `.pth` of the PyTorch release, or one of these on the hub.
+    """What a new run starts from beside what is drawn: `config.init_from`, the workdir of a run
+    (its best checkpoint), a PEFT adapter's directory or a `.pth` of the PyTorch release, or one of
+    these on the hub.
 
     Args:
         config: of the run.
@@ -605,7 +613,8 @@ def initial_weights(
         Parts of the trainable tree; none where nothing is named.
 
     Raises:
-        WeightsError: neither, or one that does not fit; the message names what differs.
+        WeightsError: none of them, or one that does not fit; the message names what differs.
+        CheckpointError: a run of another base, of other heads or inputs, or a damaged one.
     """
     if not config.init_from:
         return {}
@@ -613,6 +622,13 @@ def initial_weights(
     # Its attention is not asked for anything.
     model = build.model(config, llm, sharding.ActivationConstraint(mesh), attention.causal)
     abstract = sharding.abstract(mesh, lambda key: init_trainable(model, key))
+    if saved_steps(path):
+        saved = SavedRun(path)
+        with Elapsed("hashing the base", stream=sys.stderr, quiet_s=QUIET_S):
+            identity = base_identity(build.base_directory(config.llm))
+        loaded = saved.restore(saved.best, identity, abstract)
+        say(f"starting from step {saved.best} of {path}: adapters, projectors and fusion")
+        return loaded
     file = CheckpointFile(path, abstract, model.decoder.lora)
     said = "the adapter " if path.is_dir() else ""
     fresh = "" if "fusion" in file.parts else "; projectors and fusion start fresh"

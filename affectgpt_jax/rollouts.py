@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.examples import Example
 from affectgpt_jax.data.packing import Bucket, round_up
 from affectgpt_jax.data.pipeline import (
@@ -207,6 +208,40 @@ def row_counts(config: ConfigDict, shares: int) -> tuple[int, int]:
     return answers, -(-math.ceil(rl.sft_share * answers) // unit) * unit
 
 
+def check_prompts(config: ConfigDict, shares: int) -> None:
+    """Refuse a step whose prompts so many devices cannot share.
+
+    Raises:
+        ConfigError: they are no multiple of the devices and the microbatches.
+    """
+    prompts, unit = config.rl.prompts, shares * config.gradient_accumulation_steps
+    if prompts % unit:
+        raise ConfigError(
+            f"config.rl.prompts={prompts} in config.gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} microbatches cannot be shared by {shares} "
+            f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
+        )
+
+
+def later_arrays(rl: ConfigDict) -> list[str]:
+    """What log-probabilities an update's batch has beside `BY_TOKEN`."""
+    more = ["reference_log_probs"] if rl.beta or rl.stop_kl else []
+    return more + (["old_log_probs"] if rl.updates > 1 else [])
+
+
+def update_bucket(rl: ConfigDict, prompt: int, supervised: tuple[int, int] = (0, 0)) -> Bucket:
+    """The shape of an update's rows.
+
+    Args:
+        rl: section of the config.
+        prompt: tokens of the longest one.
+        supervised: tokens, and supervised ones, of the longest example beside the answers.
+    """
+    answers = (rl.group if rl.share_prompt else 1) * rl.max_new_tokens
+    room = map(max, (prompt + answers, answers), supervised)
+    return Bucket(*(int(round_up(size)) for size in room))
+
+
 class RolloutData:
     """The prompts of every step; a `loop.TrainingData`.
 
@@ -263,13 +298,10 @@ class RolloutData:
             )
         longest = int(lengths[self._kept].max())
         self.prompt_length = int(round_up(longest))
-        answers = rl.group if rl.share_prompt else 1
         self.answer_rows, self.supervised_rows = row_counts(config, shares)
         self.rows = self.answer_rows + self.supervised_rows
-        room = longest + answers * rl.max_new_tokens, answers * rl.max_new_tokens
-        if self.supervised_rows:
-            room = tuple(map(max, room, supervised.longest))
-        self.bucket = Bucket(*(int(round_up(size)) for size in room))
+        beside = supervised.longest if self.supervised_rows else (0, 0)
+        self.bucket = update_bucket(rl, longest, beside)
         self.shapes = feature_shapes(
             processor.features,
             [

@@ -1,4 +1,4 @@
-"""The page and the API of `affectgpt serve`: a Starlette application around a running `live.Engine`.
+"""The page and the API of `affectgpt serve`: a Starlette application around a `live.Engine`.
 
 Nothing is served but the three files of the page, which lie in memory, and what is said here of
 records and clips. Requests of other hosts' pages are refused, and so are names that lead here by
@@ -148,7 +148,7 @@ class Service:
         self.run, self.clips, self.engine, self.limits = run, clips, engine, limits
         self.model = run.workdir.resolve().name
         self._sampling, self._seed, self._lexicon = sampling, seed, lexicon
-        self._look, self._why_not = look, why_not
+        self._look = look
         self._numbers = {entry.name: number for number, entry in enumerate(clips.index)}
         self._uploaded: OrderedDict[str, Record] = OrderedDict()
         self._files = 0
@@ -159,14 +159,15 @@ class Service:
         defaults = [kind for kind in asking.DEFAULT_QUESTIONS if kind in trained]
         self._about = {
             "model": self.model,
-            "step": run.step,
-            "input": run.processor.mode.name,
+            "step": run.step_name(run.step),
+            "reads": [*run.processor.mode.features, *["subtitle"] * run.processor.mode.text],
             "reads_subtitles": run.processor.mode.text,
             "records": len(clips),
             "questions": list(trained),
             "asked": defaults or list(trained[:1]),
             "can_upload": look is not None,
-            "why_not": why_not,
+            # Where the run lies is nobody's business but of those who started the server.
+            "why_not": why_not.replace(str(run.workdir), self.model),
             "upload_bytes": limits.upload_bytes,
             "max_new_tokens": engine.live.max_new_tokens,
             "lexicon": lexicon.identity.name,
@@ -250,7 +251,10 @@ class Service:
         if asked.subtitle is not None:
             record = dataclasses.replace(record, subtitle=asked.subtitle)
         question = asked.question or self._about["asked"][0]
-        asking.check_questions([question])
+        try:
+            asking.check_questions([question])
+        except asking.PredictError as error:
+            raise RequestError(str(error).removeprefix("--question=")) from None
         seed = self._seed if asked.seed is None else asked.seed
         prompt = self.engine.live.prompt(record, question, asked.max_new_tokens, seed)
         updates = self._ask(prompt)
@@ -333,7 +337,9 @@ class Service:
         if asked.clip is None:
             return (await self._seen(asked.files)).record
         if asked.clip not in self._uploaded:
-            raise RequestError(f"there is no clip {shorten(asked.clip)} any more; send it anew", 404)
+            raise RequestError(
+                f"there is no clip {shorten(asked.clip)} any more; send it anew", 404
+            )
         self._uploaded.move_to_end(asked.clip)
         return self._uploaded[asked.clip]
 
@@ -370,7 +376,7 @@ class Service:
             RequestError: nothing that can be used, or files cannot be read here.
         """
         if self._look is None:
-            raise RequestError(self._why_not)
+            raise RequestError(self._about["why_not"])
         for kind, content in files.items():
             if len(content) > self.limits.upload_bytes:
                 raise RequestError(
@@ -521,9 +527,12 @@ class Guard:
 
     def _is_known(self, host: str) -> bool:
         try:
-            name = urlsplit(f"//{host}").hostname or ""
+            parts = urlsplit(f"//{host}")
         except ValueError:
             return False
+        if parts.netloc != host or parts.username is not None:
+            return False
+        name = parts.hostname or ""
         if name in self._hosts:
             return True
         try:
@@ -543,7 +552,7 @@ def make_app(service: Service, hosts: Collection[str] = ()) -> Starlette:
     files = {path: (ASSETS / name).read_bytes() for path, (name, _) in PAGE.items()}
 
     async def page(request: Request) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         return Response(files[path], media_type=PAGE[path][1])
 
     async def refuse(request: Request, error: Exception) -> Response:

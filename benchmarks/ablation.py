@@ -9,7 +9,7 @@ stopped: runs live in `--workdir`, and `--config.key=value` goes to all of them.
 Tables 3 and 4 vary the training set, and Figure 4 the encoders (`training_sets`). Their runs are
 asked twice: greedily as the others, and sampled as the paper does, at temperature 1 and top-p 0.9.
 A model whose labels are wrong in part gives wrong answers about as often when it is sampled, which
-its greedy answers hide.
+its greedy answers hide. The row "untrained" is what the base answers with fresh adapters and heads.
 
 Writes `ablation_tableN.json`, `.md` and `.png` into `benchmarks/results/`; `--show` prints the
 table of such a JSON file.
@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,9 @@ from benchmarks import harness, training_sets
 from benchmarks.harness import Report, at_least
 from benchmarks.runner import Outcome, Run, RunError, train_all
 
+# In place of a training set: adapters and heads stay as they are drawn.
+UNTRAINED = "untrained"
+
 
 class Variant(NamedTuple):
     """What the tables vary; the defaults are the paper's recipe."""
@@ -43,7 +47,7 @@ class Variant(NamedTuple):
     fusion: str = "attention"
     input: str = "multi_audio_face_text"
     rank: int = 16  # 0 is no LoRA
-    data: str = "demo"  # else a set of `training_sets`
+    data: str = "demo"  # else a set of `training_sets`, or UNTRAINED
 
     @property
     def name(self) -> str:
@@ -86,6 +90,7 @@ class Table(NamedTuple):
 
 
 RAW = Variant(data="raw")
+FRESH = Row("untrained", Variant(data=UNTRAINED), None)
 # The scores are those of the tables of arXiv 2501.16566. Rows without one are controls that the
 # paper does not have. Its general sets (Table 3) never train the question that is scored.
 TABLES: dict[int | str, Table] = {
@@ -97,6 +102,7 @@ TABLES: dict[int | str, Table] = {
             Row("few and right (as MERR-Fine)", Variant(data="fine"), 64.55),
             Row("described, no filter (MER-Caption)", RAW, 68.91),
             Row("described and filtered (MER-Caption+)", Variant(data="raw-plus"), 74.77),
+            FRESH,
         ),
         RAW,
         sampled=True,
@@ -111,6 +117,7 @@ TABLES: dict[int | str, Table] = {
             Row("low + emotion + sentiment", Variant(data="raw-plus"), 74.77),
             Row("as many, at random", Variant(data="random"), None),
             Row("all that are right (oracle)", Variant(data="oracle"), None),
+            FRESH,
         ),
         RAW,
         sampled=True,
@@ -160,6 +167,11 @@ QUICK = (5, 6, 8)
 SAMPLING = ("--temperature=1", "--top-p=0.9")
 # What all runs have in common, so that results stay comparable when the demo's own length changes.
 LENGTH = ("--config.steps=300", "--config.batch_size=64", "--config.checkpoint_every=60")
+# One update that changes nothing; after all other flags.
+NO_TRAINING = tuple(
+    f"--config.{key}"
+    for key in ("steps=1", "optimizer.learning_rate=0.0", "optimizer.final_learning_rate=0.0")
+)
 VARIED = ("fusion", "input", "lora.rank", "lora.alpha", "seed", "demo_seed", "data.train")
 
 Key = tuple[Variant, int]  # a variant and a seed
@@ -192,6 +204,7 @@ def plan(
                 f"--config.seed={seed}",
                 f"--config.demo_seed={seed}",
                 *overrides,
+                *(NO_TRAINING if variant.data == UNTRAINED else ()),
             ),
         )
         for seed in dict.fromkeys(seeds)
@@ -206,7 +219,7 @@ def world_folder(workdir: Path, seed: int) -> Path:
 
 def data_flags(variant: Variant, seed: int, workdir: Path) -> tuple[str, ...]:
     """What a variant trains on, where that is not the demo world's own clips."""
-    if variant.data == "demo":
+    if variant.data in ("demo", UNTRAINED):
         return ()
     return training_sets.flags(world_folder(workdir, seed), variant.data)
 
@@ -318,6 +331,7 @@ def _of_set(
     own = {seed: facts for (v, seed), facts in sets.items() if v == variant}
     sampled = {s: f["sampled"] for s, f in own.items() if f.get("sampled") is not None}
     base = {seed: f.get("sampled") for (v, seed), f in sets.items() if v == reference}
+    trained = own and variant.data != UNTRAINED
     differences = [
         value - base[seed]
         for seed, value in sampled.items()
@@ -326,8 +340,8 @@ def _of_set(
     return {
         "sampled": t_interval(list(sampled.values())) if sampled else None,
         "sampled_difference": t_interval(differences) if differences else None,
-        "purity": t_interval([f["purity"] for f in own.values()]) if own else None,
-        "clips": statistics.fmean(f["clips"] for f in own.values()) if own else None,
+        "purity": t_interval([f["purity"] for f in own.values()]) if trained else None,
+        "clips": statistics.fmean(f["clips"] for f in own.values()) if trained else None,
     }
 
 
@@ -386,6 +400,12 @@ def in_words(process_wall_s: Sequence[float], jobs: int) -> str:
         return "No run was timed from start to end."
     median, shortest, longest = process_wall_s
     return f"A run took {median:.0f} s ({shortest:.0f} to {longest:.0f}), {jobs} at a time."
+
+
+def length_in_words(runs: Sequence[Mapping[str, Any]]) -> str:
+    """How many updates the runs had that were trained."""
+    steps = sorted({r["steps"] for r in runs if "steps" in r and r.get("data") != UNTRAINED})
+    return f"Updates of a run: {', '.join(map(str, steps))}." if steps else ""
 
 
 def _plus_minus(pair: Sequence[float | None] | None, form: str) -> str:
@@ -450,7 +470,8 @@ def write(report: Report, folder: Path) -> None:
     text = (
         f"# Table {report['table']}: {report['varies']}\n\n{markdown(report)}\n\n"
         f"`{about['command']}`, {about['cpu_cores']} cores of {about['cpu']}, "
-        f"jax {about['versions']['jax']}. {in_words(times, report['jobs'])}\n"
+        f"jax {about['versions']['jax']}. {in_words(times, report['jobs'])} "
+        f"{length_in_words(report['runs'])}\n"
     )
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     plot(report, stem.with_suffix(".png"))
@@ -478,15 +499,17 @@ def _main(argv: Sequence[str] | None) -> None:
     runs = plan(args.table, args.seeds, args.workdir, overrides)
     sets: dict[Key, dict[str, Any]] = {}
     for seed in dict.fromkeys(args.seeds):
-        wanted = [v for v, s in runs if s == seed and v.data != "demo"]
+        wanted = [v for v, s in runs if s == seed and v.data not in ("demo", UNTRAINED)]
         if wanted:
             folder = world_folder(args.workdir, seed)
             facts = training_sets.prepare(folder, seed, [v.data for v in wanted], _say)
             sets |= {(v, seed): facts[v.data] for v in wanted}
     outcomes = dict(zip(runs, train_all(list(runs.values()), args.jobs, _say)))
-    for key in sampled_keys(args.table, runs):
-        if outcomes[key].result is not None:
-            found = sampled_hit(runs[key], *key, args.workdir)
+    asked = [k for k in sampled_keys(args.table, runs) if outcomes[k].result is not None]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        hits = pool.map(lambda key: sampled_hit(runs[key], *key, args.workdir), asked)
+        for key, found in zip(asked, hits, strict=True):
+            _say(f"sampled: {runs[key].name}: {found}")
             clean = {"clips": training_sets.CLIPS, "purity": 1.0}
             sets[key] = sets.get(key, clean) | {"sampled": found}
     failed: dict[str, str] = {}

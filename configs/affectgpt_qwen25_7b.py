@@ -109,8 +109,11 @@ def get_config(batch_size: str = "3") -> ConfigDict:
         raise ValueError(f"affectgpt_qwen25_7b:{batch_size} names no batch size of 1 or more")
     c = ConfigDict()
     c.seed = 0  # of initialisation, data order, label draw and dropout; 0 to 2^32 - 1
-    c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny": the one that ships
-    c.init_from = ""  # a PEFT adapter's directory or a .pth of the PyTorch release; "": fresh
+    # The frozen base: a directory, or a model of the hub, OWNER/NAME; "tiny": the one that ships
+    c.llm = "Qwen2.5-7B-Instruct"
+    # What to start from: the workdir of a run, whose best checkpoint it is, a PEFT adapter's
+    # directory or a .pth of the PyTorch release, here or on the hub; "": fresh
+    c.init_from = ""
     c.input = "multi_audio_face_text"  # the input mode, one of those of data/modalities.py
     c.label = "hybrid"  # description | ovlabel | hybrid (one of both, drawn anew at each access) |
     # onehot | onehot_candidates | sentiment | valence | caption | qa | preference; "a+b" is drawn
@@ -179,7 +182,9 @@ def get_config(batch_size: str = "3") -> ConfigDict:
         "down_proj",
     )
 
-    c.fusion = "attention"  # pre-fusion outside the LLM: attention | qformer | none
+    # Pre-fusion outside the LLM: attention | qformer | projected (attention over the soft tokens of
+    # both heads in place of their features; worse in the paper) | none
+    c.fusion = "attention"
     # Of the heads video, audio and image (data/modalities.py): how a head computes its soft tokens,
     # as in projectors.video = "attention" (attention | mean | qformer; image: mean | qformer), and
     # the width of its features in the records, as in projectors.video_width = 768

@@ -37,12 +37,14 @@ class Clip:
         video: a file with pictures, and with sound if `audio` is None.
         audio: a file with sound alone.
         faces: an array of faces, as OpenFace crops them.
+        boxes: an array of the boxes of faces in the video's frames.
     """
 
     name: str
     video: Path | None = None
     audio: Path | None = None
     faces: Path | None = None
+    boxes: Path | None = None
 
     @property
     def sound(self) -> Path | None:
@@ -83,7 +85,10 @@ class Found:
 
 
 def find_clips(
-    folders: Sequence[Path], table: Path | None = None, faces: Path | None = None
+    folders: Sequence[Path],
+    table: Path | None = None,
+    faces: Path | None = None,
+    boxes: Path | None = None,
 ) -> Found:
     """The clips of a folder, of a CSV file, or those of the folder that the CSV file names.
 
@@ -92,7 +97,7 @@ def find_clips(
             sound in another.
         table: a CSV file with a column `name`; it decides which clips there are, in its order.
             Without one, it is all names of the folders, sorted.
-        faces: holds NAME.npy, or NAME/NAME.npy.
+        faces, boxes: hold NAME.npy, or NAME/NAME.npy.
 
     Raises:
         ClipError: a folder that is not there, no clips, two files where one is expected.
@@ -109,8 +114,11 @@ def find_clips(
                 other.append(path.relative_to(folder).as_posix())
             else:
                 _add(kind, _name(path, folder), path)
-    if faces is not None and not faces.is_dir():
-        raise ClipError(f"{faces} is not a folder; expected one with an array NAME.npy per clip")
+    for place in (faces, boxes):
+        if place is not None and not place.is_dir():
+            raise ClipError(
+                f"{place} is not a folder; expected one with an array NAME.npy per clip"
+            )
     found = videos.keys() | sounds.keys()
     matched, how = {name: name for name in found}, ""
     if table is None:
@@ -130,7 +138,15 @@ def find_clips(
             files |= {k: f[file] for k, f in (("video", videos), ("audio", sounds)) if file in f}
         if "face" not in row and faces is not None:
             files["face"] = _face_file(faces, name)
-        clips.append(Clip(name, files.get("video"), files.get("audio"), files.get("face")))
+        clips.append(
+            Clip(
+                name,
+                files.get("video"),
+                files.get("audio"),
+                files.get("face"),
+                None if boxes is None else _face_file(boxes, name),
+            )
+        )
     if not any(clip.sound for clip in clips):
         raise ClipError(
             f"{table} has no clip with a file: expected columns video or audio with paths, or "
@@ -164,10 +180,10 @@ def named_clips(paths: Sequence[Path], faces: Path | None = None) -> list[Clip]:
             continue
         kind = "audio" if path.suffix.lower() in AUDIO else "video"
         key = path.parent, _name(path, path.parent)
+        if any(path in files.values() for files in groups.values()):
+            raise ClipError(f"{path} is named twice")
         if kind in groups.get(key, {}):  # another container: a clip of its own
             key = path.parent, path.name
-        if path in groups.get(key, {}).values():
-            raise ClipError(f"{path} is named twice")
         track = {"faces": _face_file(faces, key[1])} if faces is not None else {}
         groups[key] = groups.get(key, track) | {kind: path}
     taken = Counter(name for _, name in groups)

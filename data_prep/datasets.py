@@ -21,6 +21,8 @@ import argparse
 import csv
 import dataclasses
 import io
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from affectgpt_jax import cli
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.json import parse_json
+from affectgpt_jax.common.labels import PREFERENCES
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import print_lines, shorten
 from affectgpt_jax.evaluation.datasets import BY_KEY, DATASETS, DataSet
@@ -53,23 +56,28 @@ COLUMNS = (
     "candidates",
     "valence",
     "valence_range",
+    "alternatives",
+    "preferred",
     "source",
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class CaptionSet:
-    """A data set with descriptions, to train on.
+    """A data set to train on, or of clips that nobody has labelled.
 
     Attributes:
         name: as the paper writes it.
         key: what commands call it.
         folder: the release's folder.
-        labels: its file of label lists (columns name, openset); "" where none is published.
+        labels: its file: by `kind`, of label lists (columns name, openset), of pairs of
+            descriptions (name, a1, a2 and, where people chose, preference) or of names; "" where
+            none is published.
         descriptions: its file of descriptions (columns name, reason); "" where there is none.
         size: published number of clips.
         subtitles, subtitle_column: as in `DataSet`.
         audio, video, face: media folders.
+        kind: captions, pairs or names.
     """
 
     name: str
@@ -83,6 +91,11 @@ class CaptionSet:
     audio: str = "audio"
     video: str = "video"
     face: str = "openface_face"
+    kind: str = "captions"
+
+
+def _of_2026(name: str, key: str, labels: str, size: int, kind: str = "captions") -> CaptionSet:
+    return CaptionSet(name, key, "mer2026-dataset", labels, "", size, kind=kind)
 
 
 CAPTION_SETS = (
@@ -104,13 +117,24 @@ CAPTION_SETS = (
         332,
     ),
     CaptionSet(
-        "MER2026, labelled by people",
-        "mer2026human",
-        "mer2026-dataset",
-        "track2_train_human.csv",
+        "MER2025, candidates",
+        "mer2025candidates",
+        "mer2025-dataset",
+        "track_all_candidates.csv",
         "",
-        1_532,
+        20_000,
+        kind="names",
     ),
+    # MER-FG: labels of people, labels of MER-Caption+, and the clips that are to be labelled.
+    _of_2026("MER2026, labelled by people", "mer2026human", "track2_train_human.csv", 1_532),
+    _of_2026("MER2026, MER-Caption+", "mer2026plus", "track2_train_mercaptionplus.csv", 31_327),
+    _of_2026(
+        "MER2026, candidates", "mer2026candidates", "track1_track2_candidate.csv", 20_000, "names"
+    ),
+    # MER-Prefer: which of two descriptions people prefer; by three people, by one, not yet known.
+    _of_2026("EmoPrefer", "emoprefer", "track3_emoprefer.csv", 574, "pairs"),
+    _of_2026("EmoPrefer v2", "emopreferv2", "track3_emopreferv2.csv", 2_096, "pairs"),
+    _of_2026("MER-Prefer, candidates", "mer2026pairs", "track3_candidate.csv", 10_000, "pairs"),
     *(
         CaptionSet(
             f"MERR-{kind}",
@@ -174,6 +198,8 @@ def caption_set(
     if not dataset.labels and not (labels and descriptions):
         raise ReadError(f"{dataset.name} has no published files; name --labels and --descriptions")
     place = labels or folder / dataset.labels
+    if dataset.kind != "captions":
+        return _without_labels(dataset, folder, place)
     words: Mapping[str, Sequence[str]]
     if dataset.key in MERR_TEXTS:
         words, texts = _merr(place, MERR_TEXTS[dataset.key])
@@ -183,13 +209,7 @@ def caption_set(
         told = descriptions or (folder / dataset.descriptions if dataset.descriptions else None)
         texts = _descriptions(told) if told else {}
     names = tuple(dict.fromkeys((*words, *texts)))
-    remarks = [] if len(names) == dataset.size else [_size(len(names), dataset.size)]
-    path = folder / dataset.subtitles
-    subtitles: Mapping[str, str] = {}
-    if path.is_file():
-        subtitles = read_subtitles(path, dataset.subtitle_column)
-    else:
-        remarks.append(f"no {path}, so that all clips are without a subtitle")
+    subtitles, remarks = _size_and_subtitles(dataset, folder, len(names))
     said = {"labels": words, "a description": texts, "a subtitle": subtitles}
     lacking = [
         Finding(f"without {what}", tuple(name for name in names if name not in of))
@@ -209,6 +229,56 @@ def caption_set(
     findings, more = _add_media(rows, dataset, folder)
     lacking, remarks = lacking + findings, remarks + more
     return PlainSet(dataset.name, rows, remarks + [str(f) for f in lacking if f.names])
+
+
+def _size_and_subtitles(
+    dataset: CaptionSet, folder: Path, found: int
+) -> tuple[Mapping[str, str], list[str]]:
+    remarks = [] if found == dataset.size else [_size(found, dataset.size)]
+    path = folder / dataset.subtitles
+    if path.is_file():
+        return read_subtitles(path, dataset.subtitle_column), remarks
+    return {}, [*remarks, f"no {path}, so that all clips are without a subtitle"]
+
+
+def _without_labels(dataset: CaptionSet, folder: Path, path: Path) -> PlainSet:
+    """Names alone, or pairs of descriptions: a row a pair, also where a clip has several.
+
+    Raises:
+        ReadError: a file that cannot be used.
+    """
+    pairs = dataset.kind == "pairs"
+    columns = ("name", "a1", "a2") if pairs else ("name",)
+    rows: list[dict[str, str]] = []
+    for line, row in csv_rows(read_bytes(path), str(path), columns):
+        clip = {"name": row["name"].strip(), "source": dataset.name}
+        if pairs:
+            texts = [" ".join(row[side].split()) for side in ("a1", "a2")]
+            choice = row.get("preference", "").strip().lower()
+            if not all(texts) or choice not in ("", *PREFERENCES):
+                raise ReadError(
+                    f"{path}, line {line}: expected two descriptions and a preference of "
+                    f"{', '.join(PREFERENCES)} or nothing, found {shorten(row)}"
+                )
+            clip |= {"alternatives": json.dumps(texts, ensure_ascii=False), "preferred": choice}
+        rows.append(clip)
+    subtitles, remarks = _size_and_subtitles(dataset, folder, len(rows))
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    lacking = [Finding("without a subtitle", tuple(n for n in names if n not in subtitles))]
+    found, more = _add_media(rows, dataset, folder)
+    times: Counter[str] = Counter()
+    for row in rows:
+        row["subtitle"] = subtitles.get(row["name"], "")
+        times[row["name"]] += 1
+        if times[row["name"]] > 1:
+            row["name"] = f"{row['name']}#{times[row['name']]}"
+    if again := len(rows) - len(names):
+        remarks.append(f"{again:,} rows of a clip that stands there already are called NAME#2, ...")
+    if pairs:
+        chosen = Counter(row["preferred"] or "nothing" for row in rows)
+        remarks.append("preferred: " + ", ".join(f"{w} {n:,}" for w, n in sorted(chosen.items())))
+    findings = [*(lacking if subtitles else []), *found]
+    return PlainSet(dataset.name, rows, remarks + more + [str(f) for f in findings if f.names])
 
 
 def evaluation_set(dataset: DataSet, labels: Path, allow_pickle: bool = False) -> PlainSet:
@@ -270,7 +340,7 @@ def _add_media(
     rows: Sequence[dict[str, str]], dataset: CaptionSet | DataSet, folder: Path
 ) -> tuple[list[Finding], list[str]]:
     """Name the files that exist, and say what is missing, by clips and by folders."""
-    names = [row["name"] for row in rows]
+    names = list(dict.fromkeys(row["name"] for row in rows))
     findings: list[Finding] = []
     remarks: list[str] = []
     for kind in MEDIA:

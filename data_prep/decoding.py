@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -23,6 +24,7 @@ from affectgpt_jax.data.arrays import sample_rows
 
 from . import faces, media
 from .clips import Clip
+from .detectors import DetectorFile, opened
 from .media import FRAMES, MediaError
 
 Item = TypeVar("Item")
@@ -38,12 +40,17 @@ DIED = (
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What to take from a clip: face, frame and audio, and the side of pixels for the encoder."""
+    """What to take from a clip: face, frame and audio, and the side of pixels for the encoder.
+
+    Faces are found by `detector`, or by the cascade where there is none.
+    """
 
     clip: Clip
     features: tuple[str, ...]
     image_size: int
     face_order: str = "bgr"
+    max_seconds: float = math.inf  # of a file; a longer one is not decoded
+    detector: DetectorFile | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,7 +75,7 @@ def decode_clip(job: Job) -> Decoded:
     out = Decoded()
     clip = job.clip
     start = time.perf_counter()
-    damage = {path: _trouble(path) for path in (clip.video, clip.audio) if path}
+    damage = {path: _trouble(path, job.max_seconds) for path in (clip.video, clip.audio) if path}
     # By what can be used, the same clip is known again under another name.
     if whole := [path for path, trouble in damage.items() if not trouble]:
         out.facts["sha256"] = files_sha256(whole)
@@ -87,9 +94,11 @@ def decode_clip(job: Job) -> Decoded:
     return out
 
 
-def _trouble(path: Path) -> str | None:
+def _trouble(path: Path, max_seconds: float) -> str | None:
     try:
         media.check_whole(path)
+        if max_seconds < math.inf:
+            media.check_length(path, max_seconds)
     except MediaError as error:
         return str(error)
     return None
@@ -119,11 +128,21 @@ def _look(job: Job, out: Decoded, damage: dict[Path, str | None]) -> None:
         return
 
     last: faces.Square | None = None
+    boxes = faces.read_boxes(clip.boxes) if search and clip.boxes else None
 
-    def convert(image: np.ndarray) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def find(image: np.ndarray, number: int) -> faces.Square | None:
+        if boxes is not None:
+            box = boxes[number] if number < len(boxes) else [np.nan]
+            there = np.isfinite(box).all() and min(box[2:]) > 0
+            return faces.square_of(box) if there else None
+        if job.detector:
+            return faces.choose(opened(job.detector)(image), last)
+        return faces.find_face(image, last)
+
+    def convert(image: np.ndarray, number: int) -> tuple[np.ndarray | None, np.ndarray | None]:
         nonlocal last
         start = time.perf_counter()
-        square = faces.find_face(image, last) if search else None
+        square = find(image, number) if search else None
         last = square or last
         face = faces.crop(image, square) if square else None
         out.seconds["faces"] = out.seconds.get("faces", 0) + time.perf_counter() - start
@@ -133,8 +152,12 @@ def _look(job: Job, out: Decoded, damage: dict[Path, str | None]) -> None:
         raise MediaError("no video file")
     if damage[clip.video]:
         raise MediaError(damage[clip.video])
-    taken, facts = media.read_frames(clip.video, faces.SEARCHED if search else FRAMES, convert)
+    count = faces.SEARCHED if search else FRAMES
+    taken, facts = media.read_frames(clip.video, count, convert, numbered=True)
     out.facts |= dataclasses.asdict(facts)
+    if boxes is not None and len(boxes) != facts.frames:
+        why = f"boxes of {len(boxes):,} frames, but the video has {facts.frames:,}"
+        out.problems["face"], search = why, False
     if "frame" in job.features:
         rows = sample_rows(len(taken), FRAMES)
         out.arrays["frame"] = np.stack([taken[row][1] for row in rows])

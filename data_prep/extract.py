@@ -42,6 +42,7 @@ from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import print_lines, say
 from affectgpt_jax.data.arrays import records_from_csv
 from affectgpt_jax.data.records import (
+    EXTRACTION,
     MANIFEST_FILE,
     Record,
     RecordError,
@@ -71,7 +72,7 @@ from .report import (
     reasons,
     write_report,
 )
-from .settings import KEY, make_settings, placement
+from .settings import BOXES, DETECTOR_HELP, make_settings, placement
 from .shards import add_shard_flag, shard_of_task
 
 LOCK = "lock"
@@ -105,6 +106,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "all that the encoders allow",
     )
     add("--faces", type=Path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
+    add(
+        "--boxes",
+        type=Path,
+        metavar="DIR",
+        help="arrays NAME.npy [frames, 4] of faces: left, top, width, height in pixels",
+    )
+    add(
+        "--face-detector",
+        type=Path,
+        metavar="FILE",
+        help=DETECTOR_HELP,
+    )
     add(
         "--face-order",
         choices=("bgr", "rgb"),
@@ -143,6 +156,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     possible = [f for kind, features in FEATURES.items() if encoders[kind] for f in features]
     if not possible:
         parser.error("give --video, --audio, or both")
+    given = ("faces", "boxes", "face_detector")
+    if len(named := [f"--{n.replace('_', '-')}" for n in given if getattr(arguments, n)]) > 1:
+        parser.error(f"{' and '.join(named)} both say where faces are; name one of them")
     for feature in arguments.features or ():
         if feature not in possible:
             kind = next(kind for kind, features in FEATURES.items() if feature in features)
@@ -161,6 +177,7 @@ def extract(arguments: argparse.Namespace) -> None:
     # What decodes is an extra, which the help does without.
     from . import stages
     from .decoding import available_cores
+    from .detectors import read_detector
 
     out = arguments.out.expanduser()
     device, precision = placement(arguments.device, arguments.precision)
@@ -168,7 +185,11 @@ def extract(arguments: argparse.Namespace) -> None:
         [path.expanduser() for path in arguments.clips],
         arguments.csv and arguments.csv.expanduser(),
         arguments.faces and arguments.faces.expanduser(),
+        arguments.boxes and arguments.boxes.expanduser(),
     )
+    detector = None
+    if arguments.face_detector:
+        detector = read_detector(arguments.face_detector.expanduser())
     if arguments.csv:
         list(annotated(arguments, {}))  # wrong cells must show now, not after hours
     elsewhere = read_elsewhere(arguments.against)
@@ -178,7 +199,13 @@ def extract(arguments: argparse.Namespace) -> None:
         if set(features) & set(arguments.features)
     }
     settings = make_settings(
-        arguments.features, places, arguments.batch, device, precision, arguments.face_order
+        arguments.features,
+        places,
+        arguments.batch,
+        device,
+        precision,
+        arguments.face_order,
+        BOXES if arguments.boxes else detector.name if detector else None,
     )
     blocks = stages.in_blocks(found.clips, settings)
     identity = _identity(arguments, list(blocks), elsewhere)
@@ -200,7 +227,7 @@ def extract(arguments: argparse.Namespace) -> None:
     if missing:
         encoders = {kind: Encoder(place, device, precision) for kind, place in places.items()}
         workers = available_cores() if arguments.workers is None else arguments.workers
-        work = stages.run(missing, store, encoders, settings, workers)
+        work = stages.run(missing, store, encoders, settings, workers, detector)
     if any(key not in store for key in blocks):
         print_lines([f"share {number} of {shares} is finished; the last one writes the records"])
         return
@@ -234,12 +261,13 @@ def _assemble(
         )
     # Before the manifest: records that were written whole must be known again, whenever this ends.
     write_text(out / BLOCKS / FINISHED, identity)
+    arrays = sum(c.faces is not None and c.name in kept for part in blocks.values() for c in part)
     write_records(
         out,
         finished_records(arguments, blocks, store, kept),
         encoders={f: p.name for kind, p in places.items() for f in FEATURES[kind]},
         split=arguments.split,
-        extra={KEY: settings},
+        extra={EXTRACTION: {**settings, "face arrays": arrays}},
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
     return [*lines, *elsewhere.remarks(report)]

@@ -12,10 +12,11 @@ Nothing is written.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -25,7 +26,9 @@ from affectgpt_jax.common.json import check_type, read_json
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import MODALITIES
 from affectgpt_jax.data.records import (
+    EXTRACTION,
     FORMAT_VERSION,
+    MANIFEST_FILE,
     Feature,
     Manifest,
     MemoryRecords,
@@ -34,17 +37,19 @@ from affectgpt_jax.data.records import (
 )
 from affectgpt_jax.restore import Run
 
+from . import faces
 from .blocks import BLOCKS, PLACES
 from .clips import Clip
 from .decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
+from .detectors import DetectorFile, read_detector
 from .encoders import WINDOWS, Encoder, EncoderError, EncoderPlace, find_encoder
 from .encoders import names as encoder_names
 from .report import reason_of
-from .settings import KEY, Settings, differences, make_settings, package_versions, placement
+from .settings import BOXES, Settings, differences, make_settings, package_versions, placement
 from .settings import VERSION as CODE_VERSION
 from .stages import Stages, encode
 
-EXTRACT = "describe needs a run that was trained on records of affectgpt extract"
+EXTRACT = "files can be asked about where a run was trained on records of affectgpt extract"
 
 
 class ExtractionError(UserError, ValueError):
@@ -62,6 +67,7 @@ class Extraction:
         features: that the run reads.
         encoders: that make them, by kind.
         notes: what may make features of a clip other than theirs.
+        detector: of faces; None is the cascade.
     """
 
     place: str
@@ -70,6 +76,7 @@ class Extraction:
     features: tuple[str, ...]
     encoders: Mapping[str, EncoderPlace]
     notes: tuple[str, ...] = ()
+    detector: DetectorFile | None = None
 
     def as_records(self, records: Sequence[Record]) -> MemoryRecords:
         """Clips as data for `inference.Generator`, which takes them for those of a directory."""
@@ -81,6 +88,7 @@ def extraction_of(
     records: str | None = None,
     *,
     encoders: Mapping[str, str | None] | None = None,
+    face_detector: Path | None = None,
     device: str | None = None,
     precision: str | None = None,
     download: bool = False,
@@ -91,17 +99,21 @@ def extraction_of(
         run: of `restore.open_run`, with or without its weights.
         records: a directory of such records, where those of the run's config are no longer there.
         encoders: by kind, "video" or "audio", the directory of its weights, or NAME=DIRECTORY;
-            None looks where they were, and then in the hub's cache. Where no records are named,
-            they are what makes features, and have names.
+            None looks where they were, and then in the hub's cache. Where neither records are
+            there nor the run has kept how they were made, they are what makes features, and have
+            names.
+        face_detector: the file of the network that finds faces; None is the cascade.
         device, precision: of PyTorch; those of the records where this machine has them, if None.
         download: get published weights that are not in the hub's cache.
 
     Raises:
-        ExtractionError: records that no encoder of ours has made, or several have.
+        ExtractionError: records that no encoder of ours has made, or several have, or whose faces
+            another detector has found.
         EncoderError: weights that are not here, or are others.
         RecordError: no records.
     """
     wanted = run.processor.mode.features
+    detector = read_detector(face_detector.expanduser()) if face_detector else None
     if not wanted:
         raise ExtractionError(
             f"{run.workdir} reads subtitles alone (config.input={run.config.input!r}), nothing of "
@@ -114,12 +126,24 @@ def extraction_of(
         )
     kinds = list(dict.fromkeys(MODALITIES[name].encoder for name in wanted))
     given = encoders or {}
-    sources = (
-        [records] if records else [e["source"] for e in build.training_sets(run.config).values()]
-    )
-    if not any(sources) and all(given.get(kind) for kind in kinds):
-        return _named(run, {kind: given[kind] for kind in kinds}, device, precision, download)
-    found = {place: _read(run, place, wanted) for place in sorted(set(sources))}
+    places = sorted({e["source"] for e in build.training_sets(run.config).values()} - {""})
+    gone = [place for place in places if _is_gone(run, place)]
+    if records:
+        found = {records: _read(run, records, wanted)}
+    elif places and not gone:
+        found = {place: _read(run, place, wanted) for place in places}
+    elif (kept := run.workdir / build.EXTRACTION_FILE).is_file():
+        found = {str(kept): _read(run, str(kept), wanted)}
+    elif all((given.get(kind) or "").partition("=")[0] in encoder_names(kind) for kind in kinds):
+        named = {kind: given[kind] for kind in kinds}
+        return _named(run, named, detector, device, precision, download)
+    else:
+        why = f"which was {gone[0]!r}, is not there" if gone else "is not named"
+        raise ExtractionError(
+            f"what {run.workdir} was trained on {why}, so nothing says how features were made; "
+            "name records that affectgpt extract wrote, --records DIR, or without any the "
+            "encoders, --video NAME[=DIR] --audio NAME[=DIR]"
+        )
     (place, (manifest, theirs)), *rest = found.items()
     for other, (_, settings) in rest:
         for kind in kinds:
@@ -130,20 +154,41 @@ def extraction_of(
                     f"{names[0]} in {place}, by {names[1]} in {other}; choose with --records DIR"
                 )
     build.check_features(run.config, MemoryRecords([], manifest), run.processor.mode)
-    places = {
+    here = {
         kind: _find(theirs["encoders"][kind], kind, Path(place), given.get(kind), download)
         for kind in kinds
     }
-    here = placement_like(theirs, device, precision)
-    settings: Settings = {**theirs, **here}
-    mine = {"version": CODE_VERSION, **here, "batch": theirs["batch"]}
+    how = placement_like(theirs, device, precision)
+    settings: Settings = {**theirs, **how}
+    mine = {"version": CODE_VERSION, **how, "batch": theirs["batch"]}
     notes = differences(theirs, mine | {"versions": package_versions()})
-    return Extraction(place, manifest, settings, wanted, places, tuple(notes))
+    if "face" in wanted:
+        notes += check_detector(place, theirs["faces"]["detector"], detector)
+    return Extraction(place, manifest, settings, wanted, here, tuple(notes), detector)
+
+
+def check_detector(place: str, theirs: str, detector: DetectorFile | None) -> list[str]:
+    """What is to be said of how faces were found in records, and are found here.
+
+    Raises:
+        ExtractionError: by different detectors.
+    """
+    mine = detector.name if detector else faces.DETECTOR
+    if theirs == BOXES:
+        return [f"faces by boxes that somebody had there, by {mine} here"]
+    if theirs != mine:
+        advice = "leave out" if theirs == faces.DETECTOR else "name its file with"
+        raise ExtractionError(
+            f"faces of {place} were found by {theirs}, and would be by {mine} here; {advice} "
+            "--face-detector"
+        )
+    return []
 
 
 def _named(
     run: Run,
     given: Mapping[str, str],
+    detector: DetectorFile | None,
     device: str | None,
     precision: str | None,
     download: bool,
@@ -151,7 +196,8 @@ def _named(
     """The extraction by encoders that somebody names, for weights that came without records."""
     places = {kind: find_encoder(text, kind, download) for kind, text in given.items()}
     wanted = run.processor.mode.features
-    settings = make_settings(wanted, places, None, *placement(device, precision), "bgr")
+    finder = detector and detector.name
+    settings = make_settings(wanted, places, None, *placement(device, precision), "bgr", finder)
     features: dict[str, Feature] = {
         name: {
             "frames": WINDOWS,
@@ -162,7 +208,7 @@ def _named(
         for name in wanted
     }
     manifest = Manifest(FORMAT_VERSION, "", 0, [], features, {}, "", {})
-    return Extraction("", manifest, settings, wanted, places)
+    return Extraction("", manifest, settings, wanted, places, detector=detector)
 
 
 def placement_like(
@@ -181,25 +227,41 @@ def placement_like(
     return {"device": device, "precision": precision}
 
 
+class _Kept(TypedDict):
+    """What a run keeps, see `build.keep_extraction`."""
+
+    features: dict[str, Feature]
+    extraction: dict[str, Any]
+
+
+def _is_gone(run: Run, place: str) -> bool:
+    """Whether the records of a source string are not there; those of TFDS name no encoder."""
+    if demo.world_seed(place, run.config.demo_seed) is not None:
+        return False
+    return not (Path(place).expanduser() / MANIFEST_FILE).is_file()
+
+
 def _read(run: Run, place: str, wanted: Sequence[str]) -> tuple[Manifest, Settings]:
     """Manifest and settings of records that encoders of ours have made."""
     whose = f"{run.workdir} was trained on"
     if demo.world_seed(place, run.config.demo_seed) is not None:
         raise ExtractionError(f"{whose} the demo world, whose clips are generated; {EXTRACT}")
-    if not place or place.startswith("tfds:"):
-        raise ExtractionError(
-            f"{whose} {place or 'records that it does not name'}, so nothing says how features "
-            "were made; name records that affectgpt extract wrote, --records DIR, or without any "
-            "the encoders, --video NAME[=DIR] --audio NAME[=DIR]"
-        )
-    manifest = read_manifest(Path(place).expanduser())
-    if KEY not in manifest.extra:
+    path = Path(place).expanduser()
+    if path.is_file():
+        facts = read_json(path, _Kept, error=ExtractionError)
+        extra = {EXTRACTION: facts["extraction"]}
+        manifest = Manifest(FORMAT_VERSION, "", 0, [], facts["features"], {}, "", extra)
+    else:
+        manifest = read_manifest(path)
+    if EXTRACTION not in manifest.extra:
         made = sorted({facts["encoder"] for facts in manifest.features.values()})
         raise ExtractionError(
             f"{whose} {place}, whose features ({', '.join(made)}) no encoder of data_prep has "
             f"made; {EXTRACT}"
         )
-    settings = check_type(manifest.extra[KEY], Settings, f"{place}: {KEY}", error=ExtractionError)
+    settings = check_type(
+        manifest.extra[EXTRACTION], Settings, f"{place}: {EXTRACTION}", error=ExtractionError
+    )
     for name in wanted:
         if MODALITIES[name].encoder not in settings["encoders"]:
             raise ExtractionError(f"{place} has no encoder of the feature {name!r}; {EXTRACT}")
@@ -281,13 +343,14 @@ class Extractor:
     Args:
         how: of `extraction_of`.
         workers: processes that decode; one a core if None.
+        max_seconds: of a file; a longer one is not decoded, and has no features.
 
     Raises:
         EncoderError: weights that are damaged, or features of another width than the run reads.
     """
 
-    def __init__(self, how: Extraction, workers: int | None = None):
-        self.how = how
+    def __init__(self, how: Extraction, workers: int | None = None, max_seconds: float = math.inf):
+        self.how, self._max_seconds = how, max_seconds
         self._workers = available_cores() if workers is None else workers
         settings = how.settings
         self._encoders = {
@@ -322,7 +385,9 @@ class Extractor:
         def died() -> Decoded:
             return Decoded(problems=dict.fromkeys(features, DIED))
 
-        jobs = [Job(clip, features, size, order) for clip in clips]
+        jobs = [
+            Job(clip, features, size, order, self._max_seconds, self.how.detector) for clip in clips
+        ]
         workers = max(1, min(self._workers, len(jobs)))
         decoded = in_order(decode_clip, jobs, workers, 2 * batch + workers, died)
         try:

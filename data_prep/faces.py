@@ -1,12 +1,14 @@
-"""Faces of a clip: OpenCV's frontal cascade, or the arrays that OpenFace wrote.
+"""Faces of a clip: OpenCV's frontal cascade, a network, or boxes and faces that a user has.
 
-AffectGPT sees faces as OpenFace crops them, 112 x 112. The detector here is one whose weights come
-with a package; OpenFace's own arrays, which the public data sets carry, go before it.
+AffectGPT sees faces as OpenFace crops them, 112 x 112. The cascade's weights come with a package;
+a network (`detectors`), boxes, or OpenFace's own arrays, which the public data sets carry, go
+before it.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -25,6 +27,11 @@ MARGIN = 1.2
 # Larger frames are searched at this height: a face worth reading is still large enough there.
 SEARCH_HEIGHT = 360
 SMALLEST = 1 / 9  # of the height of the frame
+# Boxes of networks and of users end at chin and hairline, or about there.
+BOX_MARGIN = 1.1
+# A face of an earlier frame is the same person's no farther off than this, in its sides, and as
+# many times as large.
+NEAR, SIZES = 0.5, (0.7, 1.4)
 
 
 @functools.cache
@@ -62,6 +69,29 @@ def find_face(image: np.ndarray, near: Square | None = None) -> Square | None:
     return tuple(round(value / scale) for value in (left - margin, top - margin, side * MARGIN))
 
 
+def square_of(box: Sequence[float]) -> Square:
+    """The square around a box of left, top, width and height, with a margin."""
+    left, top, width, height = box
+    side = max(width, height) * BOX_MARGIN
+    return (
+        round(left + width / 2 - side / 2),
+        round(top + height / 2 - side / 2),
+        max(1, round(side)),
+    )
+
+
+def choose(boxes: Sequence[Sequence[float]], near: Square | None = None) -> Square | None:
+    """Of the boxes of a frame, the largest first, the one that `find_face` would take."""
+    squares = [square_of(box) for box in boxes]
+    if near:
+        left, top, side = near
+        for x, y, other in squares:
+            away = max(abs(x + other / 2 - left - side / 2), abs(y + other / 2 - top - side / 2))
+            if away <= NEAR * side and SIZES[0] <= other / side <= SIZES[1]:
+                return x, y, other
+    return next(iter(squares), None)
+
+
 def find_faces(grey: np.ndarray) -> list[Square]:
     """All faces in grey uint8 `[H, W]`, without a margin, the largest first."""
     scale = min(1.0, SEARCH_HEIGHT / grey.shape[0])
@@ -77,7 +107,7 @@ def _search_near(grey: np.ndarray, square: tuple[float, ...]) -> Square | None:
     x, y = max(0, round(left - side / 2)), max(0, round(top - side / 2))
     part = grey[y : max(0, round(top + 1.5 * side)), x : max(0, round(left + 1.5 * side))]
     face = side / MARGIN
-    found = _search(part, 0.7 * face, 1.4 * face) if part.size else None
+    found = _search(part, *(size * face for size in SIZES)) if part.size else None
     return found and (found[0] + x, found[1] + y, found[2])
 
 
@@ -105,6 +135,31 @@ def crop(image: np.ndarray, square: Square) -> np.ndarray:
     return resized(image[rows[:, None], columns[None]], SIZE)
 
 
+def read_boxes(path: Path) -> np.ndarray:
+    """The boxes of a clip's frames: left, top, width, height in pixels, float64 `[frames, 4]`.
+
+    A frame without a face has a row that is not finite, or of no width or height.
+
+    Raises:
+        MediaError: no file, none that NumPy reads without pickle, or another shape.
+    """
+    boxes = _read_array(path)
+    if boxes.dtype.kind not in "fiu" or boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise MediaError(
+            f"the array is {boxes.dtype} {list(boxes.shape)}, expected numbers [frames, 4]: left, "
+            "top, width and height"
+        )
+    return boxes.astype(np.float64)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    check_file(path)
+    try:
+        return npy.read_file(path)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"not readable as an array: {npy.reason(error)}") from None
+
+
 def read_openface(path: Path, order: str = "bgr") -> np.ndarray:
     """A face track of `openface_face/NAME.npy`: uint8 RGB `[T, 112, 112, 3]`.
 
@@ -116,11 +171,7 @@ def read_openface(path: Path, order: str = "bgr") -> np.ndarray:
     Raises:
         MediaError: no file, none that NumPy reads without pickle, or another shape.
     """
-    check_file(path)
-    try:
-        faces = npy.read_file(path)
-    except (OSError, ValueError) as error:
-        raise MediaError(f"not readable as an array: {npy.reason(error)}") from None
+    faces = _read_array(path)
     if faces.dtype != np.uint8 or faces.ndim != 4 or faces.shape[1:] != (SIZE, SIZE, 3):
         raise MediaError(
             f"the array is {faces.dtype} {list(faces.shape)}, expected uint8 [T, {SIZE}, {SIZE}, 3]"

@@ -89,6 +89,22 @@ def check_whole(path: Path) -> None:
         raise MediaError(f"damaged: the file ends at {end - start:.2f} of {declared:.2f} s")
 
 
+def check_length(path: Path, most_s: float) -> None:
+    """Read as much of a file, without decoding it, as shows that it is no longer than `most_s`.
+
+    Raises:
+        MediaError: no media file, or a longer one.
+    """
+    with _open(path) as container:
+        first = None
+        for packet in _guarded(container.demux()):
+            if (time := packet.dts if packet.pts is None else packet.pts) is not None:
+                time = float(time * packet.time_base)
+                first = time if first is None else min(first, time)
+                if time - first > most_s:
+                    raise MediaError(f"longer than {most_s:g} s, which is the limit")
+
+
 def _breaks_off(seconds: float, declared: float) -> bool:
     return seconds < WHOLE * declared and declared - seconds > TOLERANCE_S
 
@@ -114,7 +130,7 @@ def _check_wav(path: Path) -> None:
 
 
 def read_frames(
-    path: Path, count: int, convert: Callable[[np.ndarray], Converted]
+    path: Path, count: int, convert: Callable[..., Converted], numbered: bool = False
 ) -> tuple[list[Converted], VideoFacts]:
     """The frames that are sampled from a video, at most `count`.
 
@@ -125,6 +141,7 @@ def read_frames(
         path: a file with a video stream.
         count: frames to sample; all, where there are fewer.
         convert: applied to each of them, uint8 RGB `[H, W, 3]`, so that not all are held at once.
+        numbered: whether it takes the number of the frame, too.
 
     Raises:
         MediaError: no video stream, no frames in it, or a damaged file.
@@ -146,7 +163,7 @@ def read_frames(
             if n in wanted:
                 image = _upright(frame)
                 size = image.shape[1], image.shape[0]
-                taken.append(convert(image))
+                taken.append(convert(image, n) if numbered else convert(image))
             n += 1
             last_s = frame.time
             first_s = last_s if first_s is None else first_s

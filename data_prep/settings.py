@@ -8,8 +8,6 @@ from typing import Any, TypedDict
 
 from .encoders import BATCH, PRECISIONS, EncoderError, EncoderPlace, has_gpu
 
-# The key of a manifest's `extra` that holds them.
-KEY = "extraction"
 # To be raised with every change of this code that changes features.
 VERSION = 2
 # What may change a bit of the features, beside the weights.
@@ -23,6 +21,11 @@ class UsedEncoder(TypedDict):
     sha256: str
 
 
+# What `faces` of settings names as the detector where boxes were given.
+BOXES = "boxes"
+DETECTOR_HELP = "YuNet or CenterFace as an ONNX file; default: OpenCV's cascade"
+
+
 class Settings(TypedDict):
     """What an extraction was made with.
 
@@ -34,6 +37,8 @@ class Settings(TypedDict):
         device, precision: of PyTorch.
         faces: "detector", and "order of arrays", the channels of OpenFace's.
         versions: of packages.
+
+    Records also say how many of them have OpenFace's faces, as "face arrays".
     """
 
     version: int
@@ -53,8 +58,10 @@ def make_settings(
     device: str,
     precision: str,
     face_order: str,
+    faces: str | None = None,
 ) -> Settings:
-    """The settings of an extraction that begins now; `batch` is that of the device if None."""
+    """The settings of an extraction that begins now; `batch` is that of the device if None, and
+    `faces`, what finds them, the cascade."""
     from .faces import DETECTOR  # loads OpenCV, which the help does without
 
     return {
@@ -64,7 +71,7 @@ def make_settings(
         "batch": batch or BATCH[device],
         "device": device,
         "precision": precision,
-        "faces": {"detector": DETECTOR, "order of arrays": face_order},
+        "faces": {"detector": faces or DETECTOR, "order of arrays": face_order},
         "versions": package_versions(),
     }
 

@@ -19,6 +19,7 @@ from affectgpt_jax.common.text import listed
 from .blocks import Block, BlockStore, block_key
 from .clips import Clip, ClipError
 from .decoding import DIED, Decoded, Job, decode_clip, in_order
+from .detectors import DetectorFile
 from .encoders import FEATURES, Encoder
 
 
@@ -53,7 +54,8 @@ class Stages:
         shares = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in per_stage.items())
         hint = {
             "decoding": "more --workers or cores would help",
-            "faces": "more --workers or cores, or --faces with arrays, would help",
+            "faces": "more --workers or cores, --face-detector, or faces or boxes that you have, "
+            "would help",
         }.get(slowest, "a faster --device or a smaller encoder would help")
         return [
             f"{self.clips / wall:.1f} clips/s; busy: {shares}; the encoders waited "
@@ -68,6 +70,7 @@ def run(
     encoders: Mapping[str, Encoder],
     settings: Mapping[str, Any],
     workers: int,
+    detector: DetectorFile | None = None,
 ) -> Stages:
     """Compute blocks and store them, in order; worker processes decode ahead.
 
@@ -77,13 +80,18 @@ def run(
         encoders: by kind, "video" or "audio".
         settings: with "features", "batch" and "faces", by which the blocks are named too.
         workers: processes that decode ahead; 0 for one that decodes when it is asked to.
+        detector: of faces, if not the cascade.
 
     Raises:
         ClipError: a file that changed while it was read.
     """
     size = encoders["video"].image_size if "video" in encoders else 0
     features, face_order = settings["features"], settings["faces"]["order of arrays"]
-    jobs = [Job(clip, features, size, face_order) for part in missing.values() for clip in part]
+    jobs = [
+        Job(clip, features, size, face_order, detector=detector)
+        for part in missing.values()
+        for clip in part
+    ]
     stages, batch = Stages(workers), settings["batch"]
 
     def died() -> Decoded:

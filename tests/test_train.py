@@ -142,12 +142,12 @@ def test_a_finished_run_started_again_only_scores(finished, records, capsys):
     assert losses(workdir) == trace
 
 
-def make_reporter(peak_flops=None):
+def make_reporter(peak_flops=None, config=None, shown=None):
     """A reporter on two devices, what it has written by step, and a function that hands in the next
     step: two clips of three tokens and a FLOP each."""
-    written, config, steps = {}, demo_config.get_config(), itertools.count(1)
+    written, config, steps = {}, config or demo_config.get_config(), itertools.count(1)
     writer = SimpleNamespace(write=written.__setitem__)
-    progress = SimpleNamespace(update=lambda *args: None)
+    progress = SimpleNamespace(update=lambda *args: shown.append(args) if shown is not None else 0)
     reporter = loop.StepReporter(
         config,
         Path("run"),
@@ -159,10 +159,10 @@ def make_reporter(peak_flops=None):
         peak_flops=peak_flops,
     )
 
-    def submit(dispatch_s=0.0, wait_s=0.0):
+    def submit(dispatch_s=0.0, wait_s=0.0, loss=1):
         times = loop.StepTimes(dispatch_s, wait_s)
         samples = np.array([[3, 1], [3, 2]])
-        reporter.submit(next(steps), {"loss": np.float32(1)}, samples, times, {})
+        reporter.submit(next(steps), {"loss": np.float32(loss)}, samples, times, {})
 
     return reporter, written, submit
 
@@ -174,6 +174,23 @@ def test_the_loop_is_at_most_two_steps_ahead_of_what_is_finished():
         assert list(written) == [*range(1, step)], "one step runs, one is queued"
     reporter.flush()
     assert list(written) == [1, 2, 3]
+
+
+def test_the_line_of_a_step_says_when_losses_are_above_the_first():
+    losses = [2.0, *[1.0] * 20, *[4.0] * 20]
+    rewarded = demo_config.get_config()
+    rewarded.rl = {}
+    for config, marked in ((None, 6), (rewarded, None)):
+        shown = []
+        reporter, _, submit = make_reporter(config=config, shown=shown)
+        for loss in losses:
+            submit(loss=loss)
+        reporter.flush()
+        found = [others for _, _, _, others in shown]
+        # The mean of 16 losses: 10 of 1.0 and 6 of 4.0 are the first of which it is above 2.
+        first = len(losses) if marked is None else 20 + marked
+        assert found[:first] == [{}] * first
+        assert found[first:] == [{"above the first,": 2.0}] * (len(losses) - first)
 
 
 def test_the_hosts_time_is_what_is_neither_dispatch_nor_waiting(monkeypatch):
@@ -218,6 +235,22 @@ def test_the_summary_has_the_mfu_where_the_devices_peak_is_known():
     ]
     assert "MFU" not in lines[0]
     assert re.search(r"MFU +40.8%  \(403 TFLOP/s a device\)", lines[1])
+
+
+def test_the_summary_says_what_there_is_of_a_score():
+    known = {"loss_first": 2.0, "loss_last": 1.0, "best_step": 3, "clips": 6, "answers_cut": 0}
+    lists = {"f": 0.5, "p": 0.4, "r": 0.6667, "f_interval": (0.1, 0.9), "clips_scored": 5}
+    lists |= {"labels_per_clip": 1.5, "f_features_shuffled": 0.25}
+    texts = [
+        train.summary(demo_config.get_config(), Path("run"), known | more)
+        for more in (lists, {"not_scored": "6 of 6 clips name no true answer"}, {"warning": "up"})
+    ]
+    assert re.search(r"F of the labels, 5 clips +0.500 \(0.100 to 0.900\)", texts[0])
+    assert re.search(r"control: shuffled features +0.250", texts[0])
+    assert "result.json, predictions.jsonl, truth.csv " in texts[0]
+    assert re.search(r"not scored +6 of 6 clips name no true answer", texts[1])
+    assert "predictions.jsonl" in texts[1] and "truth.csv" not in texts[1]
+    assert ["\nwarning: up\n" in text for text in texts] == [False, False, True]
 
 
 def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
@@ -376,7 +409,18 @@ def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path
     for name, tensor in first.items():
         np.testing.assert_array_equal(tensor.numpy(), second[name].numpy(), err_msg=name)
 
+    # A second stage of training starts from a run as it is, adapters, heads and all.
+    run(tmp_path / "stage2", *records, *frozen, f"--config.init_from={tmp_path / 'next'}")
+    assert f"starting from step 1 of {tmp_path / 'next'}" in capsys.readouterr().out
+    weights.main(["export-release", str(tmp_path / "stage2"), str(tmp_path / "stage2.pth")])
+    for name, tensor in read_release(tmp_path / "stage2.pth").tensors.items():
+        np.testing.assert_array_equal(tensor.numpy(), first[name].numpy(), err_msg=name)
+    other = (*records, *frozen, f"--config.init_from={tmp_path / 'next'}")
+    with pytest.raises(SystemExit, match="does not fit this config: .*fusion"):
+        run(tmp_path / "unlike", *other, "--config.fusion=qformer")
+
     weights.main(["export-peft", str(workdir), str(tmp_path / "adapter"), "--step", "6"])
+    (tmp_path / "adapter" / "fusion.safetensors").unlink()  # as of one that PEFT has trained
     run(tmp_path / "third", *records, *frozen, f"--config.init_from={tmp_path / 'adapter'}")
     assert "projectors and fusion start fresh" in capsys.readouterr().out
     weights.main(["export-release", str(tmp_path / "third"), str(tmp_path / "third.pth")])

@@ -104,10 +104,10 @@ def find(
     def look() -> tuple[Path | None, str]:
         try:
             path = get(local=True)
-        # Of a cache that holds nothing of it, or a part, in several types.
-        except Exception as error:
-            reason = brief(str(error)) if isinstance(error, PermissionError) else ""
-            return None, reason or "it is not in the hub's cache"
+        except FileNotFoundError:
+            return None, "it is not whole in the hub's cache"
+        except (OSError, ValueError) as error:  # a cache that cannot be read, a name that cannot be
+            return None, brief(str(error))
         lacks = None if place.file else missing(path)
         return (None, f"the hub's cache has a part of it: {lacks}") if lacks else (path, "")
 

@@ -14,6 +14,9 @@ from typing import Any
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.json import parse_json
 
+# What people say of two descriptions, a1 and a2; "same": neither is the better one.
+PREFERENCES = ("a1", "a2", "same")
+
 # Lists as the release writes and reads them: in brackets, with ASCII commas or quotes alone.
 _OF_RELEASE = re.compile(r"\[(?=[^,'\"]*[,'\"])(?!.*\d[.):])[\w ,/'\"\u2019.!?()-]*\]")
 # Full-width forms, and the ASCII that they stand for.

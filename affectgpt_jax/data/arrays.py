@@ -343,7 +343,7 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 }
 # Texts keep the space around them; words lose it.
 _SPECIAL: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("name", "emotion", "preferred", "source"), str.strip),
+    **dict.fromkeys(("name", "emotion", "preferred", "source", "conflict"), str.strip),
     "labels": parse_labels,
     "alternatives": _json_texts,
 }

@@ -85,10 +85,10 @@ MAIN_CEILINGS = (
     "audio_text",
     "multi_audio_face_text",
 )
-# Supervision sees "train" alone; "rl" is for what comes after it, and "captions" are its clips for
-# the construction of data sets.
+# Supervision sees "train" alone; "rl" is for what comes after it, and "captions" for the
+# construction of data sets.
 SIZES = {"train": 6144, "val": 512, "test": 2048, "rl": 6144}
-_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3, "rl": 4, "captions": 4}
+_SPLIT_KEYS = {"train": 1, "val": 2, "test": 3, "rl": 4, "captions": 5}
 
 FACE_OWN, VOICE_OWN, TOPIC_OWN = 0.78, 0.84, 0.85  # share of cues that read their level right
 ABSENT = 0.04  # chance that a modality is absent, each
@@ -146,6 +146,7 @@ class Clips:
         cues: for each modality the index of its cue.
         present: for each modality whether the clip has it.
         subtitles, labels: the texts; an absent subtitle is "".
+        conflict: the modality whose cue comes from another emotion, "" where none does.
     """
 
     emotion: np.ndarray
@@ -153,6 +154,7 @@ class Clips:
     present: dict[str, np.ndarray]
     subtitles: list[str]
     labels: list[tuple[str, ...]]
+    conflict: list[str]
 
     def __len__(self) -> int:
         return len(self.emotion)
@@ -187,7 +189,11 @@ def draw_clips(rng: np.random.Generator, n: int) -> Clips:
         TOPICS[t][s].format(OBJECTS[o]) if here else ""
         for t, s, o, here in zip(cues["text"], sentence, thing, present["text"], strict=True)
     ]
-    return Clips(emotion, cues, present, subtitles, _label_lists(rng, emotion))
+    conflict = [
+        CUES[m] if m >= 0 and o != e and present[CUES[m]][i] else ""
+        for i, (m, o, e) in enumerate(zip(conflicting, other, emotion, strict=True))
+    ]
+    return Clips(emotion, cues, present, subtitles, _label_lists(rng, emotion), conflict)
 
 
 def _label_lists(rng: np.random.Generator, emotion: np.ndarray) -> list[tuple[str, ...]]:
@@ -332,6 +338,7 @@ class World:
                 alternatives=tuple(pair[:: -1 if places[i] else 1]),
                 preferred=preferred,
                 source="demo",
+                conflict=clips.conflict[i],
             )
 
     def feature_evidence(self, name: str, features: np.ndarray) -> np.ndarray:

@@ -126,7 +126,7 @@ _KINDS = ("attention", "mean", "qformer")
 HEADS = {
     head.name: head
     for head in (
-        Head("multi", ("attention", "qformer"), num_queries=16, max_positions=264),
+        Head("multi", ("attention", "qformer", "projected"), num_queries=16, max_positions=264),
         Head("audio", _KINDS, num_queries=8, max_positions=8, feature_width=1024),
         Head("video", _KINDS, num_queries=32, max_positions=32, feature_width=768),
         Head("image", ("mean", "qformer"), num_queries=32, max_positions=257, feature_width=768),

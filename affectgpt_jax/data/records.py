@@ -45,12 +45,16 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import read_bytes, sha256_of
 from affectgpt_jax.common.json import check_type, json_lines, parse_json, read_json
+from affectgpt_jax.common.labels import PREFERENCES
 from affectgpt_jax.common.text import brief, one_line, shorten
 from affectgpt_jax.data.modalities import feature_names
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.jsonl"
+# The key of `Manifest.extra` with the settings by which encoders made the features, as
+# data_prep.extract writes them.
+EXTRACTION = "extraction"
 
 # The name of a shard, which lies in the directory itself.
 _FILE = re.compile(r"[\w.+-]+")
@@ -85,6 +89,7 @@ class Annotations:
     alternatives: tuple[str, ...] = ()  # two descriptions, "a1" and "a2"
     preferred: str = ""  # the better one of `alternatives`; "same" where neither is
     source: str = ""  # the data set that the clip comes from
+    conflict: str = ""  # the modality that contradicts the others, where that is known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # arrays have no single truth value
@@ -106,8 +111,10 @@ class IndexEntry(Annotations):
     present: tuple[str, ...]
 
 
-PREFERENCES = ("a1", "a2", "same")
-_TEXTS = ("name", "subtitle", "description", "emotion", "caption", "question", "answer", "source")
+_TEXTS = (
+    *("name", "subtitle", "description", "emotion", "caption", "question", "answer", "source"),
+    "conflict",
+)
 _TUPLES = ("labels", "candidates", "valence_range", "alternatives", "present")
 
 

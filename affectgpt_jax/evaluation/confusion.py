@@ -65,7 +65,7 @@ def confusions(
     that the score leaves out are left out.
 
     Args:
-        task: fine, basic, sentiment or words.
+        task: fine, basic, sentiment, words or preference.
         predictions: of each clip, as the score of the task takes them.
         truth: of each clip, in the same order.
         lexicon: what maps words to labels, for fine and basic.
@@ -75,6 +75,8 @@ def confusions(
         return (_sentiment(predictions, truth),)
     if task == "words":
         return (_words(predictions, truth),)
+    if task == "preference":
+        return (_preference(predictions, truth),)
     predicted = EncodedLabels.of(predictions, lexicon)
     true = EncodedLabels.of(truth if task == "fine" else [(word,) for word in truth], lexicon)
     classes = None if task == "fine" else _classes([normalise(word) for word in truth])
@@ -145,6 +147,17 @@ def _words(predictions: Sequence[Sequence[str]], truth: Sequence[str]) -> Confus
     # Two rare words share a row and a column without being the same.
     right = tuple((n,) if word in known and word != OTHERS else () for n, word in enumerate(rows))
     return dataclasses.replace(table, right=right)
+
+
+def _preference(predictions: Sequence[str], truth: Sequence[str]) -> Confusion:
+    rows, columns = ("a1", "a2"), ("a1", "a2", "same", NOTHING)
+    words = [normalise(word) for word in predictions]
+    counts = np.zeros((2, len(columns)), np.int64)
+    for word, true in zip(words, truth, strict=True):
+        if true in rows:
+            counts[rows.index(true), columns.index(word if word in columns else NOTHING)] += 1
+    # What is not a2 counts as a1 in the score.
+    return Confusion(None, rows, columns, counts, counts.sum(axis=1), ((0, 2, 3), (1,)))
 
 
 def _sentiment(predictions: Sequence[str], truth: Sequence[float]) -> Confusion:

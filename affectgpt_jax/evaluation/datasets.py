@@ -195,8 +195,9 @@ UNIBENCH = {
     task: tuple(d.name for d in DATASETS if d.unibench and d.task == task)
     for task in ("basic", "sentiment", "fine")
 }
-# Tasks of MER-UniBench, and words that must be named exactly, without a lexicon.
-TASKS = (*UNIBENCH, "words")
+# Tasks of MER-UniBench; words that must be named exactly, without a lexicon; and which of two
+# descriptions people prefer (MER-Prefer of MER2026).
+TASKS = (*UNIBENCH, "words", "preference")
 GROUPS = {"fine": "Fine-grained", "basic": "Basic", "sentiment": "Sentiment"}
 # The world that `train` generates; its words are its own, so that no lexicon is asked.
 DEMO = "demo"

@@ -217,8 +217,19 @@ def find_media(folder: Path, dataset: MediaFolders, kind: str, names: Sequence[s
     left = sorted(present.keys() - matched.values())
     if lacking and left:
         remarks.append(f"{len(left):,} files in {place} belong to no clip: {listed(left)}")
+        # Names were renamed, or a part of them left out: how they begin tells which.
+        begin = [_beginnings(side) for side in (lacking, left)]
+        if max(map(len, begin)) > 1 or begin[0].keys() != begin[1].keys():
+            told = [", ".join(f"{w} {n:,}" for w, n in side.most_common(4)) for side in begin]
+            remarks.append(f"by how names begin: clips without {kind}: {told[0]}; files: {told[1]}")
     files = {name: present[file] for name, file in matched.items()}
     return Media(files, Finding(f"without {kind} in {place}", lacking), tuple(remarks))
+
+
+def _beginnings(names: Collection[str]) -> Counter[str]:
+    """How many names begin how: with letters and digits, to the first mark between them."""
+    starts = (re.match(r"[^\W_]+[\W_]?", name) for name in names)
+    return Counter(f"{start[0]}..." if start else "..." for start in starts)
 
 
 def match_names(names: Sequence[str], present: Collection[str]) -> tuple[dict[str, str], str]:

@@ -38,9 +38,9 @@ class Score:
     """The score of one system on one data set.
 
     Attributes:
-        task: fine, basic, sentiment or words.
+        task: fine, basic, sentiment, words or preference.
         level: of the wheels; None where no lexicon is asked.
-        lexicon: which one made the score; None for sentiment and words.
+        lexicon: which one made the score; None for sentiment, words and preference.
         values: shares, 0 to 1, by metric; the first is the primary one.
         wheels: a row per wheel: the same metrics, the clips scored, shares of unmapped labels.
         classes: a row per class (and wheel): how many clips have it, and how they fared.
@@ -328,6 +328,47 @@ def score_sentiment(predictions: Sequence[str], truth: Sequence[float]) -> Score
     )
 
 
+def score_preference(predictions: Sequence[str], truth: Sequence[str]) -> Score:
+    """Which of two descriptions people prefer: weighted F1 over a1 and a2, and accuracy.
+
+    As MER-Prefer of MER2026 counts: clips whose truth is "same" are left out, and a prediction that
+    is not a2 counts as a1. Predictions that are none of a1, a2 and same are listed as unknown.
+
+    Args:
+        predictions: of each clip.
+        truth: a1, a2 or same of each clip, in the same order.
+
+    Raises:
+        ScoreError: no clips, lists of different lengths, or no clip with a preference.
+    """
+    _check(predictions, truth)
+    words = [normalise(word) for word in predictions]
+    classes = ("a1", "a2")
+    scored = np.flatnonzero([word in classes for word in truth])
+    if not scored.size:
+        raise ScoreError(f"none of {len(truth)} clips has a preference that is not same")
+    statistics = np.zeros((len(truth), 2, 2))
+    for clip in scored:
+        statistics[clip, classes.index(truth[clip]), int(words[clip] == "a2")] = 1
+    confusion = statistics.sum(0).astype(int)
+    rows = [
+        {"label": name, **_rates(confusion[c].sum(), confusion[:, c].sum(), confusion[c, c])}
+        for c, name in enumerate(classes)
+    ]
+    known = (*classes, "same")
+    counts = {
+        "clips": len(truth),
+        "scored": int(scored.size),
+        "empty_predictions": sum(not word for word in words),
+        "predicted": {name: words.count(name) for name in known},
+        "unknown_predicted": dict(
+            Counter(word for word in words if word and word not in known).most_common()
+        ),
+    }
+    values = _name_values("preference", statistics)
+    return Score("preference", None, None, values, [], rows, counts, statistics)
+
+
 def score_words(predictions: Labels, truth: Sequence[str], max_labels: int = 1) -> Score:
     """Hit rate of one true word among the first labels, compared as words, without a lexicon.
 
@@ -431,6 +472,7 @@ METRICS: dict[str, tuple[tuple[str, ...], Callable[[np.ndarray], np.ndarray]]] =
     "basic": (("hit",), _basic_values),
     "sentiment": (("weighted_f1", "accuracy"), _sentiment_values),
     "words": (("hit",), _words_values),
+    "preference": (("weighted_f1", "accuracy"), _sentiment_values),
 }
 
 
@@ -470,7 +512,7 @@ def clip_scores(score: Score) -> np.ndarray:
             case "basic":
                 sums = statistics.sum(axis=1)
                 return sums[:, 1] / sums[:, 0]
-            case "sentiment":
+            case "sentiment" | "preference":
                 return np.trace(statistics, axis1=1, axis2=2) / statistics.sum(axis=(1, 2))
             case _:
                 return statistics[:, 1] / statistics[:, 0]
@@ -574,7 +616,8 @@ def _check_comparable(first: Score, second: Score) -> None:
 
     def true_side(score: Score) -> np.ndarray:
         statistics = score.statistics
-        return statistics.sum(axis=-1) if score.task == "sentiment" else statistics[..., 0]
+        square = score.task in ("sentiment", "preference")
+        return statistics.sum(axis=-1) if square else statistics[..., 0]
 
     if not np.array_equal(true_side(first), true_side(second)):
         raise ScoreError("scores over different clips do not compare; score both on one truth file")

@@ -14,7 +14,7 @@ from typing import Any
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.json import json_lines
-from affectgpt_jax.common.labels import parse_labels, read_labels
+from affectgpt_jax.common.labels import PREFERENCES, parse_labels, read_labels
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import listed, shorten
 from affectgpt_jax.evaluation.lexicon import normalise
@@ -26,8 +26,15 @@ PREDICTION_KEYS = {
     "basic": ("labels", "openset", "text"),
     "sentiment": ("sentiment", "labels", "openset", "text"),
     "words": ("labels", "openset", "text"),
+    "preference": ("preference", "preferred"),
 }
-TRUTH_KEYS = {"fine": "openset", "basic": "emotion", "sentiment": "valence", "words": "emotion"}
+TRUTH_KEYS = {
+    "fine": "openset",
+    "basic": "emotion",
+    "sentiment": "valence",
+    "words": "emotion",
+    "preference": "preference",
+}
 MELD_COLUMNS = ("Dialogue_ID", "Utterance_ID", "Emotion")
 # Test splits of the release's label files, and the emotions that their numbers stand for.
 SPLITS = {
@@ -96,11 +103,11 @@ def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) ->
             read as a list by `read_labels`; or an npz archive of the release (`*-openset.npz`,
             `*-openset-sentiment.npz`) with arrays `filenames` and `fileitems`, whose texts are read
             by the release's own rule, `parse_labels`.
-        task: fine, basic, sentiment or words.
+        task: fine, basic, sentiment, words, or preference, whose column is `preference`.
         allow_pickle: read archives whose arrays are pickled objects.
 
     Returns:
-        Label lists; words for sentiment.
+        Label lists; words for sentiment and preference.
 
     Raises:
         ReadError: a file that is not so, or has a clip twice.
@@ -118,7 +125,7 @@ def read_predictions(path: str | Path, task: str, allow_pickle: bool = False) ->
             raise _unknown_suffix(where)
     if path.suffix.lower() == ".npz":
         records = ((place, name, _by_release(value)) for place, name, value in records)
-    return _table(where, records, _sentiment if task == "sentiment" else _labels)
+    return _table(where, records, _sentiment if task in ("sentiment", "preference") else _labels)
 
 
 def read_texts(path: str | Path) -> dict[str, str]:
@@ -146,14 +153,15 @@ def read_truth(
 
     Args:
         path: a CSV or JSONL file with `name` and, by task, `openset` (fine), `emotion` (basic and
-            words) or `valence` (sentiment); MELD's public CSV, whose clips are called
+            words), `valence` (sentiment) or `preference`, as MER2026's `track3_emoprefer.csv`
+            has it; MELD's public CSV, whose clips are called
             `dia{D}_utt{U}`; or a label archive of the release, whose test split is read.
-        task: fine, basic, sentiment or words.
+        task: fine, basic, sentiment, words or preference.
         allow_pickle: read the release's label archives, which are pickled dicts.
         split: the array of such an archive to read; default: the first test split that it has.
 
     Returns:
-        Label lists for fine, words for basic and words, finite numbers for sentiment.
+        Label lists for fine, words for basic, words and preference, finite numbers for sentiment.
 
     Raises:
         ReadError: a file that is not so, has a clip twice, or a value that cannot be understood.
@@ -276,8 +284,8 @@ def _truth_archive(
     data: bytes, where: str, task: str, allow_pickle: bool, only: str | None
 ) -> Iterator[Record]:
     """The test split of a label file: a dict from name to `{"emo": ..., "val": ...}`."""
-    if task == "fine":
-        raise ReadError(f"{where}: the release's label archives hold no label lists; use its CSV")
+    if task in ("fine", "preference"):
+        raise ReadError(f"{where}: the release's label archives hold no such truth; use its CSV")
     wanted = (only,) if only else tuple(SPLITS)
     arrays = npz_values(data, where, wanted, allow_pickle)
     split = next((name for name in wanted if name in arrays), None)
@@ -374,4 +382,16 @@ def _valence(value: Any) -> float:
     return number
 
 
-_PARSE = {"openset": _labels, "emotion": _emotion, "valence": _valence}
+def _preference(value: Any) -> str:
+    word = normalise(value) if isinstance(value, str) else ""
+    if word not in PREFERENCES:
+        raise ValueError(f"expected one of {', '.join(PREFERENCES)}, found {shorten(value)}")
+    return word
+
+
+_PARSE = {
+    "openset": _labels,
+    "emotion": _emotion,
+    "valence": _valence,
+    "preference": _preference,
+}

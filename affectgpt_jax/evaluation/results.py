@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,7 @@ class Unknown:
         lacks = {
             "words": "most of the {} labels are the true word of no clip",
             "sentiment": "most of the {} sentiments are none of positive, negative and neutral",
+            "preference": "most of the {} preferences are none of a1, a2 and same",
         }.get(self.task, "the lexicon does not know most of the {} labels")
         examples = ", ".join(shorten(word, 40) for word in list(self.words)[:3])
         return (
@@ -148,6 +149,7 @@ class Example:
         truth: labels, a word, or a valence.
         text: what the model wrote, if that is known.
         score: how the clip fared by itself, 0 to 1.
+        about: what else is known of it, names and texts, such as its subtitle.
     """
 
     name: str
@@ -155,6 +157,24 @@ class Example:
     truth: Any
     text: str
     score: float
+    about: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The score of some of the clips of a set.
+
+    Attributes:
+        name: which clips.
+        clips: how many.
+        value: the primary value of the fixed checkpoint.
+        interval: of it; None without resampling.
+    """
+
+    name: str
+    clips: int
+    value: float
+    interval: metrics.Interval | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,6 +189,7 @@ class SetResult:
         examples: clips of the fixed checkpoint drawn at random.
         misses: clips of it drawn at random from those that score 0.
         references: values to set the score beside, shares by name, such as ceilings.
+        parts: scores of some of the clips.
     """
 
     name: str
@@ -178,6 +199,7 @@ class SetResult:
     examples: tuple[Example, ...]
     misses: tuple[Example, ...]
     references: Mapping[str, float]
+    parts: tuple[Part, ...] = ()
 
     @property
     def fixed(self) -> Result:
@@ -203,6 +225,7 @@ class SetResult:
             "results": [result.as_dict() for result in self.results],
             "protocols": dataclasses.asdict(self.protocols),
             "references": dict(self.references),
+            "parts": [dataclasses.asdict(part) for part in self.parts],
             "confusions": [table.as_dict() for table in self.confusions],
             "examples": [dataclasses.asdict(example) for example in self.examples],
             "misses": [dataclasses.asdict(example) for example in self.misses],
@@ -210,7 +233,7 @@ class SetResult:
 
 
 def score_pairs(task: str, pairs: Pairs, lexicon: Lexicon | None, level: int = 1) -> Score:
-    """The score of a task; sentiment and words need no lexicon.
+    """The score of a task; only fine and basic need a lexicon.
 
     Raises:
         ScoreError: nothing can be scored.
@@ -220,6 +243,8 @@ def score_pairs(task: str, pairs: Pairs, lexicon: Lexicon | None, level: int = 1
             return metrics.score_sentiment(pairs.predictions, pairs.truth)
         case "words":
             return metrics.score_words(pairs.predictions, pairs.truth)
+        case "preference":
+            return metrics.score_preference(pairs.predictions, pairs.truth)
         case "fine":
             return metrics.score_fine(pairs.predictions, pairs.truth, lexicon, level)
         case _:
@@ -279,6 +304,8 @@ def score_set(
     seed: int = 0,
     texts: Mapping[str, str] | None = None,
     references: Mapping[str, float] | None = None,
+    about: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    parts: Mapping[str, Collection[str]] | None = None,
 ) -> SetResult:
     """Compute everything that a report shows about one data set.
 
@@ -288,19 +315,53 @@ def score_set(
             examples as well.
         texts: what the model of the fixed checkpoint wrote, by clip.
         references: shares, 0 to 1, to set the score beside.
+        about: names and texts that an example shows, by clip.
+        parts: names of clips, by what they have in common, that are scored by themselves, too.
 
     Raises:
         ScoreError: nothing can be scored.
     """
     results = score_checkpoints(task, pairs, lexicon, level, resamples, seed)
     fixed = results[-1]
-    examples, misses = _draw_examples(fixed, texts or {}, seed)
+    examples, misses = _draw_examples(fixed, texts or {}, about or {}, seed)
     tables = confusions(task, fixed.pairs.predictions, fixed.pairs.truth, lexicon, level)
-    return SetResult(name, task, results, tables, examples, misses, dict(references or {}))
+    beside = dict(references or {})
+    some = _score_parts(task, fixed.pairs, parts or {}, lexicon, level, resamples, seed)
+    return SetResult(name, task, results, tables, examples, misses, beside, some)
+
+
+def _score_parts(
+    task: str,
+    pairs: Pairs,
+    parts: Mapping[str, Collection[str]],
+    lexicon: Lexicon | None,
+    level: int,
+    resamples: int,
+    seed: int,
+) -> tuple[Part, ...]:
+    """Parts without a clip that can be scored are left out."""
+    found = []
+    for what, names in parts.items():
+        chosen = [i for i, name in enumerate(pairs.names) if name in names]
+        some = Pairs(
+            tuple(pairs.names[i] for i in chosen),
+            [pairs.predictions[i] for i in chosen],
+            [pairs.truth[i] for i in chosen],
+            (),
+        )
+        try:
+            (result,) = score_checkpoints(task, {what: some}, lexicon, level, resamples, seed)
+        except ScoreError:
+            continue
+        found.append(Part(what, len(chosen), result.score.primary, result.interval))
+    return tuple(found)
 
 
 def _draw_examples(
-    result: Result, texts: Mapping[str, str], seed: int
+    result: Result,
+    texts: Mapping[str, str],
+    about: Mapping[str, Sequence[tuple[str, str]]],
+    seed: int,
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Random examples of all scored clips and of those that miss, without repeats."""
     scores, pairs = metrics.clip_scores(result.score), result.pairs
@@ -308,7 +369,8 @@ def _draw_examples(
     def example(clip: int) -> Example:
         name = pairs.names[clip]
         prediction, truth = pairs.predictions[clip], pairs.truth[clip]
-        return Example(name, prediction, truth, texts.get(name, ""), float(scores[clip]))
+        known = tuple(about.get(name, ()))
+        return Example(name, prediction, truth, texts.get(name, ""), float(scores[clip]), known)
 
     generator = np.random.default_rng([seed, 3])
     order = generator.permutation(np.flatnonzero(np.isfinite(scores)))

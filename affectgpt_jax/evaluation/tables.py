@@ -19,6 +19,7 @@ from affectgpt_jax.evaluation.published import (
     OV_MERD_TABLE,
     SOURCE,
     System,
+    read_later,
     read_published,
 )
 from affectgpt_jax.evaluation.results import MEAN, GroupMean, SetResult
@@ -66,13 +67,15 @@ class Row:
         name: of the system or run.
         detail: modalities, or "".
         cells: one per column.
-        published: whether the paper reports it.
+        published: whether the paper, or a later one, reports it.
+        source: which one; "" for ours.
     """
 
     name: str
     detail: str
     cells: tuple[Cell, ...]
     published: bool = False
+    source: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     notes: tuple[str, ...] = ()
+
+    @property
+    def sourced(self) -> bool:
+        """Whether a last column names where rows come from."""
+        return any(row.source for row in self.rows)
 
 
 def comparable(score: Score) -> bool:
@@ -117,12 +125,13 @@ def main_table(
         modalities: its inputs, as A, V and T.
         sets: its results.
         means: see `results.group_means`.
-        peers: add the published systems.
+        peers: add the published systems, if one of the nine is there.
     """
     by_name = {result.name: result for result in sets}
     further = [result.name for result in sets if result.name not in NINE]
-    # A report on other sets alone needs no empty columns, unless for the published rows.
-    nine = peers or any(name in by_name for name in NINE)
+    # A report on other sets alone shares no column with published systems.
+    nine = any(name in by_name for name in NINE)
+    alone, peers = peers and not nine and OV_MERD not in further, peers and nine
     columns = (*NINE, MEAN, *further) if nine else tuple(further)
 
     def ours(best: bool) -> tuple[Cell, ...]:
@@ -144,7 +153,8 @@ def main_table(
         name = f"{system}, best of {several}, chosen on the test set"
         rows.append(Row(name, modalities, ours(True)))
     if peers:
-        rows += [_published_row(peer, columns) for peer in read_published(MAIN_TABLE)]
+        known = read_published(MAIN_TABLE) + read_later(MAIN_TABLE)
+        rows += [_published_row(peer, columns) for peer in known]
     groups = []
     if nine:
         groups = [(GROUPS[task], len(names)) for task, names in UNIBENCH.items()] + [("", 1)]
@@ -155,7 +165,10 @@ def main_table(
         tuple(groups),
         columns,
         tuple(rows),
-        tuple(_notes(rows, peers, MEAN in means or not nine, sets)),
+        (
+            *_notes(rows, peers, MEAN in means or not nine, sets),
+            *([f"No published system has a score on {_words(further)}."] if alone else []),
+        ),
     )
 
 
@@ -170,7 +183,7 @@ def _mean_cell(mean: GroupMean | None, sets: Sequence[SetResult], best: bool) ->
 
 def _published_row(peer: System, columns: Sequence[str]) -> Row:
     cells = tuple(Cell(peer.values.get(column)) for column in columns)
-    return Row(peer.name, peer.modalities, cells, published=True)
+    return Row(peer.name, peer.modalities, cells, published=True, source=peer.source)
 
 
 def _notes(rows: Sequence[Row], peers: bool, whole: bool, sets: Sequence[SetResult]) -> list[str]:
@@ -186,8 +199,8 @@ def _notes(rows: Sequence[Row], peers: bool, whole: bool, sets: Sequence[SetResu
         )
     if peers:
         notes.append(
-            f"Published rows: {SOURCE}; AffectGPT's are, set by set, the best of seven checkpoints "
-            "chosen on the test set."
+            f"Published rows: {SOURCE}, and later papers by the column Source; AffectGPT's are, "
+            "set by set, the best of seven checkpoints chosen on the test set."
         )
     if any(not cell.comparable for row in rows for cell in row.cells):
         notes.append(UNLIKE)
@@ -390,11 +403,12 @@ def interval_text(interval: Interval) -> str:
 
 def render_markdown(table: Table) -> str:
     """The table in GitHub's Markdown, with its title above and its notes below."""
-    heads = [head for head in table.head if head] + list(table.columns)
+    heads = [head for head in table.head if head]
+    source = ["Source"] if table.sourced else []
     lines = [f"### {escape_markdown(table.title)}", ""]
-    lines.append(_line(heads))
-    named = len(heads) - len(table.columns)
-    lines.append("|" + "---|" * named + "---:|" * len(table.columns))
+    lines.append(_line([*heads, *table.columns, *source]))
+    rule = ["---"] * len(heads) + ["---:"] * len(table.columns) + ["---"] * len(source)
+    lines.append(f"|{'|'.join(rule)}|")
     for row in table.rows:
         name = (
             f"**{escape_markdown(row.name)}**" if not row.published else escape_markdown(row.name)
@@ -403,6 +417,7 @@ def render_markdown(table: Table) -> str:
         for cell in row.cells:
             text = cell_text(cell)
             cells.append(f"{text} ({interval_text(cell.interval)})" if cell.interval else text)
+        cells += [escape_markdown(row.source)] * len(source)
         lines.append("| " + " | ".join(cells) + " |")
     for note in table.notes:
         lines += ["", escape_markdown(note)]

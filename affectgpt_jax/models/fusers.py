@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -66,6 +67,14 @@ class FusionConfig:
                 raise ValueError(
                     f"Unknown {HEADS[name].kind_key} {kind!r}: choose from {', '.join(choices)}."
                 )
+        for slot in self.slots:
+            lacking = [name for name in self.tokens_read_by(slot) if name not in self.slots]
+            if lacking:
+                raise ValueError(
+                    f"{HEADS[MODALITIES[slot].head].kind_key}={self.kind(slot)!r} reads the tokens "
+                    f"of {' and '.join(MODALITIES[slot].fused)}, but the input mode has none of "
+                    f"{' and '.join(lacking)}: choose a mode with both, or another kind."
+                )
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -76,6 +85,12 @@ class FusionConfig:
     def kind(self, slot: str) -> str:
         """How the tokens of `slot` are computed, such as "attention", "mean" or "qformer"."""
         return self.kinds[MODALITIES[slot].head]
+
+    def tokens_read_by(self, slot: str) -> tuple[str, ...]:
+        """The slots whose tokens a pre-fusion reads in place of features; none for most kinds."""
+        modality = MODALITIES[slot]
+        reads = modality.fused and head_class(HEADS[modality.head], self.kind(slot)).reads_tokens
+        return modality.fused if reads else ()
 
     def feature_width(self, name: str) -> int:
         """The width `d` of the feature `name`, one of `inputs`."""
@@ -147,7 +162,11 @@ class FusionHead(nn.Module):
       config: of the whole fusion.
       llm_width: width of the language model, hence of every soft token.
       dtype: of the computation.
+
+    `reads_tokens` of a class tells whether it reads the soft tokens of other heads, not features.
     """
+
+    reads_tokens: ClassVar[bool] = False
 
     spec: Head
     config: FusionConfig
@@ -258,6 +277,15 @@ class AttentionPreFusion(FusionHead):
         return self.project(fused)[:, None]
 
 
+class ProjectedPreFusion(AttentionPreFusion):
+    """`AttentionPreFusion` of the soft tokens of both heads, not of the features they are made of.
+
+    The paper tries this variant as well, and finds it worse. The release does not have it.
+    """
+
+    reads_tokens: ClassVar[bool] = True
+
+
 class QFormerPreFusion(_WithQFormer):
     """A Q-Former over the video sequence followed by the audio sequence, projected (Eq. 3-4)."""
 
@@ -288,7 +316,11 @@ class QFormerPreFusion(_WithQFormer):
 
 # By kind: the modules that read one feature, and those of the pre-fusion, which read two.
 HEAD_CLASSES = {"attention": AttentionHead, "mean": MeanHead, "qformer": QFormerHead}
-PRE_FUSION_CLASSES = {"attention": AttentionPreFusion, "qformer": QFormerPreFusion}
+PRE_FUSION_CLASSES = {
+    "attention": AttentionPreFusion,
+    "qformer": QFormerPreFusion,
+    "projected": ProjectedPreFusion,
+}
 
 
 def head_class(spec: Head, kind: str) -> type[FusionHead]:
@@ -348,16 +380,18 @@ class Fusion(nn.Module):
             module = head_class(HEADS[name], kind)
             modules[name] = module(HEADS[name], config, self.llm_width, self.dtype, name=name)
 
-        tokens = []
-        for slot in config.slots:
+        tokens: dict[str, Array] = {}
+        # A pre-fusion that reads tokens comes after the heads that make them.
+        for slot in sorted(config.slots, key=lambda slot: bool(config.tokens_read_by(slot))):
             read = MODALITIES[slot].features
             module = modules[MODALITIES[slot].head]
-            arguments = [states[name] for name in read]
+            values = tokens if config.tokens_read_by(slot) else states
+            arguments = [values[name] for name in read]
             if MODALITIES[slot].fused:
                 arguments += [present[name] for name in read]
             valid = functools.reduce(jnp.logical_or, [present[name] for name in read])
-            tokens.append(keep_present(module(*arguments, deterministic), valid))
-        return jnp.concatenate(tokens, axis=1)
+            tokens[slot] = keep_present(module(*arguments, deterministic), valid)
+        return jnp.concatenate([tokens[slot] for slot in config.slots], axis=1)
 
 
 def _check_inputs(

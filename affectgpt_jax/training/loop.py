@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -313,6 +314,10 @@ def _validate_late(
         checkpoints.set_val_loss(step, scores["val/loss"])
 
 
+# Batches differ: so many losses together are compared with the first.
+LOSSES_COMPARED = 16
+
+
 class StepTimes(NamedTuple):
     """Seconds that the loop spent in dispatching a step, and in waiting for the next batch."""
 
@@ -352,6 +357,9 @@ class StepReporter:
         self._count_flops, self._devices, self._peak_flops = flops, devices, peak_flops
         self._throughput = metrics_writer.Throughput(devices=devices, peak_flops=peak_flops)
         self._pending: deque[tuple] = deque()
+        # The loss of a reward has no reason to fall.
+        self._first_loss: float | None = None
+        self._losses = None if "rl" in config else deque[float](maxlen=LOSSES_COMPARED)
         self._wait_s = self._dispatch_s = 0.0  # since the last report
         self._samples = self._tokens = self._flops = 0
         self._seconds = 0.0
@@ -415,7 +423,19 @@ class StepReporter:
         self._throughput.update(clips, tokens, step_s, self._wait_s, host_s, flops)
         self._wait_s = self._dispatch_s = 0.0
         others = {name: values[metric] for metric, name in self._shown.items()}
+        if self._rises(values["loss"]):
+            others["above the first,"] = self._first_loss
         self._progress.update(step, values["loss"], self._throughput.rates(), others)
+
+    def _rises(self, loss: float) -> bool:
+        """Whether the mean of the last losses, this one included, is above the first."""
+        if self._losses is None:
+            return False
+        if self._first_loss is None:
+            self._first_loss = loss
+        self._losses.append(loss)
+        full = len(self._losses) == self._losses.maxlen
+        return full and statistics.fmean(self._losses) > self._first_loss
 
     def skip_pause(self) -> None:
         """Leave the time since the last step, spent on something else, out of the rates."""

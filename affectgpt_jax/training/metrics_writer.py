@@ -11,6 +11,7 @@ import json
 import math
 import re
 import secrets
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -279,12 +280,47 @@ def first_and_last_loss(path: Path) -> dict[str, float]:
     Raises:
         MetricsError: the log is gone or damaged.
     """
-    losses = [r["train/loss"] for r in read_metrics(path) if "train/loss" in r]
-    if not losses:
+    _, losses = _losses(path)
+    return {"loss_first": losses[0], "loss_last": losses[-1]}
+
+
+def divergence(path: Path) -> str:
+    """How a loss that should have fallen has not, in a sentence without its end; empty if it has.
+
+    That is: over its last twentieth it is above the first one, or has lost half of what it had
+    gained. It would have been NaN no longer than a step.
+
+    Args:
+        path: a `metrics.jsonl`.
+
+    Raises:
+        MetricsError: the log is gone or damaged.
+    """
+    steps, losses = _losses(path)
+    part = max(1, len(losses) // 20)
+    first, last = losses[0], statistics.fmean(losses[-part:])
+    means = [statistics.fmean(losses[i : i + part]) for i in range(len(losses) - part + 1)]
+    lowest = min(means)
+    if last > first:
+        return f"the training loss ended at {last:.4g}, above the {first:.4g} that it began with"
+    # Single batches differ by as much.
+    if part > 1 and last - lowest > (first - lowest) / 2:
+        step = steps[means.index(lowest)]
+        return (
+            f"the training loss fell from {first:.4g} to {lowest:.4g} about step {step}, and rose "
+            f"again to {last:.4g}"
+        )
+    return ""
+
+
+def _losses(path: Path) -> tuple[list[int], list[float]]:
+    found = [(r["step"], r.get("train/loss")) for r in read_metrics(path)]
+    found = [(step, loss) for step, loss in found if loss is not None]  # null: not finite
+    if not found:
         raise MetricsError(
             f"{path} holds no training loss of this finished run, whose log it is; put it back"
         )
-    return {"loss_first": losses[0], "loss_last": losses[-1]}
+    return [step for step, _ in found], [loss for _, loss in found]
 
 
 class _Record(TypedDict):

@@ -16,7 +16,7 @@ from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.flops import Flops
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import FP8_CAPABILITY, GPUS_PER_NODE, Device
-from affectgpt_jax.training.hlo_traffic import Sent
+from affectgpt_jax.training.hlo_traffic import Launch, Sent
 
 
 class Shape(NamedTuple):
@@ -113,6 +113,23 @@ def compiled_floor(
     fast = device.flops_8bit if eight_bit_matmuls(device, precision) else peak
     seconds = projections / fast + (executed - projections) / peak
     return seconds / MATMUL_SHARE + moved / (BANDWIDTH_SHARE * device.hbm) + network
+
+
+def launch_floor(launches: Sequence[Launch], device: Device, dtype: str) -> float:
+    """Seconds below which a compiled program will hardly come, one launch after the other.
+
+    Each takes what its matmul takes at `MATMUL_SHARE` of the peak, or its bytes at
+    `BANDWIDTH_SHARE` of the bandwidth, whichever is longer. Arithmetic of a library's attention
+    kernels is not known, so of those the bytes alone count.
+
+    Args:
+        launches: of the program, see `hlo_traffic.launches`.
+        device: the GPU.
+        dtype: of activations.
+    """
+    bandwidth = BANDWIDTH_SHARE * device.hbm
+    peak = MATMUL_SHARE * matmul_peak(device, dtype)
+    return math.fsum(max(x.bytes / bandwidth, x.times * x.flops / peak) for x in launches)
 
 
 def matmul_peak(device: Device, dtype: str) -> float:
@@ -237,7 +254,7 @@ def model_collectives(sizes: Sizes, shape: Shape, remat: str) -> list[Collective
     one input added up), one more where the layer is recomputed, and one for the lookup of the
     embeddings.
     """
-    found = []
+    found: list[Collective] = []
 
     def add(kind: str, axes: tuple[str, ...], times: int, size: int) -> None:
         count = sizes.microbatches * times
@@ -252,4 +269,16 @@ def model_collectives(sizes: Sizes, shape: Shape, remat: str) -> list[Collective
     axes = tuple(axis for axis in ("data", "fsdp") if getattr(shape, axis) > 1)
     if axes:
         add("all-reduce", axes, 1, sizes.adapters + sizes.fusion)
+    return found
+
+
+def forward_collectives(sizes: Sizes, shape: Shape) -> list[Collective]:
+    """The same of a forward pass alone: nothing over data, where rows are apart."""
+    found = []
+    if shape.fsdp > 1:
+        size = (sizes.layers + sizes.lm_head) // shape.tensor
+        found.append(Collective("all-gather", ("fsdp",), 1, size))
+    if shape.tensor > 1:
+        times = 2 * sizes.num_layers + 1
+        found.append(Collective("all-reduce", ("tensor",), times, times * sizes.hidden))
     return found

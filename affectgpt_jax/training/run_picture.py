@@ -67,9 +67,14 @@ def plot_run(
     above, *below = figure.subfigures(
         1 + bool(rows), 1, height_ratios=[4.2, 2.1 * rows][: 1 + rows], squeeze=False
     )[:, 0]
-    losses, scores = above.subplots(1, 2, sharex=True)
+    # A run without a score has no half of a picture for it.
+    has_scores = bool(references) or any(
+        _of(f"{split}/{score}", logged) for split in ("train", "val", "test") for score in SCORES
+    )
+    losses, *scores = above.subplots(1, 1 + has_scores, sharex=True, squeeze=False)[0]
     _plot_losses(losses, records, logged)
-    _plot_scores(scores, records, logged, references or {})
+    for axes in scores:
+        _plot_scores(axes, records, logged, references or {})
     for part in below:
         for number, (title, curves) in enumerate(panels.items(), 1):
             _plot_panel(part.add_subplot(rows, COLUMNS, number), title, curves, records)
@@ -78,9 +83,26 @@ def plot_run(
         drawing.tidy(axes)
         if axes.get_legend_handles_labels()[0]:
             # Not "best", which looks at every point.
-            where = "lower right" if axes is scores else "upper right"
+            where = "lower right" if axes in scores else "upper right"
             axes.legend(loc=where, fontsize=9, framealpha=0.85, edgecolor="none")
     drawing.save_png(figure, png)
+
+
+def curves_of(
+    records: Sequence[Mapping[str, Any]],
+) -> dict[str, dict[str, tuple[list[int], list[float]]]]:
+    """Steps and values by title and name, as `plot_run` draws them above; train is smoothed."""
+    logged = {key for record in records for key in record}
+    steps, values = series(records, "train/loss")
+    panels = {"loss": {"train": (steps, drawing.smooth(values))}}
+    panels["loss"] |= {_label(name): series(records, name) for name in _validated(logged)}
+    for score, (title, _) in SCORES.items():
+        for name in sorted(_of(f"val/{score}", logged)):
+            panels.setdefault(title, {})[_label(name)] = series(records, name)
+    return {
+        title: {name: points for name, points in curves.items() if points[0]}
+        for title, curves in panels.items()
+    }
 
 
 def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -92,9 +114,7 @@ def series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], l
 def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]], logged: set[str]) -> None:
     axes.set_title("loss")
     _plot_smoothed(axes, *series(records, "train/loss"), "tab:blue", "train")
-    # A run by rewards has no loss of validation: it logs what is missing to the best reward.
-    names = [] if "val/sampled_reward" in logged else sorted(_of("val/loss", logged))
-    for number, name in enumerate(names):
+    for number, name in enumerate(_validated(logged)):
         style = {"color": "tab:orange" if name == "val/loss" else f"C{number + 2}"}
         axes.plot(*series(records, name), "o-", markersize=4, label=_label(name), **style)
 
@@ -159,6 +179,11 @@ def _plot_smoothed(
     if steps:
         axes.plot(steps, values, color=color, alpha=0.35, linewidth=0.8)
         axes.plot(steps, drawing.smooth(values), color=color, label=label)
+
+
+def _validated(logged: set[str]) -> list[str]:
+    """Losses of validation. A run by rewards has none: it logs what is missing to the best one."""
+    return [] if "val/sampled_reward" in logged else sorted(_of("val/loss", logged))
 
 
 def _of(name: str, logged: set[str]) -> list[str]:

@@ -199,6 +199,8 @@ def describe_run(checkpoint: Checkpoint) -> report.Report:
     validation = "" if loss is None else f", validation loss {loss:.4f}"
     fusion = checkpoint.shapes["fusion"]
     kinds = report.tree_kinds(fusion)
+    if "multi" in kinds and "fusion" in config:
+        kinds["multi"] = config["fusion"]  # two kinds have parameters of the same names
     shown = [f"{key}={config[key]}" for key in ("llm", "input", "label") if key in config]
     facts = [
         ("format", f"run of affectgpt_jax, {report.count(len(saved.steps), 'checkpoint')}"),
@@ -238,6 +240,11 @@ def export_peft(arguments: argparse.Namespace) -> str:
 def export_release(arguments: argparse.Namespace) -> str:
     """Write a run's LoRA, projectors and pre-fusion as a checkpoint of the release."""
     checkpoint = open_checkpoint(arguments.workdir, arguments.step)
+    if checkpoint.config.get("fusion") == "projected":
+        raise WeightsError(
+            f"{arguments.workdir}: the release has no pre-fusion of projected tokens "
+            "(config.fusion=projected); export LoRA alone by export-peft, or all by export-hub"
+        )
     epoch = checkpoint.step // release.STEPS_PER_EPOCH
     trainable = checkpoint.saved.trainable(checkpoint.step)
     release.save_release(
@@ -270,6 +277,8 @@ def export_hub(arguments: argparse.Namespace) -> str:
         whole = checkpoint.workdir / "checkpoints" / step
         shutil.copytree(whole, folder / "checkpoints" / step)
         write_json(folder / "config.json", config | {"wandb_project": ""})
+        if (how := checkpoint.workdir / build.EXTRACTION_FILE).is_file():
+            shutil.copy(how, folder)
         if checkpoint.lora:
             trainable = checkpoint.saved.trainable(checkpoint.step)
             peft.save_adapter(

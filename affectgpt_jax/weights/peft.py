@@ -259,6 +259,16 @@ def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> A
     return open_adapter(directory, abstract, config)(abstract)
 
 
+def fusion_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The heads and the pre-fusion beside an adapter, by the paths of their parameters.
+
+    Raises:
+        WeightsError: a damaged file.
+    """
+    path = Path(directory) / FUSION
+    return read_header(path) if path.is_file() else {}
+
+
 def open_fusion(directory: Path, abstract: Any) -> Callable[[Any], Any] | None:
     """Compare heads and pre-fusion, as `save_adapter` writes them beside an adapter, with a model.
 
@@ -272,10 +282,9 @@ def open_fusion(directory: Path, abstract: Any) -> Callable[[Any], Any] | None:
     Raises:
         WeightsError: tensors of another model, or a damaged file.
     """
-    path = Path(directory) / FUSION
-    if not path.is_file():
+    path, tensors = Path(directory) / FUSION, fusion_tensors(directory)
+    if not tensors:
         return None
-    tensors = read_header(path)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     expected = layout.expected_shapes(abstract, _fusion_layout)
     advice = "set config.input, config.fusion and config.projectors as it was trained with"

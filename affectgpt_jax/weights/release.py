@@ -240,7 +240,9 @@ def open_release(
                 "it to the checkpoint's type"
             )
     if trouble := layout.compare_shapes(shapes, expected):
-        raise WeightsError(f"{path}: {trouble}")
+        raise WeightsError(
+            f"{path}: {trouble}; name the base and the config that it was trained with"
+        )
 
     def read(abstract: Any) -> Any:
         return layout.from_tensors(

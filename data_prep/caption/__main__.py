@@ -121,6 +121,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = verb("demo", run_demo, "all stages on generated clips whose truth is known")
     add("--seed", type=int, default=0, help="of the world; default: 0")
     add("--clips", type=int, metavar="N", help="that nobody has labelled; default: 2048")
+    add(
+        "--rendered",
+        type=int,
+        default=40,
+        metavar="N",
+        help="clips as pixels and sound, too; default: 40",
+    )
     return parser.parse_args(argv)
 
 
@@ -478,9 +485,18 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
     if arguments.seed < 0 or (arguments.clips is not None and arguments.clips < 64):
         raise cli.UsageError("--seed must be 0 or more, and --clips 64 or more")
+    if arguments.rendered < 0 or arguments.rendered == 1:
+        raise cli.UsageError("--rendered must be 0, for none, or 2 or more")
     start = time.perf_counter()
     out = arguments.out.expanduser()
     result = demo.build(out, arguments.seed, clips=arguments.clips or demo.CLIPS, say=say)
+    if arguments.rendered:
+        try:
+            facts = demo.rendered_facts(out, arguments.seed, arguments.rendered, say=say)
+        except ModuleNotFoundError as error:
+            say(f"no clips are rendered: {MISSING.format(error.name)}")
+        else:
+            result = dataclasses.replace(result, facts=result.facts | facts)
     print_lines(demo.table(result, time.perf_counter() - start))
     print_lines([f"{out}: {demo.FILTERS_FILE}, filtered.csv, funnel.png, README.md"])
 

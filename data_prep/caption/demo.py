@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from affectgpt_jax.evaluation.rules import RuleExtractor
 from ..crowd import run as crowd
 from ..crowd.votes import Vote, read_votes
 from ..speakers.synchrony import judge_traces
-from ..speakers.verdicts import write_speakers
+from ..speakers.verdicts import read_speakers, write_speakers
 from . import filtering
 from .card import write_card
 from .describe import Described, write_described
@@ -46,6 +46,7 @@ FILTERS = {
 }
 FILTERS_FILE = "filters.json"
 _STATE = "demo.json"
+RENDERED = 40  # clips as pixels and sound
 RATES = Rates()
 
 
@@ -147,7 +148,9 @@ def build(
             seed=seed,
         )
         votes = read_votes(out / VOTES)
-        facts = speaking | length_facts(captions, judged) | crowd_facts(world, captions, votes)
+        members = crowd.member_words(out / "crowd", records)
+        facts = speaking | length_facts(captions, judged)
+        facts |= crowd_facts(world, captions, votes, (words for _, words in members))
         return Demo(captions, votes, filters, facts)
 
 
@@ -245,6 +248,9 @@ def score(
 ) -> dict[str, float]:
     """How well a filter tells right descriptions from others, against the hidden truth.
 
+    A filter drops, so its `precision` and `recall` are those of dropping: a clip that is not right
+    is what it is to find. The two of keeping are `purity` and `right_kept`.
+
     Returns:
         `kept`, clips; `precision`, the share of dropped clips that are not right, 1 where none is
         dropped; `recall`, the share of clips that are not right that is dropped; `right_kept`, the
@@ -277,12 +283,58 @@ def length_facts(
     }
 
 
+def rendered_facts(
+    out: Path, seed: int, count: int = RENDERED, say: Callable[[str], None] = print
+) -> dict[str, float]:
+    """How the speaker check fares on clips that are pixels and sound, not traces.
+
+    Args:
+        out: of the demo; the clips go into its folder `rendered`.
+        seed: of the clips.
+        count: clips; half of them speak.
+        say: told what is being done.
+
+    Raises:
+        ModuleNotFoundError: a package that reads media is missing.
+    """
+    # These packages are an extra.
+    from ..clips import Clip
+    from ..speakers import check
+    from ..speakers.calibrate import calibrate, read_truth
+    from ..speakers.rendered import rendered
+
+    folder = out / "rendered"
+    known = folder / "truth.csv"
+    if not known.exists():
+        say(f"rendering {count} clips with sound")
+        rows = rendered(folder, seed, count).items()
+        write_csv(known, ("name", "speaking"), ({"name": n, "speaking": int(s)} for n, s in rows))
+    say("judging who speaks in them")
+    truth = read_truth(known)
+    clips = [Clip(name, folder / f"{name}.mp4") for name in truth]
+    check.check_clips(clips, folder / SPEAKERS)
+    found = calibrate(read_speakers(folder / SPEAKERS), truth)
+    return {
+        "rendered clips: unsure": 1 - found.decided / found.clips,
+        "rendered clips: right where decided": found.right / max(found.decided, 1),
+    }
+
+
 def crowd_facts(
-    world: demo.World, captions: Captions, votes: Mapping[str, Vote]
+    world: demo.World,
+    captions: Captions,
+    votes: Mapping[str, Vote],
+    members: Iterable[np.ndarray] = (),
 ) -> dict[str, float]:
     """How often the crowd is right, beside the best that can be: the exact posterior.
 
     Of clips whose face and voice are of one person, since the posterior knows no others.
+
+    Args:
+        world, captions: the truth.
+        votes: of the crowd, by clip.
+        members: a word for each clip of every single member. The best of them is known by the
+            truth alone, so that nobody could have chosen it.
     """
     fair = np.flatnonzero(~captions.mismatched)
     truth = demo_captions.COARSE_OF[captions.clips.emotion]
@@ -301,21 +353,32 @@ def crowd_facts(
         [of_emotion[:, demo_captions.COARSE_OF == c].sum(axis=1) for c in range(len(words))], axis=1
     )
     best = of_class.argmax(axis=1) == truth
-    return {
-        "crowd: right": float(np.mean(right)),
-        "crowd: exact posterior": float(best[fair].mean()),
-    }
+    true_words = np.array(words)[truth[fair]]
+    single = [float(np.mean(said[fair] == true_words)) for said in members]
+    share = float(np.mean(right))
+    facts = {"crowd: right": share, "crowd: its standard error": error_of(share, len(fair))}
+    if single:
+        facts |= {
+            "crowd: best single member": max(single),
+            "crowd: mean single member": float(np.mean(single)),
+        }
+    return facts | {"crowd: exact posterior": float(best[fair].mean())}
+
+
+def error_of(share: float, count: int) -> float:
+    """Standard error of a share of so many clips."""
+    return (share * (1 - share) / count) ** 0.5
 
 
 def table(result: Demo, seconds: float) -> Iterator[str]:
     """The closing lines."""
-    yield f"{'filter':<24}{'kept':>8}{'precision':>11}{'recall':>9}{'purity':>9}"
+    heads = ("kept", "precision", "recall", "purity", "right kept")
+    yield f"{'filter':<24}" + "".join(f"{head:>12}" for head in heads)
     for name, row in result.filters.items():
-        yield (
-            f"{name:<24}{row['kept']:>8,}{row['precision']:>11.3f}{row['recall']:>9.3f}"
-            f"{row['purity']:>9.3f}"
-        )
-    yield "precision and recall are those of dropping; purity is the share of kept that are right"
+        shares = (row[key] for key in ("precision", "recall", "purity", "right_kept"))
+        yield f"{name:<24}{row['kept']:>12,}" + "".join(f"{share:>12.3f}" for share in shares)
+    yield "precision and recall are those of dropping what is not right; those of keeping what is"
+    yield "right are purity, the share of kept clips that are right, and right kept"
     for name, value in result.facts.items():
         yield f"{name}: {value:.3f}"
     yield f"{seconds:.0f} s"

@@ -76,7 +76,7 @@ def test_the_tables_agree_on_the_default_and_on_the_papers_best():
 def test_tables_3_and_4_share_sets_and_train_on_what_the_filter_left():
     runs = plan([3, 4, "fig4"], [0, 1], WORKDIR)
     variants = {variant for variant, _ in runs}
-    assert len(variants) == 3 + 2 + 5 + 5 and len(runs) == 2 * len(variants)
+    assert len(variants) == 3 + 2 + 5 + 5 + 1 and len(runs) == 2 * len(variants)
     run = runs[Variant(data="raw-low-e"), 1]
     config, _ = parse_command_line(run.flags)
     assert config.data.train == str(WORKDIR / "worlds" / "1" / "sets" / "raw-low-e")
@@ -85,6 +85,11 @@ def test_tables_3_and_4_share_sets_and_train_on_what_the_filter_left():
     assert noisy.data.test == str(WORKDIR / "worlds" / "0" / "sets" / "face-x32" / "test")
     with pytest.raises(RunError, match="vary or fix config.data.train"):
         plan([4], [0], WORKDIR, ["--config.data.train=x"])
+    fresh, _ = parse_command_line(runs[Variant(data="untrained"), 0].flags)
+    assert (fresh.data.train, fresh.steps, fresh.optimizer.learning_rate) == ("demo", 1, 0)
+    longer = plan([4], [0], WORKDIR, ["--config.steps=90", "--config.optimizer.learning_rate=1e-2"])
+    steps = {v.data: parse_command_line(run.flags)[0].steps for (v, _), run in longer.items()}
+    assert steps.pop("untrained") == 1 and set(steps.values()) == {90}
     assert set(ablation.sampled_keys([4], runs)) == {k for k in runs if k[0] in FILTERS}
 
 
@@ -106,6 +111,9 @@ def test_sampled_answers_purity_and_clips_stand_beside_greedy_ones():
     assert plus["sampled_difference"] == pytest.approx((0.4, 0.0))
     assert plus["purity"][0] == pytest.approx(0.9) and plus["clips"] == 2000
     assert rows["none"]["sampled_difference"] is None and rows["low"]["sampled"] is None
+    fresh = {(Variant(data="untrained"), 0): {"clips": 6144, "purity": 1.0, "sampled": 0.04}}
+    row = summarise(4, outcomes, sets | fresh)["rows"][-1]
+    assert (row["sampled"], row["clips"], row["purity"]) == ((0.04, None), None, None)
     text = markdown(report)
     head = text.splitlines()[0]
     assert '| worlds | against "none" | sampled | ' in head and head.endswith("| clips | paper |")

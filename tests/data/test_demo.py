@@ -31,6 +31,7 @@ def first(clips: Clips, n: int) -> Clips:
         {m: values[:n] for m, values in clips.present.items()},
         clips.subtitles[:n],
         clips.labels[:n],
+        clips.conflict[:n],
     )
 
 
@@ -148,6 +149,11 @@ def test_absence_and_conflict_are_as_frequent_as_stated():
     shown = np.repeat(np.arange(levels), 2)
     far = abs(shown[None] - valence[:, None]) >= 2  # [emotion, cue]
     assert not CUE_TABLES["face"][far].any()
+    # And that is said, for the modalities that are there.
+    torn = np.array([word == "face" for word in clips.conflict])
+    assert torn[far[clips.emotion, clips.cues["face"]] & clips.present["face"]].all()
+    marked = np.array([bool(word) for word in clips.conflict])
+    assert_share(marked, CONFLICT * (1 - demo.ABSENT) * (1 - 1 / len(EMOTIONS)))
     given_conflict = (far @ CUE_TABLES["face"].T).mean()
     assert_share(far[clips.emotion, clips.cues["face"]], CONFLICT / 3 * given_conflict)
 

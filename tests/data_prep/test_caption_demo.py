@@ -113,7 +113,10 @@ def test_a_small_demo_ends_in_a_table_and_is_not_made_twice(tmp_path):
     assert purity["none"] + 0.05 < purity["low"] < purity["low+emotion+sentiment"]
     assert result.facts["length: failed and rambling dropped"] == 1
     said = list(demo.table(result, 1.0))
-    assert said[0].split() == ["filter", "kept", "precision", "recall", "purity"]
+    assert said[0].split() == "filter kept precision recall purity right kept".split()
+    facts = result.facts
+    assert facts["crowd: mean single member"] <= facts["crowd: best single member"] <= 1
+    assert 0.02 < facts["crowd: its standard error"] < 0.05
     assert len(said) > 6
     files = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"]
     before = {p: p.read_bytes() for p in files}
@@ -171,5 +174,8 @@ def test_every_level_of_the_filter_makes_the_set_purer(seed, tmp_path):
     assert facts["length: others dropped"] < 0.03
     assert facts["speaker check: right where decided"] >= 0.95
     assert facts["speaker check: unsure"] <= 0.2
+    # The vote is at least as good as the best member, which only the truth tells, within its error.
+    error = 2 * facts["crowd: its standard error"]
+    assert facts["crowd: right"] >= facts["crowd: best single member"] - error
     # With 1,536 labelled clips a corpus, the crowd of world 0 is 0.035 below what can be known.
     assert facts["crowd: right"] >= facts["crowd: exact posterior"] - 0.05

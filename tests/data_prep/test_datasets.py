@@ -118,6 +118,65 @@ def test_labels_alone_are_a_set(tmp_path, capsys):
     assert "published 1,532" in capsys.readouterr().out
 
 
+def test_human_labels_of_mer2026_need_no_brackets(tmp_path):
+    folder = tmp_path / "mer2026-dataset"
+    folder.mkdir()
+    rows = [("sample_1", "shocked,care,serious"), ("sample_2", "[sad]")]
+    write_rows(folder / "track2_train_human.csv", ["name", "openset"], rows)
+    out = tmp_path / "out.csv"
+    datasets.main(["--set=mer2026human", f"--root={tmp_path}", f"--out={out}"])
+    assert [r.labels for r in plain(out)] == [("shocked", "care", "serious"), ("sad",)]
+
+
+PAIRS = [
+    ("sample_1", "She smiles,\nthen laughs.", "He waits.", "a2"),
+    ("sample_2", "One.", "Two.", "same"),
+    ("sample_1", "A third.", "A fourth.", "a1"),
+]
+
+
+def test_pairs_of_mer_prefer_are_records_with_alternatives(tmp_path, capsys):
+    folder = tmp_path / "mer2026-dataset"
+    folder.mkdir()
+    path = folder / "track3_emoprefer.csv"
+    write_rows(path, ["name", "a1", "a2", "preference"], PAIRS)
+    (folder / "audio").mkdir()
+    (folder / "audio" / "sample_1.wav").touch()
+    out = tmp_path / "out.csv"
+    command = ["--set=emoprefer", f"--root={tmp_path}", f"--out={out}"]
+    datasets.main(command)
+    one, two, again = plain(out)
+    assert (one.alternatives, one.preferred) == (("She smiles, then laughs.", "He waits."), "a2")
+    assert (two.name, two.preferred) == ("sample_2", "same")
+    assert (again.name, again.alternatives) == ("sample_1#2", ("A third.", "A fourth."))
+    rows = list(csv.DictReader(out.open(encoding="utf-8", newline="")))
+    sound = str(folder / "audio" / "sample_1.wav")
+    assert [row["audio"] for row in rows] == [sound, "", sound]
+    said = capsys.readouterr().out
+    assert "size: 3 clips, published 574" in said and "preferred: a1 1, a2 1, same 1" in said
+    assert "1 rows of a clip that stands there already are called NAME#2" in said
+    write_rows(path, ["name", "a1", "a2", "preference"], [("s", "One.", "Two.", "both")])
+    with pytest.raises(SystemExit, match="emoprefer.csv, line 2: expected two descriptions and a"):
+        datasets.main(command)
+
+
+def test_candidates_are_names_alone_and_leftovers_of_both_sides_are_told(tmp_path, capsys):
+    folder = tmp_path / "mer2026-dataset"
+    names = ["samplenew4_1", "samplenew3_1", "samplenew3_2"]
+    (folder / "openface_face").mkdir(parents=True)
+    for name in ("samplenew4_1", "samplenew4_8", "samplenew4_9"):
+        (folder / "openface_face" / f"{name}.npy").touch()
+    write_rows(folder / "track1_track2_candidate.csv", ["name"], [(name,) for name in names])
+    write_rows(folder / "subtitle_chieng.csv", ["name", "english"], [("samplenew4_1", "Oh!")])
+    out = tmp_path / "out.csv"
+    datasets.main(["--set=mer2026candidates", f"--root={tmp_path}", f"--out={out}"])
+    assert [(r.name, r.subtitle) for r in plain(out)] == list(zip(names, ["Oh!", "", ""]))
+    said = capsys.readouterr().out
+    assert "2 clips without face in" in said and "2 files in" in said
+    expected = "clips without face: samplenew3_... 2; files: samplenew4_... 2"
+    assert f"by how names begin: {expected}" in said
+
+
 @pytest.mark.parametrize("kind", ["coarse", "fine"])
 def test_merrs_json_is_read_by_clip(kind, tmp_path, capsys):
     folder = tmp_path / "MER2023"

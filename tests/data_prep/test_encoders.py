@@ -232,7 +232,7 @@ def test_weights_that_are_not_in_the_cache_are_not_downloaded(tmp_path, monkeypa
             HubError, match="^--video clip.*: openai/clip-vit-large-patch14 is"
         ) as no:
             find_encoder(text, "video")
-        assert f"it is not in the hub's cache ({tmp_path}); pass --download" in str(no.value)
+        assert f"it is not whole in the hub's cache ({tmp_path}); pass --download" in str(no.value)
         assert str(no.value).endswith(f"as in --video {text.partition('=')[0]}=DIR")
 
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.lexicon import Source, compile_lexicon, load_lexicon
@@ -20,6 +21,7 @@ from affectgpt_jax.evaluation.metrics import (
     protocols,
     score_basic,
     score_fine,
+    score_preference,
     score_sentiment,
     score_words,
     unibench_mean,
@@ -422,3 +424,31 @@ def test_clips_that_are_not_scored_have_no_score_of_their_own():
     assert np.isnan(clip_scores(score_sentiment(["", ""], [1.0, 0.0]))).tolist() == [False, True]
     basic = clip_scores(score_basic([["low"], ["low"]], ["sad", "zebra"], SMALL))
     assert basic[0] == 1 and np.isnan(basic[1])
+
+
+def test_preferences_count_as_in_mer_prefer():
+    """Against scikit-learn's definitions, by hand: same is left out of the truth and is a1."""
+    truth = ["a1", "a1", "a2", "same", "a2", "a1"]
+    said = ["a1", "same", "a2", "a2", "I cannot say", "a2"]
+    score = score_preference(said, truth)
+    # a1: 2 of 3 found, 3 claimed; a2: 1 of 2 found, 2 claimed.
+    f1 = {"a1": 2 * 2 / (3 + 3), "a2": 2 * 1 / (2 + 2)}
+    assert score.values["weighted_f1"] == pytest.approx((3 * f1["a1"] + 2 * f1["a2"]) / 5)
+    assert score.values["accuracy"] == pytest.approx(3 / 5)
+    assert score.counts["scored"] == 5 and score.counts["unknown_predicted"] == {"i cannot say": 1}
+    assert np.isnan(clip_scores(score)[3]) and clip_scores(score)[1] == 1
+    assert bootstrap(score, 20)["weighted_f1"].low <= score.primary
+    with pytest.raises(ScoreError, match="none of 1 clips has a preference"):
+        score_preference(["a1"], ["same"])
+
+
+def test_preferences_are_read_as_mer2026_writes_them(tmp_path):
+    truth = tmp_path / "track3_emoprefer.csv"
+    truth.write_text("name,a1,a2,preference\nx,One.,Two.,a2\ny,Three.,Four.,same\n")
+    said = tmp_path / "said.csv"
+    said.write_text("name,preference\nx,A2\ny,a1\n")
+    pairs = pair(read_predictions(said, "preference"), read_truth(truth, "preference"))
+    assert score_preference(pairs.predictions, pairs.truth).values["accuracy"] == 1
+    truth.write_text("name,preference\nx,both\n")
+    with pytest.raises(ReadError, match="expected one of a1, a2, same, found 'both'"):
+        read_truth(truth, "preference")

@@ -115,12 +115,25 @@ def test_the_table_has_the_shape_of_table_2():
     assert ours.cells[9].value == pytest.approx(np.mean(scores))
     assert ours.cells[9].interval.low < ours.cells[9].value < ours.cells[9].interval.high
     assert all(cell.comparable for cell in ours.cells)
-    assert [cell.value for cell in peers[-1].cells] == [
+    systems = read_published("2/12")
+    assert [cell.value for cell in peers[len(systems) - 1].cells] == [
         *(read_published("2/12")[-1].values[name] for name in NINE),
         0.7477,
         None,
     ]
     assert not any(cell.interval for row in peers for cell in row.cells)
+    # Later systems stand below, each with its paper; of ours there is none.
+    later = {row.name: (row.cells[9].value, row.source) for row in peers[len(systems) :]}
+    assert later == {
+        "AffectGPT-R1": (0.7948, "arXiv 2508.01318"),
+        "OmniOPSD": (0.8419, "arXiv 2606.15920"),
+    }
+    assert {row.source for row in peers[: len(systems)]} == {"arXiv 2501.16566"}
+    lines = render_markdown(table).splitlines()
+    assert lines[2].endswith("| Source |") and lines[4].endswith("|  |")
+    assert any("OmniOPSD" in line and line.endswith("| arXiv 2606.15920 |") for line in lines)
+    alone = render_markdown(main_table("ours", "", sets, group_means(sets, 20), peers=False))
+    assert "Source" not in alone
 
 
 def test_without_all_nine_there_is_no_mean():

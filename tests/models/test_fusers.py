@@ -17,8 +17,15 @@ SLOTS = tuple(MODALITIES)
 LLM_WIDTH = 12
 LENGTHS = {"audio": 3, "face": 4, "frame": 5, "image": 6}
 KINDS = ("attention", "mean", "qformer")
+# Beside these, a pre-fusion of what the heads make of the features.
+ALL_KINDS = (*KINDS, "projected")
 # Each Q-Former takes seconds to compile, so these two stand for the others of the same classes.
-SLOTS_OF_KIND = {"attention": SLOTS, "mean": SLOTS, "qformer": ("multi", "audio")}
+SLOTS_OF_KIND = {
+    "attention": SLOTS,
+    "mean": SLOTS,
+    "qformer": ("multi", "audio"),
+    "projected": ("multi", "audio", "face"),
+}
 
 # Sums of some tens of float32 terms of order 1, three to five such sums deep.
 FLOAT32 = {"atol": 1e-5, "rtol": 1e-5}
@@ -32,6 +39,8 @@ def small(slots: tuple[str, ...] = SLOTS, **changes) -> FusionConfig:
 
 def all_of_one_kind(kind: str, slots: tuple[str, ...] = SLOTS) -> FusionConfig:
     """Every slot by the given kind, or by its default where there is no such kind."""
+    if kind == "projected":  # a kind of the pre-fusion alone
+        return small(slots, kinds={"multi": kind})
     kinds = {"video": kind, "audio": kind}
     if kind != "attention":
         kinds["image"] = kind
@@ -172,6 +181,25 @@ def test_pre_fusion_attention_is_equations_5_to_7(video_present: bool, audio_pre
     np.testing.assert_allclose(actual[:, 0], expected, **FLOAT32)
 
 
+@pytest.mark.parametrize("slots", [("multi", "audio", "face"), ("face", "multi", "audio")])
+def test_a_projected_pre_fusion_fuses_the_tokens_of_the_heads(slots: tuple) -> None:
+    config = small(slots, kinds={"multi": "projected"})
+    params, features = make_params(config), make_features(config, batch=3)
+    present = {"face": jnp.array([True, True, False]), "audio": jnp.array([True, False, True])}
+    tokens = dict(zip(slots, apply(config, params, features, present).swapaxes(0, 1), strict=True))
+
+    multi = float64(params)["multi"]
+    assert multi["video_projection"]["kernel"].shape == (LLM_WIDTH, config.width)
+    ones = {name: np.asarray(mask)[:, None] for name, mask in present.items()}
+    video = affine(multi["video_projection"], np.float64(tokens["face"])) * ones["face"]
+    audio = affine(multi["audio_projection"], np.float64(tokens["audio"])) * ones["audio"]
+    weights = affine(
+        multi["score"], affine(multi["hidden"], np.concatenate([video, audio], axis=1))
+    )
+    fused = weights[:, :1] * video + weights[:, 1:] * audio
+    np.testing.assert_allclose(tokens["multi"], affine(multi["projection"], fused), **FLOAT32)
+
+
 def test_pre_fusion_reads_the_chosen_visual_feature() -> None:
     params = make_params(small(("multi",)))
     features = make_features(small(), batch=2)
@@ -242,7 +270,7 @@ def test_qformer_sees_the_order_of_the_sequence(slot: str) -> None:
 # --- absent modalities ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_absent_modalities_are_exact_zeros_and_never_leak(kind: str, poison: float) -> None:
     config = all_of_one_kind(kind, SLOTS_OF_KIND[kind])
@@ -267,7 +295,7 @@ def test_absent_modalities_are_exact_zeros_and_never_leak(kind: str, poison: flo
         assert bool((gradient[present[name]] != 0).any())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_batch_without_any_modality_moves_no_parameter(kind: str) -> None:
     config = all_of_one_kind(kind, SLOTS_OF_KIND[kind])
     batch, present = every_presence(config)
@@ -277,7 +305,7 @@ def test_a_batch_without_any_modality_moves_no_parameter(kind: str) -> None:
     assert all(bool((leaf == 0).all()) for leaf in jax.tree.leaves([tokens, gradients]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_a_sample_does_not_depend_on_its_neighbours(kind: str) -> None:
     config = all_of_one_kind(kind, SLOTS_OF_KIND[kind])
     batch, present = every_presence(config)
@@ -442,6 +470,10 @@ def test_inputs_are_what_the_slots_read(slots: tuple, inputs: tuple) -> None:
         ),
         ({"slots": ("audio", "face", "audio")}, "twice"),
         ({"kinds": {"multi": "mean"}}, "fusion 'mean'.*attention, qformer"),
+        (
+            {"slots": ("multi", "audio"), "kinds": {"multi": "projected"}},
+            "fusion='projected' reads the tokens of face and audio, but .* none of face",
+        ),
         ({"kinds": {"video": "max"}}, "projectors.video 'max'.*attention, mean, qformer"),
         ({"kinds": {"audio": ""}}, "projectors.audio ''.*attention, mean, qformer"),
         ({"kinds": {"image": "attention"}}, "projectors.image 'attention'.*mean, qformer"),

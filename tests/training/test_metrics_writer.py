@@ -22,6 +22,7 @@ from affectgpt_jax.training.metrics_writer import (
     Sample,
     Throughput,
     TimeBuckets,
+    divergence,
     read_metrics,
     summary_table,
 )
@@ -650,3 +651,28 @@ def test_the_jax_profiler_leaves_a_trace(tmp_path: Path) -> None:
             jnp.sin(jnp.ones(8))
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 0
+
+
+FALLING = [3.0 - i / 50 for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (FALLING, ""),
+        ([2.0], ""),
+        # A batch is above the first, the last ones together are not.
+        ([*FALLING, 3.5, 1.0, 1.0, 1.0, 1.0, 1.1], ""),
+        # Half of what was gained is lost, and a little less; of 120 losses, six are averaged.
+        ([*FALLING, *[2.2] * 20], "fell from 3 to 1.07 about step 94, and rose again to 2.2"),
+        ([*FALLING, *[1.9] * 20], ""),
+        (FALLING[::-1], "ended at 2.96, above the 1.02 that it began with"),
+        ([2.0, None, 2.5], "ended at 2.5, above the 2 that it began with"),
+    ],
+)
+def test_a_loss_that_ends_higher_is_said(tmp_path: Path, losses: list, said: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = divergence(path)
+    assert found == (f"the training loss {said}" if said else "")

@@ -88,7 +88,8 @@ def test_what_drives_a_run_has_panels_below_where_it_is_logged(draw):
     ]
     records += [{"step": 9, "rate/tokens/s": 5000.0}]
     panels = draw(records)
-    assert list(panels) == ["loss", "score", "learning rate", "gradient norm", "tokens/s"]
+    # No score was logged, so that there is no panel for it.
+    assert list(panels) == ["loss", "learning rate", "gradient norm", "tokens/s"]
     assert heights(panels["learning rate"]) == [[1e-3] * 8]
     raw, smoothed = heights(panels["gradient norm"])
     assert raw == [10.0 / s for s in range(1, 9)] and len(smoothed) == 8
