@@ -10,6 +10,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(
     r'^__version__ = "(.+)"$', (ROOT / "affectgpt_jax" / "__init__.py").read_text(), re.MULTILINE
 )[1]
+# A page, and an API for scripts; in the environment of the tests too.
+SERVE = ["starlette>=1.0", "uvicorn>=0.34"]
 
 setup(
     name="affectgpt-jax",
@@ -86,6 +88,7 @@ setup(
             "av>=15",
             "opencv-python-headless>=4.9,<5",
             "openai>=3.57",  # asks a server that the tests start
+            *SERVE,
         ],
         "parity": ["torch>=2.9", "peft>=0.17"],
         # OpenCV 5 ships no cascades, which find faces.
@@ -98,6 +101,7 @@ setup(
         # mkdocs 2 has neither plugins nor this theme.
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
         "openai": ["openai>=3.57"],
+        "serve": SERVE,
         "wandb": ["wandb>=0.19"],
         # XLA's CUDA compiler and what assembles its kernels, for plan --compile: none of CUDA's
         # libraries, and not JAX's plugin package, which prints lines at every import without a GPU.

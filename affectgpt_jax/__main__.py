@@ -22,6 +22,8 @@ COMMANDS = {
         "reinforce": "go on from a run by the score of what it writes",
         "prefer": "go on from a run by preferences between two answers",
         "predict": "ask a trained run about clips",
+        "describe": "ask a trained run about videos and sounds",
+        "serve": "a web page and an API that ask a trained run",
         "evaluate": "answers, labels, scores and a report of a trained run",
         "weights": "inspect weights; export them to PEFT, PyTorch or the hub",
     },
@@ -48,7 +50,7 @@ COMMANDS = {
     },
 }
 DATA_PREP = (
-    *("extract", "caption", "crowd", "speakers"),
+    *("describe", "serve", "extract", "caption", "crowd", "speakers"),
     *("datasets", "statistics", "to-tfds", "release-prompts"),
 )
 

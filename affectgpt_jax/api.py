@@ -28,9 +28,9 @@ from affectgpt_jax.common.text import print_lines
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
+    from affectgpt_jax.asking import ClipAnswer
     from affectgpt_jax.evaluation.results import Result
     from affectgpt_jax.evaluation.summary import Report
-    from affectgpt_jax.predict import ClipAnswer
     from affectgpt_jax.restore import Run
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "ask_clips",
     "evaluate_run",
     "get_config",
+    "load_checkpoint",
     "load_run",
     "run_training",
     "score_files",
@@ -68,6 +69,7 @@ def run_training(
     *,
     fallback: bool = False,
     allow_other: Collection[str] = (),
+    download: bool = False,
 ) -> dict[str, Any]:
     """Train, or resume what the workdir holds, and score the held-out clips.
 
@@ -78,6 +80,7 @@ def run_training(
         workdir: its directory.
         fallback: go on from an older checkpoint where the newest is damaged.
         allow_other: of "prompts" and "lexicon": go on though it is another one than the run had.
+        download: get what is the hub's and not in the hub's cache.
 
     Returns:
         What `result.json` in the workdir holds.
@@ -88,11 +91,13 @@ def run_training(
     """
     from affectgpt_jax import config as configs
     from affectgpt_jax import train
-    from affectgpt_jax.restore import set_up_process
+    from affectgpt_jax.restore import download_models, set_up_process
     from affectgpt_jax.training.checkpoints import check_path
     from affectgpt_jax.training.stopping import Stopped, lock_workdir
 
     configs.validate(config)
+    if download:
+        download_models(config)
     set_up_process()
     place = Path(workdir).expanduser()
     check_path(place)
@@ -111,16 +116,18 @@ def load_run(
     mesh: str = "",
     merge_lora: str = "",
     allow_other: Collection[str] = (),
+    download: bool = False,
 ) -> Run:
     """A trained run, ready to be asked; it may still be training.
 
     Args:
         workdir: of the run.
         step: of the checkpoint; the best on validation if None.
-        llm: directory of the base, if not where the run's config says.
+        llm: the base, if not where the run's config says.
         mesh: devices, if not the run's.
         merge_lora: instead of the run's `generate.merge_lora`.
         allow_other: "prompts": use the run though they are others than it was trained with.
+        download: get a base of the hub's that is not in the hub's cache.
 
     Raises:
         UserError: a workdir without a run, another base, no such or a damaged checkpoint.
@@ -129,9 +136,39 @@ def load_run(
 
     restore.set_up_process()
     place = Path(workdir).expanduser()
-    return restore.load_run(
-        place, step, llm=str(llm), mesh=mesh, merge_lora=merge_lora, allow_other=allow_other
-    )
+    how = {"mesh": mesh, "merge_lora": merge_lora, "download": download}
+    return restore.load_run(place, step, llm=str(llm), allow_other=allow_other, **how)
+
+
+def load_checkpoint(
+    checkpoint: Place,
+    config: ConfigDict | None = None,
+    *,
+    llm: Place = "",
+    mesh: str = "",
+    merge_lora: str = "",
+    download: bool = False,
+) -> Run:
+    """Trained weights without a training, ready to be asked, as `--checkpoint` takes them.
+
+    Args:
+        checkpoint: a `.pth` of the PyTorch release, a PEFT adapter's directory, a run that was
+            exported, or one of these on the hub, as "OWNER/NAME" or "hf:OWNER/NAME/FILE".
+        config: that a `.pth` or an adapter belongs to, as `get_config` returns it; with the
+            prompts that it was trained on. An exported run has its own.
+        llm: the base, if not where the config says.
+        mesh: devices, if not the config's.
+        merge_lora: instead of the config's `generate.merge_lora`.
+        download: get what is the hub's and not in the hub's cache.
+
+    Raises:
+        UserError: no checkpoint, one that does not fit the config, no base.
+    """
+    from affectgpt_jax import restore
+
+    restore.set_up_process()
+    how = {"mesh": mesh, "merge_lora": merge_lora, "download": download}
+    return restore.open_checkpoint(str(checkpoint), config, llm=str(llm), **how).with_weights()
 
 
 def ask_clips(
@@ -139,7 +176,7 @@ def ask_clips(
     question: str,
     *,
     records: Place | None = None,
-    names: Sequence[str] | None = None,
+    names: str | Sequence[str] | None = None,
     first: int | None = None,
     max_new_tokens: int | None = None,
     batch_size: int | None = None,
@@ -151,11 +188,11 @@ def ask_clips(
     """Ask a question about clips, as `affectgpt predict` does.
 
     Args:
-        run: of `load_run`.
+        run: of `load_run` or `load_checkpoint`.
         question: a label type, such as "ovlabel" or "description", or any text.
         records: a record directory; the run's test set if None.
-        names: of clips; all if None.
-        first: so many clips, where no names are given.
+        names: of clips, or of one; all if None.
+        first: so many clips instead of names.
         max_new_tokens, batch_size: the run's if None.
         temperature, top_p, repetition_penalty: of sampling; a temperature of 0 does not sample.
         seed: of sampling.
@@ -166,17 +203,30 @@ def ask_clips(
     Raises:
         UserError: clips, a question or settings that cannot be used.
     """
-    from affectgpt_jax import predict
+    from affectgpt_jax import asking
     from affectgpt_jax.models.generate import Sampling
 
     try:
         sampling = Sampling(temperature, top_p, repetition_penalty)
     except ValueError as error:
-        raise predict.PredictError(str(error)) from None
-    predict.check_questions([question])
+        raise asking.PredictError(str(error)) from None
+    for what, value in (
+        ("first", first),
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+    ):
+        if value is not None and value < 1:
+            raise asking.PredictError(f"{what} is {value}; expected 1 or more")
+    asking.check_seed(seed)
+    names = [names] if isinstance(names, str) else names
+    if names is not None and (first is not None or not len(names)):
+        raise asking.PredictError("names is to hold names of clips, and first to be None beside it")
+    if names is not None and len(set(names)) < len(names):
+        raise asking.PredictError("names has a clip twice")
+    asking.check_questions([question])
     place = None if records is None else str(records)
-    clips = predict.choose_clips(predict.open_clips(run, place), names, first)
-    generator = predict.make_generator(
+    clips = asking.choose_clips(asking.open_clips(run, place), names, first)
+    generator = asking.make_generator(
         run,
         clips,
         max_new_tokens=max_new_tokens,
@@ -186,7 +236,7 @@ def ask_clips(
     )
     answers = generator.answer(run.trainable, clips, question)
     return [
-        predict.as_dict(run, entry.name, question, answer)
+        asking.as_dict(run, entry.name, question, answer)
         for entry, answer in zip(clips.index, answers.each, strict=True)
     ]
 
@@ -206,7 +256,7 @@ def evaluate_run(
     """Answers, labels, scores and a report of a run, as `affectgpt evaluate` makes them.
 
     Args:
-        run: of `load_run`.
+        run: of `load_run` or `load_checkpoint`.
         sets: record directories by NAME or NAME:TASK; the run's own test set if None.
         question: a label type; the first that the run was trained on if None.
         steps: checkpoints by number, "best" or "all".
@@ -214,14 +264,16 @@ def evaluate_run(
         lexicon: directory of the official emotion wheels; the shipped ones if None.
         bootstrap: resamples of the intervals; 0 makes none.
         seed: of resampling and of the examples.
-        out: where everything is written; `evaluate` in the run's workdir if None.
+        out: where everything is written; `evaluate` in the run's workdir if None; to be named of
+            a checkpoint outside a run.
 
     Raises:
         UserError: what `affectgpt evaluate` would end with.
     """
     from affectgpt_jax import evaluate
 
-    argv = [f"--workdir={run.workdir}", f"--bootstrap={bootstrap}", f"--seed={seed}"]
+    place = "workdir" if run.has_workdir else "checkpoint"
+    argv = [f"--{place}={run.workdir}", f"--bootstrap={bootstrap}", f"--seed={seed}"]
     argv += [f"--set={name}={place}" for name, place in (sets or {}).items()]
     given = {"question": question, "max-clips": max_clips, "lexicon": lexicon, "out": out}
     argv += [f"--{flag}={value}" for flag, value in given.items() if value is not None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from affectgpt_jax import cpu
+from affectgpt_jax.common import hub
 from affectgpt_jax.common.identity import Identity, code_identity, json_sha256
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
@@ -26,6 +28,7 @@ from affectgpt_jax.data.modalities import HEADS, INPUT_MODES, MODALITIES, InputM
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.records import (
+    EXTRACTION,
     MANIFEST_FILE,
     RecordDataset,
     Records,
@@ -44,35 +47,78 @@ from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.training.devices import FP8_CAPABILITY
 from affectgpt_jax.training.optimizer import OptimizerConfig
 from affectgpt_jax.training.sharding import parse_mesh
-from affectgpt_jax.weights.huggingface import read_config
+from affectgpt_jax.weights.huggingface import WeightsError, read_config, weight_files
+
+# Of a base on the hub; none is a pickle, and none is code.
+_BASE_FILES = (
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
+    *("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+)
 
 
-def base_directory(llm: str) -> Path:
-    """Directory of `config.llm`: "tiny" for the base that ships with the package, or a path.
+def base_directory(llm: str, download: bool = False) -> Path:
+    """Directory of `config.llm`: "tiny" for the base that ships with the package, a path, or a
+    model of the hub (`common/hub.py`), which is looked up in the hub's cache.
+
+    Args:
+        llm: the value of the key.
+        download: get from the hub what its cache lacks.
 
     Raises:
         ConfigError: no such directory.
+        HubError: a model of the hub that is not here, or cannot be had.
     """
     if llm == "tiny":
         return Path(str(importlib.resources.files("affectgpt_jax") / "assets" / "tiny_base"))
+    if place := hub.parse_place(llm):
+        return hub.find(place, "config.llm", _BASE_FILES, _lacks_of_base, download)
     path = Path(llm).expanduser()
     if not path.is_dir():
         raise ConfigError(
             f"config.llm={llm!r} is not a directory; download the model and pass its directory "
-            "as --config.llm=/path/to/Qwen2.5-7B-Instruct (or 'tiny' for the one that ships)"
+            "as --config.llm=/path/to/Qwen2.5-7B-Instruct, or its name on the hub with --download, "
+            "as --config.llm=Qwen/Qwen2.5-7B-Instruct (or 'tiny' for the one that ships)"
         )
     return path
 
 
-def base_config(llm: str) -> DecoderConfig:
+def _lacks_of_shape(directory: Path) -> str | None:
+    return None if (directory / "config.json").is_file() else "config.json is missing"
+
+
+def _lacks_of_base(directory: Path) -> str | None:
+    if not (directory / "tokenizer.json").is_file():
+        return "tokenizer.json is missing"
+    try:
+        weight_files(directory)
+    except WeightsError as error:
+        return str(error)
+    return _lacks_of_shape(directory)
+
+
+def base_config(llm: str, download: bool = False) -> DecoderConfig:
     """Shape of `config.llm`; of a published model by its name alone, without any file.
+
+    Args:
+        llm: the value of the key.
+        download: get what says it, of a model of the hub, where the hub's cache lacks it.
 
     Raises:
         ConfigError: neither a directory nor a published name.
+        HubError: a model of the hub that is not here, or cannot be had.
     """
     if llm in PUBLISHED and not Path(llm).is_dir():
         return PUBLISHED[llm]
-    return read_config(base_directory(llm))
+    place = hub.parse_place(llm)
+    if place is None:
+        return read_config(base_directory(llm))
+    try:
+        found = hub.find(place, "config.llm", ("config.json",), _lacks_of_shape, download)
+    except hub.HubError:
+        if (name := place.repository.rpartition("/")[2]) in PUBLISHED:
+            return PUBLISHED[name]
+        raise
+    return read_config(found)
 
 
 def tokenizer(directory: Path, llm: DecoderConfig) -> Tokenizer:
@@ -402,8 +448,7 @@ def data(
         PromptError: a prompt file that cannot be used.
     """
     check_data(config)
-    one = data_set(config.data.train)
-    sets = config.data.mixture.to_dict() if config.data.mixture else {"train": one.to_dict()}
+    sets = training_sets(config)
 
     def source(name: str, place: str, split: str, entry: Mapping[str, Any]) -> MixtureComponent:
         mode = entry["input"] or config.input
@@ -422,7 +467,7 @@ def data(
             val.append(dataclasses.replace(whole, dataset=held_out))
             whole = dataclasses.replace(whole, dataset=mine)
         train.append(whole)
-    plain = one.to_dict()
+    plain = data_set(config.data.train).to_dict()
     if config.data.val:
         val = [source("val", config.data.val, "val", plain)]
     test = source("test", config.data.test, "test", plain) if config.data.test else None
@@ -430,13 +475,32 @@ def data(
     return Data(train, val, test)
 
 
+def training_sets(config: ConfigDict) -> dict[str, dict[str, Any]]:
+    """The data sets that a config trains on by name, as `data_set` describes each."""
+    return config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+
+
+# What a run keeps of the extraction of its records, which need not stay where they are.
+EXTRACTION_FILE = "extraction.json"
+
+
+def keep_extraction(workdir: Path, train: Sequence[MixtureComponent]) -> None:
+    """Write how the features of the training records were made; nothing where they do not say it,
+    or by several encoders."""
+    manifests = [component.dataset.manifest for component in train]
+    found = [manifest.extra.get(EXTRACTION, {}) for manifest in manifests]
+    made = [settings.get("encoders") for settings in found]
+    if made[0] and all(encoders == made[0] for encoders in made):
+        facts = {"features": manifests[0].features, EXTRACTION: found[0]}
+        write_json(workdir / EXTRACTION_FILE, facts)
+
+
 def training_clips(config: ConfigDict) -> int | None:
     """How many clips an epoch of a config has, by manifests alone; None where one is not here."""
     if not config.data.train and not config.data.mixture:
         return None
-    sets = config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
     total = 0.0
-    for entry in sets.values():
+    for entry in training_sets(config).values():
         if demo.world_seed(entry["source"], config.demo_seed) is not None:
             count = demo.SIZES["train"]
         elif (manifest := Path(entry["source"]).expanduser() / MANIFEST_FILE).is_file():
@@ -460,8 +524,8 @@ def check_data(config: ConfigDict) -> None:
             "config.data.train names no records; pass --config.data.train=DIR, or 'demo'"
         )
     load_prompts(config.prompts)
-    sets = config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
-    places = [(entry["source"], "train", entry["input"]) for entry in sets.values()]
+    sets = training_sets(config).values()
+    places = [(entry["source"], "train", entry["input"]) for entry in sets]
     places += [(config.data[split], split, "") for split in ("val", "test") if config.data[split]]
     for place, split, mode in places:
         if (features := _declared_features(config, place)) is not None:

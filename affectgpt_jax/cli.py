@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.text import brief
 
 COLUMNS = 80
@@ -106,6 +107,35 @@ def add_chat_server_flags(add: Callable[..., Any]) -> None:
     add("--concurrency", type=int, default=8, metavar="N", help="requests at a time; default: 8")
 
 
+def add_download_flag(add: Callable[..., Any]) -> None:
+    """The flag without which nothing is downloaded, of every command that takes models of the hub.
+
+    Args:
+        add: `add_argument` of the parser.
+    """
+    add(
+        "--download",
+        action="store_true",
+        help="get models of the hub that are not in the hub's cache",
+    )
+
+
+def parse_with_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of a parser, and the `--config.KEY=VALUE` beside them.
+
+    Raises:
+        UsageError: an unknown flag, or one that is missing.
+        SystemExit: after printing the help.
+    """
+    own, overrides = parser.parse_known_args(argv)
+    for arg in overrides:
+        if not (arg.startswith("--config.") and "=" in arg):
+            parser.error(f"unknown argument {arg}; keys are set by --config.KEY=VALUE")
+    return own, overrides
+
+
 def argument_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """A `type=` of `argparse` that shows the message of a `ValueError` of `parse`."""
 
@@ -176,6 +206,37 @@ def writing(output: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{output} cannot be written: {error.strerror or error}") from None
+
+
+STDOUT = "-"
+
+
+def write_output(place: str, text: str, flag: str) -> bool:
+    """Write what a user wants to have at a place: a file, whole or not at all, or into a pipe.
+
+    Args:
+        place: a path. `STDOUT` and /dev/stdout are standard output.
+        text: what to write.
+        flag: as in `--json`, for messages.
+
+    Returns:
+        Whether it went to standard output, which is then for nothing else.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    if place in (STDOUT, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return True
+    with writing(f"{flag}={place}"):
+        # A pipe of the shell or a device cannot be replaced; a link to a file is not followed.
+        if os.path.exists(place) and not (os.path.isfile(place) or os.path.isdir(place)):
+            with open(place, "w", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            write_text(place, text)
+    return False
 
 
 @contextlib.contextmanager

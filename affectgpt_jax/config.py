@@ -207,6 +207,21 @@ def _meant(arg: str, parser: argparse.ArgumentParser) -> str:
     return f"; did you mean {known[close[0]]}?" if close else ""
 
 
+def config_of_flags(name: str, overrides: Sequence[str]) -> ConfigDict:
+    """A validated config by its file or the name of a shipped one, and flags that change it.
+
+    Args:
+        name: as `find_config` takes it.
+        overrides: `--config.KEY=VALUE`.
+
+    Raises:
+        ConfigError: an unknown file, key, type or value, in one sentence.
+    """
+    config = _read_config(find_config(name), overrides)
+    validate(config)
+    return config
+
+
 def load_config_file(name: str, overrides: Mapping[str, Any]) -> ConfigDict:
     """A validated config by its file or the name of a shipped one.
 

@@ -4,6 +4,7 @@
 
 asks the checkpoint that validation chose about the run's test clips and writes, into the run's
 folder `evaluate`, report.html, report.json and report.md, and every answer and label behind them.
+An evaluation of anything else goes beside, into `evaluate/2`, `evaluate/3` and so on.
 Other clips are named with
 
     --set mer2024=/records/mer2024 --set mine:fine=/records/mine
@@ -14,6 +15,10 @@ by a set of MER-UniBench ({keys}) or any name with its task ({tasks}), and a rec
 
 takes every set of MER-UniBench that has its records in a folder called so there, and says which
 have none. Run again, it goes on where it stopped.
+
+    --checkpoint FILE.pth --config=affectgpt_qwen25_7b --out DIR
+
+in place of --workdir evaluates weights that nobody trained here: see docs/released.md.
 """
 
 from __future__ import annotations
@@ -27,15 +32,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax import build, cli, cpu, inference
+from affectgpt_jax import cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.common.files import atomic_write, lock_file
 from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
-from affectgpt_jax.data.modalities import MODALITIES
+from affectgpt_jax.data.modalities import MODALITIES, modalities_in_words
 from affectgpt_jax.data.pipeline import PromptProcessor
 from affectgpt_jax.data.records import MANIFEST_FILE, Records, RecordSubset
 from affectgpt_jax.evaluation.answers import answers_file, file_name
@@ -44,7 +50,7 @@ from affectgpt_jax.evaluation.datasets import BY_KEY, BY_NAME, DATASETS, DEMO, T
 from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, NoWords, ReplyCache
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.readers import Finding, Pairs, Table, pair
-from affectgpt_jax.evaluation.report import write_report
+from affectgpt_jax.evaluation.report import REPORT_FILE, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, Result, percent, score_set
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.evaluation.rules import RuleExtractor
@@ -53,15 +59,19 @@ from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.restore import (
     OUT_OF_MEMORY,
     Run,
-    add_allow_other,
-    add_merge_lora,
-    open_run,
+    add_run_flags,
+    open_from_flags,
+    parse_run_flags,
     set_up_process,
 )
-from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, SavedRun, silence_threads
+from affectgpt_jax.training.checkpoints import ALLOWED_OTHERS, silence_threads
+from affectgpt_jax.training.metrics_writer import read_metrics
+from affectgpt_jax.training.run_picture import curves_of
 
 EXTRACTORS = ("auto", "rules", "llm", "openai")
 LOCK_FILE = "evaluate.lock"
+# What a folder is the evaluation of.
+ASKED_FILE = "evaluation.json"
 # Questions whose answers are lists of labels, and the one whose answers must be read first.
 LABELS = ("ovlabel", "onehot", "onehot_candidates")
 # The last asks which of two descriptions fits the clip better.
@@ -112,6 +122,22 @@ class TestSet:
     truth: Table
     references: Mapping[str, float]
 
+    def about(self, processor: PromptProcessor) -> dict[str, list[tuple[str, str]]]:
+        """What is known of each clip beside its truth, as examples show it: names and texts."""
+        features = processor.mode.features
+        return {
+            entry.name: [
+                (name, text)
+                for name, text in (
+                    ("subtitle", entry.subtitle),
+                    ("described as", entry.description),
+                    ("without", ", ".join(f for f in features if f not in entry.present)),
+                )
+                if text
+            ]
+            for entry in self.dataset.index
+        }
+
 
 def parse_set(text: str) -> SetPlace:
     """`NAME[:TASK]=RECORDS`.
@@ -134,7 +160,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     description = __doc__.format(keys=", ".join(BY_KEY), tasks=", ".join(TASKS))
     parser = cli.make_parser("affectgpt evaluate", description)
     add = parser.add_argument
-    add("--workdir", required=True, metavar="RUN", help="of the run")
+    add_run_flags(parser, ALLOWED_OTHERS)
     add(
         "--steps",
         "--step",
@@ -177,7 +203,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
     add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
-    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
+    add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
     add(
         "--max-new-tokens",
         type=int,
@@ -189,19 +215,22 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
     add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
-    add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
-    add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
-    add_merge_lora(parser)
-    add_allow_other(parser, ALLOWED_OTHERS)
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
-    add("--out", metavar="DIR", help="default: RUN/evaluate")
-    arguments = parser.parse_args(argv)
+    add(
+        "--out",
+        metavar="DIR",
+        help="default: RUN/evaluate, where reports of other evaluations stay; needed with "
+        "--checkpoint",
+    )
+    arguments = parse_run_flags(parser, argv)
     _check_arguments(parser, arguments)
     return arguments
 
 
 def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    if arguments.checkpoint is not None and not arguments.out:
+        parser.error("--checkpoint needs --out=DIR, where the report is to be written")
     if arguments.bootstrap < 0 or arguments.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
     if arguments.seed >= 2**32:
@@ -251,15 +280,7 @@ def output_folder(arguments: argparse.Namespace) -> Path:
 
 def evaluate(arguments: argparse.Namespace, say: Callable[[str], None]) -> tuple[Report, Path]:
     """Do what the command line asks for; returns the report and the folder that it is in."""
-    run = open_run(
-        Path(arguments.workdir).expanduser(),
-        llm=arguments.llm,
-        mesh=arguments.mesh,
-        merge_lora=arguments.merge_lora,
-        allow_other=arguments.allow_other,
-        say=say,
-    )
-    return evaluate_run(run, arguments, say)
+    return evaluate_run(open_from_flags(arguments, say), arguments, say)
 
 
 def evaluate_run(
@@ -278,6 +299,8 @@ def _evaluate(
 ) -> tuple[Report, Path]:
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
+    log = run.workdir / "metrics.jsonl"  # which a run that was published lacks
+    curves = curves_of(read_metrics(log)) if log.is_file() else {}
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
     if question == "description" and not arguments.max_new_tokens:
         limit = max(limit, run.config.max_tokens)  # no description that it learned was longer
@@ -297,7 +320,7 @@ def _evaluate(
     lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
     if lexicon and not arguments.lexicon:  # which one is meant has not been said
         mine = {"lexicon": lexicon.identity}
-        SavedRun(run.workdir).check_inputs(run.step, mine, arguments.allow_other, say)
+        run.check_inputs(mine, arguments.allow_other, say)
     chat = chat_server(arguments)
     run = run if run.base is not None else run.with_weights()
     replies = Counter("replies about labels")
@@ -321,16 +344,32 @@ def _evaluate(
     wheels = lexicon and Wheels(lexicon, level=arguments.level)
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
+    files = {
+        (step, test.name, how): _answer_file(
+            run, step, checkpoint, test, question, limit, how, arguments.seed
+        )
+        for step in steps
+        for checkpoint in [run.fingerprint(step)]  # reads its files, so once for all sets
+        for test, how in itertools.product(sets, decodings)
+    }
+    asked = {
+        "question": question,
+        "sets": [dict(name=s.name, task=s.task, clips=len(s.dataset)) for s in sets],
+        "answers": [*files.values()],
+        "extractor": extractor.identity if extractor else None,
+        "lexicon": lexicon and lexicon.identity.sha256,
+        **{name: getattr(arguments, name) for name in ("level", "bootstrap", "seed")},
+    }
+    folder = claim_folder(out, asked, say)
     for step in steps:
         at_step = run if step == run.step else run.at_step(step, arguments.allow_other, say)
         trainable = at_step.trainable
-        checkpoint = run.fingerprint(step)  # reads its files, so once for all sets
         for test, (how, generator) in itertools.product(sets, generators.items()):
-            file = _answer_file(run, step, checkpoint, test, question, limit, how, arguments.seed)
-            said = ", ".join(filter(None, [f"step {step}", how.name]))
+            file = files[step, test.name, how]
+            said = ", ".join(filter(None, [run.step_name(step), how.name]))
             with Counter(f"answers about {test.name}", said) as count:
                 answers = inference.answers_on_disk(
-                    out / "answers" / file, generator, trainable, test.dataset, question, count
+                    out / "answers" / file, generator, trainable, test.dataset, question, count, say
                 )
             with replies:
                 predictions = predict(
@@ -338,7 +377,7 @@ def _evaluate(
                 )
             pairs[test.name][said] = pair(predictions.table, test.truth)
             texts[test.name] = dict(zip(predictions.table.names, predictions.texts, strict=True))
-            _write_predictions(answers_file(out, test.name, said), predictions, test)
+            _write_predictions(answers_file(folder, test.name, said), predictions, test)
     results = [
         score_set(
             test.name,
@@ -351,21 +390,51 @@ def _evaluate(
             texts=texts[test.name],
             references=test.references,
             parts=parts_of(test.dataset),
+            about=test.about(processor),
         )
         for test in sets
     ]
-    parts = [run.workdir.name, question, decodings[-1].name, *sampled_how(arguments)]
+    parts = [
+        run.workdir.stem if run.workdir.is_file() else run.workdir.name,
+        question,
+        decodings[-1].name,
+        *sampled_how(arguments),
+    ]
     report = make_report(
         ", ".join(filter(None, [*parts, extractor and extractor.identity])),
         results,
         modalities=modalities(processor),
-        # Beside a user's own clips, scores on others say nothing.
-        peers=any(test.name in BY_NAME or test.name == DEMO for test in sets),
+        # Beside other clips, scores on those of MER-UniBench say nothing.
+        peers=any(test.name in BY_NAME for test in sets),
+        curves=curves,
         resamples=arguments.bootstrap,
         seed=arguments.seed,
     )
-    write_report(report, out)
-    return report, out
+    write_report(report, folder)
+    return report, folder
+
+
+def claim_folder(out: Path, asked: Mapping[str, Any], say: Callable[[str], None]) -> Path:
+    """Where the report of an evaluation goes: `out`, or a numbered folder in it.
+
+    A folder belongs to the evaluation that its `ASKED_FILE` describes, and to no other.
+
+    Args:
+        out: which this process has locked.
+        asked: all that the report depends on, ready for JSON.
+        say: told of a folder beside others.
+    """
+    for number in itertools.count(1):
+        folder = out if number == 1 else out / str(number)
+        file = folder / ASKED_FILE
+        if file.is_file() or (folder / REPORT_FILE).exists():
+            if not file.is_file() or read_json(file, dict[str, Any]) != asked:
+                continue
+        elif number > 1:
+            say(f"{out} holds another evaluation, which stays; this one goes to {folder}")
+        folder.mkdir(exist_ok=True)
+        write_json(file, asked, indent=1)
+        return folder
 
 
 def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
@@ -378,6 +447,8 @@ def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
         ConfigError: the run has no such checkpoint.
     """
     steps: list[int] = []
+    if not run.is_trained_here and [*asked] != ["best"]:
+        raise ConfigError(f"--steps: {run.workdir} is one checkpoint; leave it out")
     for step in asked:
         steps += run.steps if step == "all" else [run.best_step if step == "best" else int(step)]
     for step in steps:
@@ -524,9 +595,7 @@ def open_set(
         ConfigError: features that do not fit, or clips without a truth of the set's task.
         RecordError: no intact records.
     """
-    dataset = build.open_records(run.config, place.place, "test", run.workdir, say)
-    build.check_features(run.config, dataset, processor.mode)
-    run.report_records(place.place, dataset, say)
+    dataset = run.open_records(place.place, say)
     if max_clips is not None and max_clips < len(dataset):
         dataset = RecordSubset(dataset, range(max_clips))
     task = place.task or _task_of(dataset, place)
@@ -534,10 +603,19 @@ def open_set(
     references = {}
     if task == "words":
         references = {
-            f"ceiling with {name.replace('_', ' + ')}": value
+            f"ceiling with {modalities_in_words(name)}": value
             for name, value in dataset.ceilings(processor.mode.name).items()
-        }
+        } | control(run, place, max_clips)
     return TestSet(place.name, task, dataset, truth, references)
+
+
+def control(run: Run, place: SetPlace, max_clips: int | None) -> dict[str, float]:
+    """The score on the run's own test set with features of other clips, which training found."""
+    file = run.workdir / "result.json"
+    if place.place != run.config.data.test or max_clips is not None or not file.is_file():
+        return {}
+    share = read_json(file, dict[str, Any]).get("hit_features_shuffled")
+    return {} if share is None else {"control: shuffled features": share}
 
 
 # What a record says that is true, by task.
@@ -729,12 +807,13 @@ def _answer_file(
     how: HowDecoded,
     seed: int,
 ) -> str:
-    """A name that changes with everything that an answer depends on."""
+    """A name that changes with everything that an answer depends on but the code."""
     parts = [
         # A run that is trained anew in the same place has the same steps.
         checkpoint,
         run.identity.sha256,
-        {name: identity.sha256 for name, identity in run.inputs.items()},
+        # But for the code, which every answer names: answers of two versions may stand together.
+        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
         run.config.to_json(),
         dataclasses.asdict(test.dataset.manifest),
         # The first clip's stands for all prompts, so that a trial on a few clips is part of all.

@@ -19,10 +19,11 @@ from affectgpt_jax.data.pipeline import (
     too_long_message,
 )
 from affectgpt_jax.data.prompts import parse_label
+from affectgpt_jax.evaluation.metrics import labels_per_clip
 from affectgpt_jax.program import Program
+from affectgpt_jax.training.loop import Validation
+from affectgpt_jax.training.metrics_writer import SAMPLES, Sample
 from affectgpt_jax.training.sharding import shard_whole_batch
-
-Validation = Callable[[Any], dict[str, float]]
 
 
 def question_for_test_set(config: ConfigDict) -> str:
@@ -73,7 +74,8 @@ def make_validation(
     pulse: Callable[[], None],
     progress: inference.Progress = inference.silent,
 ) -> Validation:
-    """`trainable -> {"val/loss", "val/hit"}`; the hit rate where clips name a true answer.
+    """Scores `val/loss` and `val/hit` or `val/f`, and a few answers; these two where clips name a
+    true answer, see `inference.Truth`.
 
     Of several components, the loss is that of all tokens together, and every component has its own
     beside it, `val/loss/NAME` and `val/hit/NAME`.
@@ -91,9 +93,9 @@ def make_validation(
     """
     parts = {c.name: _validation_set(program.config, c, generators, progress) for c in components}
 
-    def validate(trainable: Any) -> dict[str, float]:
-        sums, scores = {}, {}
-        for name, (batches, hit) in parts.items():
+    def validate(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
+        sums, scores, samples = {}, {}, []
+        for name, (batches, score) in parts.items():
             device_sums = []
             for batch in batches():
                 pulse()
@@ -101,13 +103,15 @@ def make_validation(
                 device_sums.append(program.eval_step(trainable, base, batch))
             sums[name] = np.sum(jax.device_get(device_sums), axis=0)
             suffix = f"/{name}" if len(parts) > 1 else ""
-            if hit is not None:
-                scores[f"val/hit{suffix}"] = hit(trainable)
+            if score is not None:
+                metric, value, found = score(trainable)
+                scores[f"val/{metric}{suffix}"] = value
+                samples += found
             if suffix:
                 total, tokens = sums[name]
                 scores[f"val/loss{suffix}"] = float(total / tokens)
         total, tokens = np.sum(list(sums.values()), axis=0)
-        return {"val/loss": float(total / tokens), **scores}
+        return {"val/loss": float(total / tokens), **scores}, samples
 
     return validate
 
@@ -117,8 +121,9 @@ def _validation_set(
     component: MixtureComponent,
     generators: Mapping[InputMode, inference.Generator],
     progress: inference.Progress,
-) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], float] | None]:
-    """The batches of a validation set, and its hit rate if it has one.
+) -> tuple[Callable[[], Iterator[Any]], Callable[[Any], tuple[str, float, list[Sample]]] | None]:
+    """The batches of a validation set, and its score (metric and value) and first answers, if its
+    clips name a true answer.
 
     Clips alternate between the label types, the same ones every time.
     """
@@ -143,16 +148,20 @@ def _validation_set(
         return (batch for _, batch in found)
 
     question = inference.scored_question(types)
-    if question is None or inference.without_truth(dataset, question):
+    truth = "no question" if question is None else inference.truth_of(dataset, question)
+    if isinstance(truth, str):
         return batches, None
 
-    def hit(trainable: Any) -> float:
+    def score(trainable: Any) -> tuple[str, float, list[Sample]]:
         generator = generators[processor.mode]
         answers = generator.answer(trainable, dataset, question, progress=progress)
         labels = inference.read_labels(processor, answers, question)
-        return inference.score_labels(dataset, labels, question)["hit"]
+        value = truth.score(labels)[truth.metric]
+        shown = zip(dataset.index[:SAMPLES], answers.texts, truth.each)
+        samples = [Sample(entry.name, text, ", ".join(words)) for entry, text, words in shown]
+        return truth.metric, value, samples
 
-    return batches, hit
+    return batches, score
 
 
 def score_test_set(
@@ -165,10 +174,11 @@ def score_test_set(
     write: bool = True,
     progress: inference.Progress = inference.silent,
 ) -> dict[str, Any]:
-    """Answers for held-out clips; their hit rate, the control with shuffled features, ceilings.
+    """Answers for held-out clips; their score, the control with shuffled features, ceilings.
 
-    Where clips name no true answer, or no label type of the model has one, the answers are written
-    without a score, and `not_scored` says why. All processes compute the answers, which takes all
+    The score is a hit rate or an F score, see `inference.Truth`. Where clips name no true answer,
+    or no label type of the model has one, the answers are written without a score, and `not_scored`
+    says why. All processes compute the answers, which takes all
     devices.
 
     Args:
@@ -183,22 +193,25 @@ def score_test_set(
     dataset, processor = test.dataset, test.processor
     question = question_for_test_set(config)
     scored = question in inference.SCORED
+    truth = f"config.label={config.label} has no answer to score"
+    if scored:
+        truth = inference.truth_of(dataset, question)
     answers = generator.answer(trainable, dataset, question, progress=progress)
     labels = inference.read_labels(processor, answers, question) if scored else None
-    if write:
-        inference.write_predictions(workdir, dataset, answers, labels)
     result: dict[str, Any] = {"clips": len(dataset), "answers_cut": answers.cut}
-    if labels is None:
-        return result | {"not_scored": f"config.label={config.label} has no answer to score"}
-    if without := inference.without_truth(dataset, question):
-        return result | {"not_scored": f"{without} of {len(dataset)} clips name no true answer"}
-    result |= inference.score_labels(dataset, labels, question)
+    known = None if isinstance(truth, str) else truth
+    if write:
+        inference.write_predictions(workdir, dataset, answers, labels, known)
+    if known is None:
+        return result | {"not_scored": truth}
+    result |= known.score(labels) | {"labels_per_clip": labels_per_clip(labels)}
+    if known.metric == "f":
+        result |= {"clips_scored": known.clips, "f_interval": known.interval(labels)}
     if processor.features:
         order = np.random.default_rng(config.seed).permutation(len(dataset))
         answers = generator.answer(trainable, dataset, question, order, progress)
-        shuffled = inference.read_labels(processor, answers, question)
-        scores = inference.score_labels(dataset, shuffled, question)
-        result["hit_features_shuffled"] = scores["hit"]
+        shuffled = known.score(inference.read_labels(processor, answers, question))
+        result[f"{known.metric}_features_shuffled"] = shuffled[known.metric]
     if question != "sentiment" and (ceilings := dataset.ceilings(processor.mode.name)):
         result["ceilings"] = ceilings
     return result

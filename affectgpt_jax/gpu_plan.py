@@ -1,4 +1,4 @@
-"""The train step as XLA's CUDA compiler makes it, asked in a process of its own.
+"""A train step, or one of reinforcement, as XLA's CUDA compiler makes it, in a process of its own.
 
 The compiler's plugin would be seen by all that JAX does in its process. So `Compilation` starts
 another one, whose JAX runs on the CPU, and `answer` is what that one does: a request comes on
@@ -19,14 +19,23 @@ import time
 from typing import Any, Self
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.progress import LiveLine, duration
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.planner import Planner
-from affectgpt_jax.training import gpu_compile, roofline, sharding, xla_options
-from affectgpt_jax.training.devices import DEVICES
+from affectgpt_jax.rollout_planner import RolloutPlanner
+from affectgpt_jax.training import (
+    gpu_compile,
+    hlo,
+    hlo_traffic,
+    roofline,
+    sharding,
+    xla_options,
+)
+from affectgpt_jax.training.devices import DEVICES, Device
 from affectgpt_jax.training.gpu_compile import CompilerError
 
 
@@ -38,8 +47,10 @@ class Request:
         config: as training reads it, of plain values.
         device: of `training.devices.DEVICES`.
         devices: how many.
-        rows: the shape of every row.
+        rows: the shape of every row of a supervised update.
         remat: the policy.
+        rollout: of a step of reinforcement, what `RolloutPlanner` takes: `prompt`, `answer` and
+            `supervised`; None for a supervised update.
     """
 
     config: dict[str, Any]
@@ -47,44 +58,47 @@ class Request:
     devices: int
     rows: Bucket
     remat: str
+    rollout: dict[str, Any] | None = None
 
 
 def describe(request: Request) -> dict[str, Any]:
-    """Compile a step and describe it, see `gpu_compile.read`, together with its floor.
+    """Compile an update and describe it, see `gpu_compile.read`, together with its floor.
 
     Returns:
-        What `gpu_compile.read` does, and `compile_s`; `tflop`, of the model; `floor_ms`, see
-        `roofline.compiled_floor`; `tokens_per_s` and `mfu` there. All of one device.
+        What `gpu_compile.read` does, each of `collectives` with `ms` and `alone_ms` a step, see
+        `roofline.sent_times`; their sums `network_ms` and `network_alone_ms`; `compile_s`; `tflop`,
+        of the model; `floor_ms`, see `roofline.compiled_floor`; `tokens_per_s` and `mfu` there. All
+        of one device. Of a step of reinforcement, see `describe_step`.
 
     Raises:
         CompilerError: the compiler refuses it.
         XlaOptionError: `config.xla_options` holds something that XLA does not take.
     """
-    config, device = ConfigDict(request.config), DEVICES[request.device]
+    if request.rollout:
+        return describe_step(request)
+    config, device, mesh, options = _set_up(request)
     planner = Planner(config, device, request.rows, roofline.EFFICIENCY)
-    devices = gpu_compile.devices(request.device, request.devices)
-    mesh = sharding.make_mesh(config.mesh, devices)
-    options, _ = xla_options.compiler_options(
-        "cuda",
-        request.devices,
-        xla_options.parse(config.xla_options),
-        os.environ.get("XLA_FLAGS", ""),
-        xla_options.refusal_by_xla,
-    )
     with gpu_compile.in_place_of_local_gpu(device.compute_capability):
         lowered = planner.lower(mesh, request.remat, stand_in=False)
-    began = time.perf_counter()
-    compiled = gpu_compile.compile_step(lowered, options)
-    seconds = time.perf_counter() - began
+    compiled, seconds = _timed(lowered, options)
     found = gpu_compile.read(compiled, mesh, config.lora.rank)
 
     share = config.batch_size / request.devices
     flops = type(planner.flops())(*(share * f for f in planner.flops()))
-    moved = 1e9 * (found["moved_gb"] - found["matmul_gb"] - found["attention_gb"])
+    shape = roofline.Shape(*sharding.parse_mesh(config.mesh, request.devices))
+    network = alone = 0.0
+    for each in found["collectives"]:
+        times = roofline.sent_times(hlo_traffic.Sent(**each), shape, device, config.dtype)
+        each["ms"], each["alone_ms"] = (1e3 * seconds for seconds in times)
+        network, alone = network + times[0], alone + times[1]
+    elsewhere = ("matmul_gb", "attention_gb", "collective_gb")
+    moved = 1e9 * (found["moved_gb"] - sum(found[kind] for kind in elsewhere))
     floor = roofline.compiled_floor(
-        flops, request.remat, moved, device, config.dtype, config.base_precision
+        flops, request.remat, moved, device, config.dtype, config.base_precision, alone
     )
     return found | {
+        "network_ms": 1e3 * network,
+        "network_alone_ms": 1e3 * alone,
         "jax": jax.__version__,
         "remat": request.remat,
         "compile_s": seconds,
@@ -93,6 +107,66 @@ def describe(request: Request) -> dict[str, Any]:
         "tokens_per_s": share * request.rows.length / floor,
         "mfu": flops.total / floor / roofline.matmul_peak(device, config.dtype),
     }
+
+
+def describe_step(request: Request) -> dict[str, Any]:
+    """Compile the programs of a step of reinforcement, and describe them.
+
+    Returns:
+        `passes`, by name (see `rollout_planner`): `there_gib`, of all that a device holds while it
+        runs, `peak_gib`, with its results and temporaries, `launches`, `moved_gb`, `floor_ms`, see
+        `roofline.launch_floor`, and `compile_s`; `peak_gib`, the largest of them.
+        All of one device, and of one run of each program; `decode` is one token.
+
+    Raises:
+        CompilerError, XlaOptionError: as `describe`.
+    """
+    config, device, mesh, options = _set_up(request)
+    planner = RolloutPlanner(config, device, efficiency=roofline.EFFICIENCY, **request.rollout)
+    with gpu_compile.in_place_of_local_gpu(device.compute_capability):
+        lowered = planner.lower(mesh, request.remat)
+    passes = {}
+    for name in list(lowered):
+        program, there = lowered.pop(name)
+        compiled, seconds = _timed(program, options if name == "update" else {})
+        memory = compiled.memory_analysis()
+        more = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+        launches = hlo_traffic.launches(hlo.parse(compiled.as_text()), config.lora.rank)
+        passes[name] = {
+            "there_gib": there / 2**30,
+            "peak_gib": (there + more) / 2**30,
+            "launches": sum(launch.times for launch in launches),
+            "moved_gb": sum(launch.bytes for launch in launches) / 1e9,
+            "floor_ms": 1e3 * roofline.launch_floor(launches, device, config.dtype),
+            "compile_s": seconds,
+        }
+    return {
+        "jax": jax.__version__,
+        "remat": request.remat,
+        "passes": passes,
+        "peak_gib": max(found["peak_gib"] for found in passes.values()),
+        "compile_s": sum(found["compile_s"] for found in passes.values()),
+    }
+
+
+def _set_up(request: Request) -> tuple[ConfigDict, Device, Mesh, dict[str, xla_options.Value]]:
+    """Config, device, mesh of GPUs that are not here, and XLA's options of a request."""
+    config = ConfigDict(request.config)
+    mesh = sharding.make_mesh(config.mesh, gpu_compile.devices(request.device, request.devices))
+    options, _ = xla_options.compiler_options(
+        "cuda",
+        request.devices,
+        xla_options.parse(config.xla_options),
+        os.environ.get("XLA_FLAGS", ""),
+        xla_options.refusal_by_xla,
+    )
+    return config, DEVICES[request.device], mesh, options
+
+
+def _timed(lowered: jax.stages.Lowered, options: Any) -> tuple[jax.stages.Compiled, float]:
+    began = time.perf_counter()
+    compiled = gpu_compile.compile_step(lowered, options)
+    return compiled, time.perf_counter() - began
 
 
 class Compilation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -15,15 +14,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import ResumableJsonl
-from affectgpt_jax.common.text import json_line
+from affectgpt_jax.common.tables import write_csv
+from affectgpt_jax.common.text import json_line, say
+from affectgpt_jax.data.examples import Example
 from affectgpt_jax.data.pipeline import PromptProcessor, sequential_batches
 from affectgpt_jax.data.prompts import PromptSet, sentiment
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.consensus import consensus
+from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.models.affectgpt import AffectGPT, Batch
+from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import (
     GREEDY,
     Decoding,
@@ -80,6 +84,61 @@ class Answers:
         return sum(answer.cut for answer in self.each)
 
 
+# One, or several that are asked together.
+Question = str | Sequence[str]
+
+
+def each_question(question: Question) -> tuple[str, ...]:
+    return (question,) if isinstance(question, str) else tuple(question)
+
+
+def joined(prompts: Sequence[Example]) -> tuple[Example, tuple[int, list[int]]]:
+    """The prompts about a clip as one row: what they all begin with, and the rest of each.
+
+    Returns:
+        The row, and the sizes of these parts as `grouped_row` takes them: one token or more of
+        every prompt is the rest. A single prompt is its own row, without any rest.
+    """
+    if len(prompts) == 1:
+        return prompts[0], (len(prompts[0]), [])
+    parts = [prompt.tokens for prompt in prompts]
+    least = min(map(len, parts)) - 1
+    equal = np.all([part[:least] == parts[0][:least] for part in parts], axis=0)
+    start = least if equal.all() else int(equal.argmin())
+    tokens = np.concatenate([parts[0][:start], *(part[start:] for part in parts)])
+    return Example(tokens, len(tokens)), (start, [len(part) - start for part in parts])
+
+
+def prompt_batches(
+    dataset: Records,
+    processor: PromptProcessor,
+    asked: Sequence[Sequence[Example]],
+    rows: int,
+    num_buckets: int,
+    feature_from: Sequence[int] | None = None,
+    length: int | None = None,
+) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Batches of prompts as `models.generate.Prompts` has them: a row has all prompts of a clip.
+
+    Args:
+        asked: for each question the prompt of every clip.
+        rows: of a batch.
+
+    The other arguments, and what is yielded, are those of `sequential_batches`.
+    """
+    rows_of_clips = [joined(clip) for clip in zip(*asked, strict=True)]
+    examples = [example for example, _ in rows_of_clips]
+    batches = sequential_batches(
+        dataset, processor, examples, rows, num_buckets, feature_from, length=length
+    )
+    for numbers, batch in batches:
+        for row, clip in enumerate(numbers if len(asked) > 1 else ()):
+            positions, segment_ids = grouped_row(*rows_of_clips[clip][1])
+            batch["positions"][row, : len(positions)] = positions
+            batch["segment_ids"][row, : len(segment_ids)] = segment_ids
+        yield numbers, batch
+
+
 class Generator:
     """Answers questions about clips, with a few compiled programs for each prompt length.
 
@@ -88,12 +147,13 @@ class Generator:
         base: frozen weights.
         processor: how clips become prompts.
         mesh: batches are split over it.
-        batch_size: answers that are generated at a time.
+        batch_size: answers that are generated at a time, or a few more.
         max_new_tokens: limit of an answer.
         num_buckets: the number of prompt lengths, each of which costs compilation.
-        prompt_length: of all prompts instead, which are padded to it.
+        prompt_length: of all rows of prompts instead, which are padded to it.
         sampling: how tokens are chosen; greedy by default.
-        group: answers to each prompt, which share its prefill.
+        group: answers to each prompt, which share its prefill; so do several questions about a clip
+            what their prompts begin with.
         seed: of sampling. A sample depends on it, the clip's name, the question and its place in
             the group, not on the other clips.
         log_probs: whether answers have a log-probability.
@@ -119,18 +179,15 @@ class Generator:
         merge_lora: bool = False,
         pulse: Callable[[], None] = lambda: None,
     ):
-        self._model, self._base, self._processor, self._mesh = model, base, processor, mesh
+        self.model, self._base, self.processor, self.mesh = model, base, processor, mesh
         self._num_buckets, self._prompt_length = num_buckets, prompt_length
         self._seed, self._pulse, self.group = seed, pulse, group
         # Without adapters, and beside quantized kernels, there is nothing to merge.
         self._merge_lora = merge_lora and _can_merge(model)
-        prompts, self._prefill_batch = rows_and_prefill_batch(
-            -(-batch_size // group), data_parallel_size(mesh)
-        )
-        self._rows = prompts * group
+        self._batch_size = batch_size
         tokenizer, end = processor.tokenizer, processor.prompts.end
         stops = {tokenizer.end_id, *tokenizer.ids_holding(end).tolist()}
-        self._decoding = Decoding(
+        self.decoding = Decoding(
             max_new_tokens, tuple(sorted(stops)), tokenizer.end_id, sampling, log_probs
         )
 
@@ -138,18 +195,19 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
         progress: Progress = silent,
     ) -> Answers:
-        """Ask one question about every clip.
+        """Ask about every clip.
 
-        The answers of a group stand side by side: answer g about clip i is number i * group + g.
+        The answers of a group stand side by side, and those to several questions about a clip:
+        answer g to question q about clip i is number (i * questions + q) * group + g.
 
         Args:
             trainable: adapters and fusion.
             dataset: the clips.
-            question: a label type of the prompts, or the text of any question.
+            question: a label type of the prompts, the text of any question, or several of these.
             feature_from: for each clip the number of the one whose features it gets instead of its
                 own; a permutation is the control that shows what features are worth.
             progress: called with the answers there are and the number there will be.
@@ -157,7 +215,7 @@ class Generator:
         Raises:
             DataError: a clip that cannot be asked; the message names it.
         """
-        found, total = {}, len(dataset) * self.group
+        found, total = {}, len(dataset) * len(each_question(question)) * self.group
         progress(0, total)
         for number, answer in self.answers(trainable, dataset, question, feature_from):
             found[number] = answer
@@ -168,7 +226,7 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
     ) -> Iterator[tuple[int, Answer]]:
         """The answers one by one, in the order of completion, with their numbers."""
@@ -179,17 +237,22 @@ class Generator:
         self,
         trainable: Any,
         dataset: Records,
-        question: str,
+        question: Question,
         feature_from: Sequence[int] | None = None,
         seed: int | None = None,
     ) -> Iterator[tuple[int, Generated]]:
         """The same as tokens, NumPy arrays of one row; `seed` may be another one."""
+        questions = each_question(question)
+        width = len(questions) * self.group
+        rows, prefill_batch = rows_and_prefill_batch(
+            -(-self._batch_size // width), data_parallel_size(self.mesh)
+        )
         return generate_all(
-            self._model,
-            *self._weights(trainable),
-            self._prompts(dataset, question, feature_from),
-            self._decoding,
-            self._rows,
+            self.model,
+            *self.weights(trainable),
+            self._prompts(dataset, questions, prefill_batch, feature_from),
+            self.decoding,
+            rows * width,
             seed=self._seed if seed is None else seed,
         )
 
@@ -208,11 +271,11 @@ class Generator:
         Returns:
             `P * group` answers, those to one prompt side by side.
         """
-        ids = shard_whole_batch(self._mesh, identities(self._names(names, question)))
+        ids = shard_whole_batch(self.mesh, identities(self._names(names, (question,))))
         size = len(names) * self.group
         prompts = [Prompts(np.arange(size), batch, ids)]
-        weights = self._weights(trainable)
-        found = dict(generate_all(self._model, *weights, prompts, self._decoding, size, seed=seed))
+        weights = self.weights(trainable)
+        found = dict(generate_all(self.model, *weights, prompts, self.decoding, size, seed=seed))
         return [found[number] for number in range(size)]
 
     def stream(self, trainable: Any, clip: Records, question: str) -> Iterator[Answer]:
@@ -225,52 +288,61 @@ class Generator:
         Raises:
             DataError: the clip cannot be asked.
         """
-        [(_, batch, rows, _)] = self._prompts(clip, question)
-        weights, settings = self._weights(trainable), {"seed": self._seed, "rows": rows}
-        for generated in stream(self._model, *weights, batch, self._decoding, **settings):
+        [prompts] = self._prompts(clip, (question,), data_parallel_size(self.mesh))
+        weights, settings = self.weights(trainable), {"seed": self._seed, "rows": prompts.rows}
+        for generated in stream(self.model, *weights, prompts.batch, self.decoding, **settings):
             first = generated.row(0)
-            answer = self.read(first)
-            complete = first.ended or answer.tokens == self._decoding.max_new_tokens
-            settled = _settled(answer.text, self._processor.prompts.end)
-            yield answer if complete else dataclasses.replace(answer, text=settled, cut=False)
+            complete = first.ended or first.counts == self.decoding.max_new_tokens
+            yield self.read(first) if complete else self.read_unfinished(first)
 
-    def _weights(self, trainable: Any) -> tuple[Any, Any]:
+    def weights(self, trainable: Any) -> tuple[Any, Any]:
         """Base and trainable for generation, with LoRA merged if asked for."""
         if not self._merge_lora:
             return self._base, trainable
-        merged = merge(self._base, trainable["lora"], self._model.decoder.lora.scale)
+        merged = merge(self._base, trainable["lora"], self.model.decoder.lora.scale)
         return merged, {**trainable, "lora": {}}
 
     def _prompts(
-        self, dataset: Records, question: str, feature_from: Sequence[int] | None = None
+        self,
+        dataset: Records,
+        questions: Sequence[str],
+        rows: int,
+        feature_from: Sequence[int] | None = None,
     ) -> Iterator[Prompts]:
-        examples = self._processor.prompt_examples(dataset, question)
-        batches = sequential_batches(
+        batches = prompt_batches(
             dataset,
-            self._processor,
-            examples,
-            self._prefill_batch,
+            self.processor,
+            [self.processor.prompt_examples(dataset, question) for question in questions],
+            rows,
             self._num_buckets,
             feature_from,
-            length=self._prompt_length,
+            self._prompt_length,
         )
+        width = len(questions) * self.group
         for numbers, batch in batches:
             self._pulse()
-            names = self._names([dataset.index[i].name for i in numbers], question)
-            names += [""] * (self._prefill_batch * self.group - len(names))
-            numbers = (numbers[:, None] * self.group + np.arange(self.group)).ravel()
-            yield Prompts(numbers, *shard_whole_batch(self._mesh, (batch, identities(names))))
+            names = self._names([dataset.index[i].name for i in numbers], questions)
+            names += [""] * (rows * width - len(names))
+            numbers = (numbers[:, None] * width + np.arange(width)).ravel()
+            batch, ids = shard_whole_batch(self.mesh, (batch, identities(names)))
+            yield Prompts(numbers, batch, ids, questions=len(questions))
 
-    def _names(self, clips: Sequence[str], question: str) -> list[str]:
-        """What tells the answers to these clips apart, those of a group side by side."""
+    def _names(self, clips: Sequence[str], questions: Sequence[str]) -> list[str]:
+        """What tells the answers about these clips apart, those to a question side by side."""
         places = [f"\n{place}" for place in range(self.group)] if self.group > 1 else [""]
-        return [f"{name}\n{question}{place}" for name in clips for place in places]
+        return [f"{name}\n{q}{place}" for name in clips for q in questions for place in places]
+
+    def read_unfinished(self, generated: Generated) -> Answer:
+        """The answer in one row so far, without what later tokens could change."""
+        answer = self.read(generated)
+        text = _settled(answer.text, self.processor.prompts.end)
+        return dataclasses.replace(answer, text=text, cut=False)
 
     def read(self, generated: Generated) -> Answer:
         """The answer in one row."""
         count = int(generated.counts)
-        text = self._processor.tokenizer.decode(generated.tokens[:count])
-        text, mark, _ = text.partition(self._processor.prompts.end)
+        text = self.processor.tokenizer.decode(generated.tokens[:count])
+        text, mark, _ = text.partition(self.processor.prompts.end)
         log_probs = generated.log_probs
         return Answer(
             text=text,
@@ -284,7 +356,7 @@ def _can_merge(model: AffectGPT) -> bool:
     return model.decoder.lora is not None and not model.decoder.compute.base_precision
 
 
-def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
+def should_merge(setting: str, model: AffectGPT, base: Any, limit: int | None = None) -> bool:
     """Whether LoRA is merged into a copy of the base's kernels before generation.
 
     Unmerged, each of the seven projections of a layer needs two narrow matmuls more for every
@@ -295,14 +367,15 @@ def should_merge(setting: str, model: AffectGPT, base: Any) -> bool:
             copy takes at most a quarter of the memory of the device, or of the host where that is
             the device.
         model: the modules. Without LoRA, or with quantized kernels, nothing is merged.
-        base: frozen weights.
+        base: frozen weights, or their shapes with shardings.
+        limit: bytes of a device that is not here.
     """
     if setting != "auto" or not _can_merge(model):
         return setting == "true" and _can_merge(model)
     lora = model.decoder.lora
     kernels = [layer[name]["kernel"] for layer in base["layers"] for name in lora.targets]
     copy = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in kernels)
-    limit = device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = limit or device_limit() or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 4 * copy <= limit
 
 
@@ -314,13 +387,15 @@ def _settled(text: str, end: str) -> str:
 
 
 class _NamedAnswer(TypedDict):
-    """A line of a file of answers: a clip's name, and the fields of `Answer`."""
+    """A line of a file of answers: a clip's name, the fields of `Answer`, and which code wrote it
+    (the hash of `code_identity`)."""
 
     name: str
     text: str
     tokens: int
     cut: bool
     log_prob: float | None
+    code: str
 
 
 class _NamedSample(_NamedAnswer):
@@ -336,14 +411,16 @@ def answers_on_disk(
     dataset: Records,
     question: str,
     progress: Progress = silent,
+    say: Callable[[str], None] = say,
 ) -> Answers:
     """Ask about the clips whose answers a file does not have yet, and append the answers.
 
     Args:
-        path: a JSONL file of `name` (of a group also `sample`) and the fields of `Answer`; of one
-            model, question and data set, of which it may hold other clips as well.
+        path: a JSONL file of `name` (of a group also `sample`), the fields of `Answer` and `code`;
+            of one model, question and data set, of which it may hold other clips as well.
         generator, trainable, dataset, question: as for `Generator.answer`.
         progress: called with the answers there are and the number there will be.
+        say: told where the file has answers of another version of the code, which are kept.
 
     Raises:
         DataError: a clip that cannot be asked.
@@ -359,6 +436,13 @@ def answers_on_disk(
     missing = [n for n, e in enumerate(dataset.index) if not {*keys(e)} <= file.records.keys()]
     total = len(dataset) * group
     done = total - len(missing) * group
+    code = code_identity().sha256
+    wanted = {found for entry in dataset.index for found in keys(entry)} & file.records.keys()
+    if others := sum(file.records[found]["code"] != code for found in wanted):
+        say(
+            f"note: {path}: {others:,} of {total:,} answers are of another version of the code; to "
+            "have them anew, delete the file"
+        )
     progress(done, total)
     if missing:
         rest = RecordSubset(dataset, missing)
@@ -366,7 +450,8 @@ def answers_on_disk(
             for number, answer in generator.answers(trainable, rest, question):
                 found = keys(rest.index[number // group])[number % group]
                 if found not in file.records:  # of a group that was half written
-                    file.append(dict(zip(key, found, strict=True)) | dataclasses.asdict(answer))
+                    told = dataclasses.asdict(answer) | {"code": code}
+                    file.append(dict(zip(key, found, strict=True)) | told)
                 done += 1
                 progress(done, total)
     fields = [field.name for field in dataclasses.fields(Answer)]
@@ -404,26 +489,29 @@ def agreed_answers(
     processor: PromptProcessor,
     trainable: Any,
     dataset: Records,
-    question: str,
+    question: Question,
     wheels: Wheels,
 ) -> Iterator[tuple[int, Answer]]:
-    """What the answers of each group agree on, with record numbers, in the order of completion.
+    """What the answers of each group agree on, in the order of completion, with their numbers.
 
-    Tokens are those of the whole group, which was cut if one of its answers was.
+    Number i * questions + q is that of question q about clip i. Tokens are those of the whole
+    group, which was cut if one of its answers was.
     """
+    questions = each_question(question)
     groups: dict[int, dict[int, Answer]] = {}
-    for number, answer in generator.answers(trainable, dataset, question):
-        clip, place = divmod(number, generator.group)
-        group = groups.setdefault(clip, {})
+    for number, answer in generator.answers(trainable, dataset, questions):
+        asked, place = divmod(number, generator.group)
+        group = groups.setdefault(asked, {})
         group[place] = answer
         if len(group) == generator.group:
             each = [group[place] for place in range(generator.group)]
             texts = [answer.text for answer in each]
-            labels = read_labels(processor, Answers(each), question)
-            _, text = agree(processor.prompts, question, texts, labels, wheels)
+            kind = questions[asked % len(questions)]
+            labels = read_labels(processor, Answers(each), kind)
+            _, text = agree(processor.prompts, kind, texts, labels, wheels)
             tokens, cut = sum(a.tokens for a in each), any(a.cut for a in each)
-            yield clip, Answer(text, tokens, cut, None)
-            del groups[clip]
+            yield asked, Answer(text, tokens, cut, None)
+            del groups[asked]
 
 
 # Label types whose answers name the clip's one true word, best first.
@@ -442,40 +530,83 @@ def read_labels(
     return [processor.prompts.read_labels(text, question) for text in answers.texts]
 
 
-def _truth(dataset: Records, question: str) -> list[str]:
-    """The true label of every clip; empty where it has none."""
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What the answers about clips are scored against, and how.
+
+    Attributes:
+        metric: "hit", the share of clips whose one true word is the first label, or "f", the F
+            score of lists of labels on the emotion wheels that ship (`metrics.score_fine`).
+        each: the true words of every clip; () where it has none, which "f" leaves out.
+    """
+
+    metric: str
+    each: Sequence[tuple[str, ...]]
+
+    @property
+    def clips(self) -> int:
+        """The number of clips that are scored."""
+        return sum(map(bool, self.each))
+
+    def score(self, labels: Sequence[Sequence[str]]) -> dict[str, float]:
+        """`hit`, or `f`, `p` and `r`; upper and lower case are alike."""
+        if self.metric == "hit":
+            return {"hit": metrics.hit_rate(labels, [w for (w,) in self.each], max_labels=1)}
+        return dict(metrics.score_fine(labels, self.each, load_lexicon()).values)
+
+    def interval(self, labels: Sequence[Sequence[str]]) -> tuple[float, float]:
+        """The 95 % bootstrap interval of "f" over the clips."""
+        found = metrics.bootstrap(metrics.score_fine(labels, self.each, load_lexicon()))["f"]
+        return found.low, found.high
+
+
+def truth_of(dataset: Records, question: str) -> Truth | str:
+    """What the answers to a question out of `SCORED` are scored against, or why they are not.
+
+    Where every clip has the one true word that the question asks for, that is it. Otherwise it is
+    lists of labels, where the question asks for them and clips have some.
+    """
     if question == "sentiment":
-        return ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
-    return [entry.emotion.strip().lower() for entry in dataset.index]
-
-
-def score_labels(
-    dataset: Records, labels: Sequence[Sequence[str]], question: str = "ovlabel"
-) -> dict[str, float]:
-    """Hit rate of the first label (`hit`), upper and lower case alike, and `labels_per_clip`."""
-    return {
-        "hit": metrics.hit_rate(labels, _truth(dataset, question), max_labels=1),
-        "labels_per_clip": metrics.labels_per_clip(labels),
-    }
-
-
-def without_truth(dataset: Records, question: str = "ovlabel") -> int:
-    """The number of clips without the true label that a question is scored against."""
-    return sum(not word for word in _truth(dataset, question))
+        words = ["" if e.valence is None else sentiment(e.valence) for e in dataset.index]
+    else:
+        words = [entry.emotion.strip().lower() for entry in dataset.index]
+    if all(words):
+        return Truth("hit", [(word,) for word in words])
+    lists = [e.labels or ((w,) if w else ()) for e, w in zip(dataset.index, words, strict=True)]
+    if question == "ovlabel" and any(lists):
+        try:
+            metrics.score_fine(lists, lists, load_lexicon())
+        except metrics.ScoreError as error:
+            return f"the labels of the clips: {error}"
+        return Truth("f", lists)
+    return f"{words.count('')} of {len(dataset)} clips name no true answer"
 
 
 def write_predictions(
-    workdir: Path, dataset: Records, answers: Answers, labels: Sequence[Sequence[str]] | None
+    workdir: Path,
+    dataset: Records,
+    answers: Answers,
+    labels: Sequence[Sequence[str]] | None,
+    truth: Truth | None,
 ) -> None:
-    """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`
-    (name, emotion)."""
+    """Write `predictions.jsonl` (name, text, labels if there are any) and `truth.csv`.
+
+    The truth is as `affectgpt score` reads it: name and emotion for --task words, or name and
+    openset for --task fine. Without any there is no such file.
+    """
     with atomic_write(workdir / "predictions.jsonl", "w") as file:
         for i, entry in enumerate(dataset.index):
             line: dict[str, Any] = {"name": entry.name, "text": answers.texts[i]}
             if labels is not None:
                 line["labels"] = list(labels[i])
             file.write(json_line(json.dumps(line, ensure_ascii=False)) + "\n")
-    with atomic_write(workdir / "truth.csv", "w") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", "emotion"])
-        writer.writerows([entry.name, entry.emotion] for entry in dataset.index)
+    if truth is None:
+        (workdir / "truth.csv").unlink(missing_ok=True)  # of an earlier end of this run
+        return
+    column = "emotion" if truth.metric == "hit" else "openset"
+    rows = (
+        {"name": e.name, column: ", ".join(words)}
+        for e, words in zip(dataset.index, truth.each, strict=True)
+        if words
+    )
+    write_csv(workdir / "truth.csv", ("name", column), rows)

@@ -21,7 +21,7 @@ from affectgpt_jax.evaluation.consensus import consensus
 from affectgpt_jax.evaluation.lexicon import Lexicon
 from affectgpt_jax.evaluation.metrics import Score
 from affectgpt_jax.evaluation.rewards import Answered, Reward, Wheels
-from affectgpt_jax.inference import Generator
+from affectgpt_jax.inference import Generator, Question, each_question, joined
 from affectgpt_jax.training.sharding import shard_whole_batch
 
 RESAMPLES = 2000
@@ -98,10 +98,19 @@ class Examination:
         return found
 
 
-def prompt_length(processor: PromptProcessor, question: str, datasets: Sequence[Records]) -> int:
-    """Tokens of a row that holds any prompt of these clips."""
-    examples = (processor.prompt_examples(dataset, question) for dataset in datasets)
-    return int(round_up(max(len(example) for found in examples for example in found)))
+def prompt_length(
+    processor: PromptProcessor, question: Question, datasets: Sequence[Records]
+) -> int:
+    """Tokens of a row that holds all prompts of any of these clips."""
+    lengths = [
+        len(joined(prompts)[0])
+        for dataset in datasets
+        for prompts in zip(
+            *(processor.prompt_examples(dataset, asked) for asked in each_question(question)),
+            strict=True,
+        )
+    ]
+    return int(round_up(max(lengths)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,6 +7,8 @@
         --config.batch_size=24 --device=a100-40g --devices=8 --json
     affectgpt plan --config=affectgpt_qwen25_7b \\
         --device=h100-80g --devices=1 --shape=2x4096 --compile
+    affectgpt plan --rl --config=affectgpt_qwen25_7b \\
+        --device=h100-80g --devices=1 --config.rl.group=8
 
 Compiles the train step of a config for emulated devices, from shapes alone: no weights, no data, no
 GPU. --config.llm is the name of a published model or a directory with a config.json, and
@@ -17,6 +19,9 @@ micro-batch and rematerialisation to take.
 
 Rows are as long as the longest that training may have: config.pack_length, or config.max_tokens
 where a row is one clip. Tokens are places in rows, padding included.
+
+With --rl, a step of `affectgpt reinforce` is planned instead: memory and time of its rollout and of
+its update. Prompts have --prompt tokens, and the longest answer of a step has --answer.
 
 With --compile, XLA's CUDA compiler compiles the step for the GPUs as well, which takes the extra
 [gpu-compile] and no GPU. It says what a device holds, what it launches, how many bytes that moves
@@ -31,14 +36,12 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, cli, runtime
-from affectgpt_jax.common.json import write_json
+from affectgpt_jax import build, cli, post_training, rollouts, runtime
 from affectgpt_jax.common.progress import Elapsed
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.common.trees import device_nbytes, parameter_count
@@ -47,6 +50,7 @@ from affectgpt_jax.data.packing import CLIP_ROOM, Bucket, round_up
 from affectgpt_jax.gpu_plan import Compilation, Request
 from affectgpt_jax.planner import Layout, Planner, abstract_mesh
 from affectgpt_jax.program import check_rows
+from affectgpt_jax.rollout_planner import RolloutPlanner
 from affectgpt_jax.training import collectives, gpu_compile, memory, sharding
 from affectgpt_jax.training.devices import DEVICES
 from affectgpt_jax.training.roofline import BANDWIDTH_SHARE, EFFICIENCY, MATMUL_SHARE, Shape
@@ -56,9 +60,9 @@ from affectgpt_jax.training.roofline import BANDWIDTH_SHARE, EFFICIENCY, MATMUL_
 MEAN_CLIP = 255
 PAPER_CLIPS = 31_327  # of MER-Caption+
 SUPERVISED = 0.6
+PROMPT = 150  # tokens: of the longest such prompts
 CURVE = tuple(2**i for i in range(10))
 GIB = 2**30
-_PRINT = "-"  # of --json
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict]:
@@ -99,15 +103,36 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         help="rows of a device at a time and their length, all tokens but the last supervised, in "
         "place of --length, --targets and --config.batch_size",
     )
+    add("--rl", action="store_true", help="plan a step of `affectgpt reinforce`")
+    add(
+        "--prompt",
+        type=_positive,
+        metavar="TOKENS",
+        help=f"with --rl: of the longest prompt; default: {PROMPT}, where that fits a row",
+    )
+    add(
+        "--answer",
+        type=_positive,
+        metavar="TOKENS",
+        help="with --rl: of the longest answer of a step; default: config.rl.max_new_tokens",
+    )
     add("--compile", action="store_true", help="also with XLA's CUDA compiler, for the GPUs")
     add(
         "--json",
         nargs="?",
-        const=_PRINT,
+        const=cli.STDOUT,
         metavar="FILE",
         help="write the plan to a file as JSON; without a file, print it in place of the report",
     )
-    config, arguments = parse_command_line(argv, parser)
+    cli.add_download_flag(add)
+    argv = cli.normal_flags(argv)
+    overrides = [arg for arg in argv if arg.startswith("--config.")] if "--rl" in argv else []
+    config, arguments = parse_command_line([a for a in argv if a not in overrides], parser)
+    if arguments.rl:
+        config = post_training.config_from(config, "rl", overrides)
+    if arguments.download:
+        build.base_config(config.llm, download=True)
+    _check_kinds_of_rows(arguments)
     if arguments.shape:
         named = [
             *(f"--{flag}" for flag in ("length", "targets") if getattr(arguments, flag)),
@@ -120,6 +145,17 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, ConfigDict
         data, fsdp, _ = sharding.parse_mesh(config.mesh, arguments.devices)
         config.batch_size = rows * data * fsdp * config.gradient_accumulation_steps
     return arguments, config
+
+
+def _check_kinds_of_rows(arguments: argparse.Namespace) -> None:
+    """Refuse flags that say how long rows are of the other kind of plan."""
+    supervised, reinforced = ("shape", "length", "targets"), ("prompt", "answer")
+    wrong = supervised if arguments.rl else reinforced
+    for flag in wrong:
+        if getattr(arguments, flag):
+            instead = " and ".join(f"--{name}" for name in reinforced)
+            why = f"rows of --rl follow from {instead}" if arguments.rl else "it belongs to --rl"
+            raise ConfigError(f"--{flag} cannot stand here: {why}")
 
 
 def _names(argv: Sequence[str], flag: str) -> bool:
@@ -264,6 +300,93 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     }
 
 
+def plan_of_reinforcement(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The same of a step of reinforcement; config and errors are those of `reinforce`."""
+    if arguments.compile and (missing := gpu_compile.unavailable()):
+        raise gpu_compile.CompilerError(missing)
+    shape = Shape(*sharding.parse_mesh(config.mesh, arguments.devices))
+    shares, rl = shape.data * shape.fsdp, config.rl
+    rollouts.check_prompts(config, shares)
+    config.batch_size = sum(rollouts.row_counts(config, shares))
+    device, room = DEVICES[arguments.device], max(1, config.max_tokens - rl.max_new_tokens)
+    prompt = arguments.prompt or min(PROMPT, room)
+    answer = arguments.answer or rl.max_new_tokens
+    lengths = {
+        "prompt": prompt,
+        "answer": answer,
+        "supervised": (config.max_tokens, int(round_up(int(SUPERVISED * config.max_tokens)))),
+    }
+    planner = RolloutPlanner(config, device, efficiency=arguments.efficiency, **lengths)
+    microbatches = config.gradient_accumulation_steps
+    layout = planner.update_layout(shape, microbatches)
+    request = Request(
+        json.loads(config.to_json()),
+        arguments.device,
+        arguments.devices,
+        planner.update.rows,
+        layout.remat,
+        lengths,
+    )
+    rollout, passes = planner.rollout_memory(shape), planner.passes(layout)
+    seconds = {
+        name: {"times": times, "floor": each.floor, "expected": each.expected}
+        for name, (times, each) in passes.items()
+    }
+    step = {
+        kind: sum(found["times"] * found[kind] for found in seconds.values())
+        for kind in ("floor", "expected")
+    }
+    with Compilation(request, arguments.compile) as compilation:
+        on_gpu = compilation.result()
+    if on_gpu:
+        floors = {name: 1e-3 * found["floor_ms"] for name, found in on_gpu["passes"].items()}
+        on_gpu["step_s"] = sum(passes[name].times * floor for name, floor in floors.items())
+    state, base = planner.update.abstract(shape)
+    peak = max(rollout.total, layout.memory.total)
+    attention = {
+        "prompts": planner.update.backend(shape.tensor),
+        "update": planner.update.attention(shape.tensor),
+    }
+    return {
+        "config": {
+            "llm": config.llm,
+            "lora_rank": config.lora.rank,
+            "input": config.input,
+            "dtype": config.dtype,
+            "base_precision": config.base_precision,
+            "rl": json.loads(rl.to_json()),
+            "steps": config.steps,
+        },
+        "device": device._asdict(),
+        "devices": arguments.devices,
+        "mesh": shape._asdict(),
+        "prompt": prompt,
+        "answer": answer,
+        "slots": planner.slots,
+        "rows": dataclasses.asdict(planner.update.rows) | {"count": config.batch_size},
+        "attention": {name: a.name for name, a in attention.items()},
+        "parameters": {
+            "base": parameter_count(base),
+            "trainable": parameter_count(state["trainable"]),
+        },
+        "gradient_accumulation_steps": microbatches,
+        "remat": layout.remat,
+        "memory": {
+            "rollout": rollout._asdict() | {"total": rollout.total},
+            "update": layout.memory._asdict() | {"total": layout.memory.total},
+        },
+        "estimate": {"peak_gib": peak / GIB},
+        "usable": planner.usable,
+        "fits": peak <= planner.usable,
+        "fewest_microbatches": planner.microbatches(shape),
+        "efficiency": arguments.efficiency,
+        "seconds": seconds | {"step": step},
+        "answers_per_s": rl.prompts * rl.group / step["expected"],
+        "run_hours": config.steps * step["expected"] / 3600,
+        **({"compiled": on_gpu} if on_gpu else {}),
+    }
+
+
 def length_of_run(config: ConfigDict) -> dict[str, Any]:
     """Updates, clips and epochs of a config's training, as far as they can be told without data.
 
@@ -347,7 +470,8 @@ def _against(other: Layout, best: Layout, needs: Callable[[Layout], str]) -> str
 
 def report(plan: dict[str, Any]) -> str:
     """A plan for people, in 80 columns."""
-    return "\n".join(line for text in _lines(plan) for line in cli.wrap_line(text))
+    lines = _lines_of_reinforcement(plan) if "rl" in plan["config"] else _lines(plan)
+    return "\n".join(line for text in lines for line in cli.wrap_line(text))
 
 
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
@@ -462,6 +586,99 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     yield f"  expected {_ms(best['seconds']['expected'])}, {best['tokens_per_s']:,.0f} tokens/s"
 
 
+# What a step of reinforcement consists of, in words.
+_PASSES = {
+    "prefill": "prompts, first tokens",
+    "insert": "their cache to all answers",
+    "decode": "a token of every answer",
+    "log_probs": "log-probabilities before",
+    "update": "the update",
+}
+
+
+def _lines_of_reinforcement(plan: dict[str, Any]) -> Iterator[str]:
+    config, rows, memories, rl = plan["config"], plan["rows"], plan["memory"], plan["config"]["rl"]
+    base = config["base_precision"] or config["dtype"]
+    yield (
+        f"{config['llm']} in {base}, LoRA rank {config['lora_rank']}, input {config['input']}, "
+        "a step of reinforcement"
+    )
+    yield (
+        f"{plan['devices']} x {plan['device']['name']}, mesh {_mesh(plan['mesh'])}; attention: "
+        f"prompts {plan['attention']['prompts']}, update {plan['attention']['update']}; remat "
+        f"{plan['remat']}"
+    )
+    yield (
+        f"a rollout: {rl['prompts']} prompts of {plan['prompt']} tokens, {rl['group']} answers "
+        f"each, the longest of {plan['answer']} tokens, a cache of {plan['slots']} slots"
+    )
+    parts = plan["gradient_accumulation_steps"]
+    yield (
+        f"an update: {rows['count']} rows of {rows['length']:,} tokens ({rows['targets']:,} "
+        "supervised)" + (f", in {parts} microbatches" if parts > 1 else "")
+    )
+    yield ""
+    yield f"{'memory of one device, GiB':<32}{'rollout':>8}{'update':>9}"
+    for name, words in (
+        ("base", "frozen base"),
+        ("state", "trained, optimizer, gradient"),
+        ("start", "the start's parameters"),
+        ("merged", "copy with LoRA added"),
+        ("cache", "cache"),
+        ("saved", "saved activations"),
+        ("work", "work of a moment"),
+        ("gathered", "brought together by fsdp"),
+        ("total", "peak"),
+    ):
+        sizes = [memories[phase].get(name, 0) for phase in ("rollout", "update")]
+        if any(sizes):
+            cells = (f"{size / GIB:.2f}" if size else "" for size in sizes)
+            yield f"  {words:<30}" + "{:>8}{:>9}".format(*cells).rstrip()
+    yield (
+        f"  {'fits' if plan['fits'] else 'DOES NOT FIT'}: {plan['usable'] / GIB:.1f} of "
+        f"{plan['device']['memory'] / GIB:.1f} GiB are usable; the cache is freed before the update"
+    )
+    if not plan["fits"]:
+        fewest = plan["fewest_microbatches"]
+        yield (
+            f"  the update fits with --config.gradient_accumulation_steps={fewest}"
+            if fewest
+            else "  the update fits with no number of microbatches"
+        )
+    yield ""
+    yield f"{'time of a step':<32}{'times':>6}{'at least':>11}{'expected':>11}  each"
+    for name, found in plan["seconds"].items():
+        if name != "step" and found["times"]:
+            times = [_ms(found[kind]) for kind in ("floor", "expected")]
+            yield f"  {_PASSES[name]:<30}{found['times']:6}" + "{:>11}{:>11}".format(*times)
+    step = plan["seconds"]["step"]
+    yield (
+        f"  a step takes at least {step['floor']:.2f} s; expected: {step['expected']:.2f} s, "
+        f"{plan['answers_per_s']:,.0f} answers/s, {config['steps']:,} steps in "
+        f"{plan['run_hours']:.1f} h (with the device at {plan['efficiency']:.0%} of its peaks; the "
+        "host's work and validation not counted)"
+    )
+    if "compiled" in plan:
+        found = plan["compiled"]
+        yield ""
+        yield (
+            f"compiled for one {plan['device']['name']} by XLA's CUDA compiler of jax "
+            f"{found['jax']} in {found['compile_s']:.0f} s, not run"
+        )
+        yield f"  {'of each':<30}{'peak GiB':>9}{'launches':>10}{'GB':>9}{'floor':>11}"
+        for name, part in found["passes"].items():
+            yield (
+                f"  {_PASSES[name]:<30}{part['peak_gib']:9.2f}{part['launches']:10,}"
+                f"{part['moved_gb']:9.1f}{_ms(1e-3 * part['floor_ms']):>11}"
+            )
+        yield (
+            f"  peak memory {found['peak_gib']:.2f} GiB by buffer assignment, "
+            f"{plan['estimate']['peak_gib']:.2f} by the estimate above; a step takes at least "
+            f"{found['step_s']:.2f} s, with every launch at {MATMUL_SHARE:.0%} of the peak or "
+            f"{BANDWIDTH_SHARE:.0%} of the bandwidth"
+        )
+
+
 def _compiled(plan: dict[str, Any]) -> Iterator[str]:
     found, device = plan["compiled"], plan["device"]
     bandwidth = BANDWIDTH_SHARE * device["hbm"]
@@ -485,12 +702,19 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
         part = found["kinds"][kind]
         if part["launches"]:
             ms = "" if kind in ("matmul", "attention") else f"{1e12 * part['gb'] / bandwidth:10.1f}"
+            if kind == "collective":  # what limits them is not the memory
+                ms = f"{found['network_ms']:10.1f}"
             yield f"  {words:<30} {part['launches']:8,} {part['gb']:9.1f}{ms}"
     yield f"  {'all':<30} {found['launches']:8,} {found['moved_gb']:9.1f}"
     yield (
         f"  floor {_ms(1e-3 * found['floor_ms'])}: {found['tflop']:,.1f} TFLOP at "
         f"{MATMUL_SHARE:.0%} of the peak, and all other launches' bytes at {BANDWIDTH_SHARE:.0%} "
         "of the bandwidth"
+        + (
+            f", of collectives {found['network_alone_ms']:.1f} ms that nothing hides"
+            if found["collectives"]
+            else ""
+        )
     )
     yield (
         f"  there {found['tokens_per_s']:,.0f} tokens/s and {found['mfu']:.0%} MFU a device; "
@@ -500,7 +724,8 @@ def _compiled(plan: dict[str, Any]) -> Iterator[str]:
         where = "in a loop" if c["in_loop"] else "once"
         yield (
             f"  {c['count']:6,} {c['kind']:<18} over {'+'.join(c['axes']):<12} of "
-            f"{c['bytes'] / 1e6:10.3f} MB, {where}, beside {c['overlapped_by']} large matmuls"
+            f"{c['bytes'] / 1e6:10.3f} MB, {where}, beside {c['overlapped_by']} large matmuls: "
+            f"{c['ms']:.2f} ms by the links, {c['alone_ms']:.2f} alone"
         )
 
 
@@ -520,11 +745,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         # The devices are emulated, and their number is fixed once JAX has started.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)
-        plan = make_plan(config, arguments)
-        if arguments.json and arguments.json != _PRINT:
-            write_json(Path(arguments.json), plan)
-        text = json.dumps(plan, indent=2) if arguments.json == _PRINT else report(plan)
-        print_lines(text.split("\n"))
+        plan = (plan_of_reinforcement if arguments.rl else make_plan)(config, arguments)
+        if arguments.json:
+            text = json.dumps(plan, indent=2) + "\n"
+            if cli.write_output(arguments.json, text, "--json"):
+                return
+        print_lines(report(plan).split("\n"))
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import empty_batch
 from affectgpt_jax.models.affectgpt import Batch
-from affectgpt_jax.models.attention import Choice, causal, choose
+from affectgpt_jax.models.attention import CausalAttention, Choice, causal, choose, grouped
 from affectgpt_jax.models.flops import Flops, train_flops
 from affectgpt_jax.program import make_program
 from affectgpt_jax.training import memory, roofline, sharding
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import Device
+from affectgpt_jax.training.losses import LossFunction, cross_entropy
 from affectgpt_jax.training.memory import Memory
 from affectgpt_jax.training.roofline import Shape, Sizes, StepTime
 from affectgpt_jax.training.step import State
@@ -81,18 +82,32 @@ class Planner:
         device: the GPU to plan for.
         rows: the shape of every row.
         efficiency: share of the device's peaks to expect.
+        loss: what is minimised.
+        by_token: float32 arrays of a batch, `[B, S]`, that the loss reads beside the usual ones.
+        shared_prompts: whether rows hold a prompt and several answers to it, `attention.grouped`.
 
     Raises:
         ConfigError: values that cannot be run.
         WeightsError: a base that the decoder does not compute.
     """
 
-    def __init__(self, config: ConfigDict, device: Device, rows: Bucket, efficiency: float):
+    def __init__(
+        self,
+        config: ConfigDict,
+        device: Device,
+        rows: Bucket,
+        efficiency: float,
+        *,
+        loss: LossFunction = cross_entropy,
+        by_token: Sequence[str] = (),
+        shared_prompts: bool = False,
+    ):
         self.config, self.device, self.rows = config, device, rows
+        self.by_token, self._shared_prompts = by_token, shared_prompts
         self.llm = build.base_config(config.llm)
         self._efficiency = efficiency
         fusion = build.check_model(config, self.llm, device.compute_capability)[1]
-        self._features = {name: (FRAMES, fusion.feature_width(name)) for name in fusion.inputs}
+        self.features = {name: (FRAMES, fusion.feature_width(name)) for name in fusion.inputs}
         # The layouts decide the policy; attention becomes a stand-in where it is traced.
         unchosen = ConfigDict(config)
         unchosen.remat = "none"
@@ -100,6 +115,7 @@ class Planner:
             unchosen,
             abstract_mesh(Shape(1, 1, 1)),
             {rows.length: self.batch(config.batch_size)},
+            loss,
             llm=self.llm,
             attend=causal,
         )
@@ -109,7 +125,13 @@ class Planner:
         self._saved = functools.cache(self._saved_by_a_row)
 
     def attention(self, tensor: int) -> Choice:
-        """The backend that training would choose on the device.
+        """The backend of an update; see `backend`."""
+        if self._shared_prompts:
+            return Choice("xla", "answers share their prompts", grouped)
+        return self.backend(tensor)
+
+    def backend(self, tensor: int) -> Choice:
+        """The attention backend that training would choose on the device.
 
         Args:
             tensor: devices that share the heads.
@@ -136,21 +158,31 @@ class Planner:
 
     def batch(self, rows: int) -> Batch:
         """An abstract batch of so many rows (layout: `models.affectgpt`)."""
-        return jax.eval_shape(lambda: empty_batch(rows, self.rows, self._features))
+        more = {
+            name: jax.ShapeDtypeStruct((rows, self.rows.targets), jnp.float32)
+            for name in self.by_token
+        }
+        return jax.eval_shape(lambda: empty_batch(rows, self.rows, self.features)) | more
 
-    def _saved_by_a_row(self, backend: str, tensor: int) -> dict[str, int]:
+    def _traced_attention(self, tensor: int) -> CausalAttention:
+        """What stands for the backend where it is traced: plain XLA's stands for itself."""
+        choice = self.attention(tensor)
+        if choice.name == "xla":
+            return choice.attend
+        return memory.kernel_stand_in(choice.name, self.rows.clips)
+
+    def _saved_by_a_row(self, tensor: int) -> dict[str, int]:
         """Bytes of one row that each of `tensor` devices saves, by policy; several rows save as
         many times that."""
-        attend = memory.kernel_stand_in(backend, self.rows.clips)
-        program = self.program.on(abstract_mesh(Shape(1, 1, 1)), attend=attend)
+        mesh = abstract_mesh(Shape(1, 1, 1))
+        program = self.program.on(mesh, attend=self._traced_attention(tensor))
         found = memory.saved_activations(program.model, self.batch(1), program.loss, tensor)
         return dict(found)
 
     def memory(self, shape: Shape, rows: int, remat: str) -> Memory:
         """What an update takes on a device that runs so many rows at a time."""
         state, base = self.abstract(shape)
-        backend = self.attention(shape.tensor).name
-        saved = self._saved(backend, shape.tensor)
+        saved = self._saved(shape.tensor)
         work = memory.work_bytes(
             self.program.model,
             rows,
@@ -158,7 +190,7 @@ class Planner:
             self.rows.targets,
             rows * (saved["none"] - saved[remat]),
             shape.tensor,
-            backend == "xla",
+            self.attention(shape.tensor).name == "xla",
         )
         return memory.of_update(state, base, rows * saved[remat], work)
 
@@ -171,8 +203,8 @@ class Planner:
             self.llm, self.program.model.decoder.lora, self.rows.length, self.rows.targets
         )
 
-    def sizes(self, rows: int, microbatches: int) -> Sizes:
-        """What an update's collectives follow from."""
+    def sizes(self, rows: int, microbatches: int, length: int | None = None) -> Sizes:
+        """What an update's collectives follow from; `length` of its rows may be another one."""
         state, base = self.abstract(Shape(1, 1, 1))
         itemsize = jnp.dtype(self.config.dtype).itemsize
         kernels = [
@@ -186,7 +218,7 @@ class Planner:
             lm_head=nbytes(base.get("lm_head", base["embed_tokens"])),
             adapters=nbytes(state["trainable"]["lora"]),
             fusion=nbytes(state["trainable"]["fusion"]),
-            hidden=rows * self.rows.length * self.llm.hidden_size * itemsize,
+            hidden=rows * (length or self.rows.length) * self.llm.hidden_size * itemsize,
             num_layers=self.llm.num_hidden_layers,
             microbatches=microbatches,
         )
@@ -213,7 +245,7 @@ class Planner:
             remat = next(fitting, memory.POLICIES[-1])
         needed = self.memory(shape, rows, remat)
         # What is not saved is written and read all the same when it is computed again.
-        everything = rows * self._saved(self.attention(shape.tensor).name, shape.tensor)["none"]
+        everything = rows * self._saved(shape.tensor)["none"]
         activations = everything + (needed.saved if remat != "none" else 0)
         if sent is None:
             sent = roofline.model_collectives(self.sizes(rows, microbatches), shape, remat)
@@ -244,10 +276,11 @@ class Planner:
             stand_in: whether attention is replaced by what its kernel would save, without which
                 only GPUs can be compiled for.
         """
-        choice = self.attention(mesh.shape["tensor"])
-        attend = choice.for_rows_of(self.rows.clips)
+        tensor = mesh.shape["tensor"]
         if stand_in:
-            attend = memory.kernel_stand_in(choice.name, self.rows.clips)
+            attend = self._traced_attention(tensor)
+        else:
+            attend = self.attention(tensor).for_rows_of(self.rows.clips)
         return self.program.on(mesh, remat=remat, attend=attend).lower(self.rows.length)
 
     def curve(self, asked: Layout, counts: Sequence[int], remat: str) -> list[Layout]:

@@ -6,16 +6,22 @@ import argparse
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, outcomes, restore
-from affectgpt_jax.common.identity import Identity
-from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.config import SECTIONS, ConfigError, apply_overrides, validate
+from affectgpt_jax.common.identity import Identity, json_sha256
+from affectgpt_jax.common.json import check_type, read_json, write_json
+from affectgpt_jax.config import (
+    SECTIONS,
+    ConfigError,
+    apply_overrides,
+    config_of_flags,
+    validate,
+)
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import Records, hold_out
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
@@ -28,6 +34,7 @@ from affectgpt_jax.rollouts import truths
 from affectgpt_jax.trainer_command import TrainerCommand, add_flags
 from affectgpt_jax.training import distributed, loop, metrics_writer
 from affectgpt_jax.training.checkpoints import Checkpoints, check_disk
+from affectgpt_jax.training.metrics_writer import SAMPLES, Sample
 from affectgpt_jax.training.step import State
 
 BEFORE = "answers_before.json"
@@ -88,25 +95,53 @@ def parse_command_line(
     parser = cli.make_parser(command, description)
     add = parser.add_argument
     add("--workdir", required=True, type=Path, metavar="DIR", help="of the new run")
-    add(
-        "--from",
-        required=True,
-        type=Path,
-        dest="origin",
-        metavar="RUN",
-        help="workdir of the run to start from",
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--from", dest="origin", metavar="RUN", help="workdir of the run to start from"
     )
+    restore.add_checkpoint_flags(parser, which)
     add("--step", type=int, metavar="N", help="of its checkpoint; default: the best on validation")
     add("--config.KEY", metavar="VALUE", help="instead of the run's or the default one")
     add_flags(parser)
-    own, overrides = parser.parse_known_args(argv)
-    for arg in overrides:
-        if not (arg.startswith("--config.") and "=" in arg):
-            parser.error(f"unknown argument {arg}; keys are set by --config.KEY=VALUE")
-    own.workdir, own.origin = own.workdir.expanduser(), own.origin.expanduser()
-    if own.workdir.resolve() == own.origin.resolve():
-        parser.error("--workdir and --from are the same run; name a new --workdir")
+    own, overrides = cli.parse_with_overrides(parser, argv)
+    if own.config and own.origin is not None:
+        parser.error("--config goes with --checkpoint; a run has its config")
+    own.workdir = own.workdir.expanduser()
+    start = Path(own.origin or own.checkpoint).expanduser()
+    if own.workdir.resolve() == start.resolve():
+        flag = "--checkpoint" if own.origin is None else "--from"
+        parser.error(f"--workdir and {flag} are the same run; name a new --workdir")
     return own, overrides
+
+
+def open_start(
+    own: argparse.Namespace, section: str, overrides: Sequence[str]
+) -> tuple[ConfigDict, Callable[[], Run]]:
+    """The config of a new run, and what loads the weights that it starts from.
+
+    Args:
+        own, overrides: of `parse_command_line`.
+        section: of the config that the command adds.
+
+    Raises:
+        UserError: no run and no checkpoint, or a config that cannot be.
+    """
+    how = {"allow_other": own.allow_other, "download": own.download}
+    if own.origin is not None:
+        origin = Path(own.origin).expanduser()
+        config = config_from(restore.load_config(origin), section, overrides)
+        return config, lambda: restore.load_run(
+            origin, own.step, llm=config.llm, mesh=config.mesh, **how
+        )
+    named = None
+    if own.config:
+        rest = [arg for arg in overrides if not arg.startswith(f"--config.{section}.")]
+        named = config_of_flags(own.config, rest)
+    path = restore.checkpoint_path(own.checkpoint, download=own.download)
+    config = config_from(restore.config_of_checkpoint(path, named), section, overrides)
+    return config, lambda: restore.open_checkpoint(
+        own.checkpoint, named, own.step, llm=config.llm, mesh=config.mesh, **how
+    ).with_weights()
 
 
 def run_command(
@@ -131,16 +166,9 @@ def run_command(
     with trainer.ending():
         argv = sys.argv[1:] if argv is None else argv
         own, overrides = parse_command_line(command, description, argv)
-        config = config_from(restore.load_config(own.origin), section, overrides)
+        config, load = open_start(own, section, overrides)
         with trainer.joined(config, own) as group:
-            run = restore.load_run(
-                own.origin,
-                own.step,
-                llm=config.llm,
-                mesh=config.mesh,
-                allow_other=own.allow_other,
-            )
-            work(config, own.workdir, run, group, own.fallback, own.allow_other)
+            work(config, own.workdir, load(), group, own.fallback, own.allow_other)
 
 
 # --- the start ------------------------------------------------------------------------------------
@@ -267,6 +295,78 @@ def open_clips(
     return found
 
 
+# --- what is made once ----------------------------------------------------------------------------
+
+
+class _Kept(TypedDict):
+    """A file of what a run has made once.
+
+    Attributes:
+        made_of: the hash of all that the content depends on.
+        content: what was made.
+    """
+
+    made_of: str
+    content: Any
+
+
+def kept(
+    path: Path,
+    kind: Any,
+    group: distributed.ProcessGroup,
+    made_of: Callable[[], Any],
+    make: Callable[[], Any],
+) -> Any:
+    """What was made before of the same things, from a file; else what is made now, and kept there.
+
+    A run that is trained anew in the same place, or on other records, finds files of before.
+
+    Args:
+        path: of the file.
+        kind: type of the content, as `common.json` says.
+        group: the processes of the run, which all call this; the first one reads and writes.
+        made_of: returns all that the content depends on, a value that JSON has.
+        make: makes the content.
+
+    Raises:
+        ReadError: a file of another form.
+    """
+    advice = "delete it, and it is made anew"
+
+    def read() -> Any:
+        if not path.is_file():
+            return None
+        found = read_json(path, _Kept, advice=advice)
+        same = found["made_of"] == json_sha256(made_of())
+        return check_type(found["content"], kind, str(path), advice=advice) if same else None
+
+    content = group.from_main_process(read)
+    if content is None:
+        content = make()
+        if group.is_main_process:
+            write_json(path, {"made_of": json_sha256(made_of()), "content": content}, indent=None)
+    return content
+
+
+def asked_of(run: Run, dataset: Records, section: ConfigDict, seed: int) -> list[Any]:
+    """What answers about clips depend on, but for the checkpoint that gives them.
+
+    Args:
+        run: by whose base, tokenizer and prompts they are asked.
+        dataset: the clips.
+        section: of the config.
+        seed: of sampling.
+    """
+    return [
+        run.identity.sha256,
+        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
+        build.records_identity(dataset).sha256,
+        [entry.name for entry in dataset.index],
+        {key: section[key] for key in ("question", "group", "prompts", "max_new_tokens")},
+        seed,
+    ]
+
+
 # --- before and after -----------------------------------------------------------------------------
 
 
@@ -303,7 +403,8 @@ class Exams:
         found = outcomes.prompt_length(run.processor, question, list(datasets.values()))
         self.prompt_length = max(found, prompt_length)
         self._section, self._run, self._group, self._pulse = section, run, group, pulse
-        self._lexicon = lexicon
+        self._lexicon, self._seed = lexicon, seed
+        self._asked: dict[Path, outcomes.Asked] = {}
         self.sampled = self.generator(Sampling(1.0), section.group)
         greedy = self.generator(Sampling(), 1)
         self._exams = {
@@ -341,42 +442,61 @@ class Exams:
             pulse=self._pulse,
         )
 
-    def quick(self, name: str, trainable: Any) -> outcomes.Outcome:
-        """Of one group of samples a clip."""
+    def quick(self, name: str, trainable: Any) -> tuple[outcomes.Outcome, list[Sample]]:
+        """Of one group of samples a clip; and the most probable answers about the first clips."""
         exam, samples = self._exams[name], self._section.group
         asked = exam.ask(trainable, samples)
         question = self._section.question
-        return outcomes.outcome(asked, exam.truth, question, self._lexicon, samples)
+        shown = zip(exam.dataset.index[:SAMPLES], asked["greedy"], exam.truth)
+        return outcomes.outcome(asked, exam.truth, question, self._lexicon, samples), [
+            Sample(entry.name, "(cut off)" if labels is None else ", ".join(labels), _words(true))
+            for entry, labels, true in shown
+        ]
 
-    def thorough(self, name: str, trainable: Any, file: Path) -> outcomes.Outcome:
-        """Of enough samples for a consensus; all answers are kept in a file, and found there."""
+    def thorough(
+        self, name: str, trainable: Any, file: Path, checkpoint: Callable[[], str]
+    ) -> outcomes.Outcome:
+        """Of enough samples for a consensus; all answers are kept in a file, and found there.
+
+        Args:
+            name: of the clips.
+            trainable: of the model that is asked.
+            file: of the answers.
+            checkpoint: returns the fingerprint of its checkpoint.
+        """
         section, exam = self._section, self._exams[name]
+        samples = max(section.consensus, section.test_samples)
 
-        def read() -> outcomes.Asked | None:
-            return read_json(file, outcomes.Asked) if file.is_file() else None
+        def made_of() -> list[Any]:
+            facts = asked_of(self._run, exam.dataset, section, self._seed)
+            return [checkpoint(), samples, *facts]
 
-        asked = self._group.from_main_process(read)
-        if asked is None:
-            asked = exam.ask(trainable, max(section.consensus, section.test_samples))
-            if self._group.is_main_process:
-                write_json(file, asked)
+        asked = self._asked[file] = kept(
+            file, outcomes.Asked, self._group, made_of, lambda: exam.ask(trainable, samples)
+        )
         return outcomes.outcome(
             asked, exam.truth, section.question, self._lexicon, section.test_samples
         )
 
     def by_lexicon(self, name: str, files: Sequence[Path], lexicon: Lexicon) -> list[Any]:
-        """Outcomes of answers in files, by another lexicon, and how many clips that scores."""
+        """Outcomes of answers that `thorough` has had, by another lexicon, and how many clips that
+        scores."""
         section, exam = self._section, self._exams[name]
         kind = "sentiment" if section.question == "sentiment" else "wheel_f"
         known = np.flatnonzero(Reward(kind, Wheels(lexicon)).scorable(exam.truth))
         truth, found = [exam.truth[i] for i in known], []
         for file in files:
-            asked = read_json(file, outcomes.Asked)
+            asked = self._asked[file]
             asked = {key: [lists[i] for i in known] for key, lists in asked.items()}
             found.append(
                 outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)
             )
         return [*found, len(known)]
+
+
+def _words(truth: Any) -> str:
+    """Labels of a clip, or its valence."""
+    return f"{truth:+g}" if isinstance(truth, float) else ", ".join(truth)
 
 
 def compare(
@@ -438,7 +558,7 @@ def finish(
     totals: Mapping[str, Any],
     more: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Write `result.json` and the picture, and print the closing words.
+    """Write `result.json` and the picture, and print the closing words; inside `session.running`.
 
     Args:
         session: of the loop.
@@ -446,12 +566,18 @@ def finish(
         totals: of `loop.run_steps`.
         more: rows for the summary.
     """
+    before, step = result["before"], result["steps"]
+    greedy = next(value for key, value in before.items() if key.startswith("greedy_"))
+    references = {"a sample, before": before["sampled_reward"], "most probable, before": greedy}
+    session.writer.write(step, {"test/sampled_reward": result["after"]["sampled_reward"]})
     times = session.clock.report()
     result |= {**totals, "wall_s": sum(times.values()), "time_s": times}
+    workdir = session.workdir
     if session.group.is_main_process:
-        workdir = session.workdir
         write_json(workdir / "result.json", result)
-        metrics_writer.plot_run(workdir / "metrics.jsonl", workdir / "run.png")
+    session.draw(step, references)
+    session.progress.close()
+    if session.group.is_main_process:
         print(session.clock.table())
         print(summary(workdir, result, more))
 

@@ -9,6 +9,12 @@
     affectgpt predict --workdir runs/paper \\
         --records /records/mine --question ovlabel --out answers.jsonl
     affectgpt predict --workdir runs/demo --first 3 --consensus 16
+    affectgpt predict --checkpoint FILE.pth --records /records/mine \\
+        --config=affectgpt_qwen25_7b --config.llm=DIR \\
+        --config.prompts=release.toml
+
+The last asks weights that nobody trained here: a .pth of the PyTorch release, a PEFT adapter or an
+exported run; docs/released.md goes from the authors' files to their scores.
 
 One clip is answered as you watch, several side by side. With --json every answer is a line of
 JSON on the standard output; with --out these lines go to a file, and the same command, interrupted
@@ -32,45 +38,47 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
-import json
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
 from affectgpt_jax import build, cli, cpu
-from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.asking import (
+    AGREEABLE,
+    DEFAULT_QUESTIONS,
+    PredictError,
+    add_answer_flags,
+    as_dict,
+    ask,
+    check_answer_flags,
+    check_least_one,
+    check_questions,
+    check_texts,
+    choose_clips,
+    choose_questions,
+    make_generator,
+    open_clips,
+    report_missing,
+    show,
+    to_json,
+)
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.common.json import ResumableJsonl, read_json, write_json
-from affectgpt_jax.common.progress import Counter
-from affectgpt_jax.common.text import json_line, one_line, print_lines, say
-from affectgpt_jax.data.prompts import LABEL_TYPES
-from affectgpt_jax.data.records import Records, RecordSubset
+from affectgpt_jax.common.text import json_line, say
+from affectgpt_jax.data.records import Records
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels
-from affectgpt_jax.inference import SCORED, Answer, Generator, agreed_answers, should_merge
-from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.restore import (
     OUT_OF_MEMORY,
     Run,
-    add_allow_other,
-    add_merge_lora,
-    open_run,
+    add_run_flags,
+    open_from_flags,
+    parse_run_flags,
     set_up_process,
 )
 from affectgpt_jax.training.checkpoints import silence_threads
-
-
-class PredictError(UserError, ValueError):
-    """A question or an output file that cannot be used."""
-
-
-# Asked by default, as far as the run has been trained on them.
-DEFAULT_QUESTIONS = ("description", "ovlabel")
-# Whose answers are lists of labels, on which several may agree.
-AGREEABLE = ("ovlabel", "onehot", "onehot_candidates")
 
 
 def path_from_flag(text: str) -> Path:
@@ -86,70 +94,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = cli.make_parser("affectgpt predict", __doc__)
     add = parser.add_argument
-    add(
-        "--workdir",
-        required=True,
-        type=path_from_flag,
-        metavar="RUN",
-        help="directory of a training run",
-    )
+    add_run_flags(parser)
     add("--step", type=int, metavar="N", help="of the checkpoint; default: the best on validation")
-    add("--config.llm", dest="llm", default="", metavar="DIR", help="where the base is now")
-    add("--config.mesh", dest="mesh", default="", metavar="MESH", help="devices, if not the run's")
-    add_merge_lora(parser)
-    add_allow_other(parser, ["prompts"])
     add("--records", metavar="DIR", help="clips, as config.data.test; default: that of the run")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--name", action="append", metavar="NAME", help="a clip; repeatable; default: all clips"
     )
     which.add_argument("--first", type=int, metavar="N", help="the first N clips")
-    add(
-        "--question",
-        action="append",
-        metavar="TEXT",
-        help="a label type, whose question is asked, or any text; repeatable; default: "
-        f"{' and '.join(DEFAULT_QUESTIONS)}, as far as the run was trained on them",
-    )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--json", action="store_true", help="a line of JSON per answer")
     where.add_argument(
         "--out", type=path_from_flag, metavar="FILE", help="the same into a file; resumes"
     )
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
-    add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
-    add("--seed", type=int, default=0, help="of sampling; default: 0")
-    add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
-    add("--lexicon", metavar="DIR", help="by which they agree; default: the shipped emotion wheels")
-    add("--max-new-tokens", type=int, metavar="N", help="default: the run's")
-    add("--batch-size", type=int, metavar="N", help="clips at a time; default: the run's")
-    arguments = parser.parse_args(argv)
-    for name in ("step", "first", "max_new_tokens", "batch_size"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
-    for name in ("name", "question"):
-        values = getattr(arguments, name) or ()
-        for value in values:
-            if not value.strip():
-                parser.error(f"--{name} is empty")
-            if values.count(value) > 1:
-                parser.error(f"--{name} {value!r} is given twice")
-    if arguments.consensus is None:
-        if arguments.lexicon:
-            parser.error("--lexicon is read with --consensus only")
-    elif arguments.consensus < 2:
-        parser.error(f"--consensus is {arguments.consensus}; expected 2 or more answers")
-    elif not arguments.temperature:
-        arguments.temperature = 1.0
-    if not 0 <= arguments.seed < 2**32:
-        parser.error(f"--seed is {arguments.seed}; expected 0 to 4294967295")
-    try:
-        arguments.sampling = Sampling(
-            arguments.temperature, arguments.top_p, arguments.repetition_penalty
-        )
-    except ValueError as error:
-        parser.error(str(error))
+    add_answer_flags(parser)
+    arguments = parse_run_flags(parser, argv)
+    check_least_one(parser, arguments, "step", "first")
+    check_texts(parser, arguments, "name")
+    check_answer_flags(parser, arguments)
     return arguments
 
 
@@ -163,16 +125,10 @@ def predict(arguments: argparse.Namespace) -> None:
     wheels = Wheels(load_lexicon(arguments.lexicon)) if arguments.consensus else None
     if arguments.out and not arguments.out.parent.is_dir():
         raise PredictError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
-    run = open_run(
-        arguments.workdir,
-        arguments.step,
-        llm=arguments.llm,
-        mesh=arguments.mesh,
-        merge_lora=arguments.merge_lora,
-        allow_other=arguments.allow_other,
-    )
-    best = ", the best on validation" if run.step == run.best_step else ""
-    say(f"{run.workdir}: checkpoint of step {run.step}{best}; input {run.processor.mode.name}")
+    run = open_from_flags(arguments)
+    which = f": checkpoint of step {run.step}" if run.is_trained_here else ""
+    best = ", the best on validation" if which and run.step == run.best_step else ""
+    say(f"{run.workdir}{which}{best}; input {run.processor.mode.name}")
     default = AGREEABLE if arguments.consensus else DEFAULT_QUESTIONS
     questions = choose_questions(run, arguments.question, default)
     clips = choose_clips(open_clips(run, arguments.records), arguments.name, arguments.first)
@@ -192,258 +148,21 @@ def predict(arguments: argparse.Namespace) -> None:
         clips,
         max_new_tokens=arguments.max_new_tokens,
         batch_size=arguments.batch_size,
+        questions=len(questions),
         sampling=arguments.sampling,
         group=arguments.consensus or 1,
         seed=arguments.seed,
     )
     if file:
         with file:
-            for name, question, answer in ask(run, generator, clips, questions, wheels, file):
+            asked = ask(run, generator, clips, questions, wheels, file.answered)
+            for name, question, answer in asked:
                 file.write(as_dict(run, name, question, answer))
-    elif len(clips) == 1 and not arguments.json and not arguments.consensus:
-        for question in questions:
-            show_while_writing(run, generator, clips, question)
-    else:
+    elif arguments.json:
         for name, question, answer in ask(run, generator, clips, questions, wheels):
-            if arguments.json:
-                print(json_line(to_json(as_dict(run, name, question, answer))), flush=True)
-            else:
-                answered = f"{heading(name, question)}{answer.text}"
-                print_lines([answered, *remarks(run, question, answer)])
-
-
-def make_generator(
-    run: Run,
-    clips: Records,
-    *,
-    max_new_tokens: int | None,
-    batch_size: int | None,
-    sampling: Sampling,
-    seed: int,
-    group: int = 1,
-) -> Generator:
-    """What answers questions about these clips; None is as the run's config has it."""
-    config = run.config
-    return Generator(
-        run.model,
-        run.base,
-        run.processor,
-        run.mesh,
-        batch_size=min(batch_size or config.generate.batch_size, len(clips)),
-        max_new_tokens=max_new_tokens or config.generate.max_new_tokens,
-        num_buckets=config.num_buckets,
-        merge_lora=should_merge(config.generate.merge_lora, run.model, run.base),
-        sampling=sampling,
-        group=group,
-        seed=seed,
-        log_probs=True,
-    )
-
-
-# --- what is asked ------------------------------------------------------------------------------
-
-
-def check_questions(questions: Sequence[str], consensus: int | None = None) -> None:
-    """Refuse what looks like a label type misspelt; any other text may be asked.
-
-    Raises:
-        PredictError: a single word that is nearly a label type, or a consensus on a question that
-            does not ask for labels.
-    """
-    for question in questions:
-        if consensus and question not in AGREEABLE:
-            raise PredictError(
-                f"--consensus takes questions that ask for labels ({', '.join(AGREEABLE)}), not "
-                f"--question={question}"
-            )
-        if question in LABEL_TYPES or len(question.split()) > 1:
-            continue
-        if close := difflib.get_close_matches(question, LABEL_TYPES, 1, cutoff=0.7):
-            raise PredictError(
-                f"--question={question} is not a label type; did you mean {close[0]}? (A question "
-                "of your own has several words.)"
-            )
-
-
-def choose_questions(
-    run: Run, asked: Sequence[str] | None, default: Sequence[str]
-) -> Sequence[str]:
-    """What to ask: `asked`, or those of the default questions that the run has been trained on.
-
-    Raises:
-        PredictError: a consensus is asked for, but the run was trained on no list of labels.
-    """
-    trained = run.label_types
-    if asked:
-        for question in asked:
-            if question in LABEL_TYPES and question not in trained:
-                say(f"note: the run was trained on {', '.join(trained)}, not on {question}")
-        return asked
-    questions = [name for name in default if name in trained]
-    if not questions and default == AGREEABLE:
-        raise PredictError(
-            f"{run.workdir} was trained on {', '.join(trained)}; --consensus needs one of "
-            f"{', '.join(AGREEABLE)}"
-        )
-    questions = questions or list(trained)
-    say(f"asking {' and '.join(questions)} (trained: {', '.join(trained)})")
-    return questions
-
-
-def open_clips(run: Run, place: str | None) -> Records:
-    """The clips of a place, by default the run's test set.
-
-    Raises:
-        PredictError: neither is named.
-        ConfigError: they lack the features that the run's input mode reads, or others have them.
-        RecordError: a directory without intact records.
-    """
-    place = place or run.config.data.test
-    if not place:
-        raise PredictError(
-            f"{run.workdir} has no test set (config.data.test is empty); name clips: --records DIR"
-        )
-    config = run.config.copy_and_resolve_references()
-    config.data.verify = False  # a record that is read checks itself, and few may be read
-    clips = build.open_records(config, place, "test", run.workdir, say)
-    build.check_features(config, clips, run.processor.mode)
-    run.report_records(place, clips, say)
-    return clips
-
-
-def choose_clips(clips: Records, names: Sequence[str] | None, first: int | None) -> Records:
-    """The clips of these names, or the first ones, or all.
-
-    Raises:
-        PredictError: a name that no clip has.
-    """
-    if first:
-        if first > len(clips):
-            say(f"note: there are only {len(clips)} clips")
-        return RecordSubset(clips, range(min(first, len(clips))))
-    if not names:
-        return clips
-    numbers = {entry.name: number for number, entry in enumerate(clips.index)}
-    for name in names:
-        if name not in numbers:
-            close = difflib.get_close_matches(name, numbers, 3)
-            hint = (
-                f"did you mean {' or '.join(close)}?" if close else f"one is {next(iter(numbers))}"
-            )
-            raise PredictError(f"none of the {len(clips)} clips is named {name!r}; {hint}")
-    return RecordSubset(clips, [numbers[name] for name in names])
-
-
-def report_missing(run: Run, clips: Records) -> None:
-    """Say which clips lack a modality that the input mode reads; the model goes without it."""
-    for feature in run.processor.mode.features:
-        without = [entry.name for entry in clips.index if feature not in entry.present]
-        if without:
-            more = f" and {len(without) - 1} more" if len(without) > 1 else ""
-            say(f"note: {without[0]}{more} of {len(clips)} clips: no {feature}, answered without")
-
-
-# --- how answers come ---------------------------------------------------------------------------
-
-
-def ask(
-    run: Run,
-    generator: Generator,
-    clips: Records,
-    questions: Sequence[str],
-    wheels: Wheels | None = None,
-    file: AnswerFile | None = None,
-) -> Iterator[tuple[str, str, Answer]]:
-    """Clip names, questions and answers, as they are complete, but for those that `file` holds.
-
-    With `wheels`, the answers of each group are brought to agreement.
-    """
-    parts, answered = {}, file.answered if file else ()
-    for question in questions:
-        left = [i for i, e in enumerate(clips.index) if (e.name, question) not in answered]
-        parts[question] = RecordSubset(clips, left)
-    # A line that is rewritten would mix with answers on the same terminal.
-    in_place = sys.stderr.isatty() and (file is not None or not sys.stdout.isatty())
-    done, total = 0, sum(map(len, parts.values()))
-    if not total:
-        return
-    with Counter("answers", stream=sys.stderr, in_place=in_place) as count:
-        count(done, total)
-        for question, part in parts.items():
-            if not len(part):
-                continue
-            if wheels:
-                found = agreed_answers(
-                    generator, run.processor, run.trainable, part, question, wheels
-                )
-            else:
-                found = generator.answers(run.trainable, part, question)
-            for number, answer in found:
-                yield part.index[number].name, question, answer
-                done += 1
-                count(done, total)
-
-
-def show_while_writing(run: Run, generator: Generator, clip: Records, question: str) -> None:
-    """Print the answer about a single clip as it is written."""
-    print(one_line(heading(clip.index[0].name, question)), end="", flush=True)
-    shown = 0
-    try:
-        for answer in generator.stream(run.trainable, clip, question):
-            print(one_line(answer.text[shown:]), end="", flush=True)
-            shown = len(answer.text)
-    finally:
-        print()
-    print_lines(remarks(run, question, answer))
-
-
-def heading(name: str, question: str) -> str:
-    return f"{name} [{question}] "
-
-
-def remarks(run: Run, question: str, answer: Answer) -> list[str]:
-    """What stands below an answer on a terminal."""
-    lines = []
-    labels = read_labels(run, question, answer)
-    if labels is not None:
-        lines.append(f"  labels: {', '.join(labels) or 'none'}")
-    if answer.cut:
-        lines.append(f"  cut at {answer.tokens} tokens; --max-new-tokens allows more")
-    return lines
-
-
-def read_labels(run: Run, question: str, answer: Answer) -> list[str] | None:
-    """The labels of an answer to a question that asks for labels."""
-    return run.processor.prompts.read_labels(answer.text, question) if question in SCORED else None
-
-
-class ClipAnswer(TypedDict):
-    """An answer as JSON has it; this module's docstring says what the keys mean."""
-
-    name: str
-    question: str
-    text: str
-    labels: list[str] | None
-    tokens: int
-    cut: bool
-    logprob: float | None
-
-
-def as_dict(run: Run, name: str, question: str, answer: Answer) -> ClipAnswer:
-    """An answer, with its labels."""
-    return {
-        "name": name,
-        "question": question,
-        "text": answer.text,
-        "labels": read_labels(run, question, answer),
-        "tokens": answer.tokens,
-        "cut": answer.cut,
-        "logprob": answer.log_prob,
-    }
-
-
-def to_json(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False)
+            print(json_line(to_json(as_dict(run, name, question, answer))), flush=True)
+    else:
+        show(run, generator, clips, questions, wheels)
 
 
 # --- a file of answers --------------------------------------------------------------------------
@@ -458,6 +177,7 @@ def file_settings(
         "step": run.step,
         # A run that is trained anew in the same place has the same steps.
         "checkpoint": run.fingerprint(run.step),
+        "base": run.base_identity().sha256,
         "records": build.records_identity(clips).sha256,
         **{name: identity.sha256 for name, identity in run.inputs.items()},
         "max_new_tokens": arguments.max_new_tokens or run.config.generate.max_new_tokens,

@@ -24,8 +24,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cpu, post_training, runtime
-from affectgpt_jax.common.identity import json_sha256
-from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
@@ -45,7 +43,8 @@ from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.rollouts import truths
 from affectgpt_jax.training import distributed, loop, memory, sharding
-from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
+from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import answer_log_probs
 from affectgpt_jax.training.preference import PreferenceLossConfig, preference_loss
 
@@ -66,18 +65,20 @@ def kept_pairs(
     dataset: Records,
     processor: PromptProcessor,
     question: str,
+    made_of: Callable[[], Any],
     make: Callable[[], tuple[list[Pair], int]],
 ) -> list[Pair]:
-    """Sampled pairs from a file, or else from `make()`, which are then written there."""
-    known = group.from_main_process(lambda: read_json(path, _Sampled) if path.is_file() else None)
-    if known is None:
+    """Sampled pairs from a file, or else from `make()`, see `post_training.kept`."""
+
+    def plain() -> _Sampled:
         pairs, _ = make()
-        if group.is_main_process:
-            both = {
-                side: [getattr(p, side).tolist() for p in pairs] for side in ("better", "worse")
-            }
-            write_json(path, {"number": [p.number for p in pairs], **both})
-        return pairs
+        return {
+            "number": [pair.number for pair in pairs],
+            "better": [pair.better.tolist() for pair in pairs],
+            "worse": [pair.worse.tolist() for pair in pairs],
+        }
+
+    known = post_training.kept(path, _Sampled, group, made_of, plain)
     prompts = processor.prompt_examples(dataset, question)
     return [
         Pair(n, prompts[n].tokens, *(np.asarray(tokens, np.int32) for tokens in both))
@@ -115,7 +116,7 @@ def prefer(
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock, processor = session.say, session.clock, run.processor
-    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+    say(f"workdir {workdir}; from {run.title}")
 
     # Pairs, some of them held out by the names of their clips.
     clips = group.main_process_first(
@@ -148,9 +149,12 @@ def prefer(
                     dataset, processor, dpo.question, exams.sampled, run.trainable, reward, dpo.gap
                 )
 
-            pairs = kept_pairs(
-                workdir / f"pairs_{name}.json", group, dataset, processor, dpo.question, sample
-            )
+            def made_of(dataset: Records = dataset) -> list[Any]:
+                facts = post_training.asked_of(run, dataset, dpo, config.seed)
+                return [dpo.start_sha256, lexicon.identity.sha256, dpo.gap, *facts]
+
+            file = workdir / f"pairs_{name}.json"
+            pairs = kept_pairs(file, group, dataset, processor, dpo.question, made_of, sample)
         if not pairs:
             raise DataError(f"config.dpo: no pair to {name}; {len(dataset)} clips gave none")
         sets[name] = PairData(config, dataset, processor, pairs, sharding.data_parallel_rank(mesh))
@@ -189,7 +193,7 @@ def prefer(
     evaluate = jax.jit(lambda trainable, base, batch: loss(program.model, base, trainable, batch))
     log_probs = jax.jit(functools.partial(answer_log_probs, program.model))
 
-    def validation(trainable: Any) -> dict[str, float]:
+    def validation(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
         """Loss, accuracy of the implicit reward, and margin on held-out pairs."""
         sums, pairs = np.zeros(3), 0.0
         for _, batch in held_out.whole():
@@ -200,27 +204,33 @@ def prefer(
             sums += np.array([float(total), float(metrics["accuracy"]), float(metrics["margin"])])
             pairs += float(count)
         names = ("val/loss", "val/accuracy", "val/margin")
-        return dict(zip(names, (sums / pairs).tolist(), strict=True))
+        return dict(zip(names, (sums / pairs).tolist(), strict=True)), []
 
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
         with clock.measure("evaluate"):
-            before = exams.thorough("test", run.trainable, workdir / post_training.BEFORE)
+            file = workdir / post_training.BEFORE
+            before = exams.thorough("test", run.trainable, file, lambda: dpo.start_sha256)
             for name, pairs in sets.items():
                 tokens = [
                     [p.prompt.tolist(), p.better.tolist(), p.worse.tolist()] for p in pairs.pairs
                 ]
-                digest = json_sha256([dpo.start_sha256, run.identity.sha256, tokens])[:12]
-                pairs.reference = kept_reference(
-                    workdir / f"reference_{name}_{digest}.json",
+                found = post_training.kept(
+                    workdir / f"reference_{name}.json",
+                    list[list[float]],
                     group,
-                    lambda pairs=pairs: reference_log_probs(
-                        lambda batch: log_probs(run.base, run.trainable, batch),
-                        mesh,
-                        pairs,
-                        session.pulse,
-                    ),
+                    lambda tokens=tokens: [dpo.start_sha256, run.identity.sha256, tokens],
+                    lambda pairs=pairs: [
+                        row.tolist()
+                        for row in reference_log_probs(
+                            lambda batch: log_probs(run.base, run.trainable, batch),
+                            mesh,
+                            pairs,
+                            session.pulse,
+                        )
+                    ],
                 )
+                pairs.reference = [np.asarray(row, np.float32) for row in found]
         state, totals = loop.run_steps(
             session,
             steps,
@@ -239,32 +249,17 @@ def prefer(
         say(f"asking about the held-out clips, after, with step {best}")
         with clock.measure("evaluate"):
             file = workdir / post_training.after_file(best)
-            after = exams.thorough("test", state["trainable"], file)
-            pairs = validation(state["trainable"])
+            fingerprint = functools.partial(SavedRun(workdir).fingerprint, best)
+            after = exams.thorough("test", state["trainable"], file, fingerprint)
+            pairs, _ = validation(state["trainable"])
         result = post_training.compare(config, dpo, workdir, exams, before, after, best, last)
         result["pairs"] = {"train": len(data.pairs), "held_out": len(held_out.pairs)} | {
             name.removeprefix("val/"): value for name, value in pairs.items()
         }
-    accuracy = ("preferred as annotated, held-out pairs", f"0.500 -> {pairs['val/accuracy']:.3f}")
-    post_training.finish(session, result, totals, [accuracy])
+        accuracy = f"0.500 -> {pairs['val/accuracy']:.3f}"
+        rows = [("preferred as annotated, held-out pairs", accuracy)]
+        post_training.finish(session, result, totals, rows)
     return result
-
-
-def kept_reference(
-    path: Path, group: distributed.ProcessGroup, make: Callable[[], list[np.ndarray]]
-) -> list[np.ndarray]:
-    """Log-probabilities from a file, or else from `make()`, which are then written there."""
-
-    def read() -> list[list[float]] | None:
-        return read_json(path, list[list[float]]) if path.is_file() else None
-
-    known = group.from_main_process(read)
-    if known is not None:
-        return [np.asarray(row, np.float32) for row in known]
-    made = make()
-    if group.is_main_process:
-        write_json(path, [row.tolist() for row in made])
-    return made
 
 
 def main(argv: Sequence[str] | None = None) -> None:

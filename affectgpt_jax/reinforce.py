@@ -5,7 +5,8 @@
 asks the run about clips that supervision has not seen, rewards its answers by the emotion wheels,
 and makes the better answers of each prompt more probable. Adapters and fusion go on from the run's
 best checkpoint, or from --step; the base stays frozen. The new workdir is a run like any other:
-every command reads it. The same command, run again, resumes.
+every command reads it. The same command, run again, resumes. --checkpoint with --config stands in
+place of --from, for weights that nobody trained here.
 
 `--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
 `--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
@@ -14,9 +15,10 @@ every command reads it. The same command, run again, resumes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -33,7 +35,8 @@ from affectgpt_jax.post_training import Exams
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
 from affectgpt_jax.training import distributed, loop, memory, sharding
-from affectgpt_jax.training.checkpoints import silence_threads
+from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
+from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import PolicyLossConfig, policy_loss
 
 # Metrics of a step that its line shows, and what it calls them.
@@ -50,6 +53,10 @@ SHOWN = {
 }
 # Says that a run ended by itself before its last step.
 ENDED = "ended.json"
+
+
+class _Ended(TypedDict):
+    step: int
 
 
 def make_reward(rl: ConfigDict, lexicon: Lexicon) -> Reward:
@@ -112,19 +119,13 @@ def reinforce(
     except ValueError as error:
         raise ConfigError(f"config.rl or config.profile_steps: {error}") from None
     shares = sharding.data_parallel_size(mesh)
-    unit = shares * config.gradient_accumulation_steps
-    if rl.prompts % unit:
-        raise ConfigError(
-            f"config.rl.prompts={rl.prompts} in config.gradient_accumulation_steps="
-            f"{config.gradient_accumulation_steps} microbatches cannot be shared by {shares} "
-            f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
-        )
+    rollouts.check_prompts(config, shares)
     config.batch_size = sum(rollouts.row_counts(config, shares))
     post_training.note_start(rl, run, lexicon)
     validate(config)
     group.from_main_process(lambda: check_same_run(config, workdir))
     say, clock = session.say, session.clock
-    say(f"workdir {workdir}; from step {run.step} of {run.workdir}")
+    say(f"workdir {workdir}; from {run.title}")
     say(f"reward {rl.reward} by {lexicon.identity}")
 
     # Data: clips that supervision has not seen, and, if asked for, some that it has.
@@ -133,7 +134,8 @@ def reinforce(
     )
     supervised = None
     if rl.sft_share:
-        trained = build.data(config, run.workdir, run.processor.tokenizer, say).train
+        home = run.workdir if run.is_trained_here else workdir
+        trained = build.data(config, home, run.processor.tokenizer, say).train
         supervised = rollouts.SupervisedRows(trained, config.max_tokens, config.seed)
     data = rollouts.RolloutData(
         config,
@@ -173,9 +175,7 @@ def reinforce(
         if rl.share_prompt
         else f"attention: {attention.name} ({attention.reason})"
     )
-    takes_kl = bool(rl.beta or rl.stop_kl)
-    more = ["reference_log_probs"] if takes_kl else []
-    more += ["old_log_probs"] if rl.updates > 1 else []
+    more = rollouts.later_arrays(rl)
     program = make_program(
         config,
         mesh,
@@ -190,9 +190,13 @@ def reinforce(
         program, run, inputs, session, fallback=fallback, allow_other=allow_other
     )
 
+    if not start and group.is_main_process:
+        (workdir / ENDED).unlink(missing_ok=True)  # of a run that was here before
+    group.meet()
+
     def finished(step: int) -> bool:
         ended = workdir / ENDED
-        return ended.is_file() and step >= read_json(ended, dict[str, Any])["step"]
+        return ended.is_file() and step >= read_json(ended, _Ended)["step"]
 
     steps = {}
     if start < config.steps and not finished(start):
@@ -206,7 +210,7 @@ def reinforce(
         writer = exams.sampled
         if merge_lora or (rl.temperature, rl.top_p) != (1, 1):
             writer = exams.generator(Sampling(rl.temperature, rl.top_p), rl.group, merge_lora)
-        reference = run.trainable if takes_kl else None
+        reference = run.trainable if "reference_log_probs" in more else None
         step = rollouts.RolloutStep(config, program, update, data, writer, reward, reference, say)
 
         def run_step(state: Any, base: Any, prompts: Any) -> tuple[Any, dict[str, float]]:
@@ -224,21 +228,22 @@ def reinforce(
 
         steps = {data.prompt_length: run_step}
 
-    def validation(trainable: Any) -> dict[str, float]:
+    def validation(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
         """A checkpoint is chosen by what its samples lack of the largest score."""
-        found = exams.quick("val", trainable)
+        found, samples = exams.quick("val", trainable)
         sampled = float(found.sampled.mean())
         return {
             "val/loss": 1 - sampled,
             "val/sampled_reward": sampled,
             f"val/{found.metric}": found.greedy.primary,
             "val/labels": found.labels,
-        }
+        }, samples
 
     with session.running(start), checkpoints:
         say("asking about the held-out clips, before")
         with clock.measure("evaluate"):
-            before = exams.thorough("test", run.trainable, workdir / post_training.BEFORE)
+            file = workdir / post_training.BEFORE
+            before = exams.thorough("test", run.trainable, file, lambda: rl.start_sha256)
         state, totals = loop.run_steps(
             session,
             steps,
@@ -258,11 +263,11 @@ def reinforce(
         say(f"asking about the held-out clips, after, with step {best}")
         with clock.measure("evaluate"):
             file = workdir / post_training.after_file(best)
-            after = exams.thorough("test", state["trainable"], file)
+            fingerprint = functools.partial(SavedRun(workdir).fingerprint, best)
+            after = exams.thorough("test", state["trainable"], file, fingerprint)
         result = post_training.compare(config, rl, workdir, exams, before, after, best, last)
         result["ended_by"] = "stop_kl" if finished(last) else "steps"
-        session.writer.write(last, {"test/sampled_reward": float(after.sampled.mean())})
-    post_training.finish(session, result, totals)
+        post_training.finish(session, result, totals)
     return result
 
 

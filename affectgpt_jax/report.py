@@ -29,7 +29,7 @@ from affectgpt_jax.evaluation.answers import side_by_side
 from affectgpt_jax.evaluation.datasets import BY_KEY, DEMO, TASKS, name_and_task
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_texts, read_truth
-from affectgpt_jax.evaluation.report import write_ablation, write_report
+from affectgpt_jax.evaluation.report import REPORT_FILE, write_ablation, write_report
 from affectgpt_jax.evaluation.results import NEEDS_LEXICON, SetResult, score_set
 from affectgpt_jax.evaluation.summary import make_report
 from affectgpt_jax.evaluation.tables import ABLATIONS, ablation_table, read_run
@@ -101,7 +101,7 @@ def parse_run(text: str) -> tuple[str, str]:
     RUN may be that file, the folder that it is in, or the workdir of an evaluated run.
 
     Raises:
-        ValueError: another form.
+        ValueError: another form, or a run that was evaluated in several ways.
     """
     label, _, path = text.rpartition("=")
     if not label or not path:
@@ -109,7 +109,13 @@ def parse_run(text: str) -> tuple[str, str]:
     place = Path(path).expanduser()
     if place.is_dir():
         inside = place / "evaluate"
-        place = (inside if inside.is_dir() else place) / "report.json"
+        place = inside if inside.is_dir() else place
+        if others := sorted(str(found.parent) for found in place.glob(f"*/{REPORT_FILE}")):
+            raise ValueError(
+                f"{place} holds several evaluations; name one: {place / REPORT_FILE}, "
+                f"{', '.join(others)}"
+            )
+        place /= REPORT_FILE
     return label, str(place)
 
 

@@ -25,6 +25,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.examples import Example
 from affectgpt_jax.data.packing import Bucket, round_up
 from affectgpt_jax.data.pipeline import (
@@ -41,7 +42,7 @@ from affectgpt_jax.data.prompts import parse_label
 from affectgpt_jax.data.records import Records
 from affectgpt_jax.evaluation.rewards import Answered, Reward, Rewarded
 from affectgpt_jax.inference import Generator
-from affectgpt_jax.models.attention import GROUP
+from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.program import Program
 from affectgpt_jax.training import policy
@@ -136,24 +137,23 @@ def collate_rows(
     batch = collate(examples + [[]] * (count - len(rows)), common, shapes, bucket)
     batch |= {name: np.zeros((count, bucket.targets), np.float32) for name in BY_TOKEN}
     for i, row in enumerate(rows):
-        start = first = len(row.prompt)
-        target = 0
+        start, target = len(row.prompt), 0
         shared = len(row.written) > 1
         if shared:
-            batch["segment_ids"][i, :start] = GROUP
-        for place, answer in enumerate(row.written):
+            positions, ids = grouped_row(start, [len(answer.tokens) for answer in row.written])
+            batch["positions"][i, : len(ids)] = positions
+            batch["segment_ids"][i, : len(ids)] = ids
+        for answer in row.written:
             size = len(answer.tokens)
-            here, there = slice(first, first + size), slice(target, target + size)
+            there = slice(target, target + size)
             if shared:
-                batch["positions"][i, here] = start + np.arange(size)
-                batch["segment_ids"][i, here] = GROUP + 1 + place
                 batch["target_positions"][i, target] = start - 1
             batch["advantages"][i, there] = answer.advantage
             batch["loss_weights"][i, there], batch["count_weights"][i, there] = answer.weights
             if answer.log_probs is not None:
                 batch["sampled"][i, there] = 1
                 batch["rollout_log_probs"][i, there] = answer.log_probs
-            first, target = here.stop, there.stop
+            target = there.stop
     return batch
 
 
@@ -206,6 +206,40 @@ def row_counts(config: ConfigDict, shares: int) -> tuple[int, int]:
     answers = rl.prompts * (1 if rl.share_prompt else rl.group)
     unit = shares * config.gradient_accumulation_steps
     return answers, -(-math.ceil(rl.sft_share * answers) // unit) * unit
+
+
+def check_prompts(config: ConfigDict, shares: int) -> None:
+    """Refuse a step whose prompts so many devices cannot share.
+
+    Raises:
+        ConfigError: they are no multiple of the devices and the microbatches.
+    """
+    prompts, unit = config.rl.prompts, shares * config.gradient_accumulation_steps
+    if prompts % unit:
+        raise ConfigError(
+            f"config.rl.prompts={prompts} in config.gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps} microbatches cannot be shared by {shares} "
+            f"devices (mesh {config.mesh!r}); use a multiple of {unit}"
+        )
+
+
+def later_arrays(rl: ConfigDict) -> list[str]:
+    """What log-probabilities an update's batch has beside `BY_TOKEN`."""
+    more = ["reference_log_probs"] if rl.beta or rl.stop_kl else []
+    return more + (["old_log_probs"] if rl.updates > 1 else [])
+
+
+def update_bucket(rl: ConfigDict, prompt: int, supervised: tuple[int, int] = (0, 0)) -> Bucket:
+    """The shape of an update's rows.
+
+    Args:
+        rl: section of the config.
+        prompt: tokens of the longest one.
+        supervised: tokens, and supervised ones, of the longest example beside the answers.
+    """
+    answers = (rl.group if rl.share_prompt else 1) * rl.max_new_tokens
+    room = map(max, (prompt + answers, answers), supervised)
+    return Bucket(*(int(round_up(size)) for size in room))
 
 
 class RolloutData:
@@ -264,13 +298,10 @@ class RolloutData:
             )
         longest = int(lengths[self._kept].max())
         self.prompt_length = int(round_up(longest))
-        answers = rl.group if rl.share_prompt else 1
         self.answer_rows, self.supervised_rows = row_counts(config, shares)
         self.rows = self.answer_rows + self.supervised_rows
-        room = longest + answers * rl.max_new_tokens, answers * rl.max_new_tokens
-        if self.supervised_rows:
-            room = tuple(map(max, room, supervised.longest))
-        self.bucket = Bucket(*(int(round_up(size)) for size in room))
+        beside = supervised.longest if self.supervised_rows else (0, 0)
+        self.bucket = update_bucket(rl, longest, beside)
         self.shapes = feature_shapes(
             processor.features,
             [

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from affectgpt_jax import cli
-from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.text import print_lines
 from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.datasets import TASKS
@@ -67,7 +67,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--allow-pickle", action="store_true", help="read pickled plain values of npz files")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
     add("--seed", type=int, default=0, help="of the resampling")
-    add("--json", metavar="FILE", help="write everything there, tables by wheel and class too")
+    add(
+        "--json",
+        metavar="FILE",
+        help="write everything there, tables by wheel and class too; -: to standard output, and "
+        "the report to standard error",
+    )
     arguments = parser.parse_args(argv)
     if arguments.bootstrap < 0 or arguments.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
@@ -201,11 +206,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with cli.exit_on_error():
         arguments = parse_arguments(argv)
         results, told = score_files(arguments)
+        taken = False
         if arguments.json:
             report = json.dumps(as_dict(results, told, arguments), indent=2) + "\n"
-            with cli.writing(f"--json={arguments.json}"):
-                write_text(arguments.json, report)
-        print_lines(render(results, told))
+            taken = cli.write_output(arguments.json, report, "--json")
+        print_lines(render(results, told), sys.stderr if taken else sys.stdout)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from affectgpt_jax.config import (
     save_config,
     saved_steps,
 )
+from affectgpt_jax.data.modalities import modalities_in_words
 from affectgpt_jax.data.pipeline import TrainPipeline
 from affectgpt_jax.program import check_rows, compiler_options, make_program
 from affectgpt_jax.trainer_command import TrainerCommand, add_flags
@@ -100,6 +101,7 @@ def train(
     # generated, the main process writes and the others then find.
     tokenizer = build.tokenizer(directory, llm)
     data = group.main_process_first(lambda: build.data(config, workdir, tokenizer, say))
+    group.from_main_process(lambda: build.keep_extraction(workdir, data.train))
     if data.test is not None:
         # Trouble with a clip shows now, not at the end.
         question = evaluators.question_for_test_set(config)
@@ -198,7 +200,14 @@ def train(
             state = checkpoints.restore(best, program.state)
         result = {"steps": config.steps, "best_step": best} | totals
         if group.is_main_process:
-            result = metrics_writer.first_and_last_loss(workdir / "metrics.jsonl") | result
+            log = workdir / "metrics.jsonl"
+            result = metrics_writer.first_and_last_loss(log) | result
+            if trouble := metrics_writer.divergence(log):
+                rate = config.optimizer.learning_rate
+                result["warning"] = (
+                    f"{trouble}; lower config.optimizer.learning_rate, which is {rate:g}, or train "
+                    "longer if there were few steps"
+                )
         if data.test is not None:
             session.progress.close()
             answers = Counter(
@@ -214,28 +223,32 @@ def train(
                     write=group.is_main_process,
                     progress=answers,
                 )
-            if "hit" in result:
-                session.writer.write(config.steps, {"test/hit": result["hit"]})
+            scores = {f"test/{name}": result[name] for name in ("hit", "f") if name in result}
+            if scores:
+                session.writer.write(config.steps, scores)
             else:
                 say("not scored: " + result["not_scored"])
-    times = clock.report()
-    result |= {"wall_s": sum(times.values()), "time_s": times}
+        times = clock.report()
+        result |= {"wall_s": sum(times.values()), "time_s": times}
+        if group.is_main_process:
+            write_json(workdir / "result.json", result)
+        session.draw(config.steps, references(config, result))
     if group.is_main_process:
-        report(config, workdir, result)
         print(clock.table())
         print(summary(config, workdir, result))
     return result
 
 
-def report(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> None:
-    """Write `result.json` and plot the run."""
-    write_json(workdir / "result.json", result)
-    ceiling = result.get("ceilings", {}).get(build.input_mode(config).name)
-    metrics_writer.plot_run(
-        workdir / "metrics.jsonl",
-        workdir / "run.png",
-        ceilings=ceiling and {"ceiling": ceiling},
-    )
+def references(config: ConfigDict, result: dict[str, Any]) -> dict[str, float]:
+    """What the picture of a run sets its score beside; its own ceiling first."""
+    ceilings = dict(result.get("ceilings", {}))
+    own = ceilings.pop(build.input_mode(config).name, None)
+    found = {} if own is None else {"ceiling": own}
+    found |= {f"ceiling, {modalities_in_words(mode)}": ceilings[mode] for mode in ceilings}
+    for name in ("hit", "f"):
+        if (key := f"{name}_features_shuffled") in result:
+            found["control: shuffled features"] = result[key]
+    return found
 
 
 def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
@@ -247,25 +260,12 @@ def summary(config: ConfigDict, workdir: Path, result: dict[str, Any]) -> str:
     if "mfu" in result:
         rate = f"{result['tflop_per_s_per_device']:.0f} TFLOP/s a device"
         rows.append(("MFU", f"{result['mfu']:.1%}  ({rate})"))
-    if "hit" in result:
-        ceilings = result.get("ceilings", {})
-        best = ceilings.get(build.input_mode(config).name)
-        error = math.sqrt(result["hit"] * (1 - result["hit"]) / result["clips"])
-        rows.append((f"hit rate, {result['clips']:,} clips", f"{result['hit']:.3f} +- {error:.3f}"))
-        if best:
-            rows.append(("share of the ceiling", f"{result['hit'] / best:.0%}"))
-        rows.append(("labels per clip", f"{result['labels_per_clip']:.2f} (the first one counts)"))
-        if "hit_features_shuffled" in result:
-            rows.append(("control: shuffled features", f"{result['hit_features_shuffled']:.3f}"))
-        rows += [
-            (f"ceiling with {mode.removeprefix('multi_').replace('_', ' + ')}", f"{value:.3f}")
-            for mode, value in ceilings.items()
-        ]
-        if result["answers_cut"]:
-            rows.append(("answers cut at the token limit", str(result["answers_cut"])))
+    rows += score_rows(config, result)
     table = metrics_writer.summary_table(rows, title="Result")
-    answers = ", predictions.jsonl, truth.csv" if "clips" in result else ""
-    return f"""{table}
+    answers = ", predictions.jsonl" if "clips" in result else ""
+    answers += ", truth.csv" if "clips" in result and "not_scored" not in result else ""
+    warning = f"\n\nwarning: {result['warning']}" if "warning" in result else ""
+    return f"""{table}{warning}
 
 What you have now, in {workdir}:
   {"result.json" + answers:<42}  the result{", and every answer" if answers else ""}
@@ -273,6 +273,37 @@ What you have now, in {workdir}:
   checkpoints/                                adapters, fusion, optimizer state
 
 {next_commands(config, workdir)}"""
+
+
+def score_rows(config: ConfigDict, result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the closing words say of the held-out clips."""
+    if "not_scored" in result:
+        return [("not scored", result["not_scored"])]
+    rows = []
+    ceilings = result.get("ceilings", {})
+    if "hit" in result:
+        best = ceilings.get(build.input_mode(config).name)
+        error = math.sqrt(result["hit"] * (1 - result["hit"]) / result["clips"])
+        rows.append((f"hit rate, {result['clips']:,} clips", f"{result['hit']:.3f} +- {error:.3f}"))
+        if best:
+            rows.append(("share of the ceiling", f"{result['hit'] / best:.0%}"))
+        rows.append(("labels per clip", f"{result['labels_per_clip']:.2f} (the first one counts)"))
+    if "f" in result:
+        low, high = result["f_interval"]
+        value = f"{result['f']:.3f} ({low:.3f} to {high:.3f})"
+        rows.append((f"F of the labels, {result['clips_scored']:,} clips", value))
+        rows.append(("precision, recall", f"{result['p']:.3f}, {result['r']:.3f}"))
+        rows.append(("labels per clip", f"{result['labels_per_clip']:.2f}"))
+    for name in ("hit", "f"):
+        if (key := f"{name}_features_shuffled") in result:
+            rows.append(("control: shuffled features", f"{result[key]:.3f}"))
+    rows += [
+        (f"ceiling with {modalities_in_words(mode)}", f"{value:.3f}")
+        for mode, value in ceilings.items()
+    ]
+    if result.get("answers_cut"):
+        rows.append(("answers cut at the token limit", str(result["answers_cut"])))
+    return rows
 
 
 def next_commands(config: ConfigDict, workdir: Path) -> str:

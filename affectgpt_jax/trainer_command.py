@@ -34,6 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "whole",
     )
     restore.add_allow_other(parser, ALLOWED_OTHERS)
+    cli.add_download_flag(parser.add_argument)
     distributed.add_flags(parser)
 
 
@@ -80,6 +81,8 @@ class TrainerCommand:
         """
         self._workdir = own.workdir
         check_path(own.workdir)
+        if own.download:  # before the others are waited for
+            restore.download_models(config)
         self._launch = distributed.find_launch(own)
         restore.set_up_process()
         facts = {"workdir": str(own.workdir), "jax": jax.__version__, "code": str(code_identity())}

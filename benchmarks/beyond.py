@@ -6,13 +6,17 @@ penalty, which rewards long lists, and rewards of other clips. Each is asked abo
 clips as the supervised run, greedily, by samples and by consensus. Beside them stand predictors
 that know the exact posterior of the world.
 
-Stopped, the same command goes on; `--config.key=value` goes to all runs.
+Every finished run is kept in the workdir and written into the result at once: stopped, the same
+command goes on, and with `--add` it also keeps runs that only the result has. `--config.key=value`
+goes to all runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +29,7 @@ from affectgpt_jax.common.json import read_json
 from affectgpt_jax.data import demo
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels, overlap
+from affectgpt_jax.post_training import BEFORE
 from benchmarks import harness
 from benchmarks.harness import Report
 from benchmarks.runner import RunError
@@ -163,27 +168,60 @@ def start(command: str, workdir: Path, flags: Sequence[str]) -> dict[str, Any]:
     return read_json(file, dict[str, Any])
 
 
-def run(args: argparse.Namespace) -> Report:
-    """All variants on all worlds.
+def cells(args: argparse.Namespace) -> list[tuple[int, str]]:
+    """What to run, as world and variant: first what runs on several worlds."""
+    first, *others = args.worlds
+    elsewhere = [name for name in args.elsewhere if others]
+    shared = [(world, name) for name in elsewhere for world in args.worlds]
+    return shared + [(first, name) for name in args.variants if name not in elsewhere]
+
+
+def go_on(args: argparse.Namespace, world: int, name: str) -> dict[str, Any]:
+    """The result of a variant on a world, from that world's supervised run.
 
     Raises:
-        RunError: a run failed.
+        RunError: one of both failed.
     """
-    overrides = list(args.overrides)
-    worlds = []
-    for world in args.worlds:
-        folder = Path(args.workdir) / f"world{world}"
-        start("train", folder / "sft", [f"--config.demo_seed={world}", *overrides])
-        rows = {}
-        for name in args.variants:
-            command, changes = VARIANTS[name]
-            section = "rl" if command == "reinforce" else "dpo"
-            flags = [f"--from={folder / 'sft'}", f"--config.{section}.test_clips={args.clips}"]
-            flags += [f"--config.steps={args.steps}", f"--config.checkpoint_every={args.steps}"]
-            flags += [f"--config.{change}" for change in changes]
-            rows[name] = start(command, folder / name.replace(" ", "-"), [*flags, *overrides])
-        worlds.append({"world": world, "runs": rows, "ceilings": ceilings(world, args.clips)})
-    return {"steps": args.steps, "clips": args.clips, "worlds": worlds}
+    folder, overrides = Path(args.workdir) / f"world{world}", list(args.overrides)
+    start("train", folder / "sft", [f"--config.demo_seed={world}", *overrides])
+    command, changes = VARIANTS[name]
+    section = "rl" if command == "reinforce" else "dpo"
+    workdir = folder / re.sub(r"\W+", "-", name)
+    # All start from one model, whose answers are asked once.
+    answers = workdir / BEFORE
+    asked = next(iter(sorted(folder.glob(f"*/{BEFORE}"))), None)
+    if asked and not workdir.exists():
+        workdir.mkdir()
+        shutil.copyfile(asked, answers)
+    keys = [f"{section}.test_clips={args.clips}", f"steps={args.steps}"]
+    keys += [f"checkpoint_every={args.steps}", *changes]
+    flags = [f"--from={folder / 'sft'}", *(f"--config.{key}" for key in keys), *overrides]
+    return start(command, workdir, flags)
+
+
+def run(args: argparse.Namespace) -> Report:
+    """All that is asked for; the report is written after every run.
+
+    Raises:
+        RunError: a run failed, or the file has runs of other sizes.
+    """
+    path = args.out or harness.RESULTS / "beyond.json"
+    sizes = {"steps": args.steps, "clips": args.clips}
+    kept = harness.load(path) if args.add and path.is_file() else {**sizes, "worlds": []}
+    if other := [f"{key}={kept[key]}" for key in sizes if kept[key] != sizes[key]]:
+        raise RunError(f"{path} has runs of {', '.join(other)}; ask for the same, or leave --add")
+    worlds = {found["world"]: found for found in kept["worlds"]}
+    for world, name in cells(args):
+        if name in worlds.get(world, {}).get("runs", {}):
+            continue
+        result = go_on(args, world, name)
+        if world not in worlds:
+            worlds[world] = {"world": world, "runs": {}, "ceilings": ceilings(world, args.clips)}
+        worlds[world]["runs"][name] = result
+        about = {"command": harness.command("beyond", args.words), **harness.describe()}
+        report = {**sizes, "worlds": [worlds[world] for world in sorted(worlds)]}
+        harness.save({"environment": about, **report}, path)
+    return {**sizes, "worlds": [worlds[world] for world in sorted(worlds)]}
 
 
 def with_interval(value: float, interval: Sequence[float]) -> str:
@@ -217,7 +255,7 @@ def table(report: Report) -> str:
         runs = world["runs"]
         before = next(iter(runs.values()))["before"]
         rows = [row("supervised", before)]
-        rows += [row(name, found["after"], found) for name, found in runs.items()]
+        rows += [row(name, runs[name]["after"], runs[name]) for name in VARIANTS if name in runs]
         rows += [row(f"*{name}*", found) for name, found in world["ceilings"].items()]
         title = (
             f"World {world['world']}, {report['clips']:,} held-out clips, {report['steps']} steps"
@@ -228,10 +266,27 @@ def table(report: Report) -> str:
 
 def flags(add: Callable[..., Any]) -> None:
     add("--worlds", type=int, nargs="+", default=[0, 1, 2])
-    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    every = ", ".join(VARIANTS)
+    add(
+        "--variants",
+        nargs="+",
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar="NAME",
+        help=f"on the first world; default: all, which are {every}",
+    )
+    add(
+        "--elsewhere",
+        nargs="+",
+        choices=VARIANTS,
+        default=["GRPO, wheel F"],
+        metavar="NAME",
+        help="on all worlds; default: GRPO, wheel F",
+    )
     add("--steps", type=int, default=200, help="of each; default: 200")
     add("--clips", type=int, default=2048, help="held-out clips that are asked; default: 2048")
     add("--workdir", default="runs/beyond", help="default: runs/beyond")
+    add("--add", action="store_true", help="keep the runs that the file has")
 
 
 COMMAND = harness.Measurement(

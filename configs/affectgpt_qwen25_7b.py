@@ -109,9 +109,10 @@ def get_config(batch_size: str = "3") -> ConfigDict:
         raise ValueError(f"affectgpt_qwen25_7b:{batch_size} names no batch size of 1 or more")
     c = ConfigDict()
     c.seed = 0  # of initialisation, data order, label draw and dropout; 0 to 2^32 - 1
-    c.llm = "Qwen2.5-7B-Instruct"  # directory of the frozen base; "tiny": the one that ships
-    # What to start from: the workdir of a run, whose best checkpoint it is, a PEFT adapter's
-    # directory, or a .pth of the PyTorch release; "": fresh
+    # The frozen base: a directory, or a model of the hub, OWNER/NAME; "tiny": the one that ships
+    c.llm = "Qwen2.5-7B-Instruct"
+    # What to start from: the workdir of a run, whose best checkpoint it is; a PEFT adapter's
+    # directory or a .pth of the PyTorch release, here or on the hub; "": fresh
     c.init_from = ""
     c.input = "multi_audio_face_text"  # the input mode, one of those of data/modalities.py
     c.label = "hybrid"  # description | ovlabel | hybrid (one of both, drawn anew at each access) |
@@ -197,7 +198,7 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     c.qformer.dropout = 0.1
 
     c.generate = ConfigDict()  # answers, in validation and afterwards
-    c.generate.batch_size = 32  # clips at a time
+    c.generate.batch_size = 32  # answers at a time
     c.generate.max_new_tokens = 1200  # of an answer
     # Whether LoRA is added to a copy of the base's weights first, which is faster and rounds once
     # more: auto | true | false; auto does so where a second copy of them fits easily

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,17 @@ import numpy as np
 from affectgpt_jax.common.files import atomic_write
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import parse_json
+from affectgpt_jax.common.npy import read_npz, reason
 
-from .clips import Clip
+from .clips import Clip, ClipError
+
+# What `zipfile` and NumPy raise on an archive that is none, or has other bytes than it had.
+_DAMAGED = (ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+# The store's folder in the directory of the records, and beside the blocks: where the weights of
+# the encoders are, by kind.
+BLOCKS = ".blocks"
+PLACES = "encoders.json"
 
 
 def block_key(settings: Mapping[str, Any], clips: Sequence[Clip]) -> str:
@@ -82,8 +92,16 @@ class BlockStore:
     def read(self, key: str) -> Block:
         """A block of the store; the one read last is cached."""
         if self._last is None or self._last[0] != key:
-            with np.load(self._path(key), allow_pickle=False) as file:
-                features = {name: file[name] for name in file.files if name != "rows"}
+            path = self._path(key)
+            try:
+                with zipfile.ZipFile(path) as archive:
+                    names = [name.removesuffix(".npy") for name in archive.namelist()]
+                    features = {n: read_npz(archive, n) for n in names if n != "rows"}
+            except (OSError, *_DAMAGED) as error:
+                raise ClipError(
+                    f"{path} is damaged ({reason(error)}); delete it, and the same command makes "
+                    "it anew"
+                ) from None
             self._last = key, Block(self.rows(key), features)
         return self._last[1]
 
@@ -92,11 +110,11 @@ class BlockStore:
 
     def _rows(self, key: str) -> list[dict[str, Any]] | None:
         try:
-            with np.load(self._path(key), allow_pickle=False) as file:
-                rows = file["rows"].tobytes()
+            with zipfile.ZipFile(self._path(key)) as archive:
+                rows = read_npz(archive, "rows").tobytes()
                 return parse_json(rows, str(self._path(key)), list[dict[str, Any]])
         # A disk that was full or lost power leaves what is no archive: not finished.
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        except (OSError, *_DAMAGED):
             return None
 
 

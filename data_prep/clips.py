@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -154,6 +155,42 @@ def find_clips(
     unnamed = sorted(found - {matched.get(clip.name) for clip in clips})
     lacking = [clip.name for clip in clips if not clip.sound]
     return Found(clips, unnamed, other, lacking if unnamed else [], how)
+
+
+def named_clips(paths: Sequence[Path], faces: Path | None = None) -> list[Clip]:
+    """The clips of files and folders that somebody names, in their order.
+
+    Files of one folder that differ in the suffix alone are a clip's video and sound. A file need
+    not be there, or be a medium: that shows when it is decoded. Clips are called by the stem of
+    their file, and with its folder where two have the same.
+
+    Args:
+        paths: files, and folders, of which all media below count.
+        faces: as for `find_clips`.
+
+    Raises:
+        ClipError: a folder without a medium, or the same file twice.
+    """
+    groups: dict[tuple[Path, str], dict[str, Path]] = {}
+    for path in paths:
+        if path.is_dir():
+            for clip in find_clips([path], faces=faces).clips:
+                files = {"video": clip.video, "audio": clip.audio, "faces": clip.faces}
+                groups[path, clip.name] = {kind: file for kind, file in files.items() if file}
+            continue
+        kind = "audio" if path.suffix.lower() in AUDIO else "video"
+        key = path.parent, _name(path, path.parent)
+        if any(path in files.values() for files in groups.values()):
+            raise ClipError(f"{path} is named twice")
+        if kind in groups.get(key, {}):  # another container: a clip of its own
+            key = path.parent, path.name
+        track = {"faces": _face_file(faces, key[1])} if faces is not None else {}
+        groups[key] = groups.get(key, track) | {kind: path}
+    taken = Counter(name for _, name in groups)
+    return [
+        Clip(name if taken[name] == 1 else (folder / name).as_posix(), **files)
+        for (folder, name), files in groups.items()
+    ]
 
 
 def _files(folder: Path) -> Iterator[Path]:

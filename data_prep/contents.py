@@ -18,6 +18,7 @@ from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import INDEX_FILE, IndexEntry, read_index, read_manifest
 
+from .figures import plain, save_png
 from .report import REPORT_FILE
 
 TOP_LABELS = 30
@@ -160,9 +161,10 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
     for panel, quantity in zip(panels, spread[first], strict=True):
         if quantity == "clips with label":
             counts = spread[first][quantity]
-            panel.bar(list(counts), list(counts.values()), color="tab:blue")
-            panel.tick_params(axis="x", rotation=90)
-            panel.set_title(f"{first}: most frequent labels")
+            places = np.arange(len(counts))
+            panel.bar(places, list(counts.values()), color="tab:blue")
+            panel.set_xticks(places, list(map(plain, counts)), rotation=90)
+            panel.set_title(f"{plain(first)}: most frequent labels")
         else:
             for name in shown:
                 if counts := spread[name][quantity]:
@@ -171,7 +173,7 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
                     if quantity == "labels per clip":
                         edges -= 0.5  # whole numbers, in the middle of their bins
                     values = np.array(list(counts.values()))
-                    panel.stairs(values / values.sum(), edges, label=name, linewidth=1.5)
+                    panel.stairs(values / values.sum(), edges, label=plain(name), linewidth=1.5)
             panel.set_xlabel(quantity)
             panel.set_title(quantity)
             panel.set_ylim(bottom=0)
@@ -179,5 +181,4 @@ def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> 
             if panel.patches:
                 panel.legend()
         panel.set_ylabel("clips" if quantity == "clips with label" else "share of clips")
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    save_png(figure, path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -48,6 +49,7 @@ class Job:
     features: tuple[str, ...]
     image_size: int
     face_order: str = "bgr"
+    max_seconds: float = math.inf  # of a file; a longer one is not decoded
     detector: DetectorFile | None = None
 
 
@@ -73,7 +75,7 @@ def decode_clip(job: Job) -> Decoded:
     out = Decoded()
     clip = job.clip
     start = time.perf_counter()
-    damage = {path: _trouble(path) for path in (clip.video, clip.audio) if path}
+    damage = {path: _trouble(path, job.max_seconds) for path in (clip.video, clip.audio) if path}
     # By what can be used, the same clip is known again under another name.
     if whole := [path for path, trouble in damage.items() if not trouble]:
         out.facts["sha256"] = files_sha256(whole)
@@ -92,9 +94,11 @@ def decode_clip(job: Job) -> Decoded:
     return out
 
 
-def _trouble(path: Path) -> str | None:
+def _trouble(path: Path, max_seconds: float) -> str | None:
     try:
         media.check_whole(path)
+        if max_seconds < math.inf:
+            media.check_length(path, max_seconds)
     except MediaError as error:
         return str(error)
     return None

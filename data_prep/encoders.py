@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from affectgpt_jax.common import hub
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import named_files_sha256
 from affectgpt_jax.common.json import read_json
@@ -52,6 +53,9 @@ CONFIGS = ("config.json", "preprocessor_config.json")
 # CLIP's, where a directory has no preprocessor_config.json (transformers' OPENAI_CLIP_*).
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Where PyTorch or what decodes is not installed.
+MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 
 class EncoderError(UserError, ValueError):
@@ -177,32 +181,36 @@ class EncoderPlace:
 
 
 def find_encoder(text: str, kind: str, download: bool = False) -> EncoderPlace:
-    """The encoder for `NAME` or `NAME=DIR` on the command line.
+    """The encoder for `NAME`, `NAME=DIR` or `NAME=OWNER/MODEL`, of the hub, on the command line.
 
     Args:
         text: a name of `names(kind)`; a bare architecture needs a directory.
         kind: video or audio.
-        download: get published weights that are not in the hub's cache.
+        download: get weights that are not in the hub's cache.
 
     Raises:
-        EncoderError: an unknown name, a directory without weights, or weights that are not here.
+        EncoderError: an unknown name, or a directory without weights.
+        HubError: weights of the hub that are not here, or cannot be had.
     """
     name, _, place = text.partition("=")
     if name not in names(kind):
         known = ", ".join(names(kind))
         raise EncoderError(f"--{kind} {text}: {name!r} is no encoder for {kind}; known are {known}")
     published = PUBLISHED.get(name)
-    if place:
-        directory = Path(place).expanduser()
-    elif published:
-        directory = _from_hub(name, published.repository, kind, download)
-    else:
+    if not place and not published:
         raise EncoderError(f"--{kind} {name} needs a directory, as in --{kind} {name}=DIR")
+    if model := hub.parse_place(place) if place else hub.HubPlace(published.repository):
+        advice = f"name its directory, as in --{kind} {name}=DIR"
+        # A repository often holds its weights in several formats; PyTorch's is enough.
+        patterns = (*CONFIGS, *WEIGHTS)
+        directory = hub.find(model, f"--{kind} {text}", patterns, _lacks, download, advice)
+    else:
+        directory = Path(place).expanduser()
     architecture = published.architecture if published else name
     width = published.width if published else None
-    label = name if published else f"{name}:{directory.resolve().name}"
+    label = name if published else f"{name}:{hub.model_name(directory.resolve())}"
     found = EncoderPlace(label, architecture, width, directory)
-    if not (directory / "config.json").is_file() or len(found.files()) < 2:
+    if _lacks(directory):
         raise EncoderError(
             f"--{kind} {text}: {directory} holds no encoder; expected config.json and weights "
             "(model.safetensors or pytorch_model.bin) in Hugging Face's layout"
@@ -217,22 +225,12 @@ def find_encoder(text: str, kind: str, download: bool = False) -> EncoderPlace:
     return found
 
 
-def _from_hub(name: str, repository: str, kind: str, download: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        # A repository often holds its weights in several formats; PyTorch's is enough.
-        patterns = [*CONFIGS, *WEIGHTS]
-        return Path(
-            snapshot_download(repository, local_files_only=not download, allow_patterns=patterns)
-        )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if download else "they are not in the hub's cache"
-        raise EncoderError(
-            f"--{kind} {name}: the weights of {repository} cannot be used: {reason}; name a "
-            f"directory, as in --{kind} {name}=DIR, or get them with --download"
-        ) from None
+def _lacks(directory: Path) -> str | None:
+    """What a directory lacks of an encoder; None where it has all."""
+    if not (directory / "config.json").is_file():
+        return "config.json is missing"
+    found = (path for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern))
+    return None if any(found) else "its weights are missing"
 
 
 class Encoder:

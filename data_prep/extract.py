@@ -21,14 +21,13 @@ Video encoders: {video}.
 
 Audio encoders: {audio}.
 
-A name alone is looked up in the hub's cache, NAME=DIR is a directory; the bare architectures
-({bare}) take weights of any size.
+A name alone is looked up in the hub's cache, NAME=DIR is a directory, and NAME=OWNER/MODEL another
+model of the hub; the bare architectures ({bare}) take weights of any size.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,12 @@ import numpy as np
 from affectgpt_jax import cli
 from affectgpt_jax.common.files import lock_file, read_bytes, sha256_of, write_text
 from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import print_lines, say
 from affectgpt_jax.data.arrays import records_from_csv
 from affectgpt_jax.data.records import (
+    EXTRACTION,
     MANIFEST_FILE,
     Record,
     RecordError,
@@ -49,17 +50,17 @@ from affectgpt_jax.data.records import (
     write_records,
 )
 
-from .blocks import BlockStore, FeatureOf
+from .blocks import BLOCKS, PLACES, BlockStore, FeatureOf
 from .clips import MEDIA_COLUMNS, Clip, ClipError, find_clips
 from .encoders import (
     ARCHITECTURES,
     BATCH,
     FEATURES,
+    MISSING,
     PRECISIONS,
     Encoder,
     EncoderError,
     find_encoder,
-    has_gpu,
 )
 from .encoders import names as encoder_names
 from .report import (
@@ -71,17 +72,11 @@ from .report import (
     reasons,
     write_report,
 )
+from .settings import make_settings, placement
 from .shards import add_shard_flag, shard_of_task
 
-MISSING = "the package {} is missing: pip install 'affectgpt-jax[features]'"
-
-BLOCKS = ".blocks"
 LOCK = "lock"
 FINISHED = "finished"  # in there: of what the records are
-# To be raised with every change of this code that changes features.
-VERSION = 2
-# What may change a bit of the features, beside the weights.
-VERSIONS = ("av", "numpy", "pillow", "torch", "transformers")
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -153,7 +148,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=PRECISIONS["cuda"],
         help="of matrix products; default: float32 on a CPU, float16 on a GPU",
     )
-    add("--download", action="store_true", help="get weights that are not in the hub's cache")
+    cli.add_download_flag(add)
     arguments = parser.parse_args(argv)
     if not arguments.clips and not arguments.csv:
         parser.error("give --clips DIR, --csv FILE, or both")
@@ -180,9 +175,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def extract(arguments: argparse.Namespace) -> None:
     """Run the whole extraction; finished blocks are reused."""
     # What decodes is an extra, which the help does without.
-    import cv2
-
-    from . import faces, stages
+    from . import stages
     from .decoding import available_cores
     from .detectors import read_detector
 
@@ -197,7 +190,7 @@ def extract(arguments: argparse.Namespace) -> None:
     detector = None
     if arguments.face_detector:
         detector = read_detector(arguments.face_detector.expanduser())
-    finder = "boxes" if arguments.boxes else detector.name if detector else faces.DETECTOR
+    finder = "boxes" if arguments.boxes else detector.name if detector else ""
     if arguments.csv:
         list(annotated(arguments, {}))  # wrong cells must show now, not after hours
     elsewhere = read_elsewhere(arguments.against)
@@ -206,18 +199,15 @@ def extract(arguments: argparse.Namespace) -> None:
         for kind, features in FEATURES.items()
         if set(features) & set(arguments.features)
     }
-    settings = {
-        "version": VERSION,
-        "features": arguments.features,
-        "encoders": {k: {"name": p.name, "sha256": p.sha256()} for k, p in places.items()},
-        "batch": arguments.batch or BATCH[device],
-        "device": device,
-        "precision": precision,
-        "faces": {"detector": finder, "order of arrays": arguments.face_order},
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS}
-        # One module, which several packages bring.
-        | {"opencv": cv2.__version__},
-    }
+    settings = make_settings(
+        arguments.features,
+        places,
+        arguments.batch,
+        device,
+        precision,
+        arguments.face_order,
+        finder,
+    )
     blocks = stages.in_blocks(found.clips, settings)
     identity = _identity(arguments, list(blocks), elsewhere)
     if is_complete(out, identity):
@@ -225,6 +215,10 @@ def extract(arguments: argparse.Namespace) -> None:
         return
     store = BlockStore(out / BLOCKS)
     store.folder.mkdir(parents=True, exist_ok=True)  # trouble with it must show now, too
+    # Records name encoders by content alone; `describe` looks here for where they were.
+    write_json(
+        out / BLOCKS / PLACES, {kind: str(p.directory.resolve()) for kind, p in places.items()}
+    )
     number, shares = arguments.shard or shard_of_task()
     mine = {key: blocks[key] for key in list(blocks)[number::shares]}
     missing = {key: part for key, part in mine.items() if key not in store}
@@ -273,27 +267,10 @@ def _assemble(
         finished_records(arguments, blocks, store, kept),
         encoders={f: p.name for kind, p in places.items() for f in FEATURES[kind]},
         split=arguments.split,
-        extra={"extraction": settings},
+        extra={EXTRACTION: settings},
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
     return [*lines, *elsewhere.remarks(report)]
-
-
-def placement(device: str | None, precision: str | None) -> tuple[str, str]:
-    """Device and precision; by default the fastest that this machine has.
-
-    Raises:
-        EncoderError: a GPU that is not here, or a precision that a CPU does not have.
-    """
-    gpu = has_gpu()
-    device = device or ("cuda" if gpu else "cpu")
-    if device == "cuda" and not gpu:
-        raise EncoderError("--device cuda: PyTorch finds no GPU here; leave the flag out for a CPU")
-    precision = precision or PRECISIONS[device][0]
-    if precision not in PRECISIONS[device]:
-        known = " or ".join(PRECISIONS[device])
-        raise EncoderError(f"--precision {precision} is for a GPU; a CPU has {known}")
-    return device, precision
 
 
 def is_complete(out: Path, identity: str) -> bool:

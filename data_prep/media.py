@@ -89,6 +89,22 @@ def check_whole(path: Path) -> None:
         raise MediaError(f"damaged: the file ends at {end - start:.2f} of {declared:.2f} s")
 
 
+def check_length(path: Path, most_s: float) -> None:
+    """Read as much of a file, without decoding it, as shows that it is no longer than `most_s`.
+
+    Raises:
+        MediaError: no media file, or a longer one.
+    """
+    with _open(path) as container:
+        first = None
+        for packet in _guarded(container.demux()):
+            if (time := packet.dts if packet.pts is None else packet.pts) is not None:
+                time = float(time * packet.time_base)
+                first = time if first is None else min(first, time)
+                if time - first > most_s:
+                    raise MediaError(f"longer than {most_s:g} s, which is the limit")
+
+
 def _breaks_off(seconds: float, declared: float) -> bool:
     return seconds < WHOLE * declared and declared - seconds > TOLERANCE_S
 

@@ -84,7 +84,7 @@ def clip_report(
     for row in rows:
         problems, facts = row["problems"], row["facts"]
         usable = len(problems) < (len(features) if allow_missing else 1)
-        reason = _reason(problems, features)
+        reason = reason_of(problems, features)
         digest = facts.get("sha256")
         if usable and digest in elsewhere.files:
             usable, reason = False, f"the same file is {elsewhere.files[digest]}"
@@ -104,7 +104,7 @@ def clip_report(
     return report
 
 
-def _reason(problems: Mapping[str, str], features: Sequence[str]) -> str:
+def reason_of(problems: Mapping[str, str], features: Sequence[str]) -> str:
     """The reasons as one text; a reason for all features is given once."""
     causes: dict[str, list[str]] = {}
     for feature in features:

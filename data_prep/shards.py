@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from affectgpt_jax import cli
+from affectgpt_jax.common.text import shorten
 
 Shard = tuple[int, int]  # number, from 0, and count
 
@@ -39,8 +40,19 @@ def parse_shard(text: str) -> Shard:
 
 
 def shard_of_task(environment: Mapping[str, str] = os.environ) -> Shard:
-    """That of a task of srun; all of the work where there is none."""
+    """That of a task of srun; all of the work where there is none.
+
+    Raises:
+        UsageError: variables of srun that are missing, or name no share.
+    """
     # A batch script has numbers, too, and starts one process only.
     if "SLURM_STEP_ID" not in environment:
         return 0, 1
-    return parse_shard(f"{environment['SLURM_PROCID']}/{environment['SLURM_NTASKS']}")
+    task = "/".join(environment.get(name, "") for name in ("SLURM_PROCID", "SLURM_NTASKS"))
+    try:
+        return parse_shard(task)
+    except ValueError:
+        raise cli.UsageError(
+            f"SLURM_PROCID/SLURM_NTASKS is {shorten(task)}, which is no share of a step of srun; "
+            "name one with --shard I/N, or unset SLURM_STEP_ID"
+        ) from None

@@ -18,7 +18,15 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are not installed
 
 from affectgpt_jax.config_keys import config_keys  # noqa: E402
-from benchmarks import compiled, harness, plans, profile_table, tables  # noqa: E402
+from benchmarks import (  # noqa: E402
+    beyond,
+    compiled,
+    harness,
+    plans,
+    profile_table,
+    rl_plans,
+    tables,
+)
 from benchmarks.harness import RESULTS  # noqa: E402
 
 
@@ -72,6 +80,8 @@ PARTS = {
     "results": lambda: tables.summary(RESULTS),
     "plans": _kept("plans.json", lambda found: plans.COMMAND.tables(found).partition("\n\n")[0]),
     "compiled": _kept("compiled_*.json", compiled.overview),
+    "rl_plans": _kept("rl_plans.json", rl_plans.COMMAND.tables),
+    "beyond": _kept("beyond.json", beyond.COMMAND.tables),
     "profiles": _kept("profile_*.json", profile_table.overview),
     "parity": parity,
 }

@@ -22,6 +22,8 @@ from affectgpt_jax.data.records import write_records
 from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
 
+TRAIN = "affectgpt_jax.train"
+
 # Dropout, so that its masks are part of what must repeat; descriptions, which validation does not
 # have to write.
 SMALL = (
@@ -53,8 +55,8 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["affectgpt_jax.train", "tensorboardX", "matplotlib.figure"])
 
 
-def _train(arguments, said, cache, settings, before):
-    """`python -m affectgpt_jax.train`, in a process of its own."""
+def _run(module, arguments, said, cache, settings, before):
+    """`python -m MODULE`, in a process of its own."""
     with open(said, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -74,9 +76,19 @@ def _train(arguments, said, cache, settings, before):
         before()
     sys.argv[1:] = arguments
     try:
-        runpy.run_module("affectgpt_jax.train", run_name="__main__", alter_sys=True)
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # which `multiprocessing` would leave out
+
+
+def start(module, arguments, said, settings=None, before=None):
+    """Start `python -m MODULE`, whose words go into a file; returns its process."""
+    cache = jax.config.jax_compilation_cache_dir
+    process = _SERVER.Process(
+        target=_run, args=(module, arguments, said, cache, settings or {}, before)
+    )
+    process.start()
+    return process
 
 
 def limit_file_size(size):
@@ -103,18 +115,15 @@ class Command:
         flags: further ones.
         settings: JAX's, by name.
         before: called in the process before it trains.
+        module: what runs; `train` is a small run.
     """
 
-    def __init__(self, workdir, *flags, settings=None, before=None):
+    def __init__(self, workdir, *flags, settings=None, before=None, module=TRAIN):
         self.workdir = workdir
         self._said = workdir.parent / f"{workdir.name}-{time.monotonic_ns()}.txt"
         self._said.touch()
-        arguments = [f"--workdir={workdir}", *SMALL, *flags]
-        cache = jax.config.jax_compilation_cache_dir
-        self.process = _SERVER.Process(
-            target=_train, args=(arguments, self._said, cache, settings or {}, before)
-        )
-        self.process.start()
+        arguments = [f"--workdir={workdir}", *(SMALL if module == TRAIN else ()), *flags]
+        self.process = start(module, arguments, self._said, settings, before)
 
     def wait(self, timeout_s=400):
         """Its status, when it has ended."""
@@ -172,7 +181,7 @@ def enter(folders, process_id):
     os.chdir(folders[process_id])
 
 
-def group(workdir, count, *flags, settings=None, before=None):
+def group(workdir, count, *flags, settings=None, before=None, module=TRAIN):
     """Start the processes of one run; `before(i)` is called in each."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -185,6 +194,7 @@ def group(workdir, count, *flags, settings=None, before=None):
             f"--process_id={i}",
             settings=settings,
             before=before and functools.partial(before, i),
+            module=module,
         )
         for i in range(count)
     ]

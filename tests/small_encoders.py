@@ -65,11 +65,11 @@ MODELS = {
 }
 
 
-def save_encoder(architecture: str, folder: Path) -> Path:
+def save_encoder(architecture: str, folder: Path, seed: int = 0) -> Path:
     """The directory of an encoder; its weights are large enough to tell layers apart."""
     from needs_torch import torch  # here, so that only what makes an encoder is skipped without it
 
-    torch.manual_seed(sum(map(ord, architecture)))
+    torch.manual_seed(sum(map(ord, architecture)) + seed)
     model = MODELS[architecture]().eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -11,6 +11,7 @@ import pytest
 import affectgpt_jax
 from affectgpt_jax import ask_clips, evaluate_run, get_config, load_run, run_training, score_files
 from affectgpt_jax.cli import UsageError
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.config import ConfigError
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "demo.ipynb"
@@ -74,6 +75,25 @@ def test_answers_are_those_of_the_command(run, trained_run, tmp_path, capsys):
         ask_clips(run, "ovlabel", names=["nobody"])
     with pytest.raises(predict.PredictError, match="temperature"):
         ask_clips(run, "ovlabel", temperature=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"first": 0}, "first is 0; expected 1 or more"),
+        ({"batch_size": -1}, "batch_size is -1; expected 1 or more"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected 1 or more"),
+        ({"seed": -1}, "seed is -1; expected 0 to 4294967295"),
+        ({"names": []}, "names is to hold names of clips"),
+        ({"names": ["a"], "first": 1}, "first to be None beside it"),
+        ({"names": ["a", "a"]}, "names has a clip twice"),
+        ({"names": "nobody"}, "is named 'nobody'"),
+        ({"temperature": float("nan")}, "temperature"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(run, given, message):
+    with pytest.raises(UserError, match=message):
+        ask_clips(run, "ovlabel", **given)
 
 
 def test_a_report_and_scores_come_back(run, tmp_path):

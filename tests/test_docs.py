@@ -46,6 +46,7 @@ def name_of(page):
 REASONS = {
     "a GPU and a real base",
     "a cluster",
+    "a server, which runs until it is stopped; tests/test_serve.py starts one",
     "an environment of its own",
     "an environment of its own, which the gate makes",
     "minutes of training",
@@ -56,6 +57,7 @@ REASONS = {
     "clips that people have labelled; tests/data_prep/test_speakers.py has some",
     "the public data sets",
     "a file of the release; tests/data_prep/test_release_prompts.py has one of its form",
+    "a file of the release; tests/test_checkpoint.py writes one",
     "PyTorch and encoders; tests/data_prep/test_walk.py runs it",
     "PyTorch, encoders and a server; tests/data_prep/test_caption_walk.py runs it",
     "half a minute of compilation; tests/test_plan.py runs such plans",
@@ -132,7 +134,9 @@ def test_the_readme_walks_as_the_page_about_data_does():
 
 @every_page
 def test_the_flags_of_commands_are_there(page):
-    extras = re.findall(r'^        "([\w-]+)": \[', (ROOT / "setup.py").read_text(), re.MULTILINE)
+    extras = re.findall(
+        r'^        "([\w-]+)": (?:\[|SERVE)', (ROOT / "setup.py").read_text(), re.MULTILINE
+    )
     commands = [
         (block, without_launcher(words))
         for block in blocks(page)

@@ -11,13 +11,15 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import evaluate, inference
+from affectgpt_jax import build, evaluate, inference
 from affectgpt_jax.common.files import lock_file
+from affectgpt_jax.common.identity import Identity, code_identity
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation import lexicon
 from affectgpt_jax.evaluation.extract import label_message
 from affectgpt_jax.models.generate import decode, prefill
+from affectgpt_jax.report import parse_run
 
 CLIPS = 12
 
@@ -42,8 +44,14 @@ def command(run, *flags):
     evaluate.main([f"--workdir={run}", "--bootstrap=20", "--max-new-tokens=8", *map(str, flags)])
 
 
+def folder(run):
+    """Where the last evaluation went."""
+    asked = run.glob(f"evaluate/**/{evaluate.ASKED_FILE}")
+    return max(asked, key=lambda path: path.stat().st_mtime_ns).parent
+
+
 def report(run):
-    return json.loads((run / "evaluate" / "report.json").read_text())
+    return json.loads((folder(run) / "report.json").read_text())
 
 
 def lines(path):
@@ -122,7 +130,7 @@ def test_descriptions_go_through_the_rules_and_sentiment_through_their_labels(ru
     command(run, "--question=description", *sets)
     words, signs = report(run)["sets"]
     assert words["results"][0]["values"]["hit"] == 1
-    [signs_file] = (run / "evaluate").glob("signs-step-?.jsonl")
+    [signs_file] = folder(run).glob("signs-step-?.jsonl")
     predictions = {p["name"]: p for p in lines(signs_file)}
     for name, record in TRUTH.items():
         if record.emotion in ("furious", "lonely", "ashamed", "terrified"):
@@ -142,6 +150,66 @@ def test_of_several_checkpoints_the_best_on_validation_is_the_fixed_one(run, say
     assert found["protocols"]["fixed"] == f"step {best}"
     command(run, "--step", str(3 - best))
     assert report(run)["sets"][0]["protocols"]["fixed"] == f"step {3 - best}"
+
+
+def test_another_evaluation_goes_beside_and_the_same_one_into_its_place(run, says, capsys):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    place = run / "evaluate"
+    command(run, "--max-clips=3")
+
+    def files():
+        found = (path for path in place.iterdir() if path.is_file())
+        return {p.name: p.read_bytes() for p in found if p.name != evaluate.LOCK_FILE}
+
+    first = files()
+    assert "holds another evaluation" not in capsys.readouterr().out
+    command(run)
+    told = f"{place} holds another evaluation, which stays; this one goes to {place / '2'}\n"
+    out = capsys.readouterr().out
+    assert told in out and f"{place / '2'}: report.html, report.json" in out
+    assert files() == first
+    assert report(run)["sets"][0]["results"][0]["counts"]["clips"] == CLIPS
+    for flags, where in (
+        (["--max-clips=3"], place),
+        ([], place / "2"),
+        (["--seed=1"], place / "3"),
+    ):
+        command(run, *flags)
+        assert folder(run) == where
+    # All of them share answers, and one of them must be named for an ablation.
+    assert not (place / "2" / "answers").exists()
+    with pytest.raises(ValueError, match=f"holds several evaluations; name one: .*{place / '2'}"):
+        parse_run(f"a={run}")
+    assert parse_run(f"a={place / '2'}") == ("a", str(place / "2" / "report.json"))
+
+
+def test_a_report_of_before_is_kept(run, says):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    (run / "evaluate").mkdir()
+    (run / "evaluate" / "report.json").write_text("{}")
+    command(run)
+    assert (run / "evaluate" / "report.json").read_text() == "{}"
+    assert folder(run) == run / "evaluate" / "2"
+
+
+def test_the_page_shows_the_training_and_what_was_known_of_each_example(run, says):
+    says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    command(run, f"--set=mine:words={test}")
+    page = (folder(run) / "report.html").read_text(encoding="utf-8")
+    assert '<h2 id="training">' in page and 'aria-label="loss by step"' in page
+    examples = report(run)["sets"][0]["examples"]
+    for example in examples:
+        clip, about = TRUTH[example["name"]], dict(example["about"])
+        assert about["subtitle"] == clip.subtitle and about["described as"] == clip.description
+        lacks = [name for name in ("audio", "face") if name not in clip.features]
+        assert sorted(filter(None, about.get("without", "").split(", "))) == lacks
+    # Nobody else has a score on these clips.
+    assert "Otter" not in page
+    # A run without its log, as one that was published, is evaluated as well.
+    (run / "metrics.jsonl").unlink()
+    command(run, f"--set=mine:words={test}", "--seed=3")
+    assert "training" not in (folder(run) / "report.html").read_text(encoding="utf-8")
 
 
 def test_one_process_at_a_time_evaluates_into_a_folder(run, says):
@@ -181,6 +249,22 @@ def test_a_second_run_asks_only_about_what_is_missing(run, says):
     command(run, "--max-new-tokens=5", "--max-clips=3")
     assert len(asked) == CLIPS + 4
     assert len(list((run / "evaluate" / "answers").iterdir())) == 2
+
+
+def test_answers_of_another_version_of_the_code_are_kept_and_said(run, says, monkeypatch, capsys):
+    asked = says(lambda name: f"They feel {TRUTH[name].emotion}.")
+    with monkeypatch.context() as upgraded:
+        for module in (build, inference):
+            upgraded.setattr(module, "code_identity", lambda: Identity("affectgpt_jax", "f" * 64))
+        command(run, "--max-clips=3")
+    capsys.readouterr()
+    command(run)
+    assert len(asked) == CLIPS, "an upgrade in the middle asks nothing anew"
+    out = capsys.readouterr().out
+    assert f"3 of {CLIPS} answers are of another version of the code" in out
+    [file] = (run / "evaluate" / "answers").iterdir()
+    codes = [line["code"] for line in lines(file)]
+    assert codes == ["f" * 64] * 3 + [code_identity().sha256] * (CLIPS - 3)
 
 
 def test_answers_of_a_run_that_has_been_trained_anew_are_not_used(run, says):
@@ -224,7 +308,7 @@ def test_samples_follow_from_the_seed_and_are_not_taken_for_other_answers(run):
     for seed, size in ((0, 4), (1, 4), (0, 2)):
         # Of a batch of another size, the same answers: the first file is used again.
         command(run, *flags, f"--seed={seed}", f"--batch-size={size}")
-        [file] = (run / "evaluate").glob("test-step-?.jsonl")
+        [file] = folder(run).glob("test-step-?.jsonl")
         said.append([p["text"] for p in lines(file)])
     assert said[0] == said[2] != said[1]
     assert len(list((run / "evaluate" / "answers").iterdir())) == 2
@@ -396,7 +480,7 @@ def test_answers_that_are_damaged_are_named(run, says):
     command(run, "--max-clips=2")
     [file] = (run / "evaluate" / "answers").iterdir()
     file.write_text('{"name": "x"}\n')
-    assert "line 1: the key 'cut' is missing" in refusal(run)
+    assert "line 1: the key 'code' is missing" in refusal(run)
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(run, says, tmp_path):

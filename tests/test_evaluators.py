@@ -1,6 +1,7 @@
 """The held-out score, and its control: answers to the same questions with other clips' features."""
 
 import csv
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 
 import affectgpt_jax
 from affectgpt_jax import build, evaluators
+from affectgpt_jax import score as score_command
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import INPUT_MODES
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import LABEL_TYPES, load_prompts
-from affectgpt_jax.data.records import RecordDataset, write_records
+from affectgpt_jax.data.records import MemoryRecords, RecordDataset, write_records
 from affectgpt_jax.data.tokenizer import Tokenizer
 from affectgpt_jax.inference import Answer, Answers
 
@@ -151,6 +153,49 @@ def test_the_answers_of_a_hybrid_are_its_labels(demo_records, tmp_path):
     with (tmp_path / "truth.csv").open(newline="") as file:
         rows = [*csv.reader(file)]
     assert rows == [["name", "emotion"], *([e.name, e.emotion] for e in test.dataset.index)]
+
+
+def labelled(records, lists):
+    """A test set of the demo world whose clips have these labels and no single true word."""
+    config, test = held_out(records, "audio_text", "ovlabel")
+    clips = [
+        dataclasses.replace(test.dataset[i], emotion="", candidates=(), labels=labels)
+        for i, labels in enumerate(lists)
+    ]
+    dataset = MemoryRecords(clips, test.dataset.manifest)
+    return config, dataclasses.replace(test, dataset=dataset)
+
+
+def test_clips_with_lists_of_labels_are_scored_by_their_f(demo_records, tmp_path):
+    lists = [("happy", "proud"), ("angry",), (), ("sad",)]
+    config, test = labelled(demo_records, lists)
+    written = [["happy", "proud"], ["sad"], ["afraid"], ["sad"]]
+    texts = [test.processor.prompts.write_labels(words, "ovlabel") for words in written]
+    result, seen = scored(config, test, tmp_path, texts)
+    # Right, wrong, without a truth, right: precision and recall are 2 / 3 on every wheel.
+    assert [result[name] for name in "fpr"] == pytest.approx([2 / 3] * 3)
+    assert result["clips"] == 4 and result["clips_scored"] == 3
+    assert result["f_interval"][0] < 2 / 3 < result["f_interval"][1] <= 1
+    # The model writes the same whatever it is shown.
+    assert result["f_features_shuffled"] == result["f"] and len(seen) == 2
+    assert "hit" not in result and "not_scored" not in result
+    out = tmp_path / "score.json"
+    files = [f"--predictions={tmp_path}/predictions.jsonl", f"--truth={tmp_path}/truth.csv"]
+    score_command.main(["--task=fine", "--bootstrap=0", "--missing=empty", *files, f"--json={out}"])
+    (found,) = json.loads(out.read_text())["results"]
+    assert found["values"]["f"] == pytest.approx(2 / 3)
+
+
+def test_without_any_truth_there_is_no_truth_file(demo_records, tmp_path):
+    (tmp_path / "truth.csv").write_text("of an earlier end\n")
+    config, test = labelled(demo_records, [(), ()])
+    result, _ = scored(config, test, tmp_path, ["They feel sad."] * 2)
+    assert result["not_scored"] == "2 of 2 clips name no true answer"
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
+    # Words that are on no wheel are no truth either.
+    config, test = labelled(demo_records, [("qqq",), ("zzz",)])
+    result, _ = scored(config, test, tmp_path, ["They feel sad."] * 2)
+    assert result["not_scored"].startswith("the labels of the clips: ") and "f" not in result
 
 
 def test_a_process_beside_the_main_one_writes_nothing(demo_records, tmp_path):

@@ -25,6 +25,7 @@ from safetensors.numpy import save
 
 from affectgpt_jax import restore
 from affectgpt_jax.build import base_directory
+from affectgpt_jax.chat_api import parse_request
 from affectgpt_jax.common import npy, plain_pickle
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.json import ResumableJsonl, parse_json
@@ -211,6 +212,17 @@ def read_text_reply(data):
     return read_label_reply(text), read_sentiment_reply(text)
 
 
+REQUEST = {
+    "model": "m", "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3,
+    "messages": [
+        {"role": "user", "content": [
+            {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,YQ=="}},
+            {"type": "input_audio", "input_audio": {"data": "YQ==", "format": "wav"}},
+            {"type": "subtitle", "text": "s"},
+            {"type": "text", "text": "ovlabel"},
+        ]},
+    ],
+}  # fmt: skip
 ANSWER = {"name": "a", "labels": ["x"], "text": "y"}
 METRIC = {"step": 1, "time_s": 0.5, "train/loss": 1.5}
 TABLE = 'name,labels,valence,subtitle\na,"[x, y]",0.5,"q ""r"""\nb,z,,\n'
@@ -256,6 +268,10 @@ def plain_readers():
         ),
         "roll-call": (distributed._as_hello, document_or_bytes(HELLO)),
         "server's reply": (reply_of, document_or_bytes(REPLY)),
+        "chat request": (
+            lambda d: parse_request(d, {"temperature": 0.0, "top_p": 1.0}),
+            document_or_bytes(REQUEST),
+        ),
         "text of a reply": (
             read_text_reply,
             damaged(b"**Emotions**: [happy, 'sad'] <think>x</think> ```json\n{}```"),

@@ -78,6 +78,9 @@ def test_layouts_and_precisions_compile(device, changes, kinds):
         found = compilation.result()
     assert found["floor_ms"] > 0 and found["peak_gib"] > 0
     assert {c["kind"] for c in found["collectives"]} >= {"all-reduce"} | kinds
+    for total, each in (("network_ms", "ms"), ("network_alone_ms", "alone_ms")):
+        assert found[total] == pytest.approx(sum(c[each] for c in found["collectives"]))
+    assert found["floor_ms"] > found["network_alone_ms"] > 0
     assert ("data",) in [tuple(c["axes"])[:1] for c in found["collectives"]]
 
 

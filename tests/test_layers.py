@@ -62,6 +62,8 @@ BANNED = {
 NEED_NUMPY_ALONE = ("affectgpt_jax.common", "affectgpt_jax.evaluation")
 BEYOND_NUMPY = {
     "affectgpt_jax.common.trees": ("jax",),
+    "affectgpt_jax.common.hub": ("huggingface_hub",),
+    "affectgpt_jax.common.drawing": ("matplotlib",),
     "affectgpt_jax.evaluation.page": ("jinja2",),
     "affectgpt_jax.evaluation.chat_server": ("openai",),
 }

@@ -35,7 +35,8 @@ def test_the_wheel_holds_the_package_and_nothing_else_at_top_level(wheel):
     assert {name for name in top if not name.endswith(".dist-info")} == {"affectgpt_jax"}
     for needed in (
         "configs/demo.py", "configs/launch/slurm.sh", "assets/tiny_base/model.safetensors",
-        "train.py", "data_prep/extract.py", "data_prep/taxonomies.toml", "py.typed",
+        "assets/serve/page.html", "train.py", "data_prep/extract.py", "data_prep/taxonomies.toml",
+        "py.typed",
     ):  # fmt: skip
         assert f"affectgpt_jax/{needed}" in names
 

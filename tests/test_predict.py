@@ -99,7 +99,7 @@ def names(*numbers):
 def test_json_lines_say_all_about_every_clip_and_question(ask):
     out, said = ask("--json", *WANDER)
     lines = parsed(out)
-    assert [(line["question"], line["name"]) for line in lines] == [
+    assert sorted((line["question"], line["name"]) for line in lines) == [
         (question, f"demo-test-{i:05}")
         for question in ("description", "ovlabel")
         for i in range(CLIPS)
@@ -112,6 +112,19 @@ def test_json_lines_say_all_about_every_clip_and_question(ask):
     assert len({line["text"] for line in lines}) >= CLIPS, "answers that are alike prove little"
     assert "checkpoint of step " in said and "asking description and ovlabel" in said
     assert f"{2 * CLIPS} of {2 * CLIPS} answers" in said
+
+
+def test_questions_that_are_asked_together_are_answered_as_alone(ask):
+    """Together, what the prompts about a clip begin with is computed once."""
+    together = by_name(parsed(ask("--json", *WANDER)[0]))
+    for question in ("description", "ovlabel"):
+        for key, alone in by_name(
+            parsed(ask("--json", f"--question={question}", *WANDER)[0])
+        ).items():
+            found = together.pop(key)
+            assert found.pop("logprob") == pytest.approx(alone.pop("logprob"), abs=1e-4)
+            assert found == alone
+    assert not together
 
 
 def test_the_answers_are_those_that_training_scored(ask, workdir):

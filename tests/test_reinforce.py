@@ -6,12 +6,16 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from commands import Command, ending, finish, group, trace
 
 from affectgpt_jax import reinforce
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.restore import load_run
+from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
+
+MODULE = "affectgpt_jax.reinforce"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,28 @@ def test_a_run_that_stops_between_its_steps_goes_on_to_the_same_bytes(
         assert before[key] == after[key]
 
 
+def test_a_run_that_is_trained_anew_takes_nothing_of_the_run_before(
+    finished, trained_run, clips, tmp_path
+):
+    """What lies there is about as many clips, but of another run, and would score 0."""
+    workdir = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    best = json.loads((workdir / "result.json").read_text())["best_step"]
+    (workdir / "ended.json").write_text('{"step": 1, "kl": 9.0}')
+    for name in ("answers_before.json", f"answers_step_{best}.json"):
+        file = workdir / name
+        kept = json.loads(file.read_text())
+        kept["content"] = {
+            "greedy": [None for _ in kept["content"]["greedy"]],
+            "samples": [[None for _ in drawn] for drawn in kept["content"]["samples"]],
+        }
+        file.write_text(json.dumps(kept | {"made_of": "f" * 64}))
+    reinforce.main(flags(trained_run, clips, workdir))
+    before, after = (json.loads((d / "result.json").read_text()) for d in (finished, workdir))
+    for key in ("before", "after", "best_step", "ended_by"):
+        assert before[key] == after[key]
+
+
 def test_a_run_ends_by_itself_where_it_has_gone_too_far(
     finished, trained_run, clips, tmp_path, capsys
 ):
@@ -114,6 +140,78 @@ def test_a_run_ends_by_itself_where_it_has_gone_too_far(
     assert (result["steps"], result["ended_by"]) == (3, "stop_kl")
     reinforce.main(command)  # has nothing left to do
     assert json.loads((workdir / "result.json").read_text())["steps"] == 3
+
+
+# --- as commands ----------------------------------------------------------------------------------
+
+
+def keys_of(trained_run, clips, **more):
+    """Flags of a run whose updates are on one device, without its workdir."""
+    first, *others = flags(trained_run, clips, "", **{"mesh": "data:-1", **more})
+    return others
+
+
+@pytest.fixture(scope="module")
+def undisturbed(trained_run, clips, tmp_path_factory):
+    """The workdir of a command to which nothing has happened, and its flags."""
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    keys = keys_of(trained_run, clips, steps=6, **{"rl.updates": 2})
+    finish(workdir, *keys, module=MODULE)
+    return workdir, keys
+
+
+def learned(workdir):
+    """What training alone logs of every step: no times."""
+    names = ("reward", "kl", "entropy", "labels", "loss", "groups_kept", "ratio", "answer_tokens")
+    found = trace(workdir, ("train/", "val/"))
+    return {key: x for key, x in found.items() if key[1].split("/")[1] in names or "val/" in key[1]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_run_that_is_killed_at_any_step_goes_on_to_the_same_bytes(undisturbed, tmp_path, seed):
+    expected, keys = undisturbed
+    workdir = tmp_path / "run"
+    for step in sorted(np.random.default_rng(seed).choice(range(1, 6), 2, replace=False)):
+        with Command(workdir, *keys, module=MODULE) as command:
+            assert command.until(command.at_step(int(step))), command.said
+    finish(workdir, *keys, module=MODULE)
+    jax.tree.map(
+        np.testing.assert_array_equal, *(SavedRun(w).trainable(6) for w in (workdir, expected))
+    )
+    assert learned(workdir) == learned(expected)
+    found, wanted = (json.loads((w / "result.json").read_text()) for w in (workdir, expected))
+    for key in ("before", "after", "sampled_reward_gain_interval", "best_step", "ended_by"):
+        assert found[key] == wanted[key]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "devices", "mesh"), [(2, 1, "data:-1"), (2, 2, "data:2,tensor:2"), (2, 1, "fsdp:2")]
+)
+def test_several_processes_reinforce_as_one_does(undisturbed, tmp_path, count, devices, mesh):
+    expected, keys = undisturbed
+    workdir, settings = tmp_path / "run", {"jax_num_cpu_devices": devices}
+    keys = [key for key in keys if "config.mesh" not in key] + [f"--config.mesh={mesh}"]
+    started = group(workdir, count, *keys, settings=settings, module=MODULE)
+    with ending(started) as commands:
+        for command in commands:
+            assert command.wait() == 0, command.said
+        assert "Before and after" in commands[0].said
+        assert not any("Before and after" in command.said for command in commands[1:])
+    found, wanted = learned(workdir), learned(expected)
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for x, y in zip(
+        *(jax.tree.leaves(SavedRun(w).trainable(6)) for w in (workdir, expected)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    found, wanted = (json.loads((w / "result.json").read_text()) for w in (workdir, expected))
+    assert found["before"] == wanted["before"]
+
+
+# --- what is refused ------------------------------------------------------------------------------
 
 
 def refused(*arguments):

@@ -1,8 +1,10 @@
 import io
 import json
+import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -201,6 +203,31 @@ def test_a_report_that_cannot_be_written_is_named(capsys, tmp_path):
     truth = write(tmp_path / "t.csv", "name,valence\na,1\n")
     message = failure(capsys, "sentiment", predictions, truth, f"--json={tmp_path}")
     assert message == f"error: --json={tmp_path} cannot be written: Is a directory"
+    (tmp_path / "link.json").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "loop.json").symlink_to(predictions)
+    for link in ("link.json", "loop.json"):
+        message = failure(capsys, "sentiment", predictions, truth, f"--json={tmp_path / link}")
+        assert "a link stands there, which is not followed" in message
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_json_goes_to_standard_output_and_into_pipes(tmp_path, capsys):
+    predictions = write(tmp_path / "p.jsonl", '{"name": "a", "sentiment": "positive"}\n')
+    truth = write(tmp_path / "t.jsonl", '{"name": "a", "valence": 2}\n')
+    files = (f"--predictions={predictions}", f"--truth={truth}", "--task=sentiment")
+    main([*files, f"--json={tmp_path / 'r.json'}"])
+    table, expected = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())
+    for place in ("-", "/dev/stdout"):
+        main([*files, f"--json={place}"])
+        out, err = capsys.readouterr()
+        assert json.loads(out) == expected and err == table
+    fifo = tmp_path / "pipe"
+    os.mkfifo(fifo)
+    with ThreadPoolExecutor(1) as pool:
+        read = pool.submit(fifo.read_text)
+        main([*files, f"--json={fifo}"])
+        assert json.loads(read.result()) == expected
+    assert capsys.readouterr().out == table and fifo.is_fifo()
 
 
 def test_the_command_loads_no_accelerator_and_survives_a_plain_terminal(tmp_path, lexicon):

@@ -142,12 +142,12 @@ def test_a_finished_run_started_again_only_scores(finished, records, capsys):
     assert losses(workdir) == trace
 
 
-def make_reporter(peak_flops=None):
+def make_reporter(peak_flops=None, config=None, shown=None):
     """A reporter on two devices, what it has written by step, and a function that hands in the next
     step: two clips of three tokens and a FLOP each."""
-    written, config, steps = {}, demo_config.get_config(), itertools.count(1)
+    written, config, steps = {}, config or demo_config.get_config(), itertools.count(1)
     writer = SimpleNamespace(write=written.__setitem__)
-    progress = SimpleNamespace(update=lambda *args: None)
+    progress = SimpleNamespace(update=lambda *args: shown.append(args) if shown is not None else 0)
     reporter = loop.StepReporter(
         config,
         Path("run"),
@@ -159,10 +159,10 @@ def make_reporter(peak_flops=None):
         peak_flops=peak_flops,
     )
 
-    def submit(dispatch_s=0.0, wait_s=0.0):
+    def submit(dispatch_s=0.0, wait_s=0.0, loss=1):
         times = loop.StepTimes(dispatch_s, wait_s)
         samples = np.array([[3, 1], [3, 2]])
-        reporter.submit(next(steps), {"loss": np.float32(1)}, samples, times, {})
+        reporter.submit(next(steps), {"loss": np.float32(loss)}, samples, times, {})
 
     return reporter, written, submit
 
@@ -174,6 +174,23 @@ def test_the_loop_is_at_most_two_steps_ahead_of_what_is_finished():
         assert list(written) == [*range(1, step)], "one step runs, one is queued"
     reporter.flush()
     assert list(written) == [1, 2, 3]
+
+
+def test_the_line_of_a_step_says_when_losses_are_above_the_first():
+    losses = [2.0, *[1.0] * 20, *[4.0] * 20]
+    rewarded = demo_config.get_config()
+    rewarded.rl = {}
+    for config, marked in ((None, 6), (rewarded, None)):
+        shown = []
+        reporter, _, submit = make_reporter(config=config, shown=shown)
+        for loss in losses:
+            submit(loss=loss)
+        reporter.flush()
+        found = [others for _, _, _, others in shown]
+        # The mean of 16 losses: 10 of 1.0 and 6 of 4.0 are the first of which it is above 2.
+        first = len(losses) if marked is None else 20 + marked
+        assert found[:first] == [{}] * first
+        assert found[first:] == [{"above the first,": 2.0}] * (len(losses) - first)
 
 
 def test_the_hosts_time_is_what_is_neither_dispatch_nor_waiting(monkeypatch):

@@ -129,6 +129,17 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
 
 
 @contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Around what writes to an open file: an `OSError`, as of a full disk, then names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     """A file to write to, which becomes `path` when the block ends without an error.
 
@@ -151,7 +162,7 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
     number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
     try:
-        with os.fdopen(number, mode, **text) as file:
+        with naming(path), os.fdopen(number, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -186,14 +197,32 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         file.write(text)
 
 
-def open_to_append(path: str | os.PathLike[str]) -> IO[str]:
+def open_to_append(path: str | os.PathLike[str], *, alone: bool = False) -> IO[str]:
     """A UTF-8 file to add lines to, made if it is not there; its line ends stay as they are.
 
+    Args:
+        path: the file.
+        alone: keep others out who ask for it alone, until it is closed, where the file system has
+            locks.
+
     Raises:
+        FileInUse: another process has it alone.
         OSError: it cannot be written, or is a link, which is not followed.
     """
     number = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o666)
-    return os.fdopen(number, "a", encoding="utf-8", newline="")
+    file = os.fdopen(number, "a", encoding="utf-8", newline="")
+    try:
+        if alone:
+            _locked(file)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise FileInUse(
+                f"{path} is being written by another process; wait for it, or stop it, and run "
+                "this again"
+            ) from None
+        raise
+    return file
 
 
 def sync(path: str | os.PathLike[str]) -> None:
@@ -267,19 +296,31 @@ def lock_file(
     number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(number, "r+", encoding="utf-8") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _locked(file):
+                say(f"warning: {what} is on a file system without locks; see that one run uses it")
         except BlockingIOError:
             raise FileInUse(f"{what} is in use by {_holder(file)}; {advice}") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            say(f"warning: {what} is on a file system without locks; see that one run uses it")
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         file.truncate(0)
         file.write(json.dumps(holder) + "\n")
         file.flush()
         yield
+
+
+def _locked(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed; False on a file system that has no locks.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
 
 
 def _holder(file: IO[str]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from affectgpt_jax.common.errors import ReadError, UserError
-from affectgpt_jax.common.files import decode, open_to_append, read_bytes, write_text
+from affectgpt_jax.common.files import decode, naming, open_to_append, read_bytes, write_text
 from affectgpt_jax.common.text import json_line, shorten
 
 # Far more than any document has that this package reads as a whole; in memory it is several times
@@ -292,7 +292,8 @@ class ResumableJsonl:
     A killed program leaves half a line at most, the last one: it is no record, and goes when the
     next one is written. Any other damage is refused.
 
-    Used as a context manager, it opens the file at once, so that trouble shows before the work.
+    Used as a context manager, it opens the file at once, so that trouble shows before the work, and
+    keeps other writers out until it is closed.
 
     Args:
         path: the file; it and its folder are made with the first record.
@@ -321,11 +322,13 @@ class ResumableJsonl:
         self.path = Path(path)
         self.records: dict[tuple[Hashable, ...], dict[str, Any]] = {}
         self.torn = False
-        self._keys, self._file, self._repaired = keys, None, False
+        self._keys, self._file = keys, None
+        self._size = self._whole = 0  # bytes of the file, and of its whole lines
         if os.path.lexists(self.path):
             data = read_bytes(self.path, error=error)
             whole = data[: data.rfind(b"\n") + 1]
             self.torn = len(whole) < len(data)
+            self._size, self._whole = len(data), len(whole)
             lines = json_lines(whole, str(self.path), kind, error=error, advice=advice)
             self.records = {self._key(record): record for _, record in lines}
 
@@ -336,31 +339,45 @@ class ResumableJsonl:
         """Add a record; it is with the operating system when this returns.
 
         Raises:
+            FileInUse, ReadError: another process writes the file, or has written it.
             OSError: the file cannot be written.
         """
+        if self._file is None:
+            with self:
+                self.append(record)
+            return
         # Readable as it is, but for what no file or terminal should be given, such as surrogates.
         line = json_line(json.dumps(record, ensure_ascii=False, allow_nan=False)) + "\n"
-        if self._file is None:
-            with self._open() as file:
-                file.write(line)
-        else:
+        with naming(self.path):
             self._file.write(line)
             self._file.flush()
+        self._size = self._whole = self._whole + len(line.encode())
         self.records[self._key(record)] = dict(record)
 
     def _open(self) -> IO[str]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.torn and not self._repaired:
-            whole = read_bytes(self.path).rfind(b"\n") + 1
-            with open_to_append(self.path) as file:
-                file.truncate(whole)
-            self._repaired = True
-        return open_to_append(self.path)
+        file = open_to_append(self.path, alone=True)
+        try:
+            size = os.fstat(file.fileno()).st_size
+            if size != self._size:
+                raise ReadError(
+                    f"{self.path} has changed since it was read, from {self._size:,} to {size:,} "
+                    "bytes; run this again, and one at a time"
+                )
+            if self._whole < size:
+                with naming(self.path):
+                    file.truncate(self._whole)
+                self._size = self._whole
+        except BaseException:
+            file.close()
+            raise
+        return file
 
     def __enter__(self) -> Self:
         self._file = self._open()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        with naming(self.path):  # what could not be written is tried again
+            file.close()

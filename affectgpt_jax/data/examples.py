@@ -57,7 +57,8 @@ def soft_token_index(
     """The soft token at each position of a row: int32 `[T]`, 0 for none.
 
     Args:
-        tokens: ids of a row, `[T]`.
+        tokens: ids of a row, `[T]`; where it holds several prompts about a clip, each may have its
+            soft tokens.
         tokenizer: knows the placeholders.
         token_counts: all soft tokens of the model, which are concatenated in this order; entry
             j > 0 of the result names row j - 1 of them.
@@ -68,6 +69,6 @@ def soft_token_index(
     for slot, count in token_counts.items():
         if slot in slots:
             at = tokens == tokenizer.placeholder_ids[MODALITIES[slot].placeholder]
-            index[at] = np.arange(first, first + count)
+            index[at] = np.tile(np.arange(first, first + count), max(1, at.sum() // count))
         first += count
     return index

@@ -117,6 +117,11 @@ class InputMode:
         return next(m for m in INPUT_MODES.values() if (m.slots, m.text) == (slots, self.text))
 
 
+def modalities_in_words(mode: str) -> str:
+    """What an input mode of this name sees, such as "audio + face + text"."""
+    return mode.removeprefix("multi_").replace("_", " + ")
+
+
 _KINDS = ("attention", "mean", "qformer")
 HEADS = {
     head.name: head

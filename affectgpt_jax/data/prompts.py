@@ -12,13 +12,14 @@ import hashlib
 import importlib.resources
 import re
 import string
-import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.labels import read_labels
+from affectgpt_jax.common.toml import MAX_BYTES, parse_toml
 from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode, placeholders
 from affectgpt_jax.data.records import Annotations
 
@@ -293,12 +294,8 @@ def load_prompts(name: str) -> PromptSet:
             raise PromptError(
                 f"prompts: {name!r} is neither a file nor one of the built-in sets {_SETS}"
             )
-        text, source = path.read_bytes(), str(path)
-    try:
-        data = tomllib.loads(text.decode("utf-8"))
-    except ValueError as error:  # of either; it says which
-        raise PromptError(f"{source}: not valid TOML: {error}") from None
-    return parse_prompts(data, source)
+        text, source = read_bytes(path, MAX_BYTES, PromptError), str(path)
+    return parse_prompts(parse_toml(text, source, error=PromptError), source)
 
 
 def parse_prompts(tables: dict[str, object], source: str) -> PromptSet:

@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -51,6 +52,9 @@ from affectgpt_jax.data.modalities import feature_names
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.jsonl"
+# The key of `Manifest.extra` with the settings by which encoders made the features, as
+# data_prep.extract writes them.
+EXTRACTION = "extraction"
 
 # The name of a shard, which lies in the directory itself.
 _FILE = re.compile(r"[\w.+-]+")
@@ -385,6 +389,52 @@ class RecordSubset:
     def ceilings(self, mode: str) -> dict[str, float]:
         """Those of the whole data set, see `Records.ceilings`."""
         return self._dataset.ceilings(mode)
+
+
+class MemoryRecords:
+    """Records that lie in no directory, under the same interface.
+
+    Args:
+        records: as `write_records` takes them.
+        like: the manifest of records whose features have the same shapes and encoders.
+
+    Raises:
+        RecordError: a record that `write_records` would refuse beside those.
+    """
+
+    def __init__(self, records: Sequence[Record], like: Manifest):
+        encoders = {name: facts["encoder"] for name, facts in like.features.items()}
+        with io.BytesIO() as index:
+            tally = _Tally(encoders, index)
+            # Shapes are compared with theirs.
+            tally.features = {n: {**facts, "present": 0} for n, facts in like.features.items()}
+            self._records = [decode(tally.admit(record)) for record in records]
+        self.manifest = dataclasses.replace(
+            like,
+            count=len(records),
+            shards=[],
+            features=tally.features,
+            sources=dict(tally.sources),
+            index_sha256="",
+            extra={},
+        )
+        self.index = [
+            IndexEntry(
+                **{f.name: getattr(record, f.name) for f in dataclasses.fields(Annotations)},
+                present=_present(record),
+            )
+            for record in self._records
+        ]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, i: int) -> Record:
+        return self._records[i]
+
+    def ceilings(self, mode: str) -> dict[str, float]:
+        """Empty: see `Records.ceilings`."""
+        return {}
 
 
 class Records(Protocol):

@@ -6,11 +6,12 @@ import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.files import sha256_of
+from affectgpt_jax.common.hub import model_name
 from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.common.text import brief
@@ -62,26 +63,48 @@ def read_chat_template(directory: Path) -> str | None:
     return found
 
 
+# Of a tokenizer.json, what `Tokenizer` sets itself, or does not use.
+_NO_MATTER = ("version", "truncation", "padding")
+
+
+def _canonical(tokenizer: Any) -> Any:
+    """A tokenizer.json as one value, however the libraries that saved it write the same.
+
+    Keys stand in any order, and null where there is nothing; merges are pairs, or were text with a
+    space between.
+    """
+    if not isinstance(tokenizer, dict):
+        return tokenizer
+    found = {k: v for k, v in tokenizer.items() if v is not None and k not in _NO_MATTER}
+    model = found.get("model")
+    if isinstance(model, dict):
+        model = {key: value for key, value in model.items() if value is not None}
+        merges = model.get("merges")
+        if isinstance(merges, list):
+            model["merges"] = [m.split(" ", 1) if isinstance(m, str) else m for m in merges]
+        found["model"] = model
+    return found
+
+
 def tokenizer_identities(directory: Path) -> dict[str, Identity]:
     """Which tokenizer and which chat template a base's directory has, by content.
 
-    A template that cannot be read is one of its own: only who asks for a prompt needs it.
+    A tokenizer that was saved again and does the same is the same. A template that cannot be read
+    is one of its own: only who asks for a prompt needs it.
 
     Raises:
         TokenizerError: no tokenizer.json, or one that cannot be read.
     """
-    path = directory / "tokenizer.json"
-    try:
-        tokenizer = sha256_of(path)
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror or error}") from None
+    tokenizer = json_sha256(
+        _canonical(read_json(directory / "tokenizer.json", error=TokenizerError))
+    )
     try:
         template = read_chat_template(directory)
     except TokenizerError as error:
         template = str(error).removeprefix(str(directory))
     return {
-        "tokenizer": Identity(directory.name, tokenizer),
-        "chat template": Identity(directory.name, json_sha256(template)),
+        "tokenizer": Identity(model_name(directory), tokenizer),
+        "chat template": Identity(model_name(directory), json_sha256(template)),
     }
 
 

@@ -7,11 +7,12 @@ language model, be it behind `evaluation.chat_server` or the very one that wrote
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import ResumableJsonl
@@ -134,6 +135,15 @@ class ReplyCache:
         """Remember a reply, on disk when this returns."""
         self._file.append({"key": json_sha256([identity, message]), "reply": reply})
 
+    def writing(self) -> contextlib.AbstractContextManager[Any]:
+        """Around asking: the file can be written, and by nobody else.
+
+        Raises:
+            FileInUse, ReadError: another process writes it, or has written it.
+            OSError: it cannot be written.
+        """
+        return self._file
+
 
 class ChatExtractor:
     """Asks a language model, each distinct message once.
@@ -202,15 +212,16 @@ class ChatExtractor:
         done = len(wanted) - len(missing)
         if missing:
             self._progress(done, len(wanted))
-            for number, reply in self._chat.answer(missing):
-                if isinstance(reply, str) and not spoken(reply):
-                    cut = "<think>" in reply and "</think>" not in reply
-                    reply = NoWords("length" if cut else "")
-                if isinstance(reply, str):
-                    self._cache.put(self.identity, missing[number], reply)
-                replies[missing[number]] = reply
-                done += 1
-                self._progress(done, len(wanted))
+            with self._cache.writing():
+                for number, reply in self._chat.answer(missing):
+                    if isinstance(reply, str) and not spoken(reply):
+                        cut = "<think>" in reply and "</think>" not in reply
+                        reply = NoWords("length" if cut else "")
+                    if isinstance(reply, str):
+                        self._cache.put(self.identity, missing[number], reply)
+                    replies[missing[number]] = reply
+                    done += 1
+                    self._progress(done, len(wanted))
         return [None if m is None else replies[m] for m in messages]
 
 

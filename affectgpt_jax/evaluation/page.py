@@ -8,7 +8,8 @@ from a model or a file.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ TASKS = {
 LIMITS = {"WORDS_SHOWN": 30, "CLASSES_SHOWN": 40, "NAMES_SHOWN": 8, "TEXT_SHOWN": 600}
 # With more columns than this, the column names of a confusion table are written vertically.
 WIDE = 12
+# A curve of the page has no more points than this.
+CURVE_POINTS = 300
 # The published system that the overview marks.
 PEER = ("AffectGPT", "AVT")
 
@@ -59,6 +62,7 @@ def render_page(report: Report) -> str:
         title=f"Emotion understanding: {report.system}",
         clips=sum(result.fixed.score.counts["clips"] for result in report.sets),
         peers=_peers(report),
+        plots=[_plot(title, curves) for title, curves in report.curves.items() if curves],
     )
 
 
@@ -80,6 +84,41 @@ def _peers(report: Report) -> dict[str, float]:
         for result in report.sets
         if result.name in published and comparable(result.fixed.score)
     }
+
+
+def _plot(
+    title: str, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]
+) -> dict[str, Any]:
+    """A plot of curves from 0: places in percent of its width and height, and where its ticks are.
+
+    Every curve is a path; few points are marked as well, by strokes of length 0.
+    """
+    last = max(step for steps, _ in curves.values() for step in steps) or 1
+    highest = max(value for _, values in curves.values() for value in values)
+    lowest = min(0.0, *(value for _, values in curves.values() for value in values))
+    span = 1.05 * (highest - lowest) or 1.0
+
+    def up(value: float) -> float:
+        return round(100 - 100 * (value - lowest) / span, 2)
+
+    paths = []
+    for name, (steps, values) in curves.items():
+        stride = -(-len(steps) // CURVE_POINTS)
+        chosen = sorted({*range(0, len(steps), stride), len(steps) - 1})
+        places = [f"{100 * steps[i] / last:.2f} {up(values[i])}" for i in chosen]
+        dots = "".join(f"M{place}h0" for place in places) if len(places) <= 30 else ""
+        paths.append((name, "M" + "L".join(places), dots))
+    ticks = [(f"{tick:g}", up(tick)) for tick in _ticks(lowest, lowest + span)]
+    steps = [(f"{tick:,.0f}", 100 * tick / last) for tick in _ticks(0, last)]
+    return {"title": title, "paths": paths, "ticks": ticks, "steps": steps}
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to seven round numbers from `low` to `high`."""
+    power = 10.0 ** math.floor(math.log10(high - low))
+    unit = next(u * power for u in (0.2, 0.5, 1, 2) if (high - low) / (u * power) <= 6.01)
+    first, last = math.ceil(low / unit), math.floor(high / unit)
+    return [round(n * unit, 12) for n in range(first, last + 1)]
 
 
 @functools.cache

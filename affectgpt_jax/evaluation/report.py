@@ -13,6 +13,8 @@ from affectgpt_jax.evaluation.page import render_ablation, render_page
 from affectgpt_jax.evaluation.summary import Report
 from affectgpt_jax.evaluation.tables import Table, as_dict, render_markdown
 
+REPORT_FILE = "report.json"
+
 
 def write_report(report: Report, directory: str | Path) -> tuple[Path, ...]:
     """Write `report.html`, `report.json` and `report.md`; each appears whole or not at all.
@@ -27,7 +29,7 @@ def write_report(report: Report, directory: str | Path) -> tuple[Path, ...]:
         Path(directory),
         {
             "report.html": render_page(report),
-            "report.json": json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n",
+            REPORT_FILE: json.dumps(report.as_dict(), indent=1, allow_nan=False) + "\n",
             "report.md": "\n".join(map(render_markdown, report.tables)),
         },
     )

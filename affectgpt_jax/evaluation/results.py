@@ -149,6 +149,7 @@ class Example:
         truth: labels, a word, or a valence.
         text: what the model wrote, if that is known.
         score: how the clip fared by itself, 0 to 1.
+        about: what else is known of it, names and texts, such as its subtitle.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Example:
     truth: Any
     text: str
     score: float
+    about: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,6 +305,7 @@ def score_set(
     texts: Mapping[str, str] | None = None,
     references: Mapping[str, float] | None = None,
     parts: Mapping[str, Collection[str]] | None = None,
+    about: Mapping[str, Sequence[tuple[str, str]]] | None = None,
 ) -> SetResult:
     """Compute everything that a report shows about one data set.
 
@@ -313,13 +316,14 @@ def score_set(
         texts: what the model of the fixed checkpoint wrote, by clip.
         references: shares, 0 to 1, to set the score beside.
         parts: names of clips, by what they have in common, that are scored by themselves, too.
+        about: names and texts that an example shows, by clip.
 
     Raises:
         ScoreError: nothing can be scored.
     """
     results = score_checkpoints(task, pairs, lexicon, level, resamples, seed)
     fixed = results[-1]
-    examples, misses = _draw_examples(fixed, texts or {}, seed)
+    examples, misses = _draw_examples(fixed, texts or {}, about or {}, seed)
     tables = confusions(task, fixed.pairs.predictions, fixed.pairs.truth, lexicon, level)
     beside = dict(references or {})
     some = _score_parts(task, fixed.pairs, parts or {}, lexicon, level, resamples, seed)
@@ -354,7 +358,10 @@ def _score_parts(
 
 
 def _draw_examples(
-    result: Result, texts: Mapping[str, str], seed: int
+    result: Result,
+    texts: Mapping[str, str],
+    about: Mapping[str, Sequence[tuple[str, str]]],
+    seed: int,
 ) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
     """Random examples of all scored clips and of those that miss, without repeats."""
     scores, pairs = metrics.clip_scores(result.score), result.pairs
@@ -362,7 +369,8 @@ def _draw_examples(
     def example(clip: int) -> Example:
         name = pairs.names[clip]
         prediction, truth = pairs.predictions[clip], pairs.truth[clip]
-        return Example(name, prediction, truth, texts.get(name, ""), float(scores[clip]))
+        known = tuple(about.get(name, ()))
+        return Example(name, prediction, truth, texts.get(name, ""), float(scores[clip]), known)
 
     generator = np.random.default_rng([seed, 3])
     order = generator.permutation(np.flatnonzero(np.isfinite(scores)))

@@ -13,12 +13,15 @@ from affectgpt_jax.evaluation.readers import NO_PREDICTION
 from affectgpt_jax.evaluation.results import GroupMean, SetResult, group_means
 from affectgpt_jax.evaluation.tables import (
     FORMAT,
+    NINE,
     Table,
     as_dict,
     comparable,
     main_table,
     ov_merd_table,
 )
+
+Curves = Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +37,7 @@ class Report:
         lexicon: which one made the scores, and at which level; None where none was asked.
         level: of its wheels.
         warnings: sentences that a reader must see before any number.
+        curves: of the training, if they are known: steps and values by title and name.
     """
 
     system: str
@@ -43,6 +47,7 @@ class Report:
     lexicon: Identity | None
     level: int | None
     warnings: tuple[str, ...]
+    curves: Curves
 
     def as_dict(self) -> dict[str, Any]:
         """The whole of it, ready for JSON; shares from 0 to 1."""
@@ -67,6 +72,7 @@ def make_report(
     peers: bool = False,
     resamples: int = 1000,
     seed: int = 0,
+    curves: Curves | None = None,
 ) -> Report:
     """Combine the results of a system into a report.
 
@@ -75,9 +81,10 @@ def make_report(
         sets: its results, see `results.score_set`; those of MER-UniBench by their names in Table
             2, and any others, which enter no mean.
         modalities: that the system was given, as A, V and T.
-        peers: set the published systems beside.
+        peers: set the published systems beside, if they have a score on one of the sets.
         resamples: of the bootstrap of the means; 0 for no intervals.
         seed: of it.
+        curves: of the training, to show.
 
     Raises:
         ScoreError: no sets, a set twice, a set of MER-UniBench with another task, or scores of
@@ -92,6 +99,7 @@ def make_report(
             )
     means = group_means(sets, resamples, seed)
     tables = [main_table(system, modalities, sets, means, peers)]
+    shared = peers and any(result.name in NINE for result in sets)
     if peers and (beside := ov_merd_table(system, sets)):
         tables.append(beside)
     scored = next((result.fixed.score for result in sets if result.fixed.score.lexicon), None)
@@ -102,7 +110,8 @@ def make_report(
         tuple(tables),
         scored and scored.lexicon,
         scored and scored.level,
-        tuple(_warnings(sets, peers)),
+        tuple(_warnings(sets, shared)),
+        curves or {},
     )
 
 

@@ -125,12 +125,13 @@ def main_table(
         modalities: its inputs, as A, V and T.
         sets: its results.
         means: see `results.group_means`.
-        peers: add the published systems.
+        peers: add the published systems, if one of the nine is there.
     """
     by_name = {result.name: result for result in sets}
     further = [result.name for result in sets if result.name not in NINE]
-    # A report on other sets alone needs no empty columns, unless for the published rows.
-    nine = peers or any(name in by_name for name in NINE)
+    # A report on other sets alone shares no column with published systems.
+    nine = any(name in by_name for name in NINE)
+    alone, peers = peers and not nine and OV_MERD not in further, peers and nine
     columns = (*NINE, MEAN, *further) if nine else tuple(further)
 
     def ours(best: bool) -> tuple[Cell, ...]:
@@ -164,7 +165,10 @@ def main_table(
         tuple(groups),
         columns,
         tuple(rows),
-        tuple(_notes(rows, peers, MEAN in means or not nine, sets)),
+        (
+            *_notes(rows, peers, MEAN in means or not nine, sets),
+            *([f"No published system has a score on {_words(further)}."] if alone else []),
+        ),
     )
 
 

@@ -14,7 +14,7 @@ comes out as NaN, so that no sample ever sees another in silence.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -179,6 +179,18 @@ def grouped(
     """
     prompts = jnp.where(segment_ids < GROUP, segment_ids, segment_ids // GROUP * GROUP)
     return causal(query, key, value, jnp.stack([segment_ids, prompts], axis=1))
+
+
+def grouped_row(prompt: int, sizes: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Positions and segment ids `[T]` int32 of a row for `grouped`.
+
+    Args:
+        prompt: its tokens, which stand first.
+        sizes: tokens of each answer to it, whose positions all start behind the prompt.
+    """
+    parts = [np.arange(prompt), *(prompt + np.arange(size) for size in sizes)]
+    ids = np.repeat(GROUP + np.arange(len(parts)), [prompt, *sizes])
+    return np.concatenate(parts).astype(np.int32), ids.astype(np.int32)
 
 
 def _times(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -90,6 +90,11 @@ def train_flops(
     )
 
 
+def forward_flops(flops: Flops) -> Flops:
+    """Those of the forward pass alone, from those of both."""
+    return Flops(flops.frozen // 2, flops.adapters // 3, flops.attention // 3, flops.lm_head // 2)
+
+
 def update_flops(config: DecoderConfig, lora: LoraConfig | None, samples: Any) -> Flops:
     """FLOPs of an update on samples, however they share rows.
 

@@ -14,7 +14,9 @@ answer.
 
 Several answers to one prompt share its prefill: where there are G times as many identities as
 prompts, `prefill` returns P caches and the beginnings of P * G answers, those of a prompt side by
-side, and `insert` copies each cache into G rows.
+side, and `insert` copies each cache into G rows. So do prompts with the same beginning, such as Q
+questions about one clip: they stand in one row (`attention.grouped`), in which each sees the
+beginning and itself, and `prefill` returns a cache for each.
 
 A row's answer depends on its own prompt, seed and identity only, not on the batch that it stands
 in, nor on the order or the padding of that batch. (Up to rounding: programs of other shapes may add
@@ -35,14 +37,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from affectgpt_jax.models import attention
 from affectgpt_jax.models.affectgpt import (
     AffectGPT,
     Batch,
     hidden_states,
     target_states,
     token_log_probs,
+    with_compute,
 )
 from affectgpt_jax.models.decoder import DecodeStep, KVCache, lm_head
+from affectgpt_jax.models.lora import SEPARATE_MATMULS
 
 # Slots of the cache at the least; when they are used up, twice as many. A list of labels has a
 # dozen tokens, a description hundreds, and a GPU reads slots whether they are used or not. (The
@@ -54,9 +59,7 @@ KV_BUCKET = 256
 # them, fewer make narrower products of prompts.
 PREFILL_BATCHES = 8
 
-# Between prompts and tokens all matmuls are small enough for XLA to join those of one input, and it
-# would copy their kernels side by side for every token to do so.
-_COMPILER_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+_COMPILER_OPTIONS = dict([SEPARATE_MATMULS])
 
 # Named, since a batch changes what rbg, which a user may have made the default, draws in a row.
 GENERATOR = "threefry2x32"
@@ -176,17 +179,27 @@ class Prompts(NamedTuple):
     """Prompts that go into rows together.
 
     Attributes:
-        numbers: of the answers, by which they are known; `[n * G]`, for the first n of P prompts.
-        batch: P prompts, right-padded, one sample a row; targets are not read.
-        rows: `[P * G, 2]` uint32, `identities` of the answers; needed with a temperature. Of one
-            prompt they stand side by side.
-        limits: `[P * G]` int32, tokens that each may have; None is `max_new_tokens`.
+        numbers: of the answers, by which they are known; `[n * Q * G]`, for the first n of P rows.
+        batch: P rows of prompts, right-padded; targets are not read. A row is one prompt, or
+            several with the same beginning, laid out by `attention.grouped_row`.
+        rows: `[P * Q * G, 2]` uint32, `identities` of the answers; needed with a temperature. Of
+            one prompt they stand side by side.
+        limits: `[P * Q * G]` int32, tokens that each may have; None is `max_new_tokens`.
+        questions: Q, prompts in a row.
     """
 
     numbers: np.ndarray
     batch: Batch
     rows: Any = None
     limits: Any = None
+    questions: int = 1
+
+    @property
+    def answers(self) -> int:
+        """Of all rows, in use or not: P * Q * G."""
+        if self.rows is None:
+            return len(self.batch["tokens"]) * self.questions
+        return len(self.rows)
 
 
 # --- from logits to a token ---------------------------------------------------------------------
@@ -268,7 +281,9 @@ def _row_keys(seed: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "decoding"), compiler_options=_COMPILER_OPTIONS
+    jax.jit,
+    static_argnames=("model", "decoding", "questions"),
+    compiler_options=_COMPILER_OPTIONS,
 )
 def prefill(
     model: AffectGPT,
@@ -279,6 +294,7 @@ def prefill(
     seed: jax.Array | int = 0,
     rows: jax.Array | None = None,
     limits: jax.Array | None = None,
+    questions: int = 1,
 ) -> DecodeState:
     """Run the prompts and write the first token of every answer, for which alone there is room.
 
@@ -286,7 +302,7 @@ def prefill(
         model: the modules.
         base: frozen weights.
         trainable: adapters and fusion.
-        batch, rows, limits: see `Prompts`.
+        batch, rows, limits, questions: see `Prompts`.
         decoding: how to write.
         seed: uint32, of sampling.
 
@@ -296,15 +312,23 @@ def prefill(
     sampling = decoding.sampling
     if sampling.temperature and rows is None:
         raise ValueError("sampling needs the identities of the rows, which its keys derive from")
-    prompts = len(batch["tokens"])
+    prompts = len(batch["tokens"]) * questions
     size = prompts if rows is None else len(rows)
     group = size // prompts
-    lengths = (batch["segment_ids"] > 0).sum(axis=1, dtype=jnp.int32)
-    states, cache = hidden_states(model, base, trainable, batch, keep_cache=True)
+    visible = _tokens_of_prompts(batch["segment_ids"], questions)
+    lengths = visible.sum(axis=2, dtype=jnp.int32)
     # A row without a prompt has no last token; position 0 stands in, and nobody reads what follows.
-    last = jnp.maximum(lengths - 1, 0)[:, None, None]
-    states = jnp.take_along_axis(states, last, axis=1)[:, 0]
-    lengths, states = (_fanned_out(x, group) for x in (lengths, states))
+    last = jnp.maximum(lengths - 1, 0)
+    if questions == 1:
+        states, cache = hidden_states(model, base, trainable, batch, keep_cache=True)
+    else:
+        together = with_compute(model, attend=attention.grouped)
+        states, cache = hidden_states(together, base, trainable, batch, keep_cache=True)
+        places = jnp.argsort(~visible, axis=2, stable=True)
+        cache = jax.tree.map(lambda x: _gathered(x, places), cache)
+        last = jnp.take_along_axis(places, last[..., None], axis=2)[..., 0]
+    states = jnp.take_along_axis(states, last[..., None], axis=1).reshape(prompts, -1)
+    lengths, states = (_fanned_out(x, group) for x in (lengths.reshape(-1), states))
     state = DecodeState(
         generated=Generated(
             tokens=jnp.full((size, 1), decoding.pad_id, jnp.int32),
@@ -316,13 +340,29 @@ def prefill(
         limits=jnp.full(size, decoding.max_new_tokens, jnp.int32) if limits is None else limits,
         cache=cache,
         seen=(
-            _fanned_out(_prompt_tokens(model, batch), group)
+            _fanned_out(_words_of_prompts(model, batch, visible), group)
             if sampling.repetition_penalty != 1
             else None
         ),
         keys=_row_keys(seed, rows) if sampling.temperature else None,
     )
     return _laid_out(model, _write(model, state, states, base, decoding))
+
+
+def _tokens_of_prompts(segment_ids: jax.Array, questions: int) -> jax.Array:
+    """Which tokens of a row each of its prompts has, `[P, Q, T]` bool."""
+    if questions == 1:
+        return (segment_ids > 0)[:, None]
+    first = attention.GROUP
+    own = first + 1 + jnp.arange(questions, dtype=segment_ids.dtype)[:, None]
+    return (segment_ids == first)[:, None] | (segment_ids[:, None] == own)
+
+
+def _gathered(x: jax.Array, places: jax.Array) -> jax.Array:
+    """The cache `[P * Q, K, T, d]` of every prompt, side by side, out of `[P, K, T, d]`; its tokens
+    stand first of `places` `[P, Q, T]`."""
+    found = jnp.take_along_axis(x[:, None], places[:, :, None, :, None], axis=3)
+    return found.reshape(-1, *x.shape[1:])
 
 
 def _fanned_out(x: jax.Array, group: int) -> jax.Array:
@@ -518,11 +558,12 @@ def _write(
     )
 
 
-def _prompt_tokens(model: AffectGPT, batch: Batch) -> jax.Array:
-    """Which tokens a prompt holds, `[B, V]` bool; soft tokens are none."""
+def _words_of_prompts(model: AffectGPT, batch: Batch, visible: jax.Array) -> jax.Array:
+    """Which words each prompt holds, `[P * Q, V]` bool, by its tokens `[P, Q, T]`; soft tokens are
+    none."""
     size = model.decoder.config.vocab_size
-    text = (batch["segment_ids"] > 0) & (batch["soft_token_index"] == 0)
-    ids = jnp.where(text, batch["tokens"], size)
+    text = visible & (batch["soft_token_index"] == 0)[:, None]
+    ids = jnp.where(text, batch["tokens"][:, None], size).reshape(-1, text.shape[2])
     at = jnp.arange(len(ids))[:, None]
     return jnp.zeros((len(ids), size), bool).at[at, ids].set(True, mode="drop")
 
@@ -546,7 +587,7 @@ def stream(
     Args:
         model, base, trainable, batch, decoding, rows: as for `prefill`.
         seed: of sampling, 0 to 2^32 - 1.
-        every: tokens between two items, after which the host is waited for.
+        every: tokens between two items.
 
     Yields:
         NumPy arrays of what is written so far: the first token, then up to `every` more each time,
@@ -554,16 +595,19 @@ def stream(
     """
     fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows)
     size = len(fresh.lengths)
-    most = most_slots(fresh, decoding)
-    state = init_decode_state(fresh, size, decoding, _kv_bucket(fresh.slots, most))
+    most, needed = most_slots(fresh, decoding), fresh.slots
+    state = init_decode_state(fresh, size, decoding, _kv_bucket(needed, most))
     state = insert(model, state, fresh, decoding, np.arange(size, dtype=np.int32))
     while True:
-        generated, done, needed = _progress(state)
+        # The device writes the next tokens while the host looks at these. So the host does not know
+        # of the last ones yet, which may be `every` more.
+        before = jax.tree.map(jnp.copy, state._replace(cache=()))
+        state = resize(model, state, _kv_bucket(needed + 2 * every, most))
+        state = decode(model, base, trainable, state, decoding, every)
+        generated, done, needed = _progress(before)
         yield generated
         if done.all():
             return
-        state = resize(model, state, _kv_bucket(needed, most))
-        state = decode(model, base, trainable, state, decoding, every)
 
 
 def _progress(state: DecodeState) -> tuple[Generated, np.ndarray, int]:
@@ -613,58 +657,159 @@ def generate_all(
 
     Args:
         model, base, trainable, decoding: as for `prefill`.
-        prompts: P at a time with G answers each, P and G being the same throughout. None may be
-            longer than the first ones. They are asked for while the device is at work.
-        size: rows that write at a time, P * G or more; when so many of them are free, they are
+        prompts: P rows at a time with Q prompts of G answers each, all three being the same
+            throughout. None may be longer than the first ones. They are asked for while the device
+            is at work.
+        size: rows that write at a time, P * Q * G or more; when so many of them are free, they are
             filled anew. `rows_and_prefill_batch` chooses both.
         seed: of sampling, 0 to 2^32 - 1.
 
     Yields:
-        An answer's number and the answer, a row of NumPy arrays, when P * G more are complete.
+        An answer's number and the answer, a row of NumPy arrays, when P * Q * G more are complete
+        and the rows that they leave write the next ones.
 
     Raises:
         ValueError: a batch of more than `size` answers, or of longer prompts than the first.
     """
     owners = np.full(size, -1)  # whose answer each row writes
     limit = decoding.max_new_tokens
-    needed = 0  # slots, for the next token
-    state, prompts = None, iter(prompts)
+    longest, needed = 0, 0  # tokens of a prompt; slots, for the next token
+    complete: list[tuple[int, Generated]] = []  # not told yet
+    state, fresh, prompts = None, None, iter(prompts)
     upcoming = next(prompts, None)
+
+    def begin(asked: Prompts) -> DecodeState:
+        length = asked.batch["tokens"].shape[1]
+        if asked.answers > size or length > (longest or length):
+            raise ValueError(
+                f"a batch of {asked.answers} answers to prompts of {length} tokens; expected at "
+                f"most {size}, and no longer prompts than the {longest} tokens of the first"
+            )
+        _, batch, rows, limits, questions = asked
+        return prefill(
+            model, base, trainable, batch, decoding, np.uint32(seed), rows, limits, questions
+        )
+
     while upcoming is not None or (owners >= 0).any():
         free = np.flatnonzero(owners < 0)
-        while upcoming is not None:
-            numbers, batch, rows, limits = upcoming
-            prefill_batch, length = batch["tokens"].shape
-            if rows is not None:
-                prefill_batch = len(rows)
-            if state is not None and prefill_batch > len(free):
-                break
-            if state is None:
-                longest = length
-            if prefill_batch > size or length > longest:
-                raise ValueError(
-                    f"a batch of {prefill_batch} answers to prompts of {length} tokens; expected "
-                    f"at most {size}, and no longer prompts than the {longest} tokens of the first"
-                )
-            fresh = prefill(model, base, trainable, batch, decoding, np.uint32(seed), rows, limits)
+        while upcoming is not None and (state is None or upcoming.answers <= len(free)):
+            fresh = begin(upcoming) if fresh is None else fresh
+            prefill_batch, length = upcoming.answers, fresh.slots
             needed = max(needed, length + 1)
             if state is None:
-                most = most_slots(fresh, decoding)
+                longest, most = length, most_slots(fresh, decoding)
                 state = init_decode_state(fresh, size, decoding, _kv_bucket(needed, most))
             state = resize(model, state, _kv_bucket(needed, most))
-            taken, free = np.split(free, [len(numbers)])
+            taken, free = np.split(free, [len(upcoming.numbers)])
             places = size + np.arange(prefill_batch, dtype=np.int32)  # nowhere, for filler
             places[: len(taken)] = taken
             state = insert(model, state, fresh, decoding, places)
-            owners[taken] = numbers
-            upcoming = next(prompts, None)
+            owners[taken] = upcoming.numbers
+            fresh, upcoming = None, next(prompts, None)
         enough = min(size, prefill_batch + (len(free) if upcoming is None else 0))
         state = resize(model, state, _kv_bucket(needed, most))
         state = decode(model, base, trainable, state, decoding, limit, enough)
+        # Dispatched before anyone waits: the device goes on while the host looks at answers.
+        if upcoming is not None and fresh is None:
+            fresh = begin(upcoming)
+        yield from complete
         generated, done, needed = _progress(state)
-        for row in np.flatnonzero(done & (owners >= 0)):
-            yield int(owners[row]), generated.row(row)
-            owners[row] = -1
+        rows = np.flatnonzero(done & (owners >= 0))
+        complete = [(int(owners[row]), generated.row(row)) for row in rows]
+        owners[rows] = -1
+    yield from complete
+
+
+class LiveRows:
+    """Rows that take prompts at any time, and write a few tokens at a time: for a server.
+
+    What `generate_all` does for prompts that are known, for those that are yet to come. The cache
+    has room for whole answers from the start, so that each program is compiled once for every
+    length of prompts (see `put`), and never again.
+
+    Attributes:
+        steps: tokens that have been written one after another, by all rows together, but for the
+            first of every answer.
+
+    Args:
+        model, base, trainable, decoding: as for `prefill`.
+        size: rows.
+    """
+
+    def __init__(
+        self, model: AffectGPT, base: Any, trainable: Any, decoding: Decoding, size: int
+    ) -> None:
+        self._model, self._weights, self._decoding = model, (base, trainable), decoding
+        self._owners = np.full(size, -1)  # whose answer each row writes
+        self._counts = np.zeros(size, np.int32)  # tokens that each has, as far as the host knows
+        self._state: DecodeState | None = None
+        self._longest = self.steps = 0
+
+    @property
+    def free(self) -> int:
+        """Rows without an answer."""
+        return int((self._owners < 0).sum())
+
+    def put(self, prompts: Prompts, seed: int = 0) -> None:
+        """Give prompts to free rows, which writes their first tokens.
+
+        Args:
+            prompts: P at a time, always as many; those in use have rows, no more than are free.
+                The first ones are the longest.
+            seed: of sampling, 0 to 2^32 - 1.
+
+        Raises:
+            ValueError: more prompts than free rows, or longer ones than the first.
+        """
+        size, length = len(self._owners), prompts.batch["tokens"].shape[1]
+        self._longest = self._longest or length
+        if len(prompts.numbers) > self.free or length > self._longest:
+            raise ValueError(
+                f"{len(prompts.numbers)} prompts of {length} tokens; expected at most {self.free}, "
+                f"and no longer ones than the {self._longest} tokens of the first"
+            )
+        model, decoding = self._model, self._decoding
+        fresh = prefill(
+            *(model, *self._weights, prompts.batch, decoding),
+            *(np.uint32(seed), prompts.rows, prompts.limits),
+        )
+        if self._state is None:
+            self._state = init_decode_state(fresh, size, decoding)
+        taken = np.flatnonzero(self._owners < 0)[: len(prompts.numbers)]
+        places = size + np.arange(len(fresh.lengths), dtype=np.int32)  # nowhere, for filler
+        places[: len(taken)] = taken
+        self._state = insert(model, self._state, fresh, decoding, places)
+        self._owners[taken], self._counts[taken] = prompts.numbers, 1
+
+    def drop(self, numbers: Iterable[int]) -> None:
+        """Have the rows of these answers write no more, and free them."""
+        rows = np.isin(self._owners, list(numbers))
+        self._state = _stopped(self._model, self._state, rows)
+        self._owners[rows] = -1
+
+    def write(self, steps: int) -> list[tuple[int, Generated, bool]]:
+        """Write up to `steps` tokens more to every answer; rows of complete ones become free.
+
+        Returns:
+            Of every answer its number, what is written (a row of NumPy arrays), and whether it is
+            complete.
+        """
+        self._state = decode(
+            self._model, *self._weights, self._state, self._decoding, np.int32(steps)
+        )
+        generated, done, _ = _progress(self._state)
+        used = np.flatnonzero(self._owners >= 0)
+        self.steps += int((generated.counts - self._counts)[used].max(initial=0))
+        self._counts = generated.counts
+        found = [(int(self._owners[i]), generated.row(i), bool(done[i])) for i in used]
+        self._owners[used[done[used]]] = -1
+        return found
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _stopped(model: AffectGPT, state: DecodeState, rows: jax.Array) -> DecodeState:
+    """The same state, in which the rows that `rows` `[B]` bool marks write no more."""
+    return _laid_out(model, state._replace(limits=jnp.where(rows, 0, state.limits)))
 
 
 def score_answers(

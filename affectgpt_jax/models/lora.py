@@ -28,6 +28,9 @@ from affectgpt_jax.models.quantize import (
 )
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# An option of XLA's GPU compiler, which would join small matmuls of one input, such as those of a
+# frozen kernel and of its adapter's A, or of q, k and v in a decode step, and copy what it joins.
+SEPARATE_MATMULS = ("xla_gpu_dot_merger_threshold_mb", "0")
 # What rematerialisation policies call a projection's result and its narrow product. The two wide
 # products would be twice as much to keep as their sum.
 PROJECTED = "projected"

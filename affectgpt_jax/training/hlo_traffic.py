@@ -81,6 +81,7 @@ class Sent(NamedTuple):
         bytes: of each, as `collectives.Collective` counts them.
         in_loop: whether they stand in one.
         overlapped_by: large matmuls between start and end of each.
+        overlapped_flops: of these.
     """
 
     kind: str
@@ -89,6 +90,7 @@ class Sent(NamedTuple):
     bytes: int
     in_loop: bool
     overlapped_by: int
+    overlapped_flops: int
 
 
 def launches(module: Module, rank: int) -> list[Launch]:
@@ -134,10 +136,15 @@ def sent(module: Module, rank: int, mesh: Mesh) -> list[Sent]:
                 continue
             size = collectives.array_bytes(operation, kind, groups.shape[1])
             axes = collectives.axes(groups, mesh)
-            between = _until_done(body, start)
-            beside = sum(_kind_of(module, body, i, rank) == MATMUL for i in between)
+            between = [i for i in _until_done(body, start) if not _is_free(i)]
+            beside = [
+                _launch(module, body, i, 1, rank).flops
+                for i in between
+                if _kind_of(module, body, i, rank) == MATMUL
+            ]
+            one = Sent(kind, axes, 0, size, name in looped, len(beside), sum(beside))
             # In a loop of unknown length it counts once.
-            counts[Sent(kind, axes, 0, size, name in looped, beside)] += times[name] or 1
+            counts[one] += times[name] or 1
     found = [s._replace(count=count) for s, count in counts.items()]
     return sorted(found, key=lambda s: -s.count * s.bytes)
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +27,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.training import devices, metrics_writer, sharding
+from affectgpt_jax.training import devices, metrics_writer, run_picture, sharding
 from affectgpt_jax.training.checkpoints import Checkpoints
 from affectgpt_jax.training.distributed import ProcessGroup
 from affectgpt_jax.training.step import State, nonfinite_leaves
@@ -35,6 +36,9 @@ from affectgpt_jax.training.stopping import Stopped, StopSignals, Watchdog
 # Steps that may be dispatched before the first of them is waited for: with one running and one
 # queued the device is never idle, and more would only hold more batches in its memory.
 STEPS_IN_FLIGHT = 2
+
+# `trainable -> scores, samples`: metrics by name, among them "val/loss", and some answers to show.
+Validation = Callable[[Any], tuple[dict[str, float], Sequence[metrics_writer.Sample]]]
 
 
 class TrainingError(UserError, RuntimeError):
@@ -109,6 +113,18 @@ class Session:
         with self.writer, self.progress, self.profiler, self.stop, self.watchdog:
             yield
 
+    def draw(self, step: int, references: Mapping[str, float]) -> None:
+        """Draw `run.png` of what was logged; inside `running`, after the last step.
+
+        Args:
+            step: that the run has reached.
+            references: see `run_picture.plot_run`.
+        """
+        if self.group.is_main_process:
+            png = self.workdir / "run.png"
+            run_picture.plot_run(self.workdir / "metrics.jsonl", png, references=references)
+            self.writer.write_picture(step, png)
+
 
 def initial_state(
     checkpoints: Checkpoints,
@@ -147,7 +163,7 @@ def run_steps(
     data: TrainingData,
     mesh: Mesh,
     checkpoints: Checkpoints,
-    validate: Callable[[Any], dict[str, float]],
+    validate: Validation,
     start: int,
     flops: Callable[[np.ndarray], int],
     finished: Callable[[int], bool] = lambda step: False,
@@ -162,7 +178,7 @@ def run_steps(
         data: the batches.
         mesh: where batches go.
         checkpoints: where states are saved, every `config.checkpoint_every` steps and at the end.
-        validate: `trainable -> scores`, before each of these.
+        validate: before each of these.
         start: the step to go on from.
         flops: model FLOPs of an update on these samples, `[N, 2]`.
         finished: whether a run that has made so many steps ends there.
@@ -259,17 +275,18 @@ def run_steps(
 def _validated(
     session: Session,
     reporter: StepReporter,
-    validate: Callable[[Any], dict[str, float]],
+    validate: Validation,
     state: State,
     step: int,
 ) -> dict[str, float] | None:
     """Scores of a state, logged; None if the run is told to stop meanwhile."""
     with session.clock.measure("evaluate"):
         try:
-            scores = validate(state["trainable"])
+            scores, samples = validate(state["trainable"])
         except Stopped:
             return None
         session.writer.write(step, scores)
+        session.writer.write_samples(step, samples)
         reporter.require_finite(step, scores)
         session.say(f"step {step}: {' '.join(f'{k} {v:.4f}' for k, v in scores.items())}")
         return scores
@@ -279,7 +296,7 @@ def _validate_late(
     session: Session,
     reporter: StepReporter,
     checkpoints: Checkpoints,
-    validate: Callable[[Any], dict[str, float]],
+    validate: Validation,
     state: State,
     step: int,
 ) -> None:
@@ -295,6 +312,10 @@ def _validate_late(
         raise session.stop.stopped()
     if session.group.is_main_process:
         checkpoints.set_val_loss(step, scores["val/loss"])
+
+
+# Batches differ: so many losses together are compared with the first.
+LOSSES_COMPARED = 16
 
 
 class StepTimes(NamedTuple):
@@ -336,6 +357,9 @@ class StepReporter:
         self._count_flops, self._devices, self._peak_flops = flops, devices, peak_flops
         self._throughput = metrics_writer.Throughput(devices=devices, peak_flops=peak_flops)
         self._pending: deque[tuple] = deque()
+        # The loss of a reward has no reason to fall.
+        self._first_loss: float | None = None
+        self._losses = None if "rl" in config else deque[float](maxlen=LOSSES_COMPARED)
         self._wait_s = self._dispatch_s = 0.0  # since the last report
         self._samples = self._tokens = self._flops = 0
         self._seconds = 0.0
@@ -399,7 +423,19 @@ class StepReporter:
         self._throughput.update(clips, tokens, step_s, self._wait_s, host_s, flops)
         self._wait_s = self._dispatch_s = 0.0
         others = {name: values[metric] for metric, name in self._shown.items()}
+        if self._rises(values["loss"]):
+            others["above the first,"] = self._first_loss
         self._progress.update(step, values["loss"], self._throughput.rates(), others)
+
+    def _rises(self, loss: float) -> bool:
+        """Whether the mean of the last losses, this one included, is above the first."""
+        if self._losses is None:
+            return False
+        if self._first_loss is None:
+            self._first_loss = loss
+        self._losses.append(loss)
+        full = len(self._losses) == self._losses.maxlen
+        return full and statistics.fmean(self._losses) > self._first_loss
 
     def skip_pause(self) -> None:
         """Leave the time since the last step, spent on something else, out of the rates."""

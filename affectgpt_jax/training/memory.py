@@ -28,7 +28,13 @@ from affectgpt_jax.models.affectgpt import (
     init_trainable,
     with_compute,
 )
-from affectgpt_jax.models.attention import ATTENDED, CausalAttention, causal, causal_block
+from affectgpt_jax.models.attention import (
+    ATTENDED,
+    CausalAttention,
+    causal,
+    causal_block,
+    grouped,
+)
 from affectgpt_jax.models.decoder import DecoderConfig, OneDevice
 from affectgpt_jax.training.losses import LossFunction, cross_entropy
 from affectgpt_jax.training.sharding import data_parallel_size
@@ -155,7 +161,7 @@ def estimates(
     """
     rows, targets = batch["targets"].shape
     shape = rows, batch["tokens"].shape[1], targets
-    plain, everything = model.decoder.compute.attend is causal, None
+    plain, everything = model.decoder.compute.attend in (causal, grouped), None
     for policy, saved in saved_activations(model, batch, loss, tensor):
         everything = everything or saved  # the first policy's
         work = work_bytes(model, *shape, everything - saved, tensor, plain)

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics, rates, a time account, a live line, traces, plots.
+"""What a run tells about itself: metrics, rates, a time account, a live line, traces.
 
 Each class does one of these and knows nothing of the others, so that the training loop can be
 read as a list of what it reports. Clocks and streams are arguments: nothing here is global.
@@ -35,8 +35,22 @@ class MetricsError(UserError, RuntimeError):
 # --- metrics on disk ----------------------------------------------------------------------------
 
 
+# Clips of a validation that are shown.
+SAMPLES = 8
+
+
+class Sample(NamedTuple):
+    """A clip of validation: its name, what the model answers, and what is true."""
+
+    clip: str
+    answer: str
+    truth: str
+
+
 class MetricsWriter:
     """Writes scalars to `workdir/metrics.jsonl` and, for TensorBoard, to `workdir/tensorboard`.
+
+    TensorBoard also gets samples, and Weights & Biases all of it, the config and pictures too.
 
     A line of `metrics.jsonl` is one JSON object: `step`, `time_s` (s since the run began; a
     resumed run goes on from the last line it keeps) and the scalars. JSON has no NaN: a value
@@ -50,7 +64,7 @@ class MetricsWriter:
             0 is a fresh start and drops everything.
         enabled: False on every process but the first; nothing is then written.
         clock: seconds, from any origin.
-        wandb_project: where not empty, scalars also go to this project of Weights & Biases.
+        wandb_project: where not empty, all also goes to this project of Weights & Biases.
         config: of the run, for Weights & Biases.
 
     Raises:
@@ -103,6 +117,18 @@ class MetricsWriter:
         for sink in self._sinks:
             sink.write(step, values)
 
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Shows some answers beside the truth, as `val/answers`, in all but `metrics.jsonl`."""
+        if self._enabled and samples:
+            for sink in self._sinks:
+                sink.write_samples(step, samples)
+
+    def write_picture(self, step: int, png: Path) -> None:
+        """Shows a picture, by the name of its file, where pictures are kept."""
+        if self._enabled:
+            for sink in self._sinks:
+                sink.write_picture(step, png)
+
     def close(self) -> None:
         """Flushes and closes all files; a second call does nothing."""
         if self._enabled:
@@ -118,7 +144,7 @@ class MetricsWriter:
 
 
 class _TensorBoard:
-    """Scalar events in a folder, written by tensorboardX: TensorFlow is not needed."""
+    """Events in a folder, written by tensorboardX: TensorFlow is not needed."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         # Imported late: it takes longer than JAX, and only the first process writes events.
@@ -142,6 +168,14 @@ class _TensorBoard:
         entries = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
         self._writer.file_writer.add_summary(self._summary(value=entries), step)
 
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        # Text is Markdown there. What is indented is shown as it is, whatever a model writes.
+        lines = [line for sample in samples for line in _in_lines(sample)]
+        self._writer.add_text("val/answers", "\n".join(f"    {line}" for line in lines), step)
+
+    def write_picture(self, step: int, png: Path) -> None:
+        """Nothing: TensorBoard draws the curves itself."""
+
     def close(self) -> None:
         self._writer.close()
 
@@ -164,12 +198,13 @@ def check_wandb(project: str) -> None:
 
 
 class _WeightsAndBiases:
-    """Scalars in a run of Weights & Biases, which a resumed run continues."""
+    """A run of Weights & Biases, which a resumed run continues."""
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
         check_wandb(project)
         import wandb
 
+        self._wandb = wandb
         identity = workdir / "wandb_id"
         if not identity.exists():
             write_text(identity, secrets.token_hex(8))
@@ -185,8 +220,22 @@ class _WeightsAndBiases:
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
+    def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        table = self._wandb.Table(columns=list(Sample._fields), data=[list(s) for s in samples])
+        self._run.log({"val/answers": table}, step=step)
+
+    def write_picture(self, step: int, png: Path) -> None:
+        self._run.log({png.stem: self._wandb.Image(str(png))}, step=step)
+
     def close(self) -> None:
         self._run.finish()
+
+
+def _in_lines(sample: Sample) -> Iterator[str]:
+    yield sample.clip
+    for name, text in (("answer", sample.answer), ("truth", sample.truth)):
+        for number, line in enumerate(text.splitlines() or [""]):
+            yield f"  {'' if number else name:<8}{line}"
 
 
 def _json_scalar(name: str, value: float) -> dict[str, float | str | None]:
@@ -231,12 +280,47 @@ def first_and_last_loss(path: Path) -> dict[str, float]:
     Raises:
         MetricsError: the log is gone or damaged.
     """
-    losses = [r["train/loss"] for r in read_metrics(path) if "train/loss" in r]
-    if not losses:
+    _, losses = _losses(path)
+    return {"loss_first": losses[0], "loss_last": losses[-1]}
+
+
+def divergence(path: Path) -> str:
+    """How a loss that should have fallen has not, in a sentence without its end; empty if it has.
+
+    That is: over its last twentieth it is above the first one, or has lost half of what it had
+    gained. It would have been NaN no longer than a step.
+
+    Args:
+        path: a `metrics.jsonl`.
+
+    Raises:
+        MetricsError: the log is gone or damaged.
+    """
+    steps, losses = _losses(path)
+    part = max(1, len(losses) // 20)
+    first, last = losses[0], statistics.fmean(losses[-part:])
+    means = [statistics.fmean(losses[i : i + part]) for i in range(len(losses) - part + 1)]
+    lowest = min(means)
+    if last > first:
+        return f"the training loss ended at {last:.4g}, above the {first:.4g} that it began with"
+    # Single batches differ by as much.
+    if part > 1 and last - lowest > (first - lowest) / 2:
+        step = steps[means.index(lowest)]
+        return (
+            f"the training loss fell from {first:.4g} to {lowest:.4g} about step {step}, and rose "
+            f"again to {last:.4g}"
+        )
+    return ""
+
+
+def _losses(path: Path) -> tuple[list[int], list[float]]:
+    found = [(r["step"], r.get("train/loss")) for r in read_metrics(path)]
+    found = [(step, loss) for step, loss in found if loss is not None]  # null: not finite
+    if not found:
         raise MetricsError(
             f"{path} holds no training loss of this finished run, whose log it is; put it back"
         )
-    return {"loss_first": losses[0], "loss_last": losses[-1]}
+    return [step for step, _ in found], [loss for _, loss in found]
 
 
 class _Record(TypedDict):
@@ -575,95 +659,3 @@ def _wait_for_devices() -> None:
     # Steps are dispatched ahead of the devices. Without this a trace would hold the end of
     # earlier steps and lack the end of its own.
     jax.block_until_ready(jax.live_arrays())
-
-
-# --- plots --------------------------------------------------------------------------------------
-
-
-# Metrics from 0 to 1 that a run may be validated by, and their colours in its picture.
-SCORES = {
-    "hit": ("tab:orange", "tab:red"),
-    "sampled_reward": ("tab:orange", "tab:red"),
-    "f": ("tab:green", "tab:olive"),
-    "accuracy": ("tab:orange", "tab:red"),
-}
-
-
-def plot_run(metrics_file: Path, png: Path, *, ceilings: Mapping[str, float] | None = None) -> None:
-    """Draws a run: its losses and its scores against the step, side by side.
-
-    Drawn are `train/loss` (each value in a light colour, their running mean in a strong one),
-    `val/loss`, and the `SCORES` of validation and test, as far as they are there; a run with few
-    points or none gives a picture with little on it.
-
-    Args:
-        metrics_file: a `metrics.jsonl`.
-        png: the picture to write; its folder must exist.
-        ceilings: scores by label to draw as dashed lines, such as the best score that all
-            modalities together allow; in the unit of the scores.
-
-    Raises:
-        FileNotFoundError: there is no `metrics_file`.
-        MetricsError: `metrics_file` is damaged (see `read_metrics`).
-    """
-    # Imported late: only plots need it. Without pyplot no display and no global figure either.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    records = read_metrics(metrics_file)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    loss_axes, score_axes = figure.subplots(1, 2)
-    _plot_losses(loss_axes, records)
-    _plot_scores(score_axes, records, ceilings or {})
-    for axes in (loss_axes, score_axes):
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-    with atomic_write(png) as file:
-        FigureCanvasAgg(figure).print_png(file)
-
-
-def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
-    axes.set_title("loss")
-    steps, losses = _series(records, "train/loss")
-    if steps:
-        axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _running_mean(losses), color="tab:blue", label="train (mean)")
-    steps, losses = _series(records, "val/loss")
-    if steps:
-        axes.plot(steps, losses, "o-", color="tab:orange", markersize=4, label="val")
-
-
-def _plot_scores(
-    axes: Any, records: Sequence[Mapping[str, Any]], ceilings: Mapping[str, float]
-) -> None:
-    logged = {key for record in records for key in record}
-    metrics = [name for name in SCORES if {f"val/{name}", f"test/{name}"} & logged] or ["hit"]
-    axes.set_title(", ".join(metrics))
-    for name in metrics:
-        for split, style, colour in zip(("val", "test"), ("o-", "*"), SCORES[name], strict=True):
-            steps, scores = _series(records, f"{split}/{name}")
-            if steps:
-                label = split if len(metrics) == 1 else f"{split} {name}"
-                axes.plot(steps, scores, style, color=colour, label=label)
-    for shade, (label, ceiling) in enumerate(ceilings.items()):
-        axes.axhline(
-            ceiling, linestyle="--", color=f"C{7 + shade}", label=f"{label} ({ceiling:.3g})"
-        )
-
-
-def _series(records: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    """Returns the steps and values of a key; null, a value that was not finite, is left out."""
-    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _running_mean(values: Sequence[float]) -> list[float]:
-    """Centred means over about a tenth of the values, fewer at both ends.
-
-    Not medians: a batch holds one kind of answer, and the kinds' losses lie far apart, so that a
-    median jumps between them.
-    """
-    half = len(values) // 20
-    return [statistics.fmean(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]

@@ -16,6 +16,7 @@ from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.models.flops import Flops
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import FP8_CAPABILITY, GPUS_PER_NODE, Device
+from affectgpt_jax.training.hlo_traffic import Launch, Sent
 
 
 class Shape(NamedTuple):
@@ -83,27 +84,52 @@ MATMUL_SHARE, BANDWIDTH_SHARE = 0.7, 0.9
 
 
 def compiled_floor(
-    flops: Flops, remat: str, moved: float, device: Device, dtype: str, precision: str
+    flops: Flops,
+    remat: str,
+    moved: float,
+    device: Device,
+    dtype: str,
+    precision: str,
+    network: float = 0.0,
 ) -> float:
     """Seconds below which a compiled update will hardly come, one launch after the other.
 
-    Matmuls and attention at `MATMUL_SHARE` of the device's peak, and after them the bytes of
-    everything else at `BANDWIDTH_SHARE` of its bandwidth.
+    Matmuls and attention at `MATMUL_SHARE` of the device's peak, after them the bytes of everything
+    else at `BANDWIDTH_SHARE` of its bandwidth, and the collectives that nothing hides.
 
     Args:
         flops: of a device's part of an update, forward and backward.
         remat: the policy, as for `executed_flops`.
-        moved: bytes of the launches that are neither large matmuls nor attention kernels.
+        moved: bytes of the launches that are neither large matmuls nor attention kernels nor
+            collectives.
         device: the GPU.
         dtype: of activations.
         precision: of the base's projections, `config.base_precision`.
+        network: seconds of collectives that run alone, see `sent_times`.
     """
     executed = executed_flops(flops, remat)
     projections = executed_flops(Flops(flops.frozen, 0, 0, 0), remat)
     peak = matmul_peak(device, dtype)
     fast = device.flops_8bit if eight_bit_matmuls(device, precision) else peak
     seconds = projections / fast + (executed - projections) / peak
-    return seconds / MATMUL_SHARE + moved / (BANDWIDTH_SHARE * device.hbm)
+    return seconds / MATMUL_SHARE + moved / (BANDWIDTH_SHARE * device.hbm) + network
+
+
+def launch_floor(launches: Sequence[Launch], device: Device, dtype: str) -> float:
+    """Seconds below which a compiled program will hardly come, one launch after the other.
+
+    Each takes what its matmul takes at `MATMUL_SHARE` of the peak, or its bytes at
+    `BANDWIDTH_SHARE` of the bandwidth, whichever is longer. Arithmetic of a library's attention
+    kernels is not known, so of those the bytes alone count.
+
+    Args:
+        launches: of the program, see `hlo_traffic.launches`.
+        device: the GPU.
+        dtype: of activations.
+    """
+    bandwidth = BANDWIDTH_SHARE * device.hbm
+    peak = MATMUL_SHARE * matmul_peak(device, dtype)
+    return math.fsum(max(x.bytes / bandwidth, x.times * x.flops / peak) for x in launches)
 
 
 def matmul_peak(device: Device, dtype: str) -> float:
@@ -147,6 +173,24 @@ def memory_traffic(
 def network_time(collectives: Sequence[Collective], shape: Shape, device: Device) -> float:
     """Seconds that collectives take one after the other on a mesh of this shape."""
     return sum(_collective_time(c, shape, device) for c in collectives)
+
+
+def sent_times(sent: Sent, shape: Shape, device: Device, dtype: str) -> tuple[float, float]:
+    """Seconds that equal collectives of a compiled step take, and in which of them they run alone.
+
+    At `BANDWIDTH_SHARE` of the links' bandwidth. The large matmuls that stand between start and end
+    of a collective hide as much of it as they take at `MATMUL_SHARE` of the device's peak.
+
+    Args:
+        sent: the collectives.
+        shape: of the mesh.
+        device: the GPU.
+        dtype: of activations.
+    """
+    one = Collective(sent.kind, sent.axes, 1, sent.bytes)
+    each = _collective_time(one, shape, device) / BANDWIDTH_SHARE
+    beside = sent.overlapped_flops / (MATMUL_SHARE * matmul_peak(device, dtype))
+    return sent.count * each, sent.count * max(0.0, each - beside)
 
 
 def _collective_time(collective: Collective, shape: Shape, device: Device) -> float:
@@ -210,7 +254,7 @@ def model_collectives(sizes: Sizes, shape: Shape, remat: str) -> list[Collective
     one input added up), one more where the layer is recomputed, and one for the lookup of the
     embeddings.
     """
-    found = []
+    found: list[Collective] = []
 
     def add(kind: str, axes: tuple[str, ...], times: int, size: int) -> None:
         count = sizes.microbatches * times
@@ -225,4 +269,16 @@ def model_collectives(sizes: Sizes, shape: Shape, remat: str) -> list[Collective
     axes = tuple(axis for axis in ("data", "fsdp") if getattr(shape, axis) > 1)
     if axes:
         add("all-reduce", axes, 1, sizes.adapters + sizes.fusion)
+    return found
+
+
+def forward_collectives(sizes: Sizes, shape: Shape) -> list[Collective]:
+    """The same of a forward pass alone: nothing over data, where rows are apart."""
+    found = []
+    if shape.fsdp > 1:
+        size = (sizes.layers + sizes.lm_head) // shape.tensor
+        found.append(Collective("all-gather", ("fsdp",), 1, size))
+    if shape.tensor > 1:
+        times = 2 * sizes.num_layers + 1
+        found.append(Collective("all-reduce", ("tensor",), times, times * sizes.hidden))
     return found

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -20,6 +21,8 @@ from affectgpt_jax.common.files import lock_file
 
 # Seconds that a process which is ended for a hang may take to save.
 RESCUE_S = 120.0
+# Seconds beyond twice the limit, after which a process that does not even watch itself is ended.
+LAST_RESORT_S = 60.0
 
 
 class Stopped(SystemExit):
@@ -94,10 +97,47 @@ class StopSignals:
         self._before.clear()
 
 
+# The second process of a watchdog: a pipe says that the first still watches itself, and its end
+# that nobody has to. Time in which either was suspended does not count.
+_WATCHER = """
+import os, select, signal, sys, time
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a terminal sends to both
+pid, wait_s = int(sys.argv[1]), float(sys.argv[2])
+interval_s = min(wait_s / 8, 5)
+
+
+def is_stopped():
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] in "tT"
+
+
+silent_s, looked_s = 0, time.monotonic()
+while silent_s <= wait_s and os.getppid() == pid:
+    if select.select([0], [], [], interval_s)[0]:
+        if not os.read(0, 4096):
+            sys.exit()
+        silent_s = 0
+    now_s = time.monotonic()
+    passed_s, looked_s = now_s - looked_s, now_s
+    silent_s += passed_s
+    if passed_s > 2 * interval_s or is_stopped():
+        silent_s = 0
+if os.getppid() == pid:
+    os.write(2, b"error: the process no longer watches itself, since a thread keeps the "
+        b"interpreter lock; it is ended, and the same command resumes from the newest "
+        b"checkpoint\\n")
+    os.kill(pid, signal.SIGKILL)
+"""
+
+
 class Watchdog:
     """Ends a process that makes no progress, after it has printed the stacks of all threads.
 
     Time in which the process was suspended does not count: after it, the count starts anew.
+
+    A thread that never releases the interpreter lock stops the watch as well. So a second process
+    watches whether this one still does, and ends it where it does not.
 
     Args:
         limit_s: the longest time in s between two calls of `beat`; 0 is no limit.
@@ -113,6 +153,7 @@ class Watchdog:
         self._what, self._since_s = "the start", time.monotonic()
         self._done = threading.Event()
         self._ending = threading.Lock()
+        self._watcher: subprocess.Popen[bytes] | None = None
         self.rescue: Callable[[], str] | None = None
 
     def beat(self, what: str) -> None:
@@ -128,12 +169,32 @@ class Watchdog:
             if now_s - looked_s > 2 * interval_s:  # this process was suspended
                 self._since_s = now_s
             looked_s = now_s
-            # In case a thread never releases the interpreter lock, so that this one cannot run. It
-            # must not end the process: its clock does not stop while the process is suspended.
-            if _has_descriptor(sys.__stderr__):
-                faulthandler.dump_traceback_later(2 * self._limit_s + 60, file=sys.__stderr__)
+            self._put_off_last_resort()
             if now_s - self._since_s > self._limit_s:
                 self._end()
+
+    @property
+    def _last_s(self) -> float:
+        return 2 * self._limit_s + LAST_RESORT_S
+
+    def _put_off_last_resort(self) -> None:
+        """Let stacks be shown, and the second process end this one, so much later than now."""
+        # This must not end the process: its clock does not stop while the process is suspended.
+        if _has_descriptor(sys.__stderr__):
+            faulthandler.dump_traceback_later(self._last_s, file=sys.__stderr__)
+        with contextlib.suppress(OSError):  # it is gone, and this one goes on
+            if self._watcher is not None:
+                os.write(self._watcher.stdin.fileno(), b".")
+
+    def _start_watcher(self) -> None:
+        # Later than the stacks, which it cannot print.
+        wait_s = self._last_s + min(10.0, self._last_s / 4)
+        arguments = [sys.executable, "-I", "-S", "-c", _WATCHER, str(os.getpid()), str(wait_s)]
+        # A run goes on without one, as where no further process may be started.
+        with contextlib.suppress(OSError):
+            self._watcher = subprocess.Popen(
+                arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0
+            )
 
     def _end(self) -> None:
         self._ending.acquire()  # never released: the run does not go on beside its rescue
@@ -171,12 +232,17 @@ class Watchdog:
     def __enter__(self) -> Self:
         self.beat("the start of training")
         if self._limit_s:
+            self._start_watcher()
+            self._put_off_last_resort()
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
         faulthandler.cancel_dump_traceback_later()
+        if self._watcher is not None:
+            self._watcher.stdin.close()
+            self._watcher.wait()
 
 
 def _first_line(error: Exception) -> str:

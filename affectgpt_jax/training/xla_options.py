@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.models.lora import SEPARATE_MATMULS
 
 Value = str | bool
 
@@ -43,8 +44,7 @@ class Option(NamedTuple):
 # advice of JAX's own guide for this case (docs.jax.dev/en/latest/gpu_performance_tips.html).
 GPU_OPTIONS = (
     Option(
-        "xla_gpu_dot_merger_threshold_mb",
-        "0",
+        *SEPARATE_MATMULS,
         1,
         "keeps XLA from joining a frozen kernel and its adapter's A in one matmul, which copies "
         "the kernel before and the result behind it: 65 GB of the 511 that a step of 2 x 4,096 "

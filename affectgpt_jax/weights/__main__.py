@@ -29,6 +29,7 @@ import affectgpt_jax
 from affectgpt_jax import build, cli, runtime
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import new_path
+from affectgpt_jax.common.hub import HubError
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import check_type, read_json, write_json
 from affectgpt_jax.common.text import print_lines
@@ -79,7 +80,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--step", type=int, help="default: the best on validation")
         command.set_defaults(run=run)
         if run in (export_peft, export_merged):
-            command.add_argument("--base", help="the base's directory; default: config.llm's")
+            command.add_argument("--base", help="the base; default: config.llm's")
+            cli.add_download_flag(command.add_argument)
     given = list(sys.argv[1:] if argv is None else argv)
     return parser.parse_args([*(word.replace("_", "-") for word in given[:1]), *given[1:]])
 
@@ -220,18 +222,18 @@ def export_peft(arguments: argparse.Namespace) -> str:
     lora = _require_lora(checkpoint)
     place = f"beside {checkpoint.base.name}"
     try:
-        base = str(find_base(checkpoint, arguments.base).absolute())
-    except ConfigError:
-        if arguments.base:
+        base = str(find_base(checkpoint, arguments.base, arguments.download).absolute())
+    except (ConfigError, HubError):
+        if arguments.base or arguments.download:
             raise
         base = checkpoint.base.name
         place += ", once base_model_name_or_path names its directory (or --base, here)"
     trainable = checkpoint.saved.trainable(checkpoint.step)
-    peft.save_adapter(arguments.out, trainable["lora"], lora, base)
+    peft.save_adapter(arguments.out, trainable["lora"], lora, base, trainable["fusion"])
     return (
         f"{arguments.out}: LoRA of step {checkpoint.step} for {checkpoint.base.name}, as "
         f"peft.AutoPeftModelForCausalLM.from_pretrained loads it {place}; heads and pre-fusion are "
-        "not part of an adapter"
+        f"not part of an adapter, and lie in {peft.FUSION} for affectgpt predict --checkpoint"
     )
 
 
@@ -275,6 +277,8 @@ def export_hub(arguments: argparse.Namespace) -> str:
         whole = checkpoint.workdir / "checkpoints" / step
         shutil.copytree(whole, folder / "checkpoints" / step)
         write_json(folder / "config.json", config | {"wandb_project": ""})
+        if (how := checkpoint.workdir / build.EXTRACTION_FILE).is_file():
+            shutil.copy(how, folder)
         if checkpoint.lora:
             trainable = checkpoint.saved.trainable(checkpoint.step)
             peft.save_adapter(
@@ -317,7 +321,7 @@ def export_merged(arguments: argparse.Namespace) -> str:
     """Write a run's base with its LoRA folded in."""
     checkpoint = open_checkpoint(arguments.workdir, arguments.step)
     lora = _require_lora(checkpoint)
-    directory = find_base(checkpoint, arguments.base)
+    directory = find_base(checkpoint, arguments.base, arguments.download)
     # Its tokenizer is copied, and must be the one that the adapter learned with.
     checkpoint.saved.check_inputs(checkpoint.step, build.tokenizer_identities(directory))
     trainable = checkpoint.saved.trainable(checkpoint.step)
@@ -330,18 +334,19 @@ def export_merged(arguments: argparse.Namespace) -> str:
     )
 
 
-def find_base(checkpoint: Checkpoint, base: str | None) -> Path:
+def find_base(checkpoint: Checkpoint, base: str | None, download: bool = False) -> Path:
     """The directory of the base that a checkpoint was trained on.
 
     Args:
         checkpoint: of a run.
         base: where it is; None is where the run's config says.
+        download: get it from the hub, where it is one of the hub's that is not here.
 
     Raises:
-        ConfigError: no such directory.
+        ConfigError, HubError: no such directory.
         WeightsError: one with another base.
     """
-    directory = build.base_directory(base or checkpoint.config["llm"])
+    directory = build.base_directory(base or checkpoint.config["llm"], download)
     found = base_identity(directory)
     if found.sha256 != checkpoint.base.sha256:
         raise WeightsError(

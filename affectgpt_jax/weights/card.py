@@ -54,6 +54,10 @@ def result_rows(result: Mapping[str, object]) -> list[tuple[str, str]]:
     found = []
     if isinstance(hit := result.get("hit"), float):
         found.append((f"hit rate of the first label, {result.get('clips')} clips", f"{hit:.3f}"))
-    if isinstance(shuffled := result.get("hit_features_shuffled"), float):
-        found.append(("the same with the features of other clips", f"{shuffled:.3f}"))
+    if isinstance(f := result.get("f"), float):
+        clips = result.get("clips_scored")
+        found.append((f"F of the labels on the emotion wheels, {clips} clips", f"{f:.3f}"))
+    for metric in ("hit", "f"):
+        if isinstance(shuffled := result.get(f"{metric}_features_shuffled"), float):
+            found.append(("the same with the features of other clips", f"{shuffled:.3f}"))
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from affectgpt_jax.common.files import path_below
+from affectgpt_jax.common.hub import model_name
 from affectgpt_jax.common.identity import Identity, files_sha256
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.models.decoder import Decoder, DecoderConfig, init_base
@@ -208,12 +210,19 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def base_identity(directory: Path) -> Identity:
-    """Which frozen base this is: the directory's name, and a hash of the model's shape and weights.
+    """Which frozen base this is: the model's name, and a hash of its shape and weights.
 
-    It reads every byte of the weights, file beside file.
+    It reads every byte of the weights, file beside file; again only if the files have changed.
     """
     shape = _identity_shape(read_config(directory))
-    return Identity(Path(directory).name, files_sha256(weight_files(directory), about=shape))
+    files = tuple(weight_files(directory))
+    stamps = tuple((s.st_mtime_ns, s.st_ino, s.st_size) for s in (file.stat() for file in files))
+    return Identity(model_name(directory), _base_sha256(files, json.dumps(shape), stamps))
+
+
+@functools.lru_cache(16)
+def _base_sha256(files: tuple[Path, ...], shape: str, _stamps: Any) -> str:
+    return files_sha256(files, about=json.loads(shape))
 
 
 def _identity_shape(config: DecoderConfig) -> dict[str, Any]:

@@ -4,13 +4,16 @@ Names map one to one: `layers/q_proj/lora_a[i]` `[in, r]` is
 `base_model.model.model.layers.{i}.self_attn.q_proj.lora_A.weight` `[r, in]`. Both sides scale by
 alpha / r. What PEFT can do beyond that (DoRA, rank-stabilised scaling, trained biases, ...) is
 refused by name, since an adapter read without it would be another model.
+
+Heads and pre-fusion have no place in an adapter. They lie beside it, in `fusion.safetensors`, under
+the paths of their parameters; PEFT passes over that file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -27,6 +30,8 @@ from affectgpt_jax.weights.tensors import write_tensors
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
+# Ours, which PEFT passes over: what an adapter of a model that sees and hears is nothing without.
+FUSION = "fusion.safetensors"
 
 # Options that are read here or do not change what a finished adapter computes. (Which modules have
 # an adapter is read off the tensors: "target_modules" may be an expression.)
@@ -97,7 +102,13 @@ def _layout(path: layout.Path) -> layout.Stored:
     return lora_layout(path, _PREFIX, ".weight")
 
 
-def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "") -> None:
+def _fusion_layout(path: layout.Path) -> layout.Stored:
+    return layout.Stored(".".join(path))
+
+
+def save_adapter(
+    directory: Path, lora: Any, config: LoraConfig, base: str = "", fusion: Any = None
+) -> None:
     """Write a `lora` tree as an adapter that `peft.PeftModel.from_pretrained` loads, bit for bit.
 
     Args:
@@ -105,6 +116,7 @@ def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "")
         lora: `trainable["lora"]`.
         config: its rank, alpha, dropout and targets.
         base: name or path of the base, for PEFT's users.
+        fusion: `trainable["fusion"]`, which is written beside the adapter in a file of its own.
 
     Raises:
         WeightsError: there is no adapter, or the directory exists.
@@ -130,6 +142,8 @@ def save_adapter(directory: Path, lora: Any, config: LoraConfig, base: str = "")
     with new_path(directory, WeightsError) as partial:
         partial.mkdir()
         write_tensors(partial / TENSORS, tensors, tensors.__getitem__)
+        if heads := layout.to_tensors(fusion, _fusion_layout):
+            write_tensors(partial / FUSION, heads, heads.__getitem__)
         write_json(partial / CONFIG, options)
 
 
@@ -198,16 +212,19 @@ def adapter_tensors(directory: Path) -> dict[str, StoredTensor]:
     return read_header(path)
 
 
-def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> Any:
-    """Load a PEFT adapter as a `lora` tree, to train it further or to use it.
+def open_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> Callable[[Any], Any]:
+    """Compare a PEFT adapter with a model, without its values.
 
     Dropout may differ: it is a setting of training, not of the adapter.
 
     Args:
         directory: of `adapter_config.json` and `adapter_model.safetensors`.
-        abstract: the `lora` tree of `jax.ShapeDtypeStruct`s to fill; values are cast to its dtypes
-            and placed by its shardings, where it has them.
+        abstract: the `lora` tree of `jax.ShapeDtypeStruct`s that it is to fill.
         config: of the model that the tree belongs to; None without LoRA.
+
+    Returns:
+        What reads the values into such a tree, cast to its dtypes and placed by its shardings,
+        where it has them.
 
     Raises:
         WeightsError: an option that this code lacks, another rank, alpha or set of targets than
@@ -232,7 +249,53 @@ def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> A
             )
     if trouble := layout.compare_shapes(shapes, expected):
         raise WeightsError(f"{directory / TENSORS}: {trouble}")
-    return layout.from_tensors(abstract, _layout, lambda name: tensors[name].read())
+    return lambda abstract: layout.from_tensors(
+        abstract, _layout, lambda name: tensors[name].read()
+    )
+
+
+def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> Any:
+    """A PEFT adapter as a `lora` tree, with its values: see `open_adapter`."""
+    return open_adapter(directory, abstract, config)(abstract)
+
+
+def fusion_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The heads and the pre-fusion beside an adapter, by the paths of their parameters.
+
+    Raises:
+        WeightsError: a damaged file.
+    """
+    path = Path(directory) / FUSION
+    return read_header(path) if path.is_file() else {}
+
+
+def open_fusion(directory: Path, abstract: Any) -> Callable[[Any], Any] | None:
+    """Compare heads and pre-fusion, as `save_adapter` writes them beside an adapter, with a model.
+
+    Args:
+        directory: of the adapter.
+        abstract: the `fusion` tree that they are to fill.
+
+    Returns:
+        As for `open_adapter`; None where the directory has none.
+
+    Raises:
+        WeightsError: tensors of another model, or a damaged file.
+    """
+    path, tensors = Path(directory) / FUSION, fusion_tensors(directory)
+    if not tensors:
+        return None
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    expected = layout.expected_shapes(abstract, _fusion_layout)
+    advice = "set config.input, config.fusion and config.projectors as it was trained with"
+    for name in shapes:
+        if name not in expected:
+            raise WeightsError(f"{path}: this config has no place for the tensor {name}; {advice}")
+    if trouble := layout.compare_shapes(shapes, expected):
+        raise WeightsError(f"{path}: {trouble}; {advice}")
+    return lambda abstract: layout.from_tensors(
+        abstract, _fusion_layout, lambda name: tensors[name].read()
+    )
 
 
 def refusal(directory: Path) -> str | None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,18 +201,20 @@ def check_names(file: ReleaseFile) -> None:
             )
 
 
-def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[Any, list[str]]:
-    """Load the adapters, projectors and pre-fusion of a checkpoint of the release.
+def open_release(
+    path: Path, abstract: Any, lora: LoraConfig | None
+) -> tuple[Callable[[Any], Any], list[str]]:
+    """Compare a checkpoint of the release with a model, without its values.
 
     Args:
         path: the `.pth` file.
-        abstract: the `trainable` tree of `jax.ShapeDtypeStruct`s to fill; values are cast to its
-            dtypes and placed by its shardings, where it has them.
+        abstract: the `trainable` tree of `jax.ShapeDtypeStruct`s that it is to fill.
         lora: config of its adapters; None without any.
 
     Returns:
-        The tree, and the names of the tensors that it has no place for, such as heads that the
-        config's input mode does not read: show them to the user.
+        What reads the values into such a tree, cast to its dtypes and placed by its shardings,
+        where it has them; and the names of the tensors that it has no place for, such as heads
+        that the config's input mode does not read: show them to the user.
 
     Raises:
         WeightsError: another rank, alpha, set of targets or type of a head than the config's, a
@@ -238,9 +240,25 @@ def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[An
                 "it to the checkpoint's type"
             )
     if trouble := layout.compare_shapes(shapes, expected):
-        raise WeightsError(f"{path}: {trouble}")
-    tree = layout.from_tensors(abstract, release_layout, lambda name: file.tensors[name].numpy())
-    return tree, sorted(shapes.keys() - expected.keys())
+        raise WeightsError(
+            f"{path}: {trouble}; name the base and the config that it was trained with"
+        )
+
+    def read(abstract: Any) -> Any:
+        return layout.from_tensors(
+            abstract, release_layout, lambda name: file.tensors[name].numpy()
+        )
+
+    return read, sorted(shapes.keys() - expected.keys())
+
+
+def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[Any, list[str]]:
+    """The adapters, projectors and pre-fusion of a checkpoint of the release, with their values.
+
+    Arguments, errors and the second result are those of `open_release`.
+    """
+    read, unused = open_release(path, abstract, lora)
+    return read(abstract), unused
 
 
 def save_release(

@@ -183,6 +183,10 @@ def describe_adapter(directory: Path) -> Report:
         ("loads here", f"no: {refusal}" if refusal else "yes"),
     ]
     parts = _group(tensors, lambda name: peft.adapter_target(name) or "other", (*targets, "other"))
+    beside = peft.fusion_tensors(directory)
+    heads = {name: head_name(name) for name in HEADS}
+    order = (*heads.values(), "other heads")
+    parts += _group(beside, lambda name: heads.get(name.split(".")[0], "other heads"), order)
     return Report(facts, parts)
 
 

@@ -38,11 +38,10 @@ from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
 from ..contents import read_seconds
+from ..encoders import MISSING
 from ..shards import add_shard_flag, shard_of_task
 from . import describe, filtering, labels
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
-
-MEDIA_EXTRA = "the package {} is missing: pip install 'affectgpt-jax[features]'"
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -495,7 +494,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
         try:
             facts = demo.rendered_facts(out, arguments.seed, arguments.rendered, say=say)
         except ModuleNotFoundError as error:
-            say(f"no clips are rendered: {MEDIA_EXTRA.format(error.name)}")
+            say(f"no clips are rendered: {MISSING.format(error.name)}")
         else:
             result = dataclasses.replace(result, facts=result.facts | facts)
     print_lines(demo.table(result, time.perf_counter() - start))
@@ -509,7 +508,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             arguments.run(arguments)
         except ModuleNotFoundError as error:
-            raise UserError(MEDIA_EXTRA.format(error.name)) from None
+            raise UserError(MISSING.format(error.name)) from None
 
 
 if __name__ == "__main__":

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.common.files import atomic_write, write_text
-from affectgpt_jax.common.json import read_json
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.data.records import IndexEntry
 from affectgpt_jax.evaluation.lexicon import Lexicon
 from affectgpt_jax.evaluation.markup import escape_markdown
 
 from ..contents import Contents, table_row, write_statistics
+from ..figures import save_png
 from . import filtering
 from .describe import KINDS, Described, read_described
 from .filtering import PASSED, DataSet, Judgement
-from .lengths import draw_lengths, save_png
+from .lengths import draw_lengths
 from .settings import DESCRIPTIONS, Settings
 
 CARD = "README.md"
@@ -307,11 +307,14 @@ def _how(
         f"settings, `caption.toml`: sha256 {settings.sha256}",
         f"lengths: cuts at the mean -+ {settings.lengths.tails:g} standard deviations",
         "speaker check: "
-        + (", ".join(f"{n} ({c:,} clips)" for n, c in networks.items()) or "not run")
-        + f"; dropped verdicts: {', '.join(settings.speakers.drop)}",
+        + (
+            ", ".join(f"{escape_markdown(n)} ({c:,} clips)" for n, c in networks.items())
+            or "not run"
+        )
+        + f"; dropped verdicts: {escape_markdown(', '.join(settings.speakers.drop))}",
         f"crowd and description must agree on {settings.crowd.agree} of the wheels that know both, "
         f"with at least {settings.crowd.least_votes} vote",
-        f"lexicon: {lexicon.identity}",
+        f"lexicon: {escape_markdown(str(lexicon.identity))}",
     ]
     return (
         "## How it was made\n\n"
@@ -327,24 +330,26 @@ def _asked(lines: Iterable[Described]) -> Iterator[tuple[str, str]]:
 
 def _crowd(crowd: Path | None) -> str:
     """Corpora of the crowd and the leaks that were looked for."""
-    path = crowd and crowd / "members.json"
-    if path is None or not path.exists():
+    if crowd is None:
         return ""
-    found = read_json(path, dict)
+    # It loads JAX.
+    from ..crowd.run import read_summary
+
+    found = read_summary(crowd.expanduser())
     rows = [
         [
             c["name"],
             _count(c["clips"]),
             ", ".join(c["classes"]) or "valence",
             _count(c["members"]),
-            c["score"] if c["score"] is None else f"{c['score']:.3f}",
+            f"{c['score']:.3f}",
         ]
         for c in found["corpora"]
     ]
     text = "## The crowd\n\n" + _markdown_table(
         ["corpus", "clips", "classes", "members", "validation score"], rows
     )
-    leaks = json.dumps(found.get("leaks", {}), indent=2, sort_keys=True)
+    leaks = json.dumps(found["leaks"], indent=2, sort_keys=True)
     return (
         f"{text}\n\nClips that corpora, voted clips and test sets share:\n\n```json\n{leaks}\n```"
     )
@@ -352,7 +357,8 @@ def _crowd(crowd: Path | None) -> str:
 
 def _limits(data: DataSet) -> str:
     ends = Counter(line["finish"] or "unknown" for line in (data.descriptions or {}).values())
-    shown = ", ".join(f"{end}: {count:,}" for end, count in ends.most_common())
+    # The server's own word.
+    shown = ", ".join(f"{escape_markdown(end)}: {n:,}" for end, n in ends.most_common())
     return (
         "## Limits and licence\n\n"
         "- Descriptions are those of models: nobody has looked at all of them. What the crowd "
@@ -381,5 +387,4 @@ def _draw_growth(sets: Mapping[str, Sequence[IndexEntry]], path: Path) -> None:
     panel.set_xlabel("clips")
     panel.set_ylabel("different labels")
     panel.legend()
-    with atomic_write(path) as file:
-        save_png(figure, file)
+    save_png(figure, path)

@@ -122,7 +122,7 @@ def write_page(
         a, b = texts if side == "a" else texts[::-1]
         subtitle = subtitles.get(clip, "")
         shown.append({"number": number, "clip": clip, "subtitle": subtitle, "a": a, "b": b})
-        key.append(Key(clip=clip, ours=side))
+        key.append(Key(clip=printable(clip), ours=side))  # as the page sends it back
     digest = hashlib.sha256(_SCRIPT.encode()).digest()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -136,7 +136,9 @@ def describe_media(
     paths = {c.name: c.sound if kind == "audio" else c.video for c in clips}
     files = [path for path in paths.values() if path]
     own = {path for path in list(paths.values())[shard[0] :: shard[1]] if path}
-    hashes = media_hashes(files, own, out / REPLIES, shard) | {None: ""}
+    # A file for each kind: sound and pictures may be asked about at the same time.
+    hashes = media_hashes(files, own, out / REPLIES / f"media-{kind}{_suffix(shard)}.jsonl")
+    hashes |= {None: ""}
     # What is not shown of a clip changes nothing.
     shown = [form, settings.media.seconds] if kind == "audio" else [form]
     if kind == "video" and form == "frames":
@@ -331,19 +333,18 @@ class _Stamped(TypedDict):
 
 
 def media_hashes(
-    paths: Iterable[Path], own: Collection[Path], folder: Path, shard: tuple[int, int]
+    paths: Iterable[Path], own: Collection[Path], file: Path
 ) -> dict[Path | None, str]:
     """The hash of each file, "" of one that cannot be read; what has not changed is not read again.
 
     Args:
         paths: of media.
         own: those that are read here; others have a hash if the shard whose they are has read them.
-        folder: with JSONL files of hashes by path, size and time, one a shard, which grow.
-        shard: number and count.
+        file: a JSONL file of hashes by path, size and time, which grows; those beside it are read.
     """
     known: dict[tuple[str, int, int], str] = {}
-    for file in sorted(folder.glob("media*.jsonl")):
-        records = _media_store(file).records.values()
+    for beside in sorted(file.parent.glob("media*.jsonl")):
+        records = _media_store(beside).records.values()
         known |= {(r["file"], r["bytes"], r["time_ns"]): r["sha256"] for r in records}
     found: dict[Path | None, str] = {}
     unknown = {}
@@ -365,7 +366,7 @@ def media_hashes(
         except OSError:
             return ""
 
-    store = _media_store(folder / f"media{_suffix(shard)}.jsonl")
+    store = _media_store(file)
     with store, ThreadPoolExecutor(8) as pool:
         for (path, key), sha256 in zip(unknown.items(), pool.map(hashed, unknown), strict=True):
             found[path] = sha256

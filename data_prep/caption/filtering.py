@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import atomic_write, read_bytes
+from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.tables import CsvTable, csv_rows, write_csv
 from affectgpt_jax.common.text import listed
@@ -33,9 +33,10 @@ from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
 
 from ..crowd.votes import Vote, read_votes
+from ..figures import save_png
 from ..speakers.verdicts import read_speakers
 from .describe import Described, read_described
-from .lengths import Cuts, fit_cuts, measure, save_png
+from .lengths import Cuts, fit_cuts, measure
 from .settings import DESCRIPTIONS, LABELS, SPEAKERS, VOTES, CaptionError, Settings
 
 # The tests of each level, in the order in which they are applied.
@@ -412,8 +413,7 @@ def draw_funnel(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
     panel.invert_yaxis()
     panel.set_xlim(0, 1.35 * max(*clips, 1))
     panel.set_xlabel("clips that passed")
-    with atomic_write(path) as file:
-        save_png(figure, file)
+    save_png(figure, path)
 
 
 def trainable(data: DataSet, kept: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -11,11 +11,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.common.files import atomic_write
+from ..figures import save_png
 
 # Between the quartiles of a normal distribution, in standard deviations.
 QUARTILES = 1.349
@@ -77,10 +76,4 @@ def draw_lengths(texts: Sequence[str], cuts: dict[str, Cuts], path: Path) -> Non
         panel.set_xlabel(f"{unit} of a description")
         panel.set_ylabel("clips")
         panel.legend()
-    with atomic_write(path) as file:
-        save_png(figure, file)
-
-
-def save_png(figure: Any, file: Any) -> None:
-    """Write a Matplotlib figure without a date or version in it: the same data, the same bytes."""
-    figure.savefig(file, format="png", dpi=120, metadata={"Software": None})
+    save_png(figure, path)

@@ -14,14 +14,14 @@ A data set is a folder. All commands of this package read and write in it:
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from pathlib import Path
 from typing import Literal
 
 from affectgpt_jax.common.errors import ReadError, UserError
-from affectgpt_jax.common.files import decode, read_bytes, write_text
+from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import check_type
+from affectgpt_jax.common.toml import MAX_BYTES, parse_toml
 
 SETTINGS = "caption.toml"
 DESCRIPTIONS, LABELS, SPEAKERS, VOTES = "descriptions", "labels.csv", "speakers.csv", "votes.csv"
@@ -99,11 +99,7 @@ def read_settings(out: Path) -> Settings:
     path = out / SETTINGS
     if not path.exists():
         write_text(path, DEFAULT.read_text(encoding="utf-8"))
-    text = decode(read_bytes(path), str(path))
-    try:
-        found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ReadError(f"{path}: not TOML: {error}") from None
+    found = parse_toml(read_bytes(path, MAX_BYTES), str(path))
     advice = f"delete {path}, and the next command writes the default ones"
     settings = check_type(found, Settings, str(path), advice=advice)
     for what, value in (

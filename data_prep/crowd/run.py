@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from safetensors import SafetensorError
@@ -23,6 +23,8 @@ from affectgpt_jax.common.files import atomic_write, sha256_of, write_text
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.common.progress import Counter
+from affectgpt_jax.common.text import brief, shorten
+from affectgpt_jax.evaluation.markup import escape_markdown
 
 from . import members
 from .corpora import (
@@ -44,6 +46,79 @@ MEMBERS_FILE, REPORT_FILE = "members.json", "report.md"
 VERSION = 1
 
 Say = Callable[[str], None]
+
+
+class _Marks(TypedDict):
+    name: list[str]
+    file: list[str]
+    features: list[str]
+
+
+class _About(TypedDict):
+    """NAME.json: the members of a corpus, and its clips."""
+
+    identity: str
+    sha256: str
+    classes: list[str]
+    valence: bool
+    clips: int
+    majority: float | None
+    hidden: list[int]
+    epochs: list[int]
+    scores: list[float]
+    marks: _Marks
+
+
+class _Facts(TypedDict):
+    """What members.json says of a corpus."""
+
+    name: str
+    classes: list[str]
+    valence: bool
+    clips: int
+    majority: float | None
+    members: int
+    score: float
+    score_sd: float
+
+
+_Leak = TypedDict("_Leak", {"in": str, "and": str, "same": str, "clips": int})
+
+
+class _Leaks(TypedDict):
+    left_out: dict[str, int]
+    found: list[_Leak]
+
+
+class Summary(TypedDict):
+    """members.json."""
+
+    encoders: dict[str, tuple[str, int]]
+    corpora: list[_Facts]
+    leaks: _Leaks
+
+
+def read_summary(crowd: Path) -> Summary:
+    """What a crowd is, of its members.json.
+
+    Raises:
+        CrowdError: no crowd, or one of another form.
+    """
+    advice = "name a directory that `affectgpt crowd train` wrote"
+    summary = read_json(crowd / MEMBERS_FILE, Summary, error=CrowdError, advice=advice)
+    for facts in summary["corpora"]:
+        _check_name(facts["name"])
+    return summary
+
+
+def _read_about(crowd: Path, name: str) -> _About:
+    advice = "train the crowd again"
+    return read_json(crowd / f"{name}.json", _About, error=CrowdError, advice=advice)
+
+
+def _check_name(name: str) -> None:
+    if not name or name != os.path.basename(name) or name.startswith("."):
+        raise CrowdError(f"{shorten(name)} cannot be a corpus: it becomes the name of a file")
 
 
 def shipped_base() -> Path:
@@ -112,8 +187,7 @@ def check(sets: Mapping[str, Path], heads: Mapping[str, Sequence[str]], settings
     if not sets:
         raise CrowdError("a crowd needs a corpus with human labels at least")
     for name in sets:
-        if not name or name != os.path.basename(name) or name.startswith("."):
-            raise CrowdError(f"{name!r} cannot be a corpus: it becomes the name of a file")
+        _check_name(name)
         kinds = heads.get(name, ())
         if not kinds or set(kinds) - set(KINDS):
             raise CrowdError(
@@ -182,8 +256,8 @@ def _trained(
     identity = json_sha256([VERSION, dataclasses.asdict(settings), encoders, content])
     path, weights = out / f"{corpus.name}.json", out / f"{corpus.name}.safetensors"
     if path.is_file() and weights.is_file():
-        about = read_json(path, dict[str, Any], error=CrowdError)
-        if about.get("identity") == identity and about.get("sha256") == sha256_of(weights):
+        about = _read_about(out, corpus.name)
+        if about["identity"] == identity and about["sha256"] == sha256_of(weights):
             say(f"{corpus.name}: finished before")
             return about
     tensors: dict[str, np.ndarray] = {}
@@ -243,7 +317,8 @@ def report(summary: Mapping[str, Any]) -> str:
     ]
     for facts in summary["corpora"]:
         lines.append(
-            f"| {facts['name']} | {facts['clips']:,} | {', '.join(facts['classes'])} | "
+            f"| {escape_markdown(facts['name'])} | {facts['clips']:,} | "
+            f"{escape_markdown(', '.join(facts['classes']))} | "
             f"{'yes' if facts['valence'] else 'no'} | {facts['members']} | {facts['score']:.4f} "
             f"({facts['score_sd']:.4f}) | {facts['majority'] or ''} |"
         )
@@ -256,9 +331,11 @@ def report(summary: Mapping[str, Any]) -> str:
         "## Clips in two places",
         "",
     ]
-    lines += [f"- {told(row)}" for row in summary["leaks"]["found"]] or ["None was found."]
+    lines += [f"- {escape_markdown(told(row))}" for row in summary["leaks"]["found"]] or [
+        "None was found."
+    ]
     for name, number in summary["leaks"]["left_out"].items():
-        lines.append(f"- {number:,} clips of {name} were left out of training")
+        lines.append(f"- {number:,} clips of {escape_markdown(name)} were left out of training")
     return "\n".join([*lines, ""])
 
 
@@ -293,7 +370,7 @@ def vote(
     names = inputs.names
     ballots, leaks = [], []
     for facts in summary["corpora"]:
-        about = read_json(crowd / f"{facts['name']}.json", dict[str, Any], error=CrowdError)
+        about = _read_about(crowd, facts["name"])
         leaks += leak(facts["name"], str(records), shared(about["marks"], clips.marks))
         ballots.append(ballot(crowd, facts["name"], about, inputs))
     votes = count(names, ballots, inputs.there)
@@ -323,31 +400,29 @@ def member_words(
     """
     summary, _, inputs = _to_vote_on(crowd, records, text)
     for facts in summary["corpora"]:
-        about = read_json(crowd / f"{facts['name']}.json", dict[str, Any], error=CrowdError)
+        about = _read_about(crowd, facts["name"])
         words = np.array(about["classes"])
         if len(words):
             for probabilities, _ in answers_of(crowd, facts["name"], about, inputs):
                 yield from ((facts["name"], words[p.argmax(axis=-1)]) for p in probabilities)
 
 
-def _to_vote_on(
-    crowd: Path, records: Path, text: Path | None
-) -> tuple[dict[str, Any], Clips, Inputs]:
+def _to_vote_on(crowd: Path, records: Path, text: Path | None) -> tuple[Summary, Clips, Inputs]:
     """What a crowd is, the clips, and what its members see of them.
 
     Raises:
         CrowdError: no crowd, or one that learned from other encoders.
     """
-    summary = read_json(crowd / MEMBERS_FILE, dict[str, Any], error=CrowdError)
+    summary = read_summary(crowd)
     clips = read_clips(records, "clips")
     encoder = TextEncoder(text or shipped_base()) if "text" in summary["encoders"] else None
     found = _same_encoders({"clips": clips}, encoder)
     for name, expected in summary["encoders"].items():
-        if found.get(name) != expected:
+        if tuple(found.get(name, ())) != expected:
             own = found.get(name, "nothing")
             raise CrowdError(
-                f"the crowd learned {name} from {expected}, and {records} has {own}; extract it "
-                "with the same encoder, or train the crowd anew"
+                f"the crowd learned {name} from {list(expected)}, and {records} has {own}; extract "
+                "it with the same encoder, or train the crowd anew"
             )
     vectors = {"text": encoder([e.subtitle for e in clips.entries])} if encoder else {}
     names = [entry.name for entry in clips.entries]
@@ -380,11 +455,24 @@ def answers_of(
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CrowdError(f"{path} cannot be read: {error}") from None
+        raise CrowdError(f"{path} cannot be read: {brief(error)}") from None
     for hidden in about["hidden"]:
         prefix = f"{hidden}."
         mine = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        yield members.predict(_nested(mine), inputs)
+        try:
+            found = members.predict(_nested(mine), inputs)
+        # Whatever arrays of other names and shapes make of the network.
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CrowdError(
+                f"{path}: not the members that {name}.json tells of ({brief(error)}); train the "
+                "crowd again"
+            ) from None
+        if (width := found[0].shape[-1]) != (named := max(len(about["classes"]), 1)):
+            raise CrowdError(
+                f"{path} answers with {width} classes, and {name}.json names {named}; train the "
+                "crowd again"
+            )
+        yield found
 
 
 def _flat(tree: Any, prefix: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """Ceilings of predictors that know the posterior, against brute force; the table."""
 
 import json
-from types import SimpleNamespace
+import shutil
 
 import numpy as np
 import pytest
@@ -70,20 +70,33 @@ def test_runs_that_are_there_are_not_run_again_and_stand_in_the_table(tmp_path, 
     side |= {"consensus_f": 0.81, "labels_per_clip": 1.0}
     gains = {f"{k}_gain": 0.01 for k in ("sampled_reward", "greedy_f", "consensus_f")}
     gains |= {f"{key}_interval": [-0.02, 0.04] for key in list(gains)}
-    for name in ("sft", "best-of-4"):
-        folder = tmp_path / "world0" / name
+    for name in ("world0/sft", "world0/best-of-4", "world0/GRPO-wheel-F"):
+        folder = tmp_path / name
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps({"before": side, "after": side} | gains))
     monkeypatch.setattr(beyond, "ceilings", lambda world, clips: {"the best set": {"f": 0.83}})
-    args = SimpleNamespace(
-        worlds=[0], variants=["best of 4"], steps=5, clips=8, workdir=tmp_path, overrides=()
-    )
-    lines = beyond.table(beyond.run(args)).splitlines()
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    out = tmp_path / "beyond.json"
+    flags = ["--steps=5", "--clips=8", f"--workdir={tmp_path}", f"--out={out}"]
+    known = ["--worlds", "0", "--variants", "best of 4", "GRPO, wheel F"]
+    lines = beyond.table(beyond.run(beyond.COMMAND.parse([*flags, *known]))).splitlines()
     assert lines[0] == "World 0, 8 held-out clips, 5 steps:"
     assert any(line.startswith("| supervised | 0.700 |  | 0.790") for line in lines)
     assert any("best of 4" in line and "+0.010 (-0.020 to +0.040)" in line for line in lines)
     assert any("*the best set*" in line and "0.830" in line for line in lines)
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(beyond.RunError, match="reinforce ended with status 1"):
-        args.variants = ["GRPO, wheel F"]
+    # What the file has stays, whatever fails behind it.
+    shutil.rmtree(tmp_path / "world0" / "best-of-4")
+    args = beyond.COMMAND.parse([*flags, "--add", "--worlds", "0", "1"])
+    assert beyond.cells(args)[:3] == [
+        (0, "GRPO, wheel F"),
+        (1, "GRPO, wheel F"),
+        (0, "GRPO, corpus F"),
+    ]
+    with pytest.raises(beyond.RunError, match="world1/sft: train ended with status 1"):
         beyond.run(args)
+    assert sorted(json.loads(out.read_text())["worlds"][0]["runs"]) == [
+        "GRPO, wheel F",
+        "best of 4",
+    ]
+    with pytest.raises(beyond.RunError, match="has runs of clips=8; ask for the same"):
+        beyond.run(beyond.COMMAND.parse([*flags, "--add", "--clips=9"]))

@@ -98,11 +98,14 @@ def test_counts_of_which_nothing_comes_are_refused(flags):
 def test_answers_are_as_long_as_those_of_the_clips(tmp_path):
     """Those of the record set, end marks included, in whatever order they are generated."""
     ours = generation.Jax({"name": "decode", "scale": "tiny"}, str(tmp_path))
-    _, limits = ours.asked("labels")
+    [(_, limits)] = ours.asked("labels")
     assert len(set(limits.tolist())) > 2
     found = ours.generate("labels", 4, 10)["tokens"]
     assert [len(tokens) for tokens in found] == [limits[i % 8] for i in range(10)]
     assert found[:2] == found[8:], "the same clips, asked again"
+    both = ours.generate("both", 4, 8)["tokens"]
+    assert both[8:] == found[:8]
+    assert both[:8] == ours.generate("description", 4, 8)["tokens"]
 
 
 def test_both_sides_generate_the_same_answers(tmp_path, capsys, monkeypatch):

@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import re
+import resource
+import signal
 import socket
 import stat
 import subprocess
@@ -14,6 +16,7 @@ import pytest
 from affectgpt_jax.common import files
 from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.files import FileInUse, atomic_write, lock_file, new_path, read_bytes
+from affectgpt_jax.common.json import ResumableJsonl
 
 
 class OtherError(UserError):
@@ -81,6 +84,25 @@ def test_another_encoding_is_refused_by_line(data, encoding, message):
 
 
 # --- writing ------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_is_full_is_told_with_the_file(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    lines = ResumableJsonl(tmp_path / "lines.jsonl", dict, ("name",))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        for name, write in (
+            ("new.json", lambda: files.write_text(tmp_path / "new.json", "x" * 200)),
+            ("lines.jsonl", lambda: lines.append({"name": "x" * 200})),
+        ):
+            with pytest.raises(OSError, match="File too large") as told:
+                write()
+            assert told.value.filename == str(tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not (tmp_path / "new.json").exists()
 
 
 def test_a_file_appears_when_the_block_ends(tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from affectgpt_jax.common import json as common_json
 from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.files import FileInUse
 from affectgpt_jax.common.json import (
     MAX_DEPTH,
     ResumableJsonl,
@@ -223,6 +224,27 @@ def test_half_a_line_goes_when_the_next_one_comes(tmp_path, torn):
     file.append({"file": "c", "count": 3})
     again = opened(path)
     assert list(again.records) == [("a",), ("b",), ("c",)] and not again.torn
+
+
+def test_one_at_a_time_writes_and_nobody_goes_on_from_what_has_changed(tmp_path):
+    path = tmp_path / "a.jsonl"
+    first, second = opened(path), opened(path)
+    with first:
+        first.append({"file": "a", "count": 1})
+        for write in (lambda: second.__enter__(), lambda: second.append({"file": "b", "count": 1})):
+            with pytest.raises(FileInUse, match="a.jsonl is being written by another process"):
+                write()
+    with pytest.raises(ReadError, match="a.jsonl has changed since it was read, from 0 to 26 byt"):
+        second.append({"file": "b", "count": 1})
+    # Half a line that another writer has written meanwhile is not cut off.
+    torn = opened(path)
+    path.write_bytes(path.read_bytes() + b'{"file": "c"')
+    half = opened(path)
+    path.write_bytes(path.read_bytes() + b', "count": 1}\n')
+    for stale in (torn, half):
+        with pytest.raises(ReadError, match="has changed since it was read"):
+            stale.append({"file": "d", "count": 1})
+    assert list(opened(path).records) == [("a",), ("c",)]
 
 
 def test_a_file_of_half_a_line_alone(tmp_path):

@@ -388,7 +388,7 @@ def test_a_missing_file_is_an_error(tmp_path):
     [
         (b"[roles\n", "not valid TOML"),
         (b"human = 1\nhuman = 2", "not valid TOML"),
-        (b"\xff", "utf-8"),
+        (b"\xff", "is not UTF-8"),
     ],
 )
 def test_a_file_that_is_not_toml_is_an_error(tmp_path, data, message):

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 
 import affectgpt_jax
 from affectgpt_jax.data.modalities import placeholders
-from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError
+from affectgpt_jax.data.tokenizer import Tokenizer, TokenizerError, tokenizer_identities
 
 TINY_BASE = Path(affectgpt_jax.__file__).parent / "assets" / "tiny_base"
 TEXTS = ("Hello", " a  b\t\n\n", "They feel happy, 12 x.###", "别走! é 🙂", "###Human: ", "")
@@ -30,6 +30,43 @@ def qwen() -> Tokenizer:
     if not directory:
         pytest.skip("AFFECTGPT_QWEN_TOKENIZER names no directory with Qwen2.5's tokenizer.json")
     return Tokenizer(Path(directory))
+
+
+def identity(folder, tokenizer):
+    folder.mkdir(exist_ok=True)
+    text = tokenizer if isinstance(tokenizer, str) else json.dumps(tokenizer)
+    (folder / "tokenizer.json").write_text(text)
+    return tokenizer_identities(folder)["tokenizer"].sha256
+
+
+def test_a_tokenizer_that_is_saved_again_is_the_same_one(tmp_path):
+    plain = json.loads((TINY_BASE / "tokenizer.json").read_text())
+    mine = identity(tmp_path, plain)
+    assert mine == tokenizer_identities(TINY_BASE)["tokenizer"].sha256
+    # As the library saves it, after it was used with padding.
+    saved = tokenizers.Tokenizer.from_file(str(TINY_BASE / "tokenizer.json"))
+    saved.enable_padding(length=8)
+    saved.enable_truncation(4)
+    assert identity(tmp_path, saved.to_str(pretty=True)) == mine
+    # As its older and newer versions write merges, with keys in another order and null left out.
+    merges = plain["model"]["merges"]
+    pairs = [m.split(" ") if isinstance(m, str) else m for m in merges]
+    for written in (pairs, [" ".join(pair) for pair in pairs]):
+        again = {k: v for k, v in reversed(plain.items()) if v is not None}
+        again["model"] = dict(reversed(plain["model"].items())) | {"merges": written}
+        assert identity(tmp_path, again) == mine
+    model = plain["model"]
+    vocabulary = dict(model["vocab"])
+    first, second, *_ = vocabulary
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    for other in (
+        model | {"vocab": vocabulary},
+        model | {"merges": [pairs[1], pairs[0], *pairs[2:]]},
+        model | {"type": "Other"},
+    ):
+        assert identity(tmp_path, plain | {"model": other}) != mine
+    assert identity(tmp_path, plain | {"added_tokens": plain["added_tokens"][1:]}) != mine
+    assert identity(tmp_path, plain | {"normalizer": {"type": "Lowercase"}}) != mine
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -23,11 +23,11 @@ def carded(data_set):  # noqa: F811
     crowd.mkdir()
     corpora = [
         {"name": "meld", "classes": ["happy", "sad"], "valence": False, "clips": 90, "members": 10,
-         "score": 0.625}
+         "majority": 0.5, "score": 0.625, "score_sd": 0.1}
     ]  # fmt: skip
-    (crowd / "members.json").write_text(
-        json.dumps({"corpora": corpora, "leaks": {"meld and mer2024": ["clip00"]}})
-    )
+    leaks = [{"in": "meld", "and": "mer2024", "same": "file", "clips": 1, "names": ["clip00"]}]
+    summary = {"corpora": corpora, "encoders": {}, "leaks": {"left_out": {}, "found": leaks}}
+    (crowd / "members.json").write_text(json.dumps(summary))
     (root / "ex").mkdir()
     rows = [f"{name},{2 + i / 10}" for i, name in enumerate(NAMES)]
     (root / "ex" / "extraction.csv").write_text("name,seconds\n" + "\n".join(rows) + "\n")
@@ -52,7 +52,7 @@ def test_the_card_says_what_is_in_and_what_is_left_out(carded):
     assert "| all descriptions | 24 |" in body and "| kept | 19 |" in body
     assert "| speaker | 22 |" in body and "off screen, by synchrony" in body
     assert "| happy | 23 | 82.6 % |" in body and "| no vote | 1 | 0.0 % |" in body
-    assert "| meld | 90 | happy, sad | 10 | 0.625 |" in body and "meld and mer2024" in body
+    assert "| meld | 90 | happy, sad | 10 | 0.625 |" in body and '"and": "mer2024"' in body
     assert "2.5 standard deviations" in body and "synchrony (24 clips)" in body
     samples = body.split("Not kept:")[1].split("## ")[0]
     assert "emotion: the crowd did not vote" in samples and "| clip23 |" in samples
@@ -131,6 +131,12 @@ def test_answers_are_counted_by_the_key(study):
         file.write_text(f"rater,clip,answer\n{text}\n")
         with pytest.raises(UserError, match=told):
             compare.count_answers(folder, [file])
+    # A browser sends back what the page shows.
+    strange = 'a\x1b"><script>'
+    compare.write_page(folder, {strange: "x"}, {strange: "y"}, {}, pairs=1, seed=0, title="t")
+    assert strange not in (folder / "compare.html").read_text()
+    file.write_text('rater,clip,answer\nann,"a\\x1b""><script>",tie\n')
+    assert compare.count_answers(folder, [file])[0]["tie"].count == 1
     file.write_text("rater,clip,answer\n")
     with pytest.raises(UserError, match="no answers"):
         compare.count_answers(folder, [file])

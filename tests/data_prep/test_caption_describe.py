@@ -118,7 +118,7 @@ def test_shards_leave_what_one_process_leaves(media, tmp_path):
         ask(stub, "video", media, tmp_path / "one")
         assert ask(stub, "video", media, tmp_path / "two", shard=(1, 2)) is None
         files = {p.name for p in (tmp_path / "two" / ".replies").iterdir()}
-        assert files == {"video-00001-of-00002.jsonl", "media-00001-of-00002.jsonl"}
+        assert files == {"video-00001-of-00002.jsonl", "media-video-00001-of-00002.jsonl"}
         assert ask(stub, "video", media, tmp_path / "two", shard=(0, 2)) is not None
         assert len(stub.requests) == 6
     one, two = (tmp_path / n / "video.jsonl" for n in ("one", "two"))
@@ -132,6 +132,33 @@ def test_the_task_of_srun_is_its_shard():
     for wrong in ("4/4", "1", "a/b", "-1/2"):
         with pytest.raises(ValueError, match="is not I/N"):
             parse_shard(wrong)
+    for strange in ({}, {"SLURM_PROCID": "x\x1b"}, {"SLURM_PROCID": "4"}):
+        with pytest.raises(UserError, match="no share of a step of srun; name one with --shard"):
+            shard_of_task({"SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"} | strange)
+
+
+def test_two_who_ask_for_the_same_file_do_not_ask_twice(media, tmp_path):
+    answered = []
+
+    def again(done, total):
+        if done == 1 and not answered:
+            answered.append("no")
+            with pytest.raises(UserError, match="is being written by another process; wait"):
+                ask(stub, "video", media, tmp_path)
+            # Sound may be asked about meanwhile.
+            assert len(ask(stub, "audio", media, tmp_path)) == 3
+
+    with Stub(good=hears) as stub:
+        ask(stub, "video", media, tmp_path, progress=again)
+        assert answered and len(stub.requests) == 3 + 2
+
+
+def test_settings_that_are_no_toml_are_refused(tmp_path):
+    file = tmp_path / "caption.toml"
+    for text, message in (("a." * 50_000 + "b=1", "nested deeper"), ("a=" + "9" * 5000, "not val")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            read_settings(tmp_path)
 
 
 def test_a_server_that_does_not_take_a_medium_is_one_sentence(media, tmp_path):
@@ -280,7 +307,7 @@ def test_settings_are_checked(tmp_path):
         ("tails = 3", "tails = 0", "lengths.tails is 0"),
         ("tails = 3", 'tails = "x"', "lengths.tails: expected a number"),
         ('agree = "majority"', 'agree = "most"', "crowd.agree: expected one of"),
-        ("[lengths]", "[lengths", "not TOML"),
+        ("[lengths]", "[lengths", "not valid TOML"),
     ):
         text = path.read_text()
         path.write_text(text.replace(old, new))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.clips import Clip, ClipError, find_clips
+from data_prep.clips import Clip, ClipError, find_clips, named_clips
 
 
 def touch(folder, *names):
@@ -109,3 +109,34 @@ def test_a_file_name_that_is_no_text_is_refused(tmp_path):
     (tmp_path / os.fsdecode(b"caf\xe9.mp4")).write_bytes(b"")
     with pytest.raises(ClipError, match=r"caf\\udce9.mp4': the name is not UTF-8; rename the"):
         find_clips([tmp_path])
+
+
+def test_files_that_somebody_names_are_clips_by_their_stem(tmp_path):
+    touch(tmp_path, "a.mp4", "more/x.mp4", "more/film/y.mkv", "more/film/y.wav", "other/x.mp4")
+    a, voice, gone = tmp_path / "a.mp4", tmp_path / "a.wav", tmp_path / "gone.mp4"
+    more, other = tmp_path / "more", tmp_path / "other"
+    # Sound beside pictures of the same name is theirs; what is not there shows when it is decoded.
+    assert named_clips([a, gone, voice]) == [Clip("a", a, voice), Clip("gone", gone)]
+    assert named_clips([voice]) == [Clip("a", audio=voice)]
+    assert named_clips([more, a]) == [
+        Clip("film/y", more / "film/y.mkv", more / "film/y.wav"),
+        Clip("x", more / "x.mp4"),
+        Clip("a", a),
+    ]
+    # Two of one name go by their folders, too; another container is a clip of its own.
+    found = named_clips([more, other / "x.mp4", a, tmp_path / "a.mkv"])
+    assert [clip.name for clip in found] == [
+        "film/y",
+        (more / "x").as_posix(),
+        (other / "x").as_posix(),
+        "a",
+        "a.mkv",
+    ]
+    with pytest.raises(ClipError, match="is named twice"):
+        named_clips([a, a])
+
+
+def test_arrays_of_faces_go_with_files_that_somebody_names(tmp_path):
+    touch(tmp_path, "a.mp4", "faces/a.npy")
+    (clip,) = named_clips([tmp_path / "a.mp4"], tmp_path / "faces")
+    assert clip == Clip("a", tmp_path / "a.mp4", faces=tmp_path / "faces" / "a.npy")

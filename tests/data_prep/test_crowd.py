@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -307,6 +308,32 @@ def test_features_of_other_encoders_and_unknown_classes_are_refused(crowd, tmp_p
             text=False,
             **settings,
         )
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("members.json", lambda s: [], "members.json: expected a JSON object, found"),
+        ("members.json", lambda s: s | {"corpora": [{}]}, r"corpora\[0\]: the key 'classes' is mi"),
+        ("members.json", lambda s: s | {"leaks": {}}, "leaks: the key 'found' is missing"),
+        (
+            "members.json",
+            lambda s: s | {"corpora": [s["corpora"][0] | {"name": "../a"}]},
+            "'../a' cannot be a corpus",
+        ),
+        ("a.json", lambda s: s | {"hidden": ["8"]}, r"a.json: hidden\[0\]: expected a whole"),
+        ("a.json", lambda s: s | {"marks": {}}, "a.json: marks: the key"),
+        ("a.json", lambda s: s | {"hidden": [9]}, "a.safetensors: not the members that a.json"),
+        ("a.json", lambda s: s | {"classes": ["x"]}, "answers with 3 classes, and a.json names 1"),
+    ],
+)
+def test_a_crowd_of_another_form_is_refused_by_file_and_key(crowd, tmp_path, file, change, message):
+    root, *_ = crowd
+    copy = shutil.copytree(root / "crowd", tmp_path / "crowd")
+    (copy / file).write_text(json.dumps(change(json.loads((copy / file).read_text()))))
+    with pytest.raises(CrowdError, match=message):
+        run.vote(copy, root / "voted", tmp_path / "votes.csv", say=lambda _: None)
+    assert not (tmp_path / "votes.csv").exists()
 
 
 def test_spellings_of_public_corpora_are_one_word():

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from small_encoders import MODELS, save_encoder
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from affectgpt_jax.common.hub import HubError
 from data_prep import encoders, media
 from data_prep.encoders import ARCHITECTURES, PUBLISHED, Encoder, EncoderError, find_encoder
 
@@ -226,8 +227,13 @@ def test_weights_that_are_not_in_the_cache_are_not_downloaded(tmp_path, monkeypa
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(EncoderError, match="not in the hub's cache; name a directory, as in"):
-        find_encoder("clip-vit-l", "video")
+    for text in ("clip-vit-l", "clip=openai/clip-vit-large-patch14"):
+        with pytest.raises(
+            HubError, match="^--video clip.*: openai/clip-vit-large-patch14 is"
+        ) as no:
+            find_encoder(text, "video")
+        assert f"it is not whole in the hub's cache ({tmp_path}); pass --download" in str(no.value)
+        assert str(no.value).endswith(f"as in --video {text.partition('=')[0]}=DIR")
 
 
 def test_a_weights_file_with_objects_in_it_is_refused(directories, tmp_path):

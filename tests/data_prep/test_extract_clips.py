@@ -152,6 +152,17 @@ def test_what_is_finished_is_used_again_and_damage_to_it_is_noticed(
     run(clips, out, encoders)
     assert contents(out) == contents(extracted)
     assert len(decoded) == len(lost) and set(decoded) == lost
+    # A byte of the features, which only who reads them sees.
+    (out / "manifest.json").unlink()
+    data = bytearray(blocks[2].read_bytes())
+    data[len(data) // 2] ^= 1
+    blocks[2].write_bytes(data)
+    with pytest.raises(SystemExit, match=f"{blocks[2].name} is damaged .*delete it, and the same"):
+        run(clips, out, encoders)
+    assert not (out / "manifest.json").exists()
+    blocks[2].unlink()
+    run(clips, out, encoders)
+    assert contents(out) == contents(extracted)
 
 
 def test_clips_without_a_modality_are_records_where_that_is_allowed(
@@ -235,7 +246,10 @@ def test_faces_may_come_as_arrays(encoders, tmp_path):
     [
         (["--clips=nowhere", "--audio=hubert-l"], "nowhere is not a folder; expected one with a f"),
         (["--clips={empty}", "--audio=hubert-l"], "empty: no file ends in any of .mp4"),
-        (["--clips={clips}", "--audio=hubert-l"], "the weights of TencentGameMate/chinese-hubert-"),
+        (
+            ["--clips={clips}", "--audio=hubert-l"],
+            "TencentGameMate/chinese-hubert-large is no path",
+        ),
         (["--clips={twice}", "--audio=hubert-l"], "a.avi and .*a.mp4 would both be the clip 'a'"),
         (["--csv={table}", "--audio=hubert-l"], "has no clip with a file: expected columns video"),
         (["--clips={clips}", "--csv={wrong}", "--audio=hubert-l"], "the column 'mood' is unknown"),
@@ -332,8 +346,8 @@ def test_wherever_it_ends_the_same_command_writes_the_same_bytes(
             break
         except Stopped:
             ended += 1
-    # Two blocks, the report, what is finished, a shard, the index, and the manifest.
-    assert ended == 2 * 7
+    # Where encoders are, two blocks, the report, what is finished, a shard, index and manifest.
+    assert ended == 2 * 8
     assert contents(out) == contents(extracted)
 
 

@@ -75,6 +75,15 @@ def test_distributions_add_up_to_the_clips(directories):
         assert len(np.unique(np.asarray(picture.convert("L")))) > 10
 
 
+def test_labels_that_are_formulas_escape_sequences_or_endless_are_drawn_as_text(tmp_path):
+    labels = (r"$\frac$", "$", "a$b$", "\x1b[31m", "x" * 100_000)
+    records = [Record(name="a", labels=labels, features={"face": FEATURE})]
+    write_records(tmp_path / "$x$", records, encoders={"face": "x"})
+    statistics.main(["--records", f"{tmp_path / '$x$'}", f"--out={tmp_path / 'out'}"])
+    with Image.open(tmp_path / "out" / "distributions.png") as picture:
+        assert picture.size == (1440, 960)
+
+
 def test_a_single_bin_is_seen_and_shares_begin_at_zero(directories, monkeypatch):
     from matplotlib.figure import Figure
 

@@ -16,6 +16,7 @@ from tiny_model import LLM, make_batch, make_model, random_base, random_trainabl
 
 from affectgpt_jax.models import generate as module
 from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count, with_compute
+from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import (
     Decoding,
     Prompts,
@@ -99,6 +100,23 @@ def record_slots(monkeypatch, least):
     return slots
 
 
+def record_events(monkeypatch):
+    """Returns where it is written in which order the parts are called, and the host waits."""
+    events = []
+
+    def recorded(name, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("prefill", "insert", "decode"):
+        monkeypatch.setattr(module, name, recorded(name, getattr(module, name)))
+    monkeypatch.setattr(module, "_progress", recorded("waited", module._progress))
+    return events
+
+
 def with_answers(tokens, batch=BATCH):
     """The batch with these tokens `[B, N]` behind its prompts, and where they start, `[B]`."""
     rows, new = tokens.shape
@@ -141,7 +159,7 @@ def test_sampled_tokens_have_the_log_probs_of_the_unmodified_model(samples):
 def test_a_cache_that_grows_when_needed_changes_nothing(decoding, monkeypatch):
     expected = run(decoding)
     slots = record_slots(monkeypatch, 4)
-    found = run(decoding)
+    found = run(decoding, every=1)
     assert sorted(set(slots)) == [16, 21]  # prompts of 12, and 9 tokens that are fed
     np.testing.assert_array_equal(found.tokens, expected.tokens)
     # Float32, sums of another length.
@@ -157,6 +175,13 @@ def test_a_stream_shows_prefixes_of_the_whole_answer(samples, every):
     for n, item in zip(shown, items):
         np.testing.assert_array_equal(item.tokens[:, :n], samples.tokens[:, :n])
         assert (item.tokens[:, n:] == PAD).all()
+
+
+def test_a_stream_writes_on_while_its_reader_looks(monkeypatch):
+    events = record_events(monkeypatch)
+    for _ in stream(MODEL, BASE, TRAINABLE, BATCH, PLAIN):
+        events.append("told")
+    assert events == ["prefill", "insert", *["decode", "waited", "told"] * NEW]
 
 
 def test_decoding_needs_no_host_between_tokens():
@@ -327,6 +352,36 @@ def ending():
     }
 
 
+def rows_of_questions(soft_first):
+    """A row of three prompts for each of three clips, and a filler row; and each in its own row."""
+    starts = [7, 9, 5] if soft_first else [1, 1, 1]
+    sizes = [(3, 5, 4), (2, 4, 1), (6, 4, 5)] if soft_first else [(6, 8, 9), (10, 5, 8), (7, 9, 6)]
+    batch = make_batch([10] * 4, width=28, seed=4)
+    alone = {name: np.repeat(batch[name][:3], 3, axis=0) for name in batch}
+    for name in ("positions", "segment_ids", "soft_token_index"):
+        batch[name] = np.zeros_like(batch[name])
+    for clip, (start, parts) in enumerate(zip(starts, sizes, strict=True)):
+        positions, ids = grouped_row(start, parts)
+        batch["positions"][clip, : len(ids)], batch["segment_ids"][clip, : len(ids)] = (
+            positions,
+            ids,
+        )
+        soft = alone["soft_token_index"][3 * clip]
+        place = start
+        for q, size in enumerate(parts):
+            row, here = 3 * clip + q, slice(place, place + size)
+            batch["soft_token_index"][clip, :start] = soft[:start]
+            batch["soft_token_index"][clip, here] = soft[start : start + size]
+            alone["tokens"][row, :start] = batch["tokens"][clip, :start]
+            alone["tokens"][row, start : start + size] = batch["tokens"][clip, here]
+            alone["segment_ids"][row] = np.arange(28) < start + size
+            place += size
+    batch["present"] = {
+        name: x & (np.arange(4) < 3)[:, None] for name, x in batch["present"].items()
+    }
+    return batch, alone
+
+
 class TestAll:
     @pytest.mark.parametrize(("size", "turn"), [(1, 1), (5, 2), (16, 4)])
     @pytest.mark.parametrize("how", ["greedy", "sampled"])
@@ -369,7 +424,20 @@ class TestAll:
                 yield prompts
 
         next(generate_all(MODEL, BASE, TRAINABLE, reading(), PLAIN, 4))
-        assert sum(read) == 6  # in four rows, and two that wait
+        assert sum(read) == 10  # of four rows, the next in them, and two that wait
+
+    def test_rows_write_on_before_anyone_looks_at_answers(self, monkeypatch):
+        """The next prompts and tokens are dispatched first, so no device waits for the host."""
+        events = record_events(monkeypatch)
+        for _ in generate_all(MODEL, BASE, TRAINABLE, in_turns(2), PLAIN, 4):
+            events.append("told")
+        first = events.index("told")
+        assert events[:first] == [
+            *["prefill", "insert"] * 2,
+            *["decode", "prefill", "waited"],
+            *["insert", "prefill", "insert", "decode", "prefill"],
+        ]
+        assert events[first : first + 5] == ["told"] * 4 + ["waited"]
 
     def test_rows_on_eight_devices_write_what_one_device_does(self, ending):
         expected = run(ending["sampled"], many_prompts(), MANY_NAMES)
@@ -409,6 +477,33 @@ class TestAll:
             np.testing.assert_array_equal(answer.tokens, expected.tokens[number])
             np.testing.assert_allclose(answer.log_probs, expected.log_probs[number], atol=2e-5)
         assert len({tuple(answer.tokens) for answer in found.values()}) == 6
+
+    @pytest.mark.parametrize("soft", [True, False], ids=["after", "before"])
+    @pytest.mark.parametrize("group", [1, 2])
+    @pytest.mark.parametrize("decoding", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
+    def test_questions_in_one_row_are_answered_as_in_rows_of_their_own(self, decoding, group, soft):
+        """Three questions; those to which a clip's soft tokens come first, or after they differ."""
+        rows, alone = rows_of_questions(soft)
+        names = [f"{name}{q}{g}" for name in NAMES for q in range(3) for g in range(group)]
+        apart = jax.tree.map(lambda x: np.repeat(x, group, axis=0), alone)
+        expected = run(decoding, apart, names)
+        ids = np.concatenate([identities(names), np.zeros((3 * group, 2), np.uint32)])
+        turns = [
+            Prompts(
+                np.arange(3 * group * first, 3 * group * min(first + 2, 3)),
+                jax.tree.map(lambda x: x[first : first + 2], rows),  # noqa: B023
+                ids[3 * group * first : 3 * group * (first + 2)],
+                questions=3,
+            )
+            for first in (0, 2)
+        ]
+        found = dict(generate_all(MODEL, BASE, TRAINABLE, turns, decoding, 7 * group))
+        assert sorted(found) == list(range(9 * group))
+        for number, answer in found.items():
+            np.testing.assert_array_equal(answer.tokens, expected.tokens[number])
+            np.testing.assert_allclose(answer.log_probs, expected.log_probs[number], atol=1e-5)
+        if group == 1:
+            assert len({tuple(answer.tokens) for answer in found.values()}) == 9
 
     def test_no_prompts_have_no_answers(self):
         assert list(generate_all(MODEL, BASE, TRAINABLE, [], PLAIN, 4)) == []

@@ -284,12 +284,12 @@ def test_what_runs_beside_others_counts_once_with_its_own_result():
 
 def test_collectives_are_told_with_what_runs_beside_them():
     mesh = sharding.make_mesh("data:2,fsdp:4")
-    both = ("data", "fsdp")
+    both, matmul = ("data", "fsdp"), 2 * 64 * 128 * 128
     assert hlo_traffic.sent(hlo.parse(ASYNC), RANK, mesh) == [
-        Sent("all-gather", both, 1, 2 * 512 * 128, False, 0),
-        Sent("all-reduce", both, 1, 512, False, 1),
-        Sent("all-reduce", ("fsdp",), 1, 512, False, 0),
-        Sent("reduce-scatter", both, 1, 512, False, 1),
+        Sent("all-gather", both, 1, 2 * 512 * 128, False, 0, 0),
+        Sent("all-reduce", both, 1, 512, False, 1, matmul),
+        Sent("all-reduce", ("fsdp",), 1, 512, False, 0, 0),
+        Sent("reduce-scatter", both, 1, 512, False, 1, matmul),
     ]
 
 

@@ -173,7 +173,7 @@ def test_what_is_finished_is_saved_where_the_next_batch_does_not_come(tmp_path):
     session = loop.Session(config, tmp_path, ProcessGroup())
     with pytest.raises(TimeoutError, match="never came"):
         with session.running(0), Checkpoints(tmp_path, Identity("b", "0" * 64)) as checkpoints:
-            none = lambda *_: {}  # noqa: E731
+            none = lambda *_: ({}, [])  # noqa: E731
             loop.run_steps(
                 session, {4: update}, state, {}, TwoBatches(hangs), mesh, checkpoints, none, 0,
                 lambda samples: 0,

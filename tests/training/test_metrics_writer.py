@@ -13,14 +13,16 @@ import jax.numpy as jnp
 import pytest
 from terminals import FakeClock, Terminal
 
+from affectgpt_jax.common import drawing
 from affectgpt_jax.training.metrics_writer import (
     MetricsError,
     MetricsWriter,
     Profiler,
     Progress,
+    Sample,
     Throughput,
     TimeBuckets,
-    plot_run,
+    divergence,
     read_metrics,
     summary_table,
 )
@@ -152,6 +154,34 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
     }
 
 
+SAMPLES = [
+    Sample("clip 1", "They feel calm.", "calm"),
+    Sample("clip 2", "They | feel\n# <b>glad</b>.", "glad, happy"),
+]
+
+
+def test_tensorboard_gets_answers_beside_the_truth_as_they_were_written(tmp_path: Path) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
+    with MetricsWriter(tmp_path) as writer:
+        writer.write_samples(7, SAMPLES)
+        writer.write_samples(9, [])
+    files = (tmp_path / "tensorboard").glob("events.out.tfevents.*")
+    events = [Event.FromString(data) for file in files for data in tfrecords(file.read_bytes())]
+    [(step, value)] = [(event.step, value) for event in events for value in event.summary.value]
+    assert (step, value.tag) == (7, "val/answers/text_summary")
+    # Four blanks before each line: Markdown shows it as it is.
+    assert value.tensor.string_val[0].decode().splitlines() == [
+        "    clip 1",
+        "      answer  They feel calm.",
+        "      truth   calm",
+        "    clip 2",
+        "      answer  They | feel",
+        "              # <b>glad</b>.",
+        "      truth   glad, happy",
+    ]
+
+
 class FakeWandb:
     """Stands in for the package: remembers what a run was started with and told."""
 
@@ -164,6 +194,12 @@ class FakeWandb:
 
     def log(self, values, step):
         self.logged.append((step, values))
+
+    def Table(self, columns, data):  # noqa: N802
+        return ("table", columns, data)
+
+    def Image(self, path):  # noqa: N802
+        return ("image", path)
 
     def finish(self):
         self.finished += 1
@@ -183,6 +219,41 @@ def test_weights_and_biases_gets_every_scalar_and_a_resumed_run_its_id(
     first, second = fake.started
     assert first == second
     assert (first["project"], first["config"], first["resume"]) == ("affect", {"seed": 3}, "allow")
+
+
+def test_weights_and_biases_gets_answers_and_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with MetricsWriter(tmp_path, wandb_project="affect") as writer:
+        writer.write_samples(7, SAMPLES)
+        writer.write_picture(9, tmp_path / "run.png")
+    table = ("table", ["clip", "answer", "truth"], [list(sample) for sample in SAMPLES])
+    assert fake.logged == [
+        (7, {"val/answers": table}),
+        (9, {"run": ("image", str(tmp_path / "run.png"))}),
+    ]
+
+
+def test_the_package_itself_takes_all_of_it_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    figure = drawing.new_figure(1, 1)
+    drawing.save_png(figure, tmp_path / "run.png")
+    with MetricsWriter(tmp_path, wandb_project="affect", config={"a": {"b": 1}}) as writer:
+        writer.write(1, {"train/loss": 0.5, "val/hit": float("nan")})
+        writer.write_samples(1, SAMPLES)
+        writer.write_picture(2, tmp_path / "run.png")
+    [media] = (tmp_path / "wandb").glob("offline-run-*/files/media")
+    [picture], [table] = media.rglob("*.png"), media.rglob("*.table.json")
+    assert picture.read_bytes() == (tmp_path / "run.png").read_bytes()
+    assert json.loads(table.read_text())["data"] == [list(sample) for sample in SAMPLES]
+    [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"train/loss" in log.read_bytes()
 
 
 def test_without_the_package_weights_and_biases_is_refused_with_a_way_out(
@@ -582,56 +653,26 @@ def test_the_jax_profiler_leaves_a_trace(tmp_path: Path) -> None:
     assert trace.stat().st_size > 0
 
 
-# --- plot_run -----------------------------------------------------------------------------------
-
-
-def write_metrics(path: Path, records: list[dict[str, object]]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list:
-    """Collects figures that would have been written."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    drawn: list = []
-    monkeypatch.setattr(FigureCanvasAgg, "print_png", lambda canvas, _: drawn.append(canvas.figure))
-    return drawn
-
-
-def test_a_plot_shows_losses_scores_and_ceilings(tmp_path: Path, figures: list) -> None:
-    # Two kinds of batches in turn, as label answers and descriptions give.
-    records = [{"step": step, "train/loss": 1.0 + 2.0 * (step % 2)} for step in range(100)]
-    records += [{"step": 50, "val/loss": 2.0, "val/hit": 0.5}, {"step": 99, "test/hit": 0.75}]
-    metrics = write_metrics(tmp_path / "metrics.jsonl", records)
-
-    plot_run(metrics, tmp_path / "run.png", ceilings={"all modalities": 0.875})
-
-    (figure,) = figures
-    loss_axes, score_axes = figure.axes
-    raw, mean, val = (list(line.get_ydata()) for line in loss_axes.lines)
-    assert set(raw) == {1.0, 3.0}
-    assert mean[50] == pytest.approx(2.0, abs=0.1)  # eleven values, hence not exactly
-    assert max(mean) - min(mean) < 0.5
-    assert val == [2.0]
-    assert [list(line.get_ydata()) for line in score_axes.lines] == [[0.5], [0.75], [0.875] * 2]
-    assert score_axes.lines[-1].get_linestyle() == "--"
-    labels = [text.get_text() for text in score_axes.get_legend().get_texts()]
-    assert labels == ["val", "test", "all modalities (0.875)"]
+FALLING = [3.0 - i / 50 for i in range(100)]
 
 
 @pytest.mark.parametrize(
-    "records",
+    ("losses", "said"),
     [
-        [],
-        [{"step": 1, "train/loss": 2.0}],
-        [{"step": 1, "train/loss": None, "train/loss_nonfinite": "nan"}],
-        [{"step": 1, "test/hit": 0.5}],
+        (FALLING, ""),
+        ([2.0], ""),
+        # A batch is above the first, the last ones together are not.
+        ([*FALLING, 3.5, 1.0, 1.0, 1.0, 1.0, 1.1], ""),
+        # Half of what was gained is lost, and a little less; of 120 losses, six are averaged.
+        ([*FALLING, *[2.2] * 20], "fell from 3 to 1.07 about step 94, and rose again to 2.2"),
+        ([*FALLING, *[1.9] * 20], ""),
+        (FALLING[::-1], "ended at 2.96, above the 1.02 that it began with"),
+        ([2.0, None, 2.5], "ended at 2.5, above the 2 that it began with"),
     ],
-    ids=["none", "one loss", "nan", "one score"],
 )
-def test_a_run_with_few_points_still_gives_a_picture(tmp_path: Path, records: list) -> None:
-    metrics = write_metrics(tmp_path / "metrics.jsonl", records)
-    plot_run(metrics, tmp_path / "run.png", ceilings={"all modalities": 0.875})
-    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+def test_a_loss_that_ends_higher_is_said(tmp_path: Path, losses: list, said: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [{"step": step, "train/loss": loss} for step, loss in enumerate(losses)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = divergence(path)
+    assert found == (f"the training loss {said}" if said else "")

@@ -7,6 +7,7 @@ from affectgpt_jax.models.flops import Flops
 from affectgpt_jax.training import roofline
 from affectgpt_jax.training.collectives import Collective
 from affectgpt_jax.training.devices import DEVICES
+from affectgpt_jax.training.hlo_traffic import Sent
 from affectgpt_jax.training.roofline import Shape, Sizes, StepTime
 
 A100 = DEVICES["a100-80g"]  # 300 GB/s inside a node, 25 GB/s a GPU outside
@@ -53,6 +54,20 @@ def test_collectives_follow_one_another():
     two = [Collective("all-gather", ("fsdp",), 1, 10**9)] * 2
     one = seconds("all-gather", ("fsdp",), Shape(1, 8, 1))
     assert roofline.network_time(two, Shape(1, 8, 1), A100) == pytest.approx(2 * one)
+
+
+def test_what_large_matmuls_hide_of_a_collective_costs_no_time():
+    shape, size = Shape(64, 1, 1), 10**9
+    links = 2 * 7 / 8 * size / (8 * 25e9) / roofline.BANDWIDTH_SHARE
+
+    def found(flops):
+        sent = Sent("all-reduce", ("data",), 3, size, False, 1, flops)
+        return roofline.sent_times(sent, shape, A100, "bfloat16")
+
+    assert found(0) == pytest.approx((3 * links, 3 * links))
+    half = int(links / 2 * roofline.MATMUL_SHARE * A100.flops)
+    assert found(half) == pytest.approx((3 * links, 3 * links / 2))
+    assert found(3 * half) == pytest.approx((3 * links, 0))
 
 
 def test_rematerialisation_adds_what_it_computes_again():

@@ -118,6 +118,36 @@ def test_a_process_that_goes_on_is_left_alone(monkeypatch):
     assert now[0] > 70
 
 
+KEEPS_THE_LOCK = """
+import ctypes
+from affectgpt_jax.training import stopping
+
+stopping.LAST_RESORT_S = 1
+with stopping.Watchdog(1.0):
+    print("watching", flush=True)
+    ctypes.PyDLL(None).sleep(1000)  # a function of C that keeps the interpreter lock
+"""
+
+
+def test_a_hang_that_keeps_the_interpreter_lock_ends_the_process():
+    with python(KEEPS_THE_LOCK) as process:
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert "Timeout" in err and "in <module>" in err, "its stacks"
+    (sentence,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "keeps the interpreter lock" in sentence and "the same command resumes" in sentence
+
+
+def test_a_suspension_is_no_such_hang():
+    with python(KEEPS_THE_LOCK.replace("ctypes.PyDLL(None).sleep(1000)", "input()")) as process:
+        assert process.stdout.readline() == "watching\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)  # the watcher, which is not suspended, waits for 3.75 s
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.3)
+        assert process.poll() is None
+
+
 RESCUE = """
 import sys, threading
 from affectgpt_jax.training import stopping

@@ -149,9 +149,10 @@ def test_an_adapter_and_a_file_of_the_release_are_shown(run, tmp_path, capsys):
     assert (found["format"], found["loads here"]) == ("PEFT adapter", "yes")
     assert found["base"] == str(run / "base")
     assert found["LoRA"].startswith("rank 4, alpha 32 (scale 8), on q_proj, k_proj")
-    lora = random_trainable(MODEL)["lora"]
-    assert table(text)["down_proj"] == (4, *sizes_of(lora["layers"]["down_proj"]))
-    assert table(text)["total"][1] == count(lora)
+    trainable = random_trainable(MODEL)
+    assert table(text)["down_proj"] == (4, *sizes_of(trainable["lora"]["layers"]["down_proj"]))
+    assert table(text)["video head"][1] == count(trainable["fusion"]["video"])
+    assert table(text)["total"][1] == count(trainable)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dora": True}))
     found = facts(command(capsys, "inspect", tmp_path / "adapter"))
