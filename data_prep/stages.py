@@ -88,7 +88,7 @@ def run(
     size = encoders["video"].image_size if "video" in encoders else 0
     features, face_order = settings["features"], settings["faces"]["order of arrays"]
     jobs = [
-        Job(clip, features, size, face_order, detector)
+        Job(clip, features, size, face_order, detector=detector)
         for part in missing.values()
         for clip in part
     ]
