@@ -389,8 +389,8 @@ def _evaluate(
             seed=arguments.seed,
             texts=texts[test.name],
             references=test.references,
-            parts=parts_of(test.dataset),
             about=test.about(processor),
+            parts=parts_of(test.dataset),
         )
         for test in sets
     ]

@@ -13,6 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cli, outcomes, restore
+from affectgpt_jax import config as configs
+from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.identity import Identity, json_sha256
 from affectgpt_jax.common.json import check_type, read_json, write_json
 from affectgpt_jax.config import (
@@ -172,6 +174,14 @@ def run_command(
 
 
 # --- the start ------------------------------------------------------------------------------------
+
+
+def save_config(config: ConfigDict, start: Run, workdir: Path) -> None:
+    """Write the config of a run, and what its start has kept of how features are made."""
+    configs.save_config(config, workdir)
+    kept = start.workdir / build.EXTRACTION_FILE
+    if kept.is_file() and kept.parent != workdir:
+        write_text(workdir / build.EXTRACTION_FILE, kept.read_text(encoding="utf-8"))
 
 
 def note_start(section: ConfigDict, run: Run, lexicon: Lexicon) -> None:

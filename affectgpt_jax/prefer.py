@@ -24,7 +24,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cpu, post_training, runtime
-from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
+from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
 from affectgpt_jax.data.records import Records, RecordSubset, hold_out
@@ -125,7 +125,7 @@ def prefer(
     reward = Reward("sentiment" if dpo.question == "sentiment" else "wheel_f", Wheels(lexicon))
     known = np.flatnonzero(reward.scorable(truths(clips["test"], dpo.question)))
     test = RecordSubset(clips["test"], known[: dpo.test_clips].tolist())
-    group.from_main_process(lambda: save_config(config, workdir))
+    group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
     exams = Exams(
         dpo,

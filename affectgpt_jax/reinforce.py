@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cpu, inference, post_training, rollouts, runtime
 from affectgpt_jax.common.json import read_json, write_json
-from affectgpt_jax.config import ConfigError, check_same_run, save_config, validate
+from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
@@ -146,7 +146,7 @@ def reinforce(
         shares,
         supervised,
     )
-    group.from_main_process(lambda: save_config(config, workdir))
+    group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
     for line in data.describe():
         say(line)

@@ -601,7 +601,7 @@ def initial_weights(
 ) -> dict[str, Any]:
     """What a new run starts from beside what is drawn: `config.init_from`, the workdir of a run
     (its best checkpoint), a PEFT adapter's directory or a `.pth` of the PyTorch release, or one of
-    these two on the hub.
+    these on the hub.
 
     Args:
         config: of the run.

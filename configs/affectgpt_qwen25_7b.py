@@ -111,7 +111,7 @@ def get_config(batch_size: str = "3") -> ConfigDict:
     c.seed = 0  # of initialisation, data order, label draw and dropout; 0 to 2^32 - 1
     # The frozen base: a directory, or a model of the hub, OWNER/NAME; "tiny": the one that ships
     c.llm = "Qwen2.5-7B-Instruct"
-    # What to start from: the workdir of a run, whose best checkpoint it is; a PEFT adapter's
+    # What to start from: the workdir of a run, whose best checkpoint it is, a PEFT adapter's
     # directory or a .pth of the PyTorch release, here or on the hub; "": fresh
     c.init_from = ""
     c.input = "multi_audio_face_text"  # the input mode, one of those of data/modalities.py

@@ -38,19 +38,20 @@ from typing import Any
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.files import new_path, path_below
+from affectgpt_jax.common.files import path_below
 from affectgpt_jax.common.progress import QUIET_S, Counter, Elapsed
 from affectgpt_jax.common.text import json_line, one_line, print_lines, say
 
 from .clips import ClipError, named_clips
 from .encoders import MISSING, PRECISIONS, EncoderError
+from .settings import DETECTOR_HELP
 
 # What runs a model is imported where it is used: processes that decode read this file as well, and
 # stay small.
 
 
 class DescribeError(UserError, RuntimeError):
-    """Clips without an answer."""
+    """An output that cannot be written, or clips without an answer."""
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,6 +80,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
         add(f"--{kind}", metavar="[NAME=]DIR", help=text)
     add("--faces", type=_path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
+    add("--face-detector", type=_path, metavar="FILE", help=DETECTOR_HELP)
     add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
     precisions = PRECISIONS["cuda"]
     add("--precision", choices=precisions, help="of the encoders; default: as for the records")
@@ -118,6 +120,10 @@ def describe(arguments: argparse.Namespace) -> None:
 
     asking.check_questions(arguments.question or (), arguments.consensus)
     wheels = Wheels(load_lexicon(arguments.lexicon)) if arguments.consensus else None
+    if arguments.out and arguments.out.exists():
+        raise DescribeError(f"--out={arguments.out} exists already; name another file")
+    if arguments.out and not arguments.out.parent.is_dir():
+        raise DescribeError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
     clips = named_clips(arguments.files, arguments.faces)
     subtitles = subtitles_of(arguments, [clip.name for clip in clips])
     if arguments.show:
@@ -127,6 +133,7 @@ def describe(arguments: argparse.Namespace) -> None:
         run,
         arguments.records,
         encoders={"video": arguments.video, "audio": arguments.audio},
+        face_detector=arguments.face_detector,
         device=arguments.device,
         precision=arguments.precision,
         download=arguments.download,
@@ -135,6 +142,9 @@ def describe(arguments: argparse.Namespace) -> None:
     say(f"{run.title}; input {run.processor.mode.name}; {names}")
     for note in how.notes:
         say(f"note: {how.place} was extracted otherwise: {note}")
+    if how.settings.get("face arrays") and not any(clip.faces for clip in clips):
+        number = f"{how.settings['face arrays']:,}"
+        say(f"note: {number} clips of {how.place} had OpenFace's faces; here they are detected")
     default = asking.AGREEABLE if wheels else asking.DEFAULT_QUESTIONS
     questions = asking.choose_questions(run, arguments.question, default)
     without = [clip.name for clip in clips if not subtitles.get(clip.name)]
@@ -166,8 +176,8 @@ def describe(arguments: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         file = None
         if arguments.out:
-            path = stack.enter_context(new_path(arguments.out, DescribeError))
-            file = stack.enter_context(open(path, "w", encoding="utf-8"))
+            # Whole lines are there already when somebody ends it.
+            file = stack.enter_context(open(arguments.out, "x", encoding="utf-8"))
         count = stack.enter_context(Counter("clips", stream=sys.stderr, enabled=len(clips) > size))
         found = stack.enter_context(contextlib.closing(extractor(clips, subtitles)))
         while done < len(clips):

@@ -72,7 +72,7 @@ from .report import (
     reasons,
     write_report,
 )
-from .settings import make_settings, placement
+from .settings import BOXES, DETECTOR_HELP, make_settings, placement
 from .shards import add_shard_flag, shard_of_task
 
 LOCK = "lock"
@@ -116,7 +116,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--face-detector",
         type=Path,
         metavar="FILE",
-        help="YuNet or CenterFace as an ONNX file; default: OpenCV's cascade",
+        help=DETECTOR_HELP,
     )
     add(
         "--face-order",
@@ -190,7 +190,6 @@ def extract(arguments: argparse.Namespace) -> None:
     detector = None
     if arguments.face_detector:
         detector = read_detector(arguments.face_detector.expanduser())
-    finder = "boxes" if arguments.boxes else detector.name if detector else ""
     if arguments.csv:
         list(annotated(arguments, {}))  # wrong cells must show now, not after hours
     elsewhere = read_elsewhere(arguments.against)
@@ -206,7 +205,7 @@ def extract(arguments: argparse.Namespace) -> None:
         device,
         precision,
         arguments.face_order,
-        finder,
+        BOXES if arguments.boxes else detector.name if detector else None,
     )
     blocks = stages.in_blocks(found.clips, settings)
     identity = _identity(arguments, list(blocks), elsewhere)
@@ -262,12 +261,13 @@ def _assemble(
         )
     # Before the manifest: records that were written whole must be known again, whenever this ends.
     write_text(out / BLOCKS / FINISHED, identity)
+    arrays = sum(c.faces is not None and c.name in kept for part in blocks.values() for c in part)
     write_records(
         out,
         finished_records(arguments, blocks, store, kept),
         encoders={f: p.name for kind, p in places.items() for f in FEATURES[kind]},
         split=arguments.split,
-        extra={EXTRACTION: settings},
+        extra={EXTRACTION: {**settings, "face arrays": arrays}},
     )
     lines = [f"{out}: {len(kept):,} of {len(report):,} clips", *summary(out), *reasons(report)]
     return [*lines, *elsewhere.remarks(report)]

@@ -37,14 +37,16 @@ from affectgpt_jax.data.records import (
 )
 from affectgpt_jax.restore import Run
 
+from . import faces
 from .blocks import BLOCKS, PLACES
 from .clips import Clip
 from .decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
+from .detectors import DetectorFile, read_detector
 from .encoders import WINDOWS, Encoder, EncoderError, EncoderPlace, find_encoder
 from .encoders import names as encoder_names
 from .report import reason_of
+from .settings import BOXES, Settings, differences, make_settings, package_versions, placement
 from .settings import VERSION as CODE_VERSION
-from .settings import Settings, differences, make_settings, package_versions, placement
 from .stages import Stages, encode
 
 EXTRACT = "files can be asked about where a run was trained on records of affectgpt extract"
@@ -65,6 +67,7 @@ class Extraction:
         features: that the run reads.
         encoders: that make them, by kind.
         notes: what may make features of a clip other than theirs.
+        detector: of faces; None is the cascade.
     """
 
     place: str
@@ -73,6 +76,7 @@ class Extraction:
     features: tuple[str, ...]
     encoders: Mapping[str, EncoderPlace]
     notes: tuple[str, ...] = ()
+    detector: DetectorFile | None = None
 
     def as_records(self, records: Sequence[Record]) -> MemoryRecords:
         """Clips as data for `inference.Generator`, which takes them for those of a directory."""
@@ -84,6 +88,7 @@ def extraction_of(
     records: str | None = None,
     *,
     encoders: Mapping[str, str | None] | None = None,
+    face_detector: Path | None = None,
     device: str | None = None,
     precision: str | None = None,
     download: bool = False,
@@ -97,15 +102,18 @@ def extraction_of(
             None looks where they were, and then in the hub's cache. Where neither records are
             there nor the run has kept how they were made, they are what makes features, and have
             names.
+        face_detector: the file of the network that finds faces; None is the cascade.
         device, precision: of PyTorch; those of the records where this machine has them, if None.
         download: get published weights that are not in the hub's cache.
 
     Raises:
-        ExtractionError: records that no encoder of ours has made, or several have.
+        ExtractionError: records that no encoder of ours has made, or several have, or whose faces
+            another detector has found.
         EncoderError: weights that are not here, or are others.
         RecordError: no records.
     """
     wanted = run.processor.mode.features
+    detector = read_detector(face_detector.expanduser()) if face_detector else None
     if not wanted:
         raise ExtractionError(
             f"{run.workdir} reads subtitles alone (config.input={run.config.input!r}), nothing of "
@@ -127,7 +135,8 @@ def extraction_of(
     elif (kept := run.workdir / build.EXTRACTION_FILE).is_file():
         found = {str(kept): _read(run, str(kept), wanted)}
     elif all((given.get(kind) or "").partition("=")[0] in encoder_names(kind) for kind in kinds):
-        return _named(run, {kind: given[kind] for kind in kinds}, device, precision, download)
+        named = {kind: given[kind] for kind in kinds}
+        return _named(run, named, detector, device, precision, download)
     else:
         why = f"which was {gone[0]!r}, is not there" if gone else "is not named"
         raise ExtractionError(
@@ -153,12 +162,33 @@ def extraction_of(
     settings: Settings = {**theirs, **how}
     mine = {"version": CODE_VERSION, **how, "batch": theirs["batch"]}
     notes = differences(theirs, mine | {"versions": package_versions()})
-    return Extraction(place, manifest, settings, wanted, here, tuple(notes))
+    if "face" in wanted:
+        notes += check_detector(place, theirs["faces"]["detector"], detector)
+    return Extraction(place, manifest, settings, wanted, here, tuple(notes), detector)
+
+
+def check_detector(place: str, theirs: str, detector: DetectorFile | None) -> list[str]:
+    """What is to be said of how faces were found in records, and are found here.
+
+    Raises:
+        ExtractionError: by different detectors.
+    """
+    mine = detector.name if detector else faces.DETECTOR
+    if theirs == BOXES:
+        return [f"faces by boxes that somebody had there, by {mine} here"]
+    if theirs != mine:
+        advice = "leave out" if theirs == faces.DETECTOR else "name its file with"
+        raise ExtractionError(
+            f"faces of {place} were found by {theirs}, and would be by {mine} here; {advice} "
+            "--face-detector"
+        )
+    return []
 
 
 def _named(
     run: Run,
     given: Mapping[str, str],
+    detector: DetectorFile | None,
     device: str | None,
     precision: str | None,
     download: bool,
@@ -166,7 +196,8 @@ def _named(
     """The extraction by encoders that somebody names, for weights that came without records."""
     places = {kind: find_encoder(text, kind, download) for kind, text in given.items()}
     wanted = run.processor.mode.features
-    settings = make_settings(wanted, places, None, *placement(device, precision), "bgr")
+    finder = detector and detector.name
+    settings = make_settings(wanted, places, None, *placement(device, precision), "bgr", finder)
     features: dict[str, Feature] = {
         name: {
             "frames": WINDOWS,
@@ -177,7 +208,7 @@ def _named(
         for name in wanted
     }
     manifest = Manifest(FORMAT_VERSION, "", 0, [], features, {}, "", {})
-    return Extraction("", manifest, settings, wanted, places)
+    return Extraction("", manifest, settings, wanted, places, detector=detector)
 
 
 def placement_like(
@@ -354,7 +385,9 @@ class Extractor:
         def died() -> Decoded:
             return Decoded(problems=dict.fromkeys(features, DIED))
 
-        jobs = [Job(clip, features, size, order, self._max_seconds) for clip in clips]
+        jobs = [
+            Job(clip, features, size, order, self._max_seconds, self.how.detector) for clip in clips
+        ]
         workers = max(1, min(self._workers, len(jobs)))
         decoded = in_order(decode_clip, jobs, workers, 2 * batch + workers, died)
         try:

@@ -34,6 +34,7 @@ from affectgpt_jax.common.text import say
 
 from .clips import Clip
 from .encoders import MISSING, EncoderError
+from .settings import DETECTOR_HELP
 
 # What runs a model is imported where it is used: processes that decode read this file as well, and
 # stay small.
@@ -102,6 +103,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for kind, what in (("video", "faces and frames"), ("audio", "sound")):
         text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
         add(f"--{kind}", metavar="[NAME=]DIR", help=text)
+    add("--face-detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
     add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
     arguments = restore.parse_run_flags(parser, argv)
     names = ("step", "batch_size", "max_new_tokens", "max_prompt_tokens", "max_upload", "queue")
@@ -253,6 +255,7 @@ def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None
         how = extraction_of(
             run,
             encoders={"video": arguments.video, "audio": arguments.audio},
+            face_detector=arguments.face_detector,
             device=arguments.device,
             download=arguments.download,
         )

@@ -21,6 +21,11 @@ class UsedEncoder(TypedDict):
     sha256: str
 
 
+# What `faces` of settings names as the detector where boxes were given.
+BOXES = "boxes"
+DETECTOR_HELP = "YuNet or CenterFace as an ONNX file; default: OpenCV's cascade"
+
+
 class Settings(TypedDict):
     """What an extraction was made with.
 
@@ -32,6 +37,8 @@ class Settings(TypedDict):
         device, precision: of PyTorch.
         faces: "detector", and "order of arrays", the channels of OpenFace's.
         versions: of packages.
+
+    Records also say how many of them have OpenFace's faces, as "face arrays".
     """
 
     version: int
@@ -51,12 +58,10 @@ def make_settings(
     device: str,
     precision: str,
     face_order: str,
-    detector: str = "",
+    faces: str | None = None,
 ) -> Settings:
-    """The settings of an extraction that begins now; `batch` is that of the device if None.
-
-    `detector` is what finds faces, if not the cascade.
-    """
+    """The settings of an extraction that begins now; `batch` is that of the device if None, and
+    `faces`, what finds them, the cascade."""
     from .faces import DETECTOR  # loads OpenCV, which the help does without
 
     return {
@@ -66,7 +71,7 @@ def make_settings(
         "batch": batch or BATCH[device],
         "device": device,
         "precision": precision,
-        "faces": {"detector": detector or DETECTOR, "order of arrays": face_order},
+        "faces": {"detector": faces or DETECTOR, "order of arrays": face_order},
         "versions": package_versions(),
     }
 
@@ -87,9 +92,6 @@ def differences(theirs: Settings, mine: Mapping[str, Any]) -> list[str]:
         for key in ("version", "device", "precision", "batch")
         if theirs[key] != mine[key]
     ]
-    there, mine_by = (settings["faces"]["detector"] for settings in (theirs, mine))
-    if there != mine_by:
-        lines.append(f"faces by {there} there, by {mine_by} here")
     here = mine["versions"]
     return lines + [
         f"{name} {version} there, {here.get(name, 'none')} here"

@@ -12,10 +12,12 @@ from hub_cache import cached, hub_cache  # noqa: F401
 from tiny_model import random_tree
 
 from affectgpt_jax import (
+    UserError,
     ask_clips,
     build,
     evaluate_run,
     get_config,
+    inference,
     load_checkpoint,
     load_run,
     post_training,
@@ -27,6 +29,7 @@ from affectgpt_jax.data.records import RecordDataset, RecordSubset
 from affectgpt_jax.models.affectgpt import init_trainable
 from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.weights.__main__ import main as weights
+from affectgpt_jax.weights.release import save_release
 
 # A model of two steps says the same about every clip, unless it is made to wander.
 WANDER = ("--temperature=1.5", "--top-p=0.95", "--seed=3", "--question=ovlabel", "--json")
@@ -46,6 +49,20 @@ def exported(trained_run, tmp_path_factory):
     for how, out in (("release", "x.pth"), ("peft", "adapter"), ("hub", "hub")):
         weights([f"export-{how}", str(trained_run), str(folder / out)])
     return folder
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Answers without a model: what is asked is counted."""
+    asked = []
+
+    def answers(self, trainable, dataset, question, feature_from=None):
+        for number, entry in enumerate(dataset.index):
+            asked.append(entry.name)
+            yield number, inference.Answer(f"They feel {entry.emotion}.", 3, False, -1.0)
+
+    monkeypatch.setattr(inference.Generator, "answers", answers)
+    return asked
 
 
 @pytest.fixture
@@ -115,7 +132,7 @@ def test_what_was_exported_answers_as_the_run_does(
 
 
 def test_answers_go_on_only_with_the_same_weights_base_and_prompts(
-    ask, refused, exported, test_clips, tmp_path
+    ask, refused, exported, test_clips, tmp_path, says
 ):
     out = tmp_path / "answers.jsonl"
     flags = [*DEMO, f"--records={test_clips}", "--first=2", "--question=ovlabel", f"--out={out}"]
@@ -141,40 +158,35 @@ def test_answers_go_on_only_with_the_same_weights_base_and_prompts(
     assert "holds answers with prompts '" in refused(
         f"--checkpoint={moved}", *flags, "--config.prompts=default"
     )
-    trained = load_run(exported / "hub")
-    from affectgpt_jax.weights.release import save_release
-
     moved.unlink()
-    trainable = jax.tree.map(lambda x: np.asarray(x) * 1.001, trained.trainable)
-    save_release(moved, trainable, trained.model.decoder.lora, epoch=0)
+    scaled(load_run(exported / "hub"), moved)
     assert "holds answers with checkpoint '" in refused(f"--checkpoint={moved}", *flags)
 
 
-def test_a_checkpoint_is_evaluated_as_its_run_is(exported, trained_run, test_clips, tmp_path):
-    sets = {"mine:basic": test_clips}
-    config = get_config("demo", **{"generate.max_new_tokens": 8, "label": "ovlabel"})
-    found = load_checkpoint(exported / "adapter", config)
-    reports = [
-        evaluate_run(run, sets=sets, bootstrap=0, max_clips=4, out=tmp_path / name, **asked)
-        for name, run, asked in (
-            ("file", found, {}),
-            ("run", load_run(trained_run), {"question": "ovlabel"}),
-        )
-    ]
-    scores = [report.sets[0].fixed.score for report in reports]
-    assert scores[0] == scores[1]
-    file, run = (tmp_path / name / "report.json" for name in ("file", "run"))
-    told = json.loads(file.read_text())["sets"][0]["results"]
-    assert [result["predictions"] for result in told] == ["adapter"]
-    lines = [(tmp_path / "file" / "mine-adapter.jsonl").read_text()]
-    lines += [path.read_text() for path in (tmp_path / "run").glob("mine-step-?.jsonl")]
-    assert lines[0] == lines[1]
-    from affectgpt_jax.common.errors import UserError
-
+def test_a_checkpoint_is_evaluated(exported, test_clips, tmp_path, says):
+    sets = {"mine:words": test_clips}
+    config = get_config("demo", label="ovlabel")
+    run = load_checkpoint(exported / "adapter", config)
+    report = evaluate_run(run, sets=sets, bootstrap=0, out=tmp_path / "out")
+    assert report.sets[0].fixed.score.values["hit"] == 1
+    assert report.sets[0].fixed.predictions == "adapter"
+    lines = (tmp_path / "out" / "mine-adapter.jsonl").read_text().splitlines()
+    assert len(lines) == len(says) == 12
+    evaluate_run(run, sets=sets, bootstrap=0, out=tmp_path / "out")
+    assert len(says) == 12, "what is answered is not asked again"
+    evaluate_run(scaled(run, tmp_path / "other.pth"), sets=sets, bootstrap=0, out=tmp_path / "out")
+    assert len(says) == 24, "answers of one checkpoint were taken for those of another"
     with pytest.raises(UserError, match="--checkpoint needs --out=DIR"):
-        evaluate_run(found, sets=sets)
+        evaluate_run(run, sets=sets)
     with pytest.raises(UserError, match="--steps: .*adapter is one checkpoint; leave it out"):
-        evaluate_run(found, sets=sets, steps=["all"], out=tmp_path / "all")
+        evaluate_run(run, sets=sets, steps=["all"], out=tmp_path / "all")
+
+
+def scaled(run, path):
+    """The same model with other weights, as a file of the release."""
+    trainable = jax.tree.map(lambda x: np.asarray(x) * 1.001, run.trainable)
+    save_release(path, trainable, run.model.decoder.lora, epoch=0)
+    return load_checkpoint(path, run.config)
 
 
 def test_a_checkpoint_says_in_a_sentence_what_it_lacks(
@@ -210,7 +222,7 @@ def test_a_checkpoint_says_in_a_sentence_what_it_lacks(
         ),
         (
             [f"--checkpoint={pth}", "--config=demo", "--config.projectors.fusion_width=64"],
-            "the tensor multi_video_embs.weight is (128, ",
+            "the tensor multi_audio_embs.bias is (128,); expected (64,); name the base",
         ),
         (
             [f"--checkpoint={adapter}", "--config=demo", "--config.lora.targets=('q_proj',)"],
@@ -227,7 +239,7 @@ def test_a_checkpoint_says_in_a_sentence_what_it_lacks(
         ([f"--checkpoint={tmp_path / 'none.pth'}", "--config=demo"], "there is no such checkp"),
         (
             [f"--checkpoint={pth}", "--config=demo", "--step=2"],
-            "one checkpoint; leave out the step",
+            "one checkpoint; leave out --step=2",
         ),
         ([f"--checkpoint={pth}", f"--workdir={trained_run}"], "not allowed with argument"),
         ([], "one of the arguments --workdir --checkpoint is required"),
@@ -345,7 +357,8 @@ def test_a_file_of_the_pytorch_twin_answers_as_the_twin_does(ask, test_clips, tm
 
     clips, limit = RecordSubset(RecordDataset(test_clips), range(5)), 12
     names = [f"--name={entry.name}" for entry in clips.index]
-    flags = (f"--config.generate.max_new_tokens={limit}", "--config.generate.merge_lora=false")
+    flags = [f"--config.generate.max_new_tokens={limit}", "--config.generate.merge_lora=false"]
+    flags.append("--config.mesh=data:1")
     found, _ = ask(
         f"--checkpoint={path}",
         "--config=demo",

@@ -546,7 +546,7 @@ def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(run, mo
         (["--bootstrap=-1"], "must be 0 or more"),
         (["--seed=4294967296"], "must be below 4294967296"),
         (["--top-p=0.9"], "temperature 0 takes the most probable token"),
-        (["--api-key=sesame"], "unrecognized arguments"),
+        (["--api-key=sesame"], "unknown argument --api-key"),
         (["--consensus=1"], "one answer agrees with itself"),
         (["--consensus=4", "--steps", "all"], "compares decodings of one checkpoint"),
     ],

@@ -251,7 +251,10 @@ def test_a_workdir_without_a_run_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--workdir=a"], "required: --from"),
+        (["--workdir=a"], "one of the arguments --from --checkpoint is required"),
+        (["--workdir=a", "--from=b", "--checkpoint=c"], "not allowed with argument --from"),
+        (["--workdir=a", "--checkpoint=./a"], "--checkpoint are the same run; name a new"),
+        (["--workdir=a", "--from=b", "--config=demo"], "--config goes with --checkpoint; a run"),
         (["--workdir=a", "--from=a"], "are the same run; name a new --workdir"),
         (["--workdir=a", "--from=b", "c"], "unknown argument c"),
         (["--workdir=a", "--from=b", "--config.steps"], "unknown argument --config.steps"),

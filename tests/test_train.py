@@ -237,6 +237,22 @@ def test_the_summary_has_the_mfu_where_the_devices_peak_is_known():
     assert re.search(r"MFU +40.8%  \(403 TFLOP/s a device\)", lines[1])
 
 
+def test_the_summary_says_what_there_is_of_a_score():
+    known = {"loss_first": 2.0, "loss_last": 1.0, "best_step": 3, "clips": 6, "answers_cut": 0}
+    lists = {"f": 0.5, "p": 0.4, "r": 0.6667, "f_interval": (0.1, 0.9), "clips_scored": 5}
+    lists |= {"labels_per_clip": 1.5, "f_features_shuffled": 0.25}
+    texts = [
+        train.summary(demo_config.get_config(), Path("run"), known | more)
+        for more in (lists, {"not_scored": "6 of 6 clips name no true answer"}, {"warning": "up"})
+    ]
+    assert re.search(r"F of the labels, 5 clips +0.500 \(0.100 to 0.900\)", texts[0])
+    assert re.search(r"control: shuffled features +0.250", texts[0])
+    assert "result.json, predictions.jsonl, truth.csv " in texts[0]
+    assert re.search(r"not scored +6 of 6 clips name no true answer", texts[1])
+    assert "predictions.jsonl" in texts[1] and "truth.csv" not in texts[1]
+    assert ["\nwarning: up\n" in text for text in texts] == [False, False, True]
+
+
 def test_the_next_batch_goes_to_the_device_before_a_step_is_waited_for(
     records, tmp_path, monkeypatch
 ):
@@ -404,6 +420,7 @@ def test_a_run_starts_from_what_another_has_exported(finished, records, tmp_path
         run(tmp_path / "unlike", *other, "--config.fusion=qformer")
 
     weights.main(["export-peft", str(workdir), str(tmp_path / "adapter"), "--step", "6"])
+    (tmp_path / "adapter" / "fusion.safetensors").unlink()  # as of one that PEFT has trained
     run(tmp_path / "third", *records, *frozen, f"--config.init_from={tmp_path / 'adapter'}")
     assert "projectors and fusion start fresh" in capsys.readouterr().out
     weights.main(["export-release", str(tmp_path / "third"), str(tmp_path / "third.pth")])

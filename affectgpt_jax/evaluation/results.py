@@ -304,8 +304,8 @@ def score_set(
     seed: int = 0,
     texts: Mapping[str, str] | None = None,
     references: Mapping[str, float] | None = None,
-    parts: Mapping[str, Collection[str]] | None = None,
     about: Mapping[str, Sequence[tuple[str, str]]] | None = None,
+    parts: Mapping[str, Collection[str]] | None = None,
 ) -> SetResult:
     """Compute everything that a report shows about one data set.
 
@@ -315,8 +315,8 @@ def score_set(
             examples as well.
         texts: what the model of the fixed checkpoint wrote, by clip.
         references: shares, 0 to 1, to set the score beside.
-        parts: names of clips, by what they have in common, that are scored by themselves, too.
         about: names and texts that an example shows, by clip.
+        parts: names of clips, by what they have in common, that are scored by themselves, too.
 
     Raises:
         ScoreError: nothing can be scored.

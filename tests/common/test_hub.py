@@ -92,7 +92,7 @@ def test_what_is_missing_is_downloaded_where_that_is_asked(
             return local(repository, local_files_only=True, revision=revision)
         asked.append((repository, revision, allow_patterns))
         (tmp_path / "m" / "z").write_text("z")
-        return str(cached(hub_cache, repository, tmp_path / "m", leave_out=["a"]))
+        return str(cached(hub_cache, repository, tmp_path / "m"))
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", server)
     place = HubPlace("me/m")

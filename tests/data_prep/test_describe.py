@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 from needs_torch import torch  # noqa: F401
+from onnx_files import write_yunet
 
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import MemoryRecords, RecordDataset, RecordError, write_records
-from data_prep import describe, encoders
+from data_prep import describe, encoders, extractor, faces
+from data_prep.detectors import read_detector
 
 REFUSED = "files can be asked about where a run was trained on records of affectgpt extract"
 
@@ -93,3 +95,14 @@ def test_records_in_memory_are_those_of_a_directory(tmp_path):
         clip.features.update({name: values[:, :3] for name, values in clip.features.items()})
     with pytest.raises(RecordError, match="before it"):
         MemoryRecords(narrow, expected.manifest)
+
+
+def test_faces_are_found_as_those_of_the_records(tmp_path):
+    cascade, yunet = faces.DETECTOR, read_detector(write_yunet(tmp_path / "yunet.onnx"))
+    assert extractor.check_detector("records", cascade, None) == []
+    assert extractor.check_detector("records", yunet.name, yunet) == []
+    for theirs, detector, advice in ((cascade, yunet, "leave out"), (yunet.name, None, "name")):
+        with pytest.raises(extractor.ExtractionError, match=f"found by .*{advice}"):
+            extractor.check_detector("records", theirs, detector)
+    (note,) = extractor.check_detector("records", "boxes", None)
+    assert "boxes that somebody had" in note

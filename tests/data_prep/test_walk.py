@@ -87,7 +87,11 @@ def walk(folder):
         assert affectgpt == "affectgpt"
         words = [encoders.get(word, word) for word in words] + small.get(command, [])
         module = module_of(command) + (".__main__" if command == "weights" else "")
-        importlib.import_module(module).main(words)
+        with contextlib.ExitStack() as stack:
+            if command == "describe":
+                file = stack.enter_context(open("described.txt", "w", encoding="utf-8"))
+                stack.enter_context(contextlib.redirect_stdout(file))
+            importlib.import_module(module).main(words)
 
 
 def test_the_documented_walk_ends_in_a_scored_report(folder):
@@ -146,6 +150,11 @@ def test_a_file_gets_the_answer_that_its_record_gets(folder, capsys):
     for mine, theirs in zip(found["answers"], expected, strict=True):
         assert theirs.pop("name") == "film/21"
         assert mine == theirs
+    # The walk's own command said it for a person, with other words as the subtitle.
+    shown = (folder / "described.txt").read_text(encoding="utf-8")
+    for answer in expected:
+        assert f"new [{answer['question']}] They " in shown
+    assert "\n  labels: " in shown
 
 
 def test_the_features_of_a_file_are_those_of_its_record_bit_by_bit(folder):
