@@ -178,6 +178,52 @@ def test_clips_without_a_prediction_stop_the_report_or_are_warned_about(files, c
     assert "39 clips without a prediction, scored as empty: " in check(page)
 
 
+def test_references_have_a_named_line_each_and_bars_are_as_long_as_scores(files):
+    more = ("--reference", "demo:ceiling=0.9", "--reference", "demo:chance=0.25")
+    run(*arguments_of(files, files / "out"), *more)
+    page = (files / "out" / "report.html").read_text(encoding="utf-8")
+    # From the highest one down, each with its value.
+    named = re.findall(r'<span class="named"><bdi>(.*?)</bdi>.*?>([\d.]+)</span>', page, re.DOTALL)
+    assert named == [("ceiling", "90.00"), ("chance", "25.00"), ("ceiling with face", "18.60")]
+    bars = re.findall(r'<td class="bar" style="--v:([\d.]+)">([\d.]+)</td>', page)
+    assert len(bars) > 10
+    assert all(100 * float(length) == pytest.approx(float(said), abs=0.01) for length, said in bars)
+
+
+def test_published_systems_stand_only_beside_sets_that_they_have_a_score_on(files):
+    known = ["--set", f"demo={files / '60.jsonl'},{files / 'truth.csv'}", "--peers"]
+    run(*known, "--bootstrap=0", "--out", files / "out")
+    text = check((files / "out" / "report.html").read_text(encoding="utf-8"))
+    assert "No published system has a score on demo." in text
+    assert "Emotion-LLaMA" not in text and "MER2023" not in text
+
+
+def test_curves_of_a_training_lie_in_their_frames(tmp_path):
+    pairs = {"p": Pairs(("a",), [["x"]], ["x"], ())}
+    steps = list(range(1, 1001))
+    curves = {
+        "loss": {"train": (steps, [2 - s / 1000 for s in steps]), "val": ([500, 1000], [1.5, 1])},
+        "hit rate": {"val": ([500, 1000], [0.0, 0.0])},
+    }
+    sets = [score_set("one", "words", pairs, None, resamples=0)]
+    write_report(make_report("x", sets, resamples=0, curves=curves), tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    check(page)
+    paths = re.findall(r'<path class="line-(\d)( dots)?" d="(.*?)"/>', page)
+    # Of few points each is marked.
+    assert [(line, dots) for line, dots, _ in paths] == [
+        ("0", ""), ("1", ""), ("1", " dots"), ("0", ""), ("0", " dots"),
+    ]  # fmt: skip
+    train, val = ([list(map(float, at.split())) for at in re.findall(r"[\d.]+ [\d.]+", d)]
+                  for _, _, d in paths[:2])  # fmt: skip
+    assert 250 < len(train) <= 301 and train[0][0] == 0.1 and train[-1][0] == 100
+    assert all(0 <= x <= 100 and 0 <= y <= 100 for x, y in train + val)
+    assert train[-1][1] == val[-1][1]  # both are 1
+    ticks = re.findall(r'<span class="tick" style="top:([\d.]+)%">([\d.]+)</span>', page)
+    assert [value for _, value in ticks][:5] == ["0", "0.5", "1", "1.5", "2"]
+    assert next(float(top) for top, value in ticks if value == "1") == train[-1][1]
+
+
 def test_the_same_files_make_the_same_report(files):
     for out in ("a", "b"):
         run(*arguments_of(files, files / out))

@@ -82,9 +82,22 @@ def test_a_run_leaves_everything_that_the_readme_promises(finished):
     for file in ("run.png", "config.json", "tensorboard", "checkpoints/6"):
         assert (workdir / file).exists(), file
     assert list((workdir / "profile").rglob("*.xplane.pb"))
+    # Answers about the first clips of validation, beside the truth.
+    events = b"".join(file.read_bytes() for file in (workdir / "tensorboard").iterdir())
+    assert b"val/answers" in events and b"demo-val-00000" in events and b"  truth   " in events
     assert "mfu" not in result, "a CPU's peak is not known"
     assert result["loss_first"] == losses(workdir)[1]
     assert sum(result["time_s"].values()) == pytest.approx(result["wall_s"])
+
+
+def test_the_picture_of_a_run_is_set_beside_its_ceilings_and_its_control():
+    ceilings = {"face": 0.2, "audio_face": 0.6, "multi_audio_face_text": 0.66}
+    result = {"ceilings": ceilings, "hit_features_shuffled": 0.09}
+    assert list(train.references(demo_config.get_config(), result).items()) == [
+        ("ceiling", 0.66), ("ceiling, face", 0.2), ("ceiling, audio + face", 0.6),
+        ("control: shuffled features", 0.09),
+    ]  # fmt: skip
+    assert train.references(demo_config.get_config(), {}) == {}
 
 
 def test_an_interrupted_run_resumes_to_the_same_losses_bit_by_bit(
