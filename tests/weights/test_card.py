@@ -1,3 +1,5 @@
+import re
+
 from affectgpt_jax.weights.card import model_card
 
 
@@ -9,5 +11,5 @@ def test_names_and_values_are_text_in_markdown_and_in_its_metadata():
     _, metadata, text = card.split("---\n", 2)
     assert yaml.safe_load(metadata)["license"] == "other"
     assert yaml.safe_load(metadata)["base_model"] == 'base: x\\nlicense: mit "q"\\x1b'
-    assert "\x1b" not in card and "<script>" not in text and "<img" not in text
+    assert "\x1b" not in card and not re.search(r"(?<!\\)<(script|img)", text)
     assert text.count("| key\\| | a\\<img src=x\\> \\# b |\n") == 2
