@@ -29,7 +29,8 @@ from affectgpt_jax.common.trees import device_nbytes
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data.packing import Bucket, round_up
 from affectgpt_jax.data.pipeline import empty_batch
-from affectgpt_jax.models import generate
+from affectgpt_jax.models import attention, generate
+from affectgpt_jax.models.decoder import float32_logits
 from affectgpt_jax.models.flops import Flops, forward_flops, train_flops
 from affectgpt_jax.models.generate import DecodeState, Decoding, Sampling
 from affectgpt_jax.models.lora import merge
@@ -296,7 +297,13 @@ class RolloutPlanner:
             remat: the policy of the update.
         """
         shape, update, rl = Shape(**mesh.shape), self.update, self.config.rl
-        writer = update.program.on(mesh, attend=update.backend(shape.tensor).attend).model
+        # Not the decode step of a CPU, which is what compiles here.
+        writer = update.program.on(
+            mesh,
+            attend=update.backend(shape.tensor).attend,
+            attend_cached=attention.cached,
+            logits=float32_logits,
+        ).model
         program = update.program.on(mesh, remat=remat, attend=update.attention(shape.tensor).attend)
         state, base = program.state, program.base
         there = device_nbytes(base) + device_nbytes(state) + device_nbytes(state["trainable"])
@@ -322,13 +329,13 @@ class RolloutPlanner:
         inputs = {name: x for name, x in batch.items() if name not in update.by_token}
         log_probs = jax.jit(functools.partial(policy.answer_log_probs, program.model))
         before = there + merged + device_nbytes(prompts)
-        during = before + device_nbytes(fresh) + device_nbytes(answers)
+        during = before + device_nbytes(answers)
         after = there + device_nbytes(batch)
         lowered = {
             "prefill": (prefill, before),
             "insert": (
                 generate.insert.lower(writer, answers, fresh, self.decoding, places),
-                during,
+                during + device_nbytes(fresh),
             ),
             "decode": (
                 generate.decode.lower(writer, *weights, answers, self.decoding, number),

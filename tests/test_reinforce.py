@@ -187,12 +187,21 @@ def test_a_run_that_is_killed_at_any_step_goes_on_to_the_same_bytes(undisturbed,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("count", "devices", "mesh"), [(2, 1, "data:-1"), (2, 2, "data:2,tensor:2"), (2, 1, "fsdp:2")]
+    ("count", "devices", "mesh", "microbatches"),
+    [
+        (1, 1, "data:-1", 4),
+        (2, 1, "data:-1", 1),
+        (2, 1, "fsdp:2", 2),
+        (2, 2, "data:2,tensor:2", 1),
+    ],
 )
-def test_several_processes_reinforce_as_one_does(undisturbed, tmp_path, count, devices, mesh):
+def test_microbatches_and_several_processes_reinforce_as_one_does(
+    undisturbed, tmp_path, count, devices, mesh, microbatches
+):
     expected, keys = undisturbed
     workdir, settings = tmp_path / "run", {"jax_num_cpu_devices": devices}
-    keys = [key for key in keys if "config.mesh" not in key] + [f"--config.mesh={mesh}"]
+    keys = [key for key in keys if "config.mesh" not in key]
+    keys += [f"--config.mesh={mesh}", f"--config.gradient_accumulation_steps={microbatches}"]
     started = group(workdir, count, *keys, settings=settings, module=MODULE)
     with ending(started) as commands:
         for command in commands:
