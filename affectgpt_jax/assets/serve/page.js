@@ -9,6 +9,7 @@ const RAMP = [[23, 18, 60], [92, 38, 134], [186, 62, 112], [245, 130, 68], [252,
 
 let about = null;
 let clip = null; // {part, name, truth} of what is asked about
+let choices = 0; // clips that were chosen; of two that are fetched, the later one counts
 let asking = null; // aborts what is being answered
 let chosen = 0; // number of the wheel that is shown
 
@@ -67,9 +68,11 @@ async function search() {
 }
 
 async function pick(name) {
+  const mine = ++choices;
   clearResult();
   try {
     const record = await json(`/record?name=${encodeURIComponent(name)}`);
+    if (mine !== choices) return;
     clip = { part: { type: "record", name }, name, subtitle: record.subtitle, truth: record.truth };
     showClip();
     showFeatures(record.features, "the record keeps features, no pictures or sound");
@@ -83,6 +86,7 @@ async function pick(name) {
 }
 
 async function upload(file) {
+  const mine = ++choices;
   clearResult();
   const kind = file.type.split("/")[0];
   clip = { part: null, name: file.name, subtitle: "", truth: null };
@@ -101,15 +105,14 @@ async function upload(file) {
   player.onerror = () => player.remove(); // a format that the browser does not play
   $("player").replaceChildren(player);
   $("seen").replaceChildren(element("p", { className: "note", textContent: "Looking for faces and listening…" }));
-  const mine = clip;
   try {
     const seen = await json("/clips", { method: "POST", headers: { "content-type": file.type }, body: file });
-    if (clip !== mine) return;
-    mine.part = { type: "clip", id: seen.clip };
+    if (mine !== choices) return;
+    clip.part = { type: "clip", id: seen.clip };
     $("go").disabled = false;
     showSeen(seen);
   } catch (error) {
-    if (clip !== mine) return;
+    if (mine !== choices) return;
     $("seen").replaceChildren();
     problem(error);
   }
@@ -428,7 +431,7 @@ async function start() {
   // A link may name a record, and ask: /#record=NAME&ask
   const wanted = new URLSearchParams(location.hash.slice(1));
   const first = wanted.get("record") ?? names[0];
-  if (first !== undefined) await pick(first);
+  if (first !== undefined && !choices) await pick(first);
   if (wanted.has("ask") && clip) $("ask").requestSubmit();
 }
 
