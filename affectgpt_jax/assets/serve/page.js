@@ -67,6 +67,13 @@ async function search() {
   return found.names;
 }
 
+function markName(name) {
+  for (const button of $("names").querySelectorAll("button")) {
+    if (button.textContent === name) button.setAttribute("aria-current", "true");
+    else button.removeAttribute("aria-current");
+  }
+}
+
 async function pick(name) {
   const mine = ++choices;
   clearResult();
@@ -76,10 +83,7 @@ async function pick(name) {
     clip = { part: { type: "record", name }, name, subtitle: record.subtitle, truth: record.truth };
     showClip();
     showFeatures(record.features, "the record keeps features, no pictures or sound");
-    for (const button of $("names").querySelectorAll("button")) {
-      if (button.textContent === name) button.setAttribute("aria-current", "true");
-      else button.removeAttribute("aria-current");
-    }
+    markName(name);
   } catch (error) {
     problem(error);
   }
@@ -88,6 +92,7 @@ async function pick(name) {
 async function upload(file) {
   const mine = ++choices;
   clearResult();
+  markName(null);
   const kind = file.type.split("/")[0];
   clip = { part: null, name: file.name, subtitle: "", truth: null };
   showClip();
