@@ -229,3 +229,14 @@ def gains(before: Outcome, after: Outcome, seed: int = 0) -> dict[str, Any]:
             found[key] = compared.difference
             found[f"{key}_interval"] = (compared.interval.low, compared.interval.high)
     return found
+
+
+def consensus_gain(found: Outcome, seed: int = 0) -> dict[str, Any]:
+    """What consensus is above the most probable answers of one model, with its paired interval;
+    nothing where there is no consensus."""
+    if found.consensus is None:
+        return {}
+    compared = metrics.compare(found.consensus, found.greedy, RESAMPLES, seed=seed)
+    key = f"consensus_over_greedy_{found.metric}"
+    interval = compared.interval.low, compared.interval.high
+    return {key: compared.difference, f"{key}_interval": interval}

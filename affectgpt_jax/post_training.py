@@ -541,8 +541,8 @@ def compare(
         "lexicon": section.lexicon_sha256,
         "clips": len(before.sampled),
         "samples_per_clip": section.test_samples,
-        "before": before.as_dict(),
-        "after": after.as_dict(),
+        "before": before.as_dict() | outcomes.consensus_gain(before, config.seed),
+        "after": after.as_dict() | outcomes.consensus_gain(after, config.seed),
     } | outcomes.gains(before, after, config.seed)
     if section.test_lexicon:
         lexicon = load_lexicon(section.test_lexicon)

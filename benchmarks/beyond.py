@@ -196,7 +196,8 @@ def go_on(args: argparse.Namespace, world: int, name: str) -> dict[str, Any]:
     keys = [f"{section}.test_clips={args.clips}", f"steps={args.steps}"]
     keys += [f"checkpoint_every={args.steps}", *changes]
     flags = [f"--from={folder / 'sft'}", *(f"--config.{key}" for key in keys), *overrides]
-    return start(command, workdir, flags)
+    result = start(command, workdir, flags)
+    return {key: value for key, value in result.items() if key not in ("start", "time_s")}
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -246,10 +247,11 @@ def row(name: str, found: Mapping[str, float], gains: Mapping[str, Any] | None =
 
 HEADER = ("", "reward of a sample", "gain", "greedy F", "gain", "P", "R", "consensus F", "gain")
 HEADER += ("labels",)
+OVER_GREEDY = "consensus_over_greedy_f"
 
 
 def table(report: Report) -> str:
-    """A Markdown table for each world."""
+    """A Markdown table for each world, and what consensus alone gains there."""
     parts = []
     for world in report["worlds"]:
         runs = world["runs"]
@@ -261,6 +263,9 @@ def table(report: Report) -> str:
             f"World {world['world']}, {report['clips']:,} held-out clips, {report['steps']} steps"
         )
         parts.append(f"{title}:\n\n{harness.markdown(HEADER, rows)}")
+        if OVER_GREEDY in before:
+            gain = with_interval(before[OVER_GREEDY], before[f"{OVER_GREEDY}_interval"])
+            parts.append(f"Supervised, consensus F over greedy F: {gain}.")
     return "\n\n".join(parts)
 
 

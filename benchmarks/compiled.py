@@ -124,6 +124,10 @@ COLUMNS = {
     "of it no matmul": lambda m: f"{m['moved_gb'] - m['matmul_gb'] - m['attention_gb']:,.0f}",
     "copies, fills": number("movement_gb", ".1f"),
     "launches": number("launches"),
+    # Cases of one device of before this was told have none.
+    "links ms (alone)": lambda m: "{:.1f} ({:.1f})".format(
+        m.get("network_ms", 0), m.get("network_alone_ms", 0)
+    ),
     "floor ms": number("floor_ms"),
     "tokens/s of one": number("tokens_per_s"),
     "MFU": number("mfu", ".0%"),

@@ -363,9 +363,10 @@ SECTIONS = (
         "compiled_*.json",
         gpu_compiled.COMMAND,
         "Compiled, not run: memory, bytes and launches of one device are the compiler's. Matmuls "
-        "and attention at 70 % of the peak and all other bytes at 90 % of the bandwidth give the "
-        "floor, and tokens/s and MFU follow from it; places in rows count as tokens, padding too. "
-        "What the network takes is left out.",
+        "and attention at 70 % of the peak, all other bytes at 90 % of the bandwidth and what "
+        "large matmuls do not hide of the collectives, as rings at 90 % of NVLink's bandwidth in a "
+        "node and the adapters' between nodes, give the floor; tokens/s and MFU follow from it. "
+        "Places in rows count as tokens, padding too.",
     ),
     Section(
         "What was planned, beside what was measured",

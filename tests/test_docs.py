@@ -61,6 +61,7 @@ REASONS = {
     "PyTorch and encoders; tests/data_prep/test_walk.py runs it",
     "PyTorch, encoders and a server; tests/data_prep/test_caption_walk.py runs it",
     "half a minute of compilation; tests/test_plan.py runs such plans",
+    "half a minute; tests/test_rollout_planner.py runs such plans",
     "the extra gpu-compile; tests marked gpu_compile run such plans",
 }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
 import string
 from collections.abc import Mapping, Sequence
 
 from affectgpt_jax.common.text import one_line
+from affectgpt_jax.evaluation.markup import escape_markdown
 
 
 def model_card(
@@ -31,8 +33,9 @@ def model_card(
     template = importlib.resources.files("affectgpt_jax") / "assets" / "hub" / "card.md"
     missing = "To be filled in: `affectgpt evaluate` writes tables into `evaluate/report.md`."
     return string.Template(template.read_text(encoding="utf-8")).substitute(
-        base=_plain(base),
-        name=_plain(name),
+        base=escape_markdown(base),
+        base_json=json.dumps(one_line(base)),  # JSON is YAML
+        name=escape_markdown(name),
         version=version,
         training=_table(training),
         results=_table(results) if results else missing,
@@ -40,13 +43,8 @@ def model_card(
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
-    lines = [f"| {_plain(name)} | {_plain(value)} |" for name, value in rows]
+    lines = [f"| {escape_markdown(name)} | {escape_markdown(value)} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _plain(text: str) -> str:
-    """Text in one line, and without what ends a cell."""
-    return one_line(text).replace("|", "\\|")
 
 
 def result_rows(result: Mapping[str, object]) -> list[tuple[str, str]]:

@@ -68,6 +68,7 @@ def test_the_keys_of_every_variant_are_there(name):
 def test_runs_that_are_there_are_not_run_again_and_stand_in_the_table(tmp_path, monkeypatch):
     side = {"sampled_reward": 0.7, "greedy_f": 0.79, "greedy_p": 0.8, "greedy_r": 0.78}
     side |= {"consensus_f": 0.81, "labels_per_clip": 1.0}
+    side |= {"consensus_over_greedy_f": 0.02, "consensus_over_greedy_f_interval": [0.01, 0.03]}
     gains = {f"{k}_gain": 0.01 for k in ("sampled_reward", "greedy_f", "consensus_f")}
     gains |= {f"{key}_interval": [-0.02, 0.04] for key in list(gains)}
     for name in ("world0/sft", "world0/best-of-4", "world0/GRPO-wheel-F"):
@@ -83,6 +84,7 @@ def test_runs_that_are_there_are_not_run_again_and_stand_in_the_table(tmp_path, 
     assert lines[0] == "World 0, 8 held-out clips, 5 steps:"
     assert any(line.startswith("| supervised | 0.700 |  | 0.790") for line in lines)
     assert any("best of 4" in line and "+0.010 (-0.020 to +0.040)" in line for line in lines)
+    assert lines[-1] == "Supervised, consensus F over greedy F: +0.020 (+0.010 to +0.030)."
     assert any("*the best set*" in line and "0.830" in line for line in lines)
     # What the file has stays, whatever fails behind it.
     shutil.rmtree(tmp_path / "world0" / "best-of-4")

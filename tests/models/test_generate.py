@@ -357,7 +357,7 @@ def rows_of_questions(soft_first):
     starts = [7, 9, 5] if soft_first else [1, 1, 1]
     sizes = [(3, 5, 4), (2, 4, 1), (6, 4, 5)] if soft_first else [(6, 8, 9), (10, 5, 8), (7, 9, 6)]
     batch = make_batch([10] * 4, width=28, seed=4)
-    alone = {name: np.repeat(batch[name][:3], 3, axis=0) for name in batch}
+    alone = jax.tree.map(lambda x: np.repeat(x[:3], 3, axis=0), batch)
     for name in ("positions", "segment_ids", "soft_token_index"):
         batch[name] = np.zeros_like(batch[name])
     for clip, (start, parts) in enumerate(zip(starts, sizes, strict=True)):
@@ -478,11 +478,10 @@ class TestAll:
             np.testing.assert_allclose(answer.log_probs, expected.log_probs[number], atol=2e-5)
         assert len({tuple(answer.tokens) for answer in found.values()}) == 6
 
-    @pytest.mark.parametrize("soft", [True, False], ids=["after", "before"])
-    @pytest.mark.parametrize("group", [1, 2])
-    @pytest.mark.parametrize("decoding", [PLAIN, SAMPLED], ids=["greedy", "sampled"])
+    @pytest.mark.parametrize("soft", [True, False], ids=["first", "last"])
+    @pytest.mark.parametrize(("decoding", "group"), [(PLAIN, 1), (SAMPLED, 2)])
     def test_questions_in_one_row_are_answered_as_in_rows_of_their_own(self, decoding, group, soft):
-        """Three questions; those to which a clip's soft tokens come first, or after they differ."""
+        """Of three questions; a clip's soft tokens come before they differ, or after."""
         rows, alone = rows_of_questions(soft)
         names = [f"{name}{q}{g}" for name in NAMES for q in range(3) for g in range(group)]
         apart = jax.tree.map(lambda x: np.repeat(x, group, axis=0), alone)
@@ -502,8 +501,7 @@ class TestAll:
         for number, answer in found.items():
             np.testing.assert_array_equal(answer.tokens, expected.tokens[number])
             np.testing.assert_allclose(answer.log_probs, expected.log_probs[number], atol=1e-5)
-        if group == 1:
-            assert len({tuple(answer.tokens) for answer in found.values()}) == 9
+        assert len({tuple(answer.tokens) for answer in found.values()}) >= 9
 
     def test_no_prompts_have_no_answers(self):
         assert list(generate_all(MODEL, BASE, TRAINABLE, [], PLAIN, 4)) == []

@@ -1,0 +1,48 @@
+"""What a run makes once, and finds again where it is made of the same things."""
+
+import json
+
+import pytest
+
+from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.post_training import kept
+from affectgpt_jax.training.distributed import ProcessGroup
+
+
+@pytest.fixture
+def made(tmp_path):
+    calls = []
+
+    def make_of(facts, content):
+        def make():
+            calls.append(facts)
+            return content
+
+        return kept(tmp_path / "kept.json", list[int], ProcessGroup(), lambda: facts, make)
+
+    return make_of, calls, tmp_path / "kept.json"
+
+
+def test_what_was_made_of_the_same_is_found_and_of_other_things_made_anew(made):
+    make_of, calls, path = made
+    assert make_of(["a", 1], [1, 2]) == [1, 2]
+    assert make_of(["a", 1], [9]) == [1, 2] and calls == [["a", 1]]
+    assert make_of(["a", 2], [3]) == [3] and calls == [["a", 1], ["a", 2]]
+    assert make_of(["a", 2], [9]) == [3]
+    assert make_of(["a", 1], [4]) == [4], "nothing of the first is left"
+    assert json.loads(path.read_text())["content"] == [4]
+
+
+def test_a_file_of_another_form_is_refused_by_key(made):
+    make_of, calls, path = made
+    make_of([], [1])
+    whole = json.loads(path.read_text())
+    for damaged, message in (
+        ([1], "expected a JSON object"),
+        (whole | {"content": ["x"]}, r"kept.json: \[0\]: expected a whole number"),
+        ({"content": [1]}, "the key 'made_of' is missing; delete it"),
+    ):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=message):
+            make_of([], [1])
+    assert calls == [[]]
