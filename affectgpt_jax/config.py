@@ -13,6 +13,7 @@ import ast
 import difflib
 import importlib.resources
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ml_collections import ConfigDict, config_flags
 from affectgpt_jax.cli import Parser, make_parser
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.json import read_json, write_json
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.config_keys import config_keys
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data.modalities import HEADS, INPUT_MODES
@@ -99,6 +101,10 @@ SECTIONS = {
     "rl": affectgpt_qwen25_7b.reinforcement,
     "dpo": affectgpt_qwen25_7b.preference,
 }
+
+
+# Of anything that is counted: arrays of more cannot be asked for.
+MAX_COUNT = 10**12
 
 
 class ConfigError(UserError, ValueError):
@@ -467,6 +473,11 @@ def _check_keys(found: ConfigDict, schema: ConfigDict, where: str) -> None:
                 f"{where}.{key} is {_plain(value)}, of type {type(value).__name__}; "
                 f"expected {type(default).__name__}, as in {_plain(default)}"
             )
+        # A config file can say what no flag can, and 1e999 is infinite to Python.
+        elif type(value) is float and not math.isfinite(value):
+            raise ConfigError(f"{where}.{key} is {value}; expected a finite number")
+        elif type(value) is int and abs(value) > MAX_COUNT:
+            raise ConfigError(f"{where}.{key} is {shorten(value)}; at most {MAX_COUNT:,} is taken")
 
 
 def _plain(value: Any) -> str:

@@ -395,7 +395,7 @@ def _evaluate(
         for test in sets
     ]
     parts = [
-        run.workdir.stem if run.workdir.is_file() else run.workdir.name,
+        run.name,
         question,
         decodings[-1].name,
         *sampled_how(arguments),

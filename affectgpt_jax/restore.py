@@ -101,9 +101,14 @@ class Run:
         labels = [entry.label or self.config.label for entry in entries] or [self.config.label]
         return tuple(dict.fromkeys(kind for label in labels for kind in parse_label(label)))
 
+    @property
+    def name(self) -> str:
+        """What people call it: a file without its suffix, a directory, a model of the hub."""
+        return self.workdir.stem if self.workdir.is_file() else hub.model_name(self.workdir)
+
     def step_name(self, step: int) -> str:
         """What people call the checkpoint of a step."""
-        return f"step {step}" if self.is_trained_here else self.workdir.stem
+        return f"step {step}" if self.is_trained_here else self.name
 
     @property
     def title(self) -> str:
@@ -362,8 +367,8 @@ def open_from_flags(arguments: argparse.Namespace, say: Callable[[str], None] = 
         config = config_of_flags(arguments.config, arguments.overrides)
     elif arguments.overrides:
         raise cli.UsageError(
-            f"{arguments.overrides[0]} changes a config, and there is none; pass --config=FILE, "
-            "such as --config=affectgpt_qwen25_7b"
+            f"{arguments.overrides[0]} changes a config, and none is named; pass --config=FILE, "
+            "such as --config=affectgpt_qwen25_7b (an exported run has its own, which stays)"
         )
     return open_checkpoint(arguments.checkpoint, config, step, **how)
 

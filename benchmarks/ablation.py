@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from affectgpt_jax.cli import exit_on_error, make_parser
+from affectgpt_jax.common import drawing
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.data.modalities import INPUT_MODES
@@ -419,12 +420,8 @@ def _plus_minus(pair: Sequence[float | None] | None, form: str) -> str:
 
 def plot(report: Mapping[str, Any], png: Path) -> None:
     """Draw a report: hit rates with intervals and ceilings, and the paper's figures beside them."""
-    # Without pyplot no display and no global figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = list(enumerate(report["rows"]))
-    figure = Figure(figsize=(10, 1.7 + 0.5 * len(rows)), layout="constrained")
+    figure = drawing.new_figure(10, 1.7 + 0.5 * len(rows))
     ours, paper = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     scored = [(place, row) for place, row in rows if row["hit"] is not None]
     if scored:
@@ -453,7 +450,7 @@ def plot(report: Mapping[str, Any], png: Path) -> None:
         axes.margins(x=0.15)
         axes.grid(axis="x", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    FigureCanvasAgg(figure).print_png(png)
+    drawing.save_png(figure, png)
 
 
 def _annotate(axes: Any, values: Iterable[float], places: Iterable[int], form: str) -> None:

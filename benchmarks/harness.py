@@ -246,41 +246,6 @@ def spread_in_words(found: Mapping[str, float], form: str = ".2f", unit: str = "
     return f"{found['median']:{form}}{unit} ({found['lowest']:{form}} to {found['highest']:{form}})"
 
 
-def plot_runs(
-    runs: Mapping[str, Sequence[float]],
-    apart: Mapping[str, Sequence[float]],
-    png: Path,
-    bound: float | None = None,
-) -> None:
-    """Draw training runs side by side.
-
-    Args:
-        runs: label -> loss by step; the first stands behind the others.
-        apart: label -> relative difference of the losses of two runs by step.
-        png: the picture.
-        bound: of these differences.
-    """
-    # Without pyplot there is neither a display nor a global figure.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, errors = figure.subplots(1, 2)
-    for i, (label, values) in enumerate(runs.items()):
-        behind = {"linewidth": 1} if i else {"linewidth": 3, "alpha": 0.5}
-        losses.plot(values, label=label, **behind)
-    losses.set(title="loss", xlabel="step")
-    for label, values in apart.items():
-        errors.semilogy(values, linewidth=1, label=label)
-    if bound is not None:
-        errors.axhline(bound, color="tab:red", linestyle="--", label=f"bound {bound:g}")
-    errors.set(title="relative difference of the loss", xlabel="step")
-    for axes in (losses, errors):
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
-    FigureCanvasAgg(figure).print_png(png)
-
-
 def seconds_of(function: Callable[[], Any]) -> float:
     """How long a call takes."""
     began = time.perf_counter()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from affectgpt_jax.models.quantize import PRECISIONS
 from benchmarks import harness
 from benchmarks.blocks import ratios, take_turns, workers
 from benchmarks.harness import Report, at_least
+from benchmarks.pictures import draw_low_precision
 
 LOW = PRECISIONS[1:]
 BASES = ("Qwen2.5-1.5B-Instruct", "Qwen2.5-7B-Instruct", "Qwen2.5-14B-Instruct")
@@ -188,15 +189,8 @@ def table(report: Report) -> str:
 
 
 def plot(_: argparse.Namespace, report: Report, path: Path) -> None:
-    """Draw the training runs, and how far each is from the float32 one, beside the result file."""
-    runs: Mapping[str, Any] = {name: row["losses"] for name, row in report["quality"].items()}
-    plain = np.array(runs["float32"])
-    apart = {
-        name: np.abs(np.subtract(losses, plain)) / plain
-        for name, losses in runs.items()
-        if name != "float32"
-    }
-    harness.plot_runs(runs, apart, path.with_suffix(".png"))
+    """Draw the training runs beside the result file."""
+    draw_low_precision(report, path.with_suffix(".png"))
 
 
 def flags(add: Callable[..., Any]) -> None:

@@ -44,6 +44,7 @@ from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.training.optimizer import OptimizerConfig, learning_rate_schedule
 from benchmarks import harness, probes
 from benchmarks.harness import Report, at_least
+from benchmarks.pictures import PARITY_BOUND, draw_parity
 from benchmarks.sides import random_parameters, random_trainable
 from benchmarks.torch_reference.fusers import Fusers
 from benchmarks.torch_reference.model import AffectGPT as Twin
@@ -58,7 +59,6 @@ ROWS = 4  # of a batch in a draw for bfloat16
 BOUND = 1e-4
 BOUND_OF = {"logits": 1e-5, "loss": 1e-5}
 SCHEDULE = 1e-6  # a handful of float32 operations
-CURVE = 1e-3  # every update feeds the rounding of the steps before back into the next
 BFLOAT16_RATIO = 1.1  # 64 draws leave the ratio uncertain by some 5 %
 
 
@@ -339,7 +339,7 @@ def compare_training(case: probes.Case) -> tuple[Row, dict[str, list[float]]]:
     worst = worst_of(apart)
     note = f"{worst}; loss {theirs[0]:.3f} -> {theirs[-1]:.3f}"
     curves = {"jax": ours, "torch": theirs, "jax_nudged": control}
-    return Row(f"losses of {config.steps} updates", apart, apart[worst], CURVE, note), curves
+    return Row(f"losses of {config.steps} updates", apart, apart[worst], PARITY_BOUND, note), curves
 
 
 COLUMNS = {
@@ -364,16 +364,7 @@ def table(report: Report) -> str:
 
 def finish(_: argparse.Namespace, report: Report, path: Path) -> None:
     """Draw the training runs beside the result file; end with status 1 if a row is red."""
-    curves = report["curves"]
-    apart = {
-        label: np.abs(np.subtract(curves[name], curves[other])) / curves[other]
-        for label, name, other in (
-            ("JAX and PyTorch", "jax", "torch"),
-            ("JAX, last bit moved", "jax_nudged", "jax"),
-        )
-    }
-    runs = {"PyTorch": curves["torch"], "JAX": curves["jax"]}
-    harness.plot_runs(runs, apart, path.with_suffix(".png"), bound=CURVE)
+    draw_parity(report, path.with_suffix(".png"))
     raise SystemExit(int(not all(row["passed"] for row in report["rows"])))
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common import drawing
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import atomic_write, read_bytes
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import INDEX_FILE, IndexEntry, read_index, read_manifest
 
-from .figures import plain, save_png
 from .report import REPORT_FILE
 
 TOP_LABELS = 30
@@ -151,34 +151,36 @@ def write_statistics(sets: Sequence[Contents], out: Path) -> list[dict[str, Any]
 
 
 def _draw(spread: Mapping[str, Mapping[str, Mapping[str, int]]], path: Path) -> None:
-    """A panel per quantity: bars for the labels of the first set, lines for numbers of all."""
-    # Not pyplot, which opens the display that servers lack.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    panels = figure.subplots(2, 2).flat
+    """Bars for the labels of the first set, beside a panel a quantity with lines for all sets."""
     first, shown = next(iter(spread)), list(spread)[:SHOWN_SETS]
-    for panel, quantity in zip(panels, spread[first], strict=True):
-        if quantity == "clips with label":
-            counts = spread[first][quantity]
-            places = np.arange(len(counts))
-            panel.bar(places, list(counts.values()), color="tab:blue")
-            panel.set_xticks(places, list(map(plain, counts)), rotation=90)
-            panel.set_title(f"{plain(first)}: most frequent labels")
-        else:
-            for name in shown:
-                if counts := spread[name][quantity]:
-                    edges = np.array([float(value) for value in counts])
-                    edges = np.append(edges, edges[-1] + BINS[quantity])
-                    if quantity == "labels per clip":
-                        edges -= 0.5  # whole numbers, in the middle of their bins
-                    values = np.array(list(counts.values()))
-                    panel.stairs(values / values.sum(), edges, label=plain(name), linewidth=1.5)
-            panel.set_xlabel(quantity)
-            panel.set_title(quantity)
-            panel.set_ylim(bottom=0)
-            panel.xaxis.get_major_locator().set_params(integer=True)
-            if panel.patches:
-                panel.legend()
-        panel.set_ylabel("clips" if quantity == "clips with label" else "share of clips")
-    save_png(figure, path)
+    figure = drawing.new_figure(12, 8)
+    grid = figure.add_gridspec(len(BINS), 2)
+    panel = figure.add_subplot(grid[:, 0])
+    counts = spread[first]["clips with label"]
+    names = [drawing.plain(label) for label in counts]
+    bars = panel.barh(range(len(counts)), list(counts.values()), color="tab:blue")
+    panel.bar_label(bars, [f"{count:,}" for count in counts.values()], padding=3, fontsize=8)
+    panel.set_yticks(range(len(counts)), names, fontsize=9)
+    panel.invert_yaxis()
+    panel.set(xlabel="clips", title=f"{drawing.plain(first)}: most frequent labels")
+    for row, quantity in enumerate(BINS):
+        panel, highest = figure.add_subplot(grid[row, 1]), 1e-9
+        for name in shown:
+            if counts := spread[name][quantity]:
+                edges = np.array([float(value) for value in counts])
+                edges = np.append(edges, edges[-1] + BINS[quantity])
+                if quantity == "labels per clip":
+                    edges -= 0.5  # whole numbers, in the middle of their bins
+                values = np.array(list(counts.values()))
+                shares = values / values.sum()
+                highest = max(highest, shares.max())
+                panel.stairs(shares, edges, label=drawing.plain(name), linewidth=1.5)
+        panel.set(xlabel=quantity, ylabel="share of clips")
+        panel.set_ylim(0, 1.35 * highest)  # room for the names
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        if panel.patches:
+            panel.legend(loc="upper right", ncols=2, fontsize=9, framealpha=0.85, edgecolor="none")
+    for panel in figure.axes:
+        drawing.tidy(panel)
+    figure.axes[0].grid(visible=False, axis="y")
+    drawing.save_png(figure, path)

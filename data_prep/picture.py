@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common import drawing
 
 from .clips import Clip
 from .encoders import RATE, WINDOW
@@ -34,16 +34,13 @@ def draw_clip(
         problems: by feature, why it is missing; stands where the row would be.
         lines: below the picture, such as subtitle and answers.
     """
-    # Not pyplot, which opens the display that servers lack.
-    from matplotlib.figure import Figure
-
     rows = []
     if clip.video and (frames := _frames(clip.video)):
         rows.append(("frames", frames))
     for feature in ("face", "audio"):
         if feature in inputs or feature in problems:
             rows.append((feature, inputs.get(feature)))
-    figure = Figure(figsize=(12, 1.75 * len(rows) + 0.25 * len(lines) + 0.6), layout="constrained")
+    figure = drawing.new_figure(12, 1.75 * len(rows) + 0.25 * len(lines) + 0.6)
     figure.suptitle(clip.name, fontsize=12, parse_math=False)
     figure.supxlabel("\n".join(lines), fontsize=9, parse_math=False, x=0.01, ha="left")
     parts = figure.subfigures(max(len(rows), 1), 1, squeeze=False)[:, 0]
@@ -63,8 +60,7 @@ def draw_clip(
             for panel in panels:
                 panel.axis("off")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=100, metadata={"Software": None})
+    drawing.save_png(figure, path)
 
 
 def _frames(path: Path) -> list[np.ndarray]:

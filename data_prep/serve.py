@@ -84,7 +84,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="by which the server may be asked, beside addresses and localhost; repeatable",
     )
-    add("--batch-size", type=int, default=ROWS, metavar="N", help=f"answers at a time; {ROWS}")
+    add(
+        "--batch-size",
+        type=int,
+        default=ROWS,
+        metavar="N",
+        help=f"answers at a time; default: {ROWS}",
+    )
     asking.add_sampling_flags(parser)
     add = parser.add_argument_group("limits").add_argument
     add("--max-new-tokens", type=int, metavar="N", help="of an answer; default: the run's")

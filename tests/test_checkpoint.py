@@ -206,7 +206,7 @@ def test_a_checkpoint_says_in_a_sentence_what_it_lacks(
         ([f"--checkpoint={pth}", "--config.llm=tiny"], "does not say what model it belongs to"),
         (
             [f"--checkpoint={pth}", "--config.label=ovlabel"],
-            "--config.label=ovlabel changes a config, and there is none; pass --config=FILE",
+            "--config.label=ovlabel changes a config, and none is named; pass --config=FILE",
         ),
         (
             [f"--checkpoint={pth}", "--config=affectgpt_qwen25_7b"],

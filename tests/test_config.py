@@ -269,6 +269,9 @@ def test_a_size_that_is_not_positive_is_refused(key, value):
             "config.llm is .*, of type ConfigDict; expected str",
         ),
         ("c.steps = 0", "config.steps is 0; expected 1 or more"),
+        ("c.optimizer.learning_rate = 1e999", "learning_rate is inf; expected a finite number"),
+        ("c.optimizer.clip_norm = float('nan')", "clip_norm is nan; expected a finite number"),
+        ("c.steps = 10 ** 20", "config.steps is 1000.*; at most 1,000,000,000,000 is taken"),
         ("c = None", "returned None, not a ConfigDict"),
     ],
 )
@@ -454,5 +457,6 @@ def test_every_key_that_is_read_is_in_the_schema():
     found = {re.sub(r"\.(items|values|to_dict)$", "", name) for name in found} - {
         "to_dict",
         "to_json",
+        "copy_and_resolve_references",
     }
     assert found <= keys

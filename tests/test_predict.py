@@ -232,7 +232,7 @@ def test_a_stream_shows_whole_characters_and_no_part_of_the_end_mark(workdir, mo
 
 def test_any_question_can_be_asked(ask):
     out, _ = ask("--json", "--first=2", "--question=what would help?", "--question=caption")
-    assert [line["question"] for line in parsed(out)] == 2 * ["what would help?"] + 2 * ["caption"]
+    assert [line["question"] for line in parsed(out)] == 2 * ["what would help?", "caption"]
     assert "not on caption" in ask("--first=1", "--question=caption")[1]
 
 
@@ -333,7 +333,7 @@ def test_an_interrupted_command_ends_with_one_sentence_and_goes_on(
     assert capsys.readouterr().err.endswith(
         "interrupted; with --out the same command goes on where it stopped\n"
     )
-    assert len(parsed(out.read_text())) == 3
+    assert len(parsed(out.read_text())) == 2 * 3  # both questions about three clips
     monkeypatch.undo()
     ask(f"--out={out}")
     assert len(by_name(parsed(out.read_text()))) == len(parsed(out.read_text())) == 2 * CLIPS

@@ -13,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from affectgpt_jax.common.files import atomic_write
+from affectgpt_jax.common.text import one_line
 
 DPI = 110
 GREY = "0.45"
+NAME_SHOWN = 40  # characters
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -41,6 +43,13 @@ def save_png(figure: Any, path: str | os.PathLike[str], about: str | None = None
         figure.savefig(
             file, format="png", dpi=DPI, metadata={"Software": None, "Description": about}
         )
+
+
+def plain(text: str) -> str:
+    """Text from outside for a figure: in one line, not too long, and without formulas."""
+    text = one_line(text)
+    text = text if len(text) <= NAME_SHOWN else f"{text[:NAME_SHOWN]}\u2026"
+    return text.replace("$", r"\$")
 
 
 def tidy(axes: Any) -> None:

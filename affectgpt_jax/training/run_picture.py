@@ -194,4 +194,4 @@ def _of(name: str, logged: set[str]) -> list[str]:
 def _label(name: str) -> str:
     """What a legend calls a metric: its split, and the component where it is of one."""
     split, _, component = name.split("/", 2) if name.count("/") > 1 else (*name.split("/"), "")
-    return f"{split} {component}".strip()
+    return drawing.plain(f"{split} {component}".strip())

@@ -108,8 +108,11 @@ interval_s = min(wait_s / 8, 5)
 
 
 def is_stopped():
-    with open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] in "tT"
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] in "tT"
+    except OSError:  # it has just ended
+        return True
 
 
 silent_s, looked_s = 0, time.monotonic()
@@ -195,6 +198,8 @@ class Watchdog:
             self._watcher = subprocess.Popen(
                 arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, bufsize=0
             )
+            # This process never waits for the other, which may be suspended alone.
+            os.set_blocking(self._watcher.stdin.fileno(), False)
 
     def _end(self) -> None:
         self._ending.acquire()  # never released: the run does not go on beside its rescue
@@ -226,7 +231,10 @@ class Watchdog:
             return "nothing is saved now"
         thread = threading.Thread(target=run, name="rescue", daemon=True)
         thread.start()
-        thread.join(RESCUE_S)
+        until_s = time.monotonic() + RESCUE_S
+        while thread.is_alive() and (left_s := until_s - time.monotonic()) > 0:
+            self._put_off_last_resort()
+            thread.join(min(left_s, 1.0))
         return said[0] if said else f"it could not be saved within {RESCUE_S:g} s"
 
     def __enter__(self) -> Self:
@@ -242,6 +250,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         if self._watcher is not None:
             self._watcher.stdin.close()
+            self._watcher.kill()
             self._watcher.wait()
 
 

@@ -27,9 +27,9 @@ import jax
 
 import affectgpt_jax
 from affectgpt_jax import build, cli, runtime
+from affectgpt_jax.common import hub
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.files import new_path
-from affectgpt_jax.common.hub import HubError
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import check_type, read_json, write_json
 from affectgpt_jax.common.text import print_lines
@@ -222,8 +222,9 @@ def export_peft(arguments: argparse.Namespace) -> str:
     lora = _require_lora(checkpoint)
     place = f"beside {checkpoint.base.name}"
     try:
-        base = str(find_base(checkpoint, arguments.base, arguments.download).absolute())
-    except (ConfigError, HubError):
+        found = find_base(checkpoint, arguments.base, arguments.download)
+        base = hub.model_name(found) if hub.is_cached(found) else str(found.absolute())
+    except (ConfigError, hub.HubError):
         if arguments.base or arguments.download:
             raise
         base = checkpoint.base.name
@@ -256,8 +257,9 @@ def export_release(arguments: argparse.Namespace) -> str:
     )
 
 
-# Keys of a config that name places of one machine.
-_PLACES = ("llm", "init_from", "data.train", "data.val", "data.test")
+# Keys of a config that name places of one machine; of the first two, if not models of the hub.
+_MODELS = ("llm", "init_from")
+_PLACES = (*_MODELS, "data.train", "data.val", "data.test")
 
 
 def export_hub(arguments: argparse.Namespace) -> str:
@@ -267,7 +269,7 @@ def export_hub(arguments: argparse.Namespace) -> str:
     for key in _PLACES:
         *groups, last = key.split(".")
         entry = functools.reduce(lambda tree, group: tree.get(group, {}), groups, config)
-        if last in entry:
+        if last in entry and not (key in _MODELS and hub.parse_place(entry[last])):
             entry[last] = Path(entry[last]).name
     for entry in config.get("data", {}).get("mixture", {}).values():
         entry["source"] = Path(entry["source"]).name

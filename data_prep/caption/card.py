@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from affectgpt_jax.common import drawing
 from affectgpt_jax.common.files import write_text
 from affectgpt_jax.data.records import IndexEntry
 from affectgpt_jax.evaluation.lexicon import Lexicon
 from affectgpt_jax.evaluation.markup import escape_markdown
 
 from ..contents import Contents, table_row, write_statistics
-from ..figures import save_png
 from . import filtering
 from .describe import KINDS, Described, read_described
 from .filtering import PASSED, DataSet, Judgement
@@ -373,9 +373,7 @@ def _limits(data: DataSet) -> str:
 
 def _draw_growth(sets: Mapping[str, Sequence[IndexEntry]], path: Path) -> None:
     """Different labels by the number of clips in which they were met, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = drawing.new_figure(8, 4)
     panel = figure.subplots()
     for name, entries in sets.items():
         seen: set[str] = set()
@@ -387,4 +385,5 @@ def _draw_growth(sets: Mapping[str, Sequence[IndexEntry]], path: Path) -> None:
     panel.set_xlabel("clips")
     panel.set_ylabel("different labels")
     panel.legend()
-    save_png(figure, path)
+    drawing.tidy(panel)
+    drawing.save_png(figure, path)

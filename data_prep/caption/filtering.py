@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from affectgpt_jax.common import drawing
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.json import write_json
@@ -33,7 +34,6 @@ from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
 
 from ..crowd.votes import Vote, read_votes
-from ..figures import save_png
 from ..speakers.verdicts import read_speakers
 from .describe import Described, read_described
 from .lengths import Cuts, fit_cuts, measure
@@ -400,9 +400,7 @@ def _kind(test: str, judgement: Judgement) -> str:
 
 def draw_funnel(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the clips and the vocabulary after each test, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.6 * len(stages) + 1.2), layout="constrained")
+    figure = drawing.new_figure(8, 0.6 * len(stages) + 1.2)
     panel = figure.subplots()
     names = [stage["test"] for stage in stages]
     clips = [stage["clips"] for stage in stages]
@@ -413,7 +411,7 @@ def draw_funnel(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
     panel.invert_yaxis()
     panel.set_xlim(0, 1.35 * max(*clips, 1))
     panel.set_xlabel("clips that passed")
-    save_png(figure, path)
+    drawing.save_png(figure, path)
 
 
 def trainable(data: DataSet, kept: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

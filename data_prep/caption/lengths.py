@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..figures import save_png
+from affectgpt_jax.common import drawing
 
 # Between the quartiles of a normal distribution, in standard deviations.
 QUARTILES = 1.349
@@ -63,9 +63,7 @@ def fit_cuts(texts: Sequence[str], tails: float) -> dict[str, Cuts]:
 
 def draw_lengths(texts: Sequence[str], cuts: dict[str, Cuts], path: Path) -> None:
     """A histogram of the lengths with both cuts, a panel a unit, as PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.5 * max(len(cuts), 1)), layout="constrained")
+    figure = drawing.new_figure(8, 3.5 * max(len(cuts), 1))
     panels = figure.subplots(max(len(cuts), 1), 1, squeeze=False)[:, 0]
     for panel, (unit, cut) in zip(panels, cuts.items()):
         values = [n for n, found in map(measure, filter(str.strip, texts)) if found == unit]
@@ -76,4 +74,5 @@ def draw_lengths(texts: Sequence[str], cuts: dict[str, Cuts], path: Path) -> Non
         panel.set_xlabel(f"{unit} of a description")
         panel.set_ylabel("clips")
         panel.legend()
-    save_png(figure, path)
+        drawing.tidy(panel)
+    drawing.save_png(figure, path)

@@ -400,7 +400,7 @@ def member_words(
     """
     summary, _, inputs = _to_vote_on(crowd, records, text)
     for facts in summary["corpora"]:
-        about = read_json(crowd / f"{facts['name']}.json", dict[str, Any], error=CrowdError)
+        about = _read_about(crowd, facts["name"])
         words = np.array(about["classes"])
         if len(words):
             for probabilities, _ in answers_of(crowd, facts["name"], about, inputs):

@@ -1,5 +1,6 @@
 """Files: read with a limit, written whole or not at all, locked, and hashed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -163,6 +164,20 @@ def test_no_link_is_followed_or_replaced(tmp_path):
     (tmp_path / "linked").symlink_to(tmp_path / "folder")
     files.write_text(tmp_path / "linked" / "a", "x")  # a link to the folder is the user's choice
     assert (tmp_path / "folder" / "a").read_text() == "x"
+
+
+def test_lines_are_added_through_no_link(tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine\n")
+    for name, target in (("link", mine), ("dangling", tmp_path / "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(OSError) as told:
+            files.open_to_append(tmp_path / name)
+        assert told.value.errno == errno.ELOOP
+    assert mine.read_text() == "mine\n" and not (tmp_path / "nowhere").exists()
+    with files.open_to_append(mine) as file:
+        file.write("more\n")
+    assert mine.read_text() == "mine\nmore\n"
 
 
 def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from affectgpt_jax.common import drawing
 from affectgpt_jax.data.records import Record, write_records
 from data_prep import statistics
 
@@ -81,7 +82,7 @@ def test_labels_that_are_formulas_escape_sequences_or_endless_are_drawn_as_text(
     write_records(tmp_path / "$x$", records, encoders={"face": "x"})
     statistics.main(["--records", f"{tmp_path / '$x$'}", f"--out={tmp_path / 'out'}"])
     with Image.open(tmp_path / "out" / "distributions.png") as picture:
-        assert picture.size == (1440, 960)
+        assert picture.size == (12 * drawing.DPI, 8 * drawing.DPI)
 
 
 def test_a_single_bin_is_seen_and_shares_begin_at_zero(directories, monkeypatch):
@@ -99,6 +100,11 @@ def test_a_single_bin_is_seen_and_shares_begin_at_zero(directories, monkeypatch)
     assert (values.tolist(), edges.tolist()) == ([1.0], [0.5, 1.5])
     assert panels["labels per clip"].get_ylim()[0] == 0
     assert [patch.get_label() for patch in panels["seconds per clip"].patches] == ["train"]
+    # Labels stand beside their bars, each on a line of its own, the most frequent one on top.
+    labels = panels["clips"]
+    assert [text.get_text() for text in labels.get_yticklabels()] == ["sad", "calm"]
+    assert [bar.get_width() for bar in labels.patches] == [2, 1]
+    assert labels.yaxis_inverted()
 
 
 def test_what_a_user_gets_wrong_is_one_sentence(directories):
