@@ -205,7 +205,7 @@ def test_microbatches_and_several_processes_reinforce_as_one_does(
     started = group(workdir, count, *keys, settings=settings, module=MODULE)
     with ending(started) as commands:
         for command in commands:
-            assert command.wait() == 0, command.said
+            assert command.wait(timeout_s=900) == 0, command.said
         assert "Before and after" in commands[0].said
         assert not any("Before and after" in command.said for command in commands[1:])
     found, wanted = learned(workdir), learned(expected)
