@@ -71,6 +71,7 @@ setup(
         "absl-py",
         "transformers>=5.0",
         "jinja2>=3.1",  # chat templates of transformers
+        "huggingface-hub>=1.0",
         "safetensors>=0.7",
         "tensorflow-datasets>=4.9.10",
         "tensorboardX>=2.6",

@@ -33,7 +33,6 @@ from affectgpt_jax.models import attention, generate
 from affectgpt_jax.models.decoder import float32_logits
 from affectgpt_jax.models.flops import Flops, forward_flops, train_flops
 from affectgpt_jax.models.generate import DecodeState, Decoding, Sampling
-from affectgpt_jax.models.lora import merge
 from affectgpt_jax.planner import Layout, Planner
 from affectgpt_jax.training import memory, policy, roofline, sharding
 from affectgpt_jax.training.devices import Device
@@ -309,11 +308,8 @@ class RolloutPlanner:
         there = device_nbytes(base) + device_nbytes(state) + device_nbytes(state["trainable"])
         weights = base, state["trainable"]
         merged = self._merged_bytes(shape)
-        if merged:
-            scale = writer.decoder.lora.scale
-            made = functools.partial(merge, scale=scale)
-            shapes = jax.eval_shape(made, base, state["trainable"]["lora"])
-            weights = sharding.with_shardings(mesh, shapes), {**state["trainable"], "lora": {}}
+        if merged:  # the merged base has the base's shapes
+            weights = base, {**state["trainable"], "lora": {}}
 
         size = rl.prompts * rl.group
         bucket = Bucket(self.prompt_length, 0)

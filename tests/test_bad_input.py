@@ -281,7 +281,11 @@ runpy.run_module("affectgpt_jax.train", run_name="__main__", alter_sys=True)
     ("limit", "flags", "said"),
     [
         # the config of the run
-        (100, (), "run: File too large; the run needs a --workdir that it can write to, with room"),
+        (
+            100,
+            (),
+            "run/config.json: File too large; the run needs a --workdir that it can",
+        ),
         # the demo's records
         (
             2_000_000,

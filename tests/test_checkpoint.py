@@ -358,7 +358,6 @@ def test_a_file_of_the_pytorch_twin_answers_as_the_twin_does(ask, test_clips, tm
     clips, limit = RecordSubset(RecordDataset(test_clips), range(5)), 12
     names = [f"--name={entry.name}" for entry in clips.index]
     flags = [f"--config.generate.max_new_tokens={limit}", "--config.generate.merge_lora=false"]
-    flags.append("--config.mesh=data:1")
     found, _ = ask(
         f"--checkpoint={path}",
         "--config=demo",

@@ -205,17 +205,18 @@ def test_microbatches_and_several_processes_reinforce_as_one_does(
     started = group(workdir, count, *keys, settings=settings, module=MODULE)
     with ending(started) as commands:
         for command in commands:
-            assert command.wait() == 0, command.said
+            assert command.wait(timeout_s=900) == 0, command.said
         assert "Before and after" in commands[0].said
         assert not any("Before and after" in command.said for command in commands[1:])
     found, wanted = learned(workdir), learned(expected)
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
-        assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
     for x, y in zip(
         *(jax.tree.leaves(SavedRun(w).trainable(6)) for w in (workdir, expected)), strict=True
     ):
-        np.testing.assert_allclose(x, y, atol=1e-4)
+        # Adam makes steps of 3e-3 out of gradients that are nothing but rounding.
+        np.testing.assert_allclose(x, y, atol=1e-3)
     found, wanted = (json.loads((w / "result.json").read_text()) for w in (workdir, expected))
     assert found["before"] == wanted["before"]
 

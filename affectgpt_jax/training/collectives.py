@@ -7,14 +7,18 @@ bytes in fewer and larger pieces.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from affectgpt_jax.common.errors import UserError
@@ -63,7 +67,8 @@ def compile_and_read(lowered: Any, mesh: Mesh) -> tuple[Any, list[Collective]]:
             # The program is not run; without LLVM's optimisations it compiles in half the time.
             "xla_backend_optimization_level": 0,
         }
-        compiled = lowered.compile(compiler_options=options)
+        with _without_cache():
+            compiled = lowered.compile(compiler_options=options)
         written = sorted(Path(folder).glob("*after_spmd-partitioning*.txt"))
         if not written:
             if mesh.size == 1:
@@ -71,6 +76,19 @@ def compile_and_read(lowered: Any, mesh: Mesh) -> tuple[Any, list[Collective]]:
             raise ProgramError("this version of XLA wrote no partitioned program to read")
         text = written[-1].read_text(encoding="utf-8")
     return compiled, read(text, mesh)
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Programs are compiled anew: of one that comes from JAX's cache on disk XLA writes nothing."""
+    enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def read(text: str, mesh: Mesh) -> list[Collective]:

@@ -32,7 +32,6 @@ PANELS = {
     "KL to the start": {"": "train/kl"},
     "entropy of the answers": {"": "train/entropy"},
     "labels of a sample": {"": "train/labels"},
-    "tokens of an answer": {"": "train/answer_tokens"},
     "margin of the pairs": {"train": "train/margin", "val": "val/margin"},
 }
 COLUMNS = 3
@@ -159,7 +158,7 @@ def _plot_panel(
     axes: Any, title: str, curves: Mapping[str, str], records: Sequence[Mapping[str, Any]]
 ) -> None:
     axes.set_title(title, fontsize=10)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     found = {label: series(records, key) for label, key in curves.items()}
     found = {label: points for label, points in found.items() if points[0]}
     for number, (label, points) in enumerate(found.items()):
@@ -167,7 +166,9 @@ def _plot_panel(
         plot(*points, color=f"C{number}", label=label if len(found) > 1 else None)
     lowest = min((value for _, values in found.values() for value in values), default=0.0)
     if title == "gradient norm" and lowest > 0:
-        axes.set_yscale("log")
+        axes.set_yscale("log", subs=[2, 5])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     elif lowest >= 0:
         axes.set_ylim(bottom=0)
 

@@ -198,7 +198,7 @@ def test_a_dropped_file_gets_the_answer_that_its_record_gets(folder, page):
             status, found = page.chat(part, well, question)
             assert status == 200 and found["choices"] == expected["choices"]
     status, found = page.chat(video(content[:-2000]), well)
-    assert status == 422 and "the file cannot be used: " in found["error"]["message"]
+    assert status == 422 and "the file cannot be used: not readable" in found["error"]["message"]
 
 
 def test_a_file_that_is_too_long_is_not_decoded(folder, page, tmp_path):
@@ -215,9 +215,7 @@ def test_a_browser_shows_what_the_model_is_given_of_a_real_clip(folder, page, tm
         shown.open(page.url)
         shown.until("document.getElementById('kind').options.length")
         shown.choose_file("#file", folder / "new.mp4")
-        shown.until(
-            "!document.getElementById('go').disabled && document.querySelectorAll('.wave').length"
-        )
+        shown.until("!document.getElementById('go').disabled && !!document.querySelector('.wave')")
         assert shown.run("document.querySelectorAll('.images img').length") == 8
         shown.run("document.getElementById('subtitle').value = 'well'")
         shown.run("document.getElementById('ask').requestSubmit()")
@@ -228,7 +226,7 @@ def test_a_browser_shows_what_the_model_is_given_of_a_real_clip(folder, page, tm
         assert shown.problems == []
         shown.choose_file("#file", tmp_path / "broken.mp4")
         problem = shown.until("document.getElementById('problem').innerText")
-        assert "the file cannot be used: not readable as media" in problem, problem
+        assert "not readable as media" in problem
 
 
 def test_of_many_files_those_are_answered_that_can_be_read(folder, capsys):
@@ -270,7 +268,7 @@ def test_of_many_files_those_are_answered_that_can_be_read(folder, capsys):
 
 def test_the_picture_of_a_clip_holds_its_frames_faces_and_sound(folder):
     pixels = np.asarray(Image.open(folder / "pictures" / "new.png").convert("RGB"))
-    assert pixels.shape[1] == 1200 and pixels.shape[0] > 500
+    assert pixels.shape[1] > 1000 and pixels.shape[0] > 500
     # The wall of the clip in each of eight frames; below them, eight faces without it.
     wall = np.abs(pixels.astype(int) - face_frames(1, seed=21)[0, 0, -1]).max(axis=-1) < 12
     columns = wall.any(axis=0)

@@ -161,7 +161,7 @@ def test_label_archives_of_the_release(tmp_path):
     assert rows(read_truth(mosi, "sentiment", True)) == {"a": -2.5}
     with pytest.raises(ReadError, match="use --task=sentiment"):
         read_truth(mosi, "basic", True)
-    with pytest.raises(ReadError, match="no label lists"):
+    with pytest.raises(ReadError, match="hold no such truth"):
         read_truth(mosi, "fine", True)
 
 

@@ -148,3 +148,22 @@ def test_a_loop_of_unknown_length_is_an_error_only_around_a_collective():
     assert sent_by(mesh, halve_until_small, whole) == []
     with pytest.raises(collectives.ProgramError, match="a loop of unknown length"):
         sent_by(mesh, halve_until_the_sum_is_small, x)
+
+
+def test_a_program_that_is_in_the_cache_is_read_again(tmp_path):
+    mesh = sharding.make_mesh("data:8")
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        first, second = (
+            sent_by(mesh, lambda x: x.sum(), argument(mesh, (ROWS,), P("data"))) for _ in range(2)
+        )
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert first == second != [] and jax.config.jax_enable_compilation_cache
