@@ -338,6 +338,7 @@ def listen_until_interrupted(
             f"note: {host} is no loopback address: whoever reaches it can ask this run, without a "
             "password or encryption"
         )
+    listening.listen()  # who reads the next line may connect at once
     shown = f"[{host}]" if ":" in host else host
     say(f"http://{shown}:{port} (Ctrl-C ends it)")
     server.run(sockets=[listening])
