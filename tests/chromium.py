@@ -64,7 +64,7 @@ class Page:
             self(f"{domain}.enable")
         self.resize(width, height, dark)
 
-    def __call__(self, method, timeout_s=60, **parameters):
+    def __call__(self, method, timeout_s=300, **parameters):
         """The result of a command of the protocol."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
@@ -109,7 +109,7 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    def until(self, condition, timeout_s=60):
+    def until(self, condition, timeout_s=300):
         """Wait until an expression of JavaScript is true; its value."""
         end = time.monotonic() + timeout_s
         while not (value := self.run(condition)):

@@ -87,7 +87,7 @@ class Heard(list):
             self._end.set()
 
     def last(self):
-        assert self._end.wait(60)
+        assert self._end.wait(600)
         return self[-1]
 
 
@@ -194,7 +194,7 @@ class Rows:
             del self.texts[number]
 
     def write(self):
-        assert self.may_write.acquire(timeout=30)
+        assert self.may_write.acquire(timeout=300)
         if self.broken:
             self.broken = False
             raise ValueError("a device that failed")
@@ -225,7 +225,7 @@ def submit(engine, size=1, seed=0):
 
 
 def wait(condition):
-    for _ in range(3000):
+    for _ in range(30_000):
         if condition():
             return
         threading.Event().wait(0.01)

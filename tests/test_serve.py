@@ -342,7 +342,7 @@ def test_broken_and_too_large_files_are_refused(client, eyes):
 
 
 def test_a_body_without_a_length_is_counted_as_it_comes(client):
-    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=600)
     with contextlib.closing(connection):
         chunks = (bytes(2**14) for _ in range(8))
         connection.request("POST", "/clips", chunks, {"content-type": "video/mp4"})
@@ -393,7 +393,7 @@ def letters(plain):
 
 def begin(client, **keys):
     """A request that is answered in a stream, after its first event: connection and response."""
-    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=600)
     body = {"messages": [ASKED], "stream": True, **keys}
     connection.request("POST", "/v1/chat/completions", json.dumps(body))
     response = connection.getresponse()

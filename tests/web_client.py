@@ -25,7 +25,7 @@ class Client:
 
     def __call__(self, path, body=None, method=None, **headers):
         """Status, headers and content of a response; JSON as it is parsed."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         try:
             if not isinstance(body, bytes | None):
                 body = json.dumps(body).encode()
