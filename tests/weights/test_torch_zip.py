@@ -42,8 +42,9 @@ def torch_bits(tensor):
     """The same of a PyTorch tensor; NumPy has no bfloat16 of PyTorch's."""
     import torch
 
-    contiguous = tensor.detach().contiguous()
-    raw = contiguous.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    # Of a dimension of size 1, `contiguous` keeps whatever stride there is.
+    dense = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
+    raw = dense.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
     return raw, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
 
 
