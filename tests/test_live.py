@@ -100,7 +100,7 @@ def test_many_questions_at_once_are_answered_as_predict_does_in_fewer_steps(live
     asked = [(record, question) for record in clips for question in QUESTIONS]
     assert len({answer.text for answer in expected.values()}) > 10, "alike, they prove little"
     before = programs()
-    engine = Engine(live, queue=len(asked), timeout_s=60)
+    engine = Engine(live, queue=len(asked), timeout_s=600)
     try:
         first = live.steps
         heard = [Heard() for _ in asked]
@@ -212,7 +212,7 @@ class Rows:
 
 @pytest.fixture
 def engine():
-    engine = Engine(Rows(), queue=3, timeout_s=30)
+    engine = Engine(Rows(), queue=3, timeout_s=600)
     yield engine
     engine.live.may_write.release(1000)
     engine.stop()
@@ -287,7 +287,7 @@ def test_prompts_of_two_seeds_join_one_after_another(engine):
 
 
 def test_at_its_end_all_are_told():
-    engine = Engine(Rows(), queue=3, timeout_s=30)
+    engine = Engine(Rows(), queue=3, timeout_s=600)
     heard = deque([submit(engine, 10**9) for _ in range(3)])
     engine.begin_stop()
     engine.live.may_write.release(10)

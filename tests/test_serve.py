@@ -85,7 +85,7 @@ class Eyes:
         return web.Seen(found, [], {"length": "2.0 s"}, pictures, sound)
 
 
-def service_like(plain, engine=None, look=None, timeout_s=60):
+def service_like(plain, engine=None, look=None, timeout_s=600):
     return web.Service(
         plain.run,
         plain.clips,
@@ -377,7 +377,7 @@ class Letters(Rows):
         )
 
 
-def engine_of(rows, queue=2, timeout_s=60):
+def engine_of(rows, queue=2, timeout_s=600):
     return Engine(rows, queue=queue, timeout_s=timeout_s)
 
 
