@@ -198,7 +198,7 @@ def test_labels_have_places_on_the_wheels(plain):
 ASKED = {"role": "user", "content": [record(NAME), text("ovlabel")]}
 WRONG = [
     (b"", "not JSON"),
-    (b"[" * 5000, "nested deeper than 100 levels"),
+    (b"[" * 5000 + b"]" * 5000, "nested deeper than 100 levels"),
     (b"\xff\xfe", "not UTF-8"),
     ({}, "the key 'messages' is missing"),
     ({"messages": []}, "there are 0 messages"),

@@ -266,17 +266,16 @@ def _token_log_probs(
 def _block_log_probs(states: jax.Array, kernel: jax.Array, targets: jax.Array) -> jax.Array:
     """`token_log_probs` of one block.
 
-    Its gradient by a state is the target's column of the kernel less their mean by the softmax,
-    which the forward pass computes while it has the logits; the backward pass only scales it.
-    Autodiff would either keep the logits or recompute them, and its matmul would mix float32 with
-    the kernel's dtype, which GPUs run at a fraction of bfloat16's rate.
+    Its gradient by a state is `(onehot - softmax) @ kernel^T`, which the forward pass computes
+    while it has the logits; the backward pass only scales it. Autodiff would either keep the logits
+    or recompute them, and its matmul would mix float32 with the kernel's dtype, which GPUs run at a
+    fraction of bfloat16's rate.
     """
     return _log_probs_and_exponentials(states, kernel, targets)[0]
 
 
 def _log_probs_and_exponentials(states, kernel, targets):
-    """Log probabilities `[B, S]`; numerator `[B, S, V]`, of which the largest is 1, and denominator
-    `[B, S, 1]` of softmax."""
+    """Log probabilities `[B, S]`; numerator `[B, S, V]` and denominator `[B, S, 1]` of softmax."""
     logits = jnp.einsum("bsd,dv->bsv", states, kernel, preferred_element_type=jnp.float32)
     largest = logits.max(axis=-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
@@ -290,12 +289,9 @@ def _block_forward(states, kernel, targets):
         raise NotImplementedError("the lm_head is frozen; it has no gradient")
     states, kernel, targets = states.value, kernel.value, targets.value
     log_probs, exponentials, total = _log_probs_and_exponentials(states, kernel, targets)
-    # The softmax is normalised behind the matmul: so the pass over the logits that adds up the
-    # exponentials writes what the matmul reads.
-    wide = dict(preferred_element_type=jnp.float32)
-    mixed = jnp.einsum("bsv,dv->bsd", exponentials.astype(states.dtype), kernel, **wide)
-    column = jnp.moveaxis(jnp.take(kernel, targets, axis=1), 0, -1)
-    return log_probs, (column - mixed / total).astype(states.dtype)
+    hit = jnp.arange(kernel.shape[1]) == targets[..., None]
+    slope = (jnp.where(hit, 1.0, 0.0) - exponentials / total).astype(states.dtype)
+    return log_probs, jnp.einsum("bsv,dv->bsd", slope, kernel)
 
 
 def _block_backward(slope, grad):
