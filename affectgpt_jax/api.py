@@ -137,7 +137,8 @@ def load_run(
     restore.set_up_process()
     place = Path(workdir).expanduser()
     how = {"mesh": mesh, "merge_lora": merge_lora, "download": download}
-    return restore.load_run(place, step, llm=str(llm), allow_other=allow_other, **how)
+    run = restore.open_run(place, step, llm=str(llm), allow_other=allow_other, **how)
+    return run.with_weights()
 
 
 def load_checkpoint(

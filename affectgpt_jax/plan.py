@@ -256,15 +256,7 @@ def make_plan(config: ConfigDict, arguments: argparse.Namespace) -> dict[str, An
     attention = planner.attention(shape.tensor)
     tokens = config.batch_size * rows.length
     return {
-        "config": {
-            "llm": config.llm,
-            "lora_rank": config.lora.rank,
-            "input": config.input,
-            "dtype": config.dtype,
-            "base_precision": config.base_precision,
-            "batch_size": config.batch_size,
-            "steps": config.steps,
-        },
+        "config": _config_facts(config, batch_size=config.batch_size),
         "device": device._asdict(),
         "rows": dataclasses.asdict(rows),
         "attention": {"name": attention.name, "reason": attention.reason},
@@ -348,15 +340,7 @@ def plan_of_reinforcement(config: ConfigDict, arguments: argparse.Namespace) -> 
         "update": planner.update.attention(shape.tensor),
     }
     return {
-        "config": {
-            "llm": config.llm,
-            "lora_rank": config.lora.rank,
-            "input": config.input,
-            "dtype": config.dtype,
-            "base_precision": config.base_precision,
-            "rl": json.loads(rl.to_json()),
-            "steps": config.steps,
-        },
+        "config": _config_facts(config, rl=json.loads(rl.to_json())),
         "device": device._asdict(),
         "devices": arguments.devices,
         "mesh": shape._asdict(),
@@ -384,6 +368,19 @@ def plan_of_reinforcement(config: ConfigDict, arguments: argparse.Namespace) -> 
         "answers_per_s": rl.prompts * rl.group / step["expected"],
         "run_hours": config.steps * step["expected"] / 3600,
         **({"compiled": on_gpu} if on_gpu else {}),
+    }
+
+
+def _config_facts(config: ConfigDict, **own: Any) -> dict[str, Any]:
+    """What a plan says of its config; `own` is what it says beyond other kinds of plans."""
+    return {
+        "llm": config.llm,
+        "lora_rank": config.lora.rank,
+        "input": config.input,
+        "dtype": config.dtype,
+        "base_precision": config.base_precision,
+        **own,
+        "steps": config.steps,
     }
 
 

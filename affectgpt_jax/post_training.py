@@ -132,9 +132,9 @@ def open_start(
     if own.origin is not None:
         origin = Path(own.origin).expanduser()
         config = config_from(restore.load_config(origin), section, overrides)
-        return config, lambda: restore.load_run(
+        return config, lambda: restore.open_run(
             origin, own.step, llm=config.llm, mesh=config.mesh, **how
-        )
+        ).with_weights()
     named = None
     if own.config:
         rest = [arg for arg in overrides if not arg.startswith(f"--config.{section}.")]

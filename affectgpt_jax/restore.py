@@ -149,7 +149,9 @@ class Run:
         """The same run with its weights, which are read now.
 
         Raises:
-            CheckpointError, WeightsError: as for `load_run`.
+            CheckpointError: the checkpoint belongs to another base, does not fit the config, or is
+                damaged.
+            WeightsError: a base or a file of weights that cannot be used.
         """
         directory = build.base_directory(self.config.llm)
         with Elapsed("reading the base", stream=sys.stderr, quiet_s=QUIET_S):
@@ -173,10 +175,10 @@ class Run:
 
         Args:
             step: of the checkpoint.
-            allow_other, say: as for `load_run`.
+            allow_other, say: as for `open_run`.
 
         Raises:
-            CheckpointError: there is none of that step, or as for `load_run`.
+            CheckpointError: there is none of that step, or as for `with_weights`.
         """
         shapes = sharding.abstract(self.mesh, lambda key: init_trainable(self.model, key))
         self.saved.check_inputs(step, self.inputs, allow_other, say)
@@ -257,7 +259,7 @@ def set_up_process() -> None:
 
 
 def add_allow_other(parser: argparse.ArgumentParser, names: Collection[str]) -> None:
-    """The flag `load_run` is given as `allow_other`, of every command that loads a run."""
+    """The flag `open_run` is given as `allow_other`, of every command that loads a run."""
     parser.add_argument(
         "--allow-other",
         default=[],
@@ -371,28 +373,6 @@ def open_from_flags(arguments: argparse.Namespace, say: Callable[[str], None] = 
             "such as --config=affectgpt_qwen25_7b (an exported run has its own, which stays)"
         )
     return open_checkpoint(arguments.checkpoint, config, step, **how)
-
-
-def load_run(
-    workdir: Path,
-    step: int | None = None,
-    *,
-    llm: str = "",
-    mesh: str = "",
-    merge_lora: str = "",
-    allow_other: Collection[str] = (),
-    download: bool = False,
-    say: Callable[[str], None] = say,
-) -> Run:
-    """Load the model of a run, see `open_run`, with its weights.
-
-    Raises:
-        CheckpointError: the checkpoint belongs to another base, does not fit the config, or is
-            damaged.
-        RunError, ConfigError, MeshError, PromptError, TokenizerError, WeightsError: as `open_run`.
-    """
-    how = {"llm": llm, "mesh": mesh, "merge_lora": merge_lora, "download": download}
-    return open_run(workdir, step, **how, allow_other=allow_other, say=say).with_weights()
 
 
 def open_run(

@@ -44,7 +44,7 @@ from affectgpt_jax.common.text import json_line, one_line, print_lines, say
 
 from .clips import ClipError, named_clips
 from .encoders import MISSING, PRECISIONS, EncoderError
-from .settings import DETECTOR_HELP
+from .settings import add_encoder_flags
 
 # What runs a model is imported where it is used: processes that decode read this file as well, and
 # stay small.
@@ -76,12 +76,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="a CSV file with columns name and subtitle, or a folder of NAME.srt, .vtt or .txt",
     )
     add("--records", metavar="DIR", help="what the run was trained on, if it is elsewhere now")
-    for kind, what in (("video", "faces and frames"), ("audio", "sound")):
-        text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
-        add(f"--{kind}", metavar="[NAME=]DIR", help=text)
+    add_encoder_flags(add)
     add("--faces", type=_path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
-    add("--face-detector", type=_path, metavar="FILE", help=DETECTOR_HELP)
-    add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
     precisions = PRECISIONS["cuda"]
     add("--precision", choices=precisions, help="of the encoders; default: as for the records")
     add("--workers", type=int, metavar="N", help="processes that decode ahead; default: one a core")

@@ -34,7 +34,7 @@ from affectgpt_jax.common.text import say
 
 from .clips import Clip
 from .encoders import MISSING, EncoderError
-from .settings import DETECTOR_HELP
+from .settings import add_encoder_flags
 
 # What runs a model is imported where it is used: processes that decode read this file as well, and
 # stay small.
@@ -106,11 +106,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--timeout", type=float, default=300, metavar="S", help="of a request; default: 300")
     add = parser.add_argument_group("files that are dropped").add_argument
     add("--no-upload", action="store_true", help="none; no encoders are loaded")
-    for kind, what in (("video", "faces and frames"), ("audio", "sound")):
-        text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
-        add(f"--{kind}", metavar="[NAME=]DIR", help=text)
-    add("--face-detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
-    add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
+    add_encoder_flags(add)
     arguments = restore.parse_run_flags(parser, argv)
     names = ("step", "batch_size", "max_new_tokens", "max_prompt_tokens", "max_upload", "queue")
     asking.check_least_one(parser, arguments, *names)
@@ -119,8 +115,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be over 0")
     if not 0 <= arguments.port < 2**16:
         parser.error(f"--port is {arguments.port}; expected 0 to 65535")
-    if arguments.no_upload and (arguments.video or arguments.audio):
-        parser.error("--no-upload loads no encoders; leave --video and --audio out")
+    if arguments.no_upload and names_encoders(arguments):
+        parser.error("--no-upload loads no encoders; leave out --video, --audio, --face-detector")
     asking.check_sampling_flags(parser, arguments)
     return arguments
 
@@ -247,6 +243,11 @@ def make_live(run: Run, clips: Records, arguments: argparse.Namespace) -> LiveAn
 # --- files --------------------------------------------------------------------------------------
 
 
+def names_encoders(arguments: argparse.Namespace) -> bool:
+    """Whether the command line says by what files are extracted, so that failing at it is wrong."""
+    return bool(arguments.video or arguments.audio or arguments.face_detector)
+
+
 def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None, str]:
     """How files become clips of the run; or else a sentence that says why they cannot.
 
@@ -267,10 +268,10 @@ def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None
         )
     except ModuleNotFoundError as error:
         why = MISSING.format(error.name)
-        if arguments.video or arguments.audio:
+        if names_encoders(arguments):
             raise EncoderError(why) from None
     except UserError as error:
-        if arguments.video or arguments.audio:
+        if names_encoders(arguments):
             raise
         why = str(error)
     else:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 from .encoders import BATCH, PRECISIONS, EncoderError, EncoderPlace, has_gpu
@@ -49,6 +50,15 @@ class Settings(TypedDict):
     precision: str
     faces: dict[str, str]
     versions: dict[str, str]
+
+
+def add_encoder_flags(add: Callable[..., Any]) -> None:
+    """The flags of what extracts files as a run's records were, see `extractor.extraction_of`."""
+    for kind, what in (("video", "faces and frames"), ("audio", "sound")):
+        text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
+        add(f"--{kind}", metavar="[NAME=]DIR", help=text)
+    add("--face-detector", type=Path, metavar="FILE", help=DETECTOR_HELP)
+    add("--device", choices=("cpu", "cuda"), help="of the encoders; default: as for the records")
 
 
 def make_settings(

@@ -7,13 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from affectgpt_jax import asking
+from affectgpt_jax import asking, load_run
 from affectgpt_jax.data.pipeline import DataError, feature_shapes
 from affectgpt_jax.inference import Answer
 from affectgpt_jax.live import Busy, Engine, LiveAnswers, OutOfTime, Stopped
 from affectgpt_jax.models import generate
 from affectgpt_jax.models.generate import Sampling
-from affectgpt_jax.restore import load_run
 
 QUESTIONS = ("description", "ovlabel")
 # A model of two steps says the same about every clip, unless it is made to wander.

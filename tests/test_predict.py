@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import build, inference, predict
+from affectgpt_jax import build, inference, load_run, predict
 from affectgpt_jax.common.files import FileInUse
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.data import demo
@@ -23,7 +23,6 @@ from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.decoder import ComputeConfig
 from affectgpt_jax.models.generate import Generated, Sampling
-from affectgpt_jax.restore import load_run
 
 # A model of two steps says the same about every clip, unless it is made to wander.
 WANDER = ("--temperature=1.5", "--top-p=0.95", "--repetition_penalty=1.1", "--seed=3")

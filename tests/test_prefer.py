@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import build, prefer
+from affectgpt_jax import build, load_run, prefer
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
@@ -20,7 +20,6 @@ from affectgpt_jax.inference import Answer
 from affectgpt_jax.models.attention import GROUP
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.pairs import PairData, annotated_pairs, sampled_pairs
-from affectgpt_jax.restore import load_run
 from affectgpt_jax.training.metrics_writer import read_metrics
 
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from commands import Command, ending, finish, group, trace
 
-from affectgpt_jax import reinforce
+from affectgpt_jax import load_run, reinforce
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
-from affectgpt_jax.restore import load_run
 from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
 

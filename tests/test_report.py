@@ -1,15 +1,14 @@
 import contextlib
-import functools
 import html.parser
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 from urllib.parse import urlsplit
 
 import pytest
+from chromium import browser
 
 from affectgpt_jax.evaluation.markup import escape_markdown, printable
 from affectgpt_jax.evaluation.readers import Finding, Pairs
@@ -374,15 +373,6 @@ sys.exit(f"loaded {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0
     # Templates are loaded when a page is written.
     importing = "import sys, affectgpt_jax.report; sys.exit('jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", importing]).returncode == 0
-
-
-@functools.cache
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        pytest.skip("no chromium or google-chrome on the PATH")
-    return found
 
 
 def browse(page, profile, *flags):

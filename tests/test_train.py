@@ -12,14 +12,13 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import train
+from affectgpt_jax import load_run, train
 from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.models import attention
-from affectgpt_jax.restore import load_run
 from affectgpt_jax.training import loop
 from affectgpt_jax.training.metrics_writer import read_metrics
 from affectgpt_jax.weights import __main__ as weights

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from affectgpt_jax import build, evaluate, import_arrays, train
+from affectgpt_jax import build, evaluate, import_arrays, load_run, train
 from affectgpt_jax.config import ConfigError, validate
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo, modalities
@@ -19,7 +19,6 @@ from affectgpt_jax.data.prompts import PromptError, load_prompts
 from affectgpt_jax.data.records import RecordDataset, RecordError, encode, write_records
 from affectgpt_jax.models import fusers
 from affectgpt_jax.models.affectgpt import init_trainable
-from affectgpt_jax.restore import load_run
 from affectgpt_jax.training.step import init_key
 from affectgpt_jax.weights import report
 from affectgpt_jax.weights.release import save_release

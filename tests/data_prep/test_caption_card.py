@@ -1,11 +1,10 @@
 import csv
-import functools
 import json
 import re
-import shutil
 import subprocess
 
 import pytest
+from chromium import browser
 from scipy.stats import binomtest
 from test_caption_filter import NAMES, data_set  # noqa: F401
 
@@ -142,15 +141,6 @@ def test_answers_are_counted_by_the_key(study):
         compare.count_answers(folder, [file])
     with pytest.raises(UserError, match="no clip is described by both"):
         compare.write_page(folder, {"a": "x"}, {"b": "x"}, {}, pairs=2, seed=0, title="t")
-
-
-@functools.cache
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next((path for path in map(shutil.which, names) if path), None)
-    if found is None:
-        pytest.skip("no chromium or google-chrome on the PATH")
-    return found
 
 
 # Clicks on the first, the last and the middle answer, then shows what would be saved.
