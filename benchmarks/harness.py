@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from affectgpt_jax.cli import exit_on_error, make_parser
+from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import read_json, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -155,7 +156,7 @@ class Measurement:
 
 
 def describe(*more_packages: str) -> dict[str, Any]:
-    """Machine and versions, as every result file carries them."""
+    """Machine, versions and a hash of the code, as every result file carries them."""
     import jax
 
     device = jax.devices()[0]
@@ -163,6 +164,7 @@ def describe(*more_packages: str) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "versions": versions,
+        "code": code_identity().sha256,
         "device": f"{jax.device_count()} x {device.device_kind}",
         "platform": device.platform,
         "cpu": _cpu_name(),
