@@ -317,7 +317,8 @@ def score_files(
     from affectgpt_jax import score
 
     files = [predictions] if isinstance(predictions, (str, PathLike)) else predictions
-    argv = [f"--task={task}", f"--truth={truth}", f"--level={level}", f"--missing={missing}"]
+    argv = [f"--task={task}", f"--truth={truth}", f"--missing={missing}"]
+    argv += [f"--level={level}"] if level != 1 else []
     argv += [f"--bootstrap={bootstrap}", f"--seed={seed}"]
     argv += [f"--lexicon={lexicon}"] if lexicon is not None else []
     argv += ["--allow-pickle"] if allow_pickle else []

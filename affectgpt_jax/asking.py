@@ -50,27 +50,44 @@ def add_answer_flags(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of how tokens are chosen; `check_sampling_flags` reads them."""
+def add_sampling_flags(parser: argparse.ArgumentParser, seeded: str = "of sampling") -> None:
+    """The flags of how tokens are chosen; `check_sampling_flags` reads them.
+
+    Args:
+        parser: of the command.
+        seeded: what the seed is of.
+    """
     add = parser.add_argument
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
+    add("--temperature", type=float, metavar="T", help="default: 0, no sampling")
     add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
     add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
-    add("--seed", type=int, default=0, help="of sampling; default: 0")
+    add("--seed", type=int, default=0, help=f"{seeded}; default: 0")
 
 
 def check_answer_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     """Refuse wrong values of the flags of `add_answer_flags`; `arguments` gets its `sampling`."""
     check_least_one(parser, arguments, "max_new_tokens", "batch_size")
     check_texts(parser, arguments, "question")
-    if arguments.consensus is None:
-        if arguments.lexicon:
-            parser.error("--lexicon is read with --consensus only")
-    elif arguments.consensus < 2:
-        parser.error(f"--consensus is {arguments.consensus}; expected 2 or more answers")
-    elif not arguments.temperature:
-        arguments.temperature = 1.0
+    if arguments.consensus is None and arguments.lexicon:
+        parser.error("--lexicon is read with --consensus only")
+    check_consensus(parser, arguments)
     check_sampling_flags(parser, arguments)
+
+
+def check_consensus(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse a wrong `--consensus`, whose answers are sampled, by default at temperature 1; before
+    `check_sampling_flags`."""
+    if arguments.consensus is None:
+        return
+    if arguments.consensus < 2:
+        parser.error(f"--consensus is {arguments.consensus}; expected 2 or more answers")
+    if arguments.temperature == 0:
+        parser.error(
+            "--consensus asks for sampled answers, and --temperature=0 does not sample; leave it "
+            "out, or pass one over 0"
+        )
+    if arguments.temperature is None:
+        arguments.temperature = 1.0
 
 
 def check_sampling_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
@@ -79,6 +96,8 @@ def check_sampling_flags(parser: argparse.ArgumentParser, arguments: argparse.Na
         check_seed(arguments.seed)
     except PredictError as error:
         parser.error(f"--{error}")
+    if arguments.temperature is None:
+        arguments.temperature = 0.0
     try:
         arguments.sampling = Sampling(
             arguments.temperature, arguments.top_p, arguments.repetition_penalty

@@ -26,7 +26,7 @@ from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.modalities import HEADS, INPUT_MODES, MODALITIES, InputMode
 from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
-from affectgpt_jax.data.prompts import load_prompts
+from affectgpt_jax.data.prompts import BUILT_IN, load_prompts
 from affectgpt_jax.data.records import (
     EXTRACTION,
     MANIFEST_FILE,
@@ -478,6 +478,28 @@ def data(
 def training_sets(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """The data sets that a config trains on by name, as `data_set` describes each."""
     return config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+
+
+# The prompts of an exported run that are none of the built-in sets, beside its config.
+PROMPTS_FILE = "prompts.toml"
+
+
+def prompts_of(workdir: Path, name: str) -> str:
+    """`config.prompts` of a run, which may be the file that an export has put beside its config."""
+    beside = workdir / PROMPTS_FILE
+    return str(beside) if name == PROMPTS_FILE and beside.is_file() else name
+
+
+def prompt_file(workdir: Path, name: str) -> tuple[Path, Identity] | None:
+    """The file that `config.prompts` of a run names, and what it holds; None of a built-in set.
+
+    Raises:
+        PromptError: it is not there, or cannot be used.
+    """
+    if name in BUILT_IN:
+        return None
+    path = Path(prompts_of(workdir, name)).expanduser()
+    return path, load_prompts(str(path)).identity
 
 
 # What a run keeps of the extraction of its records, which need not stay where they are.

@@ -28,11 +28,11 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax import cli, cpu, inference
+from affectgpt_jax import asking, cli, cpu, inference
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.common.files import atomic_write, lock_file
 from affectgpt_jax.common.identity import json_sha256
@@ -55,6 +55,7 @@ from affectgpt_jax.evaluation.results import NEEDS_LEXICON, TITLES, Result, perc
 from affectgpt_jax.evaluation.rewards import Wheels
 from affectgpt_jax.evaluation.rules import RuleExtractor
 from affectgpt_jax.evaluation.summary import Report, make_report
+from affectgpt_jax.evaluators import question_for_test_set
 from affectgpt_jax.models.generate import GREEDY, Sampling
 from affectgpt_jax.restore import (
     OUT_OF_MEMORY,
@@ -72,10 +73,9 @@ EXTRACTORS = ("auto", "rules", "llm", "openai")
 LOCK_FILE = "evaluate.lock"
 # What a folder is the evaluation of.
 ASKED_FILE = "evaluation.json"
-# Questions whose answers are lists of labels, and the one whose answers must be read first.
-LABELS = ("ovlabel", "onehot", "onehot_candidates")
-# The last asks which of two descriptions fits the clip better.
-QUESTIONS = (*LABELS, "description", "preference")
+# Those whose answers are lists of labels, the one whose answers must be read first, and the one
+# that asks which of two descriptions fits the clip better.
+QUESTIONS = (*asking.AGREEABLE, "description", "preference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +189,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--extractor",
         choices=EXTRACTORS,
-        default="auto",
         help="who finds labels in descriptions: rules, the run's own LLM without its adapters, or "
         "a server; auto: rules for the base that ships, else llm",
     )
@@ -202,7 +201,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of a reply about labels, thinking included; default: 512",
     )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
-    add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
+    add("--level", type=int, choices=(1, 2), help="of the wheels; default: 1")
     add("--batch-size", type=int, metavar="N", help="answers at a time; default: the run's")
     add(
         "--max-new-tokens",
@@ -210,13 +209,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="of an answer; default: the run's, and for descriptions at least its max_tokens",
     )
-    add("--temperature", type=float, default=0.0, metavar="T", help="default: 0, no sampling")
-    add("--top-p", type=float, default=1.0, metavar="P", help="share to sample from; default: 1")
-    add("--repetition-penalty", type=float, default=1.0, metavar="X", help="default: 1, none")
+    asking.add_sampling_flags(parser, "of sampling, of resampling and of the examples")
     add("--consensus", type=int, metavar="N", help="labels that N sampled answers agree on")
     add("--max-clips", type=int, metavar="N", help="the first N of each set, for a trial")
     add("--bootstrap", type=int, default=1000, metavar="N", help="resamples; 0: no intervals")
-    add("--seed", type=int, default=0, help="of sampling, of resampling and of the examples")
     add(
         "--out",
         metavar="DIR",
@@ -231,33 +227,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is not None and not arguments.out:
         parser.error("--checkpoint needs --out=DIR, where the report is to be written")
-    if arguments.bootstrap < 0 or arguments.seed < 0:
-        parser.error("--bootstrap and --seed must be 0 or more")
-    if arguments.seed >= 2**32:
-        parser.error("--seed must be below 4294967296")
-    if arguments.consensus and not arguments.temperature:
-        arguments.temperature = 1.0
-    try:
-        arguments.sampling = Sampling(
-            arguments.temperature, arguments.top_p, arguments.repetition_penalty
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    for flag in (
-        "batch_size",
-        "max_clips",
-        "max_new_tokens",
-        "concurrency",
-        "max_reply_tokens",
-    ):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            parser.error(f"--{flag.replace('_', '-')} must be 1 or more")
-    if arguments.consensus is not None:
-        if arguments.consensus < 2:
-            parser.error("--consensus must be 2 or more: one answer agrees with itself")
-        if len(arguments.steps) > 1 or arguments.steps == ["all"]:
-            parser.error("--consensus compares decodings of one checkpoint; name one in --steps")
+    if arguments.bootstrap < 0:
+        parser.error(f"--bootstrap is {arguments.bootstrap}; expected 0 or more")
+    asking.check_consensus(parser, arguments)
+    asking.check_sampling_flags(parser, arguments)
+    counts = ("batch_size", "max_clips", "max_new_tokens", "concurrency", "max_reply_tokens")
+    asking.check_least_one(parser, arguments, *counts)
+    if arguments.consensus and (len(arguments.steps) > 1 or arguments.steps == ["all"]):
+        parser.error("--consensus compares decodings of one checkpoint; name one in --steps")
     server = (arguments.extractor == "openai", bool(arguments.base_url), bool(arguments.model))
     if any(server) and not all(server):
         parser.error("--extractor=openai, --base-url and --model go together")
@@ -299,25 +276,34 @@ def _evaluate(
 ) -> tuple[Report, Path]:
     steps = choose_steps(arguments.steps, run)
     question = choose_question(arguments.question, run)
+    if question == "preference" and arguments.consensus:
+        raise ConfigError("--consensus is for labels, and preferences have none; leave it out")
     log = run.workdir / "metrics.jsonl"  # which a run that was published lacks
     curves = curves_of(read_metrics(log)) if log.is_file() else {}
     limit = arguments.max_new_tokens or run.config.generate.max_new_tokens
     if question == "description" and not arguments.max_new_tokens:
         limit = max(limit, run.config.max_tokens)  # no description that it learned was longer
     processor = run.processor
-    sets = [
-        open_set(run, place, processor, arguments.max_clips, say)
-        for place in for_question(question, choose_sets(arguments, run, say))
-    ]
+    decodings = choose_decodings(arguments)
+    places = for_question(question, choose_sets(arguments, run, say))
+    if all(place.task for place in places):  # or else records are to tell
+        check_reads(arguments, question, [place.task for place in places])
+    as_trained = (
+        question == question_for_test_set(run.config)
+        and decodings == [HowDecoded("", GREEDY)]
+        and limit == run.config.generate.max_new_tokens
+    )
+    asked_step = steps[-1] if as_trained else None
+    sets = [open_set(run, place, arguments.max_clips, asked_step, say) for place in places]
+    check_reads(arguments, question, [test.task for test in sets])
     for test in sets:
         # Trouble with a clip shows before any answer.
         processor.prompt_examples(test.dataset, question)
-    decodings = choose_decodings(arguments)
-    if question == "preference" and arguments.consensus:
-        raise ConfigError("--consensus is for labels, and preferences have none; leave it out")
-    needs_lexicon = bool(arguments.consensus) or any(s.task in NEEDS_LEXICON for s in sets)
-    extracts = question == "description" or any(s.task == "sentiment" for s in sets)
-    lexicon = load_lexicon(arguments.lexicon) if needs_lexicon or extracts else None
+    tasks = [test.task for test in sets]
+    extracts = needs_extractor(question, tasks)
+    lexicon = None
+    if extracts or needs_wheels(arguments, tasks):
+        lexicon = load_lexicon(arguments.lexicon)
     if lexicon and not arguments.lexicon:  # which one is meant has not been said
         mine = {"lexicon": lexicon.identity}
         run.check_inputs(mine, arguments.allow_other, say)
@@ -341,7 +327,8 @@ def _evaluate(
         )
         for how in decodings
     }
-    wheels = lexicon and Wheels(lexicon, level=arguments.level)
+    level = arguments.level or 1
+    wheels = lexicon and Wheels(lexicon, level=level)
     pairs: dict[str, dict[str, Pairs]] = {s.name: {} for s in sets}
     texts: dict[str, dict[str, str]] = {}
     files = {
@@ -358,7 +345,7 @@ def _evaluate(
         "answers": [*files.values()],
         "extractor": extractor.identity if extractor else None,
         "lexicon": lexicon and lexicon.identity.sha256,
-        **{name: getattr(arguments, name) for name in ("level", "bootstrap", "seed")},
+        **{"level": level, "bootstrap": arguments.bootstrap, "seed": arguments.seed},
     }
     folder = claim_folder(out, asked, say)
     for step in steps:
@@ -384,7 +371,7 @@ def _evaluate(
             test.task,
             pairs[test.name],
             lexicon if test.task in NEEDS_LEXICON else None,
-            level=arguments.level,
+            level=level,
             resamples=arguments.bootstrap,
             seed=arguments.seed,
             texts=texts[test.name],
@@ -407,6 +394,8 @@ def _evaluate(
         # Beside other clips, scores on those of MER-UniBench say nothing.
         peers=any(test.name in BY_NAME for test in sets),
         curves=curves,
+        label_lexicon=lexicon and lexicon.identity,
+        level=level if arguments.consensus else None,
         resamples=arguments.bootstrap,
         seed=arguments.seed,
     )
@@ -503,6 +492,33 @@ def for_question(question: str, places: Sequence[SetPlace]) -> list[SetPlace]:
     return [dataclasses.replace(place, task="preference") for place in places]
 
 
+def needs_wheels(arguments: argparse.Namespace, tasks: Collection[str]) -> bool:
+    """Whether labels become those of wheels: in a score, or to agree."""
+    return bool(arguments.consensus) or any(task in NEEDS_LEXICON for task in tasks)
+
+
+def needs_extractor(question: str, tasks: Collection[str]) -> bool:
+    """Whether labels or sentiments must be found in answers."""
+    return question == "description" or "sentiment" in tasks
+
+
+def check_reads(arguments: argparse.Namespace, question: str, tasks: Collection[str]) -> None:
+    """Refuse flags that an evaluation of this question and these tasks does not read.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    wheels, extracts = needs_wheels(arguments, tasks), needs_extractor(question, tasks)
+    scored = f"--question={question}, scored as {' and '.join(dict.fromkeys(tasks))}"
+    for flag, given, read in (
+        ("--lexicon", arguments.lexicon, wheels or extracts),
+        ("--level", arguments.level, wheels),
+        ("--extractor", arguments.extractor, extracts),
+    ):
+        if given and not read:
+            raise ConfigError(f"{flag}={given} has no part in {scored}; leave it out")
+
+
 def choose_decodings(arguments: argparse.Namespace) -> list[HowDecoded]:
     """How answers are written: the last way is the one that counts."""
     if not arguments.consensus:
@@ -585,11 +601,19 @@ def find_sets(arguments: argparse.Namespace, say: Callable[[str], None]) -> list
 def open_set(
     run: Run,
     place: SetPlace,
-    processor: PromptProcessor,
     max_clips: int | None,
+    as_trained: int | None,
     say: Callable[[str], None],
 ) -> TestSet:
     """Open the records of a set and read off them what is true.
+
+    Args:
+        run: that is asked.
+        place: of the set.
+        max_clips: the first so many alone.
+        as_trained: the checkpoint that is scored, if it is asked as training asks about the run's
+            own test set; None if otherwise.
+        say: as for `Run.open_records`.
 
     Raises:
         ConfigError: features that do not fit, or clips without a truth of the set's task.
@@ -604,18 +628,23 @@ def open_set(
     if task == "words":
         references = {
             f"ceiling with {modalities_in_words(name)}": value
-            for name, value in dataset.ceilings(processor.mode.name).items()
-        } | control(run, place, max_clips)
+            for name, value in dataset.ceilings(run.processor.mode.name).items()
+        }
+        if place.place == run.config.data.test and max_clips is None:
+            references |= control(run, as_trained)
     return TestSet(place.name, task, dataset, truth, references)
 
 
-def control(run: Run, place: SetPlace, max_clips: int | None) -> dict[str, float]:
-    """The score on the run's own test set with features of other clips, which training found."""
+def control(run: Run, step: int | None) -> dict[str, float]:
+    """The score on the run's own test set with features of other clips, if training found that of
+    the checkpoint of this step."""
     file = run.workdir / "result.json"
-    if place.place != run.config.data.test or max_clips is not None or not file.is_file():
+    if step is None or not file.is_file():
         return {}
-    share = read_json(file, dict[str, Any]).get("hit_features_shuffled")
-    return {} if share is None else {"control: shuffled features": share}
+    result = read_json(file, dict[str, Any])
+    if result.get("best_step") != step or "hit_features_shuffled" not in result:
+        return {}
+    return {"control: shuffled features": result["hit_features_shuffled"]}
 
 
 # What a record says that is true, by task.
@@ -631,13 +660,14 @@ TRUTHS: dict[str, Callable[[Any], Any]] = {
 def parts_of(dataset: Records) -> dict[str, set[str]]:
     """Clips that are scored by themselves, too: those that say which modality contradicts others.
 
-    The paper's Figure 6 shows such clips. Nothing, where no record says so.
+    The paper's Figure 6 shows such clips. Nothing, where no record says so. A record that does not
+    may be of a clip whose modalities agree, or that nobody has looked at.
     """
     torn = {entry.name for entry in dataset.index if entry.conflict}
     if not torn:
         return {}
-    agree = {entry.name for entry in dataset.index} - torn
-    return {"clips whose modalities conflict": torn, "clips whose modalities agree": agree}
+    others = {entry.name for entry in dataset.index} - torn
+    return {"clips whose modalities conflict": torn, "other clips": others}
 
 
 def _task_of(dataset: Records, place: SetPlace) -> str:
@@ -697,7 +727,7 @@ def make_extractor(
     """Who finds labels in descriptions, and the sentiment of labels."""
     rules = RuleExtractor(lexicon)
     kind = arguments.extractor
-    if kind == "auto":
+    if kind in (None, "auto"):
         kind = "rules" if run.config.llm == "tiny" else "llm"
     if kind == "rules":
         return rules
@@ -891,7 +921,8 @@ def summarise(report: Report, out: Path, compared: bool = False) -> list[str]:
             ends = ""
             if part.interval:
                 ends = f" ({percent(part.interval.low)} to {percent(part.interval.high)})"
-            lines.append(f"  {part.clips:,} {part.name}: {percent(part.value)}{ends}")
+            said = part.why_not or f"{percent(part.value)}{ends}"
+            lines.append(f"  {part.clips:,} {part.name}: {said}")
     lines.append(f"{out}: report.html, report.json, report.md, and the answers behind them")
     return lines
 

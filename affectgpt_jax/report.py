@@ -41,7 +41,7 @@ class SetFiles:
 
     Attributes:
         name: for the report.
-        task: fine, basic, sentiment or words.
+        task: fine, basic, sentiment, words or preference.
         predictions: a file per checkpoint, the fixed one last.
         truth: the truth file.
     """
@@ -110,12 +110,14 @@ def parse_run(text: str) -> tuple[str, str]:
     if place.is_dir():
         inside = place / "evaluate"
         place = inside if inside.is_dir() else place
-        if others := sorted(str(found.parent) for found in place.glob(f"*/{REPORT_FILE}")):
+        whole = place / REPORT_FILE
+        # Of an evaluation that was interrupted, there is none.
+        found = [whole] * whole.is_file() + sorted(place.glob(f"*/{REPORT_FILE}"))
+        if len(found) > 1:
             raise ValueError(
-                f"{place} holds several evaluations; name one: {place / REPORT_FILE}, "
-                f"{', '.join(others)}"
+                f"{place} holds several evaluations; name one: {', '.join(map(str, found))}"
             )
-        place /= REPORT_FILE
+        place = found[0] if found else whole
     return label, str(place)
 
 
@@ -159,7 +161,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--modalities", default="", metavar="AVT", help="that it was given: A, V, T")
     add("--peers", action="store_true", help="set the published systems beside")
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
-    add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
+    add("--level", type=int, choices=(1, 2), help="of the wheels; default: 1")
     add(
         "--reference",
         action="append",
@@ -185,6 +187,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("expected either --set, once or more, or --ablation with --run")
     if bool(arguments.runs) != bool(arguments.ablation):
         parser.error("--ablation and --run go together")
+    for flag in ("lexicon", "level"):
+        if getattr(arguments, flag) and not any(s.task in NEEDS_LEXICON for s in arguments.sets):
+            parser.error(
+                f"--{flag} has no part here: no --set is scored as {' or '.join(NEEDS_LEXICON)}"
+            )
+    arguments.level = arguments.level or 1
     names = {files.name for files in arguments.sets}
     for name, label, _ in arguments.references:
         if name not in names:

@@ -39,7 +39,7 @@ from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base, init_tra
 from affectgpt_jax.models.decoder import DecoderConfig
 from affectgpt_jax.program import Program
 from affectgpt_jax.training import sharding, xla_options
-from affectgpt_jax.training.checkpoints import SavedRun
+from affectgpt_jax.training.checkpoints import SavedRun, missing_file
 from affectgpt_jax.training.step import State
 from affectgpt_jax.weights import peft
 from affectgpt_jax.weights.checkpoint_file import CheckpointFile
@@ -235,6 +235,7 @@ def load_config(workdir: Path) -> ConfigDict:
         validate(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    config.prompts = build.prompts_of(workdir, config.prompts)
     return config
 
 
@@ -417,7 +418,10 @@ def open_run(
 
 
 # Of a checkpoint on the hub: an adapter and its heads, or a run that was exported.
-_CHECKPOINT_FILES = (peft.CONFIG, peft.TENSORS, peft.FUSION, "config.json", "checkpoints/*")
+_CHECKPOINT_FILES = (
+    *(peft.CONFIG, peft.TENSORS, peft.FUSION),
+    *("config.json", build.PROMPTS_FILE, build.EXTRACTION_FILE, "checkpoints/*"),
+)
 
 
 def checkpoint_path(text: str, what: str = "--checkpoint", download: bool = False) -> Path:
@@ -429,12 +433,20 @@ def checkpoint_path(text: str, what: str = "--checkpoint", download: bool = Fals
     if (place := hub.parse_place(text)) is None:
         return Path(text).expanduser()
 
-    def missing(directory: Path) -> str | None:
-        if (directory / peft.TENSORS).is_file() or _is_run(directory):
-            return None
-        return "neither an adapter nor a run; a .pth in it is named hf:OWNER/NAME/FILE.pth"
+    return hub.find(place, what, _CHECKPOINT_FILES, _lacks_of_checkpoint, download)
 
-    return hub.find(place, what, _CHECKPOINT_FILES, missing, download)
+
+def _lacks_of_checkpoint(directory: Path) -> str | None:
+    if _is_run(directory):
+        if not (directory / "config.json").is_file():
+            return "config.json is missing"
+        return missing_file(directory)
+    absent = [name for name in (peft.CONFIG, peft.TENSORS) if not (directory / name).is_file()]
+    if len(absent) == 1:
+        return f"{absent[0]} is missing"
+    if absent:
+        return "neither an adapter nor a run; a .pth in it is named hf:OWNER/NAME/FILE.pth"
+    return None
 
 
 def _is_run(path: Path) -> bool:

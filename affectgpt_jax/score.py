@@ -53,11 +53,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--truth",
         required=True,
         metavar="FILE",
-        help="CSV or JSONL (name with openset, emotion or valence), MELD's CSV, or the release's "
-        "label npz",
+        help="CSV or JSONL (name with openset, emotion, valence or preference), MELD's CSV, or the "
+        "release's label npz",
     )
     add("--lexicon", metavar="DIR", help="the official emotion wheels; default: the shipped ones")
-    add("--level", type=int, choices=(1, 2), default=1, help="of the wheels; default: 1")
+    add("--level", type=int, choices=(1, 2), help="of the wheels; default: 1")
     add(
         "--missing",
         choices=("error", "empty"),
@@ -76,8 +76,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.bootstrap < 0 or arguments.seed < 0:
         parser.error("--bootstrap and --seed must be 0 or more")
-    if arguments.lexicon and arguments.task not in NEEDS_LEXICON:
-        parser.error(f"--lexicon has no part in --task={arguments.task}")
+    for flag in ("lexicon", "level"):
+        if getattr(arguments, flag) and arguments.task not in NEEDS_LEXICON:
+            parser.error(f"--{flag} has no part in --task={arguments.task}")
+    arguments.level = arguments.level or 1
     if len(set(arguments.predictions)) != len(arguments.predictions):
         parser.error("--predictions names a file twice")
     return arguments
@@ -150,7 +152,9 @@ def _render_result(result: Result) -> list[str]:
             f"{counts['true_labels_per_clip']:.2f} true"
         )
     else:
-        why = "have valence 0" if score.task == "sentiment" else "have no true word"
+        why = {"sentiment": "have valence 0", "preference": "prefer neither"}.get(
+            score.task, "have no true word"
+        )
         others = f", the others {why}" if counts["scored"] < counts["clips"] else ""
         lines.append(f"{counts['scored']} clips scored{others}")
     return lines

@@ -131,6 +131,28 @@ def test_what_was_exported_answers_as_the_run_does(
     assert {path for path in hub_cache.rglob("*")} == before, "a cache is left as it is"
 
 
+def test_a_part_of_a_download_is_not_taken_for_a_checkpoint(
+    exported,
+    tmp_path,
+    hub_cache,  # noqa: F811
+):
+    step = str(SavedRun(exported / "hub").best)
+    for kind, name in (
+        ("adapter", "adapter_config.json"),
+        ("adapter", "adapter_model.safetensors"),
+        ("hub", "config.json"),
+        ("hub", f"checkpoints/{step}/manifest.json"),
+        ("hub", f"checkpoints/{step}/state/_METADATA"),
+    ):
+        shutil.rmtree(hub_cache, ignore_errors=True)
+        snapshot = cached(hub_cache, "me/it", exported / kind)
+        assert restore.checkpoint_path("me/it") == snapshot
+        (snapshot / name).unlink()
+        with pytest.raises(UserError, match="the hub's cache has a part of it: .*--download") as no:
+            restore.checkpoint_path("me/it")
+        assert f"{name.rpartition('/')[2]} is missing" in str(no.value)
+
+
 def test_answers_go_on_only_with_the_same_weights_base_and_prompts(
     ask, refused, exported, test_clips, tmp_path, says
 ):

@@ -181,6 +181,12 @@ def test_another_evaluation_goes_beside_and_the_same_one_into_its_place(run, say
     with pytest.raises(ValueError, match=f"holds several evaluations; name one: .*{place / '2'}"):
         parse_run(f"a={run}")
     assert parse_run(f"a={place / '2'}") == ("a", str(place / "2" / "report.json"))
+    # Of those that were interrupted, there is no report.
+    shutil.rmtree(place / "3")
+    (place / "report.json").unlink()
+    assert parse_run(f"a={run}") == ("a", str(place / "2" / "report.json"))
+    (place / "2" / "report.json").unlink()
+    assert parse_run(f"a={run}") == ("a", str(place / "report.json"))
 
 
 def test_a_report_of_before_is_kept(run, says):
@@ -329,7 +335,7 @@ def test_consensus_stands_beside_one_answer_with_the_difference_on_the_same_clip
 
     asked = says(write_answer)
     test = json.loads((run / "config.json").read_text())["data"]["test"]
-    flags = (f"--set=mine:basic={test}", "--consensus=4", "--top-p=0.95", "--extractor=rules")
+    flags = (f"--set=mine:basic={test}", "--consensus=4", "--top-p=0.95")
     command(run, *flags)
     assert len(asked) == (1 + 1 + 4) * CLIPS
     [found] = report(run)["sets"]
@@ -447,6 +453,12 @@ def test_clips_without_a_truth_are_left_out_and_named(run, says, tmp_path, capsy
         (["--set=a:basic=/nowhere"], "/nowhere/manifest.json is missing"),
         (["--lexicon=/nowhere", "--question=description"], "/nowhere is not a directory"),
         (["--config.mesh=data:3"], "mesh 'data:3'"),
+        (
+            ["--set=a:words=/nowhere", "--lexicon=/wheels"],
+            "--lexicon=/wheels has no part in --question=ovlabel, scored as words; leave it out",
+        ),
+        (["--set=a:words=/nowhere", "--level=1"], "--level=1 has no part in --question=ovlabel, s"),
+        (["--question=ovlabel", "--extractor=rules"], "--extractor=rules has no part in --quest"),
     ],
 )
 def test_what_a_user_gets_wrong_is_one_sentence(run, flags, said):
@@ -541,14 +553,15 @@ def test_too_little_memory_is_one_sentence_and_what_else_xla_says_is_not(run, mo
         (["--set=a b=x", "--set=a-b=y"], "'a b' and 'a-b' would both be written to a-b-step-STEP"),
         (["--steps", "first"], "'first' is neither a number"),
         (["--steps", "²"], "'²' is neither a number"),
-        (["--max-clips=0"], "--max-clips must be 1 or more"),
+        (["--max-clips=0"], "--max-clips is 0; expected 1 or more"),
         (["--extractor=openai"], "go together"),
         (["--model=x"], "go together"),
-        (["--bootstrap=-1"], "must be 0 or more"),
-        (["--seed=4294967296"], "must be below 4294967296"),
+        (["--bootstrap=-1"], "--bootstrap is -1; expected 0 or more"),
+        (["--seed=4294967296"], "--seed is 4294967296; expected 0 to 4294967295"),
         (["--top-p=0.9"], "temperature 0 takes the most probable token"),
         (["--api-key=sesame"], "unknown argument --api-key"),
-        (["--consensus=1"], "one answer agrees with itself"),
+        (["--consensus=1"], "--consensus is 1; expected 2 or more answers"),
+        (["--consensus=8", "--temperature=0"], "--temperature=0 does not sample"),
         (["--consensus=4", "--steps", "all"], "compares decodings of one checkpoint"),
     ],
 )
@@ -592,3 +605,53 @@ def test_the_demos_ceilings_stand_beside_its_score(run, says, monkeypatch):
     command(run, f"--set=own:words={config['data']['test']}")
     control = report(run)["sets"][0]["references"]["control: shuffled features"]
     assert control == result["hit_features_shuffled"]
+    # But of one checkpoint, asked one question, most probable answers of some length.
+    other = 3 - result["best_step"]
+    for flags in (
+        (f"--step={other}",),
+        ("--question=description",),
+        ("--temperature=1",),
+        ("--max-new-tokens=7",),
+    ):
+        command(run, f"--set=own:words={config['data']['test']}", *flags)
+        assert "control: shuffled features" not in report(run)["sets"][0]["references"], flags
+
+
+def test_clips_whose_modalities_conflict_are_scored_apart_from_the_others(
+    run, says, tmp_path, capsys
+):
+    says(lambda name: "They feel sad.")
+    records = list(clips(conflict="", candidates=()))
+    records[2] = dataclasses.replace(records[2], conflict="face", emotion="blorp")
+    records[3] = dataclasses.replace(records[3], conflict="face", emotion="zzyx")
+    place = write(tmp_path / "torn", records)
+    command(run, f"--set=mine:basic={place}")
+    [found] = report(run)["sets"]
+    torn, others = found["parts"]
+    assert (torn["name"], torn["clips"]) == ("clips whose modalities conflict", 2)
+    assert (others["name"], others["clips"]) == ("other clips", CLIPS - 2)
+    # Words that no wheel has: there is no score, and that is said wherever scores are.
+    assert torn["value"] is None and others["value"] is not None
+    why = "no score: none of the true words of 2 clips stands on wheel 1"
+    assert why in torn["why_not"]
+    assert f"  2 clips whose modalities conflict: {why}" in capsys.readouterr().out
+    assert why in (folder(run) / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_lexicon_of_labels_is_named_where_it_makes_no_score(run, says):
+    says(lambda name, place=0: "They feel sad.")
+    test = json.loads((run / "config.json").read_text())["data"]["test"]
+    identity = lexicon.lexicon_identity()
+    command(run, f"--set=mine:words={test}")
+    page = (folder(run) / "report.html").read_text(encoding="utf-8")
+    assert "No lexicon was asked" in page and report(run)["label_lexicon"] is None
+    for flags, level in (
+        (["--consensus=2", "--level=2"], ", level 2"),
+        (["--question=description", "--extractor=rules"], ""),
+    ):
+        command(run, f"--set=mine:words={test}", *flags)
+        page = (folder(run) / "report.html").read_text(encoding="utf-8")
+        named = f"Lexicon (of labels, not of scores): {identity.name}{level}, sha256 <code>"
+        assert named in page and identity.sha256 in page and "No lexicon" not in page
+        assert report(run)["label_lexicon"]["sha256"] == identity.sha256
+        assert report(run)["lexicon"] is None

@@ -425,6 +425,7 @@ def test_what_a_user_gets_wrong_is_one_sentence(ask, others, flags, said):
         (["--name=a", "--name=a"], "--name 'a' is given twice"),
         (["--json", "--out=x"], "not allowed with"),
         (["--consensus=1"], "--consensus is 1; expected 2 or more"),
+        (["--consensus=8", "--temperature=0"], "--temperature=0 does not sample; leave it out"),
         (["--lexicon=x"], "read with --consensus only"),
     ],
 )

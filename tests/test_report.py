@@ -259,6 +259,8 @@ def test_runs_become_an_ablation(files, capsys):
         (["--set=mer2023:fine=p,t"], "'fine' is not the task of mer2023; expected basic"),
         (["--set=mosi=p,t", "--reference=demo:x=0.5"], "there is no --set demo"),
         (["--set=mosi=p,t", "--reference=mosi:x=5"], "with a share from 0 to 1"),
+        (["--set=mosi=p,t", "--lexicon=d"], "--lexicon has no part here: no --set is scored as fi"),
+        (["--ablation=5", "--run=a=b", "--level=2"], "--level has no part here: no --set is score"),
         (["--ablation=5"], "go together"),
         (["--ablation=5", "--run=x"], "is not LABEL=RUN"),
         (["--ablation=7", "--run=a=b"], "invalid choice"),

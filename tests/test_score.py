@@ -163,6 +163,15 @@ def test_sentiment_needs_no_lexicon(capsys, tmp_path):
     assert "lexicon" not in out
 
 
+def test_preferences_need_no_lexicon(capsys, tmp_path):
+    predictions = write(tmp_path / "p.csv", "name,preference\na,a1\nb,a2\nc,a1\n")
+    truth = write(tmp_path / "t.csv", "name,preference\na,a1\nb,a2\nc,same\n")
+    score("preference", predictions, truth)
+    out = capsys.readouterr().out
+    assert ["score", "100.00", "100.00"] in [line.split() for line in out.splitlines()]
+    assert "2 clips scored, the others prefer neither" in out
+
+
 def test_several_files_show_both_protocols(capsys, tmp_path, lexicon):
     truth = write(tmp_path / "t.csv", "name,emotion\n" + "".join(f"c{n},sad\n" for n in range(60)))
     files = []
@@ -189,6 +198,7 @@ def test_several_files_show_both_protocols(capsys, tmp_path, lexicon):
         (["--task=fine", "--predictions=p", "--truth=t", "--seed=-1"], "must be 0 or more"),
         (["--task=fine", "--predictions", "p", "p", "--truth=t"], "names a file twice"),
         (["--task=sentiment", "--predictions=p", "--truth=t", "--lexicon=d"], "has no part in"),
+        (["--task=words", "--predictions=p", "--truth=t", "--level=1"], "--level has no part in"),
     ],
 )
 def test_a_wrong_command_line_is_refused(capsys, arguments, message):

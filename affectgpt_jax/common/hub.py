@@ -79,7 +79,9 @@ def find(
         what: needs it, such as "config.llm"; errors begin so.
         patterns: of the files that are needed; others are not downloaded.
         missing: says what a directory lacks, or None; the cache may hold a part of a model only.
-        download: get what is not there. Without it, nothing is asked of any server.
+        download: get what is not there, whatever `missing` can tell: the hub alone knows all files
+            of a model, and sends none again that is whole. Without it, nothing is asked of any
+            server.
         otherwise: what to do where it is not to be downloaded.
 
     Raises:
@@ -111,20 +113,20 @@ def find(
         lacks = None if place.file else missing(path)
         return (None, f"the hub's cache has a part of it: {lacks}") if lacks else (path, "")
 
-    found, reason = look()
     cache = constants.HF_HUB_CACHE
-    if found is None and download:
+    if download:
         try:
             get(local=False)
         # The client's own errors, and those of what it reaches servers with.
         except Exception as error:
+            there = "; what the cache has is used without --download" if look()[0] else ""
             raise HubError(
                 f"{what}: {place} cannot be downloaded into {cache}: "
-                f"{brief(str(error) or type(error).__name__)}"
+                f"{brief(str(error) or type(error).__name__)}{there}"
             ) from None
-        found, reason = look()
-        if found is None:
-            raise HubError(f"{what}: {place} was downloaded, but cannot be used: {reason}")
+    found, reason = look()
+    if found is None and download:
+        raise HubError(f"{what}: {place} was downloaded, but cannot be used: {reason}")
     if found is None:
         raise HubError(
             f"{what}: {place} is no path here, and {reason} ({cache}); pass --download to get it "

@@ -101,7 +101,7 @@ def parse_json(
     try:
         value = json.loads(text, object_pairs_hook=_unique_keys)
         # Most texts cannot be that deep, and need no second look.
-        if text.count("[") + text.count("{") > MAX_DEPTH and _is_deep(value):
+        if text.count("[") + text.count("{") > MAX_DEPTH and is_deep(value):
             raise RecursionError
     except RecursionError:
         raise error(
@@ -123,7 +123,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep(value: Any) -> bool:
+    """Whether dicts and lists are nested deeper than `MAX_DEPTH`, the outermost counted."""
     level = [value]
     for _ in range(MAX_DEPTH):
         nested = [v for v in level if isinstance(v, dict | list)]

@@ -8,11 +8,11 @@ from typing import Any
 
 from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.files import decode
+from affectgpt_jax.common.json import MAX_DEPTH, is_deep
 from affectgpt_jax.common.text import brief
 
 # Far more than any file that people write.
 MAX_BYTES = 2**20
-MAX_DEPTH = 100
 # A key of so many parts: for each, `tomllib` keeps all that stand before it.
 _PART = r"(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*"
 # Not from within a word: each would be read as often as it has characters.
@@ -37,8 +37,11 @@ def parse_toml(data: bytes, where: str, *, error: type[UserError] = ReadError) -
     if _DEEP_KEY.search(text):
         raise error(too_deep)
     try:
-        return tomllib.loads(text)
+        found = tomllib.loads(text)
     except RecursionError:
         raise error(too_deep) from None
     except ValueError as trouble:  # also of numbers with thousands of digits
         raise error(f"{where}: not valid TOML: {brief(trouble)}") from None
+    if is_deep(found):
+        raise error(too_deep)
+    return found

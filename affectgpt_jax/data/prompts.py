@@ -23,7 +23,8 @@ from affectgpt_jax.common.toml import MAX_BYTES, parse_toml
 from affectgpt_jax.data.modalities import INPUT_MODES, MODALITIES, InputMode, placeholders
 from affectgpt_jax.data.records import Annotations
 
-_SETS = ("default", "compact")
+# Prompt sets that ship; any other is a file.
+BUILT_IN = ("default", "compact")
 
 
 class PromptError(UserError, ValueError):
@@ -283,7 +284,7 @@ def load_prompts(name: str) -> PromptSet:
         PromptError: no such file, not TOML, a missing or unknown section or key, a template that
             lacks its slot or names an unknown one; the message names file and key.
     """
-    if name in _SETS:
+    if name in BUILT_IN:
         resource = (
             importlib.resources.files("affectgpt_jax") / "assets" / "prompts" / f"{name}.toml"
         )
@@ -292,7 +293,7 @@ def load_prompts(name: str) -> PromptSet:
         path = Path(name).expanduser()
         if not path.is_file():
             raise PromptError(
-                f"prompts: {name!r} is neither a file nor one of the built-in sets {_SETS}"
+                f"prompts: {name!r} is neither a file nor one of the built-in sets {BUILT_IN}"
             )
         text, source = read_bytes(path, MAX_BYTES, PromptError), str(path)
     return parse_prompts(parse_toml(text, source, error=PromptError), source)

@@ -40,7 +40,7 @@ from typing import Any, TypedDict
 import numpy as np
 import tensorflow_datasets as tfds
 
-from affectgpt_jax.common.files import sha256_of
+from affectgpt_jax.common.files import new_path, sha256_of
 from affectgpt_jax.common.json import read_json
 from affectgpt_jax.data.modalities import feature_names
 from affectgpt_jax.data.records import (
@@ -234,18 +234,23 @@ def write_tfds(
                 f"a TFDS split cannot be called {split!r}; choose another name, of letters, "
                 "digits, - and _"
             )
-    builder = AffectRecords(splits=splits, data_dir=directory)
-    if os.path.exists(builder.data_dir):
-        raise RecordError(
-            f"{builder.data_dir} already holds a data set; delete it or write elsewhere"
-        )
-    # TFDS announces a download of unknown size, and wants a place for it; there is none.
-    try:
-        with tempfile.TemporaryDirectory() as downloads, contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare(download_dir=downloads)
-    except (OSError, RuntimeError) as error:  # the ArrayRecord writer's is a RuntimeError
-        raise RecordError(f"{directory} cannot be written: {error}; is the disk full?") from error
-    return Path(builder.data_dir)
+    path = Path(directory) / AffectRecords.name / str(AffectRecords.VERSION)
+    # What TFDS itself leaves behind of a process that is killed looks like a data set.
+    with new_path(path, RecordError) as partial:
+        builder = AffectRecords(splits=splits, data_dir=partial.parent)
+        # TFDS announces a download of unknown size, and wants a place for it; there is none.
+        try:
+            with (
+                tempfile.TemporaryDirectory() as downloads,
+                contextlib.redirect_stdout(io.StringIO()),
+            ):
+                builder.download_and_prepare(download_dir=downloads)
+        except (OSError, RuntimeError) as error:  # the ArrayRecord writer's is a RuntimeError
+            raise RecordError(
+                f"{directory} cannot be written: {error}; is the disk full?"
+            ) from error
+        Path(builder.data_dir).rename(partial)
+    return path
 
 
 def _check_encoders(records: Mapping[str, RecordDataset]) -> None:

@@ -65,18 +65,25 @@ def side_by_side(
     Raises:
         ReadError: a file that is not as `evaluate` writes it.
     """
+    if not count:
+        return [], []
     places = {name: _answer_files(path) for name, path in runs.items()}
-    sets = [s for s in next(iter(places.values()), {}) if all(s in p for p in places.values())]
     shown: list[SideBySide] = []
     remarks = []
-    for dataset in sets:
+    for dataset in dict.fromkeys(name for place in places.values() for name in place):
+        untold = f"no answers about {dataset} side by side"
+        if others := [repr(name) for name, place in places.items() if dataset not in place]:
+            remarks.append(f"{untold}: the report of {', '.join(others)} does not have that set")
+            continue
         lacking = [p[dataset] for p in places.values() if not p[dataset].is_file()]
         if lacking:
-            remarks.append(f"no answers about {dataset} side by side: there is no {lacking[0]}")
+            remarks.append(f"{untold}: there is no {lacking[0]}")
             continue
         answers = {name: _read(place[dataset]) for name, place in places.items()}
         first, *others = answers.values()
         clips = [clip for clip in first if all(clip in other for other in others)]
+        if not clips:
+            remarks.append(f"{untold}: no clip is one that all runs were asked about")
         rng = np.random.default_rng([seed, 4])
         order = [clips[i] for i in rng.permutation(len(clips))]
         order.sort(key=lambda clip: len({str(a[clip][1]) for a in answers.values()}) < 2)

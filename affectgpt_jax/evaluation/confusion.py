@@ -149,24 +149,38 @@ def _words(predictions: Sequence[Sequence[str]], truth: Sequence[str]) -> Confus
     return dataclasses.replace(table, right=right)
 
 
+def _two_classes(
+    rows: tuple[str, str],
+    columns: tuple[str, ...],
+    other: str,
+    predictions: Sequence[str],
+    true: np.ndarray,
+) -> Confusion:
+    """The table of what counts as the second row where it is its word, and else as the first.
+
+    Args:
+        rows, columns: the words.
+        other: the column of any other word.
+        predictions: of each clip.
+        true: int [clips], the row; -1 leaves a clip out.
+    """
+    words = [normalise(word) for word in predictions]
+    place = np.asarray([columns.index(word if word in columns else other) for word in words])
+    counts = np.zeros((2, len(columns)), np.int64)
+    scored = true >= 0
+    np.add.at(counts, (true[scored], place[scored]), 1)
+    second = columns.index(rows[1])
+    first = tuple(number for number in range(len(columns)) if number != second)
+    return Confusion(None, rows, columns, counts, counts.sum(axis=1), (first, (second,)))
+
+
 def _preference(predictions: Sequence[str], truth: Sequence[str]) -> Confusion:
     rows, columns = ("a1", "a2"), ("a1", "a2", "same", NOTHING)
-    words = [normalise(word) for word in predictions]
-    counts = np.zeros((2, len(columns)), np.int64)
-    for word, true in zip(words, truth, strict=True):
-        if true in rows:
-            counts[rows.index(true), columns.index(word if word in columns else NOTHING)] += 1
-    # What is not a2 counts as a1 in the score.
-    return Confusion(None, rows, columns, counts, counts.sum(axis=1), ((0, 2, 3), (1,)))
+    true = np.asarray([rows.index(word) if word in rows else -1 for word in truth])
+    return _two_classes(rows, columns, NOTHING, predictions, true)
 
 
 def _sentiment(predictions: Sequence[str], truth: Sequence[float]) -> Confusion:
     value = np.asarray(truth, float)
-    rows, columns = ("negative", "positive"), SENTIMENTS
-    words = [normalise(word) for word in predictions]
-    place = np.asarray([columns.index(w) if w in columns else 1 for w in words])
-    counts = np.zeros((2, len(columns)), np.int64)
-    scored = value != 0
-    np.add.at(counts, ((value[scored] > 0).astype(int), place[scored]), 1)
-    # What is not positive counts as negative in the score.
-    return Confusion(None, rows, columns, counts, counts.sum(axis=1), ((0, 1), (2,)))
+    true = np.where(value == 0, -1, value > 0)
+    return _two_classes(("negative", "positive"), SENTIMENTS, "neutral", predictions, true)

@@ -19,7 +19,6 @@ import numpy as np
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import Identity
-from affectgpt_jax.evaluation.datasets import UNIBENCH
 from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon, normalise
 
 SENTIMENTS = ("negative", "neutral", "positive")
@@ -294,38 +293,10 @@ def score_sentiment(predictions: Sequence[str], truth: Sequence[float]) -> Score
     if not np.isfinite(value).all():
         place = int(np.flatnonzero(~np.isfinite(value))[0])
         raise ScoreError(f"the true value of clip {place} is {value[place]}; expected a number")
-    words = [normalise(word) for word in predictions]
-    claim = np.asarray([word == "positive" for word in words])
-    # [clip, is it positive, is it called positive]
-    statistics = np.zeros((len(value), 2, 2))
-    scored = np.flatnonzero(value)
-    if not scored.size:
+    if not value.any():
         raise ScoreError(f"all {len(value)} true values are 0, and such clips are not scored")
-    statistics[scored, (value[scored] > 0).astype(int), claim[scored].astype(int)] = 1
-    confusion = statistics.sum(0).astype(int)
-    classes = [
-        {"label": name, **_rates(confusion[c].sum(), confusion[:, c].sum(), confusion[c, c])}
-        for c, name in enumerate(("negative", "positive"))
-    ]
-    counts = {
-        "clips": len(value),
-        "scored": int(scored.size),
-        "empty_predictions": sum(not word for word in words),
-        "predicted": {name: words.count(name) for name in SENTIMENTS},
-        "unknown_predicted": dict(
-            Counter(word for word in words if word and word not in SENTIMENTS).most_common()
-        ),
-    }
-    return Score(
-        "sentiment",
-        None,
-        None,
-        _name_values("sentiment", statistics),
-        [],
-        classes,
-        counts,
-        statistics,
-    )
+    true = np.where(value == 0, -1, value > 0)
+    return _score_two_classes("sentiment", ("negative", "positive"), SENTIMENTS, predictions, true)
 
 
 def score_preference(predictions: Sequence[str], truth: Sequence[str]) -> Score:
@@ -342,22 +313,43 @@ def score_preference(predictions: Sequence[str], truth: Sequence[str]) -> Score:
         ScoreError: no clips, lists of different lengths, or no clip with a preference.
     """
     _check(predictions, truth)
-    words = [normalise(word) for word in predictions]
     classes = ("a1", "a2")
-    scored = np.flatnonzero([word in classes for word in truth])
-    if not scored.size:
+    true = np.asarray([classes.index(word) if word in classes else -1 for word in truth])
+    if (true < 0).all():
         raise ScoreError(f"none of {len(truth)} clips has a preference that is not same")
-    statistics = np.zeros((len(truth), 2, 2))
-    for clip in scored:
-        statistics[clip, classes.index(truth[clip]), int(words[clip] == "a2")] = 1
+    return _score_two_classes("preference", classes, (*classes, "same"), predictions, true)
+
+
+def _score_two_classes(
+    task: str,
+    classes: tuple[str, str],
+    known: Sequence[str],
+    predictions: Sequence[str],
+    true: np.ndarray,
+) -> Score:
+    """The score of predictions that count as the second class where they are its name, and else as
+    the first.
+
+    Args:
+        task: that is scored.
+        classes: their names.
+        known: words that a prediction may be; others are listed.
+        predictions: of each clip.
+        true: int [clips], the number of the true class; -1 leaves a clip out.
+    """
+    words = [normalise(word) for word in predictions]
+    claim = np.asarray([word == classes[1] for word in words]).astype(int)
+    scored = np.flatnonzero(true >= 0)
+    # [clip, is it of the second class, is it called so]
+    statistics = np.zeros((len(true), 2, 2))
+    statistics[scored, true[scored], claim[scored]] = 1
     confusion = statistics.sum(0).astype(int)
     rows = [
         {"label": name, **_rates(confusion[c].sum(), confusion[:, c].sum(), confusion[c, c])}
         for c, name in enumerate(classes)
     ]
-    known = (*classes, "same")
     counts = {
-        "clips": len(truth),
+        "clips": len(true),
         "scored": int(scored.size),
         "empty_predictions": sum(not word for word in words),
         "predicted": {name: words.count(name) for name in known},
@@ -365,8 +357,7 @@ def score_preference(predictions: Sequence[str], truth: Sequence[str]) -> Score:
             Counter(word for word in words if word and word not in known).most_common()
         ),
     }
-    values = _name_values("preference", statistics)
-    return Score("preference", None, None, values, [], rows, counts, statistics)
+    return Score(task, None, None, _name_values(task, statistics), [], rows, counts, statistics)
 
 
 def score_words(predictions: Labels, truth: Sequence[str], max_labels: int = 1) -> Score:
@@ -689,17 +680,3 @@ def protocols(values: Mapping[str, float], fixed: str) -> Protocols:
         raise ScoreError(f"the fixed checkpoint {fixed!r} is none of {list(values)}")
     best = max(values, key=values.__getitem__)
     return Protocols(fixed, values[fixed], best, values[best], len(values), len(values) > 1)
-
-
-def unibench_mean(values: Mapping[str, float]) -> float:
-    """Mean of the nine primary scores, in their unit.
-
-    Raises:
-        ScoreError: a data set is missing or is none of MER-UniBench.
-    """
-    expected = [name for names in UNIBENCH.values() for name in names]
-    if missing := [name for name in expected if name not in values]:
-        raise ScoreError(f"the MER-UniBench mean needs all nine scores; missing: {missing}")
-    if unknown := [name for name in values if name not in expected]:
-        raise ScoreError(f"{unknown} are not data sets of MER-UniBench; expected {expected}")
-    return float(np.mean([values[name] for name in expected]))

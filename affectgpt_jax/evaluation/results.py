@@ -167,14 +167,16 @@ class Part:
     Attributes:
         name: which clips.
         clips: how many.
-        value: the primary value of the fixed checkpoint.
+        value: the primary value of the fixed checkpoint; None where these clips have none.
         interval: of it; None without resampling.
+        why_not: a sentence where there is no value.
     """
 
     name: str
     clips: int
-    value: float
+    value: float | None
     interval: metrics.Interval | None
+    why_not: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,7 +185,7 @@ class SetResult:
 
     Attributes:
         name: of the set; one of MER-UniBench counts for its mean.
-        task: fine, basic, sentiment or words.
+        task: fine, basic, sentiment, words or preference.
         results: one per checkpoint; the last is the one that was fixed beforehand.
         confusions: of the fixed checkpoint, by wheel.
         examples: clips of the fixed checkpoint drawn at random.
@@ -262,7 +264,7 @@ def score_checkpoints(
     """Score every checkpoint, with intervals and the difference to the last, the fixed one.
 
     Args:
-        task: fine, basic, sentiment or words.
+        task: fine, basic, sentiment, words or preference.
         pairs: by checkpoint, all over the same clips.
         lexicon: for fine and basic.
         level: of its wheels.
@@ -339,10 +341,12 @@ def _score_parts(
     resamples: int,
     seed: int,
 ) -> tuple[Part, ...]:
-    """Parts without a clip that can be scored are left out."""
+    """Parts without a clip are left out, and those that cannot be scored say why."""
     found = []
     for what, names in parts.items():
         chosen = [i for i, name in enumerate(pairs.names) if name in names]
+        if not chosen:
+            continue
         some = Pairs(
             tuple(pairs.names[i] for i in chosen),
             [pairs.predictions[i] for i in chosen],
@@ -351,7 +355,8 @@ def _score_parts(
         )
         try:
             (result,) = score_checkpoints(task, {what: some}, lexicon, level, resamples, seed)
-        except ScoreError:
+        except ScoreError as error:
+            found.append(Part(what, len(chosen), None, None, f"no score: {error}"))
             continue
         found.append(Part(what, len(chosen), result.score.primary, result.interval))
     return tuple(found)

@@ -34,8 +34,10 @@ class Report:
         means: of the groups of MER-UniBench that are complete.
         tables: ours in the shape of Table 2, with published systems if they were asked for; and
             OV-MERD beside published descriptions if both are there.
-        lexicon: which one made the scores, and at which level; None where none was asked.
-        level: of its wheels.
+        lexicon: which one made the scores; None where none was asked.
+        label_lexicon: which one found the labels, or chose those that answers agree on, where it
+            made no score; None where none did.
+        level: of its wheels; None where it does not matter.
         warnings: sentences that a reader must see before any number.
         curves: of the training, if they are known: steps and values by title and name.
     """
@@ -45,6 +47,7 @@ class Report:
     means: Mapping[str, GroupMean]
     tables: tuple[Table, ...]
     lexicon: Identity | None
+    label_lexicon: Identity | None
     level: int | None
     warnings: tuple[str, ...]
     curves: Curves
@@ -55,6 +58,7 @@ class Report:
             "format": FORMAT,
             "system": self.system,
             "lexicon": self.lexicon and dataclasses.asdict(self.lexicon),
+            "label_lexicon": self.label_lexicon and dataclasses.asdict(self.label_lexicon),
             "level": self.level,
             "comparable": all(comparable(result.fixed.score) for result in self.sets),
             "warnings": list(self.warnings),
@@ -73,6 +77,8 @@ def make_report(
     resamples: int = 1000,
     seed: int = 0,
     curves: Curves | None = None,
+    label_lexicon: Identity | None = None,
+    level: int | None = None,
 ) -> Report:
     """Combine the results of a system into a report.
 
@@ -85,6 +91,8 @@ def make_report(
         resamples: of the bootstrap of the means; 0 for no intervals.
         seed: of it.
         curves: of the training, to show.
+        label_lexicon: by which labels were found or chosen; None where no lexicon was.
+        level: of its wheels; None where that does not matter.
 
     Raises:
         ScoreError: no sets, a set twice, a set of MER-UniBench with another task, or scores of
@@ -109,7 +117,8 @@ def make_report(
         means,
         tuple(tables),
         scored and scored.lexicon,
-        scored and scored.level,
+        None if scored else label_lexicon,
+        scored.level if scored else level,
         tuple(_warnings(sets, shared)),
         curves or {},
     )

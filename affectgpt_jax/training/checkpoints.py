@@ -432,6 +432,21 @@ class Checkpoints:
         self.close()
 
 
+def missing_file(workdir: Path) -> str | None:
+    """The first file that a run's checkpoints lack, in words; None where there is one or more and
+    all files are there. Nothing is hashed."""
+    folder = _Folder(workdir)
+    for step in folder.steps():
+        try:
+            manifest = Manifest.read(folder.at(step))
+        except CheckpointError as error:
+            return str(error)
+        for name in manifest.files:
+            if not (folder.at(step) / name).is_file():
+                return f"checkpoints/{step}/{name} is missing"
+    return None if folder.steps() else "checkpoints/STEP is missing"
+
+
 class SavedRun:
     """The checkpoints of a run, to be read without its model or its base; nothing is written.
 

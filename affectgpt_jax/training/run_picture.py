@@ -115,7 +115,8 @@ def _plot_losses(axes: Any, records: Sequence[Mapping[str, Any]], logged: set[st
     _plot_smoothed(axes, *series(records, "train/loss"), "tab:blue", "train")
     for number, name in enumerate(_validated(logged)):
         style = {"color": "tab:orange" if name == "val/loss" else f"C{number + 2}"}
-        axes.plot(*series(records, name), "o-", markersize=4, label=_label(name), **style)
+        label = drawing.plain(_label(name))
+        axes.plot(*series(records, name), "o-", markersize=4, label=label, **style)
 
 
 def _plot_scores(
@@ -140,7 +141,8 @@ def _plot_scores(
             for number, name in enumerate(names):
                 steps, values = series(records, name)
                 highest += values
-                label, style = _label(name) + what, colour if not number else f"C{number + 3}"
+                label = drawing.plain(_label(name)) + what
+                style = colour if not number else f"C{number + 3}"
                 if split == "train":
                     _plot_smoothed(axes, steps, values, style, label)
                 elif split == "val":
@@ -195,4 +197,4 @@ def _of(name: str, logged: set[str]) -> list[str]:
 def _label(name: str) -> str:
     """What a legend calls a metric: its split, and the component where it is of one."""
     split, _, component = name.split("/", 2) if name.count("/") > 1 else (*name.split("/"), "")
-    return drawing.plain(f"{split} {component}".strip())
+    return f"{split} {component}".strip()

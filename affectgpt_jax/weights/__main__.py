@@ -33,9 +33,14 @@ from affectgpt_jax.common.files import new_path
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.common.json import check_type, read_json, write_json
 from affectgpt_jax.common.text import print_lines
-from affectgpt_jax.config import ConfigError
+from affectgpt_jax.config import SECTIONS, ConfigError
 from affectgpt_jax.models.lora import LoraConfig
-from affectgpt_jax.training.checkpoints import CheckpointError, SavedRun, silence_threads
+from affectgpt_jax.training.checkpoints import (
+    CheckpointError,
+    Manifest,
+    SavedRun,
+    silence_threads,
+)
 from affectgpt_jax.weights import card, merge, peft, release, report
 from affectgpt_jax.weights.huggingface import (
     WeightsError,
@@ -257,9 +262,12 @@ def export_release(arguments: argparse.Namespace) -> str:
     )
 
 
-# Keys of a config that name places of one machine; of the first two, if not models of the hub.
-_MODELS = ("llm", "init_from")
-_PLACES = (*_MODELS, "data.train", "data.val", "data.test")
+# Keys of a config that name places of one machine; of the first ones, if not models of the hub.
+_MODELS = ("llm", "init_from", *(f"{section}.start" for section in SECTIONS))
+_PLACES = (
+    *(*_MODELS, "data.train", "data.val", "data.test"),
+    *(f"{section}.{key}" for section in SECTIONS for key in ("data", "lexicon", "test_lexicon")),
+)
 
 
 def export_hub(arguments: argparse.Namespace) -> str:
@@ -270,14 +278,23 @@ def export_hub(arguments: argparse.Namespace) -> str:
         *groups, last = key.split(".")
         entry = functools.reduce(lambda tree, group: tree.get(group, {}), groups, config)
         if last in entry and not (key in _MODELS and hub.parse_place(entry[last])):
-            entry[last] = Path(entry[last]).name
+            entry[last] = hub.model_name(Path(entry[last]))
     for entry in config.get("data", {}).get("mixture", {}).values():
         entry["source"] = Path(entry["source"]).name
+    prompts = _prompt_file(checkpoint)
+    if prompts:
+        config["prompts"] = build.PROMPTS_FILE
     step = str(checkpoint.step)
     with new_path(arguments.out, WeightsError) as folder:
         folder.mkdir()
-        whole = checkpoint.workdir / "checkpoints" / step
-        shutil.copytree(whole, folder / "checkpoints" / step)
+        copied = folder / "checkpoints" / step
+        shutil.copytree(checkpoint.workdir / "checkpoints" / step, copied)
+        if prompts:
+            shutil.copyfile(prompts, folder / build.PROMPTS_FILE)
+            manifest = Manifest.read(copied)
+            if was := manifest.inputs.get("prompts"):
+                mine = {"prompts": Identity(build.PROMPTS_FILE, was.sha256)}
+                dataclasses.replace(manifest, inputs=manifest.inputs | mine).write(copied)
         write_json(folder / "config.json", config | {"wandb_project": ""})
         if (how := checkpoint.workdir / build.EXTRACTION_FILE).is_file():
             shutil.copy(how, folder)
@@ -294,6 +311,26 @@ def export_hub(arguments: argparse.Namespace) -> str:
         f"{arguments.out}: step {step} as a run, its adapter for PEFT, and README.md, the card; "
         "look for what is to be filled in there, and read it before you publish"
     )
+
+
+def _prompt_file(checkpoint: Checkpoint) -> Path | None:
+    """The file with the prompts of a run; None where they are a built-in set.
+
+    Raises:
+        PromptError: it is not there, or cannot be used.
+        WeightsError: it has changed since.
+    """
+    found = build.prompt_file(checkpoint.workdir, checkpoint.config.get("prompts", "default"))
+    if found is None:
+        return None
+    path, identity = found
+    was = checkpoint.saved.inputs(checkpoint.step).get("prompts")
+    if was and was.sha256 != identity.sha256:
+        raise WeightsError(
+            f"{path} has other prompts than step {checkpoint.step} of {checkpoint.workdir} was "
+            "trained on; put those back"
+        )
+    return path
 
 
 def _card(checkpoint: Checkpoint, config: Mapping[str, Any]) -> str:

@@ -254,11 +254,6 @@ def open_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> C
     )
 
 
-def load_adapter(directory: Path, abstract: Any, config: LoraConfig | None) -> Any:
-    """A PEFT adapter as a `lora` tree, with its values: see `open_adapter`."""
-    return open_adapter(directory, abstract, config)(abstract)
-
-
 def fusion_tensors(directory: Path) -> dict[str, StoredTensor]:
     """The heads and the pre-fusion beside an adapter, by the paths of their parameters.
 

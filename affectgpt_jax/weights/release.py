@@ -252,15 +252,6 @@ def open_release(
     return read, sorted(shapes.keys() - expected.keys())
 
 
-def load_release(path: Path, abstract: Any, lora: LoraConfig | None) -> tuple[Any, list[str]]:
-    """The adapters, projectors and pre-fusion of a checkpoint of the release, with their values.
-
-    Arguments, errors and the second result are those of `open_release`.
-    """
-    read, unused = open_release(path, abstract, lora)
-    return read(abstract), unused
-
-
 def save_release(
     path: Path,
     trainable: Any,

@@ -98,16 +98,22 @@ def test_what_is_missing_is_downloaded_where_that_is_asked(
     place = HubPlace("me/m")
     assert (find(place, "x", ["?"], lacks("a", "z"), download=True) / "z").read_text() == "z"
     assert asked == [("me/m", None, ["?"])]
-    find(place, "x", ["?"], lacks("a", "z"), download=True)
-    assert len(asked) == 1, "what is there is not asked for again"
+    find(place, "x", ["?"], lacks("a", "z"))
+    assert len(asked) == 1, "nothing is asked of a server"
+    find(place, "x", ["?"], lacks(), download=True)
+    assert len(asked) == 2, "the hub alone knows whether all is there"
     with pytest.raises(HubError, match="^x: me/m was downloaded, but cannot be used: .*q is missi"):
         find(place, "x", ["?"], lacks("q"), download=True)
 
-    def down(*_, local_files_only, **__):
+    def down(repository, *, local_files_only, revision, **_):
+        if local_files_only:
+            return local(repository, local_files_only=True, revision=revision)
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", down)
     with pytest.raises(HubError) as error:
         find(place, "x", ["?"], lacks("q"), download=True)
     assert str(error.value).startswith(f"x: me/m cannot be downloaded into {hub_cache}: no route")
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and "--download" not in str(error.value)
+    with pytest.raises(HubError, match="; what the cache has is used without --download$"):
+        find(place, "x", ["?"], lacks("a"), download=True)

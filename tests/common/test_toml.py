@@ -10,8 +10,8 @@ def test_what_people_write_is_read():
     )
     found = {"a": {"b": {"c": [[1, 2.5], {"d": "x.y.z"}], "e": "..."}}}
     assert parse_toml(text, "f") == found
-    deep = ".".join(["a"] * 100) + " = 1"
-    assert parse_toml(deep.encode(), "f")
+    for deep in (".".join(["a"] * 100) + " = 1", "a = " + "[" * 99 + "]" * 99):
+        assert parse_toml(deep.encode(), "f")
 
 
 @pytest.mark.parametrize(
@@ -20,6 +20,8 @@ def test_what_people_write_is_read():
         ("a." * 100_000 + "b = 1", "nested deeper than 100 levels"),
         ("[" + "a . " * 50_000 + "b]", "nested deeper than 100 levels"),
         ("\"a\".'b'." * 50_000 + "c = 1", "nested deeper than 100 levels"),
+        ("a = " + "[" * 100 + "]" * 100, "nested deeper than 100 levels"),
+        ("a = " + "[" * 300 + "]" * 300, "nested deeper than 100 levels"),
         ("a = " + "[" * 100_000, "nested deeper than 100 levels"),
         ("a = " + "{b = " * 100_000, "nested deeper than 100 levels"),
         ("a = " + "9" * 10_000, "not valid TOML: "),

@@ -397,7 +397,7 @@ def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing_to_open(writt
         with pytest.raises(RecordError):
             TfdsDataset(tmp_path / "out")
     write_tfds(tmp_path / "out", {"train": splits["train"]})
-    with pytest.raises(RecordError, match="already holds a data set; delete it or write elsewhere"):
+    with pytest.raises(RecordError, match="1.0.0 exists already; name another place, or remove it"):
         write_tfds(tmp_path / "out", {"val": splits["val"]})
     assert len(TfdsDataset(tmp_path / "out")) == 10
 
@@ -407,7 +407,7 @@ def test_a_disk_that_cannot_be_written_is_reported_and_leaves_nothing(
 ):
     splits, _ = written
     (tmp_path / "file").write_text("")
-    with pytest.raises(RecordError, match="file/out cannot be written: .*Not a directory"):
+    with pytest.raises(RecordError, match="file/out/.* cannot be written: .*Not a directory"):
         write_tfds(tmp_path / "file" / "out", splits)
     full = types.SimpleNamespace(
         ArrayRecordWriter=lambda path, options: ArrayRecordWriter("/dev/full", options)
@@ -416,6 +416,20 @@ def test_a_disk_that_cannot_be_written_is_reported_and_leaves_nothing(
     with pytest.raises(RecordError, match="out cannot be written: .*No space left on device"):
         write_tfds(tmp_path / "out", splits)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_what_a_killed_process_leaves_is_hidden(written, tmp_path, monkeypatch):
+    splits, _ = written
+    out, write_all, found = tmp_path / "out", tfds_source.AffectRecords._download_and_prepare, []
+
+    def look(self, *given, **more):
+        write_all(self, *given, **more)
+        found.extend(p.relative_to(out).parts for p in out.rglob("*") if p.is_file())
+
+    monkeypatch.setattr(tfds_source.AffectRecords, "_download_and_prepare", look)
+    write_tfds(out, splits)
+    assert found and all(any(part.startswith(".") for part in parts) for parts in found)
+    assert [path.name for path in (out / "affect_records").iterdir()] == ["1.0.0"]
 
 
 # --- damage -------------------------------------------------------------------------------------

@@ -67,6 +67,26 @@ def test_answers_that_are_not_there_are_told(runs):
         side_by_side(runs, 3)
 
 
+def test_sets_and_clips_that_the_runs_do_not_share_are_told(runs, tmp_path):
+    def rename(name, old, new):
+        place = runs[name]
+        place.write_text(place.read_text().replace(old, new))
+
+    lines = answers_file(runs["other"].parent, "demo", "step 9")
+    lines.write_text(lines.read_text().replace('"clip', '"other'))
+    assert side_by_side(runs, 3) == (
+        [],
+        ["no answers about demo side by side: no clip is one that all runs were asked about"],
+    )
+    rename("other", '"name": "demo"', '"name": "else"')
+    clips, remarks = side_by_side(runs, 3)
+    assert not clips and remarks == [
+        "no answers about demo side by side: the report of 'other' does not have that set",
+        "no answers about else side by side: the report of 'one' does not have that set",
+    ]
+    assert side_by_side(runs, 0) == ([], [])
+
+
 def test_parts_of_a_set_are_scored_by_themselves(tmp_path):
     parts = {"clips that conflict": {"clip4", "clip5"}, "none of them": set()}
     words = ["joyful"] * 4 + ["joyful", "calm"]

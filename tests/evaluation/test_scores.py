@@ -24,7 +24,6 @@ from affectgpt_jax.evaluation.metrics import (
     score_preference,
     score_sentiment,
     score_words,
-    unibench_mean,
 )
 from affectgpt_jax.evaluation.readers import pair, read_predictions, read_truth
 
@@ -362,23 +361,6 @@ def test_both_protocols():
     assert not protocols({"60": 0.6}, fixed="60").chosen_on_test
     with pytest.raises(ScoreError, match="'70' is none of"):
         protocols({"60": 0.6}, fixed="70")
-
-
-def test_the_mean_of_nine_is_the_published_one():
-    # Table 2 of the paper, AffectGPT with audio, video and text.
-    scores = (78.54, 78.80, 55.65, 60.54, 81.30, 80.90, 88.49, 86.18, 62.52)
-    names = [name for task in ("basic", "sentiment", "fine") for name in metrics.UNIBENCH[task]]
-    assert unibench_mean(dict(zip(names, scores, strict=True))) == pytest.approx(74.77, abs=0.005)
-
-
-def test_the_mean_needs_exactly_the_nine():
-    nine = {name: 1.0 for names in metrics.UNIBENCH.values() for name in names}
-    assert unibench_mean(nine) == 1
-    with pytest.raises(ScoreError, match="'tenth'.* not data sets of MER-UniBench"):
-        unibench_mean(nine | {"tenth": 1.0})
-    del nine["MELD"]
-    with pytest.raises(ScoreError, match=r"missing: \['MELD'\]"):
-        unibench_mean(nine)
 
 
 @given(st.lists(st.tuples(label_lists, st.sampled_from(WORDS)), min_size=1, max_size=12))

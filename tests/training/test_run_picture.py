@@ -7,7 +7,7 @@ import pytest
 from matplotlib.text import Text
 
 from affectgpt_jax.common import drawing
-from affectgpt_jax.training.run_picture import plot_run
+from affectgpt_jax.training.run_picture import curves_of, plot_run
 
 
 @pytest.fixture
@@ -135,3 +135,14 @@ def test_a_run_with_few_points_still_gives_a_picture(draw, records):
     draw(records)
     for axes in draw(records, written=True, ceiling=0.875).values():
         assert all(map(math.isfinite, axes.get_ylim()))
+
+
+def test_curves_have_their_names_as_they_are_and_the_picture_draws_no_formula(draw):
+    long = "x" * 50
+    names = ["a$b", f"{long}1", f"{long}2"]
+    records = [{"step": 1, "train/loss": 1.0}]
+    records += [{"step": 2, f"val/loss/{name}": 2.0, f"val/hit/{name}": 0.5} for name in names]
+    curves = curves_of(records)
+    assert list(curves["loss"]) == ["train", *(f"val {name}" for name in names)]
+    assert list(curves["hit rate"]) == [f"val {name}" for name in names]
+    assert r"val a\$b" in legend(draw(records)["loss"])

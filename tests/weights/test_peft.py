@@ -21,7 +21,7 @@ from affectgpt_jax.training.sharding import make_mesh, tree_shardings
 from affectgpt_jax.weights.huggingface import WeightsError, save_base
 from affectgpt_jax.weights.peft import (
     TENSORS,
-    load_adapter,
+    open_adapter,
     read_adapter_config,
     refusal,
     save_adapter,
@@ -35,6 +35,10 @@ NAME = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
 
 def abstract(tree, dtype=None):
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype or x.dtype), tree)
+
+
+def load(directory, tree, config):
+    return open_adapter(directory, tree, config)(tree)
 
 
 @pytest.fixture
@@ -71,7 +75,7 @@ def test_any_adapter_comes_back_bit_for_bit(tmp_path_factory, data):
     }
     directory = tmp_path_factory.mktemp("adapters") / "adapter"
     save_adapter(directory, lora, config)
-    found = load_adapter(directory, abstract(lora), config)
+    found = load(directory, abstract(lora), config)
     bits = jax.tree.map(lambda x: np.asarray(x).view(np.uint32), (found, lora))
     assert_same_tree(*bits)
 
@@ -97,7 +101,7 @@ def test_an_adapter_goes_straight_into_the_layout_of_the_run(saved, mesh):
         abstract(LORA),
         tree_shardings(make_mesh(mesh), LORA),
     )
-    found = load_adapter(saved, wanted, CONFIG)
+    found = load(saved, wanted, CONFIG)
     assert_same_tree(found, LORA)
     for leaf, expected in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert leaf.sharding == expected.sharding
@@ -108,7 +112,7 @@ def test_a_half_precision_adapter_is_cast_to_the_dtype_of_the_run(saved):
     half = {name: value.astype(jnp.bfloat16) for name, value in load_file(path).items()}
     save_file(half, path)
     expected = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), LORA)
-    assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), expected)
+    assert_same_tree(load(saved, abstract(LORA), CONFIG), expected)
 
 
 # --- Adapters that are none for us ----------------------------------------------------------------
@@ -163,7 +167,7 @@ def test_what_training_refuses_is_refused_by_its_cause_and_inspection_says_so(sa
     change, words = STRANGERS[kind]
     save_file(change(load_file(saved / "adapter_model.safetensors")), saved / TENSORS)
     with pytest.raises(WeightsError) as error:
-        load_adapter(saved, abstract(LORA), CONFIG)
+        load(saved, abstract(LORA), CONFIG)
     assert words in str(error.value)
     assert words in refusal(saved)
 
@@ -250,7 +254,7 @@ def test_an_adapter_made_by_peft_is_loaded_to_the_same_logits(tmp_path, targets)
     model.save_pretrained(tmp_path / "theirs")
     config = LoraConfig(3, 7.5, 0.0, targets)
     wanted = jax.eval_shape(lambda key: init_lora(Decoder(LLM, config), key), jax.random.key(0))
-    lora = load_adapter(tmp_path / "theirs", wanted, config)
+    lora = load(tmp_path / "theirs", wanted, config)
     # As above.
     assert relative_error(logits(LLM, base, lora, config), torch_logits(model)) < 1e-5
 
@@ -280,7 +284,7 @@ def edit_tensors(directory, change):
 
 def assert_refused(directory, *words, config=CONFIG):
     with pytest.raises(WeightsError) as error:
-        load_adapter(directory, abstract(LORA), config)
+        load(directory, abstract(LORA), config)
     for word in (str(directory), *words):
         assert word in str(error.value)
 
@@ -319,7 +323,7 @@ def test_options_that_are_off_or_do_not_matter_are_read_over(saved):
     edit_config(saved, **dict.fromkeys(off))
     edit_config(saved, rank_pattern={}, revision="main", peft_version="9", lora_dropout=0.3)
     edit_config(saved, init_lora_weights="gaussian", target_modules="all-linear")
-    assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), LORA)
+    assert_same_tree(load(saved, abstract(LORA), CONFIG), LORA)
     assert read_adapter_config(saved).dropout == 0.3
 
 
@@ -334,7 +338,7 @@ def test_another_rank_alpha_or_set_of_targets_is_refused_with_both_sides(saved):
 
 def test_the_order_of_targets_does_not_matter(saved):
     config = LoraConfig(4, 2.0, targets=TARGETS[::-1])
-    assert_same_tree(load_adapter(saved, abstract(LORA), config), LORA)
+    assert_same_tree(load(saved, abstract(LORA), config), LORA)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +395,7 @@ def test_a_model_without_lora_has_no_adapter_to_write(tmp_path):
 def test_nothing_is_written_over_and_nothing_is_left_half(saved, tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="exists already"):
         save_adapter(saved, LORA, CONFIG)
-    assert_same_tree(load_adapter(saved, abstract(LORA), CONFIG), LORA)
+    assert_same_tree(load(saved, abstract(LORA), CONFIG), LORA)
     shutil.rmtree(saved)
 
     def full(*_, **__):

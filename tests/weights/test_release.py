@@ -20,7 +20,7 @@ from affectgpt_jax.models.fusers import Fusion, FusionConfig
 from affectgpt_jax.models.lora import LoraConfig
 from affectgpt_jax.models.qformer import QFormerConfig
 from affectgpt_jax.weights import torch_zip
-from affectgpt_jax.weights.release import load_release, read_release, save_release
+from affectgpt_jax.weights.release import open_release, read_release, save_release
 from affectgpt_jax.weights.streaming import WeightsError
 
 LORA = LoraConfig(rank=4, alpha=32.0, dropout=0.0)
@@ -125,6 +125,11 @@ def make_release(torch, fusion):
     return model
 
 
+def load(path, tree, lora):
+    read, unused = open_release(path, tree, lora)
+    return read(tree), unused
+
+
 def release_tokens(torch, model, fusion, features):
     """Its soft tokens `[B, K, D]`: pre-fusion, audio, video, image (mean)."""
     c = fusion.qformer
@@ -224,7 +229,7 @@ def test_its_file_gives_its_soft_tokens(torch, tmp_path, pre_fusion, kind):
     model = make_release(torch, fusion)
     state = lora_state(torch) | model.state_dict()
     path = save_torch(torch, tmp_path / "c.pth", state)
-    trainable, unused = load_release(path, abstract(fusion), LORA)
+    trainable, unused = load(path, abstract(fusion), LORA)
 
     rng = np.random.default_rng(0)
     features = {n: rng.normal(size=(3, 5, w)).astype(np.float32) for n, w in WIDTHS.items()}
@@ -248,7 +253,7 @@ def test_its_file_gives_its_soft_tokens(torch, tmp_path, pre_fusion, kind):
 
 
 def test_its_adapters_are_read_layer_by_layer_and_transposed(torch, saved):
-    trainable, _ = load_release(saved, abstract(), LORA)
+    trainable, _ = load(saved, abstract(), LORA)
     state = torch.load(saved, weights_only=True)["model"]
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         factors = trainable["lora"]["layers"][name.split(".")[1]]
@@ -281,7 +286,7 @@ def test_whatever_is_trained_comes_back_bit_for_bit(
     path = tmp_path_factory.mktemp("release") / "c.pth"
     save_release(path, trainable, LORA, epoch=7, config={"llm": "tiny", "lora": {"rank": 4}})
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trainable)
-    found, unused = load_release(path, shapes, LORA)
+    found, unused = load(path, shapes, LORA)
     assert_same_tree(found, trainable)
     assert not unused
     file = read_release(path)
@@ -361,7 +366,7 @@ def test_names_are_those_of_the_release(tmp_path):
 
 def test_heads_that_the_config_does_not_use_are_listed(saved):
     narrow = dataclasses.replace(FUSION, slots=("audio",))
-    trainable, unused = load_release(saved, abstract(narrow), LORA)
+    trainable, unused = load(saved, abstract(narrow), LORA)
     assert [*trainable["fusion"]] == ["audio"]
     modules = "affectgpt_proj attention_mlp fc_att image_llama_proj multi_audio_embs".split()
     modules += "multi_llama_proj multi_video_embs video_attention_mlp".split()
@@ -376,13 +381,13 @@ def edit(torch, path, change):
 
 def assert_refused(path, *words, fusion=FUSION, lora=LORA):
     with pytest.raises(WeightsError) as error:
-        load_release(path, abstract(fusion), lora)
+        load(path, abstract(fusion), lora)
     for word in (str(path), *words):
         assert word in str(error.value)
 
 
 def test_a_wrapped_model_and_buffers_are_read_over(torch, saved):
-    expected, _ = load_release(saved, abstract(), LORA)
+    expected, _ = load(saved, abstract(), LORA)
     extra = {
         "visual_encoder.model.embeddings.position_ids": torch.arange(3),
         "acoustic_encoder.something": torch.ones(1),
@@ -395,7 +400,7 @@ def test_a_wrapped_model_and_buffers_are_read_over(torch, saved):
             model[f"module.{name}"] = model.pop(name)
 
     edit(torch, saved, wrap)
-    found, unused = load_release(saved, abstract(), LORA)
+    found, unused = load(saved, abstract(), LORA)
     assert_same_tree(found, expected)
     assert unused == sorted(extra)
     # Of a wrapped model every name has the prefix; a file in which one lacks it is mixed.
@@ -404,14 +409,14 @@ def test_a_wrapped_model_and_buffers_are_read_over(torch, saved):
 
 
 def test_half_precision_is_cast_to_the_dtype_of_the_run(torch, saved):
-    expected, _ = load_release(saved, abstract(), LORA)
+    expected, _ = load(saved, abstract(), LORA)
 
     def halve(model):
         for name in model:
             model[name] = model[name].bfloat16()
 
     edit(torch, saved, halve)
-    found, _ = load_release(saved, abstract(), LORA)
+    found, _ = load(saved, abstract(), LORA)
     assert_same_tree(
         found, jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), expected)
     )
@@ -502,7 +507,7 @@ def test_a_qformer_for_images_is_ours_alone(saved, tmp_path):
     fusion = dataclasses.replace(FUSION, kinds={"image": "qformer"})
     words = "no Q-Former for images.*config.projectors.image=mean"
     with pytest.raises(WeightsError, match=words):
-        load_release(saved, abstract(fusion), LORA)
+        load(saved, abstract(fusion), LORA)
     with pytest.raises(WeightsError, match=words):
         save_release(tmp_path / "c.pth", random_tree(abstract(fusion)), LORA, epoch=0)
     assert not (tmp_path / "c.pth").exists()
@@ -512,10 +517,10 @@ def test_a_model_without_lora_is_written_and_read_without(tmp_path):
     trainable = {"lora": {}, "fusion": TRAINABLE["fusion"]}
     save_release(tmp_path / "c.pth", trainable, None, epoch=0)
     shapes = {"lora": {}, "fusion": abstract()["fusion"]}
-    assert_same_tree(load_release(tmp_path / "c.pth", shapes, None)[0], trainable)
+    assert_same_tree(load(tmp_path / "c.pth", shapes, None)[0], trainable)
     save_release(tmp_path / "full.pth", TRAINABLE, LORA, epoch=0)
     with pytest.raises(WeightsError, match="rank is 4, but config.lora.rank is 0"):
-        load_release(tmp_path / "full.pth", shapes, None)
+        load(tmp_path / "full.pth", shapes, None)
 
 
 @pytest.mark.parametrize("content", [{}, [], {"model": []}, {"state_dict": {}}, 3])
@@ -528,7 +533,7 @@ def test_objects_anywhere_in_the_file_are_refused(torch, saved):
     content = torch.load(saved, weights_only=True)
     content["config"] = pytest.Config  # a class, as a config object's pickle names one
     torch.save(content, saved)
-    load_release(saved, abstract(), LORA)  # a name alone is text, and nobody reads the config
+    load(saved, abstract(), LORA)  # a name alone is text, and nobody reads the config
 
     class Trap:
         def __reduce__(self):

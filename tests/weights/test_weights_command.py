@@ -1,29 +1,36 @@
 """`python -m affectgpt_jax.weights`: what it shows, what it writes, what it says when it cannot."""
 
+import dataclasses
+import fnmatch
 import json
 import re
 import shutil
 import subprocess
 import sys
+from importlib.resources import files
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from safetensors.numpy import load_file, save_file
 from tiny_model import FUSION, LLM, make_model, random_base, random_trainable
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from trees import assert_same_tree
 
+from affectgpt_jax import restore
 from affectgpt_jax.configs import demo
+from affectgpt_jax.configs.affectgpt_qwen25_7b import preference, reinforcement
+from affectgpt_jax.data.prompts import load_prompts
 from affectgpt_jax.data.tokenizer import CHAT_TOKENS, tokenizer_identities
 from affectgpt_jax.models.lora import LoraConfig, merge
-from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, SavedRun
+from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints, Manifest, SavedRun
 from affectgpt_jax.weights.__main__ import main
 from affectgpt_jax.weights.huggingface import base_identity, save_base
-from affectgpt_jax.weights.peft import load_adapter
-from affectgpt_jax.weights.release import load_release
+from affectgpt_jax.weights.peft import open_adapter
+from affectgpt_jax.weights.release import open_release
 
 LORA = LoraConfig(4, 32.0, 0.0)
 MODEL = make_model(fusion=FUSION)
@@ -233,10 +240,11 @@ def test_what_is_exported_comes_back_bit_for_bit(run, tmp_path, capsys, argument
     adapter, file = tmp_path / "adapter", tmp_path / "c.pth"
     said = command(capsys, "export-peft", run / "work", adapter, *arguments)
     assert f"LoRA of step {step} for base" in said
-    assert_same_tree(load_adapter(adapter, shapes["lora"], LORA), trainable["lora"])
+    assert_same_tree(open_adapter(adapter, shapes["lora"], LORA)(shapes["lora"]), trainable["lora"])
     said = command(capsys, "export-release", run / "work", file, *arguments)
     assert f"of step {step}" in said
-    found, unused = load_release(file, shapes, LORA)
+    read, unused = open_release(file, shapes, LORA)
+    found = read(shapes)
     assert_same_tree(found, trainable)
     assert not unused
 
@@ -339,8 +347,6 @@ def test_the_command_ends_with_one_line_and_status_1(tmp_path):
 def test_a_folder_for_the_hub_is_a_run_an_adapter_and_a_card(run, tmp_path, capsys):
     import yaml
 
-    from affectgpt_jax.restore import load_config
-
     out = tmp_path / "out"
     (run / "work" / "result.json").write_text('{"best_step": 5, "hit": 0.6581, "clips": 2048}')
     assert "read it before you publish" in command(capsys, "export-hub", run / "work", out)
@@ -348,8 +354,8 @@ def test_a_folder_for_the_hub_is_a_run_an_adapter_and_a_card(run, tmp_path, caps
     assert SavedRun(out).fingerprint(5) == SavedRun(run / "work").fingerprint(5)
     saved = SavedRun(run / "work").trainable(5)
     shapes = SavedRun(out).shapes(5)
-    assert_same_tree(load_adapter(out, shapes["lora"], LORA), saved["lora"])
-    config = load_config(out)
+    assert_same_tree(open_adapter(out, shapes["lora"], LORA)(shapes["lora"]), saved["lora"])
+    config = restore.load_config(out)
     assert (config.llm, config.data.train) == ("base", "demo")
     assert str(run) not in (out / "config.json").read_text() + (out / "README.md").read_text()
     _, metadata, text = (out / "README.md").read_text().split("---\n", 2)
@@ -359,3 +365,51 @@ def test_a_folder_for_the_hub_is_a_run_an_adapter_and_a_card(run, tmp_path, caps
     # The scores are those of another checkpoint.
     command(capsys, "export_hub", run / "work", tmp_path / "third", "--step", 3)
     assert "0.658" not in (tmp_path / "third" / "README.md").read_text()
+
+
+def test_a_run_with_prompts_and_a_section_of_its_own_is_exported_without_a_foreign_path(
+    run, tmp_path, capsys, monkeypatch
+):
+    work = shutil.copytree(run / "work", tmp_path / "here" / "work")
+    mine = tmp_path / "here" / "mine.toml"
+    shipped = files("affectgpt_jax") / "assets" / "prompts" / "compact.toml"
+    mine.write_text(shipped.read_text(encoding="utf-8").replace("They feel", "They seem"), "utf-8")
+    identity = load_prompts(str(mine)).identity
+    config = ConfigDict(json.loads((work / "config.json").read_text()))
+    config.prompts, config.rl, config.dpo = str(mine), reinforcement(), preference()
+    for section in (config.rl, config.dpo):
+        for key in ("start", "data", "lexicon", "test_lexicon"):
+            section[key] = str(tmp_path / "here" / key)
+    config.rl.start = str(tmp_path / "here" / "models--me--run" / "snapshots" / "0123")
+    (work / "config.json").write_text(config.to_json())
+    (work / "extraction.json").write_text("{}")
+    for step in STEPS:
+        manifest = Manifest.read(work / "checkpoints" / str(step))
+        inputs = manifest.inputs | {"prompts": identity}
+        dataclasses.replace(manifest, inputs=inputs).write(work / "checkpoints" / str(step))
+    fingerprint = SavedRun(work).fingerprint(5)
+    out, again = tmp_path / "there" / "out", tmp_path / "there" / "again"
+    out.parent.mkdir()
+    command(capsys, "export-hub", work, out)
+    shutil.rmtree(tmp_path / "here")
+    written = [path.relative_to(out) for path in out.rglob("*") if path.is_file()]
+    for path in written:
+        assert str(tmp_path).encode() not in (out / path).read_bytes(), path
+    fetched = [str(path) for path in written if path.name != "README.md"]
+    for path in fetched:
+        assert any(fnmatch.fnmatch(path, known) for known in restore._CHECKPOINT_FILES), path
+    assert {"prompts.toml", "extraction.json"} <= {*fetched}
+    # It is found wherever the folder is, and exported once more.
+    command(capsys, "export-hub", out, again)
+    for folder in (out, again):
+        monkeypatch.chdir(tmp_path if folder == out else folder)
+        found = restore.load_config(folder)
+        assert load_prompts(found.prompts).identity.sha256 == identity.sha256
+        assert found.rl.start == "me/run" and found.dpo.test_lexicon == "test_lexicon"
+        assert SavedRun(folder).fingerprint(5) == fingerprint
+        assert SavedRun(folder).inputs(5)["prompts"].sha256 == identity.sha256
+    monkeypatch.chdir(tmp_path)
+    (out / "prompts.toml").write_bytes(shipped.read_bytes())
+    assert "has other prompts than step 5 of" in refused("export-hub", out, tmp_path / "third")
+    (out / "prompts.toml").unlink()
+    assert "'prompts.toml' is neither a file nor" in refused("export-hub", out, tmp_path / "third")
