@@ -204,10 +204,10 @@ def _base(workdir: Path, max_tokens: int) -> Any:
     """The frozen base of a run, as a chat model."""
     # They load JAX, which other stages do without.
     from affectgpt_jax.chat import BaseChat
-    from affectgpt_jax.restore import load_run, set_up_process
+    from affectgpt_jax.restore import open_run, set_up_process
 
     set_up_process()
-    run = load_run(workdir.expanduser())
+    run = open_run(workdir.expanduser()).with_weights()
     return BaseChat(
         run.model.decoder,
         run.base,
@@ -301,11 +301,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
         _take_given(DESCRIPTIONS, arguments.replies, names, out)
         return
     limit = settings.replies.merge
-    model = (
-        _server(arguments, limit)
-        if arguments.base_url
-        else describe.TextDescriber(_base(arguments.workdir, limit))
-    )
+    model = _server(arguments, limit) if arguments.base_url else _base(arguments.workdir, limit)
     with Counter("descriptions", stream=sys.stderr) as count:
         lines = describe.merge(
             names,
@@ -316,7 +312,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
             shard=arguments.shard or shard_of_task(),
             progress=count,
         )
-    _report(out / f"{DESCRIPTIONS}.jsonl", lines)
+    _report(out / f"{DESCRIPTIONS}.jsonl", lines, describe.cue_remarks(names, out))
 
 
 def _described_names(out: Path) -> list[str]:
