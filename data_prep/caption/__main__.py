@@ -80,7 +80,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
     add = verb("filter", run_filter, "keep the descriptions that pass the tests of the levels")
-    _add_levels(add)
+    add(
+        "--levels",
+        type=cli.argument_type(parse_levels),
+        default=tuple(filtering.LEVELS),
+        metavar="LEVELS",
+        help=f"none, or some of {','.join(filtering.LEVELS)}; default: all",
+    )
     add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
     add("--to", type=Path, metavar="DIR", help="where to write; default: --out")
     add("--records", type=Path, metavar="DIR", help="records of the clips, for --write")
@@ -90,7 +96,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = verb(
         "card", run_card, "README.md and plots: what is in the data set, and how it was made"
     )
-    _add_levels(add)
     add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
     add("--crowd", type=Path, metavar="DIR", help="the crowd that voted, for its corpora and leaks")
     add("--records", type=Path, metavar="DIR", help="extraction of the clips, for durations")
@@ -135,16 +140,6 @@ def _forms() -> str:
     return "; ".join(f"{kind}: {' or '.join(forms)}" for kind, forms in FORMS.items())
 
 
-def _add_levels(add: Callable[..., Any]) -> None:
-    add(
-        "--levels",
-        type=cli.argument_type(parse_levels),
-        default=tuple(filtering.LEVELS),
-        metavar="LEVELS",
-        help=f"none, or some of {','.join(filtering.LEVELS)}; default: all",
-    )
-
-
 def _add_model(add: Callable[..., Any], base: bool) -> None:
     cli.add_chat_server_flags(add)
     add("--timeout", type=float, default=120.0, metavar="S", help="for a reply; default: 120 s")
@@ -187,6 +182,13 @@ def _check_model(arguments: argparse.Namespace, others: Sequence[str]) -> None:
         raise cli.UsageError(f"{' and '.join(named)} both say who describes; name one of them")
     if arguments.concurrency < 1 or arguments.timeout <= 0:
         raise cli.UsageError("--concurrency and --timeout must be more than 0")
+
+
+def _check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Refuse numbers that are less than these."""
+    for name, lowest in least.items():
+        if (value := getattr(arguments, name)) < lowest:
+            raise cli.UsageError(f"--{name} is {value}; expected {lowest} or more")
 
 
 def _server(arguments: argparse.Namespace, max_tokens: int) -> ChatServer:
@@ -388,14 +390,16 @@ def run_card(arguments: argparse.Namespace) -> None:
     """`card`."""
     from . import card
 
+    _check_least(arguments, seed=0)
     out = arguments.out.expanduser()
     settings, lexicon = read_settings(out), load_lexicon(arguments.lexicon)
     data = filtering.read_data_set(out, arguments.csv, settings)
-    filtering.check_stages(data, out, arguments.levels)
+    judged = filtering.judge(data, settings, lexicon)
+    levels = card.read_filter(data, judged, lexicon, settings, out)
     path = card.write_card(
         data,
-        filtering.judge(data, settings, lexicon),
-        arguments.levels,
+        judged,
+        levels,
         lexicon,
         settings,
         out,
@@ -416,6 +420,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
     out = arguments.out.expanduser()
     if bool(arguments.against) == bool(arguments.answers):
         raise cli.UsageError("--against FILE makes a page, --answers FILES counts: name one")
+    _check_least(arguments, pairs=1, seed=0)
     if arguments.answers:
         shares, raters = compare.count_answers(out, arguments.answers)
         total = sum(share.count for share in shares.values())
@@ -427,7 +432,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
         return
     lines = describe.read_described(out / f"{DESCRIPTIONS}.jsonl")
     ours = {name: line["reply"] for name, line in lines.items()}
-    theirs, _ = describe.given_replies(arguments.against, list(ours))
+    theirs, remarks = describe.given_replies(arguments.against, list(ours))
     pairs = compare.write_page(
         out,
         ours,
@@ -440,7 +445,8 @@ def run_compare(arguments: argparse.Namespace) -> None:
     print_lines(
         [
             f"{out / compare.PAGE}: {pairs:,} pairs, for raters; whose they are is in "
-            f"{compare.KEY}, which raters must not see"
+            f"{compare.KEY}, which raters must not see",
+            *remarks,
         ]
     )
 

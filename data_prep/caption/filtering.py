@@ -499,8 +499,11 @@ def write_results(
     usable, _ = trainable(data, kept_names(judged, levels))
     stages = funnel(data, judged, levels)
     write_csv(to / FILTERED, COLUMNS, filtered_rows(judged, levels))
-    write_csv(to / PLUS, *plus_rows(data, usable))
-    write_json(to / f"{FUNNEL}.json", {"levels": list(levels), **about, "funnel": stages})
+    plus = plus_rows(data, usable)
+    write_csv(to / PLUS, *plus)
+    # By which the card knows whether it is about the same.
+    about = {"levels": list(levels), **about, "plus_sha256": json_sha256(plus), "funnel": stages}
+    write_json(to / f"{FUNNEL}.json", about)
     draw_funnel(stages, to / f"{FUNNEL}.png")
     return stages
 
