@@ -29,12 +29,21 @@ from affectgpt_jax.common.json import write_json
 from affectgpt_jax.common.tables import CsvTable, csv_rows, write_csv
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.arrays import parse_labels
-from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
+from affectgpt_jax.data.records import (
+    EXTRACTION,
+    MANIFEST_FILE,
+    RecordDataset,
+    RecordError,
+    write_records,
+)
 from affectgpt_jax.evaluation.extract import is_refusal
 from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
 
+from ..blocks import BLOCKS, PLACES
+from ..clips import read_clip_rows
 from ..crowd.votes import Vote, read_votes
+from ..report import copy_report
 from ..speakers.verdicts import read_speakers
 from .describe import Described, read_described
 from .labels import COLUMNS as COLUMNS_OF_LABELS
@@ -513,6 +522,8 @@ def write_training_records(
 ) -> tuple[int, list[str]]:
     """Records of the clips that are kept, with features of an extraction and the new annotations.
 
+    How they were extracted, where that is known, goes with them.
+
     Args:
         data: the data set.
         kept: names of clips.
@@ -525,6 +536,8 @@ def write_training_records(
     Raises:
         RecordError: no clip that is kept has a record, or a directory that cannot be used.
     """
+    if (to / MANIFEST_FILE).exists():
+        raise RecordError(f"{to} already holds records; delete it or write elsewhere")
     records = RecordDataset(source)
     wanted = set(kept)
     numbers = [i for i, entry in enumerate(records.index) if entry.name in wanted]
@@ -545,5 +558,13 @@ def write_training_records(
                 labels=data.labels[record.name].labels,
             )
 
-    write_records(to, annotated(), encoders=encoders)
+    # What describes and serves clips like these, and what looks for them elsewhere, reads on.
+    copy_report(source, to, {records.index[i].name for i in numbers})
+    if (places := source / BLOCKS / PLACES).is_file():
+        write_text(to / BLOCKS / PLACES, places.read_text(encoding="utf-8"))
+    extra = dict(records.manifest.extra)
+    if "face arrays" in (how := extra.get(EXTRACTION, {})):
+        faces = sum("face" in records.index[i].present for i in numbers)
+        extra[EXTRACTION] = how | {"face arrays": min(how["face arrays"], faces)}
+    write_records(to, annotated(), encoders=encoders, extra=extra)
     return len(numbers), lacking
