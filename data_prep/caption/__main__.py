@@ -37,6 +37,7 @@ from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCach
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
+from ..clips import find_clips, read_clip_rows
 from ..contents import read_seconds
 from ..encoders import MISSING
 from ..shards import add_shard_flag, shard_of_task
@@ -226,20 +227,20 @@ def _base(workdir: Path, max_tokens: int) -> Any:
 
 def run_describe(arguments: argparse.Namespace) -> None:
     """`describe audio` and `describe video`."""
-    from ..clips import find_clips
-
     _check_model(arguments, ("replies",))
     if not (arguments.base_url or arguments.replies):
         raise cli.UsageError("name who describes: --base-url and --model, or --replies FILE")
     if not (arguments.csv or arguments.clips):
         raise cli.UsageError("name the clips: --csv FILE, --clips DIR, or both")
+    if arguments.with_subtitle and (arguments.replies or not arguments.csv):
+        raise cli.UsageError("--with-subtitle shows a model the subtitles of --csv FILE")
     kind, out = arguments.kind, arguments.out.expanduser()
     if arguments.form and arguments.form not in FORMS[kind]:
         raise cli.UsageError(f"--as {arguments.form}: {kind} is sent as {_forms_of(kind)}")
     settings = read_settings(out)
     if arguments.replies:
         names = (
-            list(filtering.read_clip_rows(arguments.csv))
+            list(read_clip_rows(arguments.csv))
             if arguments.csv
             else [clip.name for clip in find_clips(arguments.clips).clips]
         )
@@ -284,7 +285,7 @@ def _report(
 
 
 def _subtitles(table: Path | None) -> dict[str, str]:
-    rows = filtering.read_clip_rows(table) if table else {}
+    rows = read_clip_rows(table) if table else {}
     return {name: row.get("subtitle", "").strip() for name, row in rows.items()}
 
 
@@ -456,6 +457,7 @@ def run_choose(arguments: argparse.Namespace) -> None:
     from . import choose
 
     _check_model(arguments, ())
+    _check_least(arguments, runs=1)
     out = arguments.out.expanduser()
     replies: dict[str, Path] = {}
     for text in arguments.replies:

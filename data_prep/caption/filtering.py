@@ -26,7 +26,7 @@ from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import write_json
-from affectgpt_jax.common.tables import CsvTable, csv_rows, write_csv
+from affectgpt_jax.common.tables import csv_rows, write_csv
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.arrays import parse_labels
 from affectgpt_jax.data.records import (
@@ -122,24 +122,6 @@ class DataSet:
     speakers: dict[str, Mapping[str, str]] | None
     votes: dict[str, Vote] | None
     cuts: dict[str, Cuts]
-
-
-def read_clip_rows(path: Path) -> dict[str, dict[str, str]]:
-    """The rows of the clips' CSV file by name, in order.
-
-    Raises:
-        ReadError: a file that cannot be read, an empty name, or one that comes twice.
-    """
-    rows: dict[str, dict[str, str]] = {}
-    for line, row in CsvTable(read_bytes(path), str(path), ("name",)):
-        name = row["name"].strip()
-        if not name or name in rows:
-            what = f"{name!r} has a row already" if name else "the name is empty"
-            raise ReadError(f"{path}, line {line}: {what}")
-        rows[name] = row
-    if not rows:
-        raise ReadError(f"{path} has a header, but no clips")
-    return rows
 
 
 def read_labels(path: Path) -> dict[str, Labelled]:
