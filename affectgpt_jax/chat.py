@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 from affectgpt_jax.common.identity import Identity
 from affectgpt_jax.data.pipeline import choose_lengths
 from affectgpt_jax.data.tokenizer import Tokenizer
+from affectgpt_jax.evaluation.chat_server import ChatRefusal, Message, Reply, words_of
+from affectgpt_jax.evaluation.extract import NoWords
 from affectgpt_jax.models.affectgpt import AffectGPT
 from affectgpt_jax.models.decoder import Decoder
 from affectgpt_jax.models.generate import Decoding, Prompts, generate_all, rows_and_prefill_batch
@@ -63,12 +65,32 @@ class BaseChat:
             f"{dtype}, greedy, {max_new_tokens} tokens"
         )
 
-    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str]]:
+    def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str | NoWords]]:
         """Yield the number and the reply of each message, a few at a time as they are complete.
 
         Raises:
             TokenizerError: the base's chat template cannot be used.
         """
+        return words_of(self.replies(messages))
+
+    def replies(self, messages: Sequence[Message]) -> Iterator[tuple[int, Reply | ChatRefusal]]:
+        """As `answer`, with how each reply ended, as `ChatServer.replies`; messages are text.
+
+        Raises:
+            TokenizerError: as `answer`.
+        """
+        texts: dict[int, str] = {}
+        for number, message in enumerate(messages):
+            try:
+                texts[number] = message() if callable(message) else message
+            except ChatRefusal as refusal:
+                yield number, refusal
+        if texts:
+            numbers = list(texts)
+            for place, reply in self._generate(list(texts.values())):
+                yield numbers[place], reply
+
+    def _generate(self, messages: Sequence[str]) -> Iterator[tuple[int, Reply]]:
         prompts = self._tokenizer.encode([self._tokenizer.chat_prompt(m) for m in messages])
         nothing = {"lora": {}, "fusion": {}}
         # No more rows than messages: empty ones cost as much as others.
@@ -77,8 +99,10 @@ class BaseChat:
         asked = self._prompts(prompts, prefill_batch)
         found = generate_all(self._model, self._base, nothing, asked, self._decoding, size)
         for number, generated in found:
-            ids = generated.tokens[: int(generated.counts)]
-            yield number, self._tokenizer.decode(ids).strip()
+            count = int(generated.counts)
+            text = self._tokenizer.decode(generated.tokens[:count]).strip()
+            finish = "stop" if generated.ended else "length"
+            yield number, Reply(text, finish, len(prompts[number]) + count)
 
     def _prompts(self, prompts: Sequence[np.ndarray], size: int) -> Iterator[Prompts]:
         """All of them, `size` at a time, in rows of a few lengths, the longest ones first."""

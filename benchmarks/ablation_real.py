@@ -6,8 +6,10 @@
 checks the record directories of the rows and prints the command of each run, of its evaluation,
 and of the report beside the paper's figures. With --submit, runs are handed to SLURM.
 
-The rows of a table are folders below --records; those of Table 4 are what `affectgpt caption
-filter --levels ... --write records/t4-...` writes. All runs see the same number of clips, as the
+The rows of a table are folders below --records; those of Table 4 are what `affectgpt caption filter
+--levels ... --write records/t4-...` writes. Of Table 3, t3-NAME-emotion are the pairs of t3-NAME
+whose text names an emotion; no command picks these out, which is to be done in the CSV file from
+which `affectgpt import_arrays` makes the records. All runs see the same number of clips, as the
 paper's do, however large their set is. Every set must have the same features of the same encoders
 (in Figure 4, the same clips instead), and no clip of --against may be in one.
 """

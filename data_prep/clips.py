@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.files import path_below, read_bytes
-from affectgpt_jax.common.tables import csv_rows
+from affectgpt_jax.common.tables import CsvTable
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.evaluation.label_files import match_names
 
@@ -127,11 +127,12 @@ def find_clips(
             raise ClipError(f"{places}: no file ends in any of {' '.join(VIDEO + AUDIO)}")
         rows = [{"name": name} for name in sorted(found)]
     else:
-        rows = [row for _, row in csv_rows(read_bytes(table), str(table), ("name",))]
-        matched, how = match_names([row["name"].strip() for row in rows], found)
+        by_name = read_clip_rows(table)
+        rows = [row | {"name": name} for name, row in by_name.items()]
+        matched, how = match_names(list(by_name), found)
     clips = []
     for row in rows:
-        name = row["name"].strip()
+        name = row["name"]
         files = {c: table.parent / row[c].strip() for c in MEDIA_COLUMNS if row.get(c, "").strip()}
         if "video" not in row and "audio" not in row:
             file = matched.get(name)
@@ -155,6 +156,24 @@ def find_clips(
     unnamed = sorted(found - {matched.get(clip.name) for clip in clips})
     lacking = [clip.name for clip in clips if not clip.sound]
     return Found(clips, unnamed, other, lacking if unnamed else [], how)
+
+
+def read_clip_rows(path: Path) -> dict[str, dict[str, str]]:
+    """The rows of the clips' CSV file by name, in order.
+
+    Raises:
+        ReadError: a file that cannot be read, an empty name, or one that comes twice.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for line, row in CsvTable(read_bytes(path), str(path), ("name",)):
+        name = row["name"].strip()
+        if not name or name in rows:
+            what = f"{name!r} has a row already" if name else "the name is empty"
+            raise ReadError(f"{path}, line {line}: {what}")
+        rows[name] = row
+    if not rows:
+        raise ReadError(f"{path} has a header, but no clips")
+    return rows
 
 
 def named_clips(paths: Sequence[Path], faces: Path | None = None) -> list[Clip]:

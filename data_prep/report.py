@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from affectgpt_jax.common.files import read_bytes
-from affectgpt_jax.common.tables import csv_rows, write_csv
+from affectgpt_jax.common.tables import CsvTable, csv_rows, write_csv
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import extracted_features
 
@@ -118,6 +118,20 @@ def reason_of(problems: Mapping[str, str], features: Sequence[str]) -> str:
 def write_report(path: Path, report: Sequence[Mapping[str, Any]]) -> None:
     """Write the CSV file of `COLUMNS`, atomically."""
     write_csv(path, COLUMNS, report)
+
+
+def copy_report(source: Path, to: Path, names: Collection[str]) -> None:
+    """Write the rows of these clips of an extraction's report, if there is one, into `to`.
+
+    Raises:
+        ReadError: a report that cannot be read.
+        OSError: one that cannot be written.
+    """
+    path = source / REPORT_FILE
+    if path.is_file():
+        table = CsvTable(read_bytes(path), str(path), ("name",))
+        rows = [row for _, row in table if row["name"] in names]
+        write_csv(to / REPORT_FILE, table.header, rows)
 
 
 def reasons(report: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -39,7 +39,8 @@ class Settings(TypedDict):
         faces: "detector", and "order of arrays", the channels of OpenFace's.
         versions: of packages.
 
-    Records also say how many of them have OpenFace's faces, as "face arrays".
+    Records also say how many of them have OpenFace's faces, as "face arrays": at most so many,
+    where the records are a part of those that were extracted.
     """
 
     version: int

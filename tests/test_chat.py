@@ -7,6 +7,7 @@ import pytest
 from affectgpt_jax.build import base_config, base_directory
 from affectgpt_jax.chat import BaseChat
 from affectgpt_jax.data.tokenizer import Tokenizer
+from affectgpt_jax.evaluation.chat_server import ChatRefusal
 from affectgpt_jax.evaluation.extract import ChatExtractor, ReplyCache
 from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
 from affectgpt_jax.models.decoder import Decoder, lm_head
@@ -72,6 +73,23 @@ def test_replies_are_the_most_probable_tokens_of_the_plain_base(parts, replies):
 def test_replies_do_not_depend_on_their_company(parts, replies):
     alone = dict(make_chat(parts).answer(MESSAGES[2:3]))
     assert alone == {0: replies[2]}
+
+
+def test_replies_say_how_they_ended(parts, replies):
+    def nothing():
+        raise ChatRefusal("there is nothing to ask")
+
+    asked = [lambda: MESSAGES[0], nothing, *MESSAGES[1:]]
+    found = dict(make_chat(parts).replies(asked))
+    assert str(found.pop(1)) == "there is nothing to ask"
+    ordered = [found[number] for number in sorted(found)]
+    assert [reply.text for reply in ordered] == replies
+    endless = dict(make_chat(parts, max_new_tokens=200).replies(MESSAGES))
+    for number, reply in enumerate(ordered):
+        ended = endless[number].text == reply.text
+        assert reply.finish == ("stop" if ended else "length")
+        assert reply.tokens <= endless[number].tokens
+    assert {"length"} <= {reply.finish for reply in ordered}
 
 
 def test_it_serves_label_extraction(parts, replies, tmp_path):

@@ -25,6 +25,8 @@ from small_encoders import save_encoder
 
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
+from data_prep.crowd.votes import Vote, write_votes
+from data_prep.speakers.verdicts import write_speakers
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -105,8 +107,8 @@ COMMANDS = {
     "describe": CAPTION("describe", "audio", CLIPS, "--out={o}/caption", *SERVER),
     "caption merge": SHORT("merge", "--out={o}/caption", *SERVER, begun=("caption/described",)),
     "caption labels": SHORT("labels", "--out={o}/caption", *SERVER, begun=("caption/merged",)),
-    "filter": CAPTION("filter", "--out={o}/caption", "--levels=none", begun=("caption/labelled",)),
-    "card": CAPTION("card", "--out={o}/caption", "--levels=none", begun=("caption/labelled",)),
+    "filter": CAPTION("filter", "--out={o}/caption", begun=("caption/labelled",)),
+    "card": CAPTION("card", "--out={o}/caption", begun=("caption/filtered",)),
     "compare": SHORT(
         *("compare", "--out={o}/caption", "--against={s}/theirs.csv"), begun=("caption/labelled",)
     ),
@@ -120,7 +122,12 @@ def describes(body):
     """A server that says the same about all clips."""
     content = body["messages"][0]["content"]
     text = content if isinstance(content, str) else content[0]["text"]
-    said = "[joyful, amused]" if "list format" in text else "They smile and sound joyful. " * 8
+    if "list format" in text:
+        said = "[joyful, amused]"
+    elif "candidates" in text:
+        said = "positive"
+    else:
+        said = "They smile and sound joyful. " * 8
     choice = {"message": {"content": said}, "finish_reason": "stop"}
     return 200, {}, json.dumps({"choices": [choice]})
 
@@ -165,14 +172,28 @@ def sources(trained_run, server, tmp_path_factory):
     lines = "".join(f"{name},He is very happy.\n" for name in theirs)
     (folder / "theirs.csv").write_text(f"name,reply\n{lines}")
     made = folder / "made"
-    for name in ("crowd train", "describe", "caption merge", "caption labels"):
+    stage = {"describe": "described", "caption merge": "merged", "caption labels": "labelled"}
+    stage["filter"] = "filtered"
+    for name in ("crowd train", *stage):
         made.mkdir(exist_ok=True)
         run(COMMANDS[name], arguments(name, folder, made, server))
-        stage = {"describe": "described", "caption merge": "merged", "caption labels": "labelled"}
+        if name == "caption labels":
+            judge([f"clip{i}" for i in range(6)], made / "caption")
         if name in stage:
             shutil.copytree(made / "caption", folder / "caption" / stage[name] / "caption")
     shutil.copytree(made / "crowd", folder / "crowd" / "crowd")
     return folder
+
+
+def judge(names, out):
+    """Verdicts and votes about the clips of a data set; the first one is off screen."""
+    verdicts = ["off_screen", *["speaking"] * (len(names) - 1)]
+    rows = zip(names, verdicts, strict=True)
+    write_speakers(
+        out / "speakers.csv", [{"name": n, "verdict": v, "network": "test"} for n, v in rows]
+    )
+    votes = [Vote(name, "happy", 1, 1, 0.9, "positive", 1, 1, 0.5, 0.1) for name in names]
+    write_votes(out / "votes.csv", votes)
 
 
 def arguments(name, sources, out, url):

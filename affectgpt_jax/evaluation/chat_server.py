@@ -10,24 +10,20 @@ import dataclasses
 import importlib
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypedDict
 
-from affectgpt_jax.common.errors import ReadError, UserError
+from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.secret import Secret
 from affectgpt_jax.common.text import shorten
-from affectgpt_jax.evaluation.extract import NoWords, spoken
+from affectgpt_jax.evaluation.extract import ChatError, NoWords, spoken
 
 # Of a reply, and of an error's text that is looked at.
 MAX_REPLY_BYTES = 16 * 2**20
 MAX_ERROR_CHARACTERS = 2**16
 _RESUME = "what was answered before is kept, and the same command goes on from there"
-
-
-class ChatError(UserError, RuntimeError):
-    """A server that gives no reply: one sentence that says what it did instead."""
 
 
 class ChatRefusal(ChatError):
@@ -56,6 +52,17 @@ class Reply:
     text: str
     finish: str
     tokens: int
+
+
+def words_of(
+    replies: Iterable[tuple[int, Reply | ChatRefusal]],
+) -> Iterator[tuple[int, str | NoWords]]:
+    """Number and words of each reply, as `extract.Chat.answer` has them."""
+    for number, reply in replies:
+        if isinstance(reply, ChatRefusal):
+            yield number, NoWords(refusal=str(reply))
+        else:
+            yield number, reply.text if spoken(reply.text) else NoWords(reply.finish)
 
 
 class _Unread(Exception):
@@ -161,19 +168,16 @@ class ChatServer:
         """Yield the number and the reply of each message, in the order in which they come.
 
         Raises:
-            ChatError: no reply to one of them, after all attempts or because none would help;
-                what came before has been yielded.
+            ChatError: no reply to one of them, after all attempts or because none would help, but
+                for a single message that is refused; what came before has been yielded.
         """
-        for number, reply in self.replies(messages):
-            if isinstance(reply, ChatRefusal):
-                raise reply
-            yield number, reply.text if spoken(reply.text) else NoWords(reply.finish)
+        return words_of(self.replies(messages))
 
     def replies(self, messages: Sequence[Message]) -> Iterator[tuple[int, Reply | ChatRefusal]]:
         """Yield number and reply, or how it is refused, of each message, in the order of arrival.
 
         Raises:
-            ChatError: as `answer`, but for a single message that is refused.
+            ChatError: as `answer`.
         """
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="chat")
         try:

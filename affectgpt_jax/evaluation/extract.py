@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import ResumableJsonl
 from affectgpt_jax.common.labels import labels_of_object, read_labels, split_labels
@@ -33,8 +34,14 @@ SENTIMENT_PROMPT = (
     "emotions of a character. Please choose the most likely sentiment from the given candidates: "
     "[positive, negative, neutral]."
 )
+# Refusals before any reply after which a server is taken to refuse everything.
+REFUSALS = 3
 # Words of the longest item that is read as an emotion ("ill at ease"); longer ones are prose.
 LONGEST_LABEL = 4
+
+
+class ChatError(UserError, RuntimeError):
+    """A model or server that gives no reply: one sentence that says what it did instead."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +50,15 @@ class NoWords:
 
     Attributes:
         finish_reason: why the model stopped, as servers call it; "" where it is not known.
+        refusal: why a server refused the message, of which there is no reply at all.
     """
 
     finish_reason: str = ""
+    refusal: str = ""
 
     def __str__(self) -> str:
+        if self.refusal:
+            return f"that the server refuses to read ({self.refusal})"
         advice = {
             "length": "; the model thought up to the limit: turn its thinking off, or raise "
             "--max-reply-tokens",
@@ -88,7 +99,11 @@ class Chat(Protocol):
     identity: str
 
     def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str | NoWords]]:
-        """Yield the number and the reply of each message, in the order in which they come."""
+        """Yield the number and the reply of each message, in the order in which they come.
+
+        Raises:
+            ChatError: there is no reply, and others will get none either.
+        """
         ...
 
 
@@ -164,7 +179,7 @@ class ChatExtractor:
     ):
         self.identity, self.unparsed = chat.identity, {}
         self._chat, self._cache, self._in_prose = chat, cache, in_prose
-        self._progress = progress
+        self._progress, self._answered = progress, False
 
     def labels(self, texts: Sequence[str]) -> list[list[str]]:
         """As `Extractor` says; an empty text has no labels, and one whose reply cannot be read is
@@ -205,11 +220,15 @@ class ChatExtractor:
         """The reply to each message, None to None.
 
         One without words is not kept: the next run, with other settings of the server, asks again.
+
+        Raises:
+            ChatError: no reply; or all messages are refused, and none was answered before.
         """
         wanted = list(dict.fromkeys(m for m in messages if m is not None))
         replies = {m: self._cache.get(self.identity, m) for m in wanted}
         missing = [m for m in wanted if replies[m] is None]
         done = len(wanted) - len(missing)
+        answered, refused = self._answered or done > 0, []
         if missing:
             self._progress(done, len(wanted))
             with self._cache.writing():
@@ -219,9 +238,16 @@ class ChatExtractor:
                         reply = NoWords("length" if cut else "")
                     if isinstance(reply, str):
                         self._cache.put(self.identity, missing[number], reply)
+                    if isinstance(reply, NoWords) and reply.refusal:
+                        refused.append(reply.refusal)
+                    else:
+                        answered = True
+                    if not answered and len(refused) >= min(REFUSALS, len(missing)):
+                        raise ChatError(refused[0])
                     replies[missing[number]] = reply
                     done += 1
                     self._progress(done, len(wanted))
+        self._answered = answered
         return [None if m is None else replies[m] for m in messages]
 
 

@@ -37,6 +37,7 @@ from affectgpt_jax.evaluation.extract import ChatExtractor, Extractor, ReplyCach
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rules import RuleExtractor
 
+from ..clips import find_clips, read_clip_rows
 from ..contents import read_seconds
 from ..encoders import MISSING
 from ..shards import add_shard_flag, shard_of_task
@@ -80,7 +81,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
     add = verb("filter", run_filter, "keep the descriptions that pass the tests of the levels")
-    _add_levels(add)
+    add(
+        "--levels",
+        type=cli.argument_type(parse_levels),
+        default=tuple(filtering.LEVELS),
+        metavar="LEVELS",
+        help=f"none, or some of {','.join(filtering.LEVELS)}; default: all",
+    )
     add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
     add("--to", type=Path, metavar="DIR", help="where to write; default: --out")
     add("--records", type=Path, metavar="DIR", help="records of the clips, for --write")
@@ -90,7 +97,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = verb(
         "card", run_card, "README.md and plots: what is in the data set, and how it was made"
     )
-    _add_levels(add)
     add("--csv", type=Path, metavar="FILE", help="which clips; default: all with a description")
     add("--crowd", type=Path, metavar="DIR", help="the crowd that voted, for its corpora and leaks")
     add("--records", type=Path, metavar="DIR", help="extraction of the clips, for durations")
@@ -133,16 +139,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _forms() -> str:
     return "; ".join(f"{kind}: {' or '.join(forms)}" for kind, forms in FORMS.items())
-
-
-def _add_levels(add: Callable[..., Any]) -> None:
-    add(
-        "--levels",
-        type=cli.argument_type(parse_levels),
-        default=tuple(filtering.LEVELS),
-        metavar="LEVELS",
-        help=f"none, or some of {','.join(filtering.LEVELS)}; default: all",
-    )
 
 
 def _add_model(add: Callable[..., Any], base: bool) -> None:
@@ -189,6 +185,13 @@ def _check_model(arguments: argparse.Namespace, others: Sequence[str]) -> None:
         raise cli.UsageError("--concurrency and --timeout must be more than 0")
 
 
+def _check_least(arguments: argparse.Namespace, **least: int) -> None:
+    """Refuse numbers that are less than these."""
+    for name, lowest in least.items():
+        if (value := getattr(arguments, name)) < lowest:
+            raise cli.UsageError(f"--{name} is {value}; expected {lowest} or more")
+
+
 def _server(arguments: argparse.Namespace, max_tokens: int) -> ChatServer:
     return ChatServer(
         arguments.base_url,
@@ -204,10 +207,10 @@ def _base(workdir: Path, max_tokens: int) -> Any:
     """The frozen base of a run, as a chat model."""
     # They load JAX, which other stages do without.
     from affectgpt_jax.chat import BaseChat
-    from affectgpt_jax.restore import load_run, set_up_process
+    from affectgpt_jax.restore import open_run, set_up_process
 
     set_up_process()
-    run = load_run(workdir.expanduser())
+    run = open_run(workdir.expanduser()).with_weights()
     return BaseChat(
         run.model.decoder,
         run.base,
@@ -224,20 +227,20 @@ def _base(workdir: Path, max_tokens: int) -> Any:
 
 def run_describe(arguments: argparse.Namespace) -> None:
     """`describe audio` and `describe video`."""
-    from ..clips import find_clips
-
     _check_model(arguments, ("replies",))
     if not (arguments.base_url or arguments.replies):
         raise cli.UsageError("name who describes: --base-url and --model, or --replies FILE")
     if not (arguments.csv or arguments.clips):
         raise cli.UsageError("name the clips: --csv FILE, --clips DIR, or both")
+    if arguments.with_subtitle and (arguments.replies or not arguments.csv):
+        raise cli.UsageError("--with-subtitle shows a model the subtitles of --csv FILE")
     kind, out = arguments.kind, arguments.out.expanduser()
     if arguments.form and arguments.form not in FORMS[kind]:
         raise cli.UsageError(f"--as {arguments.form}: {kind} is sent as {_forms_of(kind)}")
     settings = read_settings(out)
     if arguments.replies:
         names = (
-            list(filtering.read_clip_rows(arguments.csv))
+            list(read_clip_rows(arguments.csv))
             if arguments.csv
             else [clip.name for clip in find_clips(arguments.clips).clips]
         )
@@ -282,7 +285,7 @@ def _report(
 
 
 def _subtitles(table: Path | None) -> dict[str, str]:
-    rows = filtering.read_clip_rows(table) if table else {}
+    rows = read_clip_rows(table) if table else {}
     return {name: row.get("subtitle", "").strip() for name, row in rows.items()}
 
 
@@ -301,11 +304,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
         _take_given(DESCRIPTIONS, arguments.replies, names, out)
         return
     limit = settings.replies.merge
-    model = (
-        _server(arguments, limit)
-        if arguments.base_url
-        else describe.TextDescriber(_base(arguments.workdir, limit))
-    )
+    model = _server(arguments, limit) if arguments.base_url else _base(arguments.workdir, limit)
     with Counter("descriptions", stream=sys.stderr) as count:
         lines = describe.merge(
             names,
@@ -316,7 +315,7 @@ def run_merge(arguments: argparse.Namespace) -> None:
             shard=arguments.shard or shard_of_task(),
             progress=count,
         )
-    _report(out / f"{DESCRIPTIONS}.jsonl", lines)
+    _report(out / f"{DESCRIPTIONS}.jsonl", lines, describe.cue_remarks(names, out))
 
 
 def _described_names(out: Path) -> list[str]:
@@ -392,14 +391,16 @@ def run_card(arguments: argparse.Namespace) -> None:
     """`card`."""
     from . import card
 
+    _check_least(arguments, seed=0)
     out = arguments.out.expanduser()
     settings, lexicon = read_settings(out), load_lexicon(arguments.lexicon)
     data = filtering.read_data_set(out, arguments.csv, settings)
-    filtering.check_stages(data, out, arguments.levels)
+    judged = filtering.judge(data, settings, lexicon)
+    levels = card.read_filter(data, judged, lexicon, settings, out)
     path = card.write_card(
         data,
-        filtering.judge(data, settings, lexicon),
-        arguments.levels,
+        judged,
+        levels,
         lexicon,
         settings,
         out,
@@ -420,6 +421,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
     out = arguments.out.expanduser()
     if bool(arguments.against) == bool(arguments.answers):
         raise cli.UsageError("--against FILE makes a page, --answers FILES counts: name one")
+    _check_least(arguments, pairs=1, seed=0)
     if arguments.answers:
         shares, raters = compare.count_answers(out, arguments.answers)
         total = sum(share.count for share in shares.values())
@@ -431,7 +433,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
         return
     lines = describe.read_described(out / f"{DESCRIPTIONS}.jsonl")
     ours = {name: line["reply"] for name, line in lines.items()}
-    theirs, _ = describe.given_replies(arguments.against, list(ours))
+    theirs, remarks = describe.given_replies(arguments.against, list(ours))
     pairs = compare.write_page(
         out,
         ours,
@@ -444,7 +446,8 @@ def run_compare(arguments: argparse.Namespace) -> None:
     print_lines(
         [
             f"{out / compare.PAGE}: {pairs:,} pairs, for raters; whose they are is in "
-            f"{compare.KEY}, which raters must not see"
+            f"{compare.KEY}, which raters must not see",
+            *remarks,
         ]
     )
 
@@ -454,6 +457,7 @@ def run_choose(arguments: argparse.Namespace) -> None:
     from . import choose
 
     _check_model(arguments, ())
+    _check_least(arguments, runs=1)
     out = arguments.out.expanduser()
     replies: dict[str, Path] = {}
     for text in arguments.replies:

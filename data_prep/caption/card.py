@@ -10,12 +10,14 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from affectgpt_jax.common import drawing
 from affectgpt_jax.common.files import write_text
+from affectgpt_jax.common.identity import json_sha256
+from affectgpt_jax.common.json import read_json
 from affectgpt_jax.data.records import IndexEntry
 from affectgpt_jax.evaluation.lexicon import Lexicon
 from affectgpt_jax.evaluation.markup import escape_markdown
@@ -24,8 +26,9 @@ from ..contents import Contents, table_row, write_statistics
 from . import filtering
 from .describe import KINDS, Described, read_described
 from .filtering import PASSED, DataSet, Judgement
-from .lengths import draw_lengths
-from .settings import DESCRIPTIONS, Settings
+from .labels import read_about
+from .lengths import draw_lengths, measure, told_of_others, units_without
+from .settings import DESCRIPTIONS, CaptionError, Settings
 
 CARD = "README.md"
 SAMPLES = 12  # rows that are kept, and as many that are dropped
@@ -50,6 +53,16 @@ TABLE_1 = (
 )
 
 
+class _Funnel(TypedDict):
+    """What is read of `funnel.json`."""
+
+    levels: list[Literal["low", "emotion", "sentiment"]]
+    settings_sha256: str
+    lexicon: str
+    plus_sha256: str
+    funnel: list[dict[str, Any]]
+
+
 def write_card(
     data: DataSet,
     judged: Mapping[str, Mapping[str, Judgement]],
@@ -67,8 +80,10 @@ def write_card(
 ) -> Path:
     """Write `README.md`, its plots and `statistics/`; returns the path of the card.
 
+    `filtering.write_results` has drawn the funnel.
+
     Args:
-        data, judged, levels: the data set, and what is kept of it.
+        data, judged, levels: the data set, and what is kept of it, as `read_filter` has it.
         lexicon, settings: by which it was judged.
         out: the folder.
         title, license_name, languages: as the user says; the latter as the hub's codes.
@@ -80,7 +95,8 @@ def write_card(
         ReadError: a file that cannot be read.
         OSError: one that cannot be written.
     """
-    kept = filtering.kept_names(judged, levels)
+    kept, lacking = filtering.trainable(data, filtering.kept_names(judged, levels))
+    untrainable = {name: what for what, names in lacking.items() for name in names}
     seconds = seconds or {}
     sets = [
         _contents("all descriptions", data, data.names, seconds),
@@ -91,24 +107,57 @@ def write_card(
     draw_lengths(texts, data.cuts, out / "lengths.png")
     _draw_growth({c.name: c.entries for c in sets}, out / "vocabulary.png")
     stages = filtering.funnel(data, judged, levels)
-    filtering.draw_funnel(stages, out / "funnel.png")
     parts = [
         _head(title, license_name, languages, len(kept)),
         _table_1(sets),
-        _funnel(stages),
+        _funnel(stages, lacking),
         "## Lengths\n\n![lengths of descriptions](lengths.png)\n\n" + _cuts(data),
         "## Labels\n\n![distributions](statistics/distributions.png)\n\n"
         "![growth of the vocabulary](vocabulary.png)",
         _bias(data, kept, seconds),
         _matrix(data, lexicon),
-        _samples(data, judged, levels, kept, seed),
+        _samples(data, judged, levels, kept, untrainable, seed),
         _how(data, settings, lexicon, levels, out),
         _crowd(crowd),
-        _limits(data),
+        _limits(data, crowd),
     ]
     path = out / CARD
     write_text(path, "\n\n".join(part.strip() for part in parts if part) + "\n")
     return path
+
+
+def read_filter(
+    data: DataSet,
+    judged: Mapping[str, Mapping[str, Judgement]],
+    lexicon: Lexicon,
+    settings: Settings,
+    out: Path,
+) -> tuple[str, ...]:
+    """The levels by which `filter` wrote the files that the card is about.
+
+    Raises:
+        ReadError: a file that cannot be read.
+        CaptionError: it has not run, or what it judged, and how, has changed since.
+    """
+    path = out / f"{filtering.FUNNEL}.json"
+    if not path.exists():
+        raise CaptionError(f"{path} is missing; run `affectgpt caption filter` first")
+    written = read_json(path, _Funnel, advice="run `affectgpt caption filter` again")
+    levels = tuple(written["levels"])
+    filtering.check_stages(data, out, levels)
+    usable, _ = filtering.trainable(data, filtering.kept_names(judged, levels))
+    for what, then, now in (
+        ("caption.toml", written["settings_sha256"], settings.sha256),
+        ("the lexicon", written["lexicon"], str(lexicon.identity)),
+        ("what it judged", written["funnel"], filtering.funnel(data, judged, levels)),
+        ("what is kept", written["plus_sha256"], json_sha256(filtering.plus_rows(data, usable))),
+    ):
+        if then != now:
+            raise CaptionError(
+                f"{path} is of another state: {what} has changed since `affectgpt caption filter` "
+                "ran; run it again, on the same clips"
+            )
+    return levels
 
 
 def _contents(
@@ -169,7 +218,7 @@ def _table_1(sets: Sequence[Contents]) -> str:
     return "## Size\n\n" + _markdown_table(["set", *TABLE_1], rows)
 
 
-def _funnel(stages: Sequence[Mapping[str, Any]]) -> str:
+def _funnel(stages: Sequence[Mapping[str, Any]], lacking: Mapping[str, Sequence[str]]) -> str:
     rows = [
         [s["test"], *(_count(s[k]) for k in ("clips", "labels", "dropped", "not_judged"))]
         for s in stages
@@ -184,15 +233,23 @@ def _funnel(stages: Sequence[Mapping[str, Any]]) -> str:
     )
     if reasons:
         text += "\n\n" + _markdown_table(["test", "reason", "clips"], reasons)
+    if lacking:
+        text += "\n\n" + "\n".join(
+            f"- passed all tests, but without {what} to train on, and so not kept: {len(names):,}"
+            for what, names in lacking.items()
+        )
     return text
 
 
 def _cuts(data: DataSet) -> str:
-    return "\n".join(
+    texts = [line["reply"] for line in (data.descriptions or {}).values()]
+    lines = [
         f"- {unit}: kept are {cut.low:.1f} to {cut.high:.1f}, of {cut.texts:,} descriptions with a "
         f"mean of {cut.mean:.1f} and a standard deviation of {cut.deviation:.1f}, by the quartiles"
         for unit, cut in data.cuts.items()
-    )
+    ]
+    others = units_without(texts, data.cuts)
+    return "\n".join([*lines, *(f"- dropped {told_of_others(u, data.cuts)}" for u in others)])
 
 
 def _share(names: Sequence[str], kept: set[str]) -> list[str]:
@@ -215,9 +272,12 @@ def _bias(data: DataSet, kept: Sequence[str], seconds: Mapping[str, float]) -> s
         rows = [[word, *_share(by_word[word], stays)] for word in sorted(by_word)]
         text += "\n\n" + _markdown_table(["emotion, by the crowd", "clips", "kept"], rows)
     described = [n for n in data.names if n in (data.descriptions or {})]
-    lengths = {n: len(data.descriptions[n]["reply"].split()) for n in described}
+    lengths: dict[str, dict[str, float]] = {}
+    for name in described:
+        length, unit = measure(data.descriptions[name]["reply"])
+        lengths.setdefault(f"{unit} of the description", {})[name] = length
     durations = {n: seconds[n] for n in data.names if n in seconds}
-    for title, values in (("words of the description", lengths), ("seconds", durations)):
+    for title, values in (*sorted(lengths.items()), ("seconds", durations)):
         if rows := [[band, *_share(names, stays)] for band, names in _bands(values)]:
             text += "\n\n" + _markdown_table([title, "clips", "kept"], rows)
     return text
@@ -241,7 +301,8 @@ def _matrix(data: DataSet, lexicon: Lexicon) -> str:
         vote, labelled = data.votes.get(name), data.labels.get(name)
         if vote and vote.emotion and labelled:
             words = {lexicon.label(label, 1) or "on no wheel" for label in labelled.labels}
-            table.update((vote.emotion, word) for word in words or {"no label"})
+            none = "not read" if labelled.unparsed else "no label"
+            table.update((vote.emotion, word) for word in words or {none})
     words = sorted({word for _, word in table})
     rows = [
         [said, *(_count(table[said, word]) for word in words)]
@@ -259,6 +320,7 @@ def _samples(
     judged: Mapping[str, Mapping[str, Judgement]],
     levels: Sequence[str],
     kept: Sequence[str],
+    untrainable: Mapping[str, str],
     seed: int,
 ) -> str:
     """A few rows that are kept, and a few that are not, drawn at random."""
@@ -277,6 +339,8 @@ def _samples(
         return [name, ", ".join(labels), shown]
 
     def why(name: str) -> str:
+        if name in untrainable:
+            return f"without {untrainable[name]} to train on"
         tests = filtering.tests_of(levels)
         test = next(t for t in tests if judged[name][t].outcome != PASSED)
         return f"{test}: {judged[name][test].why}"
@@ -301,6 +365,10 @@ def _how(
         for model, prompt in dict.fromkeys(_asked(lines)):
             count = sum(1 for pair in _asked(lines) if pair == (model, prompt))
             rows.append([kind, model, prompt[:12] or "none", _count(count)])
+    if data.labels:
+        about = read_about(out)
+        by = [about["extractor"], about["prompts_sha256"][:12]] if about else ["not known", ""]
+        rows.append(["labels", by[0], by[1] or "none", _count(len(data.labels))])
     networks = Counter(row["network"] for row in (data.speakers or {}).values())
     facts = [
         f"levels: {', '.join(levels) or 'none'}",
@@ -355,7 +423,7 @@ def _crowd(crowd: Path | None) -> str:
     )
 
 
-def _limits(data: DataSet) -> str:
+def _limits(data: DataSet, crowd: Path | None) -> str:
     ends = Counter(line["finish"] or "unknown" for line in (data.descriptions or {}).values())
     # The server's own word.
     shown = ", ".join(f"{escape_markdown(end)}: {n:,}" for end, n in ends.most_common())
@@ -363,8 +431,8 @@ def _limits(data: DataSet) -> str:
         "## Limits and licence\n\n"
         "- Descriptions are those of models: nobody has looked at all of them. What the crowd "
         "does not know, it cannot confirm.\n"
-        "- A crowd that learned from sets on which models are tested gives these an advantage; "
-        "see the leaks above.\n"
+        "- A crowd that learned from sets on which models are tested gives these an advantage"
+        f"{'; see the leaks above' if crowd else ''}.\n"
         f"- How replies ended: {shown}.\n"
         "- This data set has annotations alone. Videos stay where their owners have them, under "
         "the licence that they come with; ask their owners for them."

@@ -25,11 +25,13 @@ class Candidate:
         name: of the describer.
         clips: that have a reply, of all that are scored.
         values: mean and spread of f, p and r.
+        unread: replies about labels that could not be read, of all extractions.
     """
 
     name: str
     clips: int
     values: dict[str, tuple[float, float]]
+    unread: int = 0
 
 
 def read_truth(records: Path) -> dict[str, tuple[str, ...]]:
@@ -69,15 +71,18 @@ def choose(
         lines, _ = given_replies(path, names)
         texts = [line["reply"] for line in lines]
         scores: dict[str, list[float]] = {}
+        unread = 0
         for make in extractors:
-            labels = make().labels(texts)
+            extractor = make()
+            labels = extractor.labels(texts)
+            unread += sum(1 for text in texts if text in extractor.unparsed)
             for metric, value in score_fine(labels, list(truth.values()), lexicon).values.items():
                 scores.setdefault(metric, []).append(value)
         values = {
             metric: (statistics.fmean(each), (max(each) - min(each)) / 2)
             for metric, each in scores.items()
         }
-        found.append(Candidate(name, sum(map(bool, texts)), values))
+        found.append(Candidate(name, sum(map(bool, texts)), values, unread))
     return sorted(found, key=lambda c: -next(iter(c.values.values()))[0])
 
 
@@ -91,4 +96,9 @@ def table(candidates: Sequence[Candidate], clips: int) -> list[str]:
     without = [c.name for c in candidates if c.clips < clips]
     if without:
         lines.append(f"clips without a reply count as without labels: {listed(without)}")
+    lines += [
+        f"{c.name}: {c.unread:,} replies about labels could not be read, and count as none"
+        for c in candidates
+        if c.unread
+    ]
     return lines

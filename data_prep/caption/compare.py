@@ -19,9 +19,10 @@ import numpy as np
 
 from affectgpt_jax.common.errors import ReadError
 from affectgpt_jax.common.files import read_bytes, write_text
+from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.common.tables import csv_rows
-from affectgpt_jax.common.text import listed
+from affectgpt_jax.common.text import listed, shorten
 from affectgpt_jax.evaluation.markup import printable
 
 from .settings import CaptionError
@@ -35,9 +36,10 @@ const chosen = (set) => (set.querySelector("input:checked") || {}).value;
 const quoted = (text) => '"' + text.replaceAll('"', '""') + '"';
 function answers() {
   const rater = quoted(document.getElementById("rater").value.trim());
+  const page = document.body.dataset.page;
   const rows = sets.filter(chosen).map(
-    (set) => [rater, quoted(set.dataset.clip), chosen(set)].join(","));
-  return ["rater,clip,answer", ...rows].join("\\n") + "\\n";
+    (set) => [page, rater, quoted(set.dataset.clip), chosen(set)].join(","));
+  return ["page,rater,clip,answer", ...rows].join("\\n") + "\\n";
 }
 function count() {
   for (const set of sets) set.classList.toggle("done", Boolean(chosen(set)));
@@ -55,11 +57,18 @@ count();
 """
 
 
-class Key(TypedDict):
+class Side(TypedDict):
     """Whose the descriptions of a pair are: which side is ours."""
 
     clip: str
     ours: Literal["a", "b"]
+
+
+class Key(TypedDict):
+    """The key of a page, which has a hash of its pairs and sides as its id."""
+
+    page: str
+    pairs: list[Side]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +110,7 @@ def write_page(
         title: of the page, which must not say whose descriptions these are.
 
     Raises:
-        CaptionError: no clip that both describe.
+        CaptionError: no clip that both describe, or the folder has the key of another page.
         OSError: a file cannot be written.
     """
     import jinja2
@@ -122,7 +131,13 @@ def write_page(
         a, b = texts if side == "a" else texts[::-1]
         subtitle = subtitles.get(clip, "")
         shown.append({"number": number, "clip": clip, "subtitle": subtitle, "a": a, "b": b})
-        key.append(Key(clip=printable(clip), ours=side))  # as the page sends it back
+        key.append(Side(clip=printable(clip), ours=side))  # as the page sends it back
+    page_id = json_sha256([shown, key])[:16]
+    if (out / KEY).exists() and _read_key(out)["page"] != page_id:
+        raise CaptionError(
+            f"{out / KEY} is the key of another page, whose answers could not be counted without "
+            f"it; move {PAGE} and {KEY} elsewhere first"
+        )
     digest = hashlib.sha256(_SCRIPT.encode()).digest()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -134,13 +149,18 @@ def write_page(
     )
     page = environment.get_template("compare.html.jinja").render(
         title=title,
+        page_id=page_id,
         pairs=shown,
         script=jinja2.utils.markupsafe.Markup(_SCRIPT),
         script_sha256=base64.b64encode(digest).decode("ascii"),
     )
-    write_json(out / KEY, {"pairs": key})
+    write_json(out / KEY, Key(page=page_id, pairs=key))
     write_text(out / PAGE, page)
     return len(shown)
+
+
+def _read_key(out: Path) -> Key:
+    return read_json(out / KEY, Key, advice="make the page again with --against FILE")
 
 
 def count_answers(out: Path, files: Sequence[Path]) -> tuple[dict[str, Share], int]:
@@ -148,21 +168,26 @@ def count_answers(out: Path, files: Sequence[Path]) -> tuple[dict[str, Share], i
 
     Args:
         out: the folder with the key of the page.
-        files: that raters saved: columns rater, clip, answer (a, b or tie).
+        files: that raters saved: columns page, rater, clip, answer (a, b or tie).
 
     Raises:
-        ReadError: a file that cannot be read, a clip that is not in the key, an answer that is
-            none, or one that comes twice.
+        ReadError: a file that cannot be read, an answer about another page or a clip that is not
+            in the key, one that is none, or one that comes twice.
         CaptionError: no answer at all.
     """
-    key = {
-        pair["clip"]: pair["ours"] for pair in read_json(out / KEY, dict[str, list[Key]])["pairs"]
-    }
+    its_key = _read_key(out)
+    key = {pair["clip"]: pair["ours"] for pair in its_key["pairs"]}
     counts = dict.fromkeys(("win", "loss", "tie"), 0)
     seen: set[tuple[str, str]] = set()
     for file in files:
-        for line, row in csv_rows(read_bytes(file), str(file), ("rater", "clip", "answer")):
+        columns = ("page", "rater", "clip", "answer")
+        for line, row in csv_rows(read_bytes(file), str(file), columns):
             where, clip, answer = f"{file}, line {line}", row["clip"], row["answer"]
+            if row["page"] != its_key["page"]:
+                raise ReadError(
+                    f"{where}: the answer is about the page {shorten(row['page'], 40)}, and "
+                    f"{out / KEY} is the key of {its_key['page']!r}; name the --out of that page"
+                )
             if clip not in key:
                 raise ReadError(f"{where}: the clip {clip!r} is not in {out / KEY}")
             if answer not in ("a", "b", "tie"):

@@ -30,7 +30,7 @@ from ..speakers.verdicts import read_speakers, write_speakers
 from . import filtering
 from .card import write_card
 from .describe import Described, write_described
-from .labels import label_descriptions
+from .labels import ABOUT, label_descriptions
 from .settings import DESCRIPTIONS, LABELS, SPEAKERS, VOTES, CaptionError, read_settings
 
 CLIPS = 2048
@@ -114,7 +114,7 @@ def build(
         records, sets = write_clips(out, world, captions, corpora, say)
         settings = read_settings(out)
         write_replies(out, captions)
-        if not (out / LABELS).exists():
+        if not all((out / file).exists() for file in (LABELS, ABOUT)):
             say("labels of the descriptions, by rules")
             label_descriptions(out, RuleExtractor(load_lexicon()))
         say("who speaks, by the traces of mouths and sound")

@@ -9,6 +9,7 @@ and its output depends on the replies alone.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from affectgpt_jax.common.json import ResumableJsonl, json_lines
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import json_line, listed
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatRefusal, Message, Reply
-from affectgpt_jax.evaluation.extract import Chat, NoWords, spoken
+from affectgpt_jax.evaluation.extract import REFUSALS, spoken
 
 from ..clips import Clip
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, Settings
@@ -32,8 +33,6 @@ KINDS = ("audio", "video")
 # How a reply ended, where no model said it: nothing to ask about; the server would not answer; the
 # reply comes from a file.
 UNREADABLE, REFUSED, GIVEN = "unreadable", "refused", "given"
-# Refusals before any reply after which the server is taken to refuse all clips.
-REFUSALS = 3
 Progress = Callable[[int, int], None]
 
 
@@ -68,31 +67,11 @@ class Unreadable(ChatRefusal):
 
 
 class Describer(Protocol):
-    """Who is asked, as `ChatServer`."""
+    """Who is asked: a `ChatServer`, or a `BaseChat`, which reads text alone."""
 
     identity: str
 
     def replies(self, messages: Sequence[Message]) -> Iterator[tuple[int, Reply | ChatRefusal]]: ...
-
-
-class TextDescriber:
-    """A chat model that reads text alone, such as the base of a run, as a `Describer`."""
-
-    def __init__(self, chat: Chat):
-        self.identity, self._chat = chat.identity, chat
-
-    def replies(self, messages: Sequence[Message]) -> Iterator[tuple[int, Reply | ChatRefusal]]:
-        """As `ChatServer.replies`."""
-        texts: dict[int, str] = {}
-        for number, message in enumerate(messages):
-            try:
-                texts[number] = message() if callable(message) else message
-            except ChatRefusal as refusal:
-                yield number, refusal
-        numbers = list(texts)
-        for place, text in self._chat.answer(list(texts.values())) if texts else ():
-            words = Reply("", text.finish_reason, 0) if isinstance(text, NoWords) else None
-            yield numbers[place], words or Reply(text, "stop", 0)
 
 
 def describe_media(
@@ -137,14 +116,18 @@ def describe_media(
     files = [path for path in paths.values() if path]
     own = {path for path in list(paths.values())[shard[0] :: shard[1]] if path}
     # A file for each kind: sound and pictures may be asked about at the same time.
-    hashes = media_hashes(files, own, out / REPLIES / f"media-{kind}{_suffix(shard)}.jsonl")
-    hashes |= {None: ""}
+    store = out / REPLIES / f"media-{kind}{_suffix(shard)}.jsonl"
+
+    def media() -> dict[str, str]:
+        hashes = media_hashes(files, own, store) | {None: ""}
+        return {name: hashes[path] for name, path in paths.items() if path in hashes}
+
     # What is not shown of a clip changes nothing.
     shown = [form, settings.media.seconds] if kind == "audio" else [form]
     if kind == "video" and form == "frames":
         shown += [settings.media.frames, settings.media.pixels]
 
-    def question(name: str) -> tuple[Message, str, str | None]:
+    def question(name: str) -> tuple[Message, str]:
         words = prompt + (f"\nSubtitle: {subtitles.get(name, '')}" if subtitles else "")
         path = paths[name]
 
@@ -155,11 +138,11 @@ def describe_media(
                 raise Unreadable(str(error)) from None
             return [{"type": "text", "text": words.strip()}, *parts]
 
-        return message, words, hashes.get(path)
+        return message, words
 
     questions = {clip.name: question(clip.name) for clip in clips}
     try:
-        return _ask(kind, questions, out, server, prompt, shown, shard, progress)
+        return _ask(kind, questions, media, out, server, prompt, shown, shard, progress)
     except ChatRefusal as error:
         other = next(f for f in FORMS[kind] if f != form)
         raise ChatError(
@@ -180,6 +163,8 @@ def merge(
 ) -> list[Described] | None:
     """One description a clip, of what was said about sound and pictures and of its subtitle.
 
+    A clip of which neither was described is not asked about: its reply is `UNREADABLE`.
+
     Arguments, results and errors are those of `describe_media`.
 
     Raises:
@@ -192,17 +177,41 @@ def merge(
             "video` first"
         )
 
-    def question(name: str) -> tuple[Message, str, str | None]:
+    def question(name: str) -> tuple[Message, str]:
         heard, seen = (said[kind].get(name, {}).get("reply", "").strip() for kind in KINDS)
         subtitle = subtitles.get(name, "").strip()
-        if not (heard or seen or subtitle):
-            return _nothing, "", ""
+        if not (heard or seen):
+            return _nothing, ""
         text = merge_message(settings.prompts.merge, heard, seen, subtitle)
-        return text, text, ""
+        return text, text
 
     questions = {name: question(name) for name in names}
     prompt = settings.prompts.merge
-    return _ask(DESCRIPTIONS, questions, out, model, prompt, [], shard, progress)
+    media = functools.partial(dict.fromkeys, names, "")
+    return _ask(DESCRIPTIONS, questions, media, out, model, prompt, [], shard, progress)
+
+
+def cue_remarks(names: Sequence[str], out: Path) -> list[str]:
+    """What clips lack that are to be merged: whole files of cues, or lines in them.
+
+    Raises:
+        ReadError: a file that cannot be read.
+    """
+    said = {kind: read_described(out / f"{kind}.jsonl", missing_ok=True) for kind in KINDS}
+    asked = [name for name in names if any(name in lines for lines in said.values())]
+    remarks = []
+    for kind, other in zip(KINDS, ("pictures", "sound")):
+        if not (out / f"{kind}.jsonl").exists():
+            remarks.append(f"no {kind}.jsonl: described by {other} alone")
+        elif lacking := [name for name in asked if name not in said[kind]]:
+            remarks.append(f"clips without a line in {kind}.jsonl: {_counted(lacking)}")
+    if unasked := sorted(set(names) - set(asked)):
+        remarks.append(f"clips that no describer was asked about: {_counted(unasked)}")
+    return remarks
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names):,}: {listed(names)}"
 
 
 def merge_message(prompt: str, heard: str, seen: str, subtitle: str) -> str:
@@ -214,12 +223,13 @@ def merge_message(prompt: str, heard: str, seen: str, subtitle: str) -> str:
 
 
 def _nothing() -> str:
-    raise Unreadable("neither clue nor subtitle")
+    raise Unreadable("neither sound nor pictures were described")
 
 
 def _ask(
     kind: str,
-    questions: Mapping[str, tuple[Message, str, str | None]],
+    questions: Mapping[str, tuple[Message, str]],
+    media: Callable[[], Mapping[str, str]],
     out: Path,
     model: Describer,
     prompt: str,
@@ -231,22 +241,27 @@ def _ask(
 
     Args:
         kind: of the output.
-        questions: by name the message, its words, and the hash of the media in it: "" for none,
-            None where it is not known, which is so for clips of other shards only.
+        questions: by name the message and its words.
+        media: reads the hash of the media in each message, by name: "" for none; missing where it
+            is not known yet, which is so for clips of other shards only.
         shown: what else the message depends on; empty for text alone.
     """
     number, count = shard
     folder = out / REPLIES
-    kept: dict[str, Answered] = {}
-    for path in sorted(folder.glob(f"{kind}*.jsonl")):
-        kept |= {key: found for (key,), found in _store(path).records.items()}
     prompt_sha256 = json_sha256(prompt)
-    keys = {
-        # Of what cannot be read, clips have no reply in common.
-        name: json_sha256([model.identity, words, sha256 or (name if shown else ""), *shown])
-        for name, (_, words, sha256) in questions.items()
-        if sha256 is not None
-    }
+
+    def keys_of(hashes: Mapping[str, str]) -> dict[str, str]:
+        return {
+            # Of what cannot be read, clips have no reply in common.
+            name: json_sha256(
+                [model.identity, words, hashes[name] or (name if shown else ""), *shown]
+            )
+            for name, (_, words) in questions.items()
+            if name in hashes
+        }
+
+    hashes = media()
+    keys, kept = keys_of(hashes), _kept_replies(folder, kind)
     own: dict[str, str] = {}  # the first clip of each question
     for name in list(questions)[number::count]:
         own.setdefault(keys[name], name)
@@ -265,7 +280,7 @@ def _ask(
                 "tokens": reply.tokens,
                 "model": model.identity,
                 "prompt_sha256": prompt_sha256,
-                "media_sha256": questions[own[key]][2],
+                "media_sha256": hashes[own[key]],
             }
             store.append(kept[key])
             done += 1
@@ -273,6 +288,9 @@ def _ask(
 
         if missing:
             _collect(model, missing, bool(kept), keep)
+    if count > 1:
+        # Other shards that ran at the same time have read and asked what was not there before.
+        keys, kept = keys_of(media()), _kept_replies(folder, kind)
     if len(keys) < len(questions) or not kept.keys() >= set(keys.values()):
         return None
     lines = [
@@ -281,6 +299,14 @@ def _ask(
     ]
     write_described(out / f"{kind}.jsonl", lines)
     return lines
+
+
+def _kept_replies(folder: Path, kind: str) -> dict[str, Answered]:
+    """What all shards have been answered so far, by key."""
+    kept: dict[str, Answered] = {}
+    for path in sorted(folder.glob(f"{kind}*.jsonl")):
+        kept |= {key: found for (key,), found in _store(path).records.items()}
+    return kept
 
 
 def _suffix(shard: tuple[int, int]) -> str:
@@ -454,9 +480,9 @@ def given_replies(path: Path, names: Sequence[str]) -> tuple[list[Described], li
     known = set(names)
     remarks = []
     if lacking:
-        remarks.append(f"clips without a reply in {path}: {len(lacking):,}: {listed(lacking)}")
+        remarks.append(f"clips without a reply in {path}: {_counted(lacking)}")
     if other := [name for name in replies if name not in known]:
-        remarks.append(f"replies of {path} to no clip: {len(other):,}: {listed(other)}")
+        remarks.append(f"replies of {path} to no clip: {_counted(other)}")
     return lines, remarks
 
 

@@ -23,20 +23,32 @@ import numpy as np
 
 from affectgpt_jax.common import drawing
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.common.files import read_bytes
+from affectgpt_jax.common.files import read_bytes, write_text
+from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import write_json
-from affectgpt_jax.common.tables import CsvTable, csv_rows, write_csv
+from affectgpt_jax.common.tables import csv_rows, write_csv
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.arrays import parse_labels
-from affectgpt_jax.data.records import RecordDataset, RecordError, write_records
+from affectgpt_jax.data.records import (
+    EXTRACTION,
+    MANIFEST_FILE,
+    RecordDataset,
+    RecordError,
+    write_records,
+)
 from affectgpt_jax.evaluation.extract import is_refusal
 from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
 
+from ..blocks import BLOCKS, PLACES
+from ..clips import read_clip_rows
 from ..crowd.votes import Vote, read_votes
+from ..report import copy_report
 from ..speakers.verdicts import read_speakers
 from .describe import Described, read_described
-from .lengths import Cuts, fit_cuts, measure
+from .labels import COLUMNS as COLUMNS_OF_LABELS
+from .labels import description_sha256
+from .lengths import Cuts, fit_cuts, measure, told_of_others
 from .settings import DESCRIPTIONS, LABELS, SPEAKERS, VOTES, CaptionError, Settings
 
 # The tests of each level, in the order in which they are applied.
@@ -47,6 +59,7 @@ LEVELS = {
 }
 TESTS = tuple(test for tests in LEVELS.values() for test in tests)
 PASSED, DROPPED, NOT_JUDGED = "passed", "dropped", "not judged"
+UNREAD = "the reply about labels could not be read"
 FILTERED, PLUS, FUNNEL = "filtered.csv", "plus.csv", "funnel"
 COLUMNS = (
     *("name", "kept"),
@@ -77,12 +90,18 @@ class Judgement(NamedTuple):
 
 
 class Labelled(NamedTuple):
-    """A row of `labels.csv`: emotions and sentiment of a description, and a reply that no labels
-    could be read from."""
+    """A row of `labels.csv`.
+
+    Attributes:
+        labels, sentiment: of a description; none, and neutral, where the reply was not read.
+        unparsed: the reply that no labels could be read from, or with labels no sentiment.
+        description_sha256: of the description, see `labels.description_sha256`.
+    """
 
     labels: tuple[str, ...]
     sentiment: str
-    unparsed: str
+    unparsed: str = ""
+    description_sha256: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,24 +124,6 @@ class DataSet:
     cuts: dict[str, Cuts]
 
 
-def read_clip_rows(path: Path) -> dict[str, dict[str, str]]:
-    """The rows of the clips' CSV file by name, in order.
-
-    Raises:
-        ReadError: a file that cannot be read, an empty name, or one that comes twice.
-    """
-    rows: dict[str, dict[str, str]] = {}
-    for line, row in CsvTable(read_bytes(path), str(path), ("name",)):
-        name = row["name"].strip()
-        if not name or name in rows:
-            what = f"{name!r} has a row already" if name else "the name is empty"
-            raise ReadError(f"{path}, line {line}: {what}")
-        rows[name] = row
-    if not rows:
-        raise ReadError(f"{path} has a header, but no clips")
-    return rows
-
-
 def read_labels(path: Path) -> dict[str, Labelled]:
     """The rows of `labels.csv` by name.
 
@@ -130,15 +131,15 @@ def read_labels(path: Path) -> dict[str, Labelled]:
         ReadError: a file that cannot be read, or a sentiment that is none.
     """
     found = {}
-    columns = ("name", "labels", "sentiment", "unparsed")
-    for line, row in csv_rows(read_bytes(path), str(path), columns):
+    for line, row in csv_rows(read_bytes(path), str(path), COLUMNS_OF_LABELS):
         if row["sentiment"] not in SENTIMENTS:
             raise ReadError(
                 f"{path}, line {line}: the sentiment is {row['sentiment']!r}; expected "
                 f"{', '.join(SENTIMENTS)}"
             )
         labels = parse_labels(row["labels"])
-        found[row["name"]] = Labelled(labels, row["sentiment"], row["unparsed"])
+        rest = (row[column] for column in COLUMNS_OF_LABELS[2:])
+        found[row["name"]] = Labelled(labels, *rest)
     return found
 
 
@@ -152,7 +153,7 @@ def read_data_set(out: Path, table: Path | None, settings: Settings) -> DataSet:
 
     Raises:
         ReadError: a file that cannot be read.
-        CaptionError: no descriptions.
+        CaptionError: no descriptions, or labels of others.
     """
 
     def found(file: str, read: Any) -> Any:
@@ -161,13 +162,24 @@ def read_data_set(out: Path, table: Path | None, settings: Settings) -> DataSet:
     descriptions = found(f"{DESCRIPTIONS}.jsonl", read_described)
     if table is None and descriptions is None:
         raise CaptionError(f"{out} has no {DESCRIPTIONS}.jsonl; run `caption merge` first")
+    labels = found(LABELS, read_labels)
+    if other := [
+        name
+        for name, line in (descriptions or {}).items()
+        if name in (labels or {})
+        and labels[name].description_sha256 != description_sha256(line["reply"])
+    ]:
+        raise CaptionError(
+            f"{out / LABELS} is of other descriptions of {len(other):,} clips: {listed(other)}; "
+            "run `affectgpt caption labels` again"
+        )
     rows = read_clip_rows(table) if table else {name: {"name": name} for name in descriptions}
     texts = [line["reply"] for line in (descriptions or {}).values()]
     return DataSet(
         list(rows),
         rows,
         descriptions,
-        found(LABELS, read_labels),
+        labels,
         found(SPEAKERS, read_speakers),
         found(VOTES, read_votes),
         fit_cuts(texts, settings.lengths.tails),
@@ -242,8 +254,10 @@ def judge_length(described: Described | None, cuts: Mapping[str, Cuts]) -> Judge
         return Judgement(NOT_JUDGED, why="no description")
     length, unit = measure(described["reply"])
     value = f"{length} {unit}"
-    if unit not in cuts:
+    if not length:
         return Judgement(DROPPED, value, "empty")
+    if unit not in cuts:
+        return Judgement(DROPPED, value, told_of_others(unit, cuts))
     if length < cuts[unit].low:
         return Judgement(DROPPED, value, f"shorter than {cuts[unit].low:.1f} {unit}")
     if length > cuts[unit].high:
@@ -274,8 +288,13 @@ def judge_emotion(
     if vote.emotion_votes < settings.crowd.least_votes:
         why = f"{vote.emotion_votes} votes for {vote.emotion}"
         return Judgement(DROPPED, vote.emotion, why)
+    unread = Judgement(NOT_JUDGED, vote.emotion, UNREAD)
+    if labelled.unparsed and not labelled.labels:
+        return unread
     if vote.emotion == "neutral":
         fits = not labelled.labels or "neutral" in labelled.labels
+        if labelled.unparsed and not fits:  # the sentiment is not known
+            return unread
         passed = fits or labelled.sentiment == "neutral"
         value = "neutral"
     elif not labelled.labels:
@@ -315,6 +334,8 @@ def judge_sentiment(labelled: Labelled | None, vote: Vote | None, settings: Sett
     if vote.sentiment_votes < settings.crowd.least_votes:
         why = f"{vote.sentiment_votes} votes for {vote.sentiment}"
         return Judgement(DROPPED, vote.sentiment, why)
+    if labelled.unparsed:
+        return Judgement(NOT_JUDGED, vote.sentiment, UNREAD)
     if vote.sentiment == labelled.sentiment:
         return Judgement(PASSED, vote.sentiment)
     return Judgement(DROPPED, vote.sentiment, f"the description is {labelled.sentiment}")
@@ -469,8 +490,11 @@ def write_results(
     usable, _ = trainable(data, kept_names(judged, levels))
     stages = funnel(data, judged, levels)
     write_csv(to / FILTERED, COLUMNS, filtered_rows(judged, levels))
-    write_csv(to / PLUS, *plus_rows(data, usable))
-    write_json(to / f"{FUNNEL}.json", {"levels": list(levels), **about, "funnel": stages})
+    plus = plus_rows(data, usable)
+    write_csv(to / PLUS, *plus)
+    # By which the card knows whether it is about the same.
+    about = {"levels": list(levels), **about, "plus_sha256": json_sha256(plus), "funnel": stages}
+    write_json(to / f"{FUNNEL}.json", about)
     draw_funnel(stages, to / f"{FUNNEL}.png")
     return stages
 
@@ -479,6 +503,8 @@ def write_training_records(
     data: DataSet, kept: Sequence[str], source: Path, to: Path
 ) -> tuple[int, list[str]]:
     """Records of the clips that are kept, with features of an extraction and the new annotations.
+
+    How they were extracted, where that is known, goes with them.
 
     Args:
         data: the data set.
@@ -492,6 +518,8 @@ def write_training_records(
     Raises:
         RecordError: no clip that is kept has a record, or a directory that cannot be used.
     """
+    if (to / MANIFEST_FILE).exists():
+        raise RecordError(f"{to} already holds records; delete it or write elsewhere")
     records = RecordDataset(source)
     wanted = set(kept)
     numbers = [i for i, entry in enumerate(records.index) if entry.name in wanted]
@@ -512,5 +540,13 @@ def write_training_records(
                 labels=data.labels[record.name].labels,
             )
 
-    write_records(to, annotated(), encoders=encoders)
+    # What describes and serves clips like these, and what looks for them elsewhere, reads on.
+    copy_report(source, to, {records.index[i].name for i in numbers})
+    if (places := source / BLOCKS / PLACES).is_file():
+        write_text(to / BLOCKS / PLACES, places.read_text(encoding="utf-8"))
+    extra = dict(records.manifest.extra)
+    if "face arrays" in (how := extra.get(EXTRACTION, {})):
+        faces = sum("face" in records.index[i].present for i in numbers)
+        extra[EXTRACTION] = how | {"face arrays": min(how["face arrays"], faces)}
+    write_records(to, annotated(), encoders=encoders, extra=extra)
     return len(numbers), lacking

@@ -4,7 +4,7 @@ A data set is a folder. All commands of this package read and write in it:
 
     caption.toml         prompts and thresholds; made with the first command
     audio.jsonl, video.jsonl, descriptions.jsonl       a reply a clip, see `describe`
-    labels.csv           emotions and sentiment of each description
+    labels.csv, labels.json    emotions and sentiment of each description, and who found them
     speakers.csv         who speaks, of data_prep.speakers
     votes.csv            what the crowd says, of data_prep.crowd
     filtered.csv, plus.csv, funnel.json, funnel.png    of `filtering`
@@ -21,7 +21,10 @@ from affectgpt_jax.common.errors import ReadError, UserError
 from affectgpt_jax.common.files import read_bytes, write_text
 from affectgpt_jax.common.identity import json_sha256
 from affectgpt_jax.common.json import check_type
+from affectgpt_jax.common.text import shorten
 from affectgpt_jax.common.toml import MAX_BYTES, parse_toml
+
+from ..speakers.synchrony import VERDICTS
 
 SETTINGS = "caption.toml"
 DESCRIPTIONS, LABELS, SPEAKERS, VOTES = "descriptions", "labels.csv", "speakers.csv", "votes.csv"
@@ -102,6 +105,12 @@ def read_settings(out: Path) -> Settings:
     found = parse_toml(read_bytes(path, MAX_BYTES), str(path))
     advice = f"delete {path}, and the next command writes the default ones"
     settings = check_type(found, Settings, str(path), advice=advice)
+    for verdict in settings.speakers.drop:
+        if verdict not in VERDICTS:
+            raise ReadError(
+                f"{path}: speakers.drop has {shorten(verdict)}, which is no verdict; expected some "
+                f"of {', '.join(VERDICTS)}"
+            )
     for what, value in (
         ("media.frames", settings.media.frames),
         ("media.pixels", settings.media.pixels),

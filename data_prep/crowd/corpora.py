@@ -7,9 +7,9 @@ import hashlib
 import importlib.resources
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -27,11 +27,22 @@ from .members import Corpus, Inputs
 KINDS = ("emotion", "valence")
 FEATURES = ("face", "audio")
 NAMES_SHOWN = 20
-BY_CONTENT = ("file", "features")
 
 
 class CrowdError(UserError, ValueError):
     """Corpora, or a crowd, that cannot be used."""
+
+
+class Marks(TypedDict):
+    """What tells clips from others, "" for a clip without such a mark.
+
+    `file` is the hash in extraction.csv, where there is one; `features` has, by feature and
+    encoder, a hash of its mean.
+    """
+
+    name: list[str]
+    file: list[str]
+    features: dict[str, list[str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,15 +54,14 @@ class Clips:
         entries: their annotations.
         features: by feature of `FEATURES` the mean over time, float16 `[N, d]`, zeros where absent.
         encoders: by feature, what made it.
-        marks: by "name", "file" and "features", one of each clip that tells it from others; "" for
-            a clip without such a mark. A file's is the hash in extraction.csv, where there is one.
+        marks: what tells each clip from others.
     """
 
     directory: Path
     entries: list[IndexEntry]
     features: dict[str, np.ndarray]
     encoders: dict[str, str]
-    marks: dict[str, list[str]]
+    marks: Marks
 
 
 def read_clips(directory: Path, what: str) -> Clips:
@@ -77,14 +87,15 @@ def read_clips(directory: Path, what: str) -> Clips:
                     features[feature][i] = values.astype(np.float32).mean(axis=0)
             count(i + 1, len(dataset))
     files = _file_hashes(directory)
-    marks = {
-        "name": [entry.name for entry in dataset.index],
-        "file": [files.get(entry.name, "") for entry in dataset.index],
-        "features": [
-            _digest([array[i] for array in features.values()]) for i in range(len(dataset))
-        ],
-    }
     encoders = {feature: facts["encoder"] for feature, facts in known.items()}
+    marks = Marks(
+        name=[entry.name for entry in dataset.index],
+        file=[files.get(entry.name, "") for entry in dataset.index],
+        features={
+            f"{feature} of {encoders[feature]}": [_digest(row) for row in array]
+            for feature, array in features.items()
+        },
+    )
     return Clips(directory, list(dataset.index), features, encoders, marks)
 
 
@@ -96,10 +107,19 @@ def _file_hashes(directory: Path) -> dict[str, str]:
     return {row["name"]: row["sha256"] for _, row in rows}
 
 
-def _digest(rows: Sequence[np.ndarray]) -> str:
-    if not any(row.any() for row in rows):
-        return ""
-    return hashlib.sha256(b"".join(row.tobytes() for row in rows)).hexdigest()[:32]
+def _digest(row: np.ndarray) -> str:
+    return hashlib.sha256(row.tobytes()).hexdigest()[:32] if row.any() else ""
+
+
+def marks_of(marks: Marks, names: Collection[str]) -> Marks:
+    """The marks of these clips alone."""
+    places = [i for i, name in enumerate(marks["name"]) if name in names]
+
+    def taken(values: Sequence[str]) -> list[str]:
+        return [values[i] for i in places]
+
+    features = {what: taken(values) for what, values in marks["features"].items()}
+    return Marks(name=taken(marks["name"]), file=taken(marks["file"]), features=features)
 
 
 def make_corpus(
@@ -171,18 +191,42 @@ def canonical(word: str) -> str:
     return canonical_words().get(word, word)
 
 
-def shared(a: Mapping[str, Sequence[str]], b: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+def _in_common(a: Marks, b: Marks) -> dict[str, list[tuple[Sequence[str], Sequence[str]]]]:
+    """By kind of mark, what both sides have: marks of `a` and of `b`."""
+    features = [(own, b["features"][w]) for w, own in a["features"].items() if w in b["features"]]
+    return {
+        "file": [(a["file"], b["file"])],
+        "features": features,
+        "name": [(a["name"], b["name"])],
+    }
+
+
+def compared_by(a: Marks, b: Marks) -> list[str]:
+    """What clips of two directories can be compared by, beside their names."""
+    features = [what for what in a["features"] if what in b["features"]]
+    return [*(["files"] if any(a["file"]) and any(b["file"]) else []), *features]
+
+
+def shared(a: Marks, b: Marks) -> dict[str, list[str]]:
     """By kind of mark, the names in `a` of clips that have it in common with one of `b`.
 
-    A clip with the same file or features is the same; one with the same name only may be another.
+    A clip with the same file is the same, and so is one with the same mean of any feature by the
+    same encoder; one with the same name only may be another.
     """
     found = {}
-    for kind in (*BY_CONTENT, "name"):
-        there = set(b[kind]) - {""}
-        names = [name for name, mark in zip(a["name"], a[kind]) if mark in there]
-        if names:
-            found[kind] = names
+    for kind, pairs in _in_common(a, b).items():
+        same: set[int] = set()
+        for mine, theirs in pairs:
+            there = set(theirs) - {""}
+            same.update(i for i, mark in enumerate(mine) if mark in there)
+        if same:
+            found[kind] = [a["name"][i] for i in sorted(same)]
     return found
+
+
+def same_clips(found: Mapping[str, Sequence[str]]) -> set[str]:
+    """Of what `shared` found, the clips that are the same by their content."""
+    return {name for kind, names in found.items() if kind != "name" for name in names}
 
 
 def leak(a: str, b: str, found: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:

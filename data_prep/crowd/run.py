@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import importlib.resources
 import os
 import sys
@@ -28,13 +29,16 @@ from affectgpt_jax.evaluation.markup import escape_markdown
 
 from . import members
 from .corpora import (
-    BY_CONTENT,
     KINDS,
     Clips,
     CrowdError,
+    Marks,
+    compared_by,
     leak,
     make_corpus,
+    marks_of,
     read_clips,
+    same_clips,
     shared,
 )
 from .members import Corpus, Group, Inputs, Settings
@@ -43,15 +47,9 @@ from .votes import Ballot, Vote, count, write_votes
 
 MEMBERS_FILE, REPORT_FILE = "members.json", "report.md"
 # To be raised with every change of this code that changes members.
-VERSION = 1
+VERSION = 2
 
 Say = Callable[[str], None]
-
-
-class _Marks(TypedDict):
-    name: list[str]
-    file: list[str]
-    features: list[str]
 
 
 class _About(TypedDict):
@@ -66,7 +64,7 @@ class _About(TypedDict):
     hidden: list[int]
     epochs: list[int]
     scores: list[float]
-    marks: _Marks
+    marks: Marks
 
 
 class _Facts(TypedDict):
@@ -85,9 +83,18 @@ class _Facts(TypedDict):
 _Leak = TypedDict("_Leak", {"in": str, "and": str, "same": str, "clips": int})
 
 
+class _Compared(TypedDict):
+    """What clips of a corpus or directory could be compared with those of another by."""
+
+    clips: str
+    against: str
+    by: list[str]
+
+
 class _Leaks(TypedDict):
     left_out: dict[str, int]
     found: list[_Leak]
+    compared: list[_Compared]
 
 
 class Summary(TypedDict):
@@ -119,6 +126,8 @@ def _read_about(crowd: Path, name: str) -> _About:
 def _check_name(name: str) -> None:
     if not name or name != os.path.basename(name) or name.startswith("."):
         raise CrowdError(f"{shorten(name)} cannot be a corpus: it becomes the name of a file")
+    if f"{name}.json" == MEMBERS_FILE:
+        raise CrowdError(f"{name!r} cannot be a corpus: {MEMBERS_FILE} is about all of them")
 
 
 def shipped_base() -> Path:
@@ -157,12 +166,15 @@ def train(
     clips = {name: read_clips(Path(place), name) for name, place in sets.items()}
     others = {str(place): read_clips(Path(place), f"{place}").marks for place in against}
     encoders = _same_encoders(clips, encoder)
-    leaks, left_out = _leaks({n: c.marks for n, c in clips.items()}, others)
+    leaks, left_out, compared = _leaks({n: c.marks for n, c in clips.items()}, others)
+    for row in compared:
+        say(_told_how(row))
     finished = {}
     for name, found in clips.items():
         vectors = encoder([e.subtitle for e in found.entries]) if encoder else None
         corpus = make_corpus(name, found, heads[name], vectors, left_out[name])
-        finished[name] = _trained(corpus, out, encoders, settings, found, left_out[name], say)
+        marks = marks_of(found.marks, set(corpus.inputs.names))
+        finished[name] = _trained(corpus, out, encoders, settings, marks, say)
     summary = {
         "settings": dataclasses.asdict(settings),
         "encoders": encoders,
@@ -170,6 +182,7 @@ def train(
         "leaks": {
             "left_out": {name: len(names) for name, names in left_out.items() if names},
             "found": leaks,
+            "compared": compared,
         },
     }
     write_json(out / MEMBERS_FILE, summary)
@@ -220,19 +233,30 @@ def _made_by(clips: Clips) -> dict[str, Any]:
 
 
 def _leaks(
-    corpora: Mapping[str, Mapping[str, Sequence[str]]], others: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], dict[str, set[str]]]:
-    """A report of clips that are in two places, and which of each corpus are left out for it."""
-    rows, left_out = [], {name: set() for name in corpora}
-    names = list(corpora)
-    for i, name in enumerate(names):
-        for other in names[:i]:
-            rows += leak(name, other, shared(corpora[name], corpora[other]))
-        for place, marks in others.items():
-            found = shared(corpora[name], marks)
-            rows += leak(name, place, found)
-            left_out[name] |= {n for kind in BY_CONTENT for n in found.get(kind, ())}
-    return rows, left_out
+    corpora: Mapping[str, Marks], others: Mapping[str, Marks]
+) -> tuple[list[dict[str, Any]], dict[str, set[str]], list[_Compared]]:
+    """A report of clips that are in two places, which of each corpus are left out for it, and what
+    could be compared with the others."""
+    rows, left_out, compared = [], {name: set() for name in corpora}, []
+    for name, marks in corpora.items():
+        for its_marks in others.values():
+            left_out[name] |= same_clips(shared(marks, its_marks))
+    # Test sets and the clips to vote on are compared with one another, too.
+    places = [*corpora.items(), *others.items()]
+    for i, (other, its_marks) in enumerate(places):
+        for name, own in places[:i]:
+            rows += leak(name, other, shared(own, its_marks))
+            if other in others:
+                compared.append(
+                    _Compared(clips=name, against=other, by=compared_by(own, its_marks))
+                )
+    return rows, left_out, compared
+
+
+def _told_how(row: _Compared) -> str:
+    by = ", ".join(row["by"])
+    how = f"{by}, and names" if by else "names alone: they have no encoder in common"
+    return f"{row['clips']} and {row['against']} were compared by {how}"
 
 
 def _trained(
@@ -240,8 +264,7 @@ def _trained(
     out: Path,
     encoders: Mapping[str, Any],
     settings: Settings,
-    clips: Clips,
-    left_out: set[str],
+    marks: Marks,
     say: Say,
 ) -> dict[str, Any]:
     """Facts about the trained members of a corpus, from the directory or after training."""
@@ -252,12 +275,17 @@ def _trained(
             f"{2 * settings.folds} at least for {settings.folds} folds"
         )
     labels = [corpus.words, corpus.emotion.tolist(), np.nan_to_num(corpus.valence, nan=9).tolist()]
-    content = [corpus.inputs.names, labels, [clips.marks["features"], sorted(left_out)]]
+    content = [corpus.inputs.names, labels, _digest(corpus.inputs.arrays)]
     identity = json_sha256([VERSION, dataclasses.asdict(settings), encoders, content])
     path, weights = out / f"{corpus.name}.json", out / f"{corpus.name}.safetensors"
     if path.is_file() and weights.is_file():
-        about = _read_about(out, corpus.name)
-        if about["identity"] == identity and about["sha256"] == sha256_of(weights):
+        try:
+            about = _read_about(out, corpus.name)
+        except CrowdError:  # of another version, or damaged
+            about = None
+        if about and (about["identity"], about["sha256"]) == (identity, sha256_of(weights)):
+            if about["marks"] != marks:  # members do not depend on the files' hashes
+                write_json(path, about := about | {"marks": marks}, indent=None)
             say(f"{corpus.name}: finished before")
             return about
     tensors: dict[str, np.ndarray] = {}
@@ -281,12 +309,21 @@ def _trained(
         "seeds": [seed for group in groups.values() for seed in group.seeds],
         "epochs": [epoch for group in groups.values() for epoch in group.epochs],
         "scores": [score for group in groups.values() for score in group.scores],
-        "marks": clips.marks,
+        "marks": marks,
     }
     write_json(path, about, indent=None)
     score = np.mean(about["scores"])
     say(f"{corpus.name}: {total:,} clips, {len(about['scores'])} members, validation {score:.4f}")
     return about
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Of all that members read."""
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
 
 
 def _majority(corpus: Corpus) -> float | None:
@@ -336,6 +373,8 @@ def report(summary: Mapping[str, Any]) -> str:
     ]
     for name, number in summary["leaks"]["left_out"].items():
         lines.append(f"- {number:,} clips of {escape_markdown(name)} were left out of training")
+    if compared := summary["leaks"]["compared"]:
+        lines += ["", *(f"- {escape_markdown(_told_how(row))}" for row in compared)]
     return "\n".join([*lines, ""])
 
 
@@ -375,12 +414,20 @@ def vote(
         ballots.append(ballot(crowd, facts["name"], about, inputs))
     votes = count(names, ballots, inputs.there)
     write_votes(out, votes)
-    others = [row for row in summary["leaks"]["found"] if row["and"] != str(records)]
+    corpora = {facts["name"] for facts in summary["corpora"]}
+    others = [
+        row
+        for row in summary["leaks"]["found"]
+        if row["in"] not in corpora or row["and"] != str(records)
+    ]
     summary["leaks"]["found"] = others + leaks
     write_json(crowd / MEMBERS_FILE, summary)
     write_text(crowd / REPORT_FILE, report(summary))
     for row in leaks:
-        say(f"warning: {told(row)}; train with --against {records} to leave them out")
+        advice = (
+            "" if row["same"] == "name" else f"; train with --against {records} to leave them out"
+        )
+        say(f"warning: {told(row)}{advice}")
     return votes
 
 

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import cv2
 import jax
 import numpy as np
 
@@ -256,7 +257,9 @@ def check_clips(
         "detector": [detector.name, detector.identity],
         "faces": faces.DETECTOR,
         "batch": BLOCK,
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        # OpenCV, which finds faces and scales them, is one module, which several packages bring.
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS}
+        | {"opencv": cv2.__version__},
     }
     blocks = in_blocks(clips, settings)
     store = BlockStore(out.parent / BLOCKS)

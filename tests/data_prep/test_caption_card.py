@@ -12,6 +12,7 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data.records import Record, write_records
 from data_prep.caption import compare
 from data_prep.caption.__main__ import main
+from data_prep.speakers.verdicts import write_speakers
 
 
 @pytest.fixture
@@ -25,11 +26,13 @@ def carded(data_set):  # noqa: F811
          "majority": 0.5, "score": 0.625, "score_sd": 0.1}
     ]  # fmt: skip
     leaks = [{"in": "meld", "and": "mer2024", "same": "file", "clips": 1, "names": ["clip00"]}]
-    summary = {"corpora": corpora, "encoders": {}, "leaks": {"left_out": {}, "found": leaks}}
+    summary = {"corpora": corpora, "encoders": {}, "leaks": {}}
+    summary["leaks"] = {"left_out": {}, "found": leaks, "compared": []}
     (crowd / "members.json").write_text(json.dumps(summary))
     (root / "ex").mkdir()
     rows = [f"{name},{2 + i / 10}" for i, name in enumerate(NAMES)]
     (root / "ex" / "extraction.csv").write_text("name,seconds\n" + "\n".join(rows) + "\n")
+    main(["filter", f"--out={data_set}", f"--csv={root / 'clips.csv'}"])
     main(
         ["card", f"--out={data_set}", f"--csv={root / 'clips.csv'}", f"--crowd={crowd}",
          f"--records={root / 'ex'}", "--title=A | set", "--language", "zh", "en"]
@@ -57,6 +60,57 @@ def test_the_card_says_what_is_in_and_what_is_left_out(carded):
     assert "emotion: the crowd did not vote" in samples and "| clip23 |" in samples
     for picture in set(re.findall(r"\]\((\S+\.png)\)", card)):
         assert (carded / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_card_is_of_what_the_filter_wrote(data_set, capsys):  # noqa: F811
+    root, out = data_set.parent, f"--out={data_set}"
+    table = f"--csv={root / 'clips.csv'}"
+    with pytest.raises(SystemExit, match="funnel.json is missing; run `affectgpt caption filter`"):
+        main(["card", out, table])
+    main(["filter", out, table, "--levels=none"])
+    main(["card", out, table])
+    card = (data_set / "README.md").read_text()
+    # clip01 has no label, and is not in plus.csv.
+    assert len((data_set / "plus.csv").read_text().splitlines()) == 1 + 23
+    assert "| kept | 23 |" in card and "levels: none" in card
+    assert "- passed all tests, but without a label to train on, and so not kept: 1" in card
+    assert "| clip01 | " in card.split("Not kept:")[1] and "without a label to train" in card
+    assert "see the leaks above" not in card
+    assert "| labels | not known | none | 24 |" in card
+    # A state that the filter has not seen.
+    for file, old, new, told in (
+        ("caption.toml", "tails = 2.5", "tails = 3", "caption.toml has changed since"),
+        ("labels.csv", "[sad]", "[afraid]", "what is kept has changed since"),
+        ("labels.csv", "[sad]", "[]", "what it judged has changed since"),
+    ):
+        text = (data_set / file).read_text()
+        (data_set / file).write_text(text.replace(old, new))
+        with pytest.raises(SystemExit, match=told):
+            main(["card", out, table])
+        (data_set / file).write_text(text)
+    assert (data_set / "README.md").read_text() == card
+
+
+def test_the_card_says_who_found_the_labels_and_drops_a_script_of_few(tmp_path, capsys):
+    out = tmp_path / "set"
+    replies = {f"c{i:02}": "\u4ed6\u5f88\u60b2\u4f24" * (9 + i % 4) + " sad" for i in range(40)}
+    replies["c40"] = "I am sorry, there is nothing to see here, he is sad."
+    lines = "".join(json.dumps({"name": n, "reply": r}) + "\n" for n, r in replies.items())
+    (tmp_path / "given.jsonl").write_text(lines)
+    (tmp_path / "clips.csv").write_text("name\n" + "\n".join(replies) + "\n")
+    main(["merge", f"--out={out}", f"--csv={tmp_path / 'clips.csv'}",
+          f"--replies={tmp_path / 'given.jsonl'}"])  # fmt: skip
+    main(["labels", f"--out={out}"])
+    speakers = [{"name": n, "verdict": "speaking", "network": "synchrony"} for n in replies]
+    write_speakers(out / "speakers.csv", speakers)
+    main(["filter", f"--out={out}", "--levels=low"])
+    main(["card", f"--out={out}"])
+    card = (out / "README.md").read_text()
+    assert "| length | in words, as 1 of 41 descriptions only | 1 |" in card
+    assert "- dropped in words, as 1 of 41 descriptions only" in card
+    assert "| characters of the description | clips | kept |" in card
+    assert "| words of the description | clips | kept |" in card
+    assert re.search(r"\| labels \| rules .* \| none \| 41 \|", card)
 
 
 def test_the_same_data_set_has_the_same_card(carded):
@@ -118,7 +172,10 @@ def test_answers_are_counted_by_the_key(study):
     file = folder / "answers.csv"
     rows = [("ann", "clip1", key["clip1"]), ("ann", "clip2", other[key["clip2"]]),
             ("ann", "clip3", "tie"), ("bob", "clip1", key["clip1"])]  # fmt: skip
-    file.write_text("rater,clip,answer\n" + "".join(",".join(row) + "\n" for row in rows))
+    page = json.loads((folder / "compare-key.json").read_text())["page"]
+    assert f'<body data-page="{page}">' in (folder / "compare.html").read_text()
+    head = "page,rater,clip,answer\n"
+    file.write_text(head + "".join(",".join([page, *row]) + "\n" for row in rows))
     shares, raters = compare.count_answers(folder, [file])
     assert {name: share.count for name, share in shares.items()} == {"win": 2, "loss": 1, "tie": 1}
     assert raters == 2
@@ -127,16 +184,24 @@ def test_answers_are_counted_by_the_key(study):
         ("ann,clip1,c", "expected a, b or tie"),
         ("ann,clip1,a\nann,clip1,b", "line 3: 'ann' has answered about 'clip1' already"),
     ):
-        file.write_text(f"rater,clip,answer\n{text}\n")
+        rows = "".join(f"{page},{row}\n" for row in text.split("\n"))
+        file.write_text(head + rows)
         with pytest.raises(UserError, match=told):
             compare.count_answers(folder, [file])
-    # A browser sends back what the page shows.
+    # Other pairs or sides are another page, whose key answers are not counted by.
     strange = 'a\x1b"><script>'
+    with pytest.raises(UserError, match="is the key of another page.*move compare.html and"):
+        compare.write_page(folder, {strange: "x"}, {strange: "y"}, {}, pairs=1, seed=0, title="t")
+    (folder / "compare-key.json").unlink()
+    # A browser sends back what the page shows.
     compare.write_page(folder, {strange: "x"}, {strange: "y"}, {}, pairs=1, seed=0, title="t")
     assert strange not in (folder / "compare.html").read_text()
-    file.write_text('rater,clip,answer\nann,"a\\x1b""><script>",tie\n')
+    with pytest.raises(UserError, match=f"line 2: the answer is about the page '{page}', and"):
+        compare.count_answers(folder, [file])
+    page = json.loads((folder / "compare-key.json").read_text())["page"]
+    file.write_text(f'{head}{page},ann,"a\\x1b""><script>",tie\n')
     assert compare.count_answers(folder, [file])[0]["tie"].count == 1
-    file.write_text("rater,clip,answer\n")
+    file.write_text(head)
     with pytest.raises(UserError, match="no answers"):
         compare.count_answers(folder, [file])
     with pytest.raises(UserError, match="no clip is described by both"):
@@ -177,8 +242,8 @@ def test_a_real_browser_saves_what_was_clicked(study, tmp_path):
     (folder / "answers.csv").write_text("\n".join(rows) + "\n")
     with open(folder / "answers.csv", newline="") as file:
         found = list(csv.reader(file))
-    assert [row[2] for row in found] == ["answer", "a", "tie", "b"]
-    assert found[1][0] == 'Ann "A" B'
+    assert [row[3] for row in found] == ["answer", "a", "tie", "b"]
+    assert found[1][1] == 'Ann "A" B'
     assert compare.count_answers(folder, [folder / "answers.csv"])[1] == 1
     assert "9 pairs left" in shown(folder / "compare.html")
 

@@ -177,5 +177,6 @@ def test_every_level_of_the_filter_makes_the_set_purer(seed, tmp_path):
     # The vote is at least as good as the best member, which only the truth tells, within its error.
     error = 2 * facts["crowd: its standard error"]
     assert facts["crowd: right"] >= facts["crowd: best single member"] - error
-    # With 1,536 labelled clips a corpus, the crowd of world 0 is 0.035 below what can be known.
-    assert facts["crowd: right"] >= facts["crowd: exact posterior"] - 0.05
+    # With 1,536 labelled clips a corpus, these crowds are 0.05 below what can be known: 0.033 to
+    # 0.058 over worlds and draws of 2,048 clips, which differ by the error of such a share.
+    assert facts["crowd: right"] >= facts["crowd: exact posterior"] - 0.05 - error

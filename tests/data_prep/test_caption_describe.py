@@ -7,8 +7,8 @@ from chat_stub import Stub
 from clip_files import face_frames, write_clip, write_talking
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.evaluation.chat_server import ChatError, ChatServer
-from data_prep.caption import describe
+from affectgpt_jax.evaluation.chat_server import ChatError, ChatRefusal, ChatServer, Reply
+from data_prep.caption import describe, filtering
 from data_prep.caption.__main__ import main
 from data_prep.caption.settings import read_settings
 from data_prep.clips import find_clips
@@ -214,34 +214,150 @@ def test_both_are_merged_with_the_subtitle(media, tmp_path, capsys):
         asked = [b for _, _, b in stub.requests if isinstance(b["messages"][0]["content"], str)]
     lines = describe.read_described(tmp_path / "set" / "descriptions.jsonl")
     assert list(lines) == ["clip0", "clip1", "mute", "ghost"]
-    assert lines["ghost"]["why"] == "neither clue nor subtitle"
+    assert lines["ghost"]["why"] == "neither sound nor pictures were described"
     message = next(m for b in asked if "a sigh" in (m := b["messages"][0]["content"]))
     assert message.startswith("Please act as an expert in the field of emotions.")
     assert "Subtitle: I told you so!" in message and "Acoustic clues: a sigh\n" in message
     main(["labels", out])
     rows = (tmp_path / "set" / "labels.csv").read_text().splitlines()
-    assert rows[0] == "name,labels,sentiment,unparsed" and len(rows) == 5
+    assert rows[0] == "name,labels,sentiment,unparsed,description_sha256" and len(rows) == 5
 
 
-def test_text_models_merge_as_servers_do(tmp_path):
-    class Base:
-        identity = "base"
+def write_heard(folder, replies):
+    """An audio.jsonl with these replies, by name."""
+    lines, _ = describe.given_replies(_given(folder, replies), list(replies))
+    describe.write_described(folder / "audio.jsonl", lines)
 
-        def answer(self, messages):
-            yield from reversed(list(enumerate(f"so {len(m)}" for m in messages)))
 
-    describe.write_described(
-        tmp_path / "audio.jsonl",
-        describe.given_replies(_given(tmp_path, {"a": "hums", "b": "sings loudly"}), ["a", "b"])[0],
-    )
-    model = describe.TextDescriber(Base())
+class Merger:
+    """A model that reads text alone."""
+
+    identity = "merger"
+
+    def replies(self, messages):
+        for number, message in enumerate(messages):
+            try:
+                text = message() if callable(message) else message
+            except ChatRefusal as refusal:
+                yield number, refusal
+            else:
+                yield number, Reply(f"so {text.splitlines()[-3:]}", "stop", 1)
+
+
+def test_shards_that_run_at_the_same_time_leave_the_whole(media, tmp_path):
+    names = [f"c{i}" for i in range(5)]
+    for folder in ("one", "two"):
+        write_heard(tmp_path / folder, {name: f"{name} hums" for name in names})
     settings = read_settings(tmp_path)
-    lines = describe.merge(["a", "none", "b"], {}, tmp_path, model, settings)
-    assert [bool(line["reply"]) for line in lines] == [True, False, True]
-    assert lines[0]["reply"] != lines[2]["reply"] and lines[0]["model"] == "base"
+    other = []
+
+    def meanwhile(shard_1):
+        """Runs the other shard when this one has looked at what there is, and asked once."""
+        other.clear()
+
+        def progress(done, total):
+            if done == 1 and not other:
+                other.append("runs")
+                other.append(shard_1())
+
+        return progress
+
+    def merged(folder, **options):
+        return describe.merge(names, {}, tmp_path / folder, Merger(), settings, **options)
+
+    expected = merged("one")
+    first = merged("two", shard=(0, 2), progress=meanwhile(lambda: merged("two", shard=(1, 2))))
+    assert other == ["runs", None] and first == expected
+    one, two = (tmp_path / f / "descriptions.jsonl" for f in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    # Media, whose hashes the other shard has read, too.
+    with Stub(good=hears) as stub:
+        expected = ask(stub, "video", media, tmp_path / "one")
+        inner = meanwhile(lambda: ask(stub, "video", media, tmp_path / "two", shard=(1, 2)))
+        first = ask(stub, "video", media, tmp_path / "two", shard=(0, 2), progress=inner)
+        assert other == ["runs", None] and first == expected
+    one, two = (tmp_path / f / "video.jsonl" for f in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_cues_that_nobody_made_are_told_and_clips_without_any_are_not_described(tmp_path, capsys):
+    table = tmp_path / "clips.csv"
+    table.write_text("name,subtitle\na,x\nb,x\nc,x\nd,x\n")
+    out = tmp_path / "set"
+    write_heard(out, {"a": "hums", "b": "sings"})
+    with Stub(good=hears) as stub:
+        server = ["--base-url", stub.url, "--model", "text"]
+        main(["merge", f"--csv={table}", f"--out={out}", *server])
+        assert len(stub.requests) == 2
+    said = capsys.readouterr().out
+    assert "no video.jsonl: described by sound alone" in said
+    assert "clips that no describer was asked about: 2: 'c', 'd'" in said
+    lines = describe.read_described(out / "descriptions.jsonl")
+    assert [line["finish"] for line in lines.values()] == ["stop", "stop", *2 * ["unreadable"]]
+    found = filtering.judge_reply(lines["c"], None)
+    assert (found.outcome, found.why) == (
+        filtering.DROPPED, "neither sound nor pictures were described"
+    )  # fmt: skip
+    describe.write_described(out / "video.jsonl", [lines["a"]])
+    assert describe.cue_remarks(list("abc"), out) == [
+        "clips without a line in video.jsonl: 1: 'b'",
+        "clips that no describer was asked about: 1: 'c'",
+    ]
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def test_replies_about_labels_that_cannot_be_read_are_no_labels_and_no_sentiment(tmp_path):
+    def labels(body):
+        text = body["messages"][0]["content"]
+        if "Words: [calm]" in text:
+            return reply("It depends on positive or negative context.")
+        if "Words:" in text:
+            return reply("negative")
+        if "clip0" in text:
+            return reply("What a strange question to ask somebody like me!")
+        if "clip1" in text:
+            return 400, {}, '{"error": {"message": "we do not talk about that"}}'
+        return reply("[calm]" if "clip2" in text else "[furious]")
+
+    write_heard(tmp_path, {f"clip{i}": f"clip{i} speaks" for i in range(4)})
+    (tmp_path / "audio.jsonl").rename(tmp_path / "descriptions.jsonl")
+    with Stub(good=labels) as stub:
+        # The refused one comes first at last, when all others have been answered.
+        for requests in (6, 7):
+            main(
+                ["labels", f"--out={tmp_path}", "--base-url", stub.url, "--model=m",
+                 "--concurrency=1"]
+            )  # fmt: skip
+            assert len(stub.requests) == requests
+    found = filtering.read_labels(tmp_path / "labels.csv")
+    assert [f"{x.labels} {x.sentiment}" for x in found.values()] == [
+        "() neutral", "() neutral", "('calm',) neutral", "('furious',) negative"
+    ]  # fmt: skip
+    assert found["clip0"].unparsed.startswith("What a strange")
+    assert "we do not talk about that" in found["clip1"].unparsed
+    assert found["clip2"].unparsed.startswith("It depends") and not found["clip3"].unparsed
+    about = json.loads((tmp_path / "labels.json").read_text())
+    assert about["extractor"].startswith("m at ") and len(about["prompts_sha256"]) == 64
+
+
+def test_a_server_that_refuses_every_label_is_one_sentence(tmp_path):
+    write_heard(tmp_path, {f"clip{i}": f"clip{i} speaks" for i in range(9)})
+    (tmp_path / "audio.jsonl").rename(tmp_path / "descriptions.jsonl")
+    refusal = 400, {}, '{"error": {"message": "no such model"}}'
+    with Stub(good=lambda body: refusal) as stub:
+        with pytest.raises(SystemExit, match="no such model"):
+            main(
+                ["labels", f"--out={tmp_path}", "--base-url", stub.url, "--model=m",
+                 "--concurrency=1"]
+            )  # fmt: skip
+        assert len(stub.requests) <= 4  # one may be under way
+    assert not (tmp_path / "labels.csv").exists()
 
 
 def _given(folder, replies):
+    folder.mkdir(exist_ok=True)
     path = folder / "given.jsonl"
     lines = (json.dumps({"name": n, "reply": r}) + "\n" for n, r in replies.items())
     path.write_text("".join(lines))
@@ -269,6 +385,19 @@ def test_replies_that_do_not_fit_are_refused(content, told, tmp_path):
         (["describe", "audio", "--clips=x"], "name who describes"),
         (["describe", "audio", "--base-url=http://x/v1", "--model=m"], "name the clips"),
         (["describe", "video", "--clips=x", "--base-url=http://x/v1"], "go together"),
+        (
+            [
+                "describe",
+                "audio",
+                "--clips=x",
+                "--base-url=http://x/v1",
+                "--model=m",
+                "--with-subtitle",
+            ],
+            "--with-subtitle shows a model the subtitles of --csv",
+        ),
+        (["choose", "--records=x", "--replies=a=b", "--runs=0"], "--runs is 0; expected 1 or more"),
+        (["compare", "--against=x", "--pairs=0"], "--pairs is 0; expected 1 or more"),
         (
             [
                 "describe",
@@ -307,6 +436,7 @@ def test_settings_are_checked(tmp_path):
         ("tails = 3", "tails = 0", "lengths.tails is 0"),
         ("tails = 3", 'tails = "x"', "lengths.tails: expected a number"),
         ('agree = "majority"', 'agree = "most"', "crowd.agree: expected one of"),
+        ('"off_screen"', '"offscreen"', "speakers.drop has 'offscreen', which is no verdict"),
         ("[lengths]", "[lengths", "not valid TOML"),
     ):
         text = path.read_text()
@@ -328,4 +458,5 @@ def test_the_base_of_a_run_merges_without_a_server(trained_run, tmp_path, capsys
     main(["merge", table, f"--out={out}", f"--workdir={trained_run}"])
     lines = describe.read_described(out / "descriptions.jsonl")
     assert list(lines) == ["a", "b"] and all("4 tokens" in x["model"] for x in lines.values())
+    assert all(x["finish"] == "length" and x["tokens"] > 4 for x in lines.values())
     assert "descriptions.jsonl: 2 clips" in capsys.readouterr().out

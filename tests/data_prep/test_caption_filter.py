@@ -6,15 +6,19 @@ import pytest
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.tables import write_csv
-from affectgpt_jax.data.records import Record, RecordDataset, write_records
+from affectgpt_jax.data.records import EXTRACTION, Record, RecordDataset, write_records
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from data_prep.caption import filtering
 from data_prep.caption.__main__ import main
 from data_prep.caption.describe import Described, write_described
 from data_prep.caption.filtering import DROPPED, NOT_JUDGED, PASSED, Labelled
+from data_prep.caption.labels import COLUMNS, description_sha256
 from data_prep.caption.lengths import fit_cuts, measure
 from data_prep.caption.settings import read_settings
+from data_prep.clips import read_clip_rows
+from data_prep.contents import read_seconds
 from data_prep.crowd.votes import Vote, write_votes
+from data_prep.report import read_elsewhere
 from data_prep.speakers.verdicts import write_speakers
 
 LEXICON = load_lexicon()
@@ -72,6 +76,21 @@ def test_cuts_are_those_of_the_normal_part():
     assert abs(cut.mean - 60) < 1.5 and abs(cut.deviation - 8) < 2
     inside = (lengths >= cut.low) & (lengths <= cut.high)
     assert inside[:4000].mean() > 0.97 and not inside[4000:].any()
+
+
+def test_a_script_of_few_texts_has_no_cuts_of_its_own():
+    chinese = ["\u4ed6" * (40 + i % 9) for i in range(200)]
+    few = ["No.", "I am sorry, there is nothing to see.", "The man and the woman " * 80] * 5
+    cuts = fit_cuts([*chinese, *few], tails=2.5)
+    assert list(cuts) == ["characters"]
+    for text in few:
+        found = filtering.judge_length(described(text), cuts)
+        assert (found.outcome, found.why) == (DROPPED, "in words, as 15 of 215 descriptions only")
+    assert filtering.judge_length(described(chinese[0]), cuts).outcome == PASSED
+    # A data set in two languages has cuts for both, and a small one in one for that.
+    both = fit_cuts([*chinese, *(["word " * 40] * 30)], tails=2.5)
+    assert list(both) == ["characters", "words"]
+    assert list(fit_cuts(["word " * 40] * 3, tails=2.5)) == ["words"]
 
 
 # --- tests of a clip ----------------------------------------------------------------------------
@@ -132,6 +151,21 @@ def test_few_votes_and_other_sentiments_are_dropped(settings):
     assert filtering.judge_sentiment(None, vote(), settings).outcome == NOT_JUDGED
 
 
+def test_what_was_not_read_is_not_judged(settings):
+    for unread, word, emotion in (
+        (Labelled((), "neutral", "Hm?"), "neutral", NOT_JUDGED),
+        (Labelled((), "neutral", "Hm?"), "happy", NOT_JUDGED),
+        (Labelled(("joyful",), "neutral", "Hm?"), "happy", PASSED),
+        (Labelled(("joyful",), "neutral", "Hm?"), "neutral", NOT_JUDGED),
+        (Labelled(("neutral",), "neutral", "Hm?"), "neutral", PASSED),
+    ):
+        found = filtering.judge_emotion(unread, vote(word), settings, LEXICON)
+        assert found.outcome == emotion, found
+        found = filtering.judge_sentiment(unread, vote(word, "neutral"), settings)
+        assert found.outcome == NOT_JUDGED
+        assert found.why == "the reply about labels could not be read"
+
+
 @pytest.mark.parametrize(
     ("verdict", "outcome"),
     [("speaking", PASSED), ("unsure", PASSED), ("off_screen", DROPPED), ("no_face", DROPPED)],
@@ -155,13 +189,18 @@ def data_set(tmp_path):
     texts["clip01"] = "No."
     lines = [described(text, name=name) for name, text in texts.items()]
     write_described(out / "descriptions.jsonl", lines)
-    columns = ("name", "labels", "sentiment", "unparsed")
     labels = {
-        name: {"labels": "[happy]", "sentiment": "positive", "unparsed": ""} for name in NAMES
+        name: {
+            "labels": "[happy]",
+            "sentiment": "positive",
+            "unparsed": "",
+            "description_sha256": description_sha256(texts[name]),
+        }
+        for name in NAMES
     }
     labels["clip01"]["labels"], labels["clip03"]["labels"] = "[]", "[sad]"
     rows = [{"name": name} | row for name, row in labels.items()]
-    write_csv(out / "labels.csv", columns, rows)
+    write_csv(out / "labels.csv", COLUMNS, rows)
     write_speakers(
         out / "speakers.csv",
         [
@@ -232,6 +271,42 @@ def test_records_of_what_is_kept_have_the_new_annotations(data_set, tmp_path, ca
     assert "without a record: 1: 'clip22'" in capsys.readouterr().out
 
 
+def test_records_of_what_is_kept_say_how_they_were_extracted(data_set, tmp_path, monkeypatch):
+    source, to = tmp_path / "records", tmp_path / "plus"
+    face = {"face": np.ones((2, 3), np.float16)}
+    records = [Record(name=n, features={} if n == "clip07" else face, subtitle="hm") for n in NAMES]
+    how = {"version": 2, "encoders": {"video": {"name": "clip", "sha256": "x"}}}
+    extra = {EXTRACTION: how | {"face arrays": 23}, "note": "mine"}
+    write_records(source, records, encoders={"face": "clip"}, extra=extra)
+    lines = "".join(f"{n},ok,2.5,h{n}\n" for n in NAMES)
+    (source / "extraction.csv").write_text(f"name,status,seconds,sha256\n{lines}")
+    (source / ".blocks").mkdir()
+    (source / ".blocks" / "encoders.json").write_text('{"video": "/models/clip"}')
+    run(data_set, f"--records={source}", f"--write={to}")
+    found = RecordDataset(to)
+    assert found.manifest.extra == {EXTRACTION: how | {"face arrays": 18}, "note": "mine"}
+    assert len(found) == 19
+    elsewhere = read_elsewhere([to])
+    assert set(elsewhere.names) == {entry.name for entry in found.index}
+    assert read_seconds(to) == dict.fromkeys(elsewhere.names, 2.5)
+    assert (to / ".blocks" / "encoders.json").read_text() == '{"video": "/models/clip"}'
+    # Records of others are not touched.
+    report = (to / "extraction.csv").read_bytes()
+    with pytest.raises(SystemExit, match="plus already holds records"):
+        run(data_set, "--levels=none", f"--records={source}", f"--write={to}")
+    assert (to / "extraction.csv").read_bytes() == report
+
+
+def test_labels_of_other_descriptions_are_refused(data_set):
+    path = data_set / "descriptions.jsonl"
+    path.write_text(path.read_text().replace("No.", "Yes."))
+    told = "labels.csv is of other descriptions of 1 clips: 'clip01'; run `affectgpt caption labels"
+    with pytest.raises(SystemExit, match=told):
+        run(data_set)
+    main(["labels", f"--out={data_set}"])
+    run(data_set)
+
+
 @pytest.mark.parametrize(
     ("file", "levels", "told"),
     [
@@ -266,7 +341,7 @@ def test_broken_tables_are_refused_by_line(data_set):
     table = data_set.parent / "clips.csv"
     table.write_text("name,subtitle\na,\na,\n")
     with pytest.raises(UserError, match="line 3: 'a' has a row already"):
-        filtering.read_clip_rows(table)
+        read_clip_rows(table)
     labels = data_set / "labels.csv"
     labels.write_text(labels.read_text().replace("positive", "fine", 1))
     with pytest.raises(UserError, match="line 2: the sentiment is 'fine'"):

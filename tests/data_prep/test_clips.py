@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from affectgpt_jax.common.errors import ReadError
 from data_prep.clips import Clip, ClipError, find_clips, named_clips
 
 
@@ -52,6 +53,13 @@ def test_linked_folders_are_searched_and_links_in_a_circle_end(tmp_path):
     os.symlink(tmp_path / "clips", tmp_path / "disk" / "back")
     names = [clip.name for clip in find_clips([tmp_path / "clips"]).clips]
     assert names == ["b", "more/a"]
+
+
+def test_a_name_in_two_rows_is_refused(tmp_path):
+    touch(tmp_path / "clips", "a.mp4", "b.mp4")
+    table = write_table(tmp_path / "t.csv", "name,subtitle\na,1\nb,2\n a,3\n")
+    with pytest.raises(ReadError, match="t.csv, line 4: 'a' has a row already"):
+        find_clips([tmp_path / "clips"], table)
 
 
 def test_a_table_decides_which_clips_there_are_and_in_which_order(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from affectgpt_jax.common.errors import ReadError
-from affectgpt_jax.data.records import Record, write_records
+from affectgpt_jax.data.records import Record, RecordDataset, write_records
 from data_prep.crowd import __main__ as command
 from data_prep.crowd import corpora, members, run
 from data_prep.crowd.corpora import CrowdError
@@ -263,9 +263,90 @@ def test_clips_of_a_test_set_are_not_learned(crowd, tmp_path, monkeypatch):
 
 
 def test_what_two_directories_share_is_told_by_kind():
-    a = {"name": ["x", "y", "z"], "file": ["1", "", "3"], "features": ["p", "q", ""]}
-    b = {"name": ["z", "w"], "file": ["1", ""], "features": ["q", ""]}
+    a = {
+        "name": ["x", "y", "z"],
+        "file": ["1", "", "3"],
+        "features": {"face of e": ["p", "q", ""], "audio of e": ["s", "t", "u"]},
+    }
+    b = {"name": ["z", "w"], "file": ["1", ""], "features": {"face of e": ["q", ""]}}
     assert corpora.shared(a, b) == {"file": ["x"], "features": ["y"], "name": ["z"]}
+    assert corpora.compared_by(a, b) == ["files", "face of e"]
+    # Another encoder says nothing, whatever its numbers; one feature of the same is enough.
+    b["features"] = {"face of f": ["q", ""], "audio of e": ["", "u"]}
+    assert corpora.shared(a, b)["features"] == ["z"]
+    assert corpora.compared_by(a, b) == ["files", "audio of e"]
+
+
+def same_clips(folder, prefix, features=("face", "audio"), encoder="e", says="hi", labels=True):
+    """A record directory of 24 clips, the same ones whatever they are called."""
+    rng = np.random.default_rng(9)
+    records = []
+    for i in range(24):
+        found = {n: rng.normal(size=(2, w)).astype(np.float16) for n, w in WIDTHS.items()}
+        kept = {n: found[n] for n in features}
+        word = {"emotion": WORDS[i % 3]} if labels else {}
+        records.append(Record(name=f"{prefix}{i}", features=kept, subtitle=f"{says} {i}", **word))
+    write_records(folder, records, encoders=dict.fromkeys(features, encoder))
+    return folder
+
+
+QUICK = {"folds": 2, "seeds": 1, "hidden": (4,), "epochs": 1, "patience": 1, "batch_size": 8}
+
+
+def test_clips_are_found_by_the_features_that_both_sides_have(tmp_path):
+    mine, heads = same_clips(tmp_path / "mine", "a"), {"mine": ("emotion",)}
+    half = RecordDataset(same_clips(tmp_path / "whole", "b", features=("face",)))
+    write_records(tmp_path / "test", [half[i] for i in range(8)], encoders={"face": "e"})
+    voted = RecordDataset(same_clips(tmp_path / "all", "v", labels=False))
+    clips = [voted[i] for i in range(12)]
+    write_records(tmp_path / "voted", clips, encoders=dict.fromkeys(WIDTHS, "e"))
+    other = same_clips(tmp_path / "other", "c", encoder="f")
+    against = [tmp_path / "test", tmp_path / "voted", other]
+    said = []
+    run.train({"mine": mine}, tmp_path / "crowd", heads=heads, text=False, against=against,
+              say=said.append, **QUICK)  # fmt: skip
+    about = json.loads((tmp_path / "crowd" / "mine.json").read_text())
+    assert about["marks"]["name"] == [f"a{i}" for i in range(12, 24)] and about["clips"] == 12
+    assert f"mine and {against[0]} were compared by face of e, and names" in said
+    assert f"mine and {other} were compared by names alone: they have no encoder in common" in said
+    rows = json.loads((tmp_path / "crowd" / "members.json").read_text())["leaks"]["found"]
+    # The voted clips are test clips, too.
+    assert [(row["in"], row["and"], row["clips"]) for row in rows] == [
+        ("mine", str(against[0]), 8),
+        ("mine", str(against[1]), 12),
+        (str(against[0]), str(against[1]), 8),
+    ]
+    # What was left out is no leak.
+    said.clear()
+    run.vote(tmp_path / "crowd", against[1], tmp_path / "votes.csv", say=said.append)
+    assert not said
+    report = (tmp_path / "crowd" / "report.md").read_text()
+    assert "12 clips of mine were left out of training" in report
+    assert report.count("have the same features") == 2
+
+
+def test_a_corpus_whose_subtitles_have_changed_is_trained_again(tmp_path):
+    heads = {"s": ("emotion",)}
+    said = []
+
+    def train(sets, **options):
+        said.clear()
+        run.train({"s": sets}, tmp_path / "crowd", heads=heads, say=said.append, **options, **QUICK)
+        return (tmp_path / "crowd" / "s.safetensors").read_bytes()
+
+    first = same_clips(tmp_path / "first", "a")
+    before = train(first)
+    assert train(first) == before and said[0] == "s: finished before"
+    assert train(same_clips(tmp_path / "second", "a", says="no, not")) != before
+    # Members stay where a hash of a file is new; the marks do not.
+    assert train(first) == before
+    (first / "extraction.csv").write_text("name,status,sha256\na0,ok,h0\n")
+    assert train(first) == before and said[0] == "s: finished before"
+    about = json.loads((tmp_path / "crowd" / "s.json").read_text())
+    assert about["marks"]["file"][0] == "h0"
+    # A file of another version is no reason to stop.
+    (tmp_path / "crowd" / "s.json").write_text("{}")
+    assert train(first) == before and said[0].startswith("s: 24 clips")
 
 
 @pytest.mark.parametrize(
@@ -276,6 +357,7 @@ def test_what_two_directories_share_is_told_by_kind():
         ({"folds": 1}, "folds is 1; expected 2 or more"),
         ({"folds": 30}, "has 47 clips to learn from; expected 60"),
         ({"sets": {"a/b": "."}}, "'a/b' cannot be a corpus"),
+        ({"sets": {"members": "."}}, "'members' cannot be a corpus: members.json is about all"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(crowd, tmp_path, change, message):
@@ -315,7 +397,7 @@ def test_features_of_other_encoders_and_unknown_classes_are_refused(crowd, tmp_p
     [
         ("members.json", lambda s: [], "members.json: expected a JSON object, found"),
         ("members.json", lambda s: s | {"corpora": [{}]}, r"corpora\[0\]: the key 'classes' is mi"),
-        ("members.json", lambda s: s | {"leaks": {}}, "leaks: the key 'found' is missing"),
+        ("members.json", lambda s: s | {"leaks": {}}, "leaks: the key 'compared' is missing"),
         (
             "members.json",
             lambda s: s | {"corpora": [s["corpora"][0] | {"name": "../a"}]},

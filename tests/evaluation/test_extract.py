@@ -445,9 +445,10 @@ LONG_KEY = "sk-abcdefghijklmnopqrstuvwxyz0123456789"
     ],
     ids=range(5),
 )
-def test_no_part_of_the_key_is_in_an_error(turn):
+def test_no_part_of_the_key_is_in_an_error(turn, tmp_path):
     with Stub(turn) as stub, pytest.raises(ChatError) as told:
-        ask(stub, api_key=LONG_KEY, timeout_s=30, attempts=1)
+        server = ChatServer(stub.url, "qwen", api_key=LONG_KEY, timeout_s=30, attempts=1)
+        extractor(server, tmp_path / "cache.jsonl").labels(["a"])
     assert "***" in str(told.value)
     for start in range(len(LONG_KEY) - 6):
         assert LONG_KEY[start : start + 7] not in str(told.value)
@@ -469,11 +470,12 @@ def test_no_part_of_the_key_is_in_an_error(turn):
     ],
     ids=range(10),
 )
-def test_a_reply_of_another_kind_is_one_sentence(turn, told, monkeypatch):
+def test_a_reply_of_another_kind_is_one_sentence(turn, told, monkeypatch, tmp_path):
     if "larger" in told:
         monkeypatch.setattr(chat_server, "MAX_REPLY_BYTES", 100)
     with Stub(turn) as stub, pytest.raises(ChatError, match=told) as stopped:
-        ask(stub, timeout_s=30, attempts=1)
+        server = ChatServer(stub.url, "qwen", timeout_s=30, attempts=1)
+        extractor(server, tmp_path / "cache.jsonl").labels(["a"])
     assert len(str(stopped.value)) < 500 and "\n" not in str(stopped.value)
 
 
