@@ -60,8 +60,8 @@ class NoWords:
         if self.refusal:
             return f"that the server refuses to read ({self.refusal})"
         advice = {
-            "length": "; the model thought up to the limit: turn its thinking off, or raise "
-            "--max-reply-tokens",
+            "length": "; the model thought up to the limit: turn its thinking off, or raise the "
+            "limit on its tokens",
             "content_filter": "; the server's filter took them",
         }
         reason = f" (finish_reason {self.finish_reason})" if self.finish_reason else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import hashlib
 import importlib.resources
@@ -37,7 +38,7 @@ class Marks(TypedDict):
     """What tells clips from others, "" for a clip without such a mark.
 
     `file` is the hash in extraction.csv, where there is one; `features` has, by feature and
-    encoder, a hash of its mean.
+    encoder, a hash of its mean, unless several clips here have the same.
     """
 
     name: list[str]
@@ -92,7 +93,7 @@ def read_clips(directory: Path, what: str) -> Clips:
         name=[entry.name for entry in dataset.index],
         file=[files.get(entry.name, "") for entry in dataset.index],
         features={
-            f"{feature} of {encoders[feature]}": [_digest(row) for row in array]
+            f"{feature} of {encoders[feature]}": _digests(array)
             for feature, array in features.items()
         },
     )
@@ -107,8 +108,11 @@ def _file_hashes(directory: Path) -> dict[str, str]:
     return {row["name"]: row["sha256"] for _, row in rows}
 
 
-def _digest(row: np.ndarray) -> str:
-    return hashlib.sha256(row.tobytes()).hexdigest()[:32] if row.any() else ""
+def _digests(array: np.ndarray) -> list[str]:
+    """A hash of each row, "" where it tells no clip from others: of zeros, or as of silence."""
+    found = [hashlib.sha256(row.tobytes()).hexdigest()[:32] if row.any() else "" for row in array]
+    times = collections.Counter(found)
+    return [digest if times[digest] == 1 else "" for digest in found]
 
 
 def marks_of(marks: Marks, names: Collection[str]) -> Marks:

@@ -1,6 +1,7 @@
 """The crowd: members learn, the best epoch is theirs, votes are counted, shared clips are found."""
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -325,6 +326,23 @@ def test_clips_are_found_by_the_features_that_both_sides_have(tmp_path):
     assert report.count("have the same features") == 2
 
 
+def test_what_several_clips_have_in_common_makes_none_of_them_another(tmp_path):
+    sets, silence = {}, np.ones((2, WIDTHS["audio"]), np.float16)
+    for name in ("mine", "test"):
+        drawn = RecordDataset(same_clips(tmp_path / f"{name}-drawn", name))
+        clips = [drawn[i] for i in range(4)]
+        clips = [
+            dataclasses.replace(
+                clip,
+                features={"face": clip.features["face"] + (name == "mine"), "audio": silence},
+            )
+            for clip in clips
+        ]
+        write_records(tmp_path / name, clips, encoders=dict.fromkeys(WIDTHS, "e"))
+        sets[name] = corpora.read_clips(tmp_path / name, name).marks
+    assert corpora.shared(sets["mine"], sets["test"]) == {}
+
+
 def test_a_corpus_whose_subtitles_have_changed_is_trained_again(tmp_path):
     heads = {"s": ("emotion",)}
     said = []
@@ -466,7 +484,7 @@ def test_the_command_votes_and_refuses_wrong_flags(crowd, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_a_crowd_of_the_demo_world_comes_near_its_posterior(tmp_path):
-    """The vote is as good as the best corpus, and within 3 points of the exact posterior."""
+    """With 1,500 labelled clips a corpus the vote is within 5 points of the exact posterior."""
     from affectgpt_jax.data import demo, demo_captions
 
     world, size = demo.World(0), 2048
@@ -490,4 +508,6 @@ def test_a_crowd_of_the_demo_world_comes_near_its_posterior(tmp_path):
     exact = demo.posterior(demo.word_evidence(captions.clips), tuple(demo.CUES))
     classes = np.eye(len(demo_captions.COARSE_WORDS))[demo_captions.COARSE_OF]
     best = ((exact @ classes).argmax(axis=1) == truth)[there].mean()
-    assert right > best - 0.03
+    # benchmarks.crowd has the distance by the number of labelled clips.
+    error = math.sqrt(right * (1 - right) / there.sum())
+    assert best - 0.05 - 2 * error < right < best + 2 * error

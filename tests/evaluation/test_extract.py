@@ -282,7 +282,7 @@ def test_a_reply_without_words_is_unread_and_asked_again(tmp_path):
         assert len(parrot.asked) == asked
     assert str(NoWords("length")) == (
         "whose reply had no words (finish_reason length); the model thought up to the limit: turn "
-        "its thinking off, or raise --max-reply-tokens"
+        "its thinking off, or raise the limit on its tokens"
     )
 
 
