@@ -230,7 +230,8 @@ def reference_log_probs(
     """Log-probabilities of the tokens of every pair, the preferred answer's first.
 
     Args:
-        log_probs: `batch -> [B, S]`, of the model that training starts from.
+        log_probs: `batch -> [B, S]`, of the model that training starts from; replicated, so that
+            every process can read all of it.
         mesh: where batches go.
         data: the pairs.
         pulse: called before every batch.

@@ -191,7 +191,11 @@ def prefer(
 
     loss = program.loss
     evaluate = jax.jit(lambda trainable, base, batch: loss(program.model, base, trainable, batch))
-    log_probs = jax.jit(functools.partial(answer_log_probs, program.model))
+    # Of all processes' rows on each, which all write them into their batches.
+    log_probs = jax.jit(
+        functools.partial(answer_log_probs, program.model),
+        out_shardings=sharding.replicated(mesh),
+    )
 
     def validation(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
         """Loss, accuracy of the implicit reward, and margin on held-out pairs."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from commands import ending, finish, group, trace
 
 from affectgpt_jax import build, load_run, prefer
 from affectgpt_jax.configs import affectgpt_qwen25_7b
@@ -20,7 +21,10 @@ from affectgpt_jax.inference import Answer
 from affectgpt_jax.models.attention import GROUP
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.pairs import PairData, annotated_pairs, sampled_pairs
+from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
+
+MODULE = "affectgpt_jax.prefer"
 
 
 @pytest.fixture(scope="module")
@@ -200,3 +204,39 @@ def test_what_makes_no_sense_is_refused_by_name(trained_run, records, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         prefer.main(flags(trained_run, records, tmp_path / "run", **more))
     assert said in str(stopped.value)
+
+
+# --- as commands ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_prefer_as_one_does_and_find_what_they_made(trained_run, records, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    _, *keys = flags(trained_run, records, "", mesh="data:-1")
+    finish(one, *keys, module=MODULE)
+
+    def together():
+        started = group(two, 2, *keys, settings={"jax_num_cpu_devices": 1}, module=MODULE)
+        with ending(started) as commands:
+            for command in commands:
+                assert command.wait(timeout_s=900) == 0, command.said
+            return [command.said for command in commands]
+
+    first, second = together()
+    assert "Before and after" in first and "Before and after" not in second
+    found, wanted = (trace(run) for run in (two, one))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    for x, y in zip(
+        *(jax.tree.leaves(SavedRun(run).trainable(4)) for run in (two, one)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-3)
+    made = {file: file.read_bytes() for file in two.glob("*_*.json")}
+    times = {file: file.stat().st_mtime_ns for file in made}
+    assert {"reference_train.json", "reference_val.json"} < {file.name for file in made}
+    result = json.loads((two / "result.json").read_text())
+    together()
+    assert {file: file.stat().st_mtime_ns for file in made} == times
+    again = json.loads((two / "result.json").read_text())
+    assert (again["before"], again["after"]) == (result["before"], result["after"])
