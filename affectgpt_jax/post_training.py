@@ -334,7 +334,8 @@ def kept(
     Args:
         path: of the file.
         kind: type of the content, as `common.json` says.
-        group: the processes of the run, which all call this; the first one reads and writes.
+        group: the processes of the run, which all call this and read the file; the first one
+            decides whether it is the right one, and writes it.
         made_of: returns all that the content depends on, a value that JSON has.
         make: makes the content.
 
@@ -350,11 +351,13 @@ def kept(
         same = found["made_of"] == json_sha256(made_of())
         return check_type(found["content"], kind, str(path), advice=advice) if same else None
 
-    content = group.from_main_process(read)
-    if content is None:
-        content = make()
-        if group.is_main_process:
-            write_json(path, {"made_of": json_sha256(made_of()), "content": content}, indent=None)
+    # A file of all answers may be larger than a message between processes.
+    if group.from_main_process(lambda: read() is not None):
+        distributed.check_shared(path)
+        return read()
+    content = make()
+    if group.is_main_process:
+        write_json(path, {"made_of": json_sha256(made_of()), "content": content}, indent=None)
     return content
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.post_training import kept
-from affectgpt_jax.training.distributed import ProcessGroup
+from affectgpt_jax.training.distributed import LaunchError, ProcessGroup
 
 
 @pytest.fixture
@@ -46,3 +46,23 @@ def test_a_file_of_another_form_is_refused_by_key(made):
         with pytest.raises(UserError, match=message):
             make_of([], [1])
     assert calls == [[]]
+
+
+class Second(ProcessGroup):
+    """Process 1 of 2, which process 0 tells that a file is there."""
+
+    def __init__(self):
+        super().__init__(1, 2)
+
+    def from_main_process(self, compute, timeout_s=None):
+        return True
+
+
+def test_every_process_reads_the_file_which_no_message_has_to_hold(made):
+    make_of, calls, path = made
+    make_of(["a"], [1, 2])
+    assert kept(path, list[int], Second(), lambda: ["a"], lambda: [9]) == [1, 2]
+    path.unlink()
+    with pytest.raises(LaunchError, match="not the directory that process 0 writes to"):
+        kept(path, list[int], Second(), lambda: ["a"], lambda: [9])
+    assert calls == [["a"]]
