@@ -259,7 +259,8 @@ def open_clips(
 ) -> dict[str, Records]:
     """The clips of a run: "rl" to learn from, "val" to choose by, "test" to ask before and after.
 
-    Without a validation set, one is held out of the first.
+    Without a validation set, one is held out of the first. Preferences have no "val": what they
+    choose by are pairs, some of which the command holds out itself.
 
     Args:
         config: of the run.
@@ -276,7 +277,7 @@ def open_clips(
     is_demo = demo.world_seed(config.data.train, config.demo_seed) is not None
     places = {
         "rl": section.data or (config.data.train if is_demo else ""),
-        "val": config.data.val,
+        "val": config.data.val if key == "rl" else "",
         "test": config.data.test,
     }
     for name, where in (("rl", f"config.{key}.data"), ("test", "config.data.test")):
@@ -293,10 +294,10 @@ def open_clips(
         at_home = run.workdir if name != "rl" and (run.workdir / "data").is_dir() else workdir
         found[name] = build.open_records(config, place, name, at_home, say)
         build.check_features(config, found[name], run.processor.mode)
-    if "val" not in found:
+    if key == "rl" and "val" not in found:
         found["rl"], found["val"] = hold_out(found["rl"], config.data.val_share)
     names = {entry.name for entry in found["rl"].index}
-    for other in ("val", "test"):
+    for other in [name for name in found if name != "rl"]:
         if shared := sum(entry.name in names for entry in found[other].index):
             what = f"{shared} clips of config.{key}.data are in config.data.{other} too"
             if config.strict_leaks:

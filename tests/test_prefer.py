@@ -10,6 +10,7 @@ import pytest
 from commands import ending, finish, group, trace
 
 from affectgpt_jax import build, load_run, prefer
+from affectgpt_jax.config import SECTIONS
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
@@ -21,6 +22,7 @@ from affectgpt_jax.inference import Answer
 from affectgpt_jax.models.attention import GROUP
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.pairs import PairData, annotated_pairs, sampled_pairs
+from affectgpt_jax.post_training import open_clips
 from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
 
@@ -188,6 +190,19 @@ def test_a_run_goes_on_by_preferences_and_to_the_same_bytes_when_it_is_stopped(
     prefer.main(flags(trained_run, records, workdir))
     ends = [jax.device_get(load_run(run, 4).trainable) for run in (finished, workdir)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+@pytest.mark.parametrize(("key", "held_out"), [("dpo", False), ("rl", True)])
+def test_preferences_are_held_out_by_their_own_share_alone(
+    trained_run, records, tmp_path, key, held_out
+):
+    run = load_run(trained_run)
+    config = run.config.copy_and_resolve_references()
+    config[key] = SECTIONS[key]()
+    config[key].data, config.data.val, config.data.val_share = str(records), "", 0.5
+    found = open_clips(config, key, tmp_path, run, print)
+    assert sorted(found) == (["rl", "test", "val"] if held_out else ["rl", "test"])
+    assert len(found["rl"]) == 40 - len(found.get("val", ()))
 
 
 @pytest.mark.parametrize(
