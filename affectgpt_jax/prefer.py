@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, cpu, post_training, runtime
+from affectgpt_jax import build, cpu, outcomes, post_training, runtime
 from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
@@ -127,12 +127,16 @@ def prefer(
     test = RecordSubset(clips["test"], known[: dpo.test_clips].tolist())
     group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
+    asked = 0  # tokens of the longest prompt about a clip to learn from
+    if dpo.source == "samples":
+        asked = outcomes.prompt_length(processor, dpo.question, [clips["rl"]])
     exams = Exams(
         dpo,
         run,
         {"test": test},
         seed=config.seed,
         lexicon=lexicon,
+        prompt_length=asked,
         group=group,
         pulse=session.pulse,
     )
@@ -146,7 +150,14 @@ def prefer(
 
             def sample(dataset: Records = dataset) -> tuple[list[Pair], int]:
                 return sampled_pairs(
-                    dataset, processor, dpo.question, exams.sampled, run.trainable, reward, dpo.gap
+                    dataset,
+                    processor,
+                    dpo.question,
+                    exams.sampled,
+                    run.trainable,
+                    reward,
+                    dpo.gap,
+                    config.seed,
                 )
 
             def made_of(dataset: Records = dataset) -> list[Any]:

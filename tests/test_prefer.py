@@ -1,5 +1,6 @@
 """Pairs of answers, and the command that trains on them, on a run that has hardly learned."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -88,7 +89,8 @@ class Said:
     def __init__(self, processor, texts):
         self.texts, self._processor = texts, processor
 
-    def generated(self, trainable, dataset, question):
+    def generated(self, trainable, dataset, question, *, seed):
+        self.seed = seed
         for number, text in enumerate(self.texts):
             ids = self._processor.tokenizer.encode([text + self._processor.prompts.end])[0]
             tokens = np.asarray(ids, np.int32)
@@ -107,8 +109,8 @@ def test_best_and_worst_of_a_models_own_samples_make_a_pair(clips, processor):
     texts += ["They feel qqq.", "They feel rrr.", "They feel qqq.", right[2]]
     reward = Reward("wheel_f", Wheels(load_lexicon()))
     said = Said(processor, texts)
-    pairs, none = sampled_pairs(few, processor, "ovlabel", said, None, reward, 0.2)
-    assert none == 1
+    pairs, none = sampled_pairs(few, processor, "ovlabel", said, None, reward, 0.2, 7)
+    assert none == 1 and said.seed == 7
     found = [(p.number, text_of(processor, p.better), text_of(processor, p.worse)) for p in pairs]
     assert found == [(0, right[0], "They feel qqq."), (2, right[2], "They feel qqq.")]
 
@@ -190,6 +192,26 @@ def test_a_run_goes_on_by_preferences_and_to_the_same_bytes_when_it_is_stopped(
     prefer.main(flags(trained_run, records, workdir))
     ends = [jax.device_get(load_run(run, 4).trainable) for run in (finished, workdir)]
     jax.tree.map(np.testing.assert_array_equal, *ends)
+
+
+def test_samples_are_asked_for_by_prompts_that_are_longer_than_those_of_the_test_clips(
+    trained_run, tmp_path, monkeypatch
+):
+    long = list(demo.World(0).records("rl", 16))
+    long[3] = dataclasses.replace(long[3], subtitle="they said it again " * 4)
+    write_records(tmp_path / "long", long, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
+    asked = []
+
+    def sampled(dataset, processor, question, generator, trainable, reward, gap, seed):
+        found = dict(generator.generated(trainable, dataset, question, seed=seed))
+        asked.append((len(dataset), len(found), seed))
+        return [], 0
+
+    monkeypatch.setattr(prefer, "sampled_pairs", sampled)
+    keys = {"dpo.source": "samples", "dpo.val_share": 0.3, "seed": 3}
+    with pytest.raises(SystemExit, match="no pair to train"):
+        prefer.main(flags(trained_run, tmp_path / "long", tmp_path / "run", **keys))
+    assert asked == [(14, 28, 3)]
 
 
 @pytest.mark.parametrize(("key", "held_out"), [("dpo", False), ("rl", True)])
