@@ -99,7 +99,7 @@ def sampled_pairs(
         seed: of sampling.
     """
     examples = processor.prompt_examples(dataset, question)
-    truth = truths(dataset, question)
+    truth = truths(dataset, question, "config.dpo.data")
     known = reward.scorable(truth)
     group = generator.group
     found = dict(generator.generated(trainable, dataset, question, seed=seed))

@@ -32,7 +32,7 @@ from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.program import Program
 from affectgpt_jax.restore import Run
-from affectgpt_jax.rollouts import truths
+from affectgpt_jax.rollouts import scorable, truths
 from affectgpt_jax.trainer_command import TrainerCommand, add_flags
 from affectgpt_jax.training import distributed, loop, metrics_writer
 from affectgpt_jax.training.checkpoints import Checkpoints, check_disk
@@ -393,12 +393,17 @@ class Exams:
         datasets: by name, clips that can be scored.
         seed: of sampling.
         lexicon: by which labels are compared.
+        other_lexicon: by which those of "test" are compared as well; see `load_test_lexicon`.
         prompt_length: tokens of a row of prompts, at the least.
         group: its processes.
         pulse: called before every batch.
 
     Attributes:
         prompt_length: of all prompts.
+        other_lexicon: see there.
+
+    Raises:
+        DataError: the other lexicon can score none of the clips of "test".
     """
 
     def __init__(
@@ -409,11 +414,16 @@ class Exams:
         *,
         seed: int,
         lexicon: Lexicon,
+        other_lexicon: Lexicon | None = None,
         prompt_length: int = 0,
         group: distributed.ProcessGroup,
         pulse: Callable[[], None],
     ):
         question = section.question
+        self.other_lexicon = other_lexicon
+        if other_lexicon:
+            reward = _reward_by(other_lexicon, question)
+            scorable(datasets["test"], reward, question, 1, "config.data.test")
         found = outcomes.prompt_length(run.processor, question, list(datasets.values()))
         self.prompt_length = max(found, prompt_length)
         self._section, self._run, self._group, self._pulse = section, run, group, pulse
@@ -424,7 +434,7 @@ class Exams:
         self._exams = {
             name: outcomes.Examination(
                 dataset,
-                truths(dataset, question),
+                truths(dataset, question, f"config.data.{name}"),
                 run.processor,
                 run.mesh,
                 question,
@@ -492,12 +502,12 @@ class Exams:
             asked, exam.truth, section.question, self._lexicon, section.test_samples
         )
 
-    def by_lexicon(self, name: str, files: Sequence[Path], lexicon: Lexicon) -> list[Any]:
-        """Outcomes of answers that `thorough` has had, by another lexicon, and how many clips that
-        scores."""
-        section, exam = self._section, self._exams[name]
-        kind = "sentiment" if section.question == "sentiment" else "wheel_f"
-        known = np.flatnonzero(Reward(kind, Wheels(lexicon)).scorable(exam.truth))
+    def by_other_lexicon(self, name: str, files: Sequence[Path]) -> list[Any]:
+        """Outcomes of answers that `thorough` has had, by the other lexicon, and how many clips
+        that scores."""
+        section, exam, lexicon = self._section, self._exams[name], self.other_lexicon
+        reward = _reward_by(lexicon, section.question)
+        known = np.flatnonzero(reward.scorable(exam.truth))
         truth, found = [exam.truth[i] for i in known], []
         for file in files:
             asked = self._asked[file]
@@ -506,6 +516,20 @@ class Exams:
                 outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)
             )
         return [*found, len(known)]
+
+
+def load_test_lexicon(section: ConfigDict) -> Lexicon | None:
+    """Another lexicon by which the result is scored as well, where a section names one.
+
+    Raises:
+        ReadError: a directory without one, or with a damaged one.
+    """
+    return load_lexicon(section.test_lexicon) if section.test_lexicon else None
+
+
+def _reward_by(lexicon: Lexicon, question: str) -> Reward:
+    """What scores answers to a question in the result."""
+    return Reward("sentiment" if question == "sentiment" else "wheel_f", Wheels(lexicon))
 
 
 def _words(truth: Any) -> str:
@@ -548,12 +572,11 @@ def compare(
         "before": before.as_dict() | outcomes.consensus_gain(before, config.seed),
         "after": after.as_dict() | outcomes.consensus_gain(after, config.seed),
     } | outcomes.gains(before, after, config.seed)
-    if section.test_lexicon:
-        lexicon = load_lexicon(section.test_lexicon)
+    if exams.other_lexicon:
         files = [workdir / BEFORE, workdir / after_file(best)]
-        other_before, other_after, clips = exams.by_lexicon("test", files, lexicon)
+        other_before, other_after, clips = exams.by_other_lexicon("test", files)
         result["other_lexicon"] = {
-            "lexicon": lexicon.identity.sha256,
+            "lexicon": exams.other_lexicon.identity.sha256,
             "clips": clips,
             "before": other_before.as_dict(),
             "after": other_after.as_dict(),

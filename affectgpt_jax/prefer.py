@@ -27,7 +27,7 @@ from affectgpt_jax import build, cpu, outcomes, post_training, runtime
 from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
-from affectgpt_jax.data.records import Records, RecordSubset, hold_out
+from affectgpt_jax.data.records import Records, hold_out
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, Wheels
 from affectgpt_jax.models.attention import grouped
@@ -41,7 +41,7 @@ from affectgpt_jax.pairs import (
 from affectgpt_jax.post_training import Exams
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
-from affectgpt_jax.rollouts import truths
+from affectgpt_jax.rollouts import scorable
 from affectgpt_jax.training import distributed, loop, memory, sharding
 from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
 from affectgpt_jax.training.metrics_writer import Sample
@@ -99,6 +99,7 @@ def prefer(
     group = group or distributed.ProcessGroup()
     dpo, mesh = config.dpo, run.mesh
     lexicon = load_lexicon(dpo.lexicon or None)
+    other_lexicon = post_training.load_test_lexicon(dpo)
     try:
         settings = PreferenceLossConfig(dpo.beta, dpo.label_smoothing)
         session = loop.Session(config, workdir, group, SHOWN)
@@ -123,8 +124,7 @@ def prefer(
         lambda: post_training.open_clips(config, "dpo", workdir, run, say)
     )
     reward = Reward("sentiment" if dpo.question == "sentiment" else "wheel_f", Wheels(lexicon))
-    known = np.flatnonzero(reward.scorable(truths(clips["test"], dpo.question)))
-    test = RecordSubset(clips["test"], known[: dpo.test_clips].tolist())
+    test = scorable(clips["test"], reward, dpo.question, dpo.test_clips, "config.data.test")
     group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
     asked = 0  # tokens of the longest prompt about a clip to learn from
@@ -136,6 +136,7 @@ def prefer(
         {"test": test},
         seed=config.seed,
         lexicon=lexicon,
+        other_lexicon=other_lexicon,
         prompt_length=asked,
         group=group,
         pulse=session.pulse,
@@ -167,7 +168,10 @@ def prefer(
             file = workdir / f"pairs_{name}.json"
             pairs = kept_pairs(file, group, dataset, processor, dpo.question, made_of, sample)
         if not pairs:
-            raise DataError(f"config.dpo: no pair to {name}; {len(dataset)} clips gave none")
+            raise DataError(
+                f"config.dpo.data: no pair to {name}, since {len(dataset)} clips gave none; name "
+                "more clips" + (", or lower config.dpo.gap" if dpo.source == "samples" else "")
+            )
         sets[name] = PairData(config, dataset, processor, pairs, sharding.data_parallel_rank(mesh))
         say(f"{name}: {sets[name].describe()}")
     data, held_out = sets["train"], sets["val"]

@@ -235,6 +235,7 @@ def test_preferences_are_held_out_by_their_own_share_alone(
         ({"dpo.pairs": 12}, "config.dpo.pairs=12 cannot be shared by 8 devices"),
         ({"dpo.val_share": 1.0}, "config.dpo.val_share is 1.0"),
         ({"dpo.data": ""}, "config.dpo.data names no records"),
+        ({"dpo.test_lexicon": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(trained_run, records, tmp_path, more, said):
