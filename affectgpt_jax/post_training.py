@@ -42,6 +42,20 @@ from affectgpt_jax.training.step import State
 BEFORE = "answers_before.json"
 
 
+# Keys of a config that say what a model is and in which precision it computes. A run that goes on
+# from another one keeps them.
+MODEL_KEYS = (
+    *("input", "prompts", "dtype", "base_precision"),
+    *("fusion", "projectors", "qformer", "lora"),
+)
+
+
+def model_of(config: ConfigDict) -> dict[str, str]:
+    """Of a config, as "config.KEY", what `MODEL_KEYS` hold; dropout is of training alone."""
+    found = configs.described(ConfigDict({key: config[key] for key in MODEL_KEYS}))
+    return {key: value for key, value in found.items() if not key.endswith(".dropout")}
+
+
 # --- command line and config ----------------------------------------------------------------------
 
 
@@ -362,20 +376,32 @@ def kept(
     return content
 
 
-def asked_of(run: Run, dataset: Records, section: ConfigDict, seed: int) -> list[Any]:
-    """What answers about clips depend on, but for the checkpoint that gives them.
+def model_and_clips(run: Run, dataset: Records) -> list[Any]:
+    """What a model computes of clips depends on, but for its checkpoint and the code's version.
 
     Args:
-        run: by whose base, tokenizer and prompts they are asked.
+        run: of whose base, tokenizer, prompts and modules it is.
         dataset: the clips.
-        section: of the config.
-        seed: of sampling.
     """
     return [
         run.identity.sha256,
         {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
+        model_of(run.config),
         build.records_identity(dataset).sha256,
         [entry.name for entry in dataset.index],
+    ]
+
+
+def asked_of(run: Run, dataset: Records, section: ConfigDict, seed: int) -> list[Any]:
+    """What answers about clips depend on, but for the checkpoint that gives them.
+
+    Args:
+        run, dataset: see `model_and_clips`.
+        section: of the config.
+        seed: of sampling.
+    """
+    return [
+        *model_and_clips(run, dataset),
         {key: section[key] for key in ("question", "group", "prompts", "max_new_tokens")},
         seed,
     ]

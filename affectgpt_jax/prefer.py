@@ -238,7 +238,11 @@ def prefer(
                     workdir / f"reference_{name}.json",
                     list[list[float]],
                     group,
-                    lambda tokens=tokens: [dpo.start_sha256, run.identity.sha256, tokens],
+                    lambda pairs=pairs, tokens=tokens: [
+                        dpo.start_sha256,
+                        *post_training.model_and_clips(run, pairs.dataset),
+                        tokens,
+                    ],
                     lambda pairs=pairs: [
                         row.tolist()
                         for row in reference_log_probs(
