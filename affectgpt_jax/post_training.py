@@ -86,6 +86,7 @@ def config_from(start: ConfigDict, section: str, arguments: Sequence[str]) -> Co
     config.log_every = 1
     config.lora.dropout = config.qformer.dropout = 0.0
     config.pack_length, config.gradient_accumulation_steps = 0, 1
+    _refuse_sizes(section, arguments)
     apply_overrides(config, arguments)
     if config.optimizer.final_learning_rate < 0:
         config.optimizer.final_learning_rate = config.optimizer.learning_rate
@@ -97,6 +98,38 @@ def config_from(start: ConfigDict, section: str, arguments: Sequence[str]) -> Co
     config.batch_size = config.gradient_accumulation_steps  # until the rows are known
     validate(config)
     return config
+
+
+def _refuse_sizes(section: str, arguments: Sequence[str]) -> None:
+    """Refuse flags that size a supervised update and have no effect here.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    rows = {"rl": "config.rl.prompts and config.rl.group", "dpo": "config.dpo.pairs"}[section]
+    why = {
+        "batch_size": f"the rows of an update follow from {rows}; set those",
+        "pack_length": "a row holds one prompt and its answers; leave it out",
+    }
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if (key := name.removeprefix("config.")) in why:
+            raise ConfigError(f"config.{key} cannot be set here: {why[key]}")
+
+
+def check_same_model(config: ConfigDict, start: ConfigDict) -> None:
+    """Refuse a config of another model than that of the run that it starts from.
+
+    Raises:
+        ConfigError: the first key that differs.
+    """
+    mine = model_of(config)
+    for key, value in model_of(start).items():
+        if mine[key] != value:
+            raise ConfigError(
+                f"{key} is {mine[key]}, but {value} in the run to start from, whose model stays as "
+                f"it was trained; leave {key} out"
+            )
 
 
 def parse_command_line(
@@ -140,12 +173,15 @@ def open_start(
         section: of the config that the command adds.
 
     Raises:
-        UserError: no run and no checkpoint, or a config that cannot be.
+        UserError: no run and no checkpoint, or a config that cannot be, or is that of another
+            model.
     """
     how = {"allow_other": own.allow_other, "download": own.download}
     if own.origin is not None:
         origin = Path(own.origin).expanduser()
-        config = config_from(restore.load_config(origin), section, overrides)
+        start = restore.load_config(origin)
+        config = config_from(start, section, overrides)
+        check_same_model(config, start)
         return config, lambda: restore.open_run(
             origin, own.step, llm=config.llm, mesh=config.mesh, **how
         ).with_weights()
@@ -154,7 +190,9 @@ def open_start(
         rest = [arg for arg in overrides if not arg.startswith(f"--config.{section}.")]
         named = config_of_flags(own.config, rest)
     path = restore.checkpoint_path(own.checkpoint, download=own.download)
-    config = config_from(restore.config_of_checkpoint(path, named), section, overrides)
+    start = restore.config_of_checkpoint(path, named)
+    config = config_from(start, section, overrides)
+    check_same_model(config, start)
     return config, lambda: restore.open_checkpoint(
         own.checkpoint, named, own.step, llm=config.llm, mesh=config.mesh, **how
     ).with_weights()

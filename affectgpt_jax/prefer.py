@@ -9,7 +9,7 @@ that supervision has not seen. The new workdir is a run like any other. The same
 resumes.
 
 `--config.dpo.KEY=VALUE` sets what the section `dpo` of configs/affectgpt_qwen25_7b.py explains,
-`--config.KEY=VALUE` any other key of the run.
+`--config.KEY=VALUE` any other key of the run but for those of its model, which stays as it was.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ place of --from, for weights that nobody trained here.
 
 `--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
 `--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
-`--config.optimizer.learning_rate=1e-5`.
+`--config.optimizer.learning_rate=1e-5`, but for those of its model, which stays as it was trained.
 """
 
 from __future__ import annotations

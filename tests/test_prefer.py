@@ -235,6 +235,8 @@ def test_preferences_are_held_out_by_their_own_share_alone(
         ({"dpo.pairs": 12}, "config.dpo.pairs=12 cannot be shared by 8 devices"),
         ({"dpo.val_share": 1.0}, "config.dpo.val_share is 1.0"),
         ({"dpo.data": ""}, "config.dpo.data names no records"),
+        ({"batch_size": 8}, "the rows of an update follow from config.dpo.pairs; set those"),
+        ({"dtype": "bfloat16"}, "config.dtype is 'bfloat16', but 'float32' in the run to start"),
         ({"dpo.test_lexicon": "/nowhere"}, "/nowhere"),
     ],
 )

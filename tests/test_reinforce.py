@@ -248,6 +248,13 @@ def test_another_run_in_its_workdir_is_refused(finished, trained_run, clips):
         ({"rl.wheels": "(7,)"}, "wheels (7,)"),
         ({"lora.dropout": 0.1}, "config.lora.dropout and config.qformer.dropout must be 0"),
         ({"rl.epsilon": 2}, "epsilon is 2.0"),
+        ({"base_precision": "int8"}, "config.base_precision is 'int8', but '' in the run to start"),
+        ({"lora.alpha": 64}, "leave config.lora.alpha out"),
+        ({"prompts": "default"}, "config.prompts is 'default', but 'compact' in the run"),
+        ({"input": "text"}, "config.input is 'text', but"),
+        ({"projectors.fusion_width": 8}, "leave config.projectors.fusion_width out"),
+        ({"batch_size": 8}, "config.batch_size cannot be set here: the rows of an update follow"),
+        ({"pack_length": 4096}, "config.pack_length cannot be set here"),
         ({"rl.test_lexicon": "/nowhere"}, "/nowhere"),
     ],
 )
