@@ -84,6 +84,7 @@ def sampled_pairs(
     trainable: Any,
     reward: Reward,
     gap: float,
+    seed: int,
 ) -> tuple[list[Pair], int]:
     """Best against worst of a model's own samples, and how many clips have none.
 
@@ -95,12 +96,13 @@ def sampled_pairs(
         trainable: of the model.
         reward: tells good from bad.
         gap: of their rewards, at the least.
+        seed: of sampling.
     """
     examples = processor.prompt_examples(dataset, question)
-    truth = truths(dataset, question)
+    truth = truths(dataset, question, "config.dpo.data")
     known = reward.scorable(truth)
     group = generator.group
-    found = dict(generator.generated(trainable, dataset, question))
+    found = dict(generator.generated(trainable, dataset, question, seed=seed))
     pairs = []
     for number in np.flatnonzero(known).tolist():
         answers = [found[number * group + place] for place in range(group)]
@@ -230,7 +232,8 @@ def reference_log_probs(
     """Log-probabilities of the tokens of every pair, the preferred answer's first.
 
     Args:
-        log_probs: `batch -> [B, S]`, of the model that training starts from.
+        log_probs: `batch -> [B, S]`, of the model that training starts from; replicated, so that
+            every process can read all of it.
         mesh: where batches go.
         data: the pairs.
         pulse: called before every batch.

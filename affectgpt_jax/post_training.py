@@ -32,7 +32,7 @@ from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.program import Program
 from affectgpt_jax.restore import Run
-from affectgpt_jax.rollouts import truths
+from affectgpt_jax.rollouts import scorable, truths
 from affectgpt_jax.trainer_command import TrainerCommand, add_flags
 from affectgpt_jax.training import distributed, loop, metrics_writer
 from affectgpt_jax.training.checkpoints import Checkpoints, check_disk
@@ -40,6 +40,20 @@ from affectgpt_jax.training.metrics_writer import SAMPLES, Sample
 from affectgpt_jax.training.step import State
 
 BEFORE = "answers_before.json"
+
+
+# Keys of a config that say what a model is and in which precision it computes. A run that goes on
+# from another one keeps them.
+MODEL_KEYS = (
+    *("input", "prompts", "dtype", "base_precision"),
+    *("fusion", "projectors", "qformer", "lora"),
+)
+
+
+def model_of(config: ConfigDict) -> dict[str, str]:
+    """Of a config, as "config.KEY", what `MODEL_KEYS` hold; dropout is of training alone."""
+    found = configs.described(ConfigDict({key: config[key] for key in MODEL_KEYS}))
+    return {key: value for key, value in found.items() if not key.endswith(".dropout")}
 
 
 # --- command line and config ----------------------------------------------------------------------
@@ -72,6 +86,7 @@ def config_from(start: ConfigDict, section: str, arguments: Sequence[str]) -> Co
     config.log_every = 1
     config.lora.dropout = config.qformer.dropout = 0.0
     config.pack_length, config.gradient_accumulation_steps = 0, 1
+    _refuse_sizes(section, arguments)
     apply_overrides(config, arguments)
     if config.optimizer.final_learning_rate < 0:
         config.optimizer.final_learning_rate = config.optimizer.learning_rate
@@ -83,6 +98,38 @@ def config_from(start: ConfigDict, section: str, arguments: Sequence[str]) -> Co
     config.batch_size = config.gradient_accumulation_steps  # until the rows are known
     validate(config)
     return config
+
+
+def _refuse_sizes(section: str, arguments: Sequence[str]) -> None:
+    """Refuse flags that size a supervised update and have no effect here.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    rows = {"rl": "config.rl.prompts and config.rl.group", "dpo": "config.dpo.pairs"}[section]
+    why = {
+        "batch_size": f"the rows of an update follow from {rows}; set those",
+        "pack_length": "a row holds one prompt and its answers; leave it out",
+    }
+    for argument in arguments:
+        name = argument.lstrip("-").partition("=")[0]
+        if (key := name.removeprefix("config.")) in why:
+            raise ConfigError(f"config.{key} cannot be set here: {why[key]}")
+
+
+def check_same_model(config: ConfigDict, start: ConfigDict) -> None:
+    """Refuse a config of another model than that of the run that it starts from.
+
+    Raises:
+        ConfigError: the first key that differs.
+    """
+    mine = model_of(config)
+    for key, value in model_of(start).items():
+        if mine[key] != value:
+            raise ConfigError(
+                f"{key} is {mine[key]}, but {value} in the run to start from, whose model stays as "
+                f"it was trained; leave {key} out"
+            )
 
 
 def parse_command_line(
@@ -126,12 +173,15 @@ def open_start(
         section: of the config that the command adds.
 
     Raises:
-        UserError: no run and no checkpoint, or a config that cannot be.
+        UserError: no run and no checkpoint, or a config that cannot be, or is that of another
+            model.
     """
     how = {"allow_other": own.allow_other, "download": own.download}
     if own.origin is not None:
         origin = Path(own.origin).expanduser()
-        config = config_from(restore.load_config(origin), section, overrides)
+        start = restore.load_config(origin)
+        config = config_from(start, section, overrides)
+        check_same_model(config, start)
         return config, lambda: restore.open_run(
             origin, own.step, llm=config.llm, mesh=config.mesh, **how
         ).with_weights()
@@ -140,7 +190,9 @@ def open_start(
         rest = [arg for arg in overrides if not arg.startswith(f"--config.{section}.")]
         named = config_of_flags(own.config, rest)
     path = restore.checkpoint_path(own.checkpoint, download=own.download)
-    config = config_from(restore.config_of_checkpoint(path, named), section, overrides)
+    start = restore.config_of_checkpoint(path, named)
+    config = config_from(start, section, overrides)
+    check_same_model(config, start)
     return config, lambda: restore.open_checkpoint(
         own.checkpoint, named, own.step, llm=config.llm, mesh=config.mesh, **how
     ).with_weights()
@@ -259,7 +311,8 @@ def open_clips(
 ) -> dict[str, Records]:
     """The clips of a run: "rl" to learn from, "val" to choose by, "test" to ask before and after.
 
-    Without a validation set, one is held out of the first.
+    Without a validation set, one is held out of the first. Preferences have no "val": what they
+    choose by are pairs, some of which the command holds out itself.
 
     Args:
         config: of the run.
@@ -276,7 +329,7 @@ def open_clips(
     is_demo = demo.world_seed(config.data.train, config.demo_seed) is not None
     places = {
         "rl": section.data or (config.data.train if is_demo else ""),
-        "val": config.data.val,
+        "val": config.data.val if key == "rl" else "",
         "test": config.data.test,
     }
     for name, where in (("rl", f"config.{key}.data"), ("test", "config.data.test")):
@@ -293,10 +346,10 @@ def open_clips(
         at_home = run.workdir if name != "rl" and (run.workdir / "data").is_dir() else workdir
         found[name] = build.open_records(config, place, name, at_home, say)
         build.check_features(config, found[name], run.processor.mode)
-    if "val" not in found:
+    if key == "rl" and "val" not in found:
         found["rl"], found["val"] = hold_out(found["rl"], config.data.val_share)
     names = {entry.name for entry in found["rl"].index}
-    for other in ("val", "test"):
+    for other in [name for name in found if name != "rl"]:
         if shared := sum(entry.name in names for entry in found[other].index):
             what = f"{shared} clips of config.{key}.data are in config.data.{other} too"
             if config.strict_leaks:
@@ -334,7 +387,8 @@ def kept(
     Args:
         path: of the file.
         kind: type of the content, as `common.json` says.
-        group: the processes of the run, which all call this; the first one reads and writes.
+        group: the processes of the run, which all call this and read the file; the first one
+            decides whether it is the right one, and writes it.
         made_of: returns all that the content depends on, a value that JSON has.
         make: makes the content.
 
@@ -350,28 +404,42 @@ def kept(
         same = found["made_of"] == json_sha256(made_of())
         return check_type(found["content"], kind, str(path), advice=advice) if same else None
 
-    content = group.from_main_process(read)
-    if content is None:
-        content = make()
-        if group.is_main_process:
-            write_json(path, {"made_of": json_sha256(made_of()), "content": content}, indent=None)
+    # A file of all answers may be larger than a message between processes.
+    if group.from_main_process(lambda: read() is not None):
+        distributed.check_shared(path)
+        return read()
+    content = make()
+    if group.is_main_process:
+        write_json(path, {"made_of": json_sha256(made_of()), "content": content}, indent=None)
     return content
+
+
+def model_and_clips(run: Run, dataset: Records) -> list[Any]:
+    """What a model computes of clips depends on, but for its checkpoint and the code's version.
+
+    Args:
+        run: of whose base, tokenizer, prompts and modules it is.
+        dataset: the clips.
+    """
+    return [
+        run.identity.sha256,
+        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
+        model_of(run.config),
+        build.records_identity(dataset).sha256,
+        [entry.name for entry in dataset.index],
+    ]
 
 
 def asked_of(run: Run, dataset: Records, section: ConfigDict, seed: int) -> list[Any]:
     """What answers about clips depend on, but for the checkpoint that gives them.
 
     Args:
-        run: by whose base, tokenizer and prompts they are asked.
-        dataset: the clips.
+        run, dataset: see `model_and_clips`.
         section: of the config.
         seed: of sampling.
     """
     return [
-        run.identity.sha256,
-        {name: i.sha256 for name, i in run.inputs.items() if name != "code"},
-        build.records_identity(dataset).sha256,
-        [entry.name for entry in dataset.index],
+        *model_and_clips(run, dataset),
         {key: section[key] for key in ("question", "group", "prompts", "max_new_tokens")},
         seed,
     ]
@@ -389,12 +457,17 @@ class Exams:
         datasets: by name, clips that can be scored.
         seed: of sampling.
         lexicon: by which labels are compared.
+        other_lexicon: by which those of "test" are compared as well; see `load_test_lexicon`.
         prompt_length: tokens of a row of prompts, at the least.
         group: its processes.
         pulse: called before every batch.
 
     Attributes:
         prompt_length: of all prompts.
+        other_lexicon: see there.
+
+    Raises:
+        DataError: the other lexicon can score none of the clips of "test".
     """
 
     def __init__(
@@ -405,11 +478,16 @@ class Exams:
         *,
         seed: int,
         lexicon: Lexicon,
+        other_lexicon: Lexicon | None = None,
         prompt_length: int = 0,
         group: distributed.ProcessGroup,
         pulse: Callable[[], None],
     ):
         question = section.question
+        self.other_lexicon = other_lexicon
+        if other_lexicon:
+            reward = _reward_by(other_lexicon, question)
+            scorable(datasets["test"], reward, question, 1, "config.data.test")
         found = outcomes.prompt_length(run.processor, question, list(datasets.values()))
         self.prompt_length = max(found, prompt_length)
         self._section, self._run, self._group, self._pulse = section, run, group, pulse
@@ -420,7 +498,7 @@ class Exams:
         self._exams = {
             name: outcomes.Examination(
                 dataset,
-                truths(dataset, question),
+                truths(dataset, question, f"config.data.{name}"),
                 run.processor,
                 run.mesh,
                 question,
@@ -488,12 +566,12 @@ class Exams:
             asked, exam.truth, section.question, self._lexicon, section.test_samples
         )
 
-    def by_lexicon(self, name: str, files: Sequence[Path], lexicon: Lexicon) -> list[Any]:
-        """Outcomes of answers that `thorough` has had, by another lexicon, and how many clips that
-        scores."""
-        section, exam = self._section, self._exams[name]
-        kind = "sentiment" if section.question == "sentiment" else "wheel_f"
-        known = np.flatnonzero(Reward(kind, Wheels(lexicon)).scorable(exam.truth))
+    def by_other_lexicon(self, name: str, files: Sequence[Path]) -> list[Any]:
+        """Outcomes of answers that `thorough` has had, by the other lexicon, and how many clips
+        that scores."""
+        section, exam, lexicon = self._section, self._exams[name], self.other_lexicon
+        reward = _reward_by(lexicon, section.question)
+        known = np.flatnonzero(reward.scorable(exam.truth))
         truth, found = [exam.truth[i] for i in known], []
         for file in files:
             asked = self._asked[file]
@@ -502,6 +580,20 @@ class Exams:
                 outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)
             )
         return [*found, len(known)]
+
+
+def load_test_lexicon(section: ConfigDict) -> Lexicon | None:
+    """Another lexicon by which the result is scored as well, where a section names one.
+
+    Raises:
+        ReadError: a directory without one, or with a damaged one.
+    """
+    return load_lexicon(section.test_lexicon) if section.test_lexicon else None
+
+
+def _reward_by(lexicon: Lexicon, question: str) -> Reward:
+    """What scores answers to a question in the result."""
+    return Reward("sentiment" if question == "sentiment" else "wheel_f", Wheels(lexicon))
 
 
 def _words(truth: Any) -> str:
@@ -544,12 +636,11 @@ def compare(
         "before": before.as_dict() | outcomes.consensus_gain(before, config.seed),
         "after": after.as_dict() | outcomes.consensus_gain(after, config.seed),
     } | outcomes.gains(before, after, config.seed)
-    if section.test_lexicon:
-        lexicon = load_lexicon(section.test_lexicon)
+    if exams.other_lexicon:
         files = [workdir / BEFORE, workdir / after_file(best)]
-        other_before, other_after, clips = exams.by_lexicon("test", files, lexicon)
+        other_before, other_after, clips = exams.by_other_lexicon("test", files)
         result["other_lexicon"] = {
-            "lexicon": lexicon.identity.sha256,
+            "lexicon": exams.other_lexicon.identity.sha256,
             "clips": clips,
             "before": other_before.as_dict(),
             "after": other_after.as_dict(),

@@ -9,7 +9,7 @@ that supervision has not seen. The new workdir is a run like any other. The same
 resumes.
 
 `--config.dpo.KEY=VALUE` sets what the section `dpo` of configs/affectgpt_qwen25_7b.py explains,
-`--config.KEY=VALUE` any other key of the run.
+`--config.KEY=VALUE` any other key of the run but for those of its model, which stays as it was.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, cpu, post_training, runtime
+from affectgpt_jax import build, cpu, outcomes, post_training, runtime
 from affectgpt_jax.config import ConfigError, check_same_run, validate
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, PromptProcessor
-from affectgpt_jax.data.records import Records, RecordSubset, hold_out
+from affectgpt_jax.data.records import Records, hold_out
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, Wheels
 from affectgpt_jax.models.attention import grouped
@@ -41,7 +41,7 @@ from affectgpt_jax.pairs import (
 from affectgpt_jax.post_training import Exams
 from affectgpt_jax.program import compiler_options, make_program
 from affectgpt_jax.restore import Run
-from affectgpt_jax.rollouts import truths
+from affectgpt_jax.rollouts import scorable
 from affectgpt_jax.training import distributed, loop, memory, sharding
 from affectgpt_jax.training.checkpoints import SavedRun, silence_threads
 from affectgpt_jax.training.metrics_writer import Sample
@@ -99,6 +99,7 @@ def prefer(
     group = group or distributed.ProcessGroup()
     dpo, mesh = config.dpo, run.mesh
     lexicon = load_lexicon(dpo.lexicon or None)
+    other_lexicon = post_training.load_test_lexicon(dpo)
     try:
         settings = PreferenceLossConfig(dpo.beta, dpo.label_smoothing)
         session = loop.Session(config, workdir, group, SHOWN)
@@ -123,16 +124,20 @@ def prefer(
         lambda: post_training.open_clips(config, "dpo", workdir, run, say)
     )
     reward = Reward("sentiment" if dpo.question == "sentiment" else "wheel_f", Wheels(lexicon))
-    known = np.flatnonzero(reward.scorable(truths(clips["test"], dpo.question)))
-    test = RecordSubset(clips["test"], known[: dpo.test_clips].tolist())
+    test = scorable(clips["test"], reward, dpo.question, dpo.test_clips, "config.data.test")
     group.from_main_process(lambda: post_training.save_config(config, run, workdir))
     distributed.check_shared(workdir / "config.json")
+    asked = 0  # tokens of the longest prompt about a clip to learn from
+    if dpo.source == "samples":
+        asked = outcomes.prompt_length(processor, dpo.question, [clips["rl"]])
     exams = Exams(
         dpo,
         run,
         {"test": test},
         seed=config.seed,
         lexicon=lexicon,
+        other_lexicon=other_lexicon,
+        prompt_length=asked,
         group=group,
         pulse=session.pulse,
     )
@@ -146,7 +151,14 @@ def prefer(
 
             def sample(dataset: Records = dataset) -> tuple[list[Pair], int]:
                 return sampled_pairs(
-                    dataset, processor, dpo.question, exams.sampled, run.trainable, reward, dpo.gap
+                    dataset,
+                    processor,
+                    dpo.question,
+                    exams.sampled,
+                    run.trainable,
+                    reward,
+                    dpo.gap,
+                    config.seed,
                 )
 
             def made_of(dataset: Records = dataset) -> list[Any]:
@@ -156,7 +168,10 @@ def prefer(
             file = workdir / f"pairs_{name}.json"
             pairs = kept_pairs(file, group, dataset, processor, dpo.question, made_of, sample)
         if not pairs:
-            raise DataError(f"config.dpo: no pair to {name}; {len(dataset)} clips gave none")
+            raise DataError(
+                f"config.dpo.data: no pair to {name}, since {len(dataset)} clips gave none; name "
+                "more clips" + (", or lower config.dpo.gap" if dpo.source == "samples" else "")
+            )
         sets[name] = PairData(config, dataset, processor, pairs, sharding.data_parallel_rank(mesh))
         say(f"{name}: {sets[name].describe()}")
     data, held_out = sets["train"], sets["val"]
@@ -191,7 +206,11 @@ def prefer(
 
     loss = program.loss
     evaluate = jax.jit(lambda trainable, base, batch: loss(program.model, base, trainable, batch))
-    log_probs = jax.jit(functools.partial(answer_log_probs, program.model))
+    # Of all processes' rows on each, which all write them into their batches.
+    log_probs = jax.jit(
+        functools.partial(answer_log_probs, program.model),
+        out_shardings=sharding.replicated(mesh),
+    )
 
     def validation(trainable: Any) -> tuple[dict[str, float], list[Sample]]:
         """Loss, accuracy of the implicit reward, and margin on held-out pairs."""
@@ -219,7 +238,11 @@ def prefer(
                     workdir / f"reference_{name}.json",
                     list[list[float]],
                     group,
-                    lambda tokens=tokens: [dpo.start_sha256, run.identity.sha256, tokens],
+                    lambda pairs=pairs, tokens=tokens: [
+                        dpo.start_sha256,
+                        *post_training.model_and_clips(run, pairs.dataset),
+                        tokens,
+                    ],
                     lambda pairs=pairs: [
                         row.tolist()
                         for row in reference_log_probs(

@@ -10,7 +10,7 @@ place of --from, for weights that nobody trained here.
 
 `--config.rl.KEY=VALUE` sets what the section `rl` of configs/affectgpt_qwen25_7b.py explains,
 `--config.KEY=VALUE` any other key of the run, such as `--config.steps=500` or
-`--config.optimizer.learning_rate=1e-5`.
+`--config.optimizer.learning_rate=1e-5`, but for those of its model, which stays as it was trained.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from affectgpt_jax import build, cpu, inference, post_training, rollouts, runtime
 from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.config import ConfigError, check_same_run, validate
-from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, RewardError, Wheels
 from affectgpt_jax.models.attention import grouped
@@ -78,12 +76,6 @@ def make_reward(rl: ConfigDict, lexicon: Lexicon) -> Reward:
         raise ConfigError(f"config.rl: {error}") from None
 
 
-def scorable(dataset: Records, reward: Reward, question: str, most: int) -> Records:
-    """The first clips, `most` at the most, that a reward can score."""
-    truth = rollouts.truths(dataset, question)
-    return RecordSubset(dataset, np.flatnonzero(reward.scorable(truth))[:most].tolist())
-
-
 def reinforce(
     config: ConfigDict,
     workdir: Path,
@@ -112,6 +104,7 @@ def reinforce(
     group = group or distributed.ProcessGroup()
     rl, mesh = config.rl, run.mesh
     lexicon = load_lexicon(rl.lexicon or None)
+    other_lexicon = post_training.load_test_lexicon(rl)
     reward = make_reward(rl, lexicon)
     try:
         settings = PolicyLossConfig(rl.epsilon, rl.epsilon_high, rl.beta, rl.kl, rl.weight_cap)
@@ -150,15 +143,19 @@ def reinforce(
     distributed.check_shared(workdir / "config.json")
     for line in data.describe():
         say(line)
+    places = {"val": "config.data.val", "test": "config.data.test"}
+    if not config.data.val:
+        places["val"] = "config.rl.data (held out by config.data.val_share)"
     exams = Exams(
         rl,
         run,
         {
-            "val": scorable(clips["val"], reward, rl.question, rl.val_clips),
-            "test": scorable(clips["test"], reward, rl.question, rl.test_clips),
+            name: rollouts.scorable(clips[name], reward, rl.question, rl[f"{name}_clips"], where)
+            for name, where in places.items()
         },
         seed=config.seed,
         lexicon=lexicon,
+        other_lexicon=other_lexicon,
         prompt_length=data.prompt_length,
         group=group,
         pulse=session.pulse,

@@ -39,7 +39,7 @@ from affectgpt_jax.data.pipeline import (
     feature_shapes,
 )
 from affectgpt_jax.data.prompts import parse_label
-from affectgpt_jax.data.records import Records
+from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.rewards import Answered, Reward, Rewarded
 from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.attention import grouped_row
@@ -55,8 +55,13 @@ BY_TOKEN = ("advantages", "loss_weights", "count_weights", "sampled", "rollout_l
 MISMATCH = 0.05
 
 
-def truths(dataset: Records, question: str) -> list[Any]:
+def truths(dataset: Records, question: str, where: str) -> list[Any]:
     """What is true of every clip, as the reward of a question reads it.
+
+    Args:
+        dataset: the clips.
+        question: a label type.
+        where: key of the config that names them, for errors.
 
     Raises:
         DataError: a record lacks it; the message names it.
@@ -68,7 +73,7 @@ def truths(dataset: Records, question: str) -> list[Any]:
         if value in (None, "", ()):
             raise DataError(
                 f"record {entry.name!r} has no {field}, which answers to {question!r} are rewarded "
-                "by; give it one, or name other records in config.rl.data"
+                f"by; give it one, or name other records in {where}"
             )
         if field == "valence":
             found.append(value)
@@ -76,6 +81,31 @@ def truths(dataset: Records, question: str) -> list[Any]:
             labels = (value,) if isinstance(value, str) else value
             found.append([label.strip().lower() for label in labels])
     return found
+
+
+def scorable(dataset: Records, reward: Reward, question: str, most: int, where: str) -> Records:
+    """The first clips, `most` at the most, that a reward can score.
+
+    Args:
+        dataset: the clips.
+        reward: of answers about them.
+        question: a label type.
+        most: how many.
+        where: key of the config that names them, for errors.
+
+    Raises:
+        DataError: there is none, or a record lacks its truth.
+    """
+    known = np.flatnonzero(reward.scorable(truths(dataset, question, where)))
+    if not len(known):
+        lacks = "a valence other than 0"
+        if reward.kind != "sentiment":
+            lacks = f"a label on a wheel of {reward.wheels.lexicon.identity}"
+        raise DataError(
+            f"none of the {len(dataset)} clips of {where} has {lacks}, so no answer about them can "
+            "be scored; name other records there"
+        )
+    return RecordSubset(dataset, known[:most].tolist())
 
 
 def seed_of(seed: int, *place: int) -> int:
@@ -279,7 +309,7 @@ class RolloutData:
         self._rl, self._seed, self._process = rl, config.seed, process
         self.dataset, self.processor, self.supervised = dataset, processor, supervised
         self.examples = processor.prompt_examples(dataset, rl.question)
-        self.truth = truths(dataset, rl.question)
+        self.truth = truths(dataset, rl.question, "config.rl.data")
         if rl.shuffle_rewards:
             order = np.random.default_rng([config.seed, 2]).permutation(len(dataset))
             self.truth = [self.truth[i] for i in order]

@@ -253,12 +253,17 @@ def t_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
     The half is None for a single value, which tells nothing of the spread.
     """
-    from scipy.stats import t  # takes a second to import
-
     mean, n = statistics.fmean(values), len(values)
     if n == 1:
         return mean, None
-    return mean, float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return mean, standard_errors(n) * statistics.stdev(values) / math.sqrt(n)
+
+
+def standard_errors(n: int) -> float:
+    """Half the width of the 95 % interval of a mean of n values, 2 or more, in standard errors."""
+    from scipy.stats import t  # takes a second to import
+
+    return float(t.ppf(0.975, n - 1))
 
 
 def summarise(
@@ -383,9 +388,11 @@ def markdown(report: Report) -> str:
     if report["table"] == "fig4":
         place = "Figure 4"
     table = harness.columns(columns, report["rows"])
+    counts = sorted({len(row["hits"]) for row in report["rows"]} - {0, 1})
+    widths = ", ".join(f"of {n} worlds: {standard_errors(n):.2f} standard errors" for n in counts)
     meaning = (
         "Means over worlds, each with its own training seed; +- is half of a mean's 95 % interval "
-        "by Student's t (of three worlds: 4.30 standard errors). The difference to the default is "
+        f"by Student's t{f' ({widths})' if widths else ''}. The difference to the default is "
         "taken world by world. The ceiling is the hit rate of the best predictor that sees the "
         f"same inputs. The paper's figure, from its {place}, is the mean score on "
         "the nine sets of MER-UniBench, in percent: the order of the rows can be compared, their "

@@ -176,11 +176,16 @@ def cells(args: argparse.Namespace) -> list[tuple[int, str]]:
     return shared + [(first, name) for name in args.variants if name not in elsewhere]
 
 
+def ended_by_kl(result: Mapping[str, Any]) -> bool:
+    """Whether a run has stopped before its last step, since it was too far from its start."""
+    return result.get("ended_by") == "stop_kl"
+
+
 def go_on(args: argparse.Namespace, world: int, name: str) -> dict[str, Any]:
     """The result of a variant on a world, from that world's supervised run.
 
     Raises:
-        RunError: one of both failed.
+        RunError: one of both failed, or what the workdir holds is of other sizes.
     """
     folder, overrides = Path(args.workdir) / f"world{world}", list(args.overrides)
     start("train", folder / "sft", [f"--config.demo_seed={world}", *overrides])
@@ -197,6 +202,14 @@ def go_on(args: argparse.Namespace, world: int, name: str) -> dict[str, Any]:
     keys += [f"checkpoint_every={args.steps}", *changes]
     flags = [f"--from={folder / 'sft'}", *(f"--config.{key}" for key in keys), *overrides]
     result = start(command, workdir, flags)
+    found = {key: result[key] for key in ("steps", "clips")}
+    as_asked = found["steps"] == args.steps or ended_by_kl(result)
+    if not as_asked or found["clips"] != args.clips:
+        raise RunError(
+            f"{workdir} holds a run of {found['steps']} steps, asked about {found['clips']} clips, "
+            f"not of --steps={args.steps} and --clips={args.clips}; ask for the same, or name "
+            "another --workdir"
+        )
     return {key: value for key, value in result.items() if key not in ("start", "time_s")}
 
 
@@ -240,13 +253,16 @@ def row(name: str, found: Mapping[str, float], gains: Mapping[str, Any] | None =
         for key in ("sampled_reward", "greedy_f", "consensus_f")
     ]
     labels = found.get("labels_per_clip", found.get("labels", 0.0))
+    steps = ""
+    if gains:
+        steps = f"{gains['steps']}, ended by KL" if ended_by_kl(gains) else str(gains["steps"])
     scores = [cell("sampled_reward"), changed[0], cell("greedy_f") or cell("f"), changed[1]]
     rates = [cell("greedy_p") or cell("p"), cell("greedy_r") or cell("r")]
-    return [name, *scores, *rates, cell("consensus_f"), changed[2], f"{labels:.2f}"]
+    return [name, steps, *scores, *rates, cell("consensus_f"), changed[2], f"{labels:.2f}"]
 
 
-HEADER = ("", "reward of a sample", "gain", "greedy F", "gain", "P", "R", "consensus F", "gain")
-HEADER += ("labels",)
+HEADER = ("", "steps", "reward of a sample", "gain", "greedy F", "gain", "P", "R")
+HEADER += ("consensus F", "gain", "labels")
 OVER_GREEDY = "consensus_over_greedy_f"
 
 
@@ -259,9 +275,7 @@ def table(report: Report) -> str:
         rows = [row("supervised", before)]
         rows += [row(name, runs[name]["after"], runs[name]) for name in VARIANTS if name in runs]
         rows += [row(f"*{name}*", found) for name, found in world["ceilings"].items()]
-        title = (
-            f"World {world['world']}, {report['clips']:,} held-out clips, {report['steps']} steps"
-        )
+        title = f"World {world['world']}, {report['clips']:,} held-out clips"
         parts.append(f"{title}:\n\n{harness.markdown(HEADER, rows)}")
         if OVER_GREEDY in before:
             gain = with_interval(before[OVER_GREEDY], before[f"{OVER_GREEDY}_interval"])
@@ -288,7 +302,7 @@ def flags(add: Callable[..., Any]) -> None:
         metavar="NAME",
         help="on all worlds; default: GRPO, wheel F",
     )
-    add("--steps", type=int, default=200, help="of each; default: 200")
+    add("--steps", type=int, default=200, help="of each, at the most; default: 200")
     add("--clips", type=int, default=2048, help="held-out clips that are asked; default: 2048")
     add("--workdir", default="runs/beyond", help="default: runs/beyond")
     add("--add", action="store_true", help="keep the runs that the file has")

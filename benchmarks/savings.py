@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from affectgpt_jax.models.decoder import LOSS_CHUNK
 from benchmarks import harness, workloads
 from benchmarks.blocks import ratios, summarise, take_turns, workers
 from benchmarks.harness import Report, at_least, spread_in_words
@@ -45,7 +46,7 @@ SAVINGS = {
         without="gather",
     ),
     "chunks": Saving(
-        "logits of 512 positions at a time, none of filler alone",
+        f"logits of {LOSS_CHUNK:,} positions at a time, none of filler alone",
         "of all at once",
         without="chunks",
     ),

@@ -1,5 +1,6 @@
 """Pairs of answers, and the command that trains on them, on a run that has hardly learned."""
 
+import dataclasses
 import json
 import shutil
 from types import SimpleNamespace
@@ -7,8 +8,10 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from commands import ending, finish, group, trace
 
 from affectgpt_jax import build, load_run, prefer
+from affectgpt_jax.config import SECTIONS
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
@@ -20,7 +23,11 @@ from affectgpt_jax.inference import Answer
 from affectgpt_jax.models.attention import GROUP
 from affectgpt_jax.models.generate import Generated
 from affectgpt_jax.pairs import PairData, annotated_pairs, sampled_pairs
+from affectgpt_jax.post_training import open_clips
+from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
+
+MODULE = "affectgpt_jax.prefer"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +89,8 @@ class Said:
     def __init__(self, processor, texts):
         self.texts, self._processor = texts, processor
 
-    def generated(self, trainable, dataset, question):
+    def generated(self, trainable, dataset, question, *, seed):
+        self.seed = seed
         for number, text in enumerate(self.texts):
             ids = self._processor.tokenizer.encode([text + self._processor.prompts.end])[0]
             tokens = np.asarray(ids, np.int32)
@@ -101,8 +109,8 @@ def test_best_and_worst_of_a_models_own_samples_make_a_pair(clips, processor):
     texts += ["They feel qqq.", "They feel rrr.", "They feel qqq.", right[2]]
     reward = Reward("wheel_f", Wheels(load_lexicon()))
     said = Said(processor, texts)
-    pairs, none = sampled_pairs(few, processor, "ovlabel", said, None, reward, 0.2)
-    assert none == 1
+    pairs, none = sampled_pairs(few, processor, "ovlabel", said, None, reward, 0.2, 7)
+    assert none == 1 and said.seed == 7
     found = [(p.number, text_of(processor, p.better), text_of(processor, p.worse)) for p in pairs]
     assert found == [(0, right[0], "They feel qqq."), (2, right[2], "They feel qqq.")]
 
@@ -186,6 +194,39 @@ def test_a_run_goes_on_by_preferences_and_to_the_same_bytes_when_it_is_stopped(
     jax.tree.map(np.testing.assert_array_equal, *ends)
 
 
+def test_samples_are_asked_for_by_prompts_that_are_longer_than_those_of_the_test_clips(
+    trained_run, tmp_path, monkeypatch
+):
+    long = list(demo.World(0).records("rl", 16))
+    long[3] = dataclasses.replace(long[3], subtitle="they said it again " * 4)
+    write_records(tmp_path / "long", long, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
+    asked = []
+
+    def sampled(dataset, processor, question, generator, trainable, reward, gap, seed):
+        found = dict(generator.generated(trainable, dataset, question, seed=seed))
+        asked.append((len(dataset), len(found), seed))
+        return [], 0
+
+    monkeypatch.setattr(prefer, "sampled_pairs", sampled)
+    keys = {"dpo.source": "samples", "dpo.val_share": 0.3, "seed": 3}
+    with pytest.raises(SystemExit, match="no pair to train"):
+        prefer.main(flags(trained_run, tmp_path / "long", tmp_path / "run", **keys))
+    assert asked == [(14, 28, 3)]
+
+
+@pytest.mark.parametrize(("key", "held_out"), [("dpo", False), ("rl", True)])
+def test_preferences_are_held_out_by_their_own_share_alone(
+    trained_run, records, tmp_path, key, held_out
+):
+    run = load_run(trained_run)
+    config = run.config.copy_and_resolve_references()
+    config[key] = SECTIONS[key]()
+    config[key].data, config.data.val, config.data.val_share = str(records), "", 0.5
+    found = open_clips(config, key, tmp_path, run, print)
+    assert sorted(found) == (["rl", "test", "val"] if held_out else ["rl", "test"])
+    assert len(found["rl"]) == 40 - len(found.get("val", ()))
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -194,9 +235,48 @@ def test_a_run_goes_on_by_preferences_and_to_the_same_bytes_when_it_is_stopped(
         ({"dpo.pairs": 12}, "config.dpo.pairs=12 cannot be shared by 8 devices"),
         ({"dpo.val_share": 1.0}, "config.dpo.val_share is 1.0"),
         ({"dpo.data": ""}, "config.dpo.data names no records"),
+        ({"batch_size": 8}, "the rows of an update follow from config.dpo.pairs; set those"),
+        ({"dtype": "bfloat16"}, "config.dtype is 'bfloat16', but 'float32' in the run to start"),
+        ({"dpo.test_lexicon": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(trained_run, records, tmp_path, more, said):
     with pytest.raises(SystemExit) as stopped:
         prefer.main(flags(trained_run, records, tmp_path / "run", **more))
     assert said in str(stopped.value)
+
+
+# --- as commands ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_prefer_as_one_does_and_find_what_they_made(trained_run, records, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    _, *keys = flags(trained_run, records, "", mesh="data:-1")
+    finish(one, *keys, module=MODULE)
+
+    def together():
+        started = group(two, 2, *keys, settings={"jax_num_cpu_devices": 1}, module=MODULE)
+        with ending(started) as commands:
+            for command in commands:
+                assert command.wait(timeout_s=900) == 0, command.said
+            return [command.said for command in commands]
+
+    first, second = together()
+    assert "Before and after" in first and "Before and after" not in second
+    found, wanted = (trace(run) for run in (two, one))
+    assert found.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-5), key
+    for x, y in zip(
+        *(jax.tree.leaves(SavedRun(run).trainable(4)) for run in (two, one)), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=1e-3)
+    made = {file: file.read_bytes() for file in two.glob("*_*.json")}
+    times = {file: file.stat().st_mtime_ns for file in made}
+    assert {"reference_train.json", "reference_val.json"} < {file.name for file in made}
+    result = json.loads((two / "result.json").read_text())
+    together()
+    assert {file: file.stat().st_mtime_ns for file in made} == times
+    again = json.loads((two / "result.json").read_text())
+    assert (again["before"], again["after"]) == (result["before"], result["after"])

@@ -1,5 +1,6 @@
 """The command that reinforces a run, as a user starts it, on a run that has hardly learned."""
 
+import dataclasses
 import json
 import shutil
 
@@ -247,10 +248,27 @@ def test_another_run_in_its_workdir_is_refused(finished, trained_run, clips):
         ({"rl.wheels": "(7,)"}, "wheels (7,)"),
         ({"lora.dropout": 0.1}, "config.lora.dropout and config.qformer.dropout must be 0"),
         ({"rl.epsilon": 2}, "epsilon is 2.0"),
+        ({"base_precision": "int8"}, "config.base_precision is 'int8', but '' in the run to start"),
+        ({"lora.alpha": 64}, "leave config.lora.alpha out"),
+        ({"prompts": "default"}, "config.prompts is 'default', but 'compact' in the run"),
+        ({"input": "text"}, "config.input is 'text', but"),
+        ({"projectors.fusion_width": 8}, "leave config.projectors.fusion_width out"),
+        ({"batch_size": 8}, "config.batch_size cannot be set here: the rows of an update follow"),
+        ({"pack_length": 4096}, "config.pack_length cannot be set here"),
+        ({"rl.test_lexicon": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(trained_run, clips, tmp_path, more, said):
     assert said in refused(*flags(trained_run, clips, tmp_path / "run", **more))
+
+
+@pytest.mark.parametrize("part", ["val", "test"])
+def test_clips_that_cannot_be_scored_are_refused_by_their_key(trained_run, clips, tmp_path, part):
+    records = [dataclasses.replace(r, labels=("qqq",)) for r in demo.World(0).records(part, 4)]
+    write_records(tmp_path / part, records, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
+    command = flags(trained_run, clips, tmp_path / "run", **{f"data.{part}": tmp_path / part})
+    message = refused(*command)
+    assert f"none of the 4 clips of config.data.{part} has a label on a wheel" in message
 
 
 def test_a_workdir_without_a_run_is_refused(tmp_path):

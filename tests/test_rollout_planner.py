@@ -178,6 +178,8 @@ def test_the_report_says_what_fits_and_how_long_a_step_takes(tmp_path, capsys):
         (["--rl", "--config.rl.group=1"], "config.rl.group is 1; expected 2 or more"),
         (["--rl", "--config.rl.no_such=1"], "rl.no_such"),
         (["--rl", "--config.lora.dropout=0.1"], "must be 0: with dropout"),
+        (["--rl", "--config.batch_size=8"], "config.batch_size cannot be set here"),
+        (["--rl", "--config.pack_length=4096"], "config.pack_length cannot be set here"),
         (["--rl", "--config.mesh=data:3"], "must multiply to the 8 devices"),
     ],
 )

@@ -25,6 +25,7 @@ from affectgpt_jax.rollouts import (
     SupervisedRows,
     Written,
     collate_rows,
+    scorable,
     truths,
     update_rows,
 )
@@ -160,9 +161,29 @@ def test_clips_that_no_wheel_knows_and_prompts_that_are_too_long_are_left_out_by
 
 def test_the_truth_is_what_the_question_asks_for(clips):
     entry = clips.index[0]
-    assert truths(clips, "ovlabel")[0] == list(entry.labels)
-    assert truths(clips, "onehot")[0] == [entry.emotion]
-    assert truths(clips, "sentiment")[0] == entry.valence
+    assert truths(clips, "ovlabel", "config.rl.data")[0] == list(entry.labels)
+    assert truths(clips, "onehot", "config.rl.data")[0] == [entry.emotion]
+    assert truths(clips, "sentiment", "config.rl.data")[0] == entry.valence
+
+
+def test_clips_that_can_be_scored_are_the_first_or_their_key_is_named(clips):
+    few = RecordSubset(clips, range(4))
+    few.index = [types.SimpleNamespace(**vars(entry)) for entry in few.index]
+    few.index[0].labels = ("qqq",)
+    found = scorable(few, REWARD, "ovlabel", 2, "config.data.val")
+    assert [entry.name for entry in found.index] == [entry.name for entry in few.index[1:3]]
+    for entry in few.index:
+        entry.labels = ("qqq",)
+    with pytest.raises(DataError, match="none of the 4 clips of config.data.val has a label on a"):
+        scorable(few, REWARD, "ovlabel", 2, "config.data.val")
+    few.index[1].labels = ()
+    with pytest.raises(DataError, match="name other records in config.data.test"):
+        scorable(few, REWARD, "ovlabel", 2, "config.data.test")
+    for entry in few.index:
+        entry.valence = 0.0
+    reward = Reward("sentiment", REWARD.wheels)
+    with pytest.raises(DataError, match="has a valence other than 0"):
+        scorable(few, reward, "sentiment", 2, "config.data.val")
 
 
 def answer(tokens, ended=True):

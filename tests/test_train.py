@@ -154,7 +154,7 @@ def test_a_finished_run_started_again_only_scores(finished, records, capsys):
     assert losses(workdir) == trace
 
 
-def make_reporter(peak_flops=None, config=None, shown=None):
+def make_reporter(peak_flops=None, config=None, shown=None, workdir=Path("run"), resumed=False):
     """A reporter on two devices, what it has written by step, and a function that hands in the next
     step: two clips of three tokens and a FLOP each."""
     written, config, steps = {}, config or demo_config.get_config(), itertools.count(1)
@@ -162,13 +162,14 @@ def make_reporter(peak_flops=None, config=None, shown=None):
     progress = SimpleNamespace(update=lambda *args: shown.append(args) if shown is not None else 0)
     reporter = loop.StepReporter(
         config,
-        Path("run"),
+        workdir,
         writer,
         progress,
         checkpoints=None,
         flops=lambda samples: int(samples[:, 0].sum()),
         devices=2,
         peak_flops=peak_flops,
+        resumed=resumed,
     )
 
     def submit(dispatch_s=0.0, wait_s=0.0, loss=1):
@@ -203,6 +204,25 @@ def test_the_line_of_a_step_says_when_losses_are_above_the_first():
         first = len(losses) if marked is None else 20 + marked
         assert found[:first] == [{}] * first
         assert found[first:] == [{"above the first,": 2.0}] * (len(losses) - first)
+
+
+def test_losses_after_a_resume_are_compared_with_the_runs_first(tmp_path):
+    log = '{"step": 1, "train/loss": 3.0}\n{"step": 2, "train/loss": 0.5}\n'
+    for file, losses, marked in (
+        (log, [1.0, *[2.0] * 20], False),  # above the first of this process
+        (log, [5.0] * 20, True),
+        (None, [1.0, *[2.0] * 20], False),  # who knows
+    ):
+        if file is None:
+            (tmp_path / "metrics.jsonl").unlink()
+        else:
+            (tmp_path / "metrics.jsonl").write_text(file)
+        shown = []
+        reporter, _, submit = make_reporter(shown=shown, workdir=tmp_path, resumed=True)
+        for loss in losses:
+            submit(loss=loss)
+        reporter.flush()
+        assert shown[-1][3] == ({"above the first,": 3.0} if marked else {})
 
 
 def test_the_hosts_time_is_what_is_neither_dispatch_nor_waiting(monkeypatch):

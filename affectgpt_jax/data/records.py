@@ -488,8 +488,10 @@ def hold_out(dataset: Records, share: float) -> tuple[RecordSubset, RecordSubset
     for i, entry in enumerate(dataset.index):
         sides[_name_share(entry.name, 0) < share].append(i)
     if not all(sides):
-        found = f"holding out {share:g} of {len(dataset)} records leaves {len(sides[0])} to train"
-        raise RecordError(f"{found} and {len(sides[1])} to validate; name a validation set instead")
+        raise RecordError(
+            f"holding out {share:g} of {len(dataset)} records leaves {len(sides[0])} to train and "
+            f"{len(sides[1])} to validate; hold out another share, or name a validation set"
+        )
     return RecordSubset(dataset, sides[0]), RecordSubset(dataset, sides[1])
 
 

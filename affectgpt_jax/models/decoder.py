@@ -221,7 +221,7 @@ def float32_logits(states: jax.Array, lm_head: jax.Array) -> jax.Array:
     return logits[:rows]
 
 
-# 1,024 x 152,064 float32 logits take 0.6 GiB. Every chunk reads the whole lm_head three times: with
+# 1,024 x 152,064 float32 logits take 0.6 GiB. Every chunk reads the whole lm_head twice: with
 # half as many positions, twice the bytes.
 LOSS_CHUNK = 1024
 

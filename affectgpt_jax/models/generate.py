@@ -42,8 +42,6 @@ from affectgpt_jax.models.affectgpt import (
     AffectGPT,
     Batch,
     hidden_states,
-    target_states,
-    token_log_probs,
     with_compute,
 )
 from affectgpt_jax.models.decoder import DecodeStep, KVCache, lm_head
@@ -810,25 +808,3 @@ class LiveRows:
 def _stopped(model: AffectGPT, state: DecodeState, rows: jax.Array) -> DecodeState:
     """The same state, in which the rows that `rows` `[B]` bool marks write no more."""
     return _laid_out(model, state._replace(limits=jnp.where(rows, 0, state.limits)))
-
-
-def score_answers(
-    model: AffectGPT, base: Any, trainable: Any, batch: Batch
-) -> tuple[jax.Array, jax.Array]:
-    """How probable the model finds given answers.
-
-    Args:
-        model: the modules.
-        base: frozen weights.
-        trainable: adapters and fusion.
-        batch: prompts with answers, one sample a row, as for training.
-
-    Returns:
-        Of every row the sum of the log-probabilities of its supervised tokens, end marks included,
-        and their number; `[B]` float32 each, 0 for a filler row.
-    """
-    states = target_states(model, base, trainable, batch)
-    weights = batch["target_weights"].astype(jnp.float32)
-    chunk = model.decoder.compute.loss_chunk_of_all
-    found = token_log_probs(states, lm_head(base), batch["targets"], chunk, weights != 0)
-    return (found * weights).sum(axis=1), weights.sum(axis=1)

@@ -366,9 +366,20 @@ class _Link:
         self._sending = threading.Lock()
 
     def send(self, value: Any, kind: str = "value") -> None:
+        """Send a message.
+
+        Raises:
+            ValueError: it is longer than the other side reads.
+        """
+        line = json.dumps([kind, value]).encode() + b"\n"
+        if len(line) > MAX_MESSAGE:
+            raise ValueError(
+                f"a message of {len(line):,} bytes, over the {MAX_MESSAGE:,} of a link between "
+                "processes; write a file, and let each process read it"
+            )
         # If the other side is gone, the thread that reads from it reports that.
         with self._sending, contextlib.suppress(OSError):
-            self._connection.sendall(json.dumps([kind, value]).encode() + b"\n")
+            self._connection.sendall(line)
 
     def receive(self, timeout_s: float | None = None) -> Any:
         """Wait for the next value; raises `queue.Empty` after `timeout_s`."""

@@ -201,6 +201,7 @@ def run_steps(
         devices=mesh.size,
         peak_flops=devices.peak_flops(mesh.devices.flat[0].device_kind, config.dtype),
         shown=session.shown,
+        resumed=start > 0,
     )
 
     def ends(step: int) -> bool:
@@ -337,6 +338,7 @@ class StepReporter:
         devices: that share an update.
         peak_flops: FLOP/s of each; None where it is not known.
         shown: metrics that the progress line shows beside the loss, and what it calls them.
+        resumed: whether the run has made steps before, which its `metrics.jsonl` has.
     """
 
     def __init__(
@@ -351,15 +353,23 @@ class StepReporter:
         devices: int,
         peak_flops: float | None,
         shown: Mapping[str, str] | None = None,
+        resumed: bool = False,
     ):
         self._config, self._workdir, self._shown = config, workdir, shown or {}
         self._writer, self._progress, self._checkpoints = writer, progress, checkpoints
         self._count_flops, self._devices, self._peak_flops = flops, devices, peak_flops
         self._throughput = metrics_writer.Throughput(devices=devices, peak_flops=peak_flops)
         self._pending: deque[tuple] = deque()
-        # The loss of a reward has no reason to fall.
         self._first_loss: float | None = None
-        self._losses = None if "rl" in config else deque[float](maxlen=LOSSES_COMPARED)
+        # The loss of a reward has no reason to fall.
+        compared = "rl" not in config
+        if compared and resumed:
+            try:
+                log = workdir / "metrics.jsonl"
+                self._first_loss = metrics_writer.first_and_last_loss(log)["loss_first"]
+            except (OSError, metrics_writer.MetricsError):  # which a result is refused for
+                compared = False
+        self._losses = deque[float](maxlen=LOSSES_COMPARED) if compared else None
         self._wait_s = self._dispatch_s = 0.0  # since the last report
         self._samples = self._tokens = self._flops = 0
         self._seconds = 0.0

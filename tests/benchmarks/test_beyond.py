@@ -74,16 +74,21 @@ def test_runs_that_are_there_are_not_run_again_and_stand_in_the_table(tmp_path, 
     for name in ("world0/sft", "world0/best-of-4", "world0/GRPO-wheel-F"):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps({"before": side, "after": side} | gains))
+        facts = {"before": side, "after": side, "steps": 5, "clips": 8, "ended_by": "steps"} | gains
+        if name.endswith("best-of-4"):
+            facts |= {"steps": 3, "ended_by": "stop_kl"}
+        (folder / "result.json").write_text(json.dumps(facts))
     monkeypatch.setattr(beyond, "ceilings", lambda world, clips: {"the best set": {"f": 0.83}})
     monkeypatch.setattr("sys.executable", "/bin/false")
     out = tmp_path / "beyond.json"
     flags = ["--steps=5", "--clips=8", f"--workdir={tmp_path}", f"--out={out}"]
     known = ["--worlds", "0", "--variants", "best of 4", "GRPO, wheel F"]
     lines = beyond.table(beyond.run(beyond.COMMAND.parse([*flags, *known]))).splitlines()
-    assert lines[0] == "World 0, 8 held-out clips, 5 steps:"
-    assert any(line.startswith("| supervised | 0.700 |  | 0.790") for line in lines)
-    assert any("best of 4" in line and "+0.010 (-0.020 to +0.040)" in line for line in lines)
+    assert lines[0] == "World 0, 8 held-out clips:"
+    assert any(line.startswith("| supervised |  | 0.700 |  | 0.790") for line in lines)
+    assert any(line.startswith("| GRPO, wheel F | 5 | 0.700 |") for line in lines)
+    [ended] = [line for line in lines if line.startswith("| best of 4 | 3, ended by KL |")]
+    assert "+0.010 (-0.020 to +0.040)" in ended
     assert lines[-1] == "Supervised, consensus F over greedy F: +0.020 (+0.010 to +0.030)."
     assert any("*the best set*" in line and "0.830" in line for line in lines)
     # What the file has stays, whatever fails behind it.
@@ -102,3 +107,15 @@ def test_runs_that_are_there_are_not_run_again_and_stand_in_the_table(tmp_path, 
     ]
     with pytest.raises(beyond.RunError, match="has runs of clips=8; ask for the same"):
         beyond.run(beyond.COMMAND.parse([*flags, "--add", "--clips=9"]))
+
+
+@pytest.mark.parametrize("changed", [{"steps": 4}, {"clips": 7}])
+def test_a_run_of_other_sizes_is_refused(tmp_path, changed):
+    for name, facts in (("sft", {}), ("best-of-4", {"steps": 5, "clips": 8} | changed)):
+        folder = tmp_path / "world0" / name
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(facts))
+    flags = ["--steps=5", "--clips=8", f"--workdir={tmp_path}", f"--out={tmp_path / 'out.json'}"]
+    args = beyond.COMMAND.parse([*flags, "--worlds", "0", "--variants", "best of 4"])
+    with pytest.raises(beyond.RunError, match="not of --steps=5 and --clips=8; ask for the same"):
+        beyond.go_on(args, 0, "best of 4")

@@ -15,7 +15,7 @@ import scipy.stats
 from tiny_model import LLM, make_batch, make_model, random_base, random_trainable
 
 from affectgpt_jax.models import generate as module
-from affectgpt_jax.models.affectgpt import hidden_states, loss_sum_and_count, with_compute
+from affectgpt_jax.models.affectgpt import hidden_states, with_compute
 from affectgpt_jax.models.attention import grouped_row
 from affectgpt_jax.models.generate import (
     Decoding,
@@ -31,7 +31,6 @@ from affectgpt_jax.models.generate import (
     penalize_repetition,
     prefill,
     rows_and_prefill_batch,
-    score_answers,
     stream,
 )
 from affectgpt_jax.training import sharding
@@ -694,37 +693,3 @@ def test_options_are_applied_in_the_order_of_hugging_face(hugging_face):
     np.put_along_axis(seen, ids, True, axis=1)
     found = jax.jit(adjust_logits, static_argnums=1)(logits, sampling, seen)
     np.testing.assert_allclose(found, expected, rtol=1e-6)
-
-
-# --- Given answers --------------------------------------------------------------------------------
-
-
-@jax.jit
-def score(batch):
-    return score_answers(MODEL, BASE, TRAINABLE, batch)
-
-
-def test_given_answers_are_scored_row_by_row():
-    batch = make_batch([16, 9, 0, 12])
-    sums, counts = score(batch)
-    log_probs = all_log_probs(batch)
-    for row in range(4):
-        at = np.flatnonzero(batch["target_weights"][row])
-        places, targets = batch["target_positions"][row, at], batch["targets"][row, at]
-        # Sums of at most 6 float32 log-probabilities.
-        np.testing.assert_allclose(sums[row], log_probs[row, places, targets].sum(), atol=1e-4)
-        assert counts[row] == len(at)
-    assert counts.tolist() == [6, 5, 0, 6] and sums[2] == 0
-    loss, count = jax.jit(lambda b: loss_sum_and_count(MODEL, BASE, TRAINABLE, b))(batch)
-    np.testing.assert_allclose(-sums.sum(), loss, rtol=1e-6)
-    assert counts.sum() == count
-
-
-def test_the_score_of_a_generated_answer_is_the_sum_of_its_log_probs(answers):
-    batch, starts = with_answers(answers.tokens)
-    batch["target_positions"] = starts[:, None] - 1 + np.arange(NEW)
-    batch["targets"] = answers.tokens
-    batch["target_weights"] = np.ones((3, NEW), np.float32)
-    sums, counts = score(batch)
-    np.testing.assert_allclose(sums, answers.log_probs.sum(axis=1), atol=1e-4)
-    assert counts.tolist() == [NEW] * 3

@@ -207,6 +207,13 @@ def test_what_process_0_decides_all_get(three):
         assert found == [expected] * 3
 
 
+def test_a_message_that_is_longer_than_a_link_reads_is_not_sent(three, monkeypatch):
+    monkeypatch.setattr(distributed, "MAX_MESSAGE", 64)
+    with pytest.raises(ValueError, match="a message of 114 bytes, over the 64 of a link"):
+        three[0].from_main_process(lambda: "x" * 100)
+    assert on_all(three, lambda group: group.from_main_process(lambda: "y")) == ["y"] * 3
+
+
 def test_the_others_begin_after_process_0_is_done(three):
     order = []
     on_all(three, lambda group: group.main_process_first(lambda: order.append(group.process_id)))
