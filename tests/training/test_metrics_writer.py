@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,6 +254,10 @@ def test_the_package_itself_takes_all_of_it_without_a_network(
     assert picture.read_bytes() == (tmp_path / "run.png").read_bytes()
     assert json.loads(table.read_text())["data"] == [list(sample) for sample in SAMPLES]
     [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    # A process of the package writes it, and may be behind.
+    until = time.monotonic() + 60
+    while b"train/loss" not in log.read_bytes() and time.monotonic() < until:
+        time.sleep(0.1)
     assert b"train/loss" in log.read_bytes()
 
 
