@@ -86,7 +86,7 @@ def config_from(start: ConfigDict, section: str, arguments: Sequence[str]) -> Co
     config.log_every = 1
     config.lora.dropout = config.qformer.dropout = 0.0
     config.pack_length, config.gradient_accumulation_steps = 0, 1
-    _refuse_sizes(section, arguments)
+    _refuse_unread(section, arguments)
     apply_overrides(config, arguments)
     if config.optimizer.final_learning_rate < 0:
         config.optimizer.final_learning_rate = config.optimizer.learning_rate
@@ -100,8 +100,8 @@ def config_from(start: ConfigDict, section: str, arguments: Sequence[str]) -> Co
     return config
 
 
-def _refuse_sizes(section: str, arguments: Sequence[str]) -> None:
-    """Refuse flags that size a supervised update and have no effect here.
+def _refuse_unread(section: str, arguments: Sequence[str]) -> None:
+    """Refuse flags of supervised training that have no effect here.
 
     Raises:
         ConfigError: there is one.
@@ -110,6 +110,7 @@ def _refuse_sizes(section: str, arguments: Sequence[str]) -> None:
     why = {
         "batch_size": f"the rows of an update follow from {rows}; set those",
         "pack_length": "a row holds one prompt and its answers; leave it out",
+        "init_from": "the weights are those of the run to start from; leave it out",
     }
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]

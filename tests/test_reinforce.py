@@ -255,6 +255,7 @@ def test_another_run_in_its_workdir_is_refused(finished, trained_run, clips):
         ({"projectors.fusion_width": 8}, "leave config.projectors.fusion_width out"),
         ({"batch_size": 8}, "config.batch_size cannot be set here: the rows of an update follow"),
         ({"pack_length": 4096}, "config.pack_length cannot be set here"),
+        ({"init_from": "elsewhere"}, "config.init_from cannot be set here"),
         ({"rl.test_lexicon": "/nowhere"}, "/nowhere"),
     ],
 )
