@@ -78,7 +78,8 @@ class Prompt:
 class LiveAnswers:
     """Answers of a model in rows that prompts join at any time.
 
-    For one thread, but for `prompt`. All programs are compiled by `warm_up`, none afterwards.
+    For one thread, but for `prompt`, which may be called from one other. All programs are compiled
+    by `warm_up`, none afterwards.
 
     Attributes:
         rows: answers at a time.

@@ -154,6 +154,8 @@ class Service:
         self._files = 0
         # One at a time: encoders are not for several threads, and take all cores.
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="look")
+        # Of long texts it takes a while, in which other requests go on.
+        self._prompting = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._folder = tempfile.TemporaryDirectory(prefix="affectgpt-serve-")
         trained = run.label_types
         defaults = [kind for kind in asking.DEFAULT_QUESTIONS if kind in trained]
@@ -177,6 +179,7 @@ class Service:
     def close(self) -> None:
         """Remove what was uploaded."""
         self._looking.shutdown(wait=False, cancel_futures=True)
+        self._prompting.shutdown(wait=False, cancel_futures=True)
         self._folder.cleanup()
 
     # --- the page -------------------------------------------------------------------------------
@@ -256,7 +259,10 @@ class Service:
         except asking.PredictError as error:
             raise RequestError(str(error).removeprefix("--question=")) from None
         seed = self._seed if asked.seed is None else asked.seed
-        prompt = self.engine.live.prompt(record, question, asked.max_new_tokens, seed)
+        prompt = await asyncio.get_running_loop().run_in_executor(
+            self._prompting,
+            *(self.engine.live.prompt, record, question, asked.max_new_tokens, seed),
+        )
         updates = self._ask(prompt)
         reply = Reply(secrets.token_hex(12), self.model, int(time.time()), len(prompt.example))
         if asked.stream:

@@ -193,6 +193,27 @@ def test_labels_have_places_on_the_wheels(plain):
         assert [part["name"] for part in tree] == list(dict.fromkeys(row[0] for row in rows))
 
 
+def test_a_prompt_that_takes_long_holds_up_no_other_request(plain):
+    rows, begun, may_go_on = Letters(), threading.Event(), threading.Event()
+    make = rows.prompt
+
+    def prompt(*asked):
+        begun.set()
+        assert may_go_on.wait(300)
+        return make(*asked)
+
+    rows.prompt = prompt
+    rows.may_write.release(1000)
+    with serving(service_like(plain, engine_of(rows))) as client, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(client.chat, record(NAME))
+        assert begun.wait(300)
+        try:
+            assert client("/health")[0] == 200
+        finally:
+            may_go_on.set()
+        assert found.result()[0] == 200
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 ASKED = {"role": "user", "content": [record(NAME), text("ovlabel")]}
@@ -217,6 +238,18 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [record(NAME), text("ovlable")]}]}, "mean ovlabel"),
     ({"messages": [{"role": "user", "content": [record(NAME), text("x <FaceHere>")]}]}, "reserved"),
     ({"messages": [{"role": "user", "content": [record(NAME), text("a b " * 99)]}]}, "limit of 72"),
+    ({"messages": [{"role": "user", "content": [record(NAME), text("a " * 50_001)]}]}, "100,002 c"),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [record(NAME), {"type": "subtitle", "text": "a" * 100_001}],
+                }
+            ]
+        },
+        "'subtitle' has 100,001 characters, over the limit of 100,000; shorten it",
+    ),
     ({"messages": [{"role": "user", "content": [record(NAME), text("\ud800 ?")]}]}, "half of a"),
     ({"messages": [{"role": "user", "content": [record("\ud800")]}]}, "none of the 13 records"),
     ({"messages": [ASKED], "model": "\ud800"}, "there is no model"),
