@@ -7,6 +7,7 @@ question may join those that are being answered, or leave them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import threading
 import time
@@ -251,14 +252,19 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: Prompt, tell: Tell) -> Ticket:
+    def submit(self, prompt: Prompt, tell: Tell, left_s: float = math.inf) -> Ticket:
         """Ask a question.
+
+        Args:
+            prompt: the question.
+            tell: hears of the answer.
+            left_s: of the time that the answer may take, what is left by now.
 
         Raises:
             Busy: too many wait.
             Stopped: the engine ends.
         """
-        ticket = Ticket(prompt, tell, time.monotonic() + self._timeout_s)
+        ticket = Ticket(prompt, tell, time.monotonic() + min(left_s, self._timeout_s))
         with self._changed:
             if self._stopping:
                 raise _stopped()

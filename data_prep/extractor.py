@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,15 @@ from affectgpt_jax.restore import Run
 from . import faces
 from .blocks import BLOCKS, PLACES
 from .clips import Clip
-from .decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
+from .decoding import (
+    LIMIT_S,
+    Decoded,
+    Job,
+    available_cores,
+    decode_clip,
+    died_because,
+    in_order,
+)
 from .detectors import DetectorFile, read_detector
 from .encoders import WINDOWS, Encoder, EncoderError, EncoderPlace, find_encoder
 from .encoders import names as encoder_names
@@ -344,13 +353,20 @@ class Extractor:
         how: of `extraction_of`.
         workers: processes that decode; one a core if None.
         max_seconds: of a file; a longer one is not decoded, and has no features.
+        limit_s: that the decoding of a clip may take.
 
     Raises:
         EncoderError: weights that are damaged, or features of another width than the run reads.
     """
 
-    def __init__(self, how: Extraction, workers: int | None = None, max_seconds: float = math.inf):
-        self.how, self._max_seconds = how, max_seconds
+    def __init__(
+        self,
+        how: Extraction,
+        workers: int | None = None,
+        max_seconds: float = math.inf,
+        limit_s: float = LIMIT_S,
+    ):
+        self.how, self._max_seconds, self._limit_s = how, max_seconds, limit_s
         self._workers = available_cores() if workers is None else workers
         settings = how.settings
         self._encoders = {
@@ -366,16 +382,23 @@ class Extractor:
                 )
 
     def __call__(
-        self, clips: Iterable[Clip], subtitles: Mapping[str, str] | None = None
+        self,
+        clips: Iterable[Clip],
+        subtitles: Mapping[str, str] | None = None,
+        stop: threading.Event | None = None,
     ) -> Iterator[Extracted]:
         """Extract clips in batches, as training's were, in their order.
 
         Args:
             clips: with names of their own.
             subtitles: by name of a clip.
+            stop: ends what is under way when somebody sets it.
 
         Yields:
             What became of each clip. A file that cannot be used is no error.
+
+        Raises:
+            Abandoned: `stop` is set.
         """
         clips, said = list(clips), subtitles or {}
         settings, features = self.how.settings, self.how.features
@@ -383,13 +406,14 @@ class Extractor:
         order, batch = settings["faces"]["order of arrays"], settings["batch"]
 
         def died() -> Decoded:
-            return Decoded(problems=dict.fromkeys(features, DIED))
+            return Decoded(problems=dict.fromkeys(features, died_because(self._limit_s)))
 
         jobs = [
             Job(clip, features, size, order, self._max_seconds, self.how.detector) for clip in clips
         ]
         workers = max(1, min(self._workers, len(jobs)))
-        decoded = in_order(decode_clip, jobs, workers, 2 * batch + workers, died)
+        ahead = 2 * batch + workers
+        decoded = in_order(decode_clip, jobs, workers, ahead, died, self._limit_s, stop)
         try:
             left = iter(clips)
             while part := list(islice(left, batch)):

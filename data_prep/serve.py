@@ -23,6 +23,7 @@ import importlib.util
 import ipaddress
 import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-upload", type=int, default=100, metavar="MIB", help="of a file; default: 100")
     add("--max-seconds", type=float, default=60, metavar="S", help="of a clip; default: 60")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait; default: 64")
-    add("--timeout", type=float, default=300, metavar="S", help="of a request; default: 300")
+    add("--timeout", type=float, default=300, metavar="S", help="of a whole request; default: 300")
     add = parser.add_argument_group("files that are dropped").add_argument
     add("--no-upload", action="store_true", help="none; no encoders are loaded")
     add_encoder_flags(add)
@@ -190,10 +191,12 @@ def make_service(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> 
     run = run.with_weights()
     look = None
     if how:
+        from .decoding import LIMIT_S
         from .extractor import Extractor
 
         with Elapsed("reading the encoders", stream=sys.stderr, quiet_s=QUIET_S):
-            look = look_with(Extractor(how, 1, arguments.max_seconds))
+            limits = arguments.max_seconds, min(arguments.timeout, LIMIT_S)
+            look = look_with(Extractor(how, 1, *limits))
     live = make_live(run, clips, arguments)
     with Elapsed("compiling", stream=sys.stderr, quiet_s=QUIET_S):
         live.warm_up()
@@ -290,8 +293,8 @@ def look_with(extractor: Extractor) -> Look:
     """What reads a file for the page: `web.Look`."""
     from affectgpt_jax.web import Seen
 
-    def look(name: str, files: Mapping[str, Path]) -> Seen:
-        [found] = extractor([Clip(name, **files)])
+    def look(name: str, files: Mapping[str, Path], stop: threading.Event) -> Seen:
+        [found] = extractor([Clip(name, **files)], stop=stop)
         notes = [found.reason] if found.problems else []
         if found.silent:
             notes.append("its sound is silence")
@@ -353,7 +356,7 @@ def make_server(service: Service, hosts: Sequence[str]) -> uvicorn.Server:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            service.engine.begin_stop()
+            service.begin_close()
             await super().shutdown(sockets)
 
     config = uvicorn.Config(

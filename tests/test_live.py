@@ -268,6 +268,12 @@ def test_an_answer_that_takes_too_long_ends_with_a_sentence():
         engine.stop()
 
 
+def test_what_a_request_has_spent_counts(engine):
+    late = Heard()
+    engine.submit(SimpleNamespace(size=3, seed=0), late, left_s=-1)
+    assert isinstance(late.last(), OutOfTime)
+
+
 def test_an_error_in_a_step_ends_what_was_answered_and_nothing_else(engine, capfd):
     engine.live.broken = True
     failed = [submit(engine, 3), submit(engine, 3)]

@@ -72,7 +72,7 @@ class Eyes:
     def __init__(self, clip):
         self.clip, self.seen = clip, []
 
-    def __call__(self, name, files):
+    def __call__(self, name, files, stop):
         self.seen.append({kind: path for kind, path in files.items()})
         content = b"".join(path.read_bytes() for path in files.values())
         if not content.startswith(b"clip"):
@@ -314,6 +314,7 @@ def test_every_response_forbids_what_the_page_does_not_need(client):
         ({"host": "localhost", "origin": "http://localhost:81"}, False),
         ({"host": "localhost", "origin": "https://evil.example"}, False),
         ({"host": "localhost", "origin": "null"}, False),
+        ({"host": "localhost", "origin": "http://["}, False),
     ],
 )
 def test_who_asks_must_name_this_server_and_come_from_its_page(client, headers, allowed):
@@ -382,6 +383,82 @@ def test_a_body_without_a_length_is_counted_as_it_comes(client):
         response = connection.getresponse()
         assert response.status == 413
         assert b"over the limit" in response.read()
+
+
+def test_a_body_in_chunks_is_counted_whatever_its_header_says(plain, eyes, monkeypatch):
+    monkeypatch.setattr(web, "SMALL_BODY", 2**10)
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n"
+        "transfer-encoding: chunked\r\n\r\n"
+    )
+    with serving(service_like(plain, engine_of(Letters()), eyes)) as client:
+        with socket.create_connection(("127.0.0.1", client.port), timeout=600) as connection:
+            connection.sendall(head.encode() + b"800\r\n" + b" " * 2**11 + b"\r\n0\r\n\r\n")
+            assert b" 413 " in connection.recv(2**16).split(b"\r\n")[0]
+
+
+class Slow:
+    """Stands in for an extractor whose file has no end, and which takes a while to be ended."""
+
+    def __init__(self):
+        self.begun, self.may_end, self.stop = threading.Event(), threading.Event(), None
+
+    def __call__(self, name, files, stop):
+        self.stop = stop
+        self.begun.set()
+        assert stop.wait(300) and self.may_end.wait(300)
+        raise RuntimeError("abandoned")
+
+
+@pytest.fixture
+def slow(plain):
+    return service_like(plain, engine_of(Letters()), Slow())
+
+
+def upload(client):
+    """A request that sends a file, of which no response has been read."""
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=600)
+    connection.request("POST", "/clips", b"clip", {"content-type": "video/mp4"})
+    return connection
+
+
+def test_the_file_of_a_client_that_leaves_is_read_no_further(slow, monkeypatch):
+    monkeypatch.setattr(web, "FILES_AT_ONCE", 1)
+    with serving(slow) as client:
+        connection = upload(client)
+        assert slow._look.begun.wait(300)
+        connection.close()
+        assert slow._look.stop.wait(300)
+        # Its place is not free before nobody reads it.
+        assert client("/clips", b"clip", content_type="video/mp4")[0] == 429
+        slow._look.may_end.set()
+        wait(lambda: not slow._files)
+
+
+def test_a_file_that_takes_too_long_is_read_no_further(plain):
+    look = Slow()
+    look.may_end.set()
+    with serving(service_like(plain, engine_of(Letters()), look, timeout_s=1)) as client:
+        status, _, found = client("/clips", b"clip", content_type="video/mp4")
+        assert status == 504 and look.stop.is_set()
+        assert "not decoded after 1 s, which is the limit" in found["error"]["message"]
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", client.port)) as slowly:
+            slowly.putrequest("POST", "/clips")
+            slowly.putheader("content-type", "video/mp4")
+            slowly.putheader("content-length", "4")
+            slowly.endheaders(b"cl")
+            response = slowly.getresponse()
+            assert response.status == 504 and b"the body was not here after 1 s" in response.read()
+
+
+def test_at_the_end_a_file_is_read_no_further(slow):
+    slow._look.may_end.set()
+    with serving(slow) as client:
+        connection = upload(client)
+        assert slow._look.begun.wait(300)
+    response = connection.getresponse()
+    assert response.status == 503 and b"the server is ending" in response.read()
+    connection.close()
 
 
 def test_a_run_whose_records_no_encoder_made_says_why_files_cannot_be_dropped(plain):
@@ -466,6 +543,43 @@ def test_a_client_that_leaves_gives_its_row_to_the_next(letters):
         wait(lambda: rows.may_write.release(1) or found.done())
         status, answer = found.result()
     assert status == 200 and answer["choices"][0]["message"]["content"] == "x" * 6
+
+
+def test_a_client_that_leaves_gives_up_its_place_in_the_queue(plain):
+    rows = Letters()
+    engine = engine_of(rows)
+    with serving(service_like(plain, engine=engine)) as client:
+        streams = [begin(client, max_tokens=10**6) for _ in range(2)]
+        wait(lambda: rows.may_write.release() or not rows.free)
+        leaving = http.client.HTTPConnection("127.0.0.1", client.port, timeout=600)
+        leaving.request("POST", "/v1/chat/completions", json.dumps({"messages": [ASKED]}))
+        wait(lambda: engine._waiting)
+        leaving.close()
+        wait(lambda: all(ticket.dropped for ticket in engine._waiting))
+        for connection, _ in streams:
+            connection.close()
+        rows.may_write.release(1000)
+
+
+def test_errors_of_the_server_are_printed_and_forbid_what_all_responses_do(
+    plain, monkeypatch, capfd
+):
+    rows = Letters()
+    rows.may_write.release(1000)
+    service = service_like(plain, engine=engine_of(rows))
+
+    def fail(labels):
+        raise ZeroDivisionError("no places")
+
+    monkeypatch.setattr(service, "_places", fail)
+    with serving(service) as client:
+        connection, response = begin(client)
+        last = events(response.read().lstrip(b"\n"))[-1]
+        connection.close()
+        assert last["error"]["message"].startswith("this request failed in the server")
+        assert "ZeroDivisionError: no places" in capfd.readouterr().err
+        status, headers, _ = client(f"/record?name={NAME}")
+        assert status == 500 and "default-src 'none'" in headers["content-security-policy"]
 
 
 def test_at_the_end_streams_are_told_and_nothing_is_left(plain):
