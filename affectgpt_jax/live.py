@@ -173,6 +173,8 @@ class LiveAnswers:
         """Begin answers to at most `free` prompts of one seed; they are known by their numbers."""
         needed = max(len(prompt.example) for prompt in prompts)
         length = next(length for length in self.lengths if length >= needed)
+        if self._rows.is_new:  # after an error; the programs are those of `warm_up`
+            self._rows.put(self._prompts((), (), self.lengths[-1]))
         self._rows.put(self._prompts(numbers, prompts, length), prompts[0].seed)
 
     def drop(self, numbers: Sequence[int]) -> None:

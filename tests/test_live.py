@@ -136,6 +136,23 @@ def test_a_late_question_joins_and_texts_only_grow(live, clips, expected):
         assert all(after.startswith(text) for text, after in zip(texts, texts[1:]))
 
 
+def test_after_an_error_short_and_long_prompts_are_answered_by_the_same_programs(
+    live, clips, expected
+):
+    short = live.prompt(clips[4], "ovlabel", seed=3)
+    words = "why "
+    while len((long := live.prompt(clips[4], words + "?", seed=3)).example) <= live.lengths[0]:
+        words += "why "
+    assert len(short.example) <= live.lengths[0] < len(long.example) <= live.lengths[1]
+    before = programs()
+    live.reset()
+    live.put([1], [short])
+    live.put([2], [long])
+    found = finish(live, {1: [], 2: []})
+    assert same(found[1], expected[clips[4].name, "ovlabel"])
+    assert programs() == before, "something was compiled"
+
+
 def test_rows_of_answers_that_are_left_are_free_at_once(live, clips, expected):
     asked = [live.prompt(clip, "description", seed=3) for clip in clips]
     live.put(range(ROWS), asked[:ROWS])
