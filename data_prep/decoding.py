@@ -136,11 +136,16 @@ def _look(job: Job, out: Decoded, damage: dict[Path, str | None]) -> None:
     if "face" in job.features and clip.faces is not None:
         # The track needs no video, which may be there for the frames only.
         _attempt(out, ["face"], lambda: _take_track(job, out))
+    boxes = None
+    if search and clip.boxes:
+        try:
+            boxes = faces.read_boxes(clip.boxes)
+        except MediaError as error:  # of which the frames know nothing
+            out.problems["face"], search = str(error), False
     if not search and "frame" not in job.features:
         return
 
     last: faces.Square | None = None
-    boxes = faces.read_boxes(clip.boxes) if search and clip.boxes else None
 
     def find(image: np.ndarray, number: int) -> faces.Square | None:
         if boxes is not None:
