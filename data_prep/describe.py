@@ -75,7 +75,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PLACE",
         help="a CSV file with columns name and subtitle, or a folder of NAME.srt, .vtt or .txt",
     )
-    add("--records", metavar="DIR", help="what the run was trained on, if it is elsewhere now")
     add_encoder_flags(add)
     add("--faces", type=_path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
     precisions = PRECISIONS["cuda"]
@@ -127,20 +126,16 @@ def describe(arguments: argparse.Namespace) -> None:
     run = open_from_flags(arguments)
     how = extraction_of(
         run,
-        arguments.records,
+        arguments.trained_on,
         encoders={"video": arguments.video, "audio": arguments.audio},
         face_detector=arguments.face_detector,
         device=arguments.device,
         precision=arguments.precision,
         download=arguments.download,
     )
-    names = ", ".join(f"{kind} by {place.name}" for kind, place in how.encoders.items())
-    say(f"{run.title}; input {run.processor.mode.name}; {names}")
-    for note in how.notes:
-        say(f"note: {how.place} was extracted otherwise: {note}")
-    if how.settings.get("face arrays") and not any(clip.faces for clip in clips):
-        number = f"{how.settings['face arrays']:,}"
-        say(f"note: {number} clips of {how.place} had OpenFace's faces; here they are detected")
+    say(f"{run.title}; input {run.processor.mode.name}; {how.encoder_names}")
+    for remark in how.remarks(any(clip.faces for clip in clips)):
+        say(f"note: {remark}")
     default = asking.AGREEABLE if wheels else asking.DEFAULT_QUESTIONS
     questions = asking.choose_questions(run, arguments.question, default)
     without = [clip.name for clip in clips if not subtitles.get(clip.name)]

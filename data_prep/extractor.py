@@ -75,8 +75,9 @@ class Extraction:
         settings: theirs; but device, precision and batch as they are here.
         features: that the run reads.
         encoders: that make them, by kind.
-        notes: what may make features of a clip other than theirs.
+        notes: sentences about what may make features of a clip other than theirs.
         detector: of faces; None is the cascade.
+        tracks: how many of their clips had OpenFace's faces, by directory.
     """
 
     place: str
@@ -86,6 +87,21 @@ class Extraction:
     encoders: Mapping[str, EncoderPlace]
     notes: tuple[str, ...] = ()
     detector: DetectorFile | None = None
+    tracks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def encoder_names(self) -> str:
+        """The encoders, for people."""
+        return ", ".join(f"{kind} by {place.name}" for kind, place in self.encoders.items())
+
+    def remarks(self, with_tracks: bool = False) -> list[str]:
+        """What people should know who have clips extracted, with arrays of faces or without."""
+        detected = [
+            f"{count:,} clips of {place} had OpenFace's faces; here they are detected"
+            for place, count in self.tracks.items()
+            if not with_tracks
+        ]
+        return [*self.notes, *detected]
 
     def as_records(self, records: Sequence[Record]) -> MemoryRecords:
         """Clips as data for `inference.Generator`, which takes them for those of a directory."""
@@ -150,7 +166,7 @@ def extraction_of(
         why = f"which was {gone[0]!r}, is not there" if gone else "is not named"
         raise ExtractionError(
             f"what {run.workdir} was trained on {why}, so nothing says how features were made; "
-            "name records that affectgpt extract wrote, --records DIR, or without any the "
+            "name records that affectgpt extract wrote, --trained-on DIR, or without any the "
             "encoders, --video NAME[=DIR] --audio NAME[=DIR]"
         )
     (place, (manifest, theirs)), *rest = found.items()
@@ -160,8 +176,17 @@ def extraction_of(
                 names = [s["encoders"][kind]["name"] for s in (theirs, settings)]
                 raise ExtractionError(
                     f"{run.workdir} was trained on features of several encoders: {kind} by "
-                    f"{names[0]} in {place}, by {names[1]} in {other}; choose with --records DIR"
+                    f"{names[0]} in {place}, by {names[1]} in {other}; choose with --trained-on DIR"
                 )
+        if "face" in wanted and settings["faces"] != theirs["faces"]:
+            ways = [
+                ", ".join(f"{key} {value}" for key, value in s["faces"].items())
+                for s in (theirs, settings)
+            ]
+            raise ExtractionError(
+                f"{run.workdir} was trained on faces that were taken in several ways: {ways[0]} "
+                f"in {place}, {ways[1]} in {other}; choose with --trained-on DIR"
+            )
     build.check_features(run.config, MemoryRecords([], manifest), run.processor.mode)
     here = {
         kind: _find(theirs["encoders"][kind], kind, Path(place), given.get(kind), download)
@@ -170,10 +195,16 @@ def extraction_of(
     how = placement_like(theirs, device, precision)
     settings: Settings = {**theirs, **how}
     mine = {"version": CODE_VERSION, **how, "batch": theirs["batch"]}
-    notes = differences(theirs, mine | {"versions": package_versions()})
-    if "face" in wanted:
-        notes += check_detector(place, theirs["faces"]["detector"], detector)
-    return Extraction(place, manifest, settings, wanted, here, tuple(notes), detector)
+    mine |= {"versions": package_versions()}
+    notes, tracks = [], {}
+    for name, (_, made) in found.items():
+        other = differences(made, mine)
+        if "face" in wanted:
+            other += check_detector(name, made["faces"]["detector"], detector)
+            if count := made.get("face arrays"):
+                tracks[name] = count
+        notes += [f"{name} was extracted otherwise: {note}" for note in other]
+    return Extraction(place, manifest, settings, wanted, here, tuple(notes), detector, tracks)
 
 
 def check_detector(place: str, theirs: str, detector: DetectorFile | None) -> list[str]:

@@ -117,7 +117,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= arguments.port < 2**16:
         parser.error(f"--port is {arguments.port}; expected 0 to 65535")
     if arguments.no_upload and names_encoders(arguments):
-        parser.error("--no-upload loads no encoders; leave out --video, --audio, --face-detector")
+        parser.error(
+            "--no-upload loads no encoders; leave out --video, --audio, --face-detector, "
+            "--trained-on"
+        )
     asking.check_sampling_flags(parser, arguments)
     return arguments
 
@@ -187,7 +190,7 @@ def make_service(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> 
         clips = asking.open_clips(run, arguments.records)
     asking.report_missing(run, clips)
     say(f"{run.title}; input {run.processor.mode.name}; {len(clips):,} records")
-    say(f"files can be dropped: {describe_encoders(how)}" if how else f"note: {why_not}")
+    say(f"files can be dropped: {how.encoder_names}" if how else f"note: {why_not}")
     run = run.with_weights()
     look = None
     if how:
@@ -248,7 +251,8 @@ def make_live(run: Run, clips: Records, arguments: argparse.Namespace) -> LiveAn
 
 def names_encoders(arguments: argparse.Namespace) -> bool:
     """Whether the command line says by what files are extracted, so that failing at it is wrong."""
-    return bool(arguments.video or arguments.audio or arguments.face_detector)
+    named = arguments.video, arguments.audio, arguments.face_detector, arguments.trained_on
+    return any(named)
 
 
 def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None, str]:
@@ -264,6 +268,7 @@ def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None
 
         how = extraction_of(
             run,
+            arguments.trained_on,
             encoders={"video": arguments.video, "audio": arguments.audio},
             face_detector=arguments.face_detector,
             device=arguments.device,
@@ -278,15 +283,10 @@ def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None
             raise
         why = str(error)
     else:
-        for note in how.notes:
-            say(f"note: {how.place} was extracted otherwise: {note}")
+        for remark in how.remarks():
+            say(f"note: {remark}")
         return how, ""
     return None, f"files cannot be dropped: {why}"
-
-
-def describe_encoders(how: Extraction) -> str:
-    """The encoders by name."""
-    return ", ".join(f"{kind} by {place.name}" for kind, place in how.encoders.items())
 
 
 def look_with(extractor: Extractor) -> Look:
