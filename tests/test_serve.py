@@ -44,7 +44,9 @@ NAME = "demo-test-00004"
 def records(tmp_path_factory):
     """The run's test clips, and one with a name and texts that would like to be markup."""
     clips = list(demo.World(0).records("test", 12))
-    strange = dict(name=HOSTILE, subtitle=HOSTILE, description=HOSTILE, labels=(HOSTILE, "calm"))
+    strange = dict(
+        name=HOSTILE, subtitle=f" {HOSTILE}\r\n", description=HOSTILE, labels=(HOSTILE, "calm")
+    )
     clips.append(dataclasses.replace(clips[0], **strange))
     folder = tmp_path_factory.mktemp("served") / "records"
     write_records(folder, clips, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
@@ -708,6 +710,8 @@ def test_a_browser_asks_about_a_record_and_a_file(client, tmp_path):
         assert page.run("document.getElementById('go').disabled")
         page.choose_file("#file", tmp_path / "c.wav")
         page.until("document.getElementById('problem').innerText.includes('the limit is 1 MiB')")
+        names = page.run("search().then((names) => names.length)")
+        assert names == len(client("/records")[2]["names"]), "with no clip to ask about"
 
         # A name and texts that are markup, and nothing but this server was asked.
         page.open(f"{client.url}/#record={quote(HOSTILE)}&ask")
@@ -720,6 +724,64 @@ def test_a_browser_asks_about_a_record_and_a_file(client, tmp_path):
             assert page.run("document.documentElement.scrollWidth") == width, "it scrolls sideways"
         asked = {url.split("/")[2] for url in page.requests if url.startswith(("http", "ws"))}
         assert asked == {f"127.0.0.1:{client.port}"}
+
+
+def test_what_is_asked_while_another_clip_comes_is_not_shown_under_it(client, tmp_path):
+    browser()
+    other = "demo-test-00005"
+    with Page(tmp_path / "profile") as page:
+        page.open(f"{client.url}/#record={NAME}")
+        page.until(f"document.getElementById('name').textContent == '{NAME}'")
+        # Responses about records wait until the test says so; what is sent is kept.
+        page.run("""
+            window.real = window.fetch; window.sent = [];
+            window.fetch = async (url, options) => {
+              if (options?.body) sent.push(options.body);
+              if (url.startsWith("/record?")) {
+                await new Promise((resolve) => (window.go_on = resolve));
+                if (window.broken) return new Response("{}", { status: 500 });
+              }
+              return real(url, options);
+            }; 0
+        """)
+        ask = "document.getElementById('ask').requestSubmit()"
+        page.run(f"pick('{other}'); 0")
+        page.run(ask)
+        page.until("sent.length")
+        page.run("go_on()")
+        page.until(f"document.getElementById('name').textContent == '{other}'")
+        assert page.run("document.querySelectorAll('.answer').length") == 0
+        assert not page.run("document.getElementById('go').disabled")
+        # While one is answered, another is chosen, and does not come.
+        page.run("window.broken = true")
+        page.run(ask)
+        page.run(f"pick('{NAME}'); 0")
+        page.run("go_on()")
+        page.until("document.getElementById('problem').innerText")
+        assert not page.run("document.getElementById('go').disabled")
+        # What fails after a third was chosen is nobody's problem.
+        page.run(f"first = pick('{NAME}'); late = go_on; pick('{other}'); 0")
+        page.run("late(); first")
+        assert page.run("document.getElementById('problem').hidden")
+
+
+def test_a_subtitle_that_nobody_changed_is_that_of_the_record(client, tmp_path):
+    browser()
+    with Page(tmp_path / "profile") as page:
+        page.open(f"{client.url}/#record={quote(HOSTILE)}")
+        page.until(f"document.getElementById('name').textContent == {json.dumps(HOSTILE)}")
+        page.run("window.real = fetch; window.sent = []; 0")
+        page.run("window.fetch = (u, o) => (o?.body && sent.push(o.body), real(u, o)); 0")
+        page.run("document.getElementById('ask').requestSubmit()")
+        page.until(WRITTEN)
+        page.run("document.getElementById('subtitle').value += '!'")
+        page.run("document.getElementById('ask').requestSubmit()")
+        page.until(f"sent.length == 4 && {WRITTEN}")
+        kinds = [
+            [part["type"] for part in json.loads(body)["messages"][0]["content"]]
+            for body in page.run("sent")
+        ]
+        assert kinds == [["record", "text"]] * 2 + [["record", "text", "subtitle"]] * 2
 
 
 def demo_truth(client):
