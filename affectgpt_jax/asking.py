@@ -364,7 +364,17 @@ def read_labels(run: Run, question: str, answer: Answer) -> list[str] | None:
 
 
 class ClipAnswer(TypedDict):
-    """An answer as JSON has it; this module's docstring says what the keys mean."""
+    """An answer as JSON has it.
+
+    Attributes:
+        name: of the clip.
+        question: that was asked.
+        text: the answer.
+        labels: that the text names; None where the question asks for none.
+        tokens: of the answer, or of all answers that agreed on it.
+        cut: whether it ended at the limit of tokens.
+        logprob: sum of the log-probabilities of its tokens; None where none were computed.
+    """
 
     name: str
     question: str

@@ -508,11 +508,15 @@ EXTRACTION_FILE = "extraction.json"
 
 def keep_extraction(workdir: Path, train: Sequence[MixtureComponent]) -> None:
     """Write how the features of the training records were made; nothing where they do not say it,
-    or by several encoders."""
+    or by several encoders, or where faces that are read were taken in several ways."""
     manifests = [component.dataset.manifest for component in train]
     found = [manifest.extra.get(EXTRACTION, {}) for manifest in manifests]
-    made = [settings.get("encoders") for settings in found]
-    if made[0] and all(encoders == made[0] for encoders in made):
+    keys = ["encoders"]
+    if any("face" in component.processor.mode.features for component in train):
+        keys.append("faces")
+    if found[0].get("encoders") and all(
+        s.get(key) == found[0].get(key) for s in found for key in keys
+    ):
         facts = {"features": manifests[0].features, EXTRACTION: found[0]}
         write_json(workdir / EXTRACTION_FILE, facts)
 

@@ -146,6 +146,8 @@ _PARTS = {
     "video_url": _Video,
     "input_audio": _Audio,
 }
+# Characters of a text: far more than any prompt has room for, and read in no time.
+MAX_TEXT = 100_000
 _DATA_URL = re.compile(r"data:[a-z]+/[\w.+-]{1,40}(?:;[\w=.+-]{1,60}){0,3};base64,")
 
 
@@ -204,6 +206,11 @@ def _clip_and_question(parts: list[dict[str, Any]]) -> dict[str, Any]:
     for kind, found in by_type.items():
         if any(not _is_text(part.get("text", "")) for part in found):
             raise RequestError(f"a part of type {kind!r} holds half of a character")
+        if (longest := max(len(part.get("text", "")) for part in found)) > MAX_TEXT:
+            raise RequestError(
+                f"a part of type {kind!r} has {longest:,} characters, over the limit of "
+                f"{MAX_TEXT:,}; shorten it"
+            )
         if len(found) > 1:
             raise RequestError(f"there are {len(found)} parts of type {kind!r}; give one")
     one = {kind: found for kind, [found] in by_type.items()}

@@ -7,6 +7,7 @@ question may join those that are being answered, or leave them.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import threading
 import time
@@ -78,7 +79,8 @@ class Prompt:
 class LiveAnswers:
     """Answers of a model in rows that prompts join at any time.
 
-    For one thread, but for `prompt`. All programs are compiled by `warm_up`, none afterwards.
+    For one thread, but for `prompt`, which may be called from one other. All programs are compiled
+    by `warm_up`, none afterwards.
 
     Attributes:
         rows: answers at a time.
@@ -171,6 +173,8 @@ class LiveAnswers:
         """Begin answers to at most `free` prompts of one seed; they are known by their numbers."""
         needed = max(len(prompt.example) for prompt in prompts)
         length = next(length for length in self.lengths if length >= needed)
+        if self._rows.is_new:  # after an error; the programs are those of `warm_up`
+            self._rows.put(self._prompts((), (), self.lengths[-1]))
         self._rows.put(self._prompts(numbers, prompts, length), prompts[0].seed)
 
     def drop(self, numbers: Sequence[int]) -> None:
@@ -250,14 +254,19 @@ class Engine:
         self._thread = threading.Thread(target=self._work, name="model", daemon=True)
         self._thread.start()
 
-    def submit(self, prompt: Prompt, tell: Tell) -> Ticket:
+    def submit(self, prompt: Prompt, tell: Tell, left_s: float = math.inf) -> Ticket:
         """Ask a question.
+
+        Args:
+            prompt: the question.
+            tell: hears of the answer.
+            left_s: of the time that the answer may take, what is left by now.
 
         Raises:
             Busy: too many wait.
             Stopped: the engine ends.
         """
-        ticket = Ticket(prompt, tell, time.monotonic() + self._timeout_s)
+        ticket = Ticket(prompt, tell, time.monotonic() + min(left_s, self._timeout_s))
         with self._changed:
             if self._stopping:
                 raise _stopped()

@@ -15,19 +15,28 @@ import io
 import ipaddress
 import secrets
 import tempfile
+import threading
 import time
+import traceback
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -73,6 +82,8 @@ HEADERS = {
 SMALL_BODY = 2**20
 # Larger ones that are read or decoded at a time; each may be in memory.
 FILES_AT_ONCE = 4
+# Between two looks whether a client is still there.
+POLL_S = 1.0
 # Uploaded clips whose features are kept, to be asked again.
 CLIPS_KEPT = 32
 RECORDS_SHOWN = 100
@@ -86,7 +97,7 @@ class Limits:
 
     Attributes:
         upload_bytes: of a file.
-        timeout_s: of a request: that its body may take, and then its answer.
+        timeout_s: of a request, from its first byte to the end of its answer.
     """
 
     upload_bytes: int
@@ -112,8 +123,11 @@ class Seen:
     sound: np.ndarray | None = None
 
 
-# From a clip's name and its files, by what they are ("video", "audio"), to what is in them.
-Look = Callable[[str, Mapping[str, Path]], Seen]
+# From a clip's name and its files, by what they are ("video", "audio"), to what is in them. It ends
+# soon, with any error, when the event is set.
+Look = Callable[[str, Mapping[str, Path], threading.Event], Seen]
+
+Result = TypeVar("Result")
 
 
 class Service:
@@ -152,8 +166,11 @@ class Service:
         self._numbers = {entry.name: number for number, entry in enumerate(clips.index)}
         self._uploaded: OrderedDict[str, Record] = OrderedDict()
         self._files = 0
+        self._looks: set[threading.Event] = set()  # by which those under way can be ended
         # One at a time: encoders are not for several threads, and take all cores.
         self._looking = ThreadPoolExecutor(1, thread_name_prefix="look")
+        # Of long texts it takes a while, in which other requests go on.
+        self._prompting = ThreadPoolExecutor(1, thread_name_prefix="prompt")
         self._folder = tempfile.TemporaryDirectory(prefix="affectgpt-serve-")
         trained = run.label_types
         defaults = [kind for kind in asking.DEFAULT_QUESTIONS if kind in trained]
@@ -174,9 +191,17 @@ class Service:
             "wheels": [_tree(rows) for rows in source.wheels],
         }
 
+    def begin_close(self) -> None:
+        """End all answers and the reading of files, without waiting for it."""
+        self.engine.begin_stop()
+        for stop in self._looks:
+            stop.set()
+
     def close(self) -> None:
         """Remove what was uploaded."""
-        self._looking.shutdown(wait=False, cancel_futures=True)
+        self.begin_close()
+        self._looking.shutdown(cancel_futures=True)
+        self._prompting.shutdown(wait=False, cancel_futures=True)
         self._folder.cleanup()
 
     # --- the page -------------------------------------------------------------------------------
@@ -211,9 +236,10 @@ class Service:
             raise RequestError(
                 "content-type must be that of the file, such as video/mp4 or audio/wav", 415
             )
+        until = self._deadline()
         with self._room_for_file():
-            body = await self._body(request, self.limits.upload_bytes)
-            seen = await self._seen({kind: body})
+            body = await self._body(request, self.limits.upload_bytes, until)
+            seen = await self._seen(request, {kind: body}, until)
         clip = secrets.token_urlsafe(16)
         self._uploaded[clip] = seen.record
         while len(self._uploaded) > CLIPS_KEPT:
@@ -235,19 +261,21 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         """Answer a question, see `chat_api`."""
+        until = self._deadline()
         length = request.headers.get("content-length", "")
         small = length.isdecimal() and int(length) <= SMALL_BODY
         with contextlib.nullcontext() if small else self._room_for_file():
             # Base64 has four characters for three bytes.
             most = SMALL_BODY + (self.limits.upload_bytes * 4 // 3 if self._look else 0)
-            body = await self._body(request, most)
+            # A body in chunks has any length, whatever the header says.
+            body = await self._body(request, SMALL_BODY if small else most, until)
             sampling = {"temperature": self._sampling.temperature, "top_p": self._sampling.top_p}
             asked = await asyncio.to_thread(parse_request, body, sampling)
             if asked.model not in ("", self.model):
                 raise RequestError(
                     f"there is no model {shorten(asked.model)}; this server has {self.model!r}", 404
                 )
-            record = await self._asked_about(asked)
+            record = await self._asked_about(request, asked, until)
         if asked.subtitle is not None:
             record = dataclasses.replace(record, subtitle=asked.subtitle)
         question = asked.question or self._about["asked"][0]
@@ -256,8 +284,12 @@ class Service:
         except asking.PredictError as error:
             raise RequestError(str(error).removeprefix("--question=")) from None
         seed = self._seed if asked.seed is None else asked.seed
-        prompt = self.engine.live.prompt(record, question, asked.max_new_tokens, seed)
-        updates = self._ask(prompt)
+        prompt = await asyncio.get_running_loop().run_in_executor(
+            self._prompting,
+            *(self.engine.live.prompt, record, question, asked.max_new_tokens, seed),
+        )
+        # What sends a stream hears by itself that the client leaves.
+        updates = self._ask(prompt, until, None if asked.stream else request)
         reply = Reply(secrets.token_hex(12), self.model, int(time.time()), len(prompt.example))
         if asked.stream:
             pieces = self._stream(updates, reply, prompt, asked.usage)
@@ -267,8 +299,6 @@ class Service:
                 if update.complete:
                     extra = self._extra(prompt, update)
                     return JSONResponse(reply.whole(update.answer, extra))
-                if await request.is_disconnected():
-                    raise ClientDisconnect
         raise AssertionError("an engine tells the end of every answer")
 
     async def _stream(
@@ -286,14 +316,21 @@ class Service:
                             yield event(reply.count(update.answer))
         except Exception as error:  # the status is sent; what is left is to say it here
             message, status = message_and_status(error)
+            if status == 500:
+                traceback.print_exc()
             yield event(error_body(message, status))
         yield event("[DONE]")
 
-    def _ask(self, prompt: Prompt) -> AsyncIterator[Update]:
+    def _ask(self, prompt: Prompt, until: float, request: Request | None) -> AsyncIterator[Update]:
         """Put a prompt into the queue; what comes of it.
 
+        Args:
+            prompt: what is asked.
+            until: of the request, see `_deadline`.
+            request: whose client is asked whether it is still there.
+
         Raises:
-            Busy, Stopped: now; the iterator raises what ends the answer.
+            Busy, Stopped: now; the iterator raises what ends the answer, or `ClientDisconnect`.
         """
         loop, inbox = asyncio.get_running_loop(), asyncio.Queue()
 
@@ -301,12 +338,12 @@ class Service:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(inbox.put_nowait, update)
 
-        ticket = self.engine.submit(prompt, tell)
+        ticket = self.engine.submit(prompt, tell, until - loop.time())
 
         async def updates() -> AsyncIterator[Update]:
             try:
                 while True:
-                    update = await inbox.get()
+                    update = await _while_there(request, inbox.get())
                     if isinstance(update, Exception):
                         raise update
                     yield update
@@ -331,11 +368,11 @@ class Service:
             raise RequestError(f"none of the {len(self.clips):,} records is {shorten(name)}", 404)
         return self.clips[self._numbers[name]]
 
-    async def _asked_about(self, asked: ChatRequest) -> Record:
+    async def _asked_about(self, request: Request, asked: ChatRequest, until: float) -> Record:
         if asked.record is not None:
             return self._record(asked.record)
         if asked.clip is None:
-            return (await self._seen(asked.files)).record
+            return (await self._seen(request, asked.files, until)).record
         if asked.clip not in self._uploaded:
             raise RequestError(
                 f"there is no clip {shorten(asked.clip)} any more; send it anew", 404
@@ -353,27 +390,34 @@ class Service:
         finally:
             self._files -= 1
 
-    async def _body(self, request: Request, limit: int) -> bytes:
+    def _deadline(self) -> float:
+        """Of a request that comes now, by the clock of the loop."""
+        return asyncio.get_running_loop().time() + self.limits.timeout_s
+
+    async def _body(self, request: Request, limit: int, until: float) -> bytes:
         too_large = RequestError(f"the body is over the limit of {limit:,} bytes", 413)
         length = request.headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             raise too_large
         body = bytearray()
         try:
-            async with asyncio.timeout(self.limits.timeout_s):
+            async with asyncio.timeout_at(until):
                 async for chunk in request.stream():
                     body += chunk
                     if len(body) > limit:
                         raise too_large
         except TimeoutError:
-            raise RequestError("the body did not come in time", 408) from None
+            raise OutOfTime(
+                f"the body was not here after {self.limits.timeout_s:g} s, which is the limit"
+            ) from None
         return bytes(body)
 
-    async def _seen(self, files: Mapping[str, bytes]) -> Seen:
+    async def _seen(self, request: Request, files: Mapping[str, bytes], until: float) -> Seen:
         """What is in the files of a clip, which lie on the disk as long as it is read.
 
         Raises:
             RequestError: nothing that can be used, or files cannot be read here.
+            OutOfTime, ClientDisconnect, Stopped: nobody reads on when one of them is raised.
         """
         if self._look is None:
             raise RequestError(self._about["why_not"])
@@ -385,22 +429,36 @@ class Service:
                     413,
                 )
         # What is sampled depends on the clip's name, so that the same file has the same answer.
-        name = "uploaded"
+        name, stop = "uploaded", threading.Event()
 
         def look() -> Seen:
+            if stop.is_set():
+                raise Stopped("the server is ending")
             with tempfile.TemporaryDirectory(dir=self._folder.name) as folder:
                 paths = {}
                 for kind, content in files.items():
                     paths[kind] = Path(folder, kind)
                     paths[kind].write_bytes(content)
-                return self._look(name, paths)
+                return self._look(name, paths, stop)
 
-        loop = asyncio.get_running_loop()
+        self._looks.add(stop)
+        job = self._looking.submit(look)
         try:
-            async with asyncio.timeout(self.limits.timeout_s):
-                seen = await loop.run_in_executor(self._looking, look)
+            async with asyncio.timeout_at(until):
+                seen = await _while_there(request, asyncio.wrap_future(job))
         except TimeoutError:
-            raise OutOfTime("the file was not decoded in time") from None
+            raise OutOfTime(
+                f"the file was not decoded after {self.limits.timeout_s:g} s, which is the limit"
+            ) from None
+        except Exception:
+            if stop.is_set():
+                raise Stopped("the server is ending; send it again when it is back") from None
+            raise
+        finally:
+            stop.set()
+            self._looks.discard(stop)
+            # Another file may come when nothing of this one is read any more.
+            await asyncio.gather(asyncio.wrap_future(job), return_exceptions=True)
         if seen.record is None:
             raise RequestError(f"the file cannot be used: {'; '.join(seen.notes)}", 422)
         return seen
@@ -417,6 +475,22 @@ class Service:
             }
             for label in labels
         ]
+
+
+async def _while_there(request: Request | None, awaited: Awaitable[Result]) -> Result:
+    """What is awaited, as long as the client of a request, if there is one, has not left.
+
+    Raises:
+        ClientDisconnect: it has, and what was awaited is cancelled.
+    """
+    task = asyncio.ensure_future(awaited)
+    try:
+        while not (await asyncio.wait([task], timeout=POLL_S))[0]:
+            if request is not None and await request.is_disconnected():
+                raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
 
 
 def _tree(rows: Sequence[tuple[str, str, str]]) -> list[dict[str, Any]]:
@@ -521,7 +595,7 @@ class Guard:
                 "with --allow-host NAME"
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _netloc(origin) != host.lower():
             return f"pages of {shorten(origin)} may not ask this server"
         return ""
 
@@ -542,7 +616,15 @@ class Guard:
         return True
 
 
-def make_app(service: Service, hosts: Collection[str] = ()) -> Starlette:
+def _netloc(origin: str) -> str | None:
+    """The host of an origin, in lower case; None where it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
+
+
+def make_app(service: Service, hosts: Collection[str] = ()) -> ASGIApp:
     """The application.
 
     Args:
@@ -575,11 +657,11 @@ def make_app(service: Service, hosts: Collection[str] = ()) -> Starlette:
         Route("/v1/models", service.models),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
-        middleware=[Middleware(Guard, hosts=hosts)],
         exception_handlers={
             kind: refuse for kind in (UserError, HTTPException, ClientDisconnect, Exception)
         },
         lifespan=lifespan,
     )
+    return Guard(app, hosts)  # around all of it: what answers to an error is Starlette's outermost

@@ -176,40 +176,60 @@ def read_clip_rows(path: Path) -> dict[str, dict[str, str]]:
     return rows
 
 
-def named_clips(paths: Sequence[Path], faces: Path | None = None) -> list[Clip]:
+def named_clips(paths: Sequence[Path], faces: Path | None = None) -> Found:
     """The clips of files and folders that somebody names, in their order.
 
     Files of one folder that differ in the suffix alone are a clip's video and sound. A file need
     not be there, or be a medium: that shows when it is decoded. Clips are called by the stem of
-    their file, and with its folder where two have the same.
+    their file. Where two have the same, both go by their path below the folder that all such clips
+    have in common.
 
     Args:
         paths: files, and folders, of which all media below count.
         faces: as for `find_clips`.
 
     Raises:
-        ClipError: a folder without a medium, or the same file twice.
+        ClipError: a folder without a medium, the same file twice, or two clips of one name.
     """
     groups: dict[tuple[Path, str], dict[str, Path]] = {}
-    for path in paths:
+    named_by: dict[Path, int] = {}  # files, and the place among `paths` that names each
+    other: list[str] = []
+
+    def add(key: tuple[Path, str], files: dict[str, Path], number: int) -> None:
+        for file in files.values():
+            if named_by.setdefault(file.resolve(), number) != number:
+                raise ClipError(f"{file} is named twice, by itself or as a part of a folder")
+        groups[key] = groups.get(key, {}) | files
+
+    for number, path in enumerate(paths):
         if path.is_dir():
-            for clip in find_clips([path], faces=faces).clips:
-                files = {"video": clip.video, "audio": clip.audio, "faces": clip.faces}
-                groups[path, clip.name] = {kind: file for kind, file in files.items() if file}
+            found = find_clips([path])
+            other += [f"{path.resolve().name}/{name}" for name in found.other]
+            for clip in found.clips:
+                files = {"video": clip.video, "audio": clip.audio}
+                there = {kind: file for kind, file in files.items() if file}
+                add((path.resolve(), clip.name), there, number)
             continue
         kind = "audio" if path.suffix.lower() in AUDIO else "video"
-        key = path.parent, _name(path, path.parent)
-        if any(path in files.values() for files in groups.values()):
-            raise ClipError(f"{path} is named twice")
+        key = path.parent.resolve(), _name(path, path.parent)
         if kind in groups.get(key, {}):  # another container: a clip of its own
-            key = path.parent, path.name
-        track = {"faces": _face_file(faces, key[1])} if faces is not None else {}
-        groups[key] = groups.get(key, track) | {kind: path}
+            key = key[0], path.name
+        add(key, {kind: path}, number)
     taken = Counter(name for _, name in groups)
-    return [
-        Clip(name if taken[name] == 1 else (folder / name).as_posix(), **files)
-        for (folder, name), files in groups.items()
-    ]
+    alike = [folder for folder, name in groups if taken[name] > 1]
+    common = Path(os.path.commonpath(alike)) if alike else Path()
+    clips: dict[str, Clip] = {}
+    for (folder, name), files in groups.items():
+        if taken[name] > 1:
+            name = (folder / name).relative_to(common).as_posix()
+        if name in clips:
+            first, second = clips[name].sound, next(iter(files.values()))
+            raise ClipError(
+                f"{first} and {second} would both be the clip {name!r}; ask about them in two "
+                "commands"
+            )
+        clips[name] = Clip(name, **files, faces=faces and _face_file(faces, name))
+    return Found(list(clips.values()), [], other)
 
 
 def _files(folder: Path) -> Iterator[Path]:

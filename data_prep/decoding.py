@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -12,8 +13,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +34,20 @@ Result = TypeVar("Result")
 
 # Of decoding one clip; the processes that decode are ended after it.
 LIMIT_S = 1800
-DIED = (
-    "its decoding ends the process, as a crash or a lack of memory does, or takes longer than "
-    f"{LIMIT_S // 60} minutes"
-)
+# Between two looks whether results are still wanted.
+POLL_S = 0.1
+
+
+class Abandoned(Exception):
+    """Results that nobody wants any more."""
+
+
+def died_because(limit_s: float = LIMIT_S) -> str:
+    """Why there is nothing of a clip whose decoding ends the process, as a reason in a manifest."""
+    return (
+        "its decoding ends the process, as a crash or a lack of memory does, or takes longer than "
+        f"{limit_s:,g} s"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,11 +136,16 @@ def _look(job: Job, out: Decoded, damage: dict[Path, str | None]) -> None:
     if "face" in job.features and clip.faces is not None:
         # The track needs no video, which may be there for the frames only.
         _attempt(out, ["face"], lambda: _take_track(job, out))
+    boxes = None
+    if search and clip.boxes:
+        try:
+            boxes = faces.read_boxes(clip.boxes)
+        except MediaError as error:  # of which the frames know nothing
+            out.problems["face"], search = str(error), False
     if not search and "frame" not in job.features:
         return
 
     last: faces.Square | None = None
-    boxes = faces.read_boxes(clip.boxes) if search and clip.boxes else None
 
     def find(image: np.ndarray, number: int) -> faces.Square | None:
         if boxes is not None:
@@ -202,9 +219,12 @@ def in_order(
     workers: int,
     ahead: int,
     died: Callable[[], Result],
-    limit_s: int = LIMIT_S,
+    limit_s: float = LIMIT_S,
+    stop: threading.Event | None = None,
 ) -> Iterator[Result]:
     """`map(function, items)` in worker processes that survive the death of one of them.
+
+    What is under way when the iterator is closed, or an error ends it, is ended at once.
 
     Args:
         function: of a module, since the processes start anew.
@@ -214,79 +234,127 @@ def in_order(
         died: the result of an item that ends its process even when it is alone in it, or does not
             end.
         limit_s: for one item.
+        stop: ends it when somebody sets it.
+
+    Raises:
+        Abandoned: `stop` is set.
     """
     function = functools.partial(_in_time, function, limit_s)
     source = iter(items)
-    pool = _pool(workers)
+    pool = _Pool(workers)
     waiting: deque[tuple[Item, Future[Result]]] = deque()
     try:
         while True:
             for item in source:
-                waiting.append((item, _submit(pool, function, item)))
+                waiting.append((item, pool.submit(function, item)))
                 if len(waiting) >= ahead:
                     break
             if not waiting:
                 return
             item, future = waiting.popleft()
             try:
-                result = future.result()
+                result = _result(future, stop)
             except BrokenProcessPool:
                 # Somebody ended a process, and all that were under way are lost with it.
-                pool.shutdown(wait=True, cancel_futures=True)
-                result = _alone(function, item, died)
-                pool = _pool(workers)
+                pool.close()
+                result = _alone(function, item, died, stop) if waiting else died()
+                pool = _Pool(workers)
                 waiting = deque(
-                    (i, f if _succeeded(f) else _submit(pool, function, i)) for i, f in waiting
+                    (i, f if _succeeded(f) else pool.submit(function, i)) for i, f in waiting
                 )
             yield result
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Not forked: a copy of a process with PyTorch's threads in it may hang.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+class _Pool:
+    """Worker processes that can be ended in the middle of their work.
+
+    Args:
+        workers: at the most.
+    """
+
+    def __init__(self, workers: int) -> None:
+        # Not forked: a copy of a process with PyTorch's threads in it may hang.
+        context = multiprocessing.get_context("spawn")
+        theirs, self._mine = context.Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start, initargs=(theirs,)
+        )
+
+    def submit(self, function: Callable[[Item], Result], item: Item) -> Future[Result]:
+        try:
+            return self._pool.submit(function, item)
+        except BrokenProcessPool as error:
+            failed: Future[Result] = Future()
+            failed.set_exception(error)
+            return failed
+
+    def close(self) -> None:
+        """End the processes and what they do."""
+        self._mine.close()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start() -> None:
-    """Start of a worker: it ends with its parent, even if that is killed, and ignores Ctrl-C."""
+class _Work:
+    """What a worker is at. One that waits or sends a result must not be ended then: it may have
+    locks of the pool's queues, or have sent half of a message."""
+
+    lock = threading.Lock()
+    busy = ended = False
+
+
+def _start(pool: Connection) -> None:
+    """Start of a worker: it ends with its pool or its parent, even if that is killed, and ignores
+    Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes
 
     def follow() -> None:
+        pool.poll(None)  # until the other end is closed
+        with _Work.lock:
+            _Work.ended = True
+            if _Work.busy:
+                os._exit(1)
         multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
 
 
-def _in_time(function: Callable[[Item], Result], limit_s: int, item: Item) -> Result:
-    """`function(item)`, or the end of this process after `limit_s`."""
-    signal.alarm(limit_s)
+def _in_time(function: Callable[[Item], Result], limit_s: float, item: Item) -> Result:
+    """`function(item)`, or the end of this process after `limit_s`, or with its pool."""
+    with _Work.lock:
+        if _Work.ended:
+            os._exit(1)
+        _Work.busy = True
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         return function(item)
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with _Work.lock:
+            _Work.busy = False
 
 
-def _submit(
-    pool: ProcessPoolExecutor, function: Callable[[Item], Result], item: Item
-) -> Future[Result]:
-    try:
-        return pool.submit(function, item)
-    except BrokenProcessPool as error:
-        failed: Future[Result] = Future()
-        failed.set_exception(error)
-        return failed
+def _result(future: Future[Result], stop: threading.Event | None) -> Result:
+    while stop is not None and not wait([future], POLL_S).done:
+        if stop.is_set():
+            raise Abandoned
+    return future.result()
 
 
 def _succeeded(future: Future[Any]) -> bool:
     return future.done() and not future.cancelled() and future.exception() is None
 
 
-def _alone(function: Callable[[Item], Result], item: Item, died: Callable[[], Result]) -> Result:
-    with _pool(1) as pool:
+def _alone(
+    function: Callable[[Item], Result],
+    item: Item,
+    died: Callable[[], Result],
+    stop: threading.Event | None,
+) -> Result:
+    with contextlib.closing(_Pool(1)) as pool:
         try:
-            return pool.submit(function, item).result()
+            return _result(pool.submit(function, item), stop)
         except BrokenProcessPool:
             return died()

@@ -31,10 +31,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from affectgpt_jax import cli
 from affectgpt_jax.common.errors import UserError
@@ -75,7 +77,6 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="PLACE",
         help="a CSV file with columns name and subtitle, or a folder of NAME.srt, .vtt or .txt",
     )
-    add("--records", metavar="DIR", help="what the run was trained on, if it is elsewhere now")
     add_encoder_flags(add)
     add("--faces", type=_path, metavar="DIR", help="OpenFace's arrays NAME.npy; default: detect")
     precisions = PRECISIONS["cuda"]
@@ -113,34 +114,35 @@ def describe(arguments: argparse.Namespace) -> None:
     from affectgpt_jax.restore import open_from_flags
 
     from .extractor import Extractor, extraction_of
+    from .subtitles import SIDECARS
 
     asking.check_questions(arguments.question or (), arguments.consensus)
     wheels = Wheels(load_lexicon(arguments.lexicon)) if arguments.consensus else None
     if arguments.out and arguments.out.exists():
         raise DescribeError(f"--out={arguments.out} exists already; name another file")
-    if arguments.out and not arguments.out.parent.is_dir():
-        raise DescribeError(f"--out={arguments.out}: there is no directory {arguments.out.parent}")
-    clips = named_clips(arguments.files, arguments.faces)
+    named = named_clips(arguments.files, arguments.faces)
+    clips = named.clips
+    if arguments.subtitles and arguments.subtitles.is_dir():
+        other = [name for name in named.other if Path(name).suffix.lower() not in SIDECARS]
+        named = dataclasses.replace(named, other=other)
+    for remark in named.remarks():
+        say(f"note: {remark}")
     subtitles = subtitles_of(arguments, [clip.name for clip in clips])
     if arguments.show:
-        pictures = {c.name: path_below(arguments.show, f"{c.name.lstrip('/')}.png") for c in clips}
+        pictures = {c.name: path_below(arguments.show, f"{c.name}.png") for c in clips}
     run = open_from_flags(arguments)
     how = extraction_of(
         run,
-        arguments.records,
+        arguments.trained_on,
         encoders={"video": arguments.video, "audio": arguments.audio},
         face_detector=arguments.face_detector,
         device=arguments.device,
         precision=arguments.precision,
         download=arguments.download,
     )
-    names = ", ".join(f"{kind} by {place.name}" for kind, place in how.encoders.items())
-    say(f"{run.title}; input {run.processor.mode.name}; {names}")
-    for note in how.notes:
-        say(f"note: {how.place} was extracted otherwise: {note}")
-    if how.settings.get("face arrays") and not any(clip.faces for clip in clips):
-        number = f"{how.settings['face arrays']:,}"
-        say(f"note: {number} clips of {how.place} had OpenFace's faces; here they are detected")
+    say(f"{run.title}; input {run.processor.mode.name}; {how.encoder_names}")
+    for remark in how.remarks(any(clip.faces for clip in clips)):
+        say(f"note: {remark}")
     default = asking.AGREEABLE if wheels else asking.DEFAULT_QUESTIONS
     questions = asking.choose_questions(run, arguments.question, default)
     without = [clip.name for clip in clips if not subtitles.get(clip.name)]
@@ -151,29 +153,25 @@ def describe(arguments: argparse.Namespace) -> None:
         [Record(name=c.name, subtitle=subtitles.get(c.name, ""), features={}) for c in clips]
     )
     longest = prompt_length(run.processor, questions, [unseen])
-
-    run = run.with_weights()
-    with Elapsed("reading the encoders", stream=sys.stderr, quiet_s=QUIET_S):
-        extractor = Extractor(how, arguments.workers)
-    generator = asking.make_generator(
-        run,
-        unseen,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        questions=len(questions),
-        sampling=arguments.sampling,
-        group=arguments.consensus or 1,
-        seed=arguments.seed,
-        # Clips come a few at a time, for which one program is compiled.
-        prompt_length=longest if len(clips) > 1 else None,
-    )
     size = min(arguments.batch_size or run.config.generate.batch_size, len(clips))
     refused, done = [], 0
     with contextlib.ExitStack() as stack:
-        file = None
-        if arguments.out:
-            # Whole lines are there already when somebody ends it.
-            file = stack.enter_context(open(arguments.out, "x", encoding="utf-8"))
+        file = stack.enter_context(open_outputs(arguments.out, arguments.show))
+        run = run.with_weights()
+        with Elapsed("reading the encoders", stream=sys.stderr, quiet_s=QUIET_S):
+            extractor = Extractor(how, arguments.workers)
+        generator = asking.make_generator(
+            run,
+            unseen,
+            max_new_tokens=arguments.max_new_tokens,
+            batch_size=arguments.batch_size,
+            questions=len(questions),
+            sampling=arguments.sampling,
+            group=arguments.consensus or 1,
+            seed=arguments.seed,
+            # Clips come a few at a time, for which one program is compiled.
+            prompt_length=longest if len(clips) > 1 else None,
+        )
         count = stack.enter_context(Counter("clips", stream=sys.stderr, enabled=len(clips) > size))
         found = stack.enter_context(contextlib.closing(extractor(clips, subtitles)))
         while done < len(clips):
@@ -206,6 +204,36 @@ def describe(arguments: argparse.Namespace) -> None:
         raise DescribeError(
             f"{one_line(refused[0])}{more} of {len(clips):,} clips: not answered, as said above"
         )
+
+
+@contextlib.contextmanager
+def open_outputs(out: Path | None, show: Path | None) -> Iterator[IO[str] | None]:
+    """The file of `--out`, a new one that is left out if nothing is written, and the folder of
+    `--show`.
+
+    Raises:
+        DescribeError: one of them cannot be written to.
+    """
+    try:
+        if show:
+            show.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=show):
+                pass
+        # Whole lines are there already when somebody ends it.
+        file = open(out, "x", encoding="utf-8") if out else None
+    except OSError as error:
+        flag, expected = f"--show={show}", "a folder that can be written to"
+        if error.filename == str(out):
+            flag, expected = f"--out={out}", "a new file in a folder that can be written to"
+        raise DescribeError(
+            f"{flag} cannot be written to ({error.strerror}); expected {expected}"
+        ) from None
+    with file or contextlib.nullcontext():
+        try:
+            yield file
+        finally:
+            if file and not file.tell():
+                out.unlink(missing_ok=True)
 
 
 def subtitles_of(arguments: argparse.Namespace, names: Sequence[str]) -> Mapping[str, str]:

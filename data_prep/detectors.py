@@ -17,6 +17,7 @@ import numpy as np
 from affectgpt_jax.common.files import sha256_of
 
 from .clips import ClipError
+from .faces import shrunk
 
 # A frame is searched with this longer side, in pixels: YuNet finds faces of 10 pixels and more.
 SIDE = 320
@@ -94,9 +95,10 @@ class Detector:
     def __call__(self, image: np.ndarray) -> list[Box]:
         """The faces of uint8 RGB `[H, W, 3]`, the largest first."""
         scale = min(1.0, SIDE / max(image.shape[:2]))
-        if scale < 1:
-            image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        image = shrunk(image, scale)
         found = self._yunet(image) if self._kind == "YuNet" else self._centerface(image)
+        # A network may say anything, also that a face is of no size that there is.
+        found = found[(np.abs(found) <= 2 * SIDE).all(axis=1)]
         boxes = [tuple(float(value / scale) for value in box) for box in found]
         return sorted(boxes, key=lambda box: (-box[2] * box[3], box[0], box[1]))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,15 @@ from affectgpt_jax.restore import Run
 from . import faces
 from .blocks import BLOCKS, PLACES
 from .clips import Clip
-from .decoding import DIED, Decoded, Job, available_cores, decode_clip, in_order
+from .decoding import (
+    LIMIT_S,
+    Decoded,
+    Job,
+    available_cores,
+    decode_clip,
+    died_because,
+    in_order,
+)
 from .detectors import DetectorFile, read_detector
 from .encoders import WINDOWS, Encoder, EncoderError, EncoderPlace, find_encoder
 from .encoders import names as encoder_names
@@ -66,8 +75,9 @@ class Extraction:
         settings: theirs; but device, precision and batch as they are here.
         features: that the run reads.
         encoders: that make them, by kind.
-        notes: what may make features of a clip other than theirs.
+        notes: sentences about what may make features of a clip other than theirs.
         detector: of faces; None is the cascade.
+        tracks: how many of their clips had OpenFace's faces, by directory.
     """
 
     place: str
@@ -77,6 +87,21 @@ class Extraction:
     encoders: Mapping[str, EncoderPlace]
     notes: tuple[str, ...] = ()
     detector: DetectorFile | None = None
+    tracks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def encoder_names(self) -> str:
+        """The encoders, for people."""
+        return ", ".join(f"{kind} by {place.name}" for kind, place in self.encoders.items())
+
+    def remarks(self, with_tracks: bool = False) -> list[str]:
+        """What people should know who have clips extracted, with arrays of faces or without."""
+        detected = [
+            f"{count:,} clips of {place} had OpenFace's faces; here they are detected"
+            for place, count in self.tracks.items()
+            if not with_tracks
+        ]
+        return [*self.notes, *detected]
 
     def as_records(self, records: Sequence[Record]) -> MemoryRecords:
         """Clips as data for `inference.Generator`, which takes them for those of a directory."""
@@ -141,7 +166,7 @@ def extraction_of(
         why = f"which was {gone[0]!r}, is not there" if gone else "is not named"
         raise ExtractionError(
             f"what {run.workdir} was trained on {why}, so nothing says how features were made; "
-            "name records that affectgpt extract wrote, --records DIR, or without any the "
+            "name records that affectgpt extract wrote, --trained-on DIR, or without any the "
             "encoders, --video NAME[=DIR] --audio NAME[=DIR]"
         )
     (place, (manifest, theirs)), *rest = found.items()
@@ -151,8 +176,17 @@ def extraction_of(
                 names = [s["encoders"][kind]["name"] for s in (theirs, settings)]
                 raise ExtractionError(
                     f"{run.workdir} was trained on features of several encoders: {kind} by "
-                    f"{names[0]} in {place}, by {names[1]} in {other}; choose with --records DIR"
+                    f"{names[0]} in {place}, by {names[1]} in {other}; choose with --trained-on DIR"
                 )
+        if "face" in wanted and settings["faces"] != theirs["faces"]:
+            ways = [
+                ", ".join(f"{key} {value}" for key, value in s["faces"].items())
+                for s in (theirs, settings)
+            ]
+            raise ExtractionError(
+                f"{run.workdir} was trained on faces that were taken in several ways: {ways[0]} "
+                f"in {place}, {ways[1]} in {other}; choose with --trained-on DIR"
+            )
     build.check_features(run.config, MemoryRecords([], manifest), run.processor.mode)
     here = {
         kind: _find(theirs["encoders"][kind], kind, Path(place), given.get(kind), download)
@@ -161,10 +195,16 @@ def extraction_of(
     how = placement_like(theirs, device, precision)
     settings: Settings = {**theirs, **how}
     mine = {"version": CODE_VERSION, **how, "batch": theirs["batch"]}
-    notes = differences(theirs, mine | {"versions": package_versions()})
-    if "face" in wanted:
-        notes += check_detector(place, theirs["faces"]["detector"], detector)
-    return Extraction(place, manifest, settings, wanted, here, tuple(notes), detector)
+    mine |= {"versions": package_versions()}
+    notes, tracks = [], {}
+    for name, (_, made) in found.items():
+        other = differences(made, mine)
+        if "face" in wanted:
+            other += check_detector(name, made["faces"]["detector"], detector)
+            if count := made.get("face arrays"):
+                tracks[name] = count
+        notes += [f"{name} was extracted otherwise: {note}" for note in other]
+    return Extraction(place, manifest, settings, wanted, here, tuple(notes), detector, tracks)
 
 
 def check_detector(place: str, theirs: str, detector: DetectorFile | None) -> list[str]:
@@ -344,13 +384,20 @@ class Extractor:
         how: of `extraction_of`.
         workers: processes that decode; one a core if None.
         max_seconds: of a file; a longer one is not decoded, and has no features.
+        limit_s: that the decoding of a clip may take.
 
     Raises:
         EncoderError: weights that are damaged, or features of another width than the run reads.
     """
 
-    def __init__(self, how: Extraction, workers: int | None = None, max_seconds: float = math.inf):
-        self.how, self._max_seconds = how, max_seconds
+    def __init__(
+        self,
+        how: Extraction,
+        workers: int | None = None,
+        max_seconds: float = math.inf,
+        limit_s: float = LIMIT_S,
+    ):
+        self.how, self._max_seconds, self._limit_s = how, max_seconds, limit_s
         self._workers = available_cores() if workers is None else workers
         settings = how.settings
         self._encoders = {
@@ -366,16 +413,23 @@ class Extractor:
                 )
 
     def __call__(
-        self, clips: Iterable[Clip], subtitles: Mapping[str, str] | None = None
+        self,
+        clips: Iterable[Clip],
+        subtitles: Mapping[str, str] | None = None,
+        stop: threading.Event | None = None,
     ) -> Iterator[Extracted]:
         """Extract clips in batches, as training's were, in their order.
 
         Args:
             clips: with names of their own.
             subtitles: by name of a clip.
+            stop: ends what is under way when somebody sets it.
 
         Yields:
             What became of each clip. A file that cannot be used is no error.
+
+        Raises:
+            Abandoned: `stop` is set.
         """
         clips, said = list(clips), subtitles or {}
         settings, features = self.how.settings, self.how.features
@@ -383,13 +437,14 @@ class Extractor:
         order, batch = settings["faces"]["order of arrays"], settings["batch"]
 
         def died() -> Decoded:
-            return Decoded(problems=dict.fromkeys(features, DIED))
+            return Decoded(problems=dict.fromkeys(features, died_because(self._limit_s)))
 
         jobs = [
             Job(clip, features, size, order, self._max_seconds, self.how.detector) for clip in clips
         ]
         workers = max(1, min(self._workers, len(jobs)))
-        decoded = in_order(decode_clip, jobs, workers, 2 * batch + workers, died)
+        ahead = 2 * batch + workers
+        decoded = in_order(decode_clip, jobs, workers, ahead, died, self._limit_s, stop)
         try:
             left = iter(clips)
             while part := list(islice(left, batch)):

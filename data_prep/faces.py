@@ -8,6 +8,7 @@ before it.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from affectgpt_jax.common import npy
 
-from .media import MediaError, check_file, resized
+from .media import MAX_PIXELS, MediaError, check_file, resized
 
 SIZE = 112
 # Sampled from a clip and searched for a face; a multiple of 8, see `media.read_frames`.
@@ -32,6 +33,10 @@ BOX_MARGIN = 1.1
 # A face of an earlier frame is the same person's no farther off than this, in its sides, and as
 # many times as large.
 NEAR, SIZES = 0.5, (0.7, 1.4)
+
+
+# Of boxes: a frame has no longer side, and none is a larger square.
+MOST_LEFT, MOST_WIDE = MAX_PIXELS, math.isqrt(MAX_PIXELS)
 
 
 @functools.cache
@@ -58,8 +63,7 @@ def find_face(image: np.ndarray, near: Square | None = None) -> Square | None:
     """
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     scale = min(1.0, SEARCH_HEIGHT / grey.shape[0])
-    if scale < 1:
-        grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    grey = shrunk(grey, scale)
     found = _search_near(grey, tuple(value * scale for value in near)) if near else None
     found = found or _search(grey, SMALLEST * grey.shape[0], min(grey.shape))
     if found is None:
@@ -67,6 +71,14 @@ def find_face(image: np.ndarray, near: Square | None = None) -> Square | None:
     left, top, side = found
     margin = side * (MARGIN - 1) / 2
     return tuple(round(value / scale) for value in (left - margin, top - margin, side * MARGIN))
+
+
+def shrunk(image: np.ndarray, scale: float) -> np.ndarray:
+    """An image `[H, W, ...]` with sides `scale` as long, 0 to 1, but of a pixel at the least."""
+    if scale == 1:
+        return image
+    across, down = (max(scale, 1 / side) for side in (image.shape[1], image.shape[0]))
+    return cv2.resize(image, None, fx=across, fy=down, interpolation=cv2.INTER_AREA)
 
 
 def square_of(box: Sequence[float]) -> Square:
@@ -95,8 +107,7 @@ def choose(boxes: Sequence[Sequence[float]], near: Square | None = None) -> Squa
 def find_faces(grey: np.ndarray) -> list[Square]:
     """All faces in grey uint8 `[H, W]`, without a margin, the largest first."""
     scale = min(1.0, SEARCH_HEIGHT / grey.shape[0])
-    if scale < 1:
-        grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    grey = shrunk(grey, scale)
     found = _all(grey, SMALLEST * grey.shape[0], min(grey.shape))
     return [tuple(round(v / scale) for v in square) for square in found]
 
@@ -141,7 +152,8 @@ def read_boxes(path: Path) -> np.ndarray:
     A frame without a face has a row that is not finite, or of no width or height.
 
     Raises:
-        MediaError: no file, none that NumPy reads without pickle, or another shape.
+        MediaError: no file, none that NumPy reads without pickle, another shape, or boxes that no
+            frame holds.
     """
     boxes = _read_array(path)
     if boxes.dtype.kind not in "fiu" or boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -149,7 +161,18 @@ def read_boxes(path: Path) -> np.ndarray:
             f"the array is {boxes.dtype} {list(boxes.shape)}, expected numbers [frames, 4]: left, "
             "top, width and height"
         )
-    return boxes.astype(np.float64)
+    boxes = boxes.astype(np.float64)
+    far = np.isfinite(boxes).all(axis=1) & (
+        (np.abs(boxes[:, :2]) > MOST_LEFT) | (boxes[:, 2:] > MOST_WIDE)
+    ).any(axis=1)
+    if far.any():
+        number = int(far.argmax())
+        shown = ", ".join(f"{value:g}" for value in boxes[number])
+        raise MediaError(
+            f"the box of frame {number:,} is {shown}; expected left and top of at most "
+            f"{MOST_LEFT:,}, width and height of at most {MOST_WIDE:,} pixels"
+        )
+    return boxes
 
 
 def _read_array(path: Path) -> np.ndarray:

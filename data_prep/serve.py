@@ -23,6 +23,7 @@ import importlib.util
 import ipaddress
 import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-upload", type=int, default=100, metavar="MIB", help="of a file; default: 100")
     add("--max-seconds", type=float, default=60, metavar="S", help="of a clip; default: 60")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait; default: 64")
-    add("--timeout", type=float, default=300, metavar="S", help="of a request; default: 300")
+    add("--timeout", type=float, default=300, metavar="S", help="of a whole request; default: 300")
     add = parser.add_argument_group("files that are dropped").add_argument
     add("--no-upload", action="store_true", help="none; no encoders are loaded")
     add_encoder_flags(add)
@@ -116,7 +117,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not 0 <= arguments.port < 2**16:
         parser.error(f"--port is {arguments.port}; expected 0 to 65535")
     if arguments.no_upload and names_encoders(arguments):
-        parser.error("--no-upload loads no encoders; leave out --video, --audio, --face-detector")
+        parser.error(
+            "--no-upload loads no encoders; leave out --video, --audio, --face-detector, "
+            "--trained-on"
+        )
     asking.check_sampling_flags(parser, arguments)
     return arguments
 
@@ -186,14 +190,16 @@ def make_service(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> 
         clips = asking.open_clips(run, arguments.records)
     asking.report_missing(run, clips)
     say(f"{run.title}; input {run.processor.mode.name}; {len(clips):,} records")
-    say(f"files can be dropped: {describe_encoders(how)}" if how else f"note: {why_not}")
+    say(f"files can be dropped: {how.encoder_names}" if how else f"note: {why_not}")
     run = run.with_weights()
     look = None
     if how:
+        from .decoding import LIMIT_S
         from .extractor import Extractor
 
         with Elapsed("reading the encoders", stream=sys.stderr, quiet_s=QUIET_S):
-            look = look_with(Extractor(how, 1, arguments.max_seconds))
+            limits = arguments.max_seconds, min(arguments.timeout, LIMIT_S)
+            look = look_with(Extractor(how, 1, *limits))
     live = make_live(run, clips, arguments)
     with Elapsed("compiling", stream=sys.stderr, quiet_s=QUIET_S):
         live.warm_up()
@@ -245,7 +251,8 @@ def make_live(run: Run, clips: Records, arguments: argparse.Namespace) -> LiveAn
 
 def names_encoders(arguments: argparse.Namespace) -> bool:
     """Whether the command line says by what files are extracted, so that failing at it is wrong."""
-    return bool(arguments.video or arguments.audio or arguments.face_detector)
+    named = arguments.video, arguments.audio, arguments.face_detector, arguments.trained_on
+    return any(named)
 
 
 def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None, str]:
@@ -261,6 +268,7 @@ def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None
 
         how = extraction_of(
             run,
+            arguments.trained_on,
             encoders={"video": arguments.video, "audio": arguments.audio},
             face_detector=arguments.face_detector,
             device=arguments.device,
@@ -275,23 +283,18 @@ def files_of(run: Run, arguments: argparse.Namespace) -> tuple[Extraction | None
             raise
         why = str(error)
     else:
-        for note in how.notes:
-            say(f"note: {how.place} was extracted otherwise: {note}")
+        for remark in how.remarks():
+            say(f"note: {remark}")
         return how, ""
     return None, f"files cannot be dropped: {why}"
-
-
-def describe_encoders(how: Extraction) -> str:
-    """The encoders by name."""
-    return ", ".join(f"{kind} by {place.name}" for kind, place in how.encoders.items())
 
 
 def look_with(extractor: Extractor) -> Look:
     """What reads a file for the page: `web.Look`."""
     from affectgpt_jax.web import Seen
 
-    def look(name: str, files: Mapping[str, Path]) -> Seen:
-        [found] = extractor([Clip(name, **files)])
+    def look(name: str, files: Mapping[str, Path], stop: threading.Event) -> Seen:
+        [found] = extractor([Clip(name, **files)], stop=stop)
         notes = [found.reason] if found.problems else []
         if found.silent:
             notes.append("its sound is silence")
@@ -353,7 +356,7 @@ def make_server(service: Service, hosts: Sequence[str]) -> uvicorn.Server:
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            service.engine.begin_stop()
+            service.begin_close()
             await super().shutdown(sockets)
 
     config = uvicorn.Config(

@@ -55,6 +55,7 @@ class Settings(TypedDict):
 
 def add_encoder_flags(add: Callable[..., Any]) -> None:
     """The flags of what extracts files as a run's records were, see `extractor.extraction_of`."""
+    add("--trained-on", metavar="DIR", help="the run's training records, if they are elsewhere now")
     for kind, what in (("video", "faces and frames"), ("audio", "sound")):
         text = f"where the encoder of {what} is; default: where it was, or the hub's cache"
         add(f"--{kind}", metavar="[NAME=]DIR", help=text)

@@ -18,7 +18,7 @@ from affectgpt_jax.common.text import listed
 
 from .blocks import Block, BlockStore, block_key
 from .clips import Clip, ClipError
-from .decoding import DIED, Decoded, Job, decode_clip, in_order
+from .decoding import Decoded, Job, decode_clip, died_because, in_order
 from .detectors import DetectorFile
 from .encoders import FEATURES, Encoder
 
@@ -95,7 +95,7 @@ def run(
     stages, batch = Stages(workers), settings["batch"]
 
     def died() -> Decoded:
-        return Decoded(problems=dict.fromkeys(features, DIED))
+        return Decoded(problems=dict.fromkeys(features, died_because()))
 
     # With no workers nothing is decoded ahead, but still in a process of its own.
     ahead = 2 * batch + workers if workers else 1

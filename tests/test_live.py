@@ -136,6 +136,23 @@ def test_a_late_question_joins_and_texts_only_grow(live, clips, expected):
         assert all(after.startswith(text) for text, after in zip(texts, texts[1:]))
 
 
+def test_after_an_error_short_and_long_prompts_are_answered_by_the_same_programs(
+    live, clips, expected
+):
+    short = live.prompt(clips[4], "ovlabel", seed=3)
+    words = "why "
+    while len((long := live.prompt(clips[4], words + "?", seed=3)).example) <= live.lengths[0]:
+        words += "why "
+    assert len(short.example) <= live.lengths[0] < len(long.example) <= live.lengths[1]
+    before = programs()
+    live.reset()
+    live.put([1], [short])
+    live.put([2], [long])
+    found = finish(live, {1: [], 2: []})
+    assert same(found[1], expected[clips[4].name, "ovlabel"])
+    assert programs() == before, "something was compiled"
+
+
 def test_rows_of_answers_that_are_left_are_free_at_once(live, clips, expected):
     asked = [live.prompt(clip, "description", seed=3) for clip in clips]
     live.put(range(ROWS), asked[:ROWS])
@@ -266,6 +283,12 @@ def test_an_answer_that_takes_too_long_ends_with_a_sentence():
     finally:
         engine.live.may_write.release(1000)
         engine.stop()
+
+
+def test_what_a_request_has_spent_counts(engine):
+    late = Heard()
+    engine.submit(SimpleNamespace(size=3, seed=0), late, left_s=-1)
+    assert isinstance(late.last(), OutOfTime)
 
 
 def test_an_error_in_a_step_ends_what_was_answered_and_nothing_else(engine, capfd):

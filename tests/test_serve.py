@@ -44,7 +44,9 @@ NAME = "demo-test-00004"
 def records(tmp_path_factory):
     """The run's test clips, and one with a name and texts that would like to be markup."""
     clips = list(demo.World(0).records("test", 12))
-    strange = dict(name=HOSTILE, subtitle=HOSTILE, description=HOSTILE, labels=(HOSTILE, "calm"))
+    strange = dict(
+        name=HOSTILE, subtitle=f" {HOSTILE}\r\n", description=HOSTILE, labels=(HOSTILE, "calm")
+    )
     clips.append(dataclasses.replace(clips[0], **strange))
     folder = tmp_path_factory.mktemp("served") / "records"
     write_records(folder, clips, encoders=dict.fromkeys(demo.DEFAULT_FEATURES, "demo"))
@@ -72,7 +74,7 @@ class Eyes:
     def __init__(self, clip):
         self.clip, self.seen = clip, []
 
-    def __call__(self, name, files):
+    def __call__(self, name, files, stop):
         self.seen.append({kind: path for kind, path in files.items()})
         content = b"".join(path.read_bytes() for path in files.values())
         if not content.startswith(b"clip"):
@@ -193,6 +195,27 @@ def test_labels_have_places_on_the_wheels(plain):
         assert [part["name"] for part in tree] == list(dict.fromkeys(row[0] for row in rows))
 
 
+def test_a_prompt_that_takes_long_holds_up_no_other_request(plain):
+    rows, begun, may_go_on = Letters(), threading.Event(), threading.Event()
+    make = rows.prompt
+
+    def prompt(*asked):
+        begun.set()
+        assert may_go_on.wait(300)
+        return make(*asked)
+
+    rows.prompt = prompt
+    rows.may_write.release(1000)
+    with serving(service_like(plain, engine_of(rows))) as client, ThreadPoolExecutor(1) as pool:
+        found = pool.submit(client.chat, record(NAME))
+        assert begun.wait(300)
+        try:
+            assert client("/health")[0] == 200
+        finally:
+            may_go_on.set()
+        assert found.result()[0] == 200
+
+
 # --- what is refused ------------------------------------------------------------------------------
 
 ASKED = {"role": "user", "content": [record(NAME), text("ovlabel")]}
@@ -217,6 +240,18 @@ WRONG = [
     ({"messages": [{"role": "user", "content": [record(NAME), text("ovlable")]}]}, "mean ovlabel"),
     ({"messages": [{"role": "user", "content": [record(NAME), text("x <FaceHere>")]}]}, "reserved"),
     ({"messages": [{"role": "user", "content": [record(NAME), text("a b " * 99)]}]}, "limit of 72"),
+    ({"messages": [{"role": "user", "content": [record(NAME), text("a " * 50_001)]}]}, "100,002 c"),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [record(NAME), {"type": "subtitle", "text": "a" * 100_001}],
+                }
+            ]
+        },
+        "'subtitle' has 100,001 characters, over the limit of 100,000; shorten it",
+    ),
     ({"messages": [{"role": "user", "content": [record(NAME), text("\ud800 ?")]}]}, "half of a"),
     ({"messages": [{"role": "user", "content": [record("\ud800")]}]}, "none of the 13 records"),
     ({"messages": [ASKED], "model": "\ud800"}, "there is no model"),
@@ -281,6 +316,7 @@ def test_every_response_forbids_what_the_page_does_not_need(client):
         ({"host": "localhost", "origin": "http://localhost:81"}, False),
         ({"host": "localhost", "origin": "https://evil.example"}, False),
         ({"host": "localhost", "origin": "null"}, False),
+        ({"host": "localhost", "origin": "http://["}, False),
     ],
 )
 def test_who_asks_must_name_this_server_and_come_from_its_page(client, headers, allowed):
@@ -349,6 +385,82 @@ def test_a_body_without_a_length_is_counted_as_it_comes(client):
         response = connection.getresponse()
         assert response.status == 413
         assert b"over the limit" in response.read()
+
+
+def test_a_body_in_chunks_is_counted_whatever_its_header_says(plain, eyes, monkeypatch):
+    monkeypatch.setattr(web, "SMALL_BODY", 2**10)
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n"
+        "transfer-encoding: chunked\r\n\r\n"
+    )
+    with serving(service_like(plain, engine_of(Letters()), eyes)) as client:
+        with socket.create_connection(("127.0.0.1", client.port), timeout=600) as connection:
+            connection.sendall(head.encode() + b"800\r\n" + b" " * 2**11 + b"\r\n0\r\n\r\n")
+            assert b" 413 " in connection.recv(2**16).split(b"\r\n")[0]
+
+
+class Slow:
+    """Stands in for an extractor whose file has no end, and which takes a while to be ended."""
+
+    def __init__(self):
+        self.begun, self.may_end, self.stop = threading.Event(), threading.Event(), None
+
+    def __call__(self, name, files, stop):
+        self.stop = stop
+        self.begun.set()
+        assert stop.wait(300) and self.may_end.wait(300)
+        raise RuntimeError("abandoned")
+
+
+@pytest.fixture
+def slow(plain):
+    return service_like(plain, engine_of(Letters()), Slow())
+
+
+def upload(client):
+    """A request that sends a file, of which no response has been read."""
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=600)
+    connection.request("POST", "/clips", b"clip", {"content-type": "video/mp4"})
+    return connection
+
+
+def test_the_file_of_a_client_that_leaves_is_read_no_further(slow, monkeypatch):
+    monkeypatch.setattr(web, "FILES_AT_ONCE", 1)
+    with serving(slow) as client:
+        connection = upload(client)
+        assert slow._look.begun.wait(300)
+        connection.close()
+        assert slow._look.stop.wait(300)
+        # Its place is not free before nobody reads it.
+        assert client("/clips", b"clip", content_type="video/mp4")[0] == 429
+        slow._look.may_end.set()
+        wait(lambda: not slow._files)
+
+
+def test_a_file_that_takes_too_long_is_read_no_further(plain):
+    look = Slow()
+    look.may_end.set()
+    with serving(service_like(plain, engine_of(Letters()), look, timeout_s=1)) as client:
+        status, _, found = client("/clips", b"clip", content_type="video/mp4")
+        assert status == 504 and look.stop.is_set()
+        assert "not decoded after 1 s, which is the limit" in found["error"]["message"]
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", client.port)) as slowly:
+            slowly.putrequest("POST", "/clips")
+            slowly.putheader("content-type", "video/mp4")
+            slowly.putheader("content-length", "4")
+            slowly.endheaders(b"cl")
+            response = slowly.getresponse()
+            assert response.status == 504 and b"the body was not here after 1 s" in response.read()
+
+
+def test_at_the_end_a_file_is_read_no_further(slow):
+    slow._look.may_end.set()
+    with serving(slow) as client:
+        connection = upload(client)
+        assert slow._look.begun.wait(300)
+    response = connection.getresponse()
+    assert response.status == 503 and b"the server is ending" in response.read()
+    connection.close()
 
 
 def test_a_run_whose_records_no_encoder_made_says_why_files_cannot_be_dropped(plain):
@@ -433,6 +545,43 @@ def test_a_client_that_leaves_gives_its_row_to_the_next(letters):
         wait(lambda: rows.may_write.release(1) or found.done())
         status, answer = found.result()
     assert status == 200 and answer["choices"][0]["message"]["content"] == "x" * 6
+
+
+def test_a_client_that_leaves_gives_up_its_place_in_the_queue(plain):
+    rows = Letters()
+    engine = engine_of(rows)
+    with serving(service_like(plain, engine=engine)) as client:
+        streams = [begin(client, max_tokens=10**6) for _ in range(2)]
+        wait(lambda: rows.may_write.release() or not rows.free)
+        leaving = http.client.HTTPConnection("127.0.0.1", client.port, timeout=600)
+        leaving.request("POST", "/v1/chat/completions", json.dumps({"messages": [ASKED]}))
+        wait(lambda: engine._waiting)
+        leaving.close()
+        wait(lambda: all(ticket.dropped for ticket in engine._waiting))
+        for connection, _ in streams:
+            connection.close()
+        rows.may_write.release(1000)
+
+
+def test_errors_of_the_server_are_printed_and_forbid_what_all_responses_do(
+    plain, monkeypatch, capfd
+):
+    rows = Letters()
+    rows.may_write.release(1000)
+    service = service_like(plain, engine=engine_of(rows))
+
+    def fail(labels):
+        raise ZeroDivisionError("no places")
+
+    monkeypatch.setattr(service, "_places", fail)
+    with serving(service) as client:
+        connection, response = begin(client)
+        last = events(response.read().lstrip(b"\n"))[-1]
+        connection.close()
+        assert last["error"]["message"].startswith("this request failed in the server")
+        assert "ZeroDivisionError: no places" in capfd.readouterr().err
+        status, headers, _ = client(f"/record?name={NAME}")
+        assert status == 500 and "default-src 'none'" in headers["content-security-policy"]
 
 
 def test_at_the_end_streams_are_told_and_nothing_is_left(plain):
@@ -561,6 +710,8 @@ def test_a_browser_asks_about_a_record_and_a_file(client, tmp_path):
         assert page.run("document.getElementById('go').disabled")
         page.choose_file("#file", tmp_path / "c.wav")
         page.until("document.getElementById('problem').innerText.includes('the limit is 1 MiB')")
+        names = page.run("search().then((names) => names.length)")
+        assert names == len(client("/records")[2]["names"]), "with no clip to ask about"
 
         # A name and texts that are markup, and nothing but this server was asked.
         page.open(f"{client.url}/#record={quote(HOSTILE)}&ask")
@@ -573,6 +724,64 @@ def test_a_browser_asks_about_a_record_and_a_file(client, tmp_path):
             assert page.run("document.documentElement.scrollWidth") == width, "it scrolls sideways"
         asked = {url.split("/")[2] for url in page.requests if url.startswith(("http", "ws"))}
         assert asked == {f"127.0.0.1:{client.port}"}
+
+
+def test_what_is_asked_while_another_clip_comes_is_not_shown_under_it(client, tmp_path):
+    browser()
+    other = "demo-test-00005"
+    with Page(tmp_path / "profile") as page:
+        page.open(f"{client.url}/#record={NAME}")
+        page.until(f"document.getElementById('name').textContent == '{NAME}'")
+        # Responses about records wait until the test says so; what is sent is kept.
+        page.run("""
+            window.real = window.fetch; window.sent = [];
+            window.fetch = async (url, options) => {
+              if (options?.body) sent.push(options.body);
+              if (url.startsWith("/record?")) {
+                await new Promise((resolve) => (window.go_on = resolve));
+                if (window.broken) return new Response("{}", { status: 500 });
+              }
+              return real(url, options);
+            }; 0
+        """)
+        ask = "document.getElementById('ask').requestSubmit()"
+        page.run(f"pick('{other}'); 0")
+        page.run(ask)
+        page.until("sent.length")
+        page.run("go_on()")
+        page.until(f"document.getElementById('name').textContent == '{other}'")
+        assert page.run("document.querySelectorAll('.answer').length") == 0
+        assert not page.run("document.getElementById('go').disabled")
+        # While one is answered, another is chosen, and does not come.
+        page.run("window.broken = true")
+        page.run(ask)
+        page.run(f"pick('{NAME}'); 0")
+        page.run("go_on()")
+        page.until("document.getElementById('problem').innerText")
+        assert not page.run("document.getElementById('go').disabled")
+        # What fails after a third was chosen is nobody's problem.
+        page.run(f"first = pick('{NAME}'); late = go_on; pick('{other}'); 0")
+        page.run("late(); first")
+        assert page.run("document.getElementById('problem').hidden")
+
+
+def test_a_subtitle_that_nobody_changed_is_that_of_the_record(client, tmp_path):
+    browser()
+    with Page(tmp_path / "profile") as page:
+        page.open(f"{client.url}/#record={quote(HOSTILE)}")
+        page.until(f"document.getElementById('name').textContent == {json.dumps(HOSTILE)}")
+        page.run("window.real = fetch; window.sent = []; 0")
+        page.run("window.fetch = (u, o) => (o?.body && sent.push(o.body), real(u, o)); 0")
+        page.run("document.getElementById('ask').requestSubmit()")
+        page.until(WRITTEN)
+        page.run("document.getElementById('subtitle').value += '!'")
+        page.run("document.getElementById('ask').requestSubmit()")
+        page.until(f"sent.length == 4 && {WRITTEN}")
+        kinds = [
+            [part["type"] for part in json.loads(body)["messages"][0]["content"]]
+            for body in page.run("sent")
+        ]
+        assert kinds == [["record", "text"]] * 2 + [["record", "text", "subtitle"]] * 2
 
 
 def demo_truth(client):

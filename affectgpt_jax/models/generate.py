@@ -744,6 +744,11 @@ class LiveRows:
         self._longest = self.steps = 0
 
     @property
+    def is_new(self) -> bool:
+        """Whether no prompts were put, of which the first decide how long others may be."""
+        return self._state is None
+
+    @property
     def free(self) -> int:
         """Rows without an answer."""
         return int((self._owners < 0).sum())

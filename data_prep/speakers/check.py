@@ -25,7 +25,7 @@ from affectgpt_jax.common.text import listed
 from .. import faces
 from ..blocks import Block, BlockStore, block_key
 from ..clips import Clip, ClipError
-from ..decoding import DIED, available_cores, in_order
+from ..decoding import available_cores, died_because, in_order
 from ..stages import in_blocks
 from . import networks
 from .mfcc import COEFFICIENTS, PER_FRAME
@@ -268,7 +268,9 @@ def check_clips(
     missing = {key: blocks[key] for key in mine if key not in store}
     jobs = [Look(clip, detector.needs_crops) for part in missing.values() for clip in part]
     workers = max(1, available_cores() if workers is None else workers)
-    results = in_order(look, jobs, workers, ahead=BLOCK + workers, died=lambda: Seen(DIED))
+    results = in_order(
+        look, jobs, workers, ahead=BLOCK + workers, died=lambda: Seen(died_because())
+    )
     with Counter("clips", stream=sys.stderr) as count:
         done = 0
         count(0, len(jobs))

@@ -124,27 +124,54 @@ def test_files_that_somebody_names_are_clips_by_their_stem(tmp_path):
     a, voice, gone = tmp_path / "a.mp4", tmp_path / "a.wav", tmp_path / "gone.mp4"
     more, other = tmp_path / "more", tmp_path / "other"
     # Sound beside pictures of the same name is theirs; what is not there shows when it is decoded.
-    assert named_clips([a, gone, voice]) == [Clip("a", a, voice), Clip("gone", gone)]
-    assert named_clips([voice]) == [Clip("a", audio=voice)]
-    assert named_clips([more, a]) == [
+    assert named_clips([a, gone, voice]).clips == [Clip("a", a, voice), Clip("gone", gone)]
+    assert named_clips([voice]).clips == [Clip("a", audio=voice)]
+    assert named_clips([more, a]).clips == [
         Clip("film/y", more / "film/y.mkv", more / "film/y.wav"),
         Clip("x", more / "x.mp4"),
         Clip("a", a),
     ]
     # Two of one name go by their folders, too; another container is a clip of its own.
-    found = named_clips([more, other / "x.mp4", a, tmp_path / "a.mkv"])
+    found = named_clips([more, other / "x.mp4", a, tmp_path / "a.mkv"]).clips
     assert [clip.name for clip in found] == [
         "film/y",
-        (more / "x").as_posix(),
-        (other / "x").as_posix(),
+        "more/x",
+        "other/x",
         "a",
         "a.mkv",
     ]
+    for twice in ([a, a], [more, more / "x.mp4"], [more / "x.mp4", more], [more, more / "film"]):
+        with pytest.raises(ClipError, match="is named twice"):
+            named_clips(twice)
     with pytest.raises(ClipError, match="is named twice"):
-        named_clips([a, a])
+        named_clips([a, more / ".." / "a.mp4"])
+
+
+def test_names_lead_nowhere_but_below_the_folder_that_clips_have_in_common(tmp_path, monkeypatch):
+    touch(
+        tmp_path, "x/talk.mp4", "y/talk.mp4", "faces/x/talk.npy", "faces/y/talk.npy", "here/b.mp4"
+    )
+    monkeypatch.chdir(tmp_path / "here")
+    paths = [Path("../x/talk.mp4"), tmp_path / "y" / "talk.mp4", Path("b.mp4")]
+    found = named_clips(paths, tmp_path / "faces").clips
+    assert [clip.name for clip in found] == ["x/talk", "y/talk", "b"]
+    assert [clip.faces for clip in found] == [
+        tmp_path / "faces" / f"{name}.npy" for name in ("x/talk", "y/talk", "b")
+    ]
+    assert [clip.video for clip in found] == paths
+    # A name that belongs to another clip already.
+    touch(tmp_path, "f/x/talk.mp4")
+    with pytest.raises(ClipError, match="would both be the clip 'x/talk'"):
+        named_clips([tmp_path / "f", *paths])
+
+
+def test_files_of_a_folder_that_are_no_media_are_told(tmp_path):
+    touch(tmp_path, "recordings/a.mp4", "recordings/b.mxf")
+    (remark,) = named_clips([tmp_path / "recordings"]).remarks()
+    assert remark == "files that are no media by their suffix: 1: 'recordings/b.mxf'"
 
 
 def test_arrays_of_faces_go_with_files_that_somebody_names(tmp_path):
     touch(tmp_path, "a.mp4", "faces/a.npy")
-    (clip,) = named_clips([tmp_path / "a.mp4"], tmp_path / "faces")
+    (clip,) = named_clips([tmp_path / "a.mp4"], tmp_path / "faces").clips
     assert clip == Clip("a", tmp_path / "a.mp4", faces=tmp_path / "faces" / "a.npy")

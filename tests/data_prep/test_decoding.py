@@ -1,6 +1,7 @@
 """Work in processes, in order, whatever becomes of the processes; and what is taken of a clip."""
 
 import os
+import threading
 import time
 
 import numpy as np
@@ -10,7 +11,7 @@ from clip_files import face_frames, grey_frames, tone, write_clip, write_talking
 from affectgpt_jax.common.identity import files_sha256
 from data_prep import media
 from data_prep.clips import Clip
-from data_prep.decoding import Job, decode_clip, in_order
+from data_prep.decoding import Abandoned, Job, decode_clip, in_order
 
 ALL = ("face", "frame", "audio")
 
@@ -42,6 +43,58 @@ def test_an_item_that_ends_its_process_costs_no_other_item():
 def test_an_item_that_has_no_end_costs_no_other_item():
     found = list(in_order(wait, [0.0, 60.0, 0.1], 1, ahead=2, died=lambda: "late", limit_s=2))
     assert found == [0.0, "late", 0.1]
+
+
+def count_and_wait(folder):
+    (folder / f"{os.getpid()}.pid").touch()
+    time.sleep(600)
+
+
+def begun(folder):
+    """The number of processes that have begun with an item, once there is one."""
+    while not (found := len(list(folder.glob("*.pid")))):
+        time.sleep(0.01)
+    return found
+
+
+def gone(folder):
+    """Whether all these processes have ended."""
+    for path in folder.glob("*.pid"):
+        try:
+            os.kill(int(path.stem), 0)
+        except ProcessLookupError:
+            continue
+        return False
+    return True
+
+
+def test_an_item_that_was_alone_when_it_ended_its_process_is_not_tried_again(tmp_path):
+    (found,) = in_order(count_and_wait, [tmp_path], 1, 1, died=lambda: "late", limit_s=0.5)
+    assert found == "late" and begun(tmp_path) == 1
+
+
+def test_what_nobody_wants_any_more_ends_at_once(tmp_path):
+    stop = threading.Event()
+    found = in_order(count_and_wait, [tmp_path] * 3, 2, 3, died=lambda: "died", stop=stop)
+    threading.Thread(target=lambda: begun(tmp_path) and stop.set(), daemon=True).start()
+    with pytest.raises(Abandoned):
+        next(found)
+    assert begun(tmp_path) <= 2 and gone(tmp_path)
+
+
+def end_and_wait(path):
+    if path.suffix == ".txt":
+        return path.name
+    return count_and_wait(path)
+
+
+def test_what_is_decoded_ahead_ends_with_the_iterator(tmp_path):
+    items = [tmp_path / "a.txt", tmp_path, tmp_path]
+    found = in_order(end_and_wait, items, 2, ahead=3, died=lambda: "died")
+    assert next(found) == "a.txt"
+    assert begun(tmp_path)
+    found.close()
+    assert gone(tmp_path)
 
 
 def test_a_clip_gives_pixels_windows_and_facts(tmp_path):

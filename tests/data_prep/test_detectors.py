@@ -125,6 +125,35 @@ def test_boxes_of_a_user_say_where_faces_are(tmp_path):
     assert path.is_file()
 
 
+@pytest.mark.parametrize(
+    "box", [(0, 0, 1e13, 1e13), (0, 0, 9000, 5), (1e19, 0, 5, 5), (0, -1e300, 5, 5)]
+)
+def test_a_box_that_no_frame_holds_costs_the_face_alone(box, tmp_path):
+    path = write_clip(tmp_path / "a.mp4", np.stack([scene((4, 2))] * 16))
+    boxes = np.full((16, 4), np.nan)
+    boxes[3] = box
+    np.save(tmp_path / "a.npy", boxes)
+    clip = Clip("a", path, boxes=tmp_path / "a.npy")
+    found = decode_clip(Job(clip, ("face", "frame"), 64))
+    assert found.problems["face"].startswith("the box of frame 3 is ")
+    assert "expected left and top of at most 67,108,864" in found.problems["face"]
+    assert found.arrays["frame"].shape == (8, 64, 64, 3) and "frame" not in found.problems
+
+
+def test_boxes_of_a_network_that_no_frame_holds_are_no_faces(tmp_path, monkeypatch):
+    detect = Detector(read_detector(write_yunet(tmp_path / "a.onnx")))
+    said = [(3, 3, 50, 50), (0, 0, 1e30, 5), (np.nan, 0, 5, 5), (0, -np.inf, 5, 5)]
+    monkeypatch.setattr(detect, "_yunet", lambda image: np.array(said))
+    assert detect(scene()) == [(3, 3, 50, 50)]
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("size", [(2000, 2), (2, 2000), (1, 1)])
+def test_frames_that_are_too_thin_for_a_face_have_none(kind, size, tmp_path):
+    detect = Detector(read_detector(MAKERS[kind](tmp_path / "a.onnx")))
+    assert detect(np.zeros((*size, 3), np.uint8)) == []
+
+
 def test_an_extraction_says_which_detector_it_had(tmp_path, capsys):
     write_clip(tmp_path / "clips" / "a.mp4", np.stack([scene((4, 2))] * 16), tone(0.7))
     detector = write_yunet(tmp_path / "faces.onnx")

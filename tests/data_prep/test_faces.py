@@ -1,5 +1,6 @@
 """Faces: where the cascade finds them, what is cut out, and the arrays of OpenFace."""
 
+import cv2
 import numpy as np
 import pytest
 from clip_files import face_frames, portrait
@@ -50,6 +51,21 @@ def test_a_wall_and_noise_have_no_face():
     for image in (wall(), noise):
         assert faces.find_face(image) is None
         assert faces.find_face(image, near=(600, 400, 100)) is None
+
+
+@pytest.mark.parametrize("size", [(2000, 2), (2, 2000), (1, 1), (1, 5000)])
+def test_frames_that_are_too_thin_for_a_face_have_none(size):
+    image = wall(*size)
+    assert faces.find_face(image) is None and faces.find_faces(image[..., 0]) == []
+    assert faces.find_face(image, near=(0, 0, 50)) is None
+
+
+def test_what_shrinks_keeps_a_pixel_a_side_and_is_else_what_opencv_makes_of_it():
+    assert faces.shrunk(wall(2000, 2), 0.18).shape == (360, 1, 3)
+    image = face_frames(1)[0]
+    expected = cv2.resize(image, None, fx=0.37, fy=0.37, interpolation=cv2.INTER_AREA)
+    np.testing.assert_array_equal(faces.shrunk(image, 0.37), expected)
+    assert faces.shrunk(image, 1.0) is image
 
 
 def test_a_crop_is_what_the_square_holds_with_the_edge_repeated_beyond():

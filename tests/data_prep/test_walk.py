@@ -299,7 +299,7 @@ def test_encoders_are_found_by_what_they_hold(folder, capsys, tmp_path):
         where = [f"--{kind}={folder}/models/{name}" for kind, name in ENCODERS.items()]
         _, said, _ = described(folder, capsys, "none.mp4", *where)
         _, _, refused = described(folder, capsys, "none.mp4", where[0], f"--audio={other}")
-        _, found, _ = described(folder, capsys, "none.mp4", "--records=moved")
+        _, found, _ = described(folder, capsys, "none.mp4", "--trained-on=moved")
     finally:
         (folder / "moved").rename(records)
     assert "none: not answered: no such file" in said and "none: not answered" in found

@@ -8,7 +8,7 @@ const DEFAULT = "default"; // the choice of the run's usual questions
 const RAMP = [[23, 18, 60], [92, 38, 134], [186, 62, 112], [245, 130, 68], [252, 225, 120]];
 
 let about = null;
-let clip = null; // {part, name, truth} of what is asked about
+let clip = null; // {part, name, truth, subtitle as it is shown} of what is asked about
 let choices = 0; // clips that were chosen; of two that are fetched, the later one counts
 let asking = null; // aborts what is being answered
 let chosen = 0; // number of the wheel that is shown
@@ -60,7 +60,7 @@ async function search() {
   $("names").replaceChildren(
     ...found.names.map((name) => {
       const button = element("button", { type: "button", onclick: () => pick(name) }, element("bdi", { textContent: name }));
-      if (name === clip?.part.name) button.setAttribute("aria-current", "true");
+      if (name === clip?.part?.name) button.setAttribute("aria-current", "true");
       return element("li", {}, button);
     }),
   );
@@ -80,11 +80,14 @@ async function pick(name) {
   try {
     const record = await json(`/record?name=${encodeURIComponent(name)}`);
     if (mine !== choices) return;
+    clearResult(); // of what was asked meanwhile, about the clip before
     clip = { part: { type: "record", name }, name, subtitle: record.subtitle, truth: record.truth };
     showClip();
     showFeatures(record.features, "the record keeps features, no pictures or sound");
     markName(name);
   } catch (error) {
+    if (mine !== choices) return;
+    $("go").disabled = !clip?.part; // what is shown still can be asked about
     problem(error);
   }
 }
@@ -133,6 +136,7 @@ function showClip() {
   $("seen").replaceChildren();
   $("name").textContent = clip.name;
   $("subtitle").value = clip.subtitle;
+  clip.subtitle = $("subtitle").value; // whose line ends are its own
   $("go").disabled = !clip.part;
   $("clip").scrollIntoView({ block: "nearest" });
 }
@@ -224,7 +228,7 @@ async function ask(question, signal) {
   const box = element("div", { className: "answer writing" }, element("h3", {}, element("bdi", { textContent: title })), text);
   $("answers").append(box);
   const content = [clip.part, { type: "text", text: question }];
-  const subtitle = $("subtitle").value.trim();
+  const subtitle = $("subtitle").value;
   if (about.reads_subtitles && subtitle !== clip.subtitle) content.push({ type: "subtitle", text: subtitle });
   try {
     const response = await fetch("/v1/chat/completions", {
