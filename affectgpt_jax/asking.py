@@ -10,11 +10,13 @@ import difflib
 import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.progress import Counter
 from affectgpt_jax.common.text import one_line, print_lines, say
+from affectgpt_jax.data import demo
 from affectgpt_jax.data.prompts import LABEL_TYPES
 from affectgpt_jax.data.records import Records, RecordSubset
 from affectgpt_jax.evaluation.rewards import Wheels
@@ -223,16 +225,24 @@ def open_clips(run: Run, place: str | None) -> Records:
     """The clips of a place, by default the run's test set.
 
     Raises:
-        PredictError: neither is named.
+        PredictError: no place is named, and the run has no test set, or has it elsewhere.
         ConfigError: they lack the features that the run's input mode reads, or others have them.
         RecordError: a directory without intact records.
     """
-    place = place or run.config.data.test
-    if not place:
-        raise PredictError(
-            f"{run.workdir} has no test set (config.data.test is empty); name clips: --records DIR"
-        )
-    return run.open_records(place, say, verify=False)  # few may be read
+    if not place and not has_test_set(run):
+        place = run.config.data.test
+        why = f"{place}, is not here" if place else "config.data.test, is empty"
+        raise PredictError(f"the test set of {run.workdir}, {why}; name clips: --records DIR")
+    return run.open_records(place or run.config.data.test, say, verify=False)  # few may be read
+
+
+def has_test_set(run: Run) -> bool:
+    """Whether the run names a test set, and one that is on this machine."""
+    place = run.config.data.test
+    generated = demo.world_seed(place, run.config.demo_seed) is not None
+    return (
+        generated or place.startswith("tfds:") or bool(place) and Path(place).expanduser().exists()
+    )
 
 
 def choose_clips(clips: Records, names: Sequence[str] | None, first: int | None) -> Records:

@@ -184,13 +184,15 @@ def make_service(arguments: argparse.Namespace, stack: contextlib.ExitStack) -> 
     lexicon, source = load_lexicon(arguments.lexicon), read_source(arguments.lexicon)
     run = restore.open_from_flags(arguments)
     how, why_not = files_of(run, arguments)
-    if how and not (arguments.records or run.config.data.test):
+    say(f"files can be dropped: {how.encoder_names}" if how else f"note: {why_not}")
+    if how and not arguments.records and not asking.has_test_set(run):
+        if run.config.data.test:
+            say(f"note: the test set of the run, {run.config.data.test}, is not here: files alone")
         clips: Records = how.as_records([])
     else:
         clips = asking.open_clips(run, arguments.records)
     asking.report_missing(run, clips)
     say(f"{run.title}; input {run.processor.mode.name}; {len(clips):,} records")
-    say(f"files can be dropped: {how.encoder_names}" if how else f"note: {why_not}")
     run = run.with_weights()
     look = None
     if how:

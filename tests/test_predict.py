@@ -457,9 +457,12 @@ def test_a_workdir_that_holds_no_usable_run_is_refused(ask, workdir, changed, tm
     assert "config.json: config.fusion is 'nonsense'" in message
 
 
-def test_a_run_without_a_test_set_asks_for_records(ask, changed):
-    message = refusal(ask, workdir=changed(**{"data.test": ""}))
-    assert "config.data.test is empty" in message and "--records" in message
+@pytest.mark.parametrize(
+    ("place", "why"), [("", "config.data.test, is empty"), ("gone/test", "gone/test, is not here")]
+)
+def test_a_run_without_a_test_set_asks_for_records(ask, changed, place, why):
+    message = refusal(ask, workdir=changed(**{"data.test": place}))
+    assert why in message and "--records" in message
 
 
 def test_a_run_of_another_shape_is_refused_by_the_name_of_the_leaf(ask, changed):
