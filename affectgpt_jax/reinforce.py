@@ -143,15 +143,17 @@ def reinforce(
     distributed.check_shared(workdir / "config.json")
     for line in data.describe():
         say(line)
-    places = {"val": "config.data.val", "test": "config.data.test"}
-    if not config.data.val:
-        places["val"] = "config.rl.data (held out by config.data.val_share)"
+    held_out = "config.rl.data (held out by config.data.val_share)"
+    asked = {
+        "val": (rl.val_clips, "config.data.val" if config.data.val else held_out),
+        "test": (rl.test_clips, "config.data.test"),
+    }
     exams = Exams(
         rl,
         run,
         {
-            name: rollouts.scorable(clips[name], reward, rl.question, rl[f"{name}_clips"], where)
-            for name, where in places.items()
+            name: rollouts.scorable(clips[name], reward, rl.question, *how_many_and_where)
+            for name, how_many_and_where in asked.items()
         },
         seed=config.seed,
         lexicon=lexicon,

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import files_sha256
 from affectgpt_jax.data.arrays import sample_rows
 
@@ -38,7 +39,7 @@ LIMIT_S = 1800
 POLL_S = 0.1
 
 
-class Abandoned(Exception):
+class Abandoned(UserError, RuntimeError):
     """Results that nobody wants any more."""
 
 
