@@ -176,7 +176,13 @@ class Planner:
         many times that."""
         mesh = abstract_mesh(Shape(1, 1, 1))
         program = self.program.on(mesh, attend=self._traced_attention(tensor))
-        found = memory.saved_activations(program.model, self.batch(1), program.loss, tensor)
+        found = memory.saved_activations(
+            program.model,
+            self.batch(1),
+            program.loss,
+            tensor,
+            self.device.compute_capability,
+        )
         return dict(found)
 
     def memory(self, shape: Shape, rows: int, remat: str) -> Memory:

@@ -209,6 +209,7 @@ def make_program(
         config.gradient_accumulation_steps,
         memory_limit,
         loss,
+        build.compute_capability() if build.device_platform() == "cuda" else None,
     )
     return dataclasses.replace(
         program, model=with_compute(model, remat=choice.policy), remat=choice

@@ -93,6 +93,8 @@ def _causal_forward(
 def _causal_backward(
     saved: tuple[jax.Array, ...], grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    # Without the barrier XLA sees that it had these scores before, and keeps those of every layer.
+    saved, grad = jax.lax.optimization_barrier((saved, grad))
     query, key, value, segment_ids, out, normalisers = saved
     scale, kv_heads = query.shape[-1] ** -0.5, key.shape[2]
     k, v = key.swapaxes(1, 2), value.swapaxes(1, 2)

@@ -207,6 +207,7 @@ class OneDevice:
     """The `ComputeConfig.shard` of a device that holds everything."""
 
     data_parallel_size: int = 1
+    splits_layers: bool = False
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return x
@@ -244,7 +245,8 @@ class ComputeConfig:
         attend_cached: the attention backend of a decode step.
         logits: `(states [B, D], lm_head [D, V]) -> [B, V]` float32, of a decode step.
         shard: `(x, logical axes) -> x`, called on activations; its `data_parallel_size` is
-            the number of devices that share the rows of a batch.
+            the number of devices that share the rows of a batch, its `splits_layers` whether
+            devices share a layer, so that collectives stand within it.
 
     Raises:
         ValueError: an unknown remat policy or base precision.
@@ -463,6 +465,8 @@ class Decoder(nn.Module):
         caches = []
         for i, params in enumerate(self.get_variable("params", "layers")):
             with jax.named_scope(f"layers_{i}"):
+                if run.shard.splits_layers:
+                    hidden_states, adapters[i] = _gradients_together((hidden_states, adapters[i]))
                 hidden_states, kept = run_layer(
                     {"params": params, "lora": adapters[i]},
                     hidden_states,
@@ -490,6 +494,21 @@ def _parts(x: jax.Array) -> tuple[jax.Array, ...]:
 
 
 _parts.defvjp(lambda x: (tuple(x), None), lambda _, grads: (jnp.stack(grads),))
+
+
+@jax.custom_vjp
+def _gradients_together(x: Any) -> Any:
+    """The arguments, whose gradients are there before anything reads one of them.
+
+    Nothing but the optimizer reads the gradients of adapters. A scheduler that hides collectives
+    would leave them for later, and keep what they are made of, of several layers at a time.
+    """
+    return x
+
+
+_gradients_together.defvjp(
+    lambda x: (x, None), lambda _, grads: (jax.lax.optimization_barrier(grads),)
+)
 
 
 def _dropout_seeds(key: jax.Array, count: int) -> dict[str, jax.Array]:

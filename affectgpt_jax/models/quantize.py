@@ -220,12 +220,12 @@ def frozen_product(x: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product
 
 def frozen_product_transposed(grad: jax.Array, kernel: jax.Array | QuantizedKernel) -> Product:
     """The gradient of `frozen_dot` by `x`, `grad @ kernel^T` for `[..., out]`, in the same form."""
+    # Without the barrier XLA keeps what the forward pass has made of every layer's kernels, widened
+    # from nf4 or gathered under fsdp, which are to save just that.
+    kernel = jax.lax.optimization_barrier(kernel)
     if not isinstance(kernel, QuantizedKernel):
         return Product(grad @ kernel.T.astype(grad.dtype))
     if kernel.precision == "nf4":
-        # Without the barrier XLA keeps what the forward pass has widened, which is the kernel that
-        # four bits are to save.
-        kernel = jax.lax.optimization_barrier(kernel)
         return Product(grad @ dequantize(kernel, grad.dtype).T)
     # The sum runs over the outputs here, so their scales go to the gradient.
     scaled = grad.astype(jnp.float32) * kernel.scale

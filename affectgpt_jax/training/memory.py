@@ -105,6 +105,7 @@ def choose_remat(
     gradient_accumulation_steps: int,
     limit: int | None,
     loss: LossFunction = cross_entropy,
+    compute_capability: tuple[int, int] | None = None,
 ) -> Choice:
     """The first of `POLICIES` with which an update fits; the last one if none does.
 
@@ -117,9 +118,11 @@ def choose_remat(
         gradient_accumulation_steps: microbatches of a batch.
         limit: bytes of one device's memory; None takes the first policy.
         loss: of the train step.
+        compute_capability: of the device, see `norms_computed_again`.
     """
     batch = rows_of_a_device(batch, mesh, gradient_accumulation_steps)
-    found = estimates(model, abstract_state, abstract_base, batch, loss, mesh.shape["tensor"])
+    device = mesh.shape["tensor"], compute_capability
+    found = estimates(model, abstract_state, abstract_base, batch, loss, *device)
     for policy, memory in found:
         choice = Choice(policy, memory, limit)
         if choice.fits:
@@ -146,6 +149,7 @@ def estimates(
     batch: Batch,
     loss: LossFunction = cross_entropy,
     tensor: int = 1,
+    compute_capability: tuple[int, int] | None = None,
 ) -> Iterator[tuple[str, Memory]]:
     """What an update takes on one device, whose rows are those of the abstract batch.
 
@@ -155,6 +159,7 @@ def estimates(
         batch: of the rows of a device.
         loss: of the train step.
         tensor: devices that share them.
+        compute_capability: of the device, see `norms_computed_again`.
 
     Yields:
         Every policy with its memory, in the order of `POLICIES`; each costs about a second.
@@ -162,7 +167,7 @@ def estimates(
     rows, targets = batch["targets"].shape
     shape = rows, batch["tokens"].shape[1], targets
     plain, everything = model.decoder.compute.attend in (causal, grouped), None
-    for policy, saved in saved_activations(model, batch, loss, tensor):
+    for policy, saved in saved_activations(model, batch, loss, tensor, compute_capability):
         everything = everything or saved  # the first policy's
         work = work_bytes(model, *shape, everything - saved, tensor, plain)
         yield policy, of_update(abstract_state, abstract_base, saved, work)
@@ -204,10 +209,14 @@ def of_update(abstract_state: State, abstract_base: Any, saved: int, work: int) 
 
 
 def saved_activations(
-    model: AffectGPT, batch: Batch, loss: LossFunction = cross_entropy, tensor: int = 1
+    model: AffectGPT,
+    batch: Batch,
+    loss: LossFunction = cross_entropy,
+    tensor: int = 1,
+    compute_capability: tuple[int, int] | None = None,
 ) -> Iterator[tuple[str, int]]:
     """Bytes that a forward pass over an abstract batch saves on each of `tensor` devices, under
-    every one of `POLICIES`."""
+    every one of `POLICIES`; see `norms_computed_again` for the compute capability."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     # Sharding constraints do not change how many arrays are saved.
     model = with_compute(share_of_model(model, tensor), shard=OneDevice())
@@ -225,12 +234,22 @@ def saved_activations(
         # counts as state.
         saved = saved_bytes(objective, trainable, base, batch, key) - nbytes(trainable["lora"])
         if policy == "none" and model.decoder.lora and model.decoder.lora.dropout:
-            # XLA's CUDA compiler draws masks in one kernel with one of the layer's two norms, and
-            # computes that norm again with them.
             config, dtype = model.decoder.config, jnp.dtype(model.decoder.compute.dtype)
             hidden = math.prod(batch["tokens"].shape) * config.hidden_size * dtype.itemsize
-            saved -= config.num_hidden_layers * hidden
+            saved -= config.num_hidden_layers * norms_computed_again(compute_capability) * hidden
         yield policy, saved
+
+
+def norms_computed_again(compute_capability: tuple[int, int] | None) -> int:
+    """Of a layer's two norms, those that XLA's CUDA compiler computes again with dropout's masks.
+
+    It draws masks in one kernel with the norm's gradient where its model of the device finds that
+    cheaper than reading the norm's result: from Hopper on for both norms, before for one.
+
+    Args:
+        compute_capability: of the device; None for the lower number.
+    """
+    return 2 if compute_capability is not None and compute_capability >= (9, 0) else 1
 
 
 def work_bytes(

@@ -154,6 +154,10 @@ class ActivationConstraint:
     def data_parallel_size(self) -> int:
         return data_parallel_size(self.mesh)
 
+    @property
+    def splits_layers(self) -> bool:
+        return self.mesh.size > self.mesh.shape["data"]
+
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         spec = []
         for size, axis in zip(x.shape, axes, strict=True):

@@ -1,5 +1,6 @@
 """What an update is expected to take, against sizes that follow from the shapes, and the choice."""
 
+import dataclasses
 import functools
 
 import jax
@@ -150,6 +151,17 @@ def test_many_long_rows_need_rematerialisation_on_an_80_gb_card():
     limit = 60 * 2**30  # the share of it that JAX takes
     assert memory.choose_remat(*paper(3), 1, limit).policy == "none"
     assert memory.choose_remat(*paper(48, 1024), 1, limit).policy == "full"
+
+
+def test_a_norm_is_not_saved_where_the_compiler_computes_it_again_with_dropouts_masks():
+    model, *_, batch = paper(3)
+    lora = dataclasses.replace(model.decoder.lora, dropout=0.05)
+    dropping = dataclasses.replace(model, decoder=model.decoder.clone(lora=lora))
+    before, ampere, hopper = (
+        next(memory.saved_activations(dropping, batch, compute_capability=capability))[1]
+        for capability in (None, (8, 0), (9, 0))
+    )
+    assert before == ampere and ampere - hopper == NARROW
 
 
 def test_work_is_what_a_layer_computes_again_and_its_gradients():
