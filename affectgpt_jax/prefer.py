@@ -101,7 +101,7 @@ def prefer(
     lexicon = load_lexicon(dpo.lexicon or None)
     other_lexicon = post_training.load_test_lexicon(dpo)
     try:
-        settings = PreferenceLossConfig(dpo.beta, dpo.label_smoothing)
+        settings = PreferenceLossConfig(dpo.beta, dpo.label_smoothing, dpo.nll_weight)
         session = loop.Session(config, workdir, group, SHOWN)
     except ValueError as error:
         raise ConfigError(f"config.dpo or config.profile_steps: {error}") from None

@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "best of 4": ("reinforce", ("rl.method=best",)),
     "DPO, own samples": ("prefer", ("dpo.source=samples",)),
+    "DPO, own samples, no likelihood": ("prefer", ("dpo.source=samples", "dpo.nll_weight=0.0")),
     "control: rewards of other clips": ("reinforce", ("rl.shuffle_rewards=True",)),
 }
 LARGEST = 3

@@ -84,6 +84,7 @@ def preference() -> ConfigDict:
     c.val_share = 0.1  # of the pairs, held out by the clip's name
     c.beta = 0.1  # how strongly the model is held to the start
     c.label_smoothing = 0.0  # share of preferences that are taken to be wrong
+    c.nll_weight = 0.2  # of the preferred answer's mean -log p of a token; 0: DPO alone
     c.gap = 0.2  # of the rewards of best and worst, at the least; for source=samples
     c.question = "ovlabel"  # asked before and after, and for source=samples
     c.prompts = 64  # asked at a time

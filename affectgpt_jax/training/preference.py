@@ -3,10 +3,15 @@
 Of two answers to a prompt, one is preferred. With sums over the tokens of each,
 
     margin = beta ((logp_better - reference_better) - (logp_worse - reference_worse))
-    loss   = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin)
+    loss   = -(1 - s) log sigmoid(margin) - s log sigmoid(-margin) - w logp_better / tokens_better
 
-where s, the label smoothing, is the share of preferences that are taken to be wrong. A row of a
-batch holds one pair, whose answers share the prompt (`attention.grouped`), and `[B, S]` float32:
+where s, the label smoothing, is the share of preferences that are taken to be wrong. The last term
+keeps the preferred answer probable: by the margin alone both may fall without end, as long as the
+other falls faster (Pang et al. 2024, arXiv 2404.19733, with w = 1; Llama 3, arXiv 2407.21783, with
+w = 0.2).
+
+A row of a batch holds one pair, whose answers share the prompt (`attention.grouped`), and `[B, S]`
+float32:
 
     signs                1 for the tokens of the preferred answer, -1 for those of the other
     reference_log_probs  of both under the model that training starts from
@@ -35,6 +40,7 @@ class PreferenceLossConfig:
 
     beta: float = 0.1
     label_smoothing: float = 0.0
+    nll_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < float("inf"):
@@ -43,6 +49,8 @@ class PreferenceLossConfig:
             raise ValueError(
                 f"label_smoothing is {self.label_smoothing}; expected a share in [0, 0.5)"
             )
+        if not 0 <= self.nll_weight < float("inf"):
+            raise ValueError(f"nll_weight is {self.nll_weight}; expected 0 or more")
 
 
 def preference_loss(config: PreferenceLossConfig) -> LossFunction:
@@ -72,6 +80,8 @@ def pair_loss(
     margin = better - worse
     smoothing = config.label_smoothing
     each = -(1 - smoothing) * jax.nn.log_sigmoid(margin) - smoothing * jax.nn.log_sigmoid(-margin)
+    tokens = jnp.maximum(jnp.sum(signs > 0, axis=1), 1)
+    each -= config.nll_weight * jnp.sum(jnp.where(signs > 0, log_probs, 0), axis=1) / tokens
     pairs = (signs != 0).any(axis=1).astype(jnp.float32)
 
     def total(values: jax.Array) -> jax.Array:

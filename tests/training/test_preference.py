@@ -11,7 +11,7 @@ from affectgpt_jax.training.preference import PreferenceLossConfig, pair_loss
 SIGNS = np.array([[1, 1, -1, -1, -1, 0], [1, -1, 0, 0, 0, 0], [0] * 6], np.float32)
 
 
-def transcript(log_probs, reference, beta, smoothing):
+def transcript(log_probs, reference, beta, smoothing, weight):
     """Loss, gradient by the log-probabilities and metrics, pair by pair."""
     total, gradient, margins = 0.0, np.zeros_like(log_probs), []
     for row in range(2):
@@ -22,15 +22,18 @@ def transcript(log_probs, reference, beta, smoothing):
         total -= (1 - smoothing) * np.log(sigmoid) + smoothing * np.log(1 - sigmoid)
         slope = -(1 - smoothing) * (1 - sigmoid) + smoothing * sigmoid
         gradient[row] = slope * beta * SIGNS[row]
+        for t in np.flatnonzero(SIGNS[row] > 0):
+            total -= weight * log_probs[row, t] / (SIGNS[row] > 0).sum()
+            gradient[row, t] -= weight / (SIGNS[row] > 0).sum()
         margins.append(margin)
     return total, gradient, margins
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_and_gradient_are_those_of_the_definition(smoothing):
+@pytest.mark.parametrize(("smoothing", "weight"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.3)])
+def test_loss_and_gradient_are_those_of_the_definition(smoothing, weight):
     rng = np.random.default_rng(0)
     log_probs, reference = rng.normal(-2, 1, size=(2, 3, 6))
-    config = PreferenceLossConfig(0.7, smoothing)
+    config = PreferenceLossConfig(0.7, smoothing, weight)
     with jax.enable_x64(True):
         batch = {"signs": jnp.asarray(SIGNS), "reference_log_probs": jnp.asarray(reference)}
 
@@ -40,7 +43,7 @@ def test_loss_and_gradient_are_those_of_the_definition(smoothing):
 
         gradient = jax.value_and_grad(objective, has_aux=True)
         (total, (count, metrics)), found = gradient(jnp.asarray(log_probs))
-    expected, slopes, margins = transcript(log_probs, reference, 0.7, smoothing)
+    expected, slopes, margins = transcript(log_probs, reference, 0.7, smoothing, weight)
     assert float(total) == pytest.approx(expected, rel=1e-6) and float(count) == 2
     np.testing.assert_allclose(found, slopes, rtol=1e-6)
     assert float(metrics["margin"]) == pytest.approx(sum(margins), rel=1e-6)
@@ -95,7 +98,11 @@ def test_preferences_of_a_known_reward_lead_to_the_closed_form():
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"beta": 0.0}, "beta is 0.0"), ({"label_smoothing": 0.5}, "label_smoothing is 0.5")],
+    [
+        ({"beta": 0.0}, "beta is 0.0"),
+        ({"label_smoothing": 0.5}, "label_smoothing is 0.5"),
+        ({"nll_weight": -1.0}, "nll_weight is -1.0"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings, said):
     with pytest.raises(ValueError, match=said):
