@@ -48,7 +48,7 @@ from affectgpt_jax.training.metrics_writer import Sample
 from affectgpt_jax.training.policy import answer_log_probs
 from affectgpt_jax.training.preference import PreferenceLossConfig, preference_loss
 
-SHOWN = {"accuracy": "accuracy", "margin": "margin"}
+SHOWN = {"accuracy": "accuracy", "margin": "margin", "better": "better"}
 
 
 class _Sampled(TypedDict):
