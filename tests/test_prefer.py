@@ -184,8 +184,9 @@ def test_a_run_goes_on_by_preferences_and_to_the_same_bytes_when_it_is_stopped(
     pairs = result["pairs"]
     assert pairs["train"] + pairs["held_out"] <= 40 and 0 <= pairs["accuracy"] <= 1
     metrics = [m for m in read_metrics(finished / "metrics.jsonl") if "train/loss" in m]
-    assert metrics[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-4)
+    # No pair is told apart at the start; what is beyond a coin's is the preferred answers' NLL.
     assert abs(metrics[0]["train/margin"]) < 1e-4
+    assert np.log(2) + 0.01 < metrics[0]["train/loss"] < np.log(2) + 2
     assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
     workdir = shutil.copytree(finished, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / "4")
