@@ -171,6 +171,28 @@ def make_generator(
     )
 
 
+def generator_from_flags(
+    run: Run, clips: Records, arguments: argparse.Namespace, **more: Any
+) -> Generator:
+    """`make_generator` with the flags of `add_answer_flags` and `add_sampling_flags`.
+
+    Args:
+        run: that answers.
+        clips: that it is asked about.
+        arguments: of a command line that has been checked.
+        **more: further arguments of `make_generator`.
+    """
+    return make_generator(
+        run,
+        clips,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        sampling=arguments.sampling,
+        seed=arguments.seed,
+        **more,
+    )
+
+
 # --- what is asked ------------------------------------------------------------------------------
 
 

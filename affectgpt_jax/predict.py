@@ -57,7 +57,7 @@ from affectgpt_jax.asking import (
     check_texts,
     choose_clips,
     choose_questions,
-    make_generator,
+    generator_from_flags,
     open_clips,
     report_missing,
     show,
@@ -143,15 +143,12 @@ def predict(arguments: argparse.Namespace) -> None:
         else None
     )
     run = run.with_weights()
-    generator = make_generator(
+    generator = generator_from_flags(
         run,
         clips,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
+        arguments,
         questions=len(questions),
-        sampling=arguments.sampling,
         group=arguments.consensus or 1,
-        seed=arguments.seed,
     )
     if file:
         with file:

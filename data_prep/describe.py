@@ -160,15 +160,12 @@ def describe(arguments: argparse.Namespace) -> None:
         run = run.with_weights()
         with Elapsed("reading the encoders", stream=sys.stderr, quiet_s=QUIET_S):
             extractor = Extractor(how, arguments.workers)
-        generator = asking.make_generator(
+        generator = asking.generator_from_flags(
             run,
             unseen,
-            max_new_tokens=arguments.max_new_tokens,
-            batch_size=arguments.batch_size,
+            arguments,
             questions=len(questions),
-            sampling=arguments.sampling,
             group=arguments.consensus or 1,
-            seed=arguments.seed,
             # Clips come a few at a time, for which one program is compiled.
             prompt_length=longest if len(clips) > 1 else None,
         )

@@ -231,14 +231,7 @@ def make_live(run: Run, clips: Records, arguments: argparse.Namespace) -> LiveAn
     from affectgpt_jax.live import LiveAnswers
 
     most = arguments.max_prompt_tokens or run.config.max_tokens
-    generator = asking.make_generator(
-        run,
-        clips,
-        max_new_tokens=arguments.max_new_tokens,
-        batch_size=arguments.batch_size,
-        sampling=arguments.sampling,
-        seed=arguments.seed,
-    )
+    generator = asking.generator_from_flags(run, clips, arguments)
     return LiveAnswers(
         generator,
         run.trainable,
