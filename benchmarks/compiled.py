@@ -52,6 +52,8 @@ def cases() -> list[Case]:
         "anchor": anchor,
         "anchor, fp8": (*anchor, "--config.base_precision=fp8"),
         "packed 48": packed,
+        # What fits whole saves everything; this is how much a row of more would cost.
+        "packed 48, save_attention": (*packed, "--config.remat=save_attention"),
         **{
             f"paper, {n} GPU{'s' * (n > 1)}": (f"--devices={n}", f"--config.batch_size={3 * n}")
             for n in (1, 8, 64)
