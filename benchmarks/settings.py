@@ -46,6 +46,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
 SAMPLES = 16  # of a clip: few clips, so many samples
 
 
+def validation_clips(args: argparse.Namespace) -> Path:
+    """Where the supervised run has written the world's validation clips."""
+    return Path(args.workdir) / f"world{args.world}" / "sft" / "data" / f"demo-{args.world}-val"
+
+
 def go_on(args: argparse.Namespace, name: str) -> dict[str, Any]:
     """The result of one setting; its "test" clips are the world's validation clips.
 
@@ -55,7 +60,7 @@ def go_on(args: argparse.Namespace, name: str) -> dict[str, Any]:
     folder, overrides = Path(args.workdir) / f"world{args.world}", list(args.overrides)
     start("train", folder / "sft", [f"--config.demo_seed={args.world}", *overrides])
     workdir = folder / re.sub(r"\W+", "-", name)
-    keys = [f"data.test={folder / 'sft' / 'data' / 'val'}", f"rl.test_samples={SAMPLES}"]
+    keys = [f"data.test={validation_clips(args)}", f"rl.test_samples={SAMPLES}"]
     keys += [f"steps={args.steps}", *SETTINGS[name]]
     flags = [f"--from={folder / 'sft'}", *(f"--config.{key}" for key in keys), *overrides]
     found = start("reinforce", workdir, flags)
@@ -76,8 +81,7 @@ def run(args: argparse.Namespace) -> Report:
     for name in names:
         result = go_on(args, name)
         if usual is None:
-            validation = Path(args.workdir) / f"world{args.world}" / "sft" / "data" / "val"
-            clips = RecordDataset(validation)
+            clips = RecordDataset(validation_clips(args))
             reward = Reward("wheel_f", Wheels(lexicon))
             clips = scorable(clips, reward, QUESTION, result["clips"], "config.data.val")
             truth = truths(clips, QUESTION, "config.data.val")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import SingleDeviceSharding
 
 Params = dict[str, Any]
 
@@ -231,6 +232,50 @@ def train_group(
         epochs=np.asarray(state["epoch"]).tolist(),
         scores=[round(float(score), 6) for score in state["score"]],
     )
+
+
+def lower_epoch(
+    clips: int, widths: Mapping[str, int], classes: int, settings: Settings, device: jax.Device
+) -> jax.stages.Lowered:
+    """One pass over a corpus of emotions and valence, for a device that need not be here.
+
+    Args:
+        clips: of the corpus.
+        widths: of the inputs, by modality.
+        classes: of emotions.
+        settings: how to train, with one width of the layers.
+        device: to compile for.
+    """
+    members, batch = settings.folds * settings.seeds, settings.batch_size
+    steps = -(-(clips - clips // settings.folds) // batch)
+    f32, i32 = jnp.float32, jnp.int32
+
+    def of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    [hidden] = settings.hidden
+    member = init_member(np.random.default_rng(0), widths, hidden, classes)
+    params = jax.tree.map(lambda x: of(x.dtype, members, *x.shape), member)
+    state = {
+        "params": params,
+        "optimizer": jax.eval_shape(jax.vmap(_optimizer(settings).init), params),
+        "best": params,
+        "score": of(f32, members),
+        "epoch": of(i32, members),
+    }
+    data = {
+        "inputs": {name: of(jnp.float16, clips, width) for name, width in widths.items()},
+        "emotion": of(i32, clips),
+        "valence": of(f32, clips),
+    }
+    order, validation = of(i32, steps, members, batch), of(i32, members, clips // settings.folds)
+    key = jax.eval_shape(jax.random.key, 0)
+    place = SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        (state, data, order, validation, key, of(i32)),
+    )
+    return _epoch.lower(*arguments, settings, (True, True))
 
 
 def _padded(rows: Sequence[np.ndarray], length: int = 0) -> np.ndarray:
