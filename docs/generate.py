@@ -21,10 +21,12 @@ from affectgpt_jax.config_keys import config_keys  # noqa: E402
 from benchmarks import (  # noqa: E402
     beyond,
     compiled,
+    crowd,
     harness,
     plans,
     profile_table,
     rl_plans,
+    settings,
     tables,
 )
 from benchmarks.harness import RESULTS  # noqa: E402
@@ -82,6 +84,8 @@ PARTS = {
     "compiled": _kept("compiled_*.json", compiled.overview),
     "rl_plans": _kept("rl_plans.json", rl_plans.COMMAND.tables),
     "beyond": _kept("beyond.json", beyond.COMMAND.tables),
+    "settings": _kept("settings.json", settings.COMMAND.tables),
+    "crowd": _kept("crowd.json", crowd.COMMAND.tables),
     "profiles": _kept("profile_*.json", profile_table.overview),
     "parity": parity,
 }
@@ -104,7 +108,8 @@ def rewritten(text: str) -> str:
 
 def pages() -> list[Path]:
     """The files that may have such parts."""
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    readmes = (ROOT / "README.md", ROOT / "data_prep" / "README.md")
+    return [*readmes, *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def main(argv: list[str]) -> int:
