@@ -515,8 +515,13 @@ class RolloutStep:
             batch["reference_log_probs"] = self._log_probs(base, self._start, inputs)
         if rl.updates > 1:
             batch["old_log_probs"] = self._log_probs(base, state["trainable"], inputs)
-        for _ in range(rl.updates):
+        state, metrics = self._update(state, base, batch)
+        # Of the model that wrote the answers: on what a later one would hardly write, the estimate
+        # has no bound.
+        kl = metrics["kl"]
+        for _ in range(rl.updates - 1):
             state, metrics = self._update(state, base, batch)
+        metrics["kl"] = kl
         if rl.updates > 1:  # a step of the run is one rollout
             state["step"] = state["step"] - (rl.updates - 1)
         found = {name: float(value) for name, value in jax.device_get(metrics).items()}

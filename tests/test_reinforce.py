@@ -180,6 +180,8 @@ def test_a_run_that_is_killed_at_any_step_goes_on_to_the_same_bytes(undisturbed,
         np.testing.assert_array_equal, *(SavedRun(w).trainable(6) for w in (workdir, expected))
     )
     assert learned(workdir) == learned(expected)
+    # The KL is that of the model that wrote, also where it is updated twice: first, of the start.
+    assert abs(learned(expected)[1, "train/kl"]) < 1e-6
     found, wanted = (json.loads((w / "result.json").read_text()) for w in (workdir, expected))
     for key in ("before", "after", "sampled_reward_gain_interval", "best_step", "ended_by"):
         assert found[key] == wanted[key]
