@@ -374,10 +374,15 @@ def _variant(row: Mapping[str, Any]) -> Variant:
     return Variant(row["fusion"], row["input"], row["rank"], row.get("data", "demo"))
 
 
+def in_the_paper(number: int | str) -> str:
+    """What the paper calls a table."""
+    return "Figure 4" if number == "fig4" else f"Table {number}"
+
+
 def markdown(report: Report) -> str:
     """A report's table, and what its numbers mean."""
     columns = {report["varies"]: lambda row: row["label"], **COLUMNS}
-    place, against = f"Table {report['table']}", "the default"
+    against = "the default"
     if TABLES[report["table"]].sampled:
         reference = TABLES[report["table"]].reference
         label = next(r.label for r in TABLES[report["table"]].rows if r.variant == reference)
@@ -385,8 +390,6 @@ def markdown(report: Report) -> str:
         paper = columns.pop("paper")
         greedy = columns.pop("against the default")
         columns |= {f"against {against}": greedy, **SAMPLED_COLUMNS, "paper": paper}
-    if report["table"] == "fig4":
-        place = "Figure 4"
     table = harness.columns(columns, report["rows"])
     counts = sorted({len(row["hits"]) for row in report["rows"]} - {0, 1})
     widths = ", ".join(f"of {n} worlds: {standard_errors(n):.2f} standard errors" for n in counts)
@@ -394,9 +397,9 @@ def markdown(report: Report) -> str:
         "Means over worlds, each with its own training seed; +- is half of a mean's 95 % interval "
         f"by Student's t{f' ({widths})' if widths else ''}. The difference to the default is "
         "taken world by world. The ceiling is the hit rate of the best predictor that sees the "
-        f"same inputs. The paper's figure, from its {place}, is the mean score on "
-        "the nine sets of MER-UniBench, in percent: the order of the rows can be compared, their "
-        "distances not."
+        f"same inputs. The paper's figure, from its {in_the_paper(report['table'])}, is the mean "
+        "score on the nine sets of MER-UniBench, in percent: the order of the rows can be "
+        "compared, their distances not."
     )
     failed = [f"Failed: {name}: {error}" for name, error in report["failed"].items()]
     return "\n\n".join([table, meaning, *failed])
@@ -452,7 +455,7 @@ def plot(report: Mapping[str, Any], png: Path) -> None:
     ours.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
     ours.set_ylim(len(rows) - 0.5, -0.7)
     ours.set_title(f"demo world: hit rate, by {report['varies']}", fontsize=11)
-    paper.set_title(f"paper, Table {report['table']}: MER-UniBench, %", fontsize=11)
+    paper.set_title(f"paper, {in_the_paper(report['table'])}: MER-UniBench, %", fontsize=11)
     for axes in (ours, paper):
         axes.margins(x=0.15)
         axes.grid(axis="x", alpha=0.25)
@@ -472,7 +475,7 @@ def write(report: Report, folder: Path) -> None:
     harness.save(report, stem.with_suffix(".json"))
     about, times = report["environment"], report["process_wall_s"]
     text = (
-        f"# Table {report['table']}: {report['varies']}\n\n{markdown(report)}\n\n"
+        f"# {in_the_paper(report['table'])}: {report['varies']}\n\n{markdown(report)}\n\n"
         f"`{about['command']}`, {about['cpu_cores']} cores of {about['cpu']}, "
         f"jax {about['versions']['jax']}. {in_words(times, report['jobs'])} "
         f"{length_in_words(report['runs'])}\n"
@@ -523,7 +526,7 @@ def _main(argv: Sequence[str] | None) -> None:
         about = {"command": command, **harness.describe()}
         report = {"environment": about, "jobs": args.jobs, **summarise(number, outcomes, sets)}
         write(report, args.out)
-        print(f"\nTable {number}: {report['varies']}\n\n{markdown(report)}")
+        print(f"\n{in_the_paper(number)}: {report['varies']}\n\n{markdown(report)}")
         print(f"\n{in_words(report['process_wall_s'], args.jobs)}")
         failed |= report["failed"]
     if failed:
