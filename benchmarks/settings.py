@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -95,29 +95,27 @@ def run(args: argparse.Namespace) -> Report:
                 **{key: value for key, value in result.items() if key not in ("answers", "start")},
             }
         )
-        print(f"{name}: {with_interval(*gain(rows[-1]))}", flush=True)
+        print(f"{name}: {_gain('sampled_reward')(rows[-1])}", flush=True)
     return {"world": args.world, "steps": args.steps, "clips": rows[0]["clips"], "rows": rows}
 
 
-def gain(row: dict[str, Any]) -> tuple[float, list[float]]:
-    """What a sample gains over the start."""
-    return row["sampled_reward_gain"], row["sampled_reward_gain_interval"]
+def _gain(of: str) -> Callable[[Mapping[str, Any]], str]:
+    """A cell of what is gained, with its interval."""
+    return lambda row: with_interval(row[f"{of}_gain"], row[f"{of}_gain_interval"])
 
 
-def _over_default(row: dict[str, Any]) -> str:
-    found = row["over_default"]
-    if row["setting"] == DEFAULT:
-        return ""
-    return with_interval(found["sampled_reward_gain"], found["sampled_reward_gain_interval"])
+def _over_default(row: Mapping[str, Any]) -> str:
+    return "" if row["setting"] == DEFAULT else _gain("sampled_reward")(row["over_default"])
 
 
-COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "one setting changed": lambda row: row["setting"],
     "config": lambda row: ", ".join(f"`{change}`" for change in row["changes"]),
     "steps": lambda row: f"{row['steps']}{', ended by KL' if ended_by_kl(row) else ''}",
-    "reward of a sample, over the start": lambda row: with_interval(*gain(row)),
+    "reward of a sample, over the start": _gain("sampled_reward"),
     "over the default": _over_default,
-    "greedy F": lambda row: f"{row['after']['greedy_f']:.3f}",
+    "greedy F, over the start": _gain("greedy_f"),
+    "consensus F": lambda row: f"{row['after']['consensus_f']:.3f}",
     "labels": lambda row: f"{row['after']['sampled_labels_per_clip']:.2f}",
 }
 
@@ -126,9 +124,9 @@ def table(report: Report) -> str:
     """A Markdown table of the settings."""
     before = report["rows"][0]["before"]
     told = (
-        f"World {report['world']}, {report['clips']} validation clips, {SAMPLES} samples of each; "
-        f"the start has {before['sampled_reward']:.3f} a sample and a greedy F of "
-        f"{before['greedy_f']:.3f}."
+        f"World {report['world']}, {report['clips']} validation clips, {SAMPLES} samples of each. "
+        f"The start has {before['sampled_reward']:.3f} a sample, a greedy F of "
+        f"{before['greedy_f']:.3f} and a consensus F of {before['consensus_f']:.3f}."
     )
     return f"{harness.columns(COLUMNS, report['rows'])}\n\n{told}"
 

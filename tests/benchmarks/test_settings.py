@@ -32,7 +32,9 @@ def test_answers_about_validation_clips_are_compared_with_those_of_the_default(
     (home / "sft" / "result.json").write_text("{}")
     right = [list(clip.labels) for clip in clips]
     gains = {"sampled_reward_gain": 0.05, "sampled_reward_gain_interval": [0.01, 0.09]}
-    side = {"sampled_reward": 0.7, "greedy_f": 0.8, "sampled_labels_per_clip": 1.25}
+    gains |= {"greedy_f_gain": 0.0, "greedy_f_gain_interval": [-0.01, 0.01]}
+    side = {"sampled_reward": 0.7, "greedy_f": 0.8, "consensus_f": 0.8}
+    side |= {"sampled_labels_per_clip": 1.25}
     facts = {"before": side, "after": side, "steps": 5, "best_step": 5, "clips": 8} | gains
     # The default knows the first half of the clips, the other setting all.
     half = [labels if i < 4 else ["xyz"] for i, labels in enumerate(right)]
@@ -54,7 +56,7 @@ def test_answers_about_validation_clips_are_compared_with_those_of_the_default(
     low, high = gain["sampled_reward_gain_interval"]
     assert 0 < low < 0.5 < high
     lines = settings.table(report).splitlines()
-    assert lines[2].startswith("| the default |  | 5 | +0.050 (+0.010 to +0.090) |  | 0.800 | 1.25")
+    assert lines[2].startswith("| the default |  | 5 | +0.050 (+0.010 to +0.090) |  | +0.000 (")
     assert "`rl.length_penalty=0.0`" in lines[3] and "+0.500 (" in lines[3]
     assert "8 validation clips, 16 samples of each" in lines[-1]
     with pytest.raises(RunError, match="ended with status 1"):
