@@ -49,6 +49,10 @@ class OutOfTime(UserError, RuntimeError):
     """An answer that was not complete in time."""
 
 
+class Failed(UserError, RuntimeError):
+    """An answer that an error of the model has ended, which the engine has printed."""
+
+
 class _Clips(list):
     """Clips in memory, as far as prompts and batches read data sets."""
 
@@ -306,9 +310,10 @@ class Engine:
                     active[key].tell(Update(answer, complete))
                     if complete:
                         del active[key]
-            except Exception as error:  # whatever it is, the server goes on with what comes next
+            except Exception:  # whatever it is, the server goes on with what comes next
                 traceback.print_exc(file=sys.stderr)
-                self._end(active.values(), error)
+                why = "the model failed in this answer; the server has printed why"
+                self._end(active.values(), Failed(why))
                 active.clear()
                 self.live.reset()
         self._end([*active.values(), *self._waiting], _stopped())

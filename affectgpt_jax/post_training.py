@@ -107,11 +107,22 @@ def _refuse_unread(section: str, arguments: Sequence[str]) -> None:
         ConfigError: there is one.
     """
     rows = {"rl": "config.rl.prompts and config.rl.group", "dpo": "config.dpo.pairs"}[section]
+    long = {
+        "rl": "clips whose prompts are too long are left out, and counted",
+        "dpo": "a pair that is too long is refused",
+    }[section]
+    start = "the command writes what --from or --checkpoint, and --step, name"
     why = {
         "batch_size": f"the rows of an update follow from {rows}; set those",
         "pack_length": "a row holds one prompt and its answers; leave it out",
+        "too_long": f"{long}; leave it out",
         "init_from": "the weights are those of the run to start from; leave it out",
+        **{f"{section}.{key}": start for key in ("start", "start_step", "start_sha256")},
+        f"{section}.lexicon_sha256": f"the command writes it; set config.{section}.lexicon",
     }
+    if section == "dpo":
+        held_out = "checkpoints are chosen by the pairs that config.dpo.val_share holds out; set it"
+        why |= {"data.val": held_out, "data.val_share": held_out}
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]
         if (key := name.removeprefix("config.")) in why:
@@ -668,10 +679,10 @@ def finish(
         totals: of `loop.run_steps`.
         more: rows for the summary.
     """
-    before, step = result["before"], result["steps"]
+    before, step, best = result["before"], result["steps"], result["best_step"]
     greedy = next(value for key, value in before.items() if key.startswith("greedy_"))
     references = {"a sample, before": before["sampled_reward"], "most probable, before": greedy}
-    session.writer.write(step, {"test/sampled_reward": result["after"]["sampled_reward"]})
+    session.writer.write(best, {"test/sampled_reward": result["after"]["sampled_reward"]})
     times = session.clock.report()
     result |= {**totals, "wall_s": sum(times.values()), "time_s": times}
     workdir = session.workdir

@@ -55,7 +55,7 @@ from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.text import brief, shorten
 from affectgpt_jax.data.records import Record, Records
 from affectgpt_jax.evaluation.lexicon import LEVELS, WHEELS, Lexicon, Source
-from affectgpt_jax.live import Busy, Engine, OutOfTime, Prompt, Stopped, Update
+from affectgpt_jax.live import Busy, Engine, Failed, OutOfTime, Prompt, Stopped, Update
 from affectgpt_jax.models.generate import Sampling
 from affectgpt_jax.restore import Run
 
@@ -316,7 +316,7 @@ class Service:
                             yield event(reply.count(update.answer))
         except Exception as error:  # the status is sent; what is left is to say it here
             message, status = message_and_status(error)
-            if status == 500:
+            if status == 500 and not isinstance(error, Failed):  # which is printed
                 traceback.print_exc()
             yield event(error_body(message, status))
         yield event("[DONE]")
@@ -547,6 +547,8 @@ def message_and_status(error: Exception) -> tuple[str, int]:
             return str(error), 503
         case OutOfTime():
             return str(error), 504
+        case Failed():
+            return str(error), 500
         case UserError():
             return brief(error, 1000), 400
         case HTTPException():

@@ -8,10 +8,11 @@ and of the report beside the paper's figures. With --submit, runs are handed to 
 
 The rows of a table are folders below --records; those of Table 4 are what `affectgpt caption filter
 --levels ... --write records/t4-...` writes. Of Table 3, t3-NAME-emotion are the pairs of t3-NAME
-whose text names an emotion; no command picks these out, which is to be done in the CSV file from
-which `affectgpt import_arrays` makes the records. All runs see the same number of clips, as the
-paper's do, however large their set is. Every set must have the same features of the same encoders
-(in Figure 4, the same clips instead), and no clip of --against may be in one.
+whose text names an emotion, which `affectgpt caption labels --records ... --write ...` picks out,
+as the paper does with --base-url and --model, else by rules; where they lack, the command is
+printed. All runs see the same number of clips, as the paper's do, however large their set is. Every
+set must have the same features of the same encoders (in Figure 4, the same clips instead), and no
+clip of --against may be in one.
 """
 
 from __future__ import annotations
@@ -52,13 +53,14 @@ class Row(NamedTuple):
 
 # Sets of questions and answers, with the one input that they have.
 QA = "--config.label=qa"
+EMOTION = "-emotion"  # of these, the pairs that name one
 GENERAL = {"minigpt4": "image", "videochat": "frame", "llava": "image", "wavcaps": "audio"}
 TABLES: dict[str, tuple[Row, ...]] = {
     "3": (
         *(
             Row(f"{name}{suffix}", f"t3-{name}{suffix}", (f"--config.input={kind}", QA))
             for name, kind in GENERAL.items()
-            for suffix in ("", "-emotion")
+            for suffix in ("", EMOTION)
         ),
         *(Row(name, f"t3-{name}") for name in ("emovit", "mafw", "merr-coarse", "merr-fine")),
         Row("mercaption", "t4-none"),
@@ -163,6 +165,12 @@ def commands(
                      f"--out={workdir / 'report'}"]  # fmt: skip
 
 
+def preparation(records: Path, whole: str, emotional: str) -> list[str]:
+    """What makes the pairs that name an emotion of a folder with all pairs, as words."""
+    return ["affectgpt", "caption", "labels", f"--out={records / whole}-labels",
+            f"--records={records / whole}", f"--write={records / emotional}"]  # fmt: skip
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with exit_on_error():
@@ -184,6 +192,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = check_rows(arguments.table, rows, arguments.records, arguments.against)
         if lacking := [row.folder for row in rows if row not in found]:
             print_lines([f"# left out, without records: {', '.join(lacking)}"])
+        there = [row.folder for row in found]
+        for folder in lacking:
+            if folder.endswith(EMOTION) and (whole := folder.removesuffix(EMOTION)) in there:
+                words = preparation(arguments.records, whole, folder)
+                print_lines([f"# {folder} is made by: {shlex.join(words)}"])
         for kind, words in commands(arguments.table, found, vars(arguments), overrides):
             line = ["sbatch", LAUNCH, *words] if kind == "train" else words
             print_lines([shlex.join(line)])

@@ -236,8 +236,15 @@ def _files(folder: Path) -> Iterator[Path]:
     """All files below a folder, linked folders included, hidden files excluded."""
     if not folder.is_dir():
         raise ClipError(f"{folder} is not a folder; expected one with a file per clip")
+
+    def refuse(error: OSError) -> None:
+        raise ClipError(
+            f"{error.filename} cannot be searched for clips ({error.strerror}); make it readable, "
+            "or move it elsewhere"
+        )
+
     seen = set()
-    for place, below, files in os.walk(folder, followlinks=True):
+    for place, below, files in os.walk(folder, onerror=refuse, followlinks=True):
         # A link may lead back to where it is.
         if (real := os.path.realpath(place)) in seen:
             below.clear()

@@ -91,7 +91,11 @@ def decode_clip(job: Job) -> Decoded:
     damage = {path: _trouble(path, job.max_seconds) for path in (clip.video, clip.audio) if path}
     # By what can be used, the same clip is known again under another name.
     if whole := [path for path, trouble in damage.items() if not trouble]:
-        out.facts["sha256"] = files_sha256(whole)
+        try:
+            with media.reading():
+                out.facts["sha256"] = files_sha256(whole)
+        except MediaError as error:
+            damage |= dict.fromkeys(whole, str(error))
     visual = [feature for feature in ("face", "frame") if feature in job.features]
     if visual:
         _attempt(out, visual, lambda: _look(job, out, damage))

@@ -11,6 +11,7 @@ Decoding is FFmpeg's, through PyAV. What cannot be decoded whole is not used in 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import struct
@@ -111,7 +112,7 @@ def _breaks_off(seconds: float, declared: float) -> bool:
 
 def _check_wav(path: Path) -> None:
     """Raise MediaError where samples are missing, which FFmpeg does not report."""
-    with open(path, "rb") as file:
+    with reading(), open(path, "rb") as file:
         file.seek(12)  # behind RIFF, size and WAVE
         rate = 0
         while len(header := file.read(8)) == 8:
@@ -321,12 +322,18 @@ def _check_size(picture: av.VideoCodecContext | av.VideoFrame) -> None:
         raise MediaError(f"frames of {picture.width} x {picture.height} pixels are too large")
 
 
-def _guarded(items: Iterable[Any]) -> Iterator[Any]:
-    """Iterate with FFmpeg's errors turned into MediaError."""
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """Turns errors of FFmpeg, and of the disk below it, into MediaError."""
     try:
-        yield from items
+        yield
     except (av.FFmpegError, OSError) as error:
         raise MediaError(f"damaged: {_reason(error)}") from None
+
+
+def _guarded(items: Iterable[Any]) -> Iterator[Any]:
+    with reading():
+        yield from items
 
 
 def _with_end(items: Iterator[Any]) -> Iterator[Any]:

@@ -83,7 +83,7 @@ def run(
         detector: of faces, if not the cascade.
 
     Raises:
-        ClipError: a file that changed while it was read.
+        ClipError: a file that changed while it was read, after all other blocks.
     """
     size = encoders["video"].image_size if "video" in encoders else 0
     features, face_order = settings["features"], settings["faces"]["order of arrays"]
@@ -100,6 +100,7 @@ def run(
     # With no workers nothing is decoded ahead, but still in a process of its own.
     ahead = 2 * batch + workers if workers else 1
     results = in_order(decode_clip, jobs, max(workers, 1), ahead, died)
+    changed: list[Clip] = []
     with Counter("clips", stream=sys.stderr) as count:
         count(0, len(jobs))
         for key, part in missing.items():
@@ -111,16 +112,28 @@ def run(
                     stages.add(stage, seconds)
             # A folder that is copied to, or a drive that went away, must not be remembered as it
             # was.
-            if block_key(settings, part) != key:
-                raise ClipError(
-                    f"files of the clips {listed([clip.name for clip in part])} changed while they "
-                    "were read; run the command again when nobody writes to them"
-                )
-            store.write(key, encode(part, decoded, encoders, features, batch, stages))
+            if block_key(settings, part) == key:
+                store.write(key, encode(part, decoded, encoders, features, batch, stages))
+            else:
+                changed += part
             stages.clips += len(part)
             count(stages.clips, len(jobs))
     results.close()
+    refuse_changed(changed)
     return stages
+
+
+def refuse_changed(clips: Sequence[Clip]) -> None:
+    """End a command that has finished all blocks but those of these clips.
+
+    Raises:
+        ClipError: there are such clips.
+    """
+    if clips:
+        raise ClipError(
+            f"files of the clips {listed([clip.name for clip in clips])} changed while they were "
+            "read; run the command again when nobody writes to them"
+        )
 
 
 def encode(

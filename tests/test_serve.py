@@ -564,7 +564,7 @@ def test_a_client_that_leaves_gives_up_its_place_in_the_queue(plain):
 
 
 def test_errors_of_the_server_are_printed_and_forbid_what_all_responses_do(
-    plain, monkeypatch, capfd
+    plain, monkeypatch, capfd, caplog
 ):
     rows = Letters()
     rows.may_write.release(1000)
@@ -579,9 +579,36 @@ def test_errors_of_the_server_are_printed_and_forbid_what_all_responses_do(
         last = events(response.read().lstrip(b"\n"))[-1]
         connection.close()
         assert last["error"]["message"].startswith("this request failed in the server")
-        assert "ZeroDivisionError: no places" in capfd.readouterr().err
+        assert printed(capfd, caplog).count("ZeroDivisionError: no places") == 1
         status, headers, _ = client(f"/record?name={NAME}")
         assert status == 500 and "default-src 'none'" in headers["content-security-policy"]
+    assert printed(capfd, caplog).count("ZeroDivisionError: no places") == 1
+
+
+def test_an_error_of_the_model_is_printed_once_whoever_waits_for_an_answer(plain, capfd, caplog):
+    rows = Letters()
+    with serving(service_like(plain, engine=engine_of(rows))) as client:
+        connection, response = begin(client, max_tokens=5000)
+        found, asked = [], (record(NAME), "happy?")
+        whole = threading.Thread(target=lambda: found.append(client.chat(*asked, max_tokens=5000)))
+        whole.start()
+        wait(lambda: rows.may_write.release() or not rows.free)
+        rows.broken = True
+        rows.may_write.release(1000)
+        last = events(response.read().lstrip(b"\n"))[-1]
+        connection.close()
+        whole.join()
+    [(status, answer)] = found
+    why = "the model failed in this answer; the server has printed why"
+    assert status == 500 and answer["error"]["message"] == last["error"]["message"] == why
+    assert printed(capfd, caplog).count("ValueError: a device that failed") == 1
+
+
+def printed(capfd, caplog):
+    """What was printed since the last call, by the server's own log too."""
+    text = capfd.readouterr().err + caplog.text
+    caplog.clear()
+    return text
 
 
 def test_at_the_end_streams_are_told_and_nothing_is_left(plain):

@@ -41,7 +41,7 @@ from ..clips import find_clips, read_clip_rows
 from ..contents import read_seconds
 from ..encoders import MISSING
 from ..shards import add_shard_flag, shard_of_task
-from . import describe, filtering, labels
+from . import describe, filtering, labels, pairs
 from .settings import DESCRIPTIONS, FORMS, REPLIES, CaptionError, read_settings
 
 
@@ -78,6 +78,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     add = verb("labels", run_labels, "find emotions and sentiment of descriptions; default: rules")
     _add_model(add, base=True)
+    add("--records", type=Path, metavar="DIR", help="question-answer pairs, instead; for --write")
+    add("--write", type=Path, metavar="DIR", help="records of the pairs that name an emotion")
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
     add = verb("filter", run_filter, "keep the descriptions that pass the tests of the levels")
@@ -183,6 +185,12 @@ def _check_model(arguments: argparse.Namespace, others: Sequence[str]) -> None:
         raise cli.UsageError(f"{' and '.join(named)} both say who describes; name one of them")
     if arguments.concurrency < 1 or arguments.timeout <= 0:
         raise cli.UsageError("--concurrency and --timeout must be more than 0")
+
+
+def _check_write(arguments: argparse.Namespace) -> None:
+    """Refuse half of what says which records become which."""
+    if bool(arguments.records) != bool(arguments.write):
+        raise cli.UsageError("--records and --write go together: from where, and where to")
 
 
 def _check_least(arguments: argparse.Namespace, **least: int) -> None:
@@ -331,6 +339,7 @@ def _described_names(out: Path) -> list[str]:
 def run_labels(arguments: argparse.Namespace) -> None:
     """`labels`."""
     _check_model(arguments, ("workdir",))
+    _check_write(arguments)
     out = arguments.out.expanduser()
     rules = RuleExtractor(load_lexicon(arguments.lexicon))
     extractor: Extractor = rules
@@ -339,13 +348,16 @@ def run_labels(arguments: argparse.Namespace) -> None:
         cache = ReplyCache(out / REPLIES / "labels.jsonl")
         count = Counter("replies about labels", stream=sys.stderr)
         extractor = ChatExtractor(chat, cache, rules.in_text, count)
-    print_lines(labels.label_descriptions(out, extractor))
+    if arguments.write:
+        source, to = arguments.records.expanduser(), arguments.write.expanduser()
+        print_lines(pairs.write_emotional_pairs(source, out, to, extractor))
+    else:
+        print_lines(labels.label_descriptions(out, extractor))
 
 
 def run_filter(arguments: argparse.Namespace) -> None:
     """`filter`."""
-    if bool(arguments.records) != bool(arguments.write):
-        raise cli.UsageError("--records and --write go together: from where, and where to")
+    _check_write(arguments)
     out = arguments.out.expanduser()
     to = (arguments.to or out).expanduser()
     settings = read_settings(out)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from affectgpt_jax.data.arrays import parse_labels
 from affectgpt_jax.data.records import (
     EXTRACTION,
     MANIFEST_FILE,
+    Record,
     RecordDataset,
     RecordError,
     write_records,
@@ -518,8 +519,44 @@ def write_training_records(
     Raises:
         RecordError: no clip that is kept has a record, or a directory that cannot be used.
     """
+
+    def annotated(record: Record) -> Record:
+        return dataclasses.replace(
+            record,
+            description=data.descriptions[record.name]["reply"],
+            labels=data.labels[record.name].labels,
+        )
+
+    return copy_records(source, to, kept, annotated)
+
+
+def refuse_records(to: Path) -> None:
+    """Refuse a directory to write that holds records.
+
+    Raises:
+        RecordError: it does.
+    """
     if (to / MANIFEST_FILE).exists():
         raise RecordError(f"{to} already holds records; delete it or write elsewhere")
+
+
+def copy_records(
+    source: Path,
+    to: Path,
+    kept: Sequence[str],
+    change: Callable[[Record], Record] = lambda record: record,
+) -> tuple[int, list[str]]:
+    """Write some of the records of a directory, with what is known of their extraction.
+
+    Args:
+        source: the records.
+        to: the record directory to write.
+        kept: names of clips.
+        change: makes of each record the one that is written.
+
+    Returns, raises: as `write_training_records`.
+    """
+    refuse_records(to)
     records = RecordDataset(source)
     wanted = set(kept)
     numbers = [i for i, entry in enumerate(records.index) if entry.name in wanted]
@@ -530,16 +567,6 @@ def write_training_records(
             f"called {listed([e.name for e in records.index])}"
         )
     encoders = {name: facts["encoder"] for name, facts in records.manifest.features.items()}
-
-    def annotated():
-        for i in numbers:
-            record = records[i]
-            yield dataclasses.replace(
-                record,
-                description=data.descriptions[record.name]["reply"],
-                labels=data.labels[record.name].labels,
-            )
-
     # What describes and serves clips like these, and what looks for them elsewhere, reads on.
     copy_report(source, to, {records.index[i].name for i in numbers})
     if (places := source / BLOCKS / PLACES).is_file():
@@ -548,5 +575,5 @@ def write_training_records(
     if "face arrays" in (how := extra.get(EXTRACTION, {})):
         faces = sum("face" in records.index[i].present for i in numbers)
         extra[EXTRACTION] = how | {"face arrays": min(how["face arrays"], faces)}
-    write_records(to, annotated(), encoders=encoders, extra=extra)
+    write_records(to, (change(records[i]) for i in numbers), encoders=encoders, extra=extra)
     return len(numbers), lacking

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..media import RATE, MediaError, check_file, check_whole, read_frames, read_waveform
+from ..media import RATE, MediaError, check_whole, read_frames, read_waveform, reading
 from .settings import MediaSettings
 
 QUALITY = 85  # of JPEG
@@ -43,10 +43,10 @@ def media_parts(
         samples = read_waveform(path)[: round(settings.seconds * RATE)]
         return [_sound(_wav(samples), form)]
     if form == "video_url":
-        check_file(path)
-        if path.stat().st_size > MAX_VIDEO_BYTES:
-            raise MediaError(f"larger than {MAX_VIDEO_BYTES:,} bytes; send frames instead")
-        return [_link("video_url", "video/mp4", path.read_bytes())]
+        with reading():
+            if path.stat().st_size > MAX_VIDEO_BYTES:
+                raise MediaError(f"larger than {MAX_VIDEO_BYTES:,} bytes; send frames instead")
+            return [_link("video_url", "video/mp4", path.read_bytes())]
     shown, _ = read_frames(path, settings.frames, lambda image: _jpeg(image, settings.pixels))
     return [_link("image_url", "image/jpeg", picture) for picture in shown]
 

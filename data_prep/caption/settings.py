@@ -5,6 +5,7 @@ A data set is a folder. All commands of this package read and write in it:
     caption.toml         prompts and thresholds; made with the first command
     audio.jsonl, video.jsonl, descriptions.jsonl       a reply a clip, see `describe`
     labels.csv, labels.json    emotions and sentiment of each description, and who found them
+    pairs.csv            emotions of question-answer pairs, see `pairs`
     speakers.csv         who speaks, of data_prep.speakers
     votes.csv            what the crowd says, of data_prep.crowd
     filtered.csv, plus.csv, funnel.json, funnel.png    of `filtering`

@@ -20,13 +20,12 @@ import numpy as np
 
 from affectgpt_jax.common.files import sha256_of
 from affectgpt_jax.common.progress import Counter
-from affectgpt_jax.common.text import listed
 
 from .. import faces
 from ..blocks import Block, BlockStore, block_key
 from ..clips import Clip, ClipError
 from ..decoding import available_cores, died_because, in_order
-from ..stages import in_blocks
+from ..stages import in_blocks, refuse_changed
 from . import networks
 from .mfcc import COEFFICIENTS, PER_FRAME
 from .networks import Network
@@ -271,23 +270,23 @@ def check_clips(
     results = in_order(
         look, jobs, workers, ahead=BLOCK + workers, died=lambda: Seen(died_because())
     )
+    changed: list[Clip] = []
     with Counter("clips", stream=sys.stderr) as count:
         done = 0
         count(0, len(jobs))
         for key, part in missing.items():
             seen = [next(results) for _ in part]
-            if block_key(settings, part) != key:
-                raise ClipError(
-                    f"files of the clips {listed([clip.name for clip in part])} changed while they "
-                    "were read; run the command again when nobody writes to them"
-                )
-            judged = detector.judge(seen)
-            names = [clip.name for clip in part]
-            rows = [row_of(*each, detector.name) for each in zip(names, seen, judged)]
-            store.write(key, Block(rows, {}))
+            if block_key(settings, part) == key:
+                judged = detector.judge(seen)
+                names = [clip.name for clip in part]
+                rows = [row_of(*each, detector.name) for each in zip(names, seen, judged)]
+                store.write(key, Block(rows, {}))
+            else:
+                changed += part
             done += len(part)
             count(done, len(jobs))
     results.close()
+    refuse_changed(changed)
     if any(key not in store for key in blocks):
         return None
     rows = [row for key in blocks for row in store.rows(key)]

@@ -8,6 +8,7 @@ from affectgpt_jax.config import parse_command_line
 from affectgpt_jax.data.records import Record, write_records
 from affectgpt_jax.report import parse_arguments as parse_report
 from benchmarks.ablation_real import TABLES, main
+from data_prep.caption import __main__ as caption
 
 
 def write(folder, names, encoder="clip", width=4):
@@ -71,6 +72,18 @@ def test_encoders_are_compared_on_the_same_clips(sets, capsys):
         run(sets, table="fig4")
     with pytest.raises(SystemExit, match="has records of 0 of the rows of 3"):
         main(["--table=3", "--llm=x", f"--records={sets / 'runs'}", "--workdir=w"])
+
+
+def test_pairs_that_name_an_emotion_are_told_how_to_be_made(sets, capsys):
+    for name in ("t3-llava", "t3-wavcaps", "t3-wavcaps-emotion"):
+        write(sets / "records" / name, "ab")
+    run(sets, table="3")
+    made = [x for x in capsys.readouterr().out.splitlines() if " is made by: " in x]
+    [(_, _, command)] = [line.partition(" is made by: ") for line in made]
+    assert made[0].startswith("# t3-llava-emotion is made by: affectgpt caption labels ")
+    arguments = caption.parse_arguments(shlex.split(command)[2:])
+    assert arguments.records == sets / "records" / "t3-llava"
+    assert arguments.write == sets / "records" / "t3-llava-emotion"
 
 
 def test_rows_are_those_of_the_paper():

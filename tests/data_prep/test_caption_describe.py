@@ -1,12 +1,15 @@
 import base64
+import csv
 import json
 import re
 
+import numpy as np
 import pytest
 from chat_stub import Stub
 from clip_files import face_frames, write_clip, write_talking
 
 from affectgpt_jax.common.errors import UserError
+from affectgpt_jax.data.records import Record, RecordDataset, write_records
 from affectgpt_jax.evaluation.chat_server import ChatError, ChatRefusal, ChatServer, Reply
 from data_prep.caption import describe, filtering
 from data_prep.caption.__main__ import main
@@ -342,6 +345,52 @@ def test_replies_about_labels_that_cannot_be_read_are_no_labels_and_no_sentiment
     assert about["extractor"].startswith("m at ") and len(about["prompts_sha256"]) == 64
 
 
+def test_pairs_that_name_an_emotion_become_records_of_their_own(tmp_path, capsys):
+    pairs = [
+        Record(
+            name=name, question=question, answer=answer, features={"image": np.ones((1, 4), "f2")}
+        )
+        for name, question, answer in (
+            ("cat", "What is on the mat?", "A cat."),
+            ("man", "What is he doing?", "He is furious and shouts."),
+            ("odd", "Who wrote this?", "Nobody."),
+            ("girl", "Why is she sad?", "It rains."),
+        )
+    ]
+    write_records(tmp_path / "all", pairs, encoders={"image": "clip"})
+    flags = [f"--records={tmp_path / 'all'}", f"--write={tmp_path / 'emotion'}"]
+
+    def labels(body):
+        words = {"shouts": "[furious]", "she sad": "[sad]", "mat": "[]"}
+        text = body["messages"][0]["content"].rpartition("Clues:")[2]
+        other = "What a strange question to ask somebody like me!"
+        return reply(next((label for word, label in words.items() if word in text), other))
+
+    with Stub(good=labels) as stub:
+        server = ["--base-url", stub.url, "--model=m"]
+        main(["labels", f"--out={tmp_path / 'out'}", *flags, *server])
+        assert len(stub.requests) == 4
+        said = capsys.readouterr().out
+        assert "2 of 4 pairs name an emotion, by m at " in said
+        assert "replies that no labels could be read from, left out: 1" in said
+        with pytest.raises(SystemExit, match="emotion already holds records"):
+            main(["labels", f"--out={tmp_path / 'out'}", *flags, *server])
+    found = RecordDataset(tmp_path / "emotion")
+    assert [(e.name, e.question) for e in found.index] == [
+        ("man", "What is he doing?"), ("girl", "Why is she sad?"),
+    ]  # fmt: skip
+    assert found[0].features["image"].shape == (1, 4)
+    with (tmp_path / "out" / "pairs.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert {name: row["labels"] for name, row in rows.items()} == {
+        "cat": "[]", "man": "[furious]", "odd": "[]", "girl": "[sad]",
+    }  # fmt: skip
+    assert rows["odd"]["unparsed"].startswith("What a strange") and not rows["cat"]["unparsed"]
+    # Without a server, by rules.
+    main(["labels", f"--out={tmp_path / 'out'}", flags[0], f"--write={tmp_path / 'rules'}"])
+    assert [e.name for e in RecordDataset(tmp_path / "rules").index] == ["man", "girl"]
+
+
 def test_a_server_that_refuses_every_label_is_one_sentence(tmp_path):
     write_heard(tmp_path, {f"clip{i}": f"clip{i} speaks" for i in range(9)})
     (tmp_path / "audio.jsonl").rename(tmp_path / "descriptions.jsonl")
@@ -412,6 +461,7 @@ def test_replies_that_do_not_fit_are_refused(content, told, tmp_path):
         (["merge", "--replies=x", "--workdir=y"], "both say who describes|--replies and --workdir"),
         (["merge", "--base-url=http://x/v1", "--model=m"], "neither audio.jsonl nor video.jsonl"),
         (["labels"], "descriptions.jsonl is missing"),
+        (["labels", "--records=x"], "--records and --write go together"),
         (["filter", "--levels=low,mood"], "'mood' is no level"),
     ],
 )

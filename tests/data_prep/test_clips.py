@@ -1,5 +1,6 @@
 """Which clips a folder and a CSV file mean, and which files are told to be none."""
 
+import errno
 import os
 import sys
 from pathlib import Path
@@ -53,6 +54,20 @@ def test_linked_folders_are_searched_and_links_in_a_circle_end(tmp_path):
     os.symlink(tmp_path / "clips", tmp_path / "disk" / "back")
     names = [clip.name for clip in find_clips([tmp_path / "clips"]).clips]
     assert names == ["b", "more/a"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    touch(tmp_path, "a.mp4", "film/b.mp4")
+    scandir = os.scandir
+
+    def scan(place):
+        if Path(place).name == "film":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(ClipError, match=r"/film cannot be searched for clips \(Permission denied"):
+        find_clips([tmp_path])
 
 
 def test_a_name_in_two_rows_is_refused(tmp_path):

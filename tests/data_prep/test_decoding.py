@@ -1,17 +1,22 @@
 """Work in processes, in order, whatever becomes of the processes; and what is taken of a clip."""
 
+import errno
 import os
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from clip_files import face_frames, grey_frames, tone, write_clip, write_talking
 
 from affectgpt_jax.common.identity import files_sha256
-from data_prep import media
+from data_prep import decoding, media
+from data_prep.caption.parts import media_parts
+from data_prep.caption.settings import read_settings
 from data_prep.clips import Clip
 from data_prep.decoding import Abandoned, Job, decode_clip, in_order
+from data_prep.speakers.tracks import Look, look
 
 ALL = ("face", "frame", "audio")
 
@@ -161,3 +166,23 @@ def test_the_hash_is_of_what_can_be_used(tmp_path):
     assert digest(video, audio) not in (digest(video), digest(None, audio))
     assert digest(tmp_path / "text.mp4", audio) == digest(None, audio)
     assert digest(faces=tmp_path / "a.npy") is None
+
+
+def test_a_file_that_a_disk_gives_up_on_is_one_more_that_cannot_be_used(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = write_talking(tmp_path / "a.mp4")
+    monkeypatch.setattr(decoding, "files_sha256", fail)
+    found = decode_clip(Job(Clip("a", path), ALL, 32))
+    assert found.problems == dict.fromkeys(ALL, "damaged: Input/output error")
+    assert not found.arrays and "sha256" not in found.facts
+    sound = write_clip(tmp_path / "a.wav", None, tone(1.0), audio_codec="pcm_s16le")
+    monkeypatch.setattr(media, "open", fail, raising=False)
+    found = decode_clip(Job(Clip("a", None, sound), ("audio",), 0))
+    assert found.problems == {"audio": "damaged: Input/output error"}
+    assert look(Look(Clip("a", path, sound), False)).problem == "damaged: Input/output error"
+    how = read_settings(tmp_path).media
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(media.MediaError, match="damaged: Input/output error"):
+        media_parts("video", path, "video_url", how)

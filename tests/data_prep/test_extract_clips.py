@@ -353,8 +353,11 @@ def test_wherever_it_ends_the_same_command_writes_the_same_bytes(
     assert contents(out) == contents(extracted)
 
 
-def test_files_that_change_while_they_are_read_are_not_remembered(encoders, tmp_path, monkeypatch):
+def test_files_that_change_while_they_are_read_are_not_remembered(
+    encoders, tmp_path, monkeypatch, capsys
+):
     path = write_talking(tmp_path / "clips" / "a.mp4")
+    write_talking(tmp_path / "clips" / "b.mp4")
     whole = path.read_bytes()
     path.write_bytes(whole[:500])  # somebody copies it
 
@@ -367,10 +370,13 @@ def test_files_that_change_while_they_are_read_are_not_remembered(encoders, tmp_
     with pytest.raises(
         SystemExit, match="files of the clips 'a' changed while they were read; run"
     ):
-        run(tmp_path / "clips", tmp_path / "out", encoders)
+        run(tmp_path / "clips", tmp_path / "out", encoders, "--batch=1")
     monkeypatch.setattr(stages, "in_order", in_order)
-    run(tmp_path / "clips", tmp_path / "out", encoders)
-    assert report(tmp_path / "out")["a"]["status"] == "ok"
+    capsys.readouterr()
+    run(tmp_path / "clips", tmp_path / "out", encoders, "--batch=1")
+    assert "1 of 2 clips are finished" in capsys.readouterr().err
+    rows = report(tmp_path / "out")
+    assert rows["a"]["status"] == "ok" and rows["b"]["reason"] == "the same file is 'a'"
 
 
 def test_the_order_of_channels_counts_where_a_csv_file_names_arrays(encoders, tmp_path):

@@ -1,6 +1,7 @@
 """Speaker check: synchrony, tracks, verdicts, calibration; networks beside their authors' code."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -312,6 +313,19 @@ def test_rendered_clips_are_judged_alike_however_the_work_is_shared(talking, mon
     rows = read_speakers(shared)
     assert list(rows) == [clip.name for clip in clips]
     assert {row["network"] for row in rows.values()} == {"synchrony"}
+    # A file that goes away while it is read costs its own block alone.
+    clips[0] = Clip("gone", Path(shutil.copy(clips[0].video, tmp_path / "gone.mp4")))
+
+    def look(job):
+        (tmp_path / "gone.mp4").unlink(missing_ok=True)
+        return tracks.look(job)
+
+    monkeypatch.setattr(check, "look", look)
+    with pytest.raises(ClipError, match="changed while they were read; run the command again"):
+        check.check_clips(clips, tmp_path / "gone" / "speakers.csv")
+    assert len(looked) == 12
+    rows = check.check_clips(clips, tmp_path / "gone" / "speakers.csv")
+    assert len(looked) == 14 and rows[0]["reason"] == "no such file"
 
 
 @pytest.mark.slow

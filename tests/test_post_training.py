@@ -1,0 +1,48 @@
+"""The config of a run that goes on from another one."""
+
+import pytest
+
+from affectgpt_jax.config import SECTIONS, ConfigError
+from affectgpt_jax.configs import affectgpt_qwen25_7b as paper
+from affectgpt_jax.post_training import config_from
+
+# Flags without effect, by section, and a value of each.
+UNREAD = {
+    "batch_size": 8,
+    "pack_length": 4096,
+    "too_long": "drop",
+    "init_from": "elsewhere",
+    "SECTION.start": "elsewhere",
+    "SECTION.start_step": 3,
+    "SECTION.start_sha256": "f" * 64,
+    "SECTION.lexicon_sha256": "f" * 64,
+}
+OF_PAIRS = {"data.val": "elsewhere", "data.val_share": 0.5}
+# What no update reads, but commands that ask the run afterwards do.
+KEPT = {
+    "label": "ovlabel",
+    "num_buckets": 2,
+    "attention": "xla",
+    "generate.batch_size": 4,
+    "generate.max_new_tokens": 9,
+    "generate.merge_lora": "true",
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_flags_without_effect_are_refused_by_name_and_others_are_taken(section):
+    unread = UNREAD | (OF_PAIRS if section == "dpo" else {})
+    for key, value in unread.items():
+        key = key.replace("SECTION", section)
+        with pytest.raises(ConfigError, match=f"^config.{key} cannot be set here: "):
+            config_from(paper.get_config(), section, [f"--config.{key}={value}"])
+    taken = KEPT | ({} if section == "dpo" else OF_PAIRS) | {"seed": 3, "max_tokens": 2000}
+    config = config_from(
+        paper.get_config(), section, [f"--config.{key}={value}" for key, value in taken.items()]
+    )
+    for key, value in taken.items():
+        *parents, last = key.split(".")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        assert place[last] == value, key
