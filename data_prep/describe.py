@@ -32,6 +32,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -205,8 +206,10 @@ def describe(arguments: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def open_outputs(out: Path | None, show: Path | None) -> Iterator[IO[str] | None]:
-    """The file of `--out`, a new one that is left out if nothing is written, and the folder of
-    `--show`.
+    """The file of `--out`, a new one, and the folder of `--show`.
+
+    What stays of the file are its whole lines; without one it goes, so that the same command can be
+    run again.
 
     Raises:
         DescribeError: one of them cannot be written to.
@@ -225,12 +228,19 @@ def open_outputs(out: Path | None, show: Path | None) -> Iterator[IO[str] | None
         raise DescribeError(
             f"{flag} cannot be written to ({error.strerror}); expected {expected}"
         ) from None
-    with file or contextlib.nullcontext():
-        try:
-            yield file
-        finally:
-            if file and not file.tell():
-                out.unlink(missing_ok=True)
+    try:
+        yield file
+    finally:
+        if file:
+            # Each line was flushed: what is left to write is what could not be written, as on a
+            # full disk, which may have taken a part of it.
+            with contextlib.suppress(OSError):
+                file.close()
+            with contextlib.suppress(FileNotFoundError):
+                if whole := out.read_bytes().rfind(b"\n") + 1:
+                    os.truncate(out, whole)
+                else:
+                    out.unlink()
 
 
 def subtitles_of(arguments: argparse.Namespace, names: Sequence[str]) -> Mapping[str, str]:

@@ -3,12 +3,13 @@
 import dataclasses
 import json
 import shutil
+import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from commands import ending, finish, group, trace
+from commands import Command, ending, finish, group, losses, trace
 
 from affectgpt_jax import build, load_run, prefer
 from affectgpt_jax.config import SECTIONS
@@ -28,6 +29,7 @@ from affectgpt_jax.training.checkpoints import SavedRun
 from affectgpt_jax.training.metrics_writer import read_metrics
 
 MODULE = "affectgpt_jax.prefer"
+KILLS = 6  # a run takes some ten seconds
 
 
 @pytest.fixture(scope="module")
@@ -281,3 +283,36 @@ def test_two_processes_prefer_as_one_does_and_find_what_they_made(trained_run, r
     assert {file: file.stat().st_mtime_ns for file in made} == times
     again = json.loads((two / "result.json").read_text())
     assert (again["before"], again["after"]) == (result["before"], result["after"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["records", "samples"])
+def test_a_run_that_is_killed_at_any_moment_goes_on_to_the_same_bytes(
+    source, trained_run, records, tmp_path
+):
+    """Most of its time it samples, compiles and asks, so moments are drawn, and not steps."""
+    _, *keys = flags(trained_run, records, "", mesh="data:-1", **{"dpo.source": source})
+    # The start has hardly learned: what it says differs by its length alone.
+    keys += ["--config.dpo.gap=0.01"]
+    expected, workdir = tmp_path / "undisturbed", tmp_path / "run"
+    # What the first one compiles, the others find.
+    for run in (tmp_path / "first", expected):
+        began_s = time.monotonic()
+        finish(run, *keys, module=MODULE)
+        took_s = time.monotonic() - began_s
+    killed = 0
+    for share in np.random.default_rng(0).uniform(0.2, 1.0, KILLS):
+        with Command(workdir, *keys, module=MODULE) as command:
+            command.process.join(took_s * share)
+            killed += not command.ended
+    assert killed
+    finish(workdir, *keys, module=MODULE)
+    ends = [SavedRun(run).trainable(4) for run in (workdir, expected)]
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert losses(workdir) == losses(expected)
+    found, wanted = (json.loads((w / "result.json").read_text()) for w in (workdir, expected))
+    for key in ("before", "after", "sampled_reward_gain_interval", "best_step", "pairs"):
+        assert found[key] == wanted[key]
+    if source == "samples":
+        files = [run / "pairs_train.json" for run in (workdir, expected)]
+        assert files[0].read_bytes() == files[1].read_bytes()

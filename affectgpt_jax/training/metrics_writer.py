@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Self, SupportsFloat, TypedDict
 import jax
 
 from affectgpt_jax.common.errors import UserError
-from affectgpt_jax.common.files import atomic_write, decode, open_to_append, write_text
+from affectgpt_jax.common.files import atomic_write, decode, naming, open_to_append, write_text
 from affectgpt_jax.common.json import parse_json
 from affectgpt_jax.common.progress import LiveLine, duration
 
@@ -37,6 +37,8 @@ class MetricsError(UserError, RuntimeError):
 
 # Clips of a validation that are shown.
 SAMPLES = 8
+# Seconds between two times that TensorBoard sees what is new.
+_FLUSH_S = 15.0
 
 
 class Sample(NamedTuple):
@@ -132,9 +134,11 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes and closes all files; a second call does nothing."""
         if self._enabled:
-            self._lines.close()
-            for sink in self._sinks:
-                sink.close()
+            # Each is closed, whatever a full disk makes of the others.
+            with contextlib.ExitStack() as stack:
+                for sink in self._sinks:
+                    stack.callback(sink.close)
+                self._lines.close()
 
     def __enter__(self) -> Self:
         return self
@@ -144,40 +148,53 @@ class MetricsWriter:
 
 
 class _TensorBoard:
-    """Events in a folder, written by tensorboardX: TensorFlow is not needed."""
+    """Events in a folder, written by tensorboardX: TensorFlow is not needed.
+
+    Whoever has an event writes it. The thread that does so behind tensorboardX's `SummaryWriter`
+    ends on a full disk, and the run then waits for it without an end.
+    """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         # Imported late: it takes longer than JAX, and only the first process writes events.
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.summary import text
 
-        self._summary = Summary
-        self._writer = SummaryWriter(
-            str(folder),
-            # TensorBoard hides older events from this step on.
-            purge_step=resume_step + 1 if resume_step else 0,
-            flush_secs=15,
-            # File names have a resolution of one second: a quick restart must not overwrite the
-            # events that it continues.
-            filename_suffix=f".from{resume_step:09d}",
-        )
+        self._event, self._summary, self._text = Event, Summary, text
+        self._folder, self._flushed_s = folder, float("-inf")
+        folder.mkdir(parents=True, exist_ok=True)
+        # File names have a resolution of one second: a quick restart must not overwrite the events
+        # that it continues.
+        self._events = EventsWriter(str(folder / "events"), f".from{resume_step:09d}")
+        # TensorBoard hides older events from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._add(resume_step + 1 if resume_step else 0, session_log=start)
+
+    def _add(self, step: int, **content: Any) -> None:
+        with naming(self._folder):
+            self._events.write_event(self._event(step=step, wall_time=time.time(), **content))
+            if time.monotonic() - self._flushed_s > _FLUSH_S:
+                self._events.flush()
+                self._flushed_s = time.monotonic()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        # `SummaryWriter.add_scalar` would write one event for each value, and log a warning
-        # across the live line for each NaN, which TensorBoard can show well.
+        # One event for each value would be several times as many bytes.
         entries = [self._summary.Value(tag=tag, simple_value=v) for tag, v in values.items()]
-        self._writer.file_writer.add_summary(self._summary(value=entries), step)
+        self._add(step, summary=self._summary(value=entries))
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         # Text is Markdown there. What is indented is shown as it is, whatever a model writes.
         lines = [line for sample in samples for line in _in_lines(sample)]
-        self._writer.add_text("val/answers", "\n".join(f"    {line}" for line in lines), step)
+        shown = "\n".join(f"    {line}" for line in lines)
+        self._add(step, summary=self._text("val/answers", shown))
 
     def write_picture(self, step: int, png: Path) -> None:
         """Nothing: TensorBoard draws the curves itself."""
 
     def close(self) -> None:
-        self._writer.close()
+        with naming(self._folder):
+            self._events.close()
 
 
 def check_wandb(project: str) -> None:

@@ -97,6 +97,12 @@ def test_outputs_are_opened_before_weights_are_read(tmp_path):
     with describe.open_outputs(out, show) as file:
         file.write("{}\n")
     assert out.read_text() == "{}\n" and not any(show.iterdir())
+    torn = tmp_path / "torn.jsonl"
+    with pytest.raises(OSError, match="full"), describe.open_outputs(torn, None) as file:
+        file.write('{}\n{"na')
+        file.flush()
+        raise OSError("the disk is full")
+    assert torn.read_text() == "{}\n"
 
 
 def test_encoders_that_are_named_take_the_place_of_records(run, tmp_path, weightless):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import resource
 import struct
 import sys
 import time
@@ -153,6 +154,18 @@ def test_tensorboard_gets_every_scalar(tmp_path: Path) -> None:
         "train/loss": [(1, 8.0), (2, 4.0), (3, pytest.approx(8 / 3))],
         "lr": [(1, 0.5), (2, 0.5), (3, 0.5)],
     }
+
+
+@pytest.mark.timeout(60)  # it would wait for a thread that has ended
+def test_a_full_disk_is_an_error_of_whoever_writes_to_tensorboard(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # stands in for the disk
+    try:
+        with pytest.raises(OSError, match="tensorboard"), MetricsWriter(tmp_path) as writer:
+            for step in range(100):
+                writer.write_samples(step, [Sample("clip", "They feel calm." * 100, "calm")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 SAMPLES = [
