@@ -50,7 +50,7 @@ SECTION_CHOICES = {
     "method": ("grpo", "best"),
     "loss": ("tokens", "answers", "constant"),
     "scale": ("none", "group", "batch"),
-    "kl": ("k1", "k2", "k3"),
+    "kl": ("k2", "k3"),
     "source": ("records", "samples"),
 }
 SECTION_LEAST = {

@@ -53,7 +53,7 @@ def reinforcement() -> ConfigDict:
     c.loss = "tokens"  # tokens | answers | constant: training/policy.py
     c.scale = "none"  # none | group | batch: the deviation that advantages are divided by
     c.beta = 0.0  # weight of the KL to the start
-    c.kl = "k3"  # its estimator: k1 | k2 | k3
+    c.kl = "k2"  # its estimator: k2, with the KL's gradient | k3, GRPO's
     c.epsilon = 0.2  # a ratio is clipped below 1 - epsilon
     c.epsilon_high = 0.28  # and above 1 + epsilon_high
     c.weight_cap = 2.0  # of exp(training's - rollout's log-probability)

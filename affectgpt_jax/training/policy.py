@@ -6,7 +6,12 @@ token t of answer i, with reward r_i, mean and standard deviation s of its group
     A_i     = (r_i - mean) / scale              scale: s + 1e-4, that of the whole batch, or 1
     ratio_t = exp(logp_t - old_t)
     l_t     = -w_t min(ratio_t A_i, clip(ratio_t, 1 - epsilon, 1 + epsilon_high) A_i) + beta KL_t
-    KL_t    = -d ("k1"), d^2 / 2 ("k2") or exp(d) - d - 1 ("k3"), with d = reference_t - logp_t
+    KL_t    = d^2 / 2 ("k2") or exp(d) - d - 1 ("k3"), with d = reference_t - logp_t
+
+On answers of the policy the gradient of k2 is that of KL(policy || reference), whose optimum is
+`reference exp(r / beta') / Z` with `beta' = beta G / (G - 1)`, since the mean of a group has the
+answer itself in it. k3 is GRPO's: its value has the KL as its mean, its gradient is another. (The
+gradient of the third estimator, -d, is zero on average, so it would hold nothing.)
 
 `old` is the policy that the answers are compared with: the one before the first update on them. `w`
 corrects for answers that were written with other probabilities, such as those of merged and rounded
@@ -44,7 +49,7 @@ from affectgpt_jax.training.losses import LossFunction, Metrics
 
 SCALES = ("group", "batch", "none")
 AGGREGATIONS = ("tokens", "answers", "constant")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k2", "k3")
 # Beside the standard deviation of a group, which may be 0; TRL's value.
 EPSILON = 1e-4
 # Groups whose rewards spread less teach nothing: they are as good as equal.
@@ -68,7 +73,7 @@ class PolicyLossConfig:
     epsilon: float = 0.2
     epsilon_high: float = 0.28
     beta: float = 0.0
-    kl: str = "k3"
+    kl: str = "k2"
     weight_cap: float = 2.0
 
     def __post_init__(self) -> None:
@@ -133,7 +138,6 @@ def token_loss(
         distance = batch["reference_log_probs"] - log_probs
         if config.beta:
             estimates = {
-                "k1": -distance,
                 "k2": distance**2 / 2,
                 "k3": jnp.exp(distance) - distance - 1,
             }

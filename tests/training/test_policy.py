@@ -67,7 +67,6 @@ def transcript(logits, tokens, rewards, old, rollout, reference, config, aggrega
                     value, slope = -weight * bounded * advantage, 0.0
                 d = reference[answer][t] - logp
                 kl, kl_slope = {
-                    "k1": (-d, 1.0),
                     "k2": (d * d / 2, -d),
                     "k3": (np.exp(d) - d - 1, 1 - np.exp(d)),
                 }[config.kl]
@@ -154,7 +153,7 @@ def test_the_kl_is_zero_at_the_start_and_its_metric_always_k3():
         "rollout_log_probs": log_probs,
         "reference_log_probs": log_probs,
     }
-    config = PolicyLossConfig(beta=1.0, kl="k1")
+    config = PolicyLossConfig(beta=1.0, kl="k2")
     total, count, metrics = token_loss(config, log_probs, batch)
     assert float(total) == 0 and float(metrics["kl"]) == 0 and float(count) == 2
     batch["reference_log_probs"] = log_probs + 1
@@ -184,7 +183,7 @@ def test_a_bandit_converges_to_the_closed_form(beta):
     rewards = rng.random(24)
     reference = jax.nn.log_softmax(jnp.asarray(rng.normal(size=24)))
     groups, size, steps = 64, 8, 1500
-    config = PolicyLossConfig(beta=beta)
+    config = PolicyLossConfig(beta=beta, kl="k2")
     optimizer = optax.adam(optax.linear_schedule(0.05, 0.0, steps))
 
     def advantages_of(r):  # `group_advantages` with the scale "none", under jit
@@ -196,8 +195,7 @@ def test_a_bandit_converges_to_the_closed_form(beta):
             logits, state, mean = carry
             actions = jax.random.categorical(key, logits, shape=(groups, size))
             log_probs = jax.nn.log_softmax(logits)[actions]
-            # The group's mean, from which its own answer is not left out, shrinks the advantage.
-            advantages = advantages_of(jnp.asarray(rewards)[actions]) * size / (size - 1)
+            advantages = advantages_of(jnp.asarray(rewards)[actions])
             ones = jnp.ones((groups, size))
             batch = {
                 "advantages": advantages,
@@ -212,7 +210,6 @@ def test_a_bandit_converges_to_the_closed_form(beta):
                 total, count, _ = token_loss(config, jax.nn.log_softmax(logits)[actions], batch)
                 return total / count
 
-            # The gradient of k3 on samples of the policy is not that of the KL; k2's is.
             updates, state = optimizer.update(jax.grad(objective)(logits), state)
             logits = optax.apply_updates(logits, updates)
             return (logits, state, 0.99 * mean + 0.01 * jax.nn.softmax(logits)), None
@@ -221,12 +218,12 @@ def test_a_bandit_converges_to_the_closed_form(beta):
         (logits, _, mean), _ = jax.lax.scan(step, start, jax.random.split(key, steps))
         return mean
 
-    config = PolicyLossConfig(beta=beta, kl="k2")
     found = np.asarray(train(reference, jax.random.key(0)))
     if not beta:
         assert found[rewards.argmax()] > 0.98
         return
-    expected = np.exp(np.asarray(reference) + rewards / beta)
+    # The group's mean, from which its own answer is not left out, shrinks the advantage.
+    expected = np.exp(np.asarray(reference) + rewards * (size - 1) / size / beta)
     expected /= expected.sum()
     assert np.abs(found - expected).max() < 0.02
 
