@@ -225,7 +225,7 @@ def train(
                 )
             scores = {f"test/{name}": result[name] for name in ("hit", "f") if name in result}
             if scores:
-                session.writer.write(config.steps, scores)
+                session.writer.write(best, scores)  # whose score it is, often not the last
             else:
                 say("not scored: " + result["not_scored"])
         times = clock.report()

@@ -1,10 +1,13 @@
 """The config of a run that goes on from another one."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from affectgpt_jax.config import SECTIONS, ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b as paper
-from affectgpt_jax.post_training import config_from
+from affectgpt_jax.post_training import config_from, finish
 
 # Flags without effect, by section, and a value of each.
 UNREAD = {
@@ -46,3 +49,19 @@ def test_flags_without_effect_are_refused_by_name_and_others_are_taken(section):
         for parent in parents:
             place = place[parent]
         assert place[last] == value, key
+
+
+def test_the_score_after_stands_at_the_step_that_has_it():
+    written = []
+    session = SimpleNamespace(
+        writer=SimpleNamespace(write=lambda *line: written.append(line)),
+        clock=SimpleNamespace(report=dict),
+        group=SimpleNamespace(is_main_process=False),
+        workdir=Path(),
+        draw=lambda *_: None,
+        progress=SimpleNamespace(close=lambda: None),
+    )
+    scores = {"sampled_reward": 0.5, "greedy_f": 0.5}
+    result = {"before": scores, "after": scores, "steps": 9, "best_step": 3}
+    finish(session, result, {})
+    assert written == [(3, {"test/sampled_reward": 0.5})]

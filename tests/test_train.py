@@ -20,6 +20,7 @@ from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import RecordDataset, write_records
 from affectgpt_jax.models import attention
 from affectgpt_jax.training import loop
+from affectgpt_jax.training.checkpoints import Checkpoints
 from affectgpt_jax.training.metrics_writer import read_metrics
 from affectgpt_jax.weights import __main__ as weights
 from affectgpt_jax.weights.release import read_release
@@ -152,6 +153,16 @@ def test_a_finished_run_started_again_only_scores(finished, records, capsys):
     assert "resumed from the checkpoint of step 6" in capsys.readouterr().out
     assert again["hit"] == before["hit"]
     assert losses(workdir) == trace
+
+
+def test_the_score_of_the_test_clips_stands_at_the_step_that_has_it(
+    finished, records, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.setattr(Checkpoints, "best_step", lambda self: 3)
+    assert run(workdir, *records, "--config.lora.dropout=0.1")["best_step"] == 3
+    *_, last = read_metrics(workdir / "metrics.jsonl")
+    assert "test/hit" in last and last["step"] == 3
 
 
 def make_reporter(peak_flops=None, config=None, shown=None, workdir=Path("run"), resumed=False):
@@ -618,7 +629,7 @@ def test_what_processes_must_have_in_common_holds_the_code(records, tmp_path, mo
 def test_a_checkpoint_of_another_base_is_refused(finished, records, tmp_path):
     from affectgpt_jax.build import base_directory
     from affectgpt_jax.common.identity import Identity
-    from affectgpt_jax.training.checkpoints import CheckpointError, Checkpoints
+    from affectgpt_jax.training.checkpoints import CheckpointError
     from affectgpt_jax.weights.huggingface import base_identity
 
     workdir, _ = finished

@@ -100,7 +100,7 @@ class MetricsWriter:
         """Appends one line and flushes it; a device scalar is waited for.
 
         Args:
-            step: the step that the scalars belong to.
+            step: the step that the scalars belong to; an earlier one than the last may follow.
             scalars: values by name, such as "train/loss".
 
         Raises:
@@ -235,7 +235,10 @@ class _WeightsAndBiases:
         )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        if step < self._run.step:  # which it would drop
+            self._run.summary.update(values)
+        else:
+            self._run.log(dict(values), step=step)
 
     def write_samples(self, step: int, samples: Sequence[Sample]) -> None:
         table = self._wandb.Table(columns=list(Sample._fields), data=[list(s) for s in samples])

@@ -201,6 +201,7 @@ class FakeWandb:
 
     def __init__(self) -> None:
         self.started, self.logged, self.finished = [], [], 0
+        self.step, self.summary = 0, {}
 
     def init(self, **kwargs):
         self.started.append(kwargs)
@@ -208,6 +209,7 @@ class FakeWandb:
 
     def log(self, values, step):
         self.logged.append((step, values))
+        self.step = step
 
     def Table(self, columns, data):  # noqa: N802
         return ("table", columns, data)
@@ -233,6 +235,22 @@ def test_weights_and_biases_gets_every_scalar_and_a_resumed_run_its_id(
     first, second = fake.started
     assert first == second
     assert (first["project"], first["config"], first["resume"]) == ("affect", {"seed": 3}, "allow")
+
+
+def test_the_score_of_an_earlier_step_stands_at_that_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of the best checkpoint does; Weights & Biases takes no step but the last."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with MetricsWriter(tmp_path, wandb_project="affect") as writer:
+        writer.write(9, {"train/loss": 0.5})
+        writer.write(3, {"test/hit": 0.75})
+    assert read_metrics(tmp_path / "metrics.jsonl")[1]["step"] == 3
+    scalars = tensorboard_scalars(tmp_path / "tensorboard")
+    assert scalars == {"train/loss": [(9, 0.5)], "test/hit": [(3, 0.75)]}
+    assert fake.logged == [(9, {"train/loss": 0.5})]
+    assert fake.summary == {"test/hit": 0.75}
 
 
 def test_weights_and_biases_gets_answers_and_pictures(
@@ -262,6 +280,7 @@ def test_the_package_itself_takes_all_of_it_without_a_network(
         writer.write(1, {"train/loss": 0.5, "val/hit": float("nan")})
         writer.write_samples(1, SAMPLES)
         writer.write_picture(2, tmp_path / "run.png")
+        writer.write(1, {"test/hit": 0.5})
     [media] = (tmp_path / "wandb").glob("offline-run-*/files/media")
     [picture], [table] = media.rglob("*.png"), media.rglob("*.table.json")
     assert picture.read_bytes() == (tmp_path / "run.png").read_bytes()
@@ -269,9 +288,9 @@ def test_the_package_itself_takes_all_of_it_without_a_network(
     [log] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
     # A process of the package writes it, and may be behind.
     until = time.monotonic() + 60
-    while b"train/loss" not in log.read_bytes() and time.monotonic() < until:
+    while b"test/hit" not in log.read_bytes() and time.monotonic() < until:
         time.sleep(0.1)
-    assert b"train/loss" in log.read_bytes()
+    assert b"train/loss" in log.read_bytes() and b"test/hit" in log.read_bytes()
 
 
 def test_without_the_package_weights_and_biases_is_refused_with_a_way_out(
