@@ -20,7 +20,7 @@ from affectgpt_jax.evaluation import metrics
 from affectgpt_jax.evaluation.consensus import consensus
 from affectgpt_jax.evaluation.lexicon import Lexicon
 from affectgpt_jax.evaluation.metrics import Score
-from affectgpt_jax.evaluation.rewards import Answered, Reward, Wheels
+from affectgpt_jax.evaluation.rewards import Answered, Reward, Wheels, overlap
 from affectgpt_jax.inference import Generator, Question, each_question, joined
 from affectgpt_jax.training.sharding import shard_whole_batch
 
@@ -122,6 +122,8 @@ class Outcome:
         greedy: of the most probable answers.
         consensus: of what the samples agree on; None for sentiment.
         sampled: mean reward of each clip's samples, `[N]`.
+        hit: share of clips whose most probable answer has a right label, mean over the wheels;
+            None for sentiment.
         labels: a greedy answer has on average.
         sampled_labels: a sample has.
         cut: share of samples that were.
@@ -131,6 +133,7 @@ class Outcome:
     greedy: Score
     consensus: Score | None
     sampled: np.ndarray
+    hit: float | None
     labels: float
     sampled_labels: float
     cut: float
@@ -143,6 +146,8 @@ class Outcome:
             "sampled_labels_per_clip": self.sampled_labels,
             "cut": self.cut,
         }
+        if self.hit is not None and self.metric != "hit":
+            found["greedy_hit"] = self.hit
         if self.consensus is not None:
             found[f"consensus_{self.metric}"] = self.consensus.primary
         for name in ("p", "r"):
@@ -153,8 +158,39 @@ class Outcome:
         return found
 
 
+def _whole(lists: Sequence[list[str] | None]) -> list[list[str]]:
+    """Labels without repeats; none of an answer that was cut."""
+    return [list(dict.fromkeys(labels or ())) for labels in lists]
+
+
+def sampled_rewards(
+    asked: Asked, truth: Sequence[Any], question: str, wheels: Wheels, samples: int
+) -> np.ndarray:
+    """Mean reward of each clip's samples, `[N]`.
+
+    Args:
+        asked: about N clips.
+        truth: of each.
+        question: that it answers.
+        wheels: by which labels are compared.
+        samples: of each clip that count.
+    """
+    flat = [labels for drawn in asked["samples"] for labels in drawn[:samples]]
+    complete = np.array([labels is not None for labels in flat])
+    each = len(flat) // len(truth)
+    everything = [value for value in truth for _ in range(each)]
+    reward = Reward("sentiment" if question == "sentiment" else "wheel_f", wheels)
+    found = reward(Answered(_whole(flat), complete, complete), everything).score
+    return found.reshape(len(truth), each).mean(axis=1)
+
+
 def outcome(
-    asked: Asked, truth: Sequence[Any], question: str, lexicon: Lexicon, samples: int
+    asked: Asked,
+    truth: Sequence[Any],
+    question: str,
+    lexicon: Lexicon,
+    samples: int,
+    agreeing: int = 0,
 ) -> Outcome:
     """Score what a model says.
 
@@ -164,13 +200,11 @@ def outcome(
         question: that it answers.
         lexicon: by which labels are compared.
         samples: of each clip that count for the sampled reward.
+        agreeing: of each clip that make the consensus; 0 are all.
 
     Raises:
         ScoreError: no truth is on some wheel.
     """
-
-    def whole(lists: Sequence[list[str] | None]) -> list[list[str]]:
-        return [list(dict.fromkeys(labels or ())) for labels in lists]
 
     def score(labels: Sequence[Sequence[str]]) -> Score:
         match question:
@@ -182,25 +216,24 @@ def outcome(
                 return metrics.score_basic(labels, [words[0] for words in truth], lexicon)
 
     wheels = Wheels(lexicon)
-    reward = Reward("sentiment" if question == "sentiment" else "wheel_f", wheels)
-    counted = [drawn[:samples] for drawn in asked["samples"]]
-    flat = [labels for drawn in counted for labels in drawn]
-    complete = np.array([labels is not None for labels in flat])
-    everything = [value for value, drawn in zip(truth, counted, strict=True) for _ in drawn]
-    rewarded = reward(Answered(whole(flat), complete, complete), everything).score
-    agreed = None
+    most_probable = _whole(asked["greedy"])
+    flat = [labels for drawn in asked["samples"] for labels in drawn[:samples]]
+    agreed = hit = None
     if question != "sentiment":
-        lists = (whole(drawn) for drawn in asked["samples"])
+        lists = (_whole(drawn[: agreeing or None]) for drawn in asked["samples"])
         agreed = score([consensus(drawn, wheels).labels for drawn in lists])
-    greedy = score(whole(asked["greedy"]))
+        met = overlap(most_probable, truth, wheels)
+        hit = float(met.mean(met.hit).mean())
+    greedy = score(most_probable)
     return Outcome(
         metric=next(iter(greedy.values)),
         greedy=greedy,
         consensus=agreed,
-        sampled=rewarded.reshape(len(counted), -1).mean(axis=1),
-        labels=metrics.labels_per_clip(whole(asked["greedy"])),
+        sampled=sampled_rewards(asked, truth, question, wheels, samples),
+        hit=hit,
+        labels=metrics.labels_per_clip(most_probable),
         sampled_labels=metrics.labels_per_clip([labels or () for labels in flat]),
-        cut=float(1 - complete.mean()),
+        cut=sum(labels is None for labels in flat) / len(flat),
     )
 
 

@@ -26,7 +26,7 @@ from affectgpt_jax.config import (
 )
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import Records, hold_out
-from affectgpt_jax.evaluation.lexicon import Lexicon, load_lexicon
+from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon, load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, Wheels
 from affectgpt_jax.inference import Generator
 from affectgpt_jax.models.generate import Sampling
@@ -575,7 +575,20 @@ class Exams:
             file, outcomes.Asked, self._group, made_of, lambda: exam.ask(trainable, samples)
         )
         return outcomes.outcome(
-            asked, exam.truth, section.question, self._lexicon, section.test_samples
+            asked,
+            exam.truth,
+            section.question,
+            self._lexicon,
+            section.test_samples,
+            section.consensus,
+        )
+
+    def by_wheels(self, name: str, file: Path, wheels: Wheels) -> np.ndarray:
+        """Mean rewards of the clips' samples by some wheels, of answers that `thorough` has had:
+        `[N]`, nan where none of them scores a clip."""
+        section, exam = self._section, self._exams[name]
+        return outcomes.sampled_rewards(
+            self._asked[file], exam.truth, section.question, wheels, section.test_samples
         )
 
     def by_other_lexicon(self, name: str, files: Sequence[Path]) -> list[Any]:
@@ -589,7 +602,14 @@ class Exams:
             asked = self._asked[file]
             asked = {key: [lists[i] for i in known] for key, lists in asked.items()}
             found.append(
-                outcomes.outcome(asked, truth, section.question, lexicon, section.test_samples)
+                outcomes.outcome(
+                    asked,
+                    truth,
+                    section.question,
+                    lexicon,
+                    section.test_samples,
+                    section.consensus,
+                )
             )
         return [*found, len(known)]
 
@@ -648,8 +668,20 @@ def compare(
         "before": before.as_dict() | outcomes.consensus_gain(before, config.seed),
         "after": after.as_dict() | outcomes.consensus_gain(after, config.seed),
     } | outcomes.gains(before, after, config.seed)
+    files = [workdir / BEFORE, workdir / after_file(best)]
+    if left := _wheels_left_out(section):
+        rewards = [exams.by_wheels("test", file, left) for file in files]
+        known = np.flatnonzero(np.isfinite(rewards[0]))
+        old, new = (found[known] for found in rewards)
+        result["other_wheels"] = {
+            "wheels": list(left.numbers),
+            "clips": len(known),
+            "before": {"sampled_reward": float(old.mean())},
+            "after": {"sampled_reward": float(new.mean())},
+            "sampled_reward_gain": float((new - old).mean()),
+            "sampled_reward_gain_interval": outcomes.mean_interval(new - old, config.seed),
+        }
     if exams.other_lexicon:
-        files = [workdir / BEFORE, workdir / after_file(best)]
         other_before, other_after, clips = exams.by_other_lexicon("test", files)
         result["other_lexicon"] = {
             "lexicon": exams.other_lexicon.identity.sha256,
@@ -658,6 +690,13 @@ def compare(
             "after": other_after.as_dict(),
         } | outcomes.gains(other_before, other_after, config.seed)
     return result
+
+
+def _wheels_left_out(section: ConfigDict) -> Wheels | None:
+    """Those by which no answer was rewarded, where there are some."""
+    rewarding = section.get("wheels", ())
+    left = tuple(n for n in range(1, WHEELS + 1) if rewarding and n not in rewarding)
+    return Wheels(load_lexicon(section.lexicon or None), left) if left else None
 
 
 def after_file(step: int) -> str:

@@ -108,7 +108,8 @@ def reinforce(
     reward = make_reward(rl, lexicon)
     try:
         settings = PolicyLossConfig(rl.epsilon, rl.epsilon_high, rl.beta, rl.kl, rl.weight_cap)
-        session = loop.Session(config, workdir, group, SHOWN)
+        measured = SHOWN if rl.beta or rl.stop_kl else {k: SHOWN[k] for k in SHOWN if k != "kl"}
+        session = loop.Session(config, workdir, group, measured)
     except ValueError as error:
         raise ConfigError(f"config.rl or config.profile_steps: {error}") from None
     shares = sharding.data_parallel_size(mesh)

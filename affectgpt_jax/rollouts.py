@@ -529,6 +529,8 @@ class RolloutStep:
         sampled = found.pop("sampled")
         for name in ("kl", "clipped", "ratio", "mismatch", "capped"):
             found[name] = found[name] / sampled if sampled else 0.0
+        if self._start is None:
+            del found["kl"]  # to nothing
         self.number = step + 1
         if found["mismatch"] > MISMATCH and not self._warned:
             self._warned = True
