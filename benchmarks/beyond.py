@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from affectgpt_jax.common.json import read_json
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.data import demo
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Wheels, overlap
@@ -43,7 +43,7 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
         "reinforce",
         (*HIT, "rl.length_penalty=0.0", "rl.allow_hacking=True", "rl.stop_kl=0.0"),
     ),
-    "GRPO, hit rate, penalty": (
+    "GRPO, hit rate, penalty 0.25": (
         "reinforce",
         (*HIT, "rl.length_penalty=0.25", "rl.length_free=0"),
     ),
@@ -53,6 +53,8 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "control: rewards of other clips": ("reinforce", ("rl.shuffle_rewards=True",)),
 }
 LARGEST = 3
+# Iterations, after which nothing changes any more.
+CORPUS_F_STEPS = 20
 
 
 # --- what is possible -----------------------------------------------------------------------------
@@ -139,11 +141,25 @@ def ceilings(world: int, clips: int) -> dict[str, dict[str, float]]:
     as_written = np.array([place[frozenset(labels)] for labels in lists])
     mixture = np.zeros((len(belief), len(candidates)))
     np.add.at(mixture.T, as_written, belief.T)
+    # F of the benchmark is made of mean precision and recall: its gradient says which set to take,
+    # and what is taken where it stands.
+    chosen = value.argmax(axis=1)
+    for _ in range(CORPUS_F_STEPS):
+        share = np.zeros((len(candidates), len(lists)))
+        np.add.at(share, chosen, belief / len(belief))
+        p, r = (
+            np.tensordot(share, pairs[name], axes=2) / np.tensordot(share, pairs["scored"], axes=2)
+            for name in ("precision", "recall")
+        )
+        by_p, by_r = 2 * r**2 / (p + r) ** 2, 2 * p**2 / (p + r) ** 2
+        part = (pairs["precision"] * by_p + pairs["recall"] * by_r).mean(axis=2)
+        chosen = (belief @ part.T).argmax(axis=1)
     found = {
         "samples of the true distribution": mixture,
         "the most probable list": as_written[belief.argmax(axis=1)],
         "the best word": single[value[:, single].argmax(axis=1)],
         "the best set": value.argmax(axis=1),
+        "the best sets for F of all clips": chosen,
     }
     return {name: predictor(chosen, sizes, pairs, belief) for name, chosen in found.items()}
 
@@ -155,11 +171,17 @@ def start(command: str, workdir: Path, flags: Sequence[str]) -> dict[str, Any]:
     """What a finished run holds, after it was run if need be.
 
     Raises:
-        RunError: it failed.
+        RunError: it failed, or what is there was asked for with other flags.
     """
-    file = workdir / "result.json"
+    file, asked = workdir / "result.json", workdir / "flags.json"
+    if asked.is_file() and (other := {*read_json(asked, list[str])} ^ {*flags}):
+        raise RunError(
+            f"{workdir} holds a run of other flags ({', '.join(sorted(other))}); ask for the same, "
+            "or name another --workdir"
+        )
     if not file.is_file():
         workdir.mkdir(parents=True, exist_ok=True)
+        write_json(asked, list(flags))
         log = workdir / "log.txt"
         with log.open("ab") as out:
             words = [sys.executable, "-m", f"affectgpt_jax.{command}", f"--workdir={workdir}"]
@@ -258,12 +280,13 @@ def row(name: str, found: Mapping[str, float], gains: Mapping[str, Any] | None =
     if gains:
         steps = f"{gains['steps']}, ended by KL" if ended_by_kl(gains) else str(gains["steps"])
     scores = [cell("sampled_reward"), changed[0], cell("greedy_f") or cell("f"), changed[1]]
-    rates = [cell("greedy_p") or cell("p"), cell("greedy_r") or cell("r")]
-    return [name, steps, *scores, *rates, cell("consensus_f"), changed[2], f"{labels:.2f}"]
+    rates = [cell(f"greedy_{rate}") or cell(rate) for rate in ("p", "r", "hit")]
+    cut = f"{found['cut']:.1%}" if "cut" in found else ""
+    return [name, steps, *scores, *rates, cell("consensus_f"), changed[2], f"{labels:.2f}", cut]
 
 
-HEADER = ("", "steps", "reward of a sample", "gain", "greedy F", "gain", "P", "R")
-HEADER += ("consensus F", "gain", "labels")
+HEADER = ("", "steps", "reward of a sample", "gain", "greedy F", "gain", "P", "R", "hit")
+HEADER += ("consensus F", "gain", "labels", "samples cut")
 OVER_GREEDY = "consensus_over_greedy_f"
 
 

@@ -42,6 +42,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "two updates of a rollout": ("rl.updates=2",),
     "held to the start (beta 0.04)": ("rl.beta=0.04",),
     "labels are free": ("rl.length_penalty=0.0",),
+    "cut answers are trained on": ("rl.mask_cut=False",),
 }
 SAMPLES = 16  # of a clip: few clips, so many samples
 

@@ -41,6 +41,7 @@ def flags(trained_run, clips, workdir, steps=4, **more):
         "rl.test_samples": 2,
         "rl.consensus": 4,
         "rl.beta": 0.01,
+        "rl.wheels": "(1, 2, 3)",
         "rl.drop_flat": False,
         "rl.mask_cut": False,
         # A model that has hardly learned earns nothing, and learns nothing from that.
@@ -65,13 +66,17 @@ def test_a_run_goes_on_by_rewards_and_says_what_that_changed(finished, trained_r
     result = json.loads((finished / "result.json").read_text())
     assert result["steps"] == 4 and result["ended_by"] == "steps" and result["clips"] == 8
     for when in ("before", "after"):
-        for key in ("sampled_reward", "greedy_f", "consensus_f"):
+        for key in ("sampled_reward", "greedy_f", "greedy_hit", "consensus_f"):
             assert 0 <= result[when][key] <= 1
         assert result[when]["labels_per_clip"] >= 0
     low, high = result["sampled_reward_gain_interval"]
     gain = result["after"]["sampled_reward"] - result["before"]["sampled_reward"]
     assert result["sampled_reward_gain"] == pytest.approx(gain)
     assert low <= gain <= high
+    other = result["other_wheels"]  # by which no answer was rewarded
+    assert other["wheels"] == [4, 5] and 0 < other["clips"] <= 8
+    gain = other["after"]["sampled_reward"] - other["before"]["sampled_reward"]
+    assert other["sampled_reward_gain"] == pytest.approx(gain)
     # Written and trained log-probabilities agree, and the first step starts at the start.
     metrics = read_metrics(finished / "metrics.jsonl")
     by_step = {m["step"]: m for m in metrics if "train/reward" in m}

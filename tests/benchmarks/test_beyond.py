@@ -35,6 +35,8 @@ def test_a_better_predictor_of_the_posterior_scores_more(found):
     ordered = ["samples of the true distribution", "the most probable list", "the best word"]
     assert [reward[name] for name in ordered] == sorted(reward[name] for name in ordered)
     assert reward["the best set"] > reward["the best word"] + 0.005
+    for_all = found["the best sets for F of all clips"]
+    assert for_all["f"] > found["the best set"]["f"] > for_all["sampled_reward"]
     assert found["the best word"]["labels"] == 1 < found["the best set"]["labels"] < 2
     assert found["samples of the true distribution"]["labels"] == pytest.approx(1.3, abs=0.01)
 
@@ -119,3 +121,13 @@ def test_a_run_of_other_sizes_is_refused(tmp_path, changed):
     args = beyond.COMMAND.parse([*flags, "--worlds", "0", "--variants", "best of 4"])
     with pytest.raises(beyond.RunError, match="not of --steps=5 and --clips=8; ask for the same"):
         beyond.go_on(args, 0, "best of 4")
+
+
+def test_a_run_of_other_flags_is_not_taken_for_what_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/true")  # leaves no result
+    with pytest.raises(beyond.RunError, match="ended with status 0"):
+        beyond.start("reinforce", tmp_path / "run", ["--config.rl.beta=0.1"])
+    (tmp_path / "run" / "result.json").write_text("{}")
+    assert beyond.start("reinforce", tmp_path / "run", ["--config.rl.beta=0.1"]) == {}
+    with pytest.raises(beyond.RunError, match=r"other flags \(--config.rl.beta=0.1, --config.rl"):
+        beyond.start("reinforce", tmp_path / "run", ["--config.rl.beta=0.2"])
