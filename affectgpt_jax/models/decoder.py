@@ -207,7 +207,7 @@ class OneDevice:
     """The `ComputeConfig.shard` of a device that holds everything."""
 
     data_parallel_size: int = 1
-    splits_layers: bool = False
+    several_devices: bool = False
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         return x
@@ -245,8 +245,8 @@ class ComputeConfig:
         attend_cached: the attention backend of a decode step.
         logits: `(states [B, D], lm_head [D, V]) -> [B, V]` float32, of a decode step.
         shard: `(x, logical axes) -> x`, called on activations; its `data_parallel_size` is
-            the number of devices that share the rows of a batch, its `splits_layers` whether
-            devices share a layer, so that collectives stand within it.
+            the number of devices that share the rows of a batch, its `several_devices` whether
+            there are any others, with which collectives exchange.
 
     Raises:
         ValueError: an unknown remat policy or base precision.
@@ -465,7 +465,7 @@ class Decoder(nn.Module):
         caches = []
         for i, params in enumerate(self.get_variable("params", "layers")):
             with jax.named_scope(f"layers_{i}"):
-                if run.shard.splits_layers:
+                if run.shard.several_devices:
                     hidden_states, adapters[i] = _gradients_together((hidden_states, adapters[i]))
                 hidden_states, kept = run_layer(
                     {"params": params, "lora": adapters[i]},

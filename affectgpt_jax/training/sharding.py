@@ -155,8 +155,8 @@ class ActivationConstraint:
         return data_parallel_size(self.mesh)
 
     @property
-    def splits_layers(self) -> bool:
-        return self.mesh.size > self.mesh.shape["data"]
+    def several_devices(self) -> bool:
+        return self.mesh.size > 1
 
     def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
         spec = []
