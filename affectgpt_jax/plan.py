@@ -453,7 +453,11 @@ def reason(planner: Planner, best: Layout) -> str:
     if best.remat != "none":
         lighter = memory.POLICIES[memory.POLICIES.index(best.remat) - 1]
         other = planner.layout(best.shape, best.microbatches, best.rows, lighter)
-        clauses.append(f"remat {lighter} would take {needs(other)}")
+        slower = lighter not in memory.tried_by_auto(planner.rows.clips > 1)
+        clauses.append(
+            f"remat {lighter} would take {needs(other)}"
+            + (", and with packed rows no less time" if slower else "")
+        )
     else:
         clauses.append(f"nothing has to be computed again ({needs(best)})")
     return "; ".join(clauses)

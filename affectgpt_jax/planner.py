@@ -243,11 +243,13 @@ class Planner:
             shape: of the mesh.
             microbatches: of a batch.
             rows: that a device runs at a time.
-            remat: the policy; "auto" is the first that fits, or the last one.
+            remat: the policy; "auto" is the first of `memory.tried_by_auto` that fits, or the last
+                one.
             sent: the collectives of an update; those of the formulas if None.
         """
         if remat == "auto":
-            fitting = (p for p in memory.POLICIES if self.fits(self.memory(shape, rows, p)))
+            tried = memory.tried_by_auto(self.rows.clips > 1)
+            fitting = (p for p in tried if self.fits(self.memory(shape, rows, p)))
             remat = next(fitting, memory.POLICIES[-1])
         needed = self.memory(shape, rows, remat)
         # What is not saved is written and read all the same when it is computed again.
@@ -317,7 +319,7 @@ class Planner:
             for microbatches in range(1, batch_size // shares + 1):
                 if batch_size % (shares * microbatches) == 0:
                     rows = batch_size // (shares * microbatches)
-                    for remat in memory.POLICIES:
+                    for remat in memory.tried_by_auto(self.rows.clips > 1):
                         yield self.layout(shape, microbatches, rows, remat)
 
     def recommend(self, devices: int, batch_size: int, tensor: int) -> Layout | None:

@@ -210,6 +210,7 @@ def make_program(
         memory_limit,
         loss,
         build.compute_capability() if build.device_platform() == "cuda" else None,
+        packed=bool(config.pack_length),
     )
     return dataclasses.replace(
         program, model=with_compute(model, remat=choice.policy), remat=choice

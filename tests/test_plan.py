@@ -361,3 +361,15 @@ def test_recomputation_and_efficiency_make_the_expected_time_longer():
     assert math.isclose(
         none.time.expected, max(none.time.compute, none.time.memory) / roofline.EFFICIENCY
     )
+
+
+def test_packed_rows_recompute_even_where_there_is_room():
+    config = affectgpt_qwen25_7b.get_config("6")
+    for pack_length, remat in ((0, "none"), (2048, "save_attention")):
+        config.pack_length = pack_length
+        rows = plan.rows_of(config, None, None)
+        planned = planner.Planner(config, DEVICES["h200-141g"], rows, roofline.EFFICIENCY)
+        assert planned.layout(Shape(1, 1, 1), 1, 6).remat == remat
+        best = planned.recommend(1, 6, 1)
+        assert best.remat == remat
+        assert ("no less time" in plan.reason(planned, best)) == bool(pack_length)

@@ -222,6 +222,10 @@ def test_the_first_policy_that_fits_is_chosen(policy):
 
 
 def test_where_nothing_fits_the_last_policy_is_tried_and_it_says_so():
+    # Packed rows compute something again even where there is room.
+    enough = memory.choose_remat(*tiny(), 1, 10**12, packed=True)
+    assert (enough.policy, enough.fits) == ("save_attention", True)
+    assert memory.choose_remat(*tiny(), 1, None, packed=True).policy == "none"
     choice = memory.choose_remat(*tiny(), 1, 1000)
     assert choice.policy == "full"
     assert str(choice).startswith("remat full: about 0.0 of 0.0 GiB (0.0 base, ")
