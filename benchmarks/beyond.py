@@ -50,6 +50,10 @@ VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "best of 4": ("reinforce", ("rl.method=best",)),
     "DPO, own samples": ("prefer", ("dpo.source=samples",)),
     "DPO, own samples, no likelihood": ("prefer", ("dpo.source=samples", "dpo.nll_weight=0.0")),
+    "DPO, no likelihood, a tenth of the rate": (
+        "prefer",
+        ("dpo.source=samples", "dpo.nll_weight=0.0", "optimizer.learning_rate=4e-5"),
+    ),
     "control: rewards of other clips": ("reinforce", ("rl.shuffle_rewards=True",)),
 }
 LARGEST = 3
