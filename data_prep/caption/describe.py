@@ -3,8 +3,8 @@
 A line of `audio.jsonl`, `video.jsonl` and `descriptions.jsonl` is a `Described`: one a clip, in
 their order. What is asked goes first into a file below `.replies`, under a hash of all that the
 reply depends on (model, prompt, limits and the content of the clip's file), in the order of
-arrival. So a stage that was stopped goes on, asks nothing twice, and asks anew what has changed;
-and its output depends on the replies alone.
+arrival. So a stage that was stopped goes on, asks nothing twice but what was refused, and asks anew
+what has changed; and its output depends on the replies alone.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ KINDS = ("audio", "video")
 # How a reply ended, where no model said it: nothing to ask about; the server would not answer; the
 # reply comes from a file.
 UNREADABLE, REFUSED, GIVEN = "unreadable", "refused", "given"
+_NOT_SAID = (UNREADABLE, REFUSED)
 Progress = Callable[[int, int], None]
 
 
@@ -265,14 +266,21 @@ def _ask(
     own: dict[str, str] = {}  # the first clip of each question
     for name in list(questions)[number::count]:
         own.setdefault(keys[name], name)
-    missing = {key: questions[name][0] for key, name in own.items() if key not in kept}
+    # What was refused is asked again, as a server with other flags may take it; and it does not
+    # show that the server takes such messages at all.
+    missing = {
+        key: questions[name][0]
+        for key, name in own.items()
+        if key not in kept or kept[key]["finish"] == REFUSED
+    }
+    answered = any(kept[k]["finish"] not in _NOT_SAID for k in keys.values() if k in kept)
     with _store(folder / f"{kind}{_suffix(shard)}.jsonl") as store:
         done = len(own) - len(missing)
         progress(done, len(own))
 
         def keep(key: str, reply: Reply, why: str) -> None:
             nonlocal done
-            kept[key] = {
+            line = {
                 "key": key,
                 "reply": spoken(reply.text).strip(),
                 "finish": reply.finish,
@@ -282,12 +290,14 @@ def _ask(
                 "prompt_sha256": prompt_sha256,
                 "media_sha256": hashes[own[key]],
             }
-            store.append(kept[key])
+            if kept.get(key) != line:  # refused as before
+                kept[key] = line
+                store.append(line)
             done += 1
             progress(done, len(own))
 
         if missing:
-            _collect(model, missing, bool(kept), keep)
+            _collect(model, missing, answered, keep)
     if count > 1:
         # Other shards that ran at the same time have read and asked what was not there before.
         keys, kept = keys_of(media()), _kept_replies(folder, kind)
@@ -305,7 +315,10 @@ def _kept_replies(folder: Path, kind: str) -> dict[str, Answered]:
     """What all shards have been answered so far, by key."""
     kept: dict[str, Answered] = {}
     for path in sorted(folder.glob(f"{kind}*.jsonl")):
-        kept |= {key: found for (key,), found in _store(path).records.items()}
+        for (key,), found in _store(path).records.items():
+            # A refusal in one file may have been answered since, in that of another shard.
+            if key not in kept or found["finish"] != REFUSED:
+                kept[key] = found
     return kept
 
 
@@ -323,7 +336,7 @@ def _collect(
     """Ask, and hand over what comes.
 
     Raises:
-        ChatRefusal: the server has refused the first few, or all, and `answered` none before.
+        ChatRefusal: the server has refused the first few, or all, and nothing was `answered`.
     """
     keys = list(messages)
     refused: list[tuple[str, ChatRefusal]] = []  # of which it is not known yet whether all are

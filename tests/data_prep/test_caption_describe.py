@@ -173,6 +173,41 @@ def test_a_server_that_does_not_take_a_medium_is_one_sentence(media, tmp_path):
     assert not (tmp_path / "video.jsonl").exists()
 
 
+def test_a_server_that_refuses_everything_is_never_taken_for_one_that_answers(media, tmp_path):
+    clips, out = tmp_path / "clips", tmp_path / "set"
+    for seed in range(4):
+        write_talking(clips / f"clip{seed}.mp4", seed=seed)
+    (clips / "broken.mp4").touch()
+    with Stub(good=hears) as stub:
+        ask(stub, "video", media, out)  # other clips, other replies
+    refusal = 400, {}, '{"error": {"message": "no pictures here"}}'
+    with Stub(good=lambda body: refusal) as stub:
+        for _ in range(3):
+            with pytest.raises(ChatError, match="no pictures here.*try --as video_url"):
+                ask(stub, "video", clips, out)
+    (out / "video.jsonl").unlink()
+    with Stub(good=hears) as stub:
+        lines = ask(stub, "video", clips, out)
+    assert [line["finish"] for line in lines] == ["unreadable", *4 * ["stop"]]
+
+
+def test_what_was_refused_is_asked_again_and_nothing_else(media, tmp_path):
+    refusal = 400, {}, '{"error": {"message": "too dark"}}'
+    with Stub(reply("fine"), refusal, refusal, refusal, good=hears) as stub:
+        first = ask(stub, "video", media, tmp_path)
+        files = [tmp_path / "video.jsonl", tmp_path / ".replies" / "video.jsonl"]
+        written = [file.read_bytes() for file in files]
+        assert [line["finish"] for line in first] == ["stop", "refused", "refused"]
+        assert ask(stub, "video", media, tmp_path, shard=(1, 2)) is not None  # refused again
+        assert [file.read_bytes() for file in files] == written
+        # Answered in the file of a shard, which the refusal in another does not hide.
+        ask(stub, "video", media, tmp_path, shard=(1, 2))
+        lines = ask(stub, "video", media, tmp_path)
+        assert [line["finish"] for line in lines] == 3 * ["stop"] and len(stub.requests) == 6
+        ask(stub, "video", media, tmp_path)
+        assert len(stub.requests) == 6
+
+
 def test_single_refusals_and_empty_or_cut_replies_are_counted(media, tmp_path):
     turns = [reply("fine"), (400, {}, '{"error": {"message": "too dark"}}'), reply("", "length")]
     with Stub(*turns) as stub:
