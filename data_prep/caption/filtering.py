@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,7 @@ from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
 
 from ..blocks import BLOCKS, PLACES
-from ..clips import read_clip_rows
+from ..clips import MEDIA_COLUMNS, read_clip_rows
 from ..crowd.votes import Vote, read_votes
 from ..report import copy_report
 from ..speakers.verdicts import read_speakers
@@ -112,6 +113,7 @@ class DataSet:
     Attributes:
         names: of the clips, in order.
         rows: the clips' own CSV file, by name.
+        folder: to which the paths in `rows` are relative.
         descriptions, labels, speakers, votes: of the stages.
         cuts: of the lengths of descriptions, by unit.
     """
@@ -123,6 +125,7 @@ class DataSet:
     speakers: dict[str, Mapping[str, str]] | None
     votes: dict[str, Vote] | None
     cuts: dict[str, Cuts]
+    folder: Path
 
 
 def read_labels(path: Path) -> dict[str, Labelled]:
@@ -184,6 +187,7 @@ def read_data_set(out: Path, table: Path | None, settings: Settings) -> DataSet:
         found(SPEAKERS, read_speakers),
         found(VOTES, read_votes),
         fit_cuts(texts, settings.lengths.tails),
+        table.parent if table else out,
     )
 
 
@@ -457,6 +461,7 @@ def plus_rows(data: DataSet, kept: Sequence[str]) -> tuple[list[str], list[dict[
     """Columns and rows of the training set, in the layout that `extract` reads.
 
     Columns of the clips' own CSV file stay, but for labels and description, which are the models'.
+    Paths are relative to that file's folder still.
     """
     own = list(dict.fromkeys(column for row in data.rows.values() for column in row))
     columns = list(dict.fromkeys([*own, "labels", "description"]))
@@ -469,6 +474,17 @@ def plus_rows(data: DataSet, kept: Sequence[str]) -> tuple[list[str], list[dict[
         for name in kept
     ]
     return columns, rows
+
+
+def _files_from(
+    folder: Path, to: Path, rows: Sequence[Mapping[str, str]]
+) -> Iterator[dict[str, str]]:
+    """Rows whose relative paths lead from another folder to the same files."""
+    # Of real folders, since `..` leads out of what a link points to.
+    where = os.path.relpath(os.path.realpath(folder), os.path.realpath(to))
+    for row in rows:
+        files = {c: path for c in MEDIA_COLUMNS if (path := row.get(c, "").strip())}
+        yield row | {c: Path(where, path).as_posix() for c, path in files.items()}
 
 
 def write_results(
@@ -492,7 +508,7 @@ def write_results(
     stages = funnel(data, judged, levels)
     write_csv(to / FILTERED, COLUMNS, filtered_rows(judged, levels))
     plus = plus_rows(data, usable)
-    write_csv(to / PLUS, *plus)
+    write_csv(to / PLUS, plus[0], _files_from(data.folder, to, plus[1]))
     # By which the card knows whether it is about the same.
     about = {"levels": list(levels), **about, "plus_sha256": json_sha256(plus), "funnel": stages}
     write_json(to / f"{FUNNEL}.json", about)

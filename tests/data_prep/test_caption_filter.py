@@ -15,7 +15,7 @@ from data_prep.caption.filtering import DROPPED, NOT_JUDGED, PASSED, Labelled
 from data_prep.caption.labels import COLUMNS, description_sha256
 from data_prep.caption.lengths import fit_cuts, measure
 from data_prep.caption.settings import read_settings
-from data_prep.clips import read_clip_rows
+from data_prep.clips import find_clips, read_clip_rows
 from data_prep.contents import read_seconds
 from data_prep.crowd.votes import Vote, write_votes
 from data_prep.report import read_elsewhere
@@ -254,6 +254,26 @@ def test_levels_can_be_combined_in_any_way(data_set, capsys):
     # What failed teaches nothing, and is said to be left out.
     assert len((data_set / "none" / "plus.csv").read_text().splitlines()) == 1 + 23
     assert "kept, but without a label to train on: 1: 'clip01'" in capsys.readouterr().out
+
+
+def test_the_training_set_names_the_files_of_the_clips_wherever_it_is_written(data_set, tmp_path):
+    (tmp_path / "media").mkdir()
+    for name in NAMES:
+        (tmp_path / "media" / f"{name}.mp4").touch()
+    deep = tmp_path / "disk" / "deep" / "set"
+    deep.parent.mkdir(parents=True)
+    data_set.rename(deep)
+    data_set.symlink_to(deep)
+    cells = [["name", "video", "audio"], *([n, f"media/{n}.mp4", ""] for n in NAMES)]
+    cells[1][1:] = "", f"{tmp_path}/media/{NAMES[0]}.mp4"
+    (tmp_path / "clips.csv").write_text("".join(",".join(row) + "\n" for row in cells))
+    for to in (data_set, tmp_path / "elsewhere", tmp_path):
+        run(data_set, f"--to={to}")
+        clips = find_clips([], to / "plus.csv").clips
+        assert len(clips) == 19 and all(clip.sound.is_file() for clip in clips)
+    rows = read_clip_rows(tmp_path / "plus.csv")
+    assert rows[NAMES[5]]["video"] == f"media/{NAMES[5]}.mp4" and not rows[NAMES[5]]["audio"]
+    main(["card", f"--out={data_set}", f"--csv={tmp_path / 'clips.csv'}"])
 
 
 def test_records_of_what_is_kept_have_the_new_annotations(data_set, tmp_path, capsys):
