@@ -365,22 +365,25 @@ def run_filter(arguments: argparse.Namespace) -> None:
     data = filtering.read_data_set(out, arguments.csv, settings)
     filtering.check_stages(data, out, arguments.levels)
     judged = filtering.judge(data, settings, lexicon)
+    kept = filtering.kept_names(judged, arguments.levels)
+    usable, lacking_words = filtering.trainable(data, kept)
+    if arguments.write:
+        # Before anything is written over.
+        source, records = arguments.records.expanduser(), arguments.write.expanduser()
+        made = filtering.made_of(source, plus=filtering.plus_rows(data, usable))
+        there = filtering.are_written(records, made)
     about = {"settings_sha256": settings.sha256, "lexicon": str(lexicon.identity)}
     stages = filtering.write_results(data, judged, arguments.levels, to, about)
     print_lines(_funnel_lines(stages))
-    kept = filtering.kept_names(judged, arguments.levels)
     if not kept:
         raise CaptionError(f"no clip is kept; {to / filtering.FILTERED} says why of each")
-    usable, lacking_words = filtering.trainable(data, kept)
     print_lines(
         f"kept, but without {what} to train on: {len(names):,}: {listed(names)}"
         for what, names in lacking_words.items()
     )
     if arguments.write:
-        count, lacking = filtering.write_training_records(
-            data, usable, arguments.records.expanduser(), arguments.write.expanduser()
-        )
-        print_lines([f"{arguments.write}: {count:,} records"])
+        count, lacking = filtering.write_training_records(data, usable, source, records, made)
+        print_lines([f"{records}: {count:,} records{', which were there' if there else ''}"])
         if lacking:
             print_lines([f"kept, but without a record: {len(lacking):,}: {listed(lacking)}"])
 

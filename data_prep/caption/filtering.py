@@ -36,6 +36,7 @@ from affectgpt_jax.data.records import (
     Record,
     RecordDataset,
     RecordError,
+    read_manifest,
     write_records,
 )
 from affectgpt_jax.evaluation.extract import is_refusal
@@ -62,6 +63,7 @@ LEVELS = {
 TESTS = tuple(test for tests in LEVELS.values() for test in tests)
 PASSED, DROPPED, NOT_JUDGED = "passed", "dropped", "not judged"
 UNREAD = "the reply about labels could not be read"
+MADE_OF = "made of"  # key of a manifest's `extra`
 FILTERED, PLUS, FUNNEL = "filtered.csv", "plus.csv", "funnel"
 COLUMNS = (
     *("name", "kept"),
@@ -517,7 +519,7 @@ def write_results(
 
 
 def write_training_records(
-    data: DataSet, kept: Sequence[str], source: Path, to: Path
+    data: DataSet, kept: Sequence[str], source: Path, to: Path, made: Mapping[str, str]
 ) -> tuple[int, list[str]]:
     """Records of the clips that are kept, with features of an extraction and the new annotations.
 
@@ -528,9 +530,10 @@ def write_training_records(
         kept: names of clips.
         source: records of the clips.
         to: the record directory to write.
+        made: of what, see `made_of`.
 
     Returns:
-        How many were written, and the names of clips that are kept but have no record.
+        How many there are, and the names of clips that are kept but have no record.
 
     Raises:
         RecordError: no clip that is kept has a record, or a directory that cannot be used.
@@ -543,36 +546,57 @@ def write_training_records(
             labels=data.labels[record.name].labels,
         )
 
-    return copy_records(source, to, kept, annotated)
+    return copy_records(source, to, kept, made, annotated)
 
 
-def refuse_records(to: Path) -> None:
-    """Refuse a directory to write that holds records.
+def made_of(source: Path, **more: Any) -> dict[str, str]:
+    """Hashes of what records are made of that are written from others, as their manifest has them.
+
+    Args:
+        source: the others.
+        more: what else decides what is written.
 
     Raises:
-        RecordError: it does.
+        ReadError, OSError: no records there.
     """
-    if (to / MANIFEST_FILE).exists():
-        raise RecordError(f"{to} already holds records; delete it or write elsewhere")
+    hashes = {what: json_sha256(value) for what, value in more.items()}
+    return {"source": json_sha256(dataclasses.asdict(read_manifest(source))), **hashes}
+
+
+def are_written(to: Path, made: Mapping[str, str]) -> bool:
+    """Whether a directory holds the records that are made of that.
+
+    Raises:
+        RecordError: it holds others.
+    """
+    if not (to / MANIFEST_FILE).exists():
+        return False
+    there = read_manifest(to).extra.get(MADE_OF)
+    if isinstance(there, dict) and made.items() <= there.items():
+        return True
+    raise RecordError(f"{to} already holds other records; delete it or write elsewhere")
 
 
 def copy_records(
     source: Path,
     to: Path,
     kept: Sequence[str],
+    made: Mapping[str, str],
     change: Callable[[Record], Record] = lambda record: record,
 ) -> tuple[int, list[str]]:
     """Write some of the records of a directory, with what is known of their extraction.
+
+    Those that are there already stay as they are.
 
     Args:
         source: the records.
         to: the record directory to write.
         kept: names of clips.
+        made: of what, see `made_of`.
         change: makes of each record the one that is written.
 
     Returns, raises: as `write_training_records`.
     """
-    refuse_records(to)
     records = RecordDataset(source)
     wanted = set(kept)
     numbers = [i for i, entry in enumerate(records.index) if entry.name in wanted]
@@ -582,12 +606,14 @@ def copy_records(
             f"{source} has no record of the {len(kept):,} clips that are kept: its clips are "
             f"called {listed([e.name for e in records.index])}"
         )
+    if are_written(to, made):
+        return len(numbers), lacking
     encoders = {name: facts["encoder"] for name, facts in records.manifest.features.items()}
     # What describes and serves clips like these, and what looks for them elsewhere, reads on.
     copy_report(source, to, {records.index[i].name for i in numbers})
     if (places := source / BLOCKS / PLACES).is_file():
         write_text(to / BLOCKS / PLACES, places.read_text(encoding="utf-8"))
-    extra = dict(records.manifest.extra)
+    extra = records.manifest.extra | {MADE_OF: dict(made)}
     if "face arrays" in (how := extra.get(EXTRACTION, {})):
         faces = sum("face" in records.index[i].present for i in numbers)
         extra[EXTRACTION] = how | {"face arrays": min(how["face arrays"], faces)}

@@ -417,8 +417,13 @@ def test_pairs_that_name_an_emotion_become_records_of_their_own(tmp_path, capsys
         said = capsys.readouterr().out
         assert "2 of 4 pairs name an emotion, by m, greedy, " in said
         assert "replies that no labels could be read from, left out: 1" in said
-        with pytest.raises(SystemExit, match="emotion already holds records"):
-            main(["labels", f"--out={tmp_path / 'out'}", *flags, *server])
+        written = [p.read_bytes() for p in sorted(tmp_path.glob("*/[!.]*"))]
+        main(["labels", f"--out={tmp_path / 'out'}", *flags, *server])
+        assert "and were there; " in capsys.readouterr().out
+        assert [p.read_bytes() for p in sorted(tmp_path.glob("*/[!.]*"))] == written
+        with pytest.raises(SystemExit, match="emotion already holds other records"):
+            others = f"--records={tmp_path / 'emotion'}", flags[1]
+            main(["labels", f"--out={tmp_path / 'out'}", *others, *server])
     found = RecordDataset(tmp_path / "emotion")
     assert [(e.name, e.question) for e in found.index] == [
         ("man", "What is he doing?"), ("girl", "Why is she sad?"),

@@ -223,6 +223,10 @@ def run(data_set, *arguments):
     main(["filter", f"--out={data_set}", f"--csv={data_set.parent / 'clips.csv'}", *arguments])
 
 
+def contents(*folders):
+    return {f: f.read_bytes() for folder in folders for f in folder.rglob("*") if f.is_file()}
+
+
 def test_every_clip_has_a_row_and_every_loss_a_reason(data_set, capsys):
     run(data_set)
     rows = (data_set / "filtered.csv").read_text().splitlines()
@@ -291,7 +295,7 @@ def test_records_of_what_is_kept_have_the_new_annotations(data_set, tmp_path, ca
     assert "without a record: 1: 'clip22'" in capsys.readouterr().out
 
 
-def test_records_of_what_is_kept_say_how_they_were_extracted(data_set, tmp_path, monkeypatch):
+def test_records_of_what_is_kept_say_how_they_were_extracted(data_set, tmp_path, capsys):
     source, to = tmp_path / "records", tmp_path / "plus"
     face = {"face": np.ones((2, 3), np.float16)}
     records = [Record(name=n, features={} if n == "clip07" else face, subtitle="hm") for n in NAMES]
@@ -304,17 +308,31 @@ def test_records_of_what_is_kept_say_how_they_were_extracted(data_set, tmp_path,
     (source / ".blocks" / "encoders.json").write_text('{"video": "/models/clip"}')
     run(data_set, f"--records={source}", f"--write={to}")
     found = RecordDataset(to)
+    made = found.manifest.extra.pop("made of")
+    assert made.keys() == {"source", "plus"}
     assert found.manifest.extra == {EXTRACTION: how | {"face arrays": 18}, "note": "mine"}
     assert len(found) == 19
     elsewhere = read_elsewhere([to])
     assert set(elsewhere.names) == {entry.name for entry in found.index}
     assert read_seconds(to) == dict.fromkeys(elsewhere.names, 2.5)
     assert (to / ".blocks" / "encoders.json").read_text() == '{"video": "/models/clip"}'
-    # Records of others are not touched.
-    report = (to / "extraction.csv").read_bytes()
-    with pytest.raises(SystemExit, match="plus already holds records"):
-        run(data_set, "--levels=none", f"--records={source}", f"--write={to}")
-    assert (to / "extraction.csv").read_bytes() == report
+    # Run again, all stays as it is.
+    written = contents(to, data_set)
+    capsys.readouterr()
+    run(data_set, f"--records={source}", f"--write={to}")
+    assert f"{to}: 19 records, which were there" in capsys.readouterr().out
+    assert contents(to, data_set) == written
+
+    # Others are not touched, and nothing is written.
+    def refused(*flags):
+        with pytest.raises(SystemExit, match="plus already holds other records; delete it"):
+            run(data_set, *flags, f"--records={source}", f"--write={to}")
+        assert contents(to, data_set) == written
+
+    refused("--levels=none")
+    (source / "manifest.json").unlink()
+    write_records(source, records[::-1], encoders={"face": "clip"}, extra=extra)
+    refused()
 
 
 def test_labels_of_other_descriptions_are_refused(data_set):
