@@ -524,6 +524,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error(interrupted="interrupted; the same command goes on from there"):
         arguments = parse_arguments(argv)
+        if "shard" not in arguments and (tasks := shard_of_task()[1]) > 1:
+            raise cli.UsageError(
+                f"{arguments.verb} shares no work, and these are {tasks:,} tasks of srun; start it "
+                "once, as by srun -n 1"
+            )
         try:
             arguments.run(arguments)
         except ModuleNotFoundError as error:

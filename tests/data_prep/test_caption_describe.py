@@ -522,6 +522,19 @@ def test_wrong_command_lines_are_one_sentence(arguments, told, tmp_path, capsys)
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    "verb", [["labels"], ["filter"], ["choose", "--records=x", "--replies=a=b"]]
+)
+def test_what_shares_no_work_is_refused_to_several_tasks(verb, tmp_path, monkeypatch, capsys):
+    for name, value in (("STEP_ID", "0"), ("PROCID", "1"), ("NTASKS", "4")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    with pytest.raises(SystemExit) as ended:
+        main([*verb, f"--out={tmp_path / 'set'}"])
+    said = str(ended.value.code) + capsys.readouterr().err
+    assert f"{verb[0]} shares no work, and these are 4 tasks of srun; start it once" in said
+    assert not (tmp_path / "set").exists()
+
+
 def test_settings_are_checked(tmp_path):
     first = read_settings(tmp_path)
     assert first.prompts.merge.startswith("Please act as an expert") and "\n" not in (
