@@ -365,8 +365,7 @@ def run_filter(arguments: argparse.Namespace) -> None:
     data = filtering.read_data_set(out, arguments.csv, settings)
     filtering.check_stages(data, out, arguments.levels)
     judged = filtering.judge(data, settings, lexicon)
-    kept = filtering.kept_names(judged, arguments.levels)
-    usable, lacking_words = filtering.trainable(data, kept)
+    usable, lacking_words = filtering.trainable(data, judged, arguments.levels)
     if arguments.write:
         # Before anything is written over.
         source, records = arguments.records.expanduser(), arguments.write.expanduser()
@@ -375,7 +374,7 @@ def run_filter(arguments: argparse.Namespace) -> None:
     about = {"settings_sha256": settings.sha256, "lexicon": str(lexicon.identity)}
     stages = filtering.write_results(data, judged, arguments.levels, to, about)
     print_lines(_funnel_lines(stages))
-    if not kept:
+    if not filtering.kept_names(judged, arguments.levels):
         raise CaptionError(f"no clip is kept; {to / filtering.FILTERED} says why of each")
     print_lines(
         f"kept, but without {what} to train on: {len(names):,}: {listed(names)}"

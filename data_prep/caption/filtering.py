@@ -63,6 +63,7 @@ LEVELS = {
 TESTS = tuple(test for tests in LEVELS.values() for test in tests)
 PASSED, DROPPED, NOT_JUDGED = "passed", "dropped", "not judged"
 UNREAD = "the reply about labels could not be read"
+TRAINED_ON = "trained on"  # the last stage of the funnel
 MADE_OF = "made of"  # key of a manifest's `extra`
 FILTERED, PLUS, FUNNEL = "filtered.csv", "plus.csv", "funnel"
 COLUMNS = (
@@ -388,7 +389,8 @@ def funnel(
 ) -> list[dict[str, Any]]:
     """What is left after each test: clips, vocabulary, and what the test dropped, by reason.
 
-    The first stage is all clips. A clip counts under the first test that does not pass it.
+    The first stage is all clips, the last one those that are trained on. A clip counts under the
+    first test that does not pass it.
     """
     left = list(data.names)
 
@@ -411,6 +413,17 @@ def funnel(
                 reasons=dict(reasons.most_common()),
             )
         )
+    usable, lacking = trainable(data, judged, levels)
+    stages.append(
+        {
+            "test": TRAINED_ON,
+            "clips": len(usable),
+            "labels": len({word for words in usable.values() for word in words}),
+            "dropped": len(left) - len(usable),
+            "not_judged": 0,
+            "reasons": {f"without {what}": len(names) for what, names in lacking.items()},
+        }
+    )
     return stages
 
 
@@ -438,29 +451,38 @@ def draw_funnel(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
     panel.set_yticks(np.arange(len(stages)), names)
     panel.invert_yaxis()
     panel.set_xlim(0, 1.35 * max(*clips, 1))
-    panel.set_xlabel("clips that passed")
+    panel.set_xlabel("clips that are left")
     drawing.save_png(figure, path)
 
 
-def trainable(data: DataSet, kept: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Of clips that are kept, those that can be trained on, and the others by what they lack.
+def trainable(
+    data: DataSet, judged: Mapping[str, Mapping[str, Judgement]], levels: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
+    """Of clips that are kept, the labels of those that can be trained on; the others by their lack.
 
-    Without the level `low`, replies that failed are kept, which teach neither text nor labels.
+    A description that names no emotion, which agrees with a crowd that says `neutral`, has that
+    label. Without the level `low`, replies that failed are kept, which teach neither text nor
+    labels.
     """
     lacking: dict[str, list[str]] = {}
-    usable = []
-    for name in kept:
+    usable = {}
+    for name in kept_names(judged, levels):
+        labels = data.labels[name].labels if name in data.labels else ()
         if name not in data.descriptions or not data.descriptions[name]["reply"]:
             lacking.setdefault("a description", []).append(name)
-        elif name not in data.labels or not data.labels[name].labels:
-            lacking.setdefault("a label", []).append(name)
+        elif labels:
+            usable[name] = labels
+        elif "emotion" in levels and judged[name]["reply"].outcome == PASSED:
+            usable[name] = ("neutral",)  # no other word of the crowd agrees with no label
         else:
-            usable.append(name)
+            lacking.setdefault("a label", []).append(name)
     return usable, lacking
 
 
-def plus_rows(data: DataSet, kept: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of the training set, in the layout that `extract` reads.
+def plus_rows(
+    data: DataSet, usable: Mapping[str, Sequence[str]]
+) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of the training set, see `trainable`, in the layout that `extract` reads.
 
     Columns of the clips' own CSV file stay, but for labels and description, which are the models'.
     Paths are relative to that file's folder still.
@@ -470,10 +492,10 @@ def plus_rows(data: DataSet, kept: Sequence[str]) -> tuple[list[str], list[dict[
     rows = [
         data.rows[name]
         | {
-            "labels": f"[{', '.join(data.labels[name].labels)}]",
+            "labels": f"[{', '.join(labels)}]",
             "description": data.descriptions[name]["reply"],
         }
-        for name in kept
+        for name, labels in usable.items()
     ]
     return columns, rows
 
@@ -506,7 +528,7 @@ def write_results(
     Raises:
         OSError: a file cannot be written.
     """
-    usable, _ = trainable(data, kept_names(judged, levels))
+    usable, _ = trainable(data, judged, levels)
     stages = funnel(data, judged, levels)
     write_csv(to / FILTERED, COLUMNS, filtered_rows(judged, levels))
     plus = plus_rows(data, usable)
@@ -519,7 +541,11 @@ def write_results(
 
 
 def write_training_records(
-    data: DataSet, kept: Sequence[str], source: Path, to: Path, made: Mapping[str, str]
+    data: DataSet,
+    usable: Mapping[str, tuple[str, ...]],
+    source: Path,
+    to: Path,
+    made: Mapping[str, str],
 ) -> tuple[int, list[str]]:
     """Records of the clips that are kept, with features of an extraction and the new annotations.
 
@@ -527,7 +553,7 @@ def write_training_records(
 
     Args:
         data: the data set.
-        kept: names of clips.
+        usable: labels of the clips, see `trainable`.
         source: records of the clips.
         to: the record directory to write.
         made: of what, see `made_of`.
@@ -543,10 +569,10 @@ def write_training_records(
         return dataclasses.replace(
             record,
             description=data.descriptions[record.name]["reply"],
-            labels=data.labels[record.name].labels,
+            labels=usable[record.name],
         )
 
-    return copy_records(source, to, kept, made, annotated)
+    return copy_records(source, to, list(usable), made, annotated)
 
 
 def made_of(source: Path, **more: Any) -> dict[str, str]:

@@ -73,7 +73,9 @@ def test_the_card_is_of_what_the_filter_wrote(data_set, capsys):  # noqa: F811
     # clip01 has no label, and is not in plus.csv.
     assert len((data_set / "plus.csv").read_text().splitlines()) == 1 + 23
     assert "| kept | 23 |" in card and "levels: none" in card
-    assert "- passed all tests, but without a label to train on, and so not kept: 1" in card
+    assert (
+        "| trained on | 23 | 2 | 1 | 0 |" in card and "| trained on | without a label | 1 |" in card
+    )
     assert "| clip01 | " in card.split("Not kept:")[1] and "without a label to train" in card
     assert "see the leaks above" not in card
     assert "| labels | not known | none | 24 |" in card

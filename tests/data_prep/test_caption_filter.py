@@ -235,7 +235,10 @@ def test_every_clip_has_a_row_and_every_loss_a_reason(data_set, capsys):
     assert kept == [NAMES[0], *NAMES[5:-1]]
     report = json.loads((data_set / "funnel.json").read_text())
     stages = {stage["test"]: stage for stage in report["funnel"]}
-    assert [s["clips"] for s in report["funnel"]] == [24, 24, 23, 22, 20, 19]
+    assert [s["clips"] for s in report["funnel"]] == [24, 24, 23, 22, 20, 19, 19]
+    assert report["funnel"][-1] == {
+        "test": "trained on", "clips": 19, "labels": 1, "dropped": 0, "not_judged": 0, "reasons": {}
+    }  # fmt: skip
     assert stages["emotion"]["dropped"] == 1 and stages["emotion"]["not_judged"] == 1
     assert stages["emotion"]["reasons"] == {
         "the crowd says happy": 1,
@@ -253,11 +256,38 @@ def test_levels_can_be_combined_in_any_way(data_set, capsys):
     for levels in ("none", "low", "emotion", "sentiment", "sentiment,low"):
         to = data_set / levels.replace(",", "-")
         run(data_set, f"--levels={levels}", f"--to={to}")
-        kept[levels] = json.loads((to / "funnel.json").read_text())["funnel"][-1]["clips"]
+        kept[levels] = json.loads((to / "funnel.json").read_text())["funnel"][-2]["clips"]
     assert kept == {"none": 24, "low": 22, "emotion": 21, "sentiment": 22, "sentiment,low": 20}
     # What failed teaches nothing, and is said to be left out.
     assert len((data_set / "none" / "plus.csv").read_text().splitlines()) == 1 + 23
-    assert "kept, but without a label to train on: 1: 'clip01'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kept, but without a label to train on: 1: 'clip01'" in said
+    assert "\n    1: without a label\n" in said
+    stage = json.loads((data_set / "none" / "funnel.json").read_text())["funnel"][-1]
+    assert (stage["test"], stage["clips"], stage["dropped"]) == ("trained on", 23, 1)
+
+
+def test_what_names_no_emotion_and_is_neutral_to_the_crowd_is_trained_on_as_neutral(data_set):
+    text = (data_set / "descriptions.jsonl").read_text()
+    changed = text.replace("word happy", "word there", 1)  # clip00
+    lines = [json.loads(line) for line in changed.splitlines()]
+    lines[5]["reply"] = "I cannot identify any emotion."
+    write_described(data_set / "descriptions.jsonl", lines)
+    main(["labels", f"--out={data_set}"])
+    votes = [vote(name=n) for n in NAMES]
+    for i in (0, 5):
+        votes[i] = vote("neutral", "neutral", name=NAMES[i])
+    write_votes(data_set / "votes.csv", votes)
+    run(data_set, "--levels=emotion")
+    rows = read_clip_rows(data_set / "plus.csv")
+    assert rows[NAMES[0]]["labels"] == "[neutral]" and rows[NAMES[6]]["labels"] == "[happy]"
+    stage = json.loads((data_set / "funnel.json").read_text())["funnel"][-1]
+    assert NAMES[5] not in rows and stage["reasons"] == {"without a label": 1}
+    assert stage["labels"] == 2
+    main(["card", f"--out={data_set}", f"--csv={data_set.parent / 'clips.csv'}"])
+    # What the crowd has not been asked about is not neutral.
+    run(data_set, "--levels=none")
+    assert NAMES[0] not in read_clip_rows(data_set / "plus.csv")
 
 
 def test_the_training_set_names_the_files_of_the_clips_wherever_it_is_written(data_set, tmp_path):
