@@ -122,7 +122,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = verb("choose", run_choose, "score describers by labels of people, as in Table 10")
     add("--records", type=Path, required=True, metavar="DIR", help="records with labels")
     add("--replies", nargs="+", required=True, metavar="NAME=FILE", help="of each describer")
-    add("--runs", type=int, default=3, metavar="N", help="extractions by a server; default: 3")
+    add(
+        "--runs",
+        type=int,
+        default=3,
+        metavar="N",
+        help="extractions by a server, at temperature 0; default: 3",
+    )
     _add_model(add, base=False)
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
@@ -494,6 +500,13 @@ def run_choose(arguments: argparse.Namespace) -> None:
     found = choose.choose(truth, replies, makers, lexicon)
     write_json(out / "choose.json", [dataclasses.asdict(candidate) for candidate in found])
     print_lines(choose.table(found, len(truth)))
+    if len(makers) > 1:
+        print_lines(
+            [
+                f"+- is half the range of {len(makers):,} extractions at temperature 0, which "
+                "differ where the server's arithmetic does: it is no error of the score"
+            ]
+        )
 
 
 def run_demo(arguments: argparse.Namespace) -> None:

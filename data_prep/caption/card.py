@@ -364,13 +364,12 @@ def _how(
     rows = []
     for kind in (*KINDS, DESCRIPTIONS):
         lines = read_described(out / f"{kind}.jsonl", missing_ok=True).values()
-        for model, prompt in dict.fromkeys(_asked(lines)):
-            count = sum(1 for pair in _asked(lines) if pair == (model, prompt))
-            rows.append([kind, model, prompt[:12] or "none", _count(count)])
+        for (model, prompt, shown), count in Counter(map(_asked, lines)).items():
+            rows.append([kind, model, prompt[:12] or "none", shown or "not known", _count(count)])
     if data.labels:
         about = read_about(out)
         by = [about["extractor"], about["prompts_sha256"][:12]] if about else ["not known", ""]
-        rows.append(["labels", by[0], by[1] or "none", _count(len(data.labels))])
+        rows.append(["labels", by[0], by[1] or "none", "descriptions", _count(len(data.labels))])
     networks = Counter(row["network"] for row in (data.speakers or {}).values())
     facts = [
         f"levels: {', '.join(levels) or 'none'}",
@@ -388,14 +387,14 @@ def _how(
     ]
     return (
         "## How it was made\n\n"
-        + _markdown_table(["what", "model", "prompt sha256", "clips"], rows)
+        + _markdown_table(["what", "model", "prompt sha256", "what was shown", "clips"], rows)
         + "\n\n"
         + "\n".join(f"- {fact}" for fact in facts)
     )
 
 
-def _asked(lines: Iterable[Described]) -> Iterator[tuple[str, str]]:
-    return ((line["model"], line["prompt_sha256"]) for line in lines)
+def _asked(line: Described) -> tuple[str, str, str]:
+    return line["model"], line["prompt_sha256"], line.get("shown", "")
 
 
 def _crowd(crowd: Path | None) -> str:

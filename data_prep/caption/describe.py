@@ -37,11 +37,17 @@ _NOT_SAID = (UNREADABLE, REFUSED)
 Progress = Callable[[int, int], None]
 
 
-class Answered(TypedDict):
+class _Shown(TypedDict, total=False):
+    shown: str
+
+
+class Answered(_Shown):
     """A reply and what it depends on.
 
-    `finish` is the server's word why it ended ("stop", "length" for one that was cut off), or one
-    of `UNREADABLE`, `REFUSED` and `GIVEN`; `why` says more where there is no reply.
+    `shown` says for people in which form the clip was shown, and whether its subtitle was; replies
+    from files lack it, as do those that were kept before it was. `finish` is the server's word why
+    it ended ("stop", "length" for one that was cut off), or one of `UNREADABLE`, `REFUSED` and
+    `GIVEN`; `why` says more where there is no reply.
     """
 
     reply: str
@@ -128,6 +134,13 @@ def describe_media(
     if kind == "video" and form == "frames":
         shown += [settings.media.frames, settings.media.pixels]
 
+    how = form
+    if kind == "audio":
+        how += f", up to {settings.media.seconds:g} s"
+    elif form == "frames":
+        how += f", {settings.media.frames} of up to {settings.media.pixels} pixels"
+    how += f", {'with' if subtitles else 'without'} subtitle"
+
     def question(name: str) -> tuple[Message, str]:
         words = prompt + (f"\nSubtitle: {subtitles.get(name, '')}" if subtitles else "")
         path = paths[name]
@@ -143,7 +156,7 @@ def describe_media(
 
     questions = {clip.name: question(clip.name) for clip in clips}
     try:
-        return _ask(kind, questions, media, out, server, prompt, shown, shard, progress)
+        return _ask(kind, questions, media, out, server, prompt, shown, how, shard, progress)
     except ChatRefusal as error:
         other = next(f for f in FORMS[kind] if f != form)
         raise ChatError(
@@ -189,7 +202,8 @@ def merge(
     questions = {name: question(name) for name in names}
     prompt = settings.prompts.merge
     media = functools.partial(dict.fromkeys, names, "")
-    return _ask(DESCRIPTIONS, questions, media, out, model, prompt, [], shard, progress)
+    how = "clues and subtitle"
+    return _ask(DESCRIPTIONS, questions, media, out, model, prompt, [], how, shard, progress)
 
 
 def cue_remarks(names: Sequence[str], out: Path) -> list[str]:
@@ -235,6 +249,7 @@ def _ask(
     model: Describer,
     prompt: str,
     shown: Sequence[object],
+    how: str,
     shard: tuple[int, int],
     progress: Progress,
 ) -> list[Described] | None:
@@ -246,6 +261,7 @@ def _ask(
         media: reads the hash of the media in each message, by name: "" for none; missing where it
             is not known yet, which is so for clips of other shards only.
         shown: what else the message depends on; empty for text alone.
+        how: what is shown, for people.
     """
     number, count = shard
     folder = out / REPLIES
@@ -289,6 +305,7 @@ def _ask(
                 "model": model.identity,
                 "prompt_sha256": prompt_sha256,
                 "media_sha256": hashes[own[key]],
+                "shown": how,
             }
             if kept.get(key) != line:  # refused as before
                 kept[key] = line

@@ -61,6 +61,8 @@ def test_a_server_hears_sound_and_sees_pictures_and_every_clip_has_a_line(media,
     assert [line["finish"] for line in heard] == ["stop", "stop", "unreadable"]
     assert heard[2]["reply"] == "" and heard[2]["why"] == "no audio stream"
     assert heard[0]["model"].startswith("omni, greedy, ") and heard[0]["tokens"] == 7
+    assert {line["shown"] for line in heard} == {"input_audio, up to 30 s, without subtitle"}
+    assert {line["shown"] for line in seen} == {"frames, 8 of up to 448 pixels, without subtitle"}
     assert heard[0]["media_sha256"] == seen[0]["media_sha256"] != heard[1]["media_sha256"]
     assert all("['text', " + ", ".join(["'image_url'"] * 8) in line["reply"] for line in seen)
     sound = next(b for _, _, b in stub.requests if "input_audio" in json.dumps(b))
@@ -256,11 +258,15 @@ def test_both_are_merged_with_the_subtitle(media, tmp_path, capsys):
     assert "without a reply in" in said and "'clip1', 'mute', 'ghost'" in said and "'other'" in said
     with Stub(good=hears) as stub:
         server = ["--base-url", stub.url, "--model", "text"]
-        main(["describe", "video", table, f"--clips={media}", out, *server])
+        main(["describe", "video", table, f"--clips={media}", out, "--with-subtitle", *server])
         main(["merge", table, out, *server])
         asked = [b for _, _, b in stub.requests if isinstance(b["messages"][0]["content"], str)]
     lines = describe.read_described(tmp_path / "set" / "descriptions.jsonl")
     assert list(lines) == ["clip0", "clip1", "mute", "ghost"]
+    seen = describe.read_described(tmp_path / "set" / "video.jsonl")
+    assert {line["shown"] for line in seen.values()} == {
+        "frames, 8 of up to 448 pixels, with subtitle"
+    }
     assert lines["ghost"]["why"] == "neither sound nor pictures were described"
     message = next(m for b in asked if "a sigh" in (m := b["messages"][0]["content"]))
     assert message.startswith("Please act as an expert in the field of emotions.")
