@@ -114,7 +114,8 @@ class ChatServer:
 
     Args:
         base_url: up to and without `/chat/completions`, e.g. "http://localhost:8000/v1".
-        model: the name that the server knows it by.
+        model: the name that the server knows it by. Servers that call theirs the same are taken to
+            have the same one.
         api_key: sent as a bearer token, and shown nowhere, in no form; "" sends none.
         concurrency: requests under way at a time.
         timeout_s: for the server to say something, and to end its reply.
@@ -162,7 +163,9 @@ class ChatServer:
                 event_hooks={"response": [lambda response: _bound(response, timeout_s)]},
             ),
         )
-        self.identity = f"{model} at {self._url}, greedy, {max_tokens} tokens"
+        # Not where it runs: a job that goes on upon another node, and shards that ask servers of
+        # their own, find what was answered before.
+        self.identity = f"{model}, greedy, {max_tokens} tokens"
 
     def answer(self, messages: Sequence[str]) -> Iterator[tuple[int, str | NoWords]]:
         """Yield the number and the reply of each message, in the order in which they come.

@@ -122,7 +122,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = verb("choose", run_choose, "score describers by labels of people, as in Table 10")
     add("--records", type=Path, required=True, metavar="DIR", help="records with labels")
     add("--replies", nargs="+", required=True, metavar="NAME=FILE", help="of each describer")
-    add("--runs", type=int, default=3, metavar="N", help="extractions by a server; default: 3")
+    add(
+        "--runs",
+        type=int,
+        default=3,
+        metavar="N",
+        help="extractions by a server, at temperature 0; default: 3",
+    )
     _add_model(add, base=False)
     add("--lexicon", type=Path, metavar="DIR", help="official emotion wheels; default: shipped")
 
@@ -365,22 +371,24 @@ def run_filter(arguments: argparse.Namespace) -> None:
     data = filtering.read_data_set(out, arguments.csv, settings)
     filtering.check_stages(data, out, arguments.levels)
     judged = filtering.judge(data, settings, lexicon)
+    usable, lacking_words = filtering.trainable(data, judged, arguments.levels)
+    if arguments.write:
+        # Before anything is written over.
+        source, records = arguments.records.expanduser(), arguments.write.expanduser()
+        made = filtering.made_of(source, plus=filtering.plus_rows(data, usable))
+        there = filtering.are_written(records, made)
     about = {"settings_sha256": settings.sha256, "lexicon": str(lexicon.identity)}
     stages = filtering.write_results(data, judged, arguments.levels, to, about)
     print_lines(_funnel_lines(stages))
-    kept = filtering.kept_names(judged, arguments.levels)
-    if not kept:
+    if not filtering.kept_names(judged, arguments.levels):
         raise CaptionError(f"no clip is kept; {to / filtering.FILTERED} says why of each")
-    usable, lacking_words = filtering.trainable(data, kept)
     print_lines(
         f"kept, but without {what} to train on: {len(names):,}: {listed(names)}"
         for what, names in lacking_words.items()
     )
     if arguments.write:
-        count, lacking = filtering.write_training_records(
-            data, usable, arguments.records.expanduser(), arguments.write.expanduser()
-        )
-        print_lines([f"{arguments.write}: {count:,} records"])
+        count, lacking = filtering.write_training_records(data, usable, source, records, made)
+        print_lines([f"{records}: {count:,} records{', which were there' if there else ''}"])
         if lacking:
             print_lines([f"kept, but without a record: {len(lacking):,}: {listed(lacking)}"])
 
@@ -492,6 +500,13 @@ def run_choose(arguments: argparse.Namespace) -> None:
     found = choose.choose(truth, replies, makers, lexicon)
     write_json(out / "choose.json", [dataclasses.asdict(candidate) for candidate in found])
     print_lines(choose.table(found, len(truth)))
+    if len(makers) > 1:
+        print_lines(
+            [
+                f"+- is half the range of {len(makers):,} extractions at temperature 0, which "
+                "differ where the server's arithmetic does: it is no error of the score"
+            ]
+        )
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
@@ -521,6 +536,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error(interrupted="interrupted; the same command goes on from there"):
         arguments = parse_arguments(argv)
+        if "shard" not in arguments and (tasks := shard_of_task()[1]) > 1:
+            raise cli.UsageError(
+                f"{arguments.verb} shares no work, and these are {tasks:,} tasks of srun; start it "
+                "once, as by srun -n 1"
+            )
         try:
             arguments.run(arguments)
         except ModuleNotFoundError as error:

@@ -95,12 +95,13 @@ def write_card(
         ReadError: a file that cannot be read.
         OSError: one that cannot be written.
     """
-    kept, lacking = filtering.trainable(data, filtering.kept_names(judged, levels))
+    usable, lacking = filtering.trainable(data, judged, levels)
+    kept = list(usable)
     untrainable = {name: what for what, names in lacking.items() for name in names}
     seconds = seconds or {}
     sets = [
         _contents("all descriptions", data, data.names, seconds),
-        _contents("kept", data, kept, seconds),
+        _contents("kept", data, kept, seconds, usable),
     ]
     write_statistics(sets, out / "statistics")
     texts = [line["reply"] for line in (data.descriptions or {}).values()]
@@ -110,13 +111,13 @@ def write_card(
     parts = [
         _head(title, license_name, languages, len(kept)),
         _table_1(sets),
-        _funnel(stages, lacking),
+        _funnel(stages),
         "## Lengths\n\n![lengths of descriptions](lengths.png)\n\n" + _cuts(data),
         "## Labels\n\n![distributions](statistics/distributions.png)\n\n"
         "![growth of the vocabulary](vocabulary.png)",
         _bias(data, kept, seconds),
         _matrix(data, lexicon),
-        _samples(data, judged, levels, kept, untrainable, seed),
+        _samples(data, judged, levels, usable, untrainable, seed),
         _how(data, settings, lexicon, levels, out),
         _crowd(crowd),
         _limits(data, crowd),
@@ -145,7 +146,7 @@ def read_filter(
     written = read_json(path, _Funnel, advice="run `affectgpt caption filter` again")
     levels = tuple(written["levels"])
     filtering.check_stages(data, out, levels)
-    usable, _ = filtering.trainable(data, filtering.kept_names(judged, levels))
+    usable, _ = filtering.trainable(data, judged, levels)
     for what, then, now in (
         ("caption.toml", written["settings_sha256"], settings.sha256),
         ("the lexicon", written["lexicon"], str(lexicon.identity)),
@@ -161,16 +162,22 @@ def read_filter(
 
 
 def _contents(
-    name: str, data: DataSet, names: Iterable[str], seconds: Mapping[str, float]
+    name: str,
+    data: DataSet,
+    names: Iterable[str],
+    seconds: Mapping[str, float],
+    labels: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Contents:
+    """Clips by name, with labels that are not those of their descriptions where there are any."""
+    if labels is None:
+        labels = {n: found.labels for n, found in (data.labels or {}).items()}
     names = [n for n in names if data.descriptions and n in data.descriptions]
-    labels, rows = data.labels or {}, data.rows
     entries = [
         IndexEntry(
             name=n,
-            subtitle=rows[n].get("subtitle", ""),
+            subtitle=data.rows[n].get("subtitle", ""),
             description=data.descriptions[n]["reply"],
-            labels=labels[n].labels if n in labels else (),
+            labels=labels.get(n, ()),
             present=(),
         )
         for n in names
@@ -218,7 +225,7 @@ def _table_1(sets: Sequence[Contents]) -> str:
     return "## Size\n\n" + _markdown_table(["set", *TABLE_1], rows)
 
 
-def _funnel(stages: Sequence[Mapping[str, Any]], lacking: Mapping[str, Sequence[str]]) -> str:
+def _funnel(stages: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         [s["test"], *(_count(s[k]) for k in ("clips", "labels", "dropped", "not_judged"))]
         for s in stages
@@ -233,11 +240,6 @@ def _funnel(stages: Sequence[Mapping[str, Any]], lacking: Mapping[str, Sequence[
     )
     if reasons:
         text += "\n\n" + _markdown_table(["test", "reason", "clips"], reasons)
-    if lacking:
-        text += "\n\n" + "\n".join(
-            f"- passed all tests, but without {what} to train on, and so not kept: {len(names):,}"
-            for what, names in lacking.items()
-        )
     return text
 
 
@@ -319,14 +321,13 @@ def _samples(
     data: DataSet,
     judged: Mapping[str, Mapping[str, Judgement]],
     levels: Sequence[str],
-    kept: Sequence[str],
+    usable: Mapping[str, tuple[str, ...]],
     untrainable: Mapping[str, str],
     seed: int,
 ) -> str:
     """A few rows that are kept, and a few that are not, drawn at random."""
     rng = np.random.default_rng(seed)
-    stays = set(kept)
-    dropped = [n for n in data.names if n not in stays]
+    dropped = [n for n in data.names if n not in usable]
 
     def drawn(names: Sequence[str]) -> list[str]:
         chosen = rng.choice(len(names), size=min(SAMPLES, len(names)), replace=False)
@@ -334,7 +335,8 @@ def _samples(
 
     def cells(name: str) -> list[str]:
         text = (data.descriptions or {}).get(name, {}).get("reply", "")
-        labels = data.labels[name].labels if name in (data.labels or {}) else ()
+        found = data.labels[name].labels if name in (data.labels or {}) else ()
+        labels = usable.get(name, found)
         shown = text if len(text) <= TEXT_SHOWN else f"{text[:TEXT_SHOWN]}\u2026"
         return [name, ", ".join(labels), shown]
 
@@ -346,7 +348,7 @@ def _samples(
         return f"{test}: {judged[name][test].why}"
 
     text = "## Samples\n\nKept:\n\n"
-    text += _markdown_table(["clip", "labels", "description"], map(cells, drawn(kept)))
+    text += _markdown_table(["clip", "labels", "description"], map(cells, drawn(list(usable))))
     if dropped:
         rows = ([*cells(name), why(name)] for name in drawn(dropped))
         text += "\n\nNot kept:\n\n" + _markdown_table(
@@ -362,13 +364,12 @@ def _how(
     rows = []
     for kind in (*KINDS, DESCRIPTIONS):
         lines = read_described(out / f"{kind}.jsonl", missing_ok=True).values()
-        for model, prompt in dict.fromkeys(_asked(lines)):
-            count = sum(1 for pair in _asked(lines) if pair == (model, prompt))
-            rows.append([kind, model, prompt[:12] or "none", _count(count)])
+        for (model, prompt, shown), count in Counter(map(_asked, lines)).items():
+            rows.append([kind, model, prompt[:12] or "none", shown or "not known", _count(count)])
     if data.labels:
         about = read_about(out)
         by = [about["extractor"], about["prompts_sha256"][:12]] if about else ["not known", ""]
-        rows.append(["labels", by[0], by[1] or "none", _count(len(data.labels))])
+        rows.append(["labels", by[0], by[1] or "none", "descriptions", _count(len(data.labels))])
     networks = Counter(row["network"] for row in (data.speakers or {}).values())
     facts = [
         f"levels: {', '.join(levels) or 'none'}",
@@ -386,14 +387,14 @@ def _how(
     ]
     return (
         "## How it was made\n\n"
-        + _markdown_table(["what", "model", "prompt sha256", "clips"], rows)
+        + _markdown_table(["what", "model", "prompt sha256", "what was shown", "clips"], rows)
         + "\n\n"
         + "\n".join(f"- {fact}" for fact in facts)
     )
 
 
-def _asked(lines: Iterable[Described]) -> Iterator[tuple[str, str]]:
-    return ((line["model"], line["prompt_sha256"]) for line in lines)
+def _asked(line: Described) -> tuple[str, str, str]:
+    return line["model"], line["prompt_sha256"], line.get("shown", "")
 
 
 def _crowd(crowd: Path | None) -> str:

@@ -3,8 +3,8 @@
 A line of `audio.jsonl`, `video.jsonl` and `descriptions.jsonl` is a `Described`: one a clip, in
 their order. What is asked goes first into a file below `.replies`, under a hash of all that the
 reply depends on (model, prompt, limits and the content of the clip's file), in the order of
-arrival. So a stage that was stopped goes on, asks nothing twice, and asks anew what has changed;
-and its output depends on the replies alone.
+arrival. So a stage that was stopped goes on, asks nothing twice but what was refused, and asks anew
+what has changed; and its output depends on the replies alone.
 """
 
 from __future__ import annotations
@@ -33,14 +33,21 @@ KINDS = ("audio", "video")
 # How a reply ended, where no model said it: nothing to ask about; the server would not answer; the
 # reply comes from a file.
 UNREADABLE, REFUSED, GIVEN = "unreadable", "refused", "given"
+_NOT_SAID = (UNREADABLE, REFUSED)
 Progress = Callable[[int, int], None]
 
 
-class Answered(TypedDict):
+class _Shown(TypedDict, total=False):
+    shown: str
+
+
+class Answered(_Shown):
     """A reply and what it depends on.
 
-    `finish` is the server's word why it ended ("stop", "length" for one that was cut off), or one
-    of `UNREADABLE`, `REFUSED` and `GIVEN`; `why` says more where there is no reply.
+    `shown` says for people in which form the clip was shown, and whether its subtitle was; replies
+    from files lack it, as do those that were kept before it was. `finish` is the server's word why
+    it ended ("stop", "length" for one that was cut off), or one of `UNREADABLE`, `REFUSED` and
+    `GIVEN`; `why` says more where there is no reply.
     """
 
     reply: str
@@ -127,6 +134,13 @@ def describe_media(
     if kind == "video" and form == "frames":
         shown += [settings.media.frames, settings.media.pixels]
 
+    how = form
+    if kind == "audio":
+        how += f", up to {settings.media.seconds:g} s"
+    elif form == "frames":
+        how += f", {settings.media.frames} of up to {settings.media.pixels} pixels"
+    how += f", {'with' if subtitles else 'without'} subtitle"
+
     def question(name: str) -> tuple[Message, str]:
         words = prompt + (f"\nSubtitle: {subtitles.get(name, '')}" if subtitles else "")
         path = paths[name]
@@ -142,7 +156,7 @@ def describe_media(
 
     questions = {clip.name: question(clip.name) for clip in clips}
     try:
-        return _ask(kind, questions, media, out, server, prompt, shown, shard, progress)
+        return _ask(kind, questions, media, out, server, prompt, shown, how, shard, progress)
     except ChatRefusal as error:
         other = next(f for f in FORMS[kind] if f != form)
         raise ChatError(
@@ -188,7 +202,8 @@ def merge(
     questions = {name: question(name) for name in names}
     prompt = settings.prompts.merge
     media = functools.partial(dict.fromkeys, names, "")
-    return _ask(DESCRIPTIONS, questions, media, out, model, prompt, [], shard, progress)
+    how = "clues and subtitle"
+    return _ask(DESCRIPTIONS, questions, media, out, model, prompt, [], how, shard, progress)
 
 
 def cue_remarks(names: Sequence[str], out: Path) -> list[str]:
@@ -234,6 +249,7 @@ def _ask(
     model: Describer,
     prompt: str,
     shown: Sequence[object],
+    how: str,
     shard: tuple[int, int],
     progress: Progress,
 ) -> list[Described] | None:
@@ -245,6 +261,7 @@ def _ask(
         media: reads the hash of the media in each message, by name: "" for none; missing where it
             is not known yet, which is so for clips of other shards only.
         shown: what else the message depends on; empty for text alone.
+        how: what is shown, for people.
     """
     number, count = shard
     folder = out / REPLIES
@@ -265,14 +282,21 @@ def _ask(
     own: dict[str, str] = {}  # the first clip of each question
     for name in list(questions)[number::count]:
         own.setdefault(keys[name], name)
-    missing = {key: questions[name][0] for key, name in own.items() if key not in kept}
+    # What was refused is asked again, as a server with other flags may take it; and it does not
+    # show that the server takes such messages at all.
+    missing = {
+        key: questions[name][0]
+        for key, name in own.items()
+        if key not in kept or kept[key]["finish"] == REFUSED
+    }
+    answered = any(kept[k]["finish"] not in _NOT_SAID for k in keys.values() if k in kept)
     with _store(folder / f"{kind}{_suffix(shard)}.jsonl") as store:
         done = len(own) - len(missing)
         progress(done, len(own))
 
         def keep(key: str, reply: Reply, why: str) -> None:
             nonlocal done
-            kept[key] = {
+            line = {
                 "key": key,
                 "reply": spoken(reply.text).strip(),
                 "finish": reply.finish,
@@ -281,13 +305,16 @@ def _ask(
                 "model": model.identity,
                 "prompt_sha256": prompt_sha256,
                 "media_sha256": hashes[own[key]],
+                "shown": how,
             }
-            store.append(kept[key])
+            if kept.get(key) != line:  # refused as before
+                kept[key] = line
+                store.append(line)
             done += 1
             progress(done, len(own))
 
         if missing:
-            _collect(model, missing, bool(kept), keep)
+            _collect(model, missing, answered, keep)
     if count > 1:
         # Other shards that ran at the same time have read and asked what was not there before.
         keys, kept = keys_of(media()), _kept_replies(folder, kind)
@@ -305,7 +332,10 @@ def _kept_replies(folder: Path, kind: str) -> dict[str, Answered]:
     """What all shards have been answered so far, by key."""
     kept: dict[str, Answered] = {}
     for path in sorted(folder.glob(f"{kind}*.jsonl")):
-        kept |= {key: found for (key,), found in _store(path).records.items()}
+        for (key,), found in _store(path).records.items():
+            # A refusal in one file may have been answered since, in that of another shard.
+            if key not in kept or found["finish"] != REFUSED:
+                kept[key] = found
     return kept
 
 
@@ -323,7 +353,7 @@ def _collect(
     """Ask, and hand over what comes.
 
     Raises:
-        ChatRefusal: the server has refused the first few, or all, and `answered` none before.
+        ChatRefusal: the server has refused the first few, or all, and nothing was `answered`.
     """
     keys = list(messages)
     refused: list[tuple[str, ChatRefusal]] = []  # of which it is not known yet whether all are

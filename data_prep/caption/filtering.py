@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,7 @@ from affectgpt_jax.data.records import (
     Record,
     RecordDataset,
     RecordError,
+    read_manifest,
     write_records,
 )
 from affectgpt_jax.evaluation.extract import is_refusal
@@ -42,7 +44,7 @@ from affectgpt_jax.evaluation.lexicon import WHEELS, Lexicon
 from affectgpt_jax.evaluation.metrics import SENTIMENTS
 
 from ..blocks import BLOCKS, PLACES
-from ..clips import read_clip_rows
+from ..clips import MEDIA_COLUMNS, read_clip_rows
 from ..crowd.votes import Vote, read_votes
 from ..report import copy_report
 from ..speakers.verdicts import read_speakers
@@ -61,6 +63,8 @@ LEVELS = {
 TESTS = tuple(test for tests in LEVELS.values() for test in tests)
 PASSED, DROPPED, NOT_JUDGED = "passed", "dropped", "not judged"
 UNREAD = "the reply about labels could not be read"
+TRAINED_ON = "trained on"  # the last stage of the funnel
+MADE_OF = "made of"  # key of a manifest's `extra`
 FILTERED, PLUS, FUNNEL = "filtered.csv", "plus.csv", "funnel"
 COLUMNS = (
     *("name", "kept"),
@@ -112,6 +116,7 @@ class DataSet:
     Attributes:
         names: of the clips, in order.
         rows: the clips' own CSV file, by name.
+        folder: to which the paths in `rows` are relative.
         descriptions, labels, speakers, votes: of the stages.
         cuts: of the lengths of descriptions, by unit.
     """
@@ -123,6 +128,7 @@ class DataSet:
     speakers: dict[str, Mapping[str, str]] | None
     votes: dict[str, Vote] | None
     cuts: dict[str, Cuts]
+    folder: Path
 
 
 def read_labels(path: Path) -> dict[str, Labelled]:
@@ -184,6 +190,7 @@ def read_data_set(out: Path, table: Path | None, settings: Settings) -> DataSet:
         found(SPEAKERS, read_speakers),
         found(VOTES, read_votes),
         fit_cuts(texts, settings.lengths.tails),
+        table.parent if table else out,
     )
 
 
@@ -382,7 +389,8 @@ def funnel(
 ) -> list[dict[str, Any]]:
     """What is left after each test: clips, vocabulary, and what the test dropped, by reason.
 
-    The first stage is all clips. A clip counts under the first test that does not pass it.
+    The first stage is all clips, the last one those that are trained on. A clip counts under the
+    first test that does not pass it.
     """
     left = list(data.names)
 
@@ -405,6 +413,17 @@ def funnel(
                 reasons=dict(reasons.most_common()),
             )
         )
+    usable, lacking = trainable(data, judged, levels)
+    stages.append(
+        {
+            "test": TRAINED_ON,
+            "clips": len(usable),
+            "labels": len({word for words in usable.values() for word in words}),
+            "dropped": len(left) - len(usable),
+            "not_judged": 0,
+            "reasons": {f"without {what}": len(names) for what, names in lacking.items()},
+        }
+    )
     return stages
 
 
@@ -432,43 +451,64 @@ def draw_funnel(stages: Sequence[Mapping[str, Any]], path: Path) -> None:
     panel.set_yticks(np.arange(len(stages)), names)
     panel.invert_yaxis()
     panel.set_xlim(0, 1.35 * max(*clips, 1))
-    panel.set_xlabel("clips that passed")
+    panel.set_xlabel("clips that are left")
     drawing.save_png(figure, path)
 
 
-def trainable(data: DataSet, kept: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Of clips that are kept, those that can be trained on, and the others by what they lack.
+def trainable(
+    data: DataSet, judged: Mapping[str, Mapping[str, Judgement]], levels: Sequence[str]
+) -> tuple[dict[str, tuple[str, ...]], dict[str, list[str]]]:
+    """Of clips that are kept, the labels of those that can be trained on; the others by their lack.
 
-    Without the level `low`, replies that failed are kept, which teach neither text nor labels.
+    A description that names no emotion, which agrees with a crowd that says `neutral`, has that
+    label. Without the level `low`, replies that failed are kept, which teach neither text nor
+    labels.
     """
     lacking: dict[str, list[str]] = {}
-    usable = []
-    for name in kept:
+    usable = {}
+    for name in kept_names(judged, levels):
+        labels = data.labels[name].labels if name in data.labels else ()
         if name not in data.descriptions or not data.descriptions[name]["reply"]:
             lacking.setdefault("a description", []).append(name)
-        elif name not in data.labels or not data.labels[name].labels:
-            lacking.setdefault("a label", []).append(name)
+        elif labels:
+            usable[name] = labels
+        elif "emotion" in levels and judged[name]["reply"].outcome == PASSED:
+            usable[name] = ("neutral",)  # no other word of the crowd agrees with no label
         else:
-            usable.append(name)
+            lacking.setdefault("a label", []).append(name)
     return usable, lacking
 
 
-def plus_rows(data: DataSet, kept: Sequence[str]) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and rows of the training set, in the layout that `extract` reads.
+def plus_rows(
+    data: DataSet, usable: Mapping[str, Sequence[str]]
+) -> tuple[list[str], list[dict[str, str]]]:
+    """Columns and rows of the training set, see `trainable`, in the layout that `extract` reads.
 
     Columns of the clips' own CSV file stay, but for labels and description, which are the models'.
+    Paths are relative to that file's folder still.
     """
     own = list(dict.fromkeys(column for row in data.rows.values() for column in row))
     columns = list(dict.fromkeys([*own, "labels", "description"]))
     rows = [
         data.rows[name]
         | {
-            "labels": f"[{', '.join(data.labels[name].labels)}]",
+            "labels": f"[{', '.join(labels)}]",
             "description": data.descriptions[name]["reply"],
         }
-        for name in kept
+        for name, labels in usable.items()
     ]
     return columns, rows
+
+
+def _files_from(
+    folder: Path, to: Path, rows: Sequence[Mapping[str, str]]
+) -> Iterator[dict[str, str]]:
+    """Rows whose relative paths lead from another folder to the same files."""
+    # Of real folders, since `..` leads out of what a link points to.
+    where = os.path.relpath(os.path.realpath(folder), os.path.realpath(to))
+    for row in rows:
+        files = {c: path for c in MEDIA_COLUMNS if (path := row.get(c, "").strip())}
+        yield row | {c: Path(where, path).as_posix() for c, path in files.items()}
 
 
 def write_results(
@@ -488,11 +528,11 @@ def write_results(
     Raises:
         OSError: a file cannot be written.
     """
-    usable, _ = trainable(data, kept_names(judged, levels))
+    usable, _ = trainable(data, judged, levels)
     stages = funnel(data, judged, levels)
     write_csv(to / FILTERED, COLUMNS, filtered_rows(judged, levels))
     plus = plus_rows(data, usable)
-    write_csv(to / PLUS, *plus)
+    write_csv(to / PLUS, plus[0], _files_from(data.folder, to, plus[1]))
     # By which the card knows whether it is about the same.
     about = {"levels": list(levels), **about, "plus_sha256": json_sha256(plus), "funnel": stages}
     write_json(to / f"{FUNNEL}.json", about)
@@ -501,7 +541,11 @@ def write_results(
 
 
 def write_training_records(
-    data: DataSet, kept: Sequence[str], source: Path, to: Path
+    data: DataSet,
+    usable: Mapping[str, tuple[str, ...]],
+    source: Path,
+    to: Path,
+    made: Mapping[str, str],
 ) -> tuple[int, list[str]]:
     """Records of the clips that are kept, with features of an extraction and the new annotations.
 
@@ -509,12 +553,13 @@ def write_training_records(
 
     Args:
         data: the data set.
-        kept: names of clips.
+        usable: labels of the clips, see `trainable`.
         source: records of the clips.
         to: the record directory to write.
+        made: of what, see `made_of`.
 
     Returns:
-        How many were written, and the names of clips that are kept but have no record.
+        How many there are, and the names of clips that are kept but have no record.
 
     Raises:
         RecordError: no clip that is kept has a record, or a directory that cannot be used.
@@ -524,39 +569,60 @@ def write_training_records(
         return dataclasses.replace(
             record,
             description=data.descriptions[record.name]["reply"],
-            labels=data.labels[record.name].labels,
+            labels=usable[record.name],
         )
 
-    return copy_records(source, to, kept, annotated)
+    return copy_records(source, to, list(usable), made, annotated)
 
 
-def refuse_records(to: Path) -> None:
-    """Refuse a directory to write that holds records.
+def made_of(source: Path, **more: Any) -> dict[str, str]:
+    """Hashes of what records are made of that are written from others, as their manifest has them.
+
+    Args:
+        source: the others.
+        more: what else decides what is written.
 
     Raises:
-        RecordError: it does.
+        ReadError, OSError: no records there.
     """
-    if (to / MANIFEST_FILE).exists():
-        raise RecordError(f"{to} already holds records; delete it or write elsewhere")
+    hashes = {what: json_sha256(value) for what, value in more.items()}
+    return {"source": json_sha256(dataclasses.asdict(read_manifest(source))), **hashes}
+
+
+def are_written(to: Path, made: Mapping[str, str]) -> bool:
+    """Whether a directory holds the records that are made of that.
+
+    Raises:
+        RecordError: it holds others.
+    """
+    if not (to / MANIFEST_FILE).exists():
+        return False
+    there = read_manifest(to).extra.get(MADE_OF)
+    if isinstance(there, dict) and made.items() <= there.items():
+        return True
+    raise RecordError(f"{to} already holds other records; delete it or write elsewhere")
 
 
 def copy_records(
     source: Path,
     to: Path,
     kept: Sequence[str],
+    made: Mapping[str, str],
     change: Callable[[Record], Record] = lambda record: record,
 ) -> tuple[int, list[str]]:
     """Write some of the records of a directory, with what is known of their extraction.
+
+    Those that are there already stay as they are.
 
     Args:
         source: the records.
         to: the record directory to write.
         kept: names of clips.
+        made: of what, see `made_of`.
         change: makes of each record the one that is written.
 
     Returns, raises: as `write_training_records`.
     """
-    refuse_records(to)
     records = RecordDataset(source)
     wanted = set(kept)
     numbers = [i for i, entry in enumerate(records.index) if entry.name in wanted]
@@ -566,12 +632,14 @@ def copy_records(
             f"{source} has no record of the {len(kept):,} clips that are kept: its clips are "
             f"called {listed([e.name for e in records.index])}"
         )
+    if are_written(to, made):
+        return len(numbers), lacking
     encoders = {name: facts["encoder"] for name, facts in records.manifest.features.items()}
     # What describes and serves clips like these, and what looks for them elsewhere, reads on.
     copy_report(source, to, {records.index[i].name for i in numbers})
     if (places := source / BLOCKS / PLACES).is_file():
         write_text(to / BLOCKS / PLACES, places.read_text(encoding="utf-8"))
-    extra = dict(records.manifest.extra)
+    extra = records.manifest.extra | {MADE_OF: dict(made)}
     if "face arrays" in (how := extra.get(EXTRACTION, {})):
         faces = sum("face" in records.index[i].present for i in numbers)
         extra[EXTRACTION] = how | {"face arrays": min(how["face arrays"], faces)}

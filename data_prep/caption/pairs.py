@@ -8,7 +8,7 @@ from affectgpt_jax.common.tables import write_csv
 from affectgpt_jax.data.records import RecordDataset
 from affectgpt_jax.evaluation.extract import Extractor
 
-from .filtering import copy_records, refuse_records
+from .filtering import are_written, copy_records, made_of
 from .settings import CaptionError
 
 PAIRS = "pairs.csv"
@@ -32,7 +32,8 @@ def write_emotional_pairs(source: Path, out: Path, to: Path, extractor: Extracto
         CaptionError: a record that is no such pair, or no pair that names an emotion.
         RecordError: a directory that cannot be used.
     """
-    refuse_records(to)
+    made = made_of(source)
+    are_written(to, made)  # or others are, which shows before the work
     index = RecordDataset(source).index
     for entry in index:
         if not entry.answer.strip():
@@ -47,16 +48,18 @@ def write_emotional_pairs(source: Path, out: Path, to: Path, extractor: Extracto
         {"name": entry.name, "labels": f"[{', '.join(words)}]", "unparsed": reply}
         for entry, words, reply in zip(index, labels, unread, strict=True)
     ]
-    write_csv(out / PAIRS, COLUMNS, rows)
     kept = [entry.name for entry, words in zip(index, labels, strict=True) if words]
+    made = made_of(source, kept=kept)
+    there = are_written(to, made)
+    write_csv(out / PAIRS, COLUMNS, rows)
     if not kept:
         raise CaptionError(
             f"none of the {len(index):,} pairs of {source} names an emotion by "
             f"{extractor.identity}; see {out / PAIRS}"
         )
-    copy_records(source, to, kept)
+    copy_records(source, to, kept, made)
     return [
-        f"{to}: {len(kept):,} of {len(index):,} pairs name an emotion, by {extractor.identity}; "
-        f"{out / PAIRS} has the labels of each",
+        f"{to}: {len(kept):,} of {len(index):,} pairs name an emotion, by {extractor.identity}"
+        f"{', and were there' if there else ''}; {out / PAIRS} has the labels of each",
         f"replies that no labels could be read from, left out: {sum(map(bool, unread)):,}",
     ]

@@ -4,6 +4,7 @@ import re
 import subprocess
 
 import pytest
+from chat_stub import Stub
 from chromium import browser
 from scipy.stats import binomtest
 from test_caption_filter import NAMES, data_set  # noqa: F401
@@ -73,10 +74,13 @@ def test_the_card_is_of_what_the_filter_wrote(data_set, capsys):  # noqa: F811
     # clip01 has no label, and is not in plus.csv.
     assert len((data_set / "plus.csv").read_text().splitlines()) == 1 + 23
     assert "| kept | 23 |" in card and "levels: none" in card
-    assert "- passed all tests, but without a label to train on, and so not kept: 1" in card
+    assert (
+        "| trained on | 23 | 2 | 1 | 0 |" in card and "| trained on | without a label | 1 |" in card
+    )
     assert "| clip01 | " in card.split("Not kept:")[1] and "without a label to train" in card
     assert "see the leaks above" not in card
-    assert "| labels | not known | none | 24 |" in card
+    assert "| labels | not known | none | descriptions | 24 |" in card
+    assert "| descriptions | m | none | not known | 24 |" in card
     # A state that the filter has not seen.
     for file, old, new, told in (
         ("caption.toml", "tails = 2.5", "tails = 3", "caption.toml has changed since"),
@@ -110,7 +114,7 @@ def test_the_card_says_who_found_the_labels_and_drops_a_script_of_few(tmp_path, 
     assert "- dropped in words, as 1 of 41 descriptions only" in card
     assert "| characters of the description | clips | kept |" in card
     assert "| words of the description | clips | kept |" in card
-    assert re.search(r"\| labels \| rules .* \| none \| 41 \|", card)
+    assert re.search(r"\| labels \| rules .* \| none \| descriptions \| 41 \|", card)
 
 
 def test_the_same_data_set_has_the_same_card(carded):
@@ -251,7 +255,7 @@ def test_a_real_browser_saves_what_was_clicked(study, tmp_path):
 # --- which describer ----------------------------------------------------------------------------
 
 
-def test_describers_are_ranked_by_labels_of_people(tmp_path, capsys):
+def test_describers_are_ranked_by_labels_of_people(tmp_path, capsys, monkeypatch):
     words = ["happy", "sad", "angry", "afraid", "surprised"]
     records = [Record(name=f"c{i}", features={}, labels=(words[i % 5],)) for i in range(20)]
     write_records(tmp_path / "truth", records, encoders={})
@@ -268,3 +272,12 @@ def test_describers_are_ranked_by_labels_of_people(tmp_path, capsys):
     assert found[0]["clips"] == 19 and found[0]["values"]["f"][0] > found[1]["values"]["f"][0] + 0.2
     said = capsys.readouterr().out
     assert "19 of 20" in said and "without a reply count as without labels" in said
+    assert "extractions" not in said
+    monkeypatch.setenv("no_proxy", "*")
+    with Stub() as stub:
+        server = ["--base-url", stub.url, "--model=m", "--runs=2"]
+        main(
+            ["choose", f"--out={out}", f"--records={tmp_path / 'truth'}", *server,
+             "--replies", *files]
+        )  # fmt: skip
+    assert "half the range of 2 extractions at temperature 0" in capsys.readouterr().out

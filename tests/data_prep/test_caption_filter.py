@@ -15,7 +15,7 @@ from data_prep.caption.filtering import DROPPED, NOT_JUDGED, PASSED, Labelled
 from data_prep.caption.labels import COLUMNS, description_sha256
 from data_prep.caption.lengths import fit_cuts, measure
 from data_prep.caption.settings import read_settings
-from data_prep.clips import read_clip_rows
+from data_prep.clips import find_clips, read_clip_rows
 from data_prep.contents import read_seconds
 from data_prep.crowd.votes import Vote, write_votes
 from data_prep.report import read_elsewhere
@@ -223,6 +223,10 @@ def run(data_set, *arguments):
     main(["filter", f"--out={data_set}", f"--csv={data_set.parent / 'clips.csv'}", *arguments])
 
 
+def contents(*folders):
+    return {f: f.read_bytes() for folder in folders for f in folder.rglob("*") if f.is_file()}
+
+
 def test_every_clip_has_a_row_and_every_loss_a_reason(data_set, capsys):
     run(data_set)
     rows = (data_set / "filtered.csv").read_text().splitlines()
@@ -231,7 +235,10 @@ def test_every_clip_has_a_row_and_every_loss_a_reason(data_set, capsys):
     assert kept == [NAMES[0], *NAMES[5:-1]]
     report = json.loads((data_set / "funnel.json").read_text())
     stages = {stage["test"]: stage for stage in report["funnel"]}
-    assert [s["clips"] for s in report["funnel"]] == [24, 24, 23, 22, 20, 19]
+    assert [s["clips"] for s in report["funnel"]] == [24, 24, 23, 22, 20, 19, 19]
+    assert report["funnel"][-1] == {
+        "test": "trained on", "clips": 19, "labels": 1, "dropped": 0, "not_judged": 0, "reasons": {}
+    }  # fmt: skip
     assert stages["emotion"]["dropped"] == 1 and stages["emotion"]["not_judged"] == 1
     assert stages["emotion"]["reasons"] == {
         "the crowd says happy": 1,
@@ -249,11 +256,58 @@ def test_levels_can_be_combined_in_any_way(data_set, capsys):
     for levels in ("none", "low", "emotion", "sentiment", "sentiment,low"):
         to = data_set / levels.replace(",", "-")
         run(data_set, f"--levels={levels}", f"--to={to}")
-        kept[levels] = json.loads((to / "funnel.json").read_text())["funnel"][-1]["clips"]
+        kept[levels] = json.loads((to / "funnel.json").read_text())["funnel"][-2]["clips"]
     assert kept == {"none": 24, "low": 22, "emotion": 21, "sentiment": 22, "sentiment,low": 20}
     # What failed teaches nothing, and is said to be left out.
     assert len((data_set / "none" / "plus.csv").read_text().splitlines()) == 1 + 23
-    assert "kept, but without a label to train on: 1: 'clip01'" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kept, but without a label to train on: 1: 'clip01'" in said
+    assert "\n    1: without a label\n" in said
+    stage = json.loads((data_set / "none" / "funnel.json").read_text())["funnel"][-1]
+    assert (stage["test"], stage["clips"], stage["dropped"]) == ("trained on", 23, 1)
+
+
+def test_what_names_no_emotion_and_is_neutral_to_the_crowd_is_trained_on_as_neutral(data_set):
+    text = (data_set / "descriptions.jsonl").read_text()
+    changed = text.replace("word happy", "word there", 1)  # clip00
+    lines = [json.loads(line) for line in changed.splitlines()]
+    lines[5]["reply"] = "I cannot identify any emotion."
+    write_described(data_set / "descriptions.jsonl", lines)
+    main(["labels", f"--out={data_set}"])
+    votes = [vote(name=n) for n in NAMES]
+    for i in (0, 5):
+        votes[i] = vote("neutral", "neutral", name=NAMES[i])
+    write_votes(data_set / "votes.csv", votes)
+    run(data_set, "--levels=emotion")
+    rows = read_clip_rows(data_set / "plus.csv")
+    assert rows[NAMES[0]]["labels"] == "[neutral]" and rows[NAMES[6]]["labels"] == "[happy]"
+    stage = json.loads((data_set / "funnel.json").read_text())["funnel"][-1]
+    assert NAMES[5] not in rows and stage["reasons"] == {"without a label": 1}
+    assert stage["labels"] == 2
+    main(["card", f"--out={data_set}", f"--csv={data_set.parent / 'clips.csv'}"])
+    # What the crowd has not been asked about is not neutral.
+    run(data_set, "--levels=none")
+    assert NAMES[0] not in read_clip_rows(data_set / "plus.csv")
+
+
+def test_the_training_set_names_the_files_of_the_clips_wherever_it_is_written(data_set, tmp_path):
+    (tmp_path / "media").mkdir()
+    for name in NAMES:
+        (tmp_path / "media" / f"{name}.mp4").touch()
+    deep = tmp_path / "disk" / "deep" / "set"
+    deep.parent.mkdir(parents=True)
+    data_set.rename(deep)
+    data_set.symlink_to(deep)
+    cells = [["name", "video", "audio"], *([n, f"media/{n}.mp4", ""] for n in NAMES)]
+    cells[1][1:] = "", f"{tmp_path}/media/{NAMES[0]}.mp4"
+    (tmp_path / "clips.csv").write_text("".join(",".join(row) + "\n" for row in cells))
+    for to in (data_set, tmp_path / "elsewhere", tmp_path):
+        run(data_set, f"--to={to}")
+        clips = find_clips([], to / "plus.csv").clips
+        assert len(clips) == 19 and all(clip.sound.is_file() for clip in clips)
+    rows = read_clip_rows(tmp_path / "plus.csv")
+    assert rows[NAMES[5]]["video"] == f"media/{NAMES[5]}.mp4" and not rows[NAMES[5]]["audio"]
+    main(["card", f"--out={data_set}", f"--csv={tmp_path / 'clips.csv'}"])
 
 
 def test_records_of_what_is_kept_have_the_new_annotations(data_set, tmp_path, capsys):
@@ -271,7 +325,7 @@ def test_records_of_what_is_kept_have_the_new_annotations(data_set, tmp_path, ca
     assert "without a record: 1: 'clip22'" in capsys.readouterr().out
 
 
-def test_records_of_what_is_kept_say_how_they_were_extracted(data_set, tmp_path, monkeypatch):
+def test_records_of_what_is_kept_say_how_they_were_extracted(data_set, tmp_path, capsys):
     source, to = tmp_path / "records", tmp_path / "plus"
     face = {"face": np.ones((2, 3), np.float16)}
     records = [Record(name=n, features={} if n == "clip07" else face, subtitle="hm") for n in NAMES]
@@ -284,17 +338,31 @@ def test_records_of_what_is_kept_say_how_they_were_extracted(data_set, tmp_path,
     (source / ".blocks" / "encoders.json").write_text('{"video": "/models/clip"}')
     run(data_set, f"--records={source}", f"--write={to}")
     found = RecordDataset(to)
+    made = found.manifest.extra.pop("made of")
+    assert made.keys() == {"source", "plus"}
     assert found.manifest.extra == {EXTRACTION: how | {"face arrays": 18}, "note": "mine"}
     assert len(found) == 19
     elsewhere = read_elsewhere([to])
     assert set(elsewhere.names) == {entry.name for entry in found.index}
     assert read_seconds(to) == dict.fromkeys(elsewhere.names, 2.5)
     assert (to / ".blocks" / "encoders.json").read_text() == '{"video": "/models/clip"}'
-    # Records of others are not touched.
-    report = (to / "extraction.csv").read_bytes()
-    with pytest.raises(SystemExit, match="plus already holds records"):
-        run(data_set, "--levels=none", f"--records={source}", f"--write={to}")
-    assert (to / "extraction.csv").read_bytes() == report
+    # Run again, all stays as it is.
+    written = contents(to, data_set)
+    capsys.readouterr()
+    run(data_set, f"--records={source}", f"--write={to}")
+    assert f"{to}: 19 records, which were there" in capsys.readouterr().out
+    assert contents(to, data_set) == written
+
+    # Others are not touched, and nothing is written.
+    def refused(*flags):
+        with pytest.raises(SystemExit, match="plus already holds other records; delete it"):
+            run(data_set, *flags, f"--records={source}", f"--write={to}")
+        assert contents(to, data_set) == written
+
+    refused("--levels=none")
+    (source / "manifest.json").unlink()
+    write_records(source, records[::-1], encoders={"face": "clip"}, extra=extra)
+    refused()
 
 
 def test_labels_of_other_descriptions_are_refused(data_set):
