@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.resources
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from affectgpt_jax import cpu
 from affectgpt_jax.common import hub
 from affectgpt_jax.common.identity import Identity, code_identity, json_sha256
-from affectgpt_jax.common.json import write_json
+from affectgpt_jax.common.json import read_json, write_json
 from affectgpt_jax.common.progress import QUIET_S, Elapsed
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs.affectgpt_qwen25_7b import data_set
@@ -29,7 +29,10 @@ from affectgpt_jax.data.pipeline import MixtureComponent, PromptProcessor
 from affectgpt_jax.data.prompts import BUILT_IN, load_prompts
 from affectgpt_jax.data.records import (
     EXTRACTION,
+    FORMAT_VERSION,
     MANIFEST_FILE,
+    Feature,
+    Manifest,
     RecordDataset,
     Records,
     hold_out,
@@ -418,6 +421,84 @@ def _check_features(
             )
 
 
+class MadeBy(NamedTuple):
+    """The encoder of a feature, and the hash of its weights, "" where nothing says it."""
+
+    name: str
+    sha256: str
+
+
+def _made_by(manifest: Manifest, mode: InputMode) -> dict[str, MadeBy]:
+    """Of the features that an input mode reads and records have."""
+    settings = manifest.extra.get(EXTRACTION, {}).get("encoders", {})
+    return {
+        name: MadeBy(facts["encoder"], settings.get(MODALITIES[name].encoder, {}).get("sha256", ""))
+        for name, facts in manifest.features.items()
+        if name in mode.features
+    }
+
+
+def _gather(found: Iterable[Mapping[str, MadeBy]]) -> dict[str, set[MadeBy]]:
+    encoders: dict[str, set[MadeBy]] = {}
+    for made in found:
+        for name, encoder in made.items():
+            encoders.setdefault(name, set()).add(encoder)
+    return encoders
+
+
+def training_encoders(config: ConfigDict, workdir: Path) -> dict[str, set[MadeBy]]:
+    """By feature, the encoders of the records that a run was trained on, as far as it has kept them
+    or its records are here."""
+    if (kept := workdir / EXTRACTION_FILE).is_file():
+        facts = read_json(kept, dict[str, Any])
+        extra = {EXTRACTION: facts[EXTRACTION]}
+        manifest = Manifest(FORMAT_VERSION, "", 0, [], facts["features"], {}, "", extra)
+        return _gather(_made_by(manifest, mode) for mode in input_modes(config))
+    return _gather(
+        _made_by(manifest, input_mode(config, entry["input"]))
+        for entry in training_sets(config).values()
+        if entry["source"]
+        and (manifest := _declared(config, entry["source"], missing_ok=True)) is not None
+    )
+
+
+def check_encoders(
+    trained: Mapping[str, Collection[MadeBy]],
+    manifest: Manifest,
+    mode: InputMode,
+    split: str,
+    say: Callable[[str], None],
+) -> None:
+    """Compare what made the features of records with what made those that a model is trained on.
+
+    Features of another encoder mean nothing to the model, though they may be as wide. An encoder is
+    the same by its name or by the hash of its weights; of names that somebody chose, as at an
+    import, two may be the same encoder.
+
+    Args:
+        trained: by feature, the encoders of the training records; without one, nothing is compared.
+        manifest: of the records.
+        mode: whose features are read.
+        split: what the records are called.
+        say: told of names that differ where only one side, or none, has a hash.
+
+    Raises:
+        ConfigError: another encoder.
+    """
+    for name, mine in _made_by(manifest, mode).items():
+        theirs = trained.get(name)
+        if not theirs or any(mine.name == t.name or mine.sha256 == t.sha256 != "" for t in theirs):
+            continue
+        known = ", ".join(sorted(encoder.name for encoder in theirs))
+        found = (
+            f"the {name} features of the {split} records are of the encoder {mine.name!r}, but "
+            f"those of the training records of {known!r}, so the model cannot read them"
+        )
+        if mine.sha256 and all(encoder.sha256 for encoder in theirs):
+            raise ConfigError(f"{found}; extract both with the same encoder")
+        say(f"warning: {found}, unless both names are of the same encoder")
+
+
 # What `inputs` calls the run's own test set.
 TEST_RECORDS = "test records"
 
@@ -442,8 +523,8 @@ def data(
     """Open the clips of a config; generates the demo world's where it is asked for.
 
     Raises:
-        ConfigError: no training data named, features that do not fit, or, where `strict_leaks` is
-            set, clips that are in training and evaluation.
+        ConfigError: no training data named, features that do not fit or are of another encoder,
+            or, where `strict_leaks` is set, clips that are in training and evaluation.
         RecordError: a directory without intact records.
         PromptError: a prompt file that cannot be used.
     """
@@ -471,8 +552,13 @@ def data(
     if config.data.val:
         val = [source("val", config.data.val, "val", plain)]
     test = source("test", config.data.test, "test", plain) if config.data.test else None
-    _check_leaks(config, Data(train, val, test), say)
-    return Data(train, val, test)
+    found = Data(train, val, test)
+    trained = _gather(_made_by(c.dataset.manifest, c.processor.mode) for c in train)
+    for split, components in (("validation", val if config.data.val else []), ("test", [test])):
+        for part in filter(None, components):
+            check_encoders(trained, part.dataset.manifest, part.processor.mode, split, say)
+    _check_leaks(config, found, say)
+    return found
 
 
 def training_sets(config: ConfigDict) -> dict[str, dict[str, Any]]:
@@ -541,7 +627,7 @@ def check_data(config: ConfigDict) -> None:
     """Refuse prompts and records that do not fit, before any is written, read or hashed.
 
     Raises:
-        ConfigError: no training data named, or features that do not fit.
+        ConfigError: no training data named, features that do not fit, or of another encoder.
         RecordError: a directory without records.
         PromptError: a prompt file that cannot be used.
     """
@@ -553,25 +639,38 @@ def check_data(config: ConfigDict) -> None:
     sets = training_sets(config).values()
     places = [(entry["source"], "train", entry["input"]) for entry in sets]
     places += [(config.data[split], split, "") for split in ("val", "test") if config.data[split]]
-    for place, split, mode in places:
-        if (features := _declared_features(config, place)) is not None:
-            _check_features(config, features, split, input_mode(config, mode))
+    trained = []
+    for place, split, name in places:
+        if (manifest := _declared(config, place)) is None:
+            continue
+        mode = input_mode(config, name)
+        _check_features(config, manifest.features, split, mode)
+        if split == "train":
+            trained.append(_made_by(manifest, mode))
+        else:  # what is not refused is said when all are open
+            split = {"val": "validation"}.get(split, split)
+            check_encoders(_gather(trained), manifest, mode, split, lambda text: None)
 
 
-def _declared_features(config: ConfigDict, place: str) -> Mapping[str, Any] | None:
-    """Features of the records of a source string, as manifests have them, without a look at any
-    record; None of a TensorFlow data set.
+def _declared(config: ConfigDict, place: str, missing_ok: bool = False) -> Manifest | None:
+    """The manifest of a source string, without a look at any record; None of a TensorFlow data set,
+    and where there are no records, if these may be missing.
 
     Raises:
         RecordError: a directory without records.
     """
-    if demo.world_seed(place, config.demo_seed) is not None:
-        names = demo.features_for(fusion_config(config).inputs)
-        return {
-            name: dict(zip(("frames", "width"), demo.SHAPES[name]), encoder="demo world")
-            for name in names
+    if (seed := demo.world_seed(place, config.demo_seed)) is not None:
+        encoder = demo.encoder_name(seed)
+        features = {
+            name: Feature(frames=frames, width=width, encoder=encoder, present=0)
+            for name in demo.features_for(fusion_config(config).inputs)
+            for frames, width in [demo.SHAPES[name]]
         }
-    return None if place.startswith("tfds:") else read_manifest(Path(place).expanduser()).features
+        return Manifest(FORMAT_VERSION, "", 0, [], features, {}, "", {})
+    directory = Path(place).expanduser()
+    if place.startswith("tfds:") or (missing_ok and not (directory / MANIFEST_FILE).is_file()):
+        return None
+    return read_manifest(directory)
 
 
 def _check_leaks(config: ConfigDict, data: Data, say: Callable[[str], None]) -> None:

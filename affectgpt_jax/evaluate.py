@@ -455,12 +455,15 @@ def choose_steps(asked: Sequence[str], run: Run) -> list[int]:
 def choose_question(asked: str | None, run: Run) -> str:
     """The question that is asked.
 
+    A run that was trained on all kinds of questions ("qa") may be asked for a description, too, as
+    the paper's Table 3 asks such models; only where that is said.
+
     Raises:
         ConfigError: the run was not trained on it, or on none that gives labels.
     """
     trained = run.label_types
     question = asked or next((name for name in QUESTIONS if name in trained), None)
-    if question not in trained:
+    if question not in trained and not (question == "description" and "qa" in trained):
         wanted = f"--question={asked}" if asked else f"one of {', '.join(QUESTIONS)}"
         raise ConfigError(
             f"{run.workdir} was trained on {', '.join(sorted(trained))}, but not on {wanted}; "

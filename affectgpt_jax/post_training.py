@@ -358,6 +358,7 @@ def open_clips(
         at_home = run.workdir if name != "rl" and (run.workdir / "data").is_dir() else workdir
         found[name] = build.open_records(config, place, name, at_home, say)
         build.check_features(config, found[name], run.processor.mode)
+        run.check_encoders(found[name], name, say)
     if key == "rl" and "val" not in found:
         found["rl"], found["val"] = hold_out(found["rl"], config.data.val_share)
     names = {entry.name for entry in found["rl"].index}

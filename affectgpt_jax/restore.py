@@ -192,14 +192,15 @@ class Run:
 
         Args:
             place: as `config.data.test`.
-            say: told what takes long, and where the run's own test records are no longer those
-                that it was trained beside.
+            say: told what takes long, of encoders that may be others than in training, and where
+                the run's own test records are no longer those that it was trained beside.
             verify: hash every shard, unless the config says not to. (A record that is read checks
                 itself.)
 
         Raises:
             RunError: clips that would be generated, into a run's directory, where there is none.
-            ConfigError: they lack the features that the input mode reads, or others have them.
+            ConfigError: they lack the features that the input mode reads, or these are of another
+                width or encoder.
             RecordError: a directory without intact records.
         """
         if demo.world_seed(place, 0) is not None and not self.has_workdir:
@@ -211,10 +212,21 @@ class Run:
         config.data.verify = config.data.verify and verify
         records = build.open_records(config, place, "test", self.workdir, say)
         build.check_features(config, records, self.processor.mode)
+        self.check_encoders(records, "test", say)
         if place == self.config.data.test:
             mine = {build.TEST_RECORDS: build.records_identity(records)}
             self.check_inputs(mine, mine.keys(), say)
         return records
+
+    def check_encoders(self, records: Records, split: str, say: Callable[[str], None]) -> None:
+        """Compare the encoders of records with those of the training, as far as the run knows them.
+
+        Raises:
+            ConfigError: another encoder, see `build.check_encoders`.
+        """
+        if self.is_trained_here:  # a config that is named for other weights says nothing of them
+            known = build.training_encoders(self.config, self.workdir)
+            build.check_encoders(known, records.manifest, self.processor.mode, split, say)
 
 
 def load_config(workdir: Path) -> ConfigDict:

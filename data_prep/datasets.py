@@ -42,7 +42,7 @@ from affectgpt_jax.evaluation.label_files import (
     read_set,
     read_subtitles,
 )
-from affectgpt_jax.evaluation.readers import Finding, read_truth
+from affectgpt_jax.evaluation.readers import Finding, number_repeats, read_truth
 
 COLUMNS = (
     "name",
@@ -266,12 +266,8 @@ def _without_labels(dataset: CaptionSet, folder: Path, path: Path) -> PlainSet:
     names = list(dict.fromkeys(row["name"] for row in rows))
     lacking = [Finding("without a subtitle", tuple(n for n in names if n not in subtitles))]
     found, more = _add_media(rows, dataset, folder)
-    times: Counter[str] = Counter()
-    for row in rows:
-        row["subtitle"] = subtitles.get(row["name"], "")
-        times[row["name"]] += 1
-        if times[row["name"]] > 1:
-            row["name"] = f"{row['name']}#{times[row['name']]}"
+    for row, name in zip(rows, number_repeats([row["name"] for row in rows]), strict=True):
+        row |= {"subtitle": subtitles.get(row["name"], ""), "name": name}
     if again := len(rows) - len(names):
         remarks.append(f"{again:,} rows of a clip that stands there already are called NAME#2, ...")
     if pairs:

@@ -13,6 +13,7 @@ from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import CsvTable, csv_rows, write_csv
 from affectgpt_jax.common.text import listed
 from affectgpt_jax.data.modalities import extracted_features
+from affectgpt_jax.evaluation.readers import clip_of
 
 REPORT_FILE = "extraction.csv"
 FACTS = ("frames", "faces", "width", "height", "seconds", "sha256")
@@ -88,10 +89,11 @@ def clip_report(
         digest = facts.get("sha256")
         if usable and digest in elsewhere.files:
             usable, reason = False, f"the same file is {elsewhere.files[digest]}"
-        elif usable and digest in first:
+        # Rows of one clip, as pairs of descriptions are, have its files on purpose.
+        elif usable and digest in first and clip_of(first[digest]) != clip_of(row["name"]):
             usable, reason = False, f"the same file is {first[digest]!r}"
         if usable and digest:
-            first[digest] = row["name"]
+            first.setdefault(digest, row["name"])
         report.append(
             {
                 "name": row["name"],

@@ -50,6 +50,7 @@ REASONS = {
     "an environment of its own",
     "an environment of its own, which the gate makes",
     "minutes of training",
+    "hours of training",
     "minutes of training; the gate runs it in short",
     "minutes of training; tests/test_api.py runs it in short",
     "hours of measurement, or a GPU",

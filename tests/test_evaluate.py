@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from affectgpt_jax import build, evaluate, inference
 from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.common.identity import Identity, code_identity
+from affectgpt_jax.config import ConfigError
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation import lexicon
@@ -476,6 +478,14 @@ def test_what_is_wrong_with_a_later_step_or_set_shows_before_the_first_answer(ru
     message = refusal(run, f"--set=a:basic={good}", f"--set=b:basic={bad}")
     assert "record 'demo-test-00000': the subtitle holds the reserved text <FaceHere>" in message
     assert not asked
+
+
+def test_a_run_of_any_questions_may_be_asked_for_descriptions_where_that_is_said():
+    run = SimpleNamespace(label_types=("qa",), workdir="runs/llava")
+    assert evaluate.choose_question("description", run) == "description"
+    for asked in (None, "ovlabel"):
+        with pytest.raises(ConfigError, match="runs/llava was trained on qa, but not on"):
+            evaluate.choose_question(asked, run)
 
 
 def test_a_folder_without_a_run_is_one_sentence(run, tmp_path):

@@ -172,6 +172,19 @@ def test_preferences_need_no_lexicon(capsys, tmp_path):
     assert "2 clips scored, the others prefer neither" in out
 
 
+def test_several_pairs_of_a_clip_are_told_apart_as_records_tell_them(capsys, tmp_path):
+    lines = ["s,a1", "s#2,a2", "t,a1"]
+    predictions = write(tmp_path / "p.csv", "\n".join(["name,preference", *lines]) + "\n")
+    rows = "s,x,y,a1\ns,x,z,a2\nt,p,q,a2\n"
+    truth = write(tmp_path / "track3_emoprefer.csv", "name,a1,a2,preference\n" + rows)
+    score("preference", predictions, truth)
+    out = capsys.readouterr().out
+    assert "3 clips scored" in out and "called NAME#2, ...: 's#2'" in out
+    write(tmp_path / "twice.csv", "name,openset\ns,sad\ns,happy\n")
+    with pytest.raises(SystemExit, match="1 clip more than once"):
+        score("fine", tmp_path / "twice.csv", tmp_path / "twice.csv")
+
+
 def test_several_files_show_both_protocols(capsys, tmp_path, lexicon):
     truth = write(tmp_path / "t.csv", "name,emotion\n" + "".join(f"c{n},sad\n" for n in range(60)))
     files = []

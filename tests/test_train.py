@@ -1,5 +1,6 @@
 """The training command as a user runs it, on small records."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from affectgpt_jax import load_run, train
+from affectgpt_jax import build, load_run, train
 from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.config import ConfigError
 from affectgpt_jax.configs import demo as demo_config
@@ -556,6 +557,55 @@ def test_what_a_user_gets_wrong_is_one_sentence(flags, said, records, tmp_path):
     assert message.startswith("error: ")
     assert said in message
     assert "\n" not in message
+
+
+def other_encoder(source, to, name, sha256=""):
+    """Records whose sound another encoder has made, as wide as the one before."""
+    data = RecordDataset(source)
+    encoders = {f: facts["encoder"] for f, facts in data.manifest.features.items()}
+    settings = {"encoders": {"audio": {"name": name, "sha256": sha256}}}
+    extra = {"extraction": settings} if sha256 else {}
+    clips = (data[i] for i in range(len(data)))
+    write_records(to, clips, encoders=encoders | {"audio": name}, extra=extra)
+    return to
+
+
+def test_features_of_another_encoder_are_refused_where_both_are_known(
+    finished, demo_records, tmp_path, capsys
+):
+    train_set = other_encoder(demo_records["train"], tmp_path / "train", "hubert-l", "a")
+    flags = (f"--config.data.train={train_set}", "--config.data.val=", "--config.data.val_share=.5")
+    wavlm = other_encoder(demo_records["test"], tmp_path / "wavlm", "wavlm-l", "b")
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "run", *flags, f"--config.data.test={wavlm}")
+    assert not (tmp_path / "run" / "data").exists()
+    assert str(stopped.value) == (
+        "error: the audio features of the test records are of the encoder 'wavlm-l', but those of "
+        "the training records of 'hubert-l', so the model cannot read them; extract both with the "
+        "same encoder"
+    )
+
+    # A run knows it, though its records are gone.
+    asked = load_run(finished[0])
+    extraction = {"encoders": {"audio": {"name": "hubert-l", "sha256": "a"}}}
+    features = RecordDataset(train_set).manifest.features
+    gone = dataclasses.replace(
+        asked, workdir=tmp_path, config=asked.config.copy_and_resolve_references()
+    )
+    gone.config.data.train = "/nowhere"
+    facts = {"features": features, "extraction": extraction}
+    (tmp_path / build.EXTRACTION_FILE).write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="audio features of the test records .*'wavlm-l'"):
+        gone.open_records(str(wavlm), print)
+    # The same weights under another name, and the same name, are the same encoder.
+    gone.open_records(str(other_encoder(wavlm, tmp_path / "same", "hubert:mine", "a")), print)
+    gone.open_records(str(other_encoder(wavlm, tmp_path / "name", "hubert-l")), print)
+    assert "encoder" not in capsys.readouterr().out
+    # A name that somebody chose may be the same encoder's.
+    gone.open_records(str(other_encoder(wavlm, tmp_path / "import", "HuBERT")), print)
+    said = capsys.readouterr().out
+    assert "warning: the audio features of the test records are of the encoder 'HuBERT'" in said
+    assert "unless both names are of the same encoder" in said
 
 
 def test_a_device_without_memory_is_one_sentence(monkeypatch, tmp_path):

@@ -423,6 +423,11 @@ def features_for(needed: Sequence[str]) -> tuple[str, ...]:
     return (*DEFAULT_FEATURES, *(n for n in SHAPES if n in needed and n not in DEFAULT_FEATURES))
 
 
+def encoder_name(seed: int) -> str:
+    """What the records of a world name as the encoder of its features."""
+    return f"demo world, seed {seed}"
+
+
 def materialize(
     directory: Path,
     seed: int,
@@ -438,7 +443,7 @@ def materialize(
         write_records(
             directory,
             World(seed).records(split, features=features),
-            encoders=dict.fromkeys(features, f"demo world, seed {seed}"),
+            encoders=dict.fromkeys(features, encoder_name(seed)),
             split=split,
         )
     return DemoDataset(directory, seed)

@@ -162,6 +162,8 @@ def read_truth(
 
     Returns:
         Label lists for fine, words for basic, words and preference, finite numbers for sentiment.
+        Preferences are of pairs of descriptions, of which a clip may have several: see
+        `number_repeats`.
 
     Raises:
         ReadError: a file that is not so, has a clip twice, or a value that cannot be understood.
@@ -178,7 +180,22 @@ def read_truth(
         case _:
             raise _unknown_suffix(where)
     parse = _PARSE[TRUTH_KEYS[task]]
-    return _table(where, records, parse)
+    return _table(where, records, parse, several=task == "preference")
+
+
+def number_repeats(names: Sequence[str]) -> list[str]:
+    """Names of rows of which a clip may have several: NAME, then NAME#2, NAME#3 and so on."""
+    times: Counter[str] = Counter()
+    found = []
+    for name in names:
+        times[name] += 1
+        found.append(name if times[name] == 1 else f"{name}#{times[name]}")
+    return found
+
+
+def clip_of(name: str) -> str:
+    """The clip of a row that `number_repeats` has named."""
+    return re.sub("#[0-9]+$", "", name)
 
 
 def pair(predictions: Table, truth: Table, missing: str = "error") -> Pairs:
@@ -317,8 +334,11 @@ def _numbered_emotion(number: int, labels: dict, emotions: Sequence[str], place:
     return emotions[number]
 
 
-def _table(where: str, records: Iterator[Record], parse: Callable[[Any], Any]) -> Table:
-    """Parse every record, so that a message can say how many are wrong.
+def _table(
+    where: str, records: Iterator[Record], parse: Callable[[Any], Any], several: bool = False
+) -> Table:
+    """Parse every record, so that a message can say how many are wrong; of `several` records of a
+    clip, `number_repeats` names the others.
 
     Raises:
         ReadError: no records, one without a name, names or values that cannot be used.
@@ -340,11 +360,17 @@ def _table(where: str, records: Iterator[Record], parse: Callable[[Any], Any]) -
         raise ReadError(f"{where} has no clips")
     if wrong:
         raise ReadError(f"{example}; so it is with {count(wrong)} ({listed(wrong)})")
+    findings: tuple[Finding, ...] = ()
+    if several:
+        numbered = number_repeats(names)
+        again = tuple(name for name, was in zip(numbered, names, strict=True) if name != was)
+        findings = (Finding("with a row already, called NAME#2, ...", again),) if again else ()
+        names = numbered
     if repeated := [name for name, times in Counter(names).items() if times > 1]:
         raise ReadError(
             f"{where} has {count(repeated)} more than once ({listed(repeated)}); keep one of each"
         )
-    return Table(where, tuple(names), tuple(values), ())
+    return Table(where, tuple(names), tuple(values), findings)
 
 
 def _by_release(value: Any) -> Any:

@@ -87,7 +87,7 @@ def read_clips(directory: Path, what: str) -> Clips:
                 if feature in features:
                     features[feature][i] = values.astype(np.float32).mean(axis=0)
             count(i + 1, len(dataset))
-    files = _file_hashes(directory)
+    files = file_hashes(directory)
     encoders = {feature: facts["encoder"] for feature, facts in known.items()}
     marks = Marks(
         name=[entry.name for entry in dataset.index],
@@ -100,7 +100,8 @@ def read_clips(directory: Path, what: str) -> Clips:
     return Clips(directory, list(dataset.index), features, encoders, marks)
 
 
-def _file_hashes(directory: Path) -> dict[str, str]:
+def file_hashes(directory: Path) -> dict[str, str]:
+    """By clip, the hash of its files, as extraction.csv beside records has it; else nothing."""
     path = directory / REPORT_FILE
     if not path.is_file():
         return {}
@@ -207,7 +208,7 @@ def _in_common(a: Marks, b: Marks) -> dict[str, list[tuple[Sequence[str], Sequen
 
 def compared_by(a: Marks, b: Marks) -> list[str]:
     """What clips of two directories can be compared by, beside their names."""
-    features = [what for what in a["features"] if what in b["features"]]
+    features = [w for w, own in a["features"].items() if any(own) and any(b["features"].get(w, ()))]
     return [*(["files"] if any(a["file"]) and any(b["file"]) else []), *features]
 
 
@@ -226,6 +227,18 @@ def shared(a: Marks, b: Marks) -> dict[str, list[str]]:
         if same:
             found[kind] = [a["name"][i] for i in sorted(same)]
     return found
+
+
+def told_apart(a: Marks, b: Marks) -> set[str]:
+    """Names that clips of both have, of which a mark says that they are others."""
+    there = {name: i for i, name in enumerate(b["name"])}
+    pairs = [pair for kind, found in _in_common(a, b).items() if kind != "name" for pair in found]
+    return {
+        name
+        for i, name in enumerate(a["name"])
+        if (j := there.get(name)) is not None
+        and any(mine[i] and theirs[j] and mine[i] != theirs[j] for mine, theirs in pairs)
+    }
 
 
 def same_clips(found: Mapping[str, Sequence[str]]) -> set[str]:

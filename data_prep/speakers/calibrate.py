@@ -19,7 +19,7 @@ from affectgpt_jax.common.files import read_bytes
 from affectgpt_jax.common.tables import csv_rows
 from affectgpt_jax.common.text import listed
 
-from .synchrony import SPEAKING, UNSURE
+from .synchrony import DETECTOR, SPEAKING, UNSURE
 
 # What the paper reports of TalkNet on clips of its authors' choice.
 PAPER = 0.9
@@ -149,6 +149,7 @@ def lines(found: Calibration) -> list[str]:
         f"kept of those that speak: {100 * found.kept:.1f} %; dropped of the others: "
         f"{100 * found.dropped_right:.1f} %",
         f"scores: area under the ROC curve {found.auc:.3f}; equal error {100 * found.error:.1f} % "
-        f"at {found.threshold:.3f}",
+        f"at {found.threshold:.3f}, for information: "
+        + ("nothing is to be set" if found.network == DETECTOR else "what can be set is --share"),
         *([f"without a verdict: {listed(found.without)}"] if found.without else []),
     ]

@@ -31,7 +31,6 @@ from .mfcc import COEFFICIENTS, PER_FRAME
 from .networks import Network
 from .synchrony import (
     DETECTOR,
-    LEAST_VOICED_S,
     NO_FACE,
     OFF_SCREEN,
     OTHER_SPEAKS,
@@ -40,7 +39,10 @@ from .synchrony import (
     SPEAKING,
     UNREADABLE,
     Judgement,
+    audible_frames,
+    is_silent,
     judge_traces,
+    suffice,
     voiced_frames,
 )
 from .tracks import Look, Seen, look
@@ -49,7 +51,7 @@ from .verdicts import write_speakers
 BLOCK = 32  # clips
 BLOCKS = ".speakers"  # beside the file of verdicts
 # To be raised with every change of this code that changes verdicts.
-VERSION = 1
+VERSION = 2
 VERSIONS = ("av", "jax", "numpy")
 # Of the voiced frames, to count as the speaker.
 LEAST_SHARE = 0.5
@@ -92,7 +94,11 @@ class Synchrony:
         there = slice(track.start, track.start + len(track))
         voiced = voiced_frames(seen.energy)
         found = judge_traces(
-            track.mouth, seen.energy[there], upper=track.upper, voiced=voiced[there]
+            track.mouth,
+            seen.energy[there],
+            upper=track.upper,
+            voiced=voiced[there],
+            silent=is_silent(seen.energy),
         )
         return dataclasses.replace(found, voiced_share=float(voiced.mean()))
 
@@ -132,8 +138,10 @@ class NetworkDetector:
     def _judge(self, seen: Seen, track, scores: np.ndarray) -> Judgement:
         voiced = voiced_frames(seen.energy)
         share = float(voiced.mean())
-        if voiced.sum() < LEAST_VOICED_S * RATE:
+        if is_silent(seen.energy):
             return Judgement(SILENT, voiced_share=share)
+        if not suffice(voiced):  # a steady sound, in which the network may hear a voice
+            voiced = audible_frames(seen.energy)
         # A voice while this face is not to be seen is not its own.
         mine = voiced[track.start : track.start + len(track)]
         active = float(np.sum(scores[mine] > 0) / voiced.sum())

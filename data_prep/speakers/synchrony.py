@@ -5,8 +5,9 @@ less that of the upper face (which light and head change alike), falls where the
 are stripped of what changes slowly and correlated, at the delays that are plausible.
 
 On film this cue is weak: beards, profiles, cuts and low resolution hide it. So the judgement is
-asymmetric. A clip is dropped on strong evidence only, a correlation that is no higher than chance
-gives in this very clip although its length would have shown one; what is in between is `unsure`.
+asymmetric. A clip is dropped on strong evidence only: silence, or a correlation that is no higher
+than chance gives in this very clip although its length would have shown one. What is in between is
+`unsure`, and so is a steady sound, such as music or noise, under which no voice stands out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ VERDICTS = (SPEAKING, OTHER_SPEAKS, OFF_SCREEN, SILENT, NO_FACE, UNSURE, UNREADA
 QUIET_PERCENTILE, ABOVE_QUIET_DB = 20, 10
 CLOSING = 5  # frames: a shorter pause is one word's
 LEAST_VOICED_S = 0.3
+# A sound without voiced frames is silence below this mean square, in dB of full scale. A quiet room
+# is at -60 to -70, and speech that is to be understood above -50; music and noise are louder.
+SILENCE_DBFS = -55
 # What changes more slowly than this many frames is no syllable.
 SYLLABLE_FRAMES = 13
 # Frames that the mouth may follow the sound by: it leads by 80 ms at most, and a recording lags by
@@ -72,6 +76,7 @@ def judge_traces(
     *,
     upper: np.ndarray | None = None,
     voiced: np.ndarray | None = None,
+    silent: bool | None = None,
     rate: float = RATE,
 ) -> Judgement:
     """Judge a face by the brightness of its mouth.
@@ -81,6 +86,7 @@ def judge_traces(
         energy: of the sound, `[T]`, in dB.
         upper: mean brightness of the upper face, `[T]`, on the scale of `mouth`.
         voiced: bool `[T]`; by default `voiced_frames(energy)`.
+        silent: whether the whole clip is; by default `is_silent(energy)`.
         rate: values of the traces per second.
 
     Returns:
@@ -101,8 +107,10 @@ def judge_traces(
     if voiced is None:
         voiced = voiced_frames(energy)
     share = float(np.mean(voiced))
-    if np.sum(voiced) < LEAST_VOICED_S * RATE:
+    if is_silent(energy) if silent is None else silent:
         return Judgement(SILENT, voiced_share=share)
+    if not suffice(voiced):
+        return Judgement(UNSURE, voiced_share=share)
     dark = -mouth if upper is None else np.asarray(upper, np.float64) - mouth
     score = _best_correlation(_syllables(dark), _syllables(energy))
     if len(mouth) <= 2 * FAR or math.isnan(score):
@@ -112,6 +120,21 @@ def judge_traces(
         return Judgement(SPEAKING, score, voiced_share=share)
     strong = score < min(NONE, chance) and len(mouth) >= LEAST_DECIDED
     return Judgement(OFF_SCREEN if strong else UNSURE, score, voiced_share=share)
+
+
+def suffice(frames: np.ndarray) -> bool:
+    """Whether these frames, bool `[T]`, are enough for a word."""
+    return int(np.sum(frames)) >= LEAST_VOICED_S * RATE
+
+
+def audible_frames(energy: np.ndarray) -> np.ndarray:
+    """Frames that are no silence, bool `[T]`, however steady the sound is."""
+    return np.asarray(energy) > SILENCE_DBFS
+
+
+def is_silent(energy: np.ndarray) -> bool:
+    """Whether nothing is heard in a clip: no voice stands out, and nothing else is audible."""
+    return not suffice(voiced_frames(energy)) and not suffice(audible_frames(energy))
 
 
 def voiced_frames(energy: np.ndarray) -> np.ndarray:

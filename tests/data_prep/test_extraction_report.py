@@ -52,6 +52,17 @@ def test_of_equal_clips_the_first_that_can_be_used_counts():
     assert found["d"] == ("ok", "")
 
 
+def test_pairs_of_descriptions_of_a_clip_have_its_file_on_purpose():
+    rows = [row(name, "1") for name in ("s", "s#2", "t", "t#2")]
+    found = [(r["name"], r["status"], r["reason"]) for r in report(rows)]
+    assert found == [
+        ("s", "ok", ""),
+        ("s#2", "ok", ""),
+        ("t", "left out", "the same file is 's'"),
+        ("t#2", "left out", "the same file is 's'"),
+    ]
+
+
 def test_clips_without_a_file_that_can_be_hashed_are_not_the_same():
     rows = [row("a", frame="no video file", audio="no audio file"), row("b", audio="no audio file")]
     assert [r["status"] for r in report(rows, allow_missing=True)] == ["ok", "ok"]

@@ -1,5 +1,6 @@
 """Speaker check: synchrony, tracks, verdicts, calibration; networks beside their authors' code."""
 
+import dataclasses
 import math
 import shutil
 from pathlib import Path
@@ -94,6 +95,36 @@ def test_silence_is_told_of_before_anything_is_compared():
     quiet = np.full(100, -60.0)
     quiet[50:54] = -20
     assert judge_traces(mouth, quiet).verdict == SILENT
+
+
+@pytest.mark.parametrize("level", [-12, -30, -45])
+def test_a_steady_sound_is_no_silence(level):
+    # Music, noise, or a voice without pauses: nothing stands out, and nothing is dropped.
+    mouth, _, upper = traces(0)
+    steady = level + np.random.default_rng(0).normal(0, 1, 100)
+    assert judge_traces(mouth, steady, upper=upper).verdict == UNSURE
+
+
+def test_silence_is_judged_on_the_whole_clip_and_a_network_is_asked_about_steady_sound():
+    mouth, heard, upper = traces(0)
+    still = np.concatenate([np.full(100, -90.0), heard])
+    track = tracks.Track(0, 1.0, mouth, upper, np.full((100, 112, 112), 110, np.uint8))
+    seen = tracks.Seen(frames=200, faces=20, energy=still, tracks=[track])
+    # This face is gone when the voice begins.
+    assert check.Synchrony().judge([seen])[0][0].verdict == UNSURE
+
+    seen = tracks.Seen(
+        frames=100,
+        faces=20,
+        energy=np.full(100, -20.0),
+        mfcc=np.zeros((400, 13), np.float32),
+        tracks=[track],
+    )
+    network = check.NetworkDetector(Counting(), None, 1)
+    found = network.judge([seen])[0][0]
+    assert (found.verdict, found.active_share, found.voiced_share) == (SPEAKING, 1, 0)
+    found = network.judge([dataclasses.replace(seen, energy=np.full(100, -80.0))])[0][0]
+    assert found.verdict == SILENT
 
 
 def test_voiced_frames_close_short_pauses_and_keep_long_ones():
@@ -386,6 +417,7 @@ def test_calibration_counts_what_is_decided_and_finds_equal_error(tmp_path):
     assert found.auc == pytest.approx(5 / 6)
     assert (found.error, found.threshold) == (pytest.approx(1 / 3), pytest.approx(0.45))
     assert "it does not reach the paper's 90 %" in calibrate.lines(found)[2]
+    assert "at 0.450, for information: what can be set is --share" in calibrate.lines(found)[4]
     assert calibrate.wilson(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
     truth_file.write_text("name,speaking\na,yes\n")
     with pytest.raises(ReadError, match="line 2: expected 0 or 1"):
@@ -401,4 +433,5 @@ def test_the_command_calibrates(tmp_path, capsys):
     )
     (tmp_path / "t.csv").write_text("name,speaking\na,1\n")
     command.main(["calibrate", f"--verdicts={tmp_path / 'v.csv'}", f"--truth={tmp_path / 't.csv'}"])
-    assert "synchrony on 1 labelled clips" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "synchrony on 1 labelled clips" in said and "for information: nothing is to be" in said
