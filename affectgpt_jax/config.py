@@ -411,6 +411,12 @@ def _check_section(config: ConfigDict, name: str) -> None:
         raise ConfigError(f"config.rl.temperature is {section.temperature}; expected over 0")
     if not 0 < section.top_p <= 1:
         raise ConfigError(f"config.rl.top_p is {section.top_p}; expected a share in (0, 1]")
+    for key in ("temperature", "top_p"):
+        if section.method == "grpo" and section[key] != 1:
+            raise ConfigError(
+                f"config.rl.{key} is {section[key]}; config.rl.method='grpo' takes 1 alone, since "
+                "its update takes answers to be samples of the policy itself"
+            )
     if (section.reward == "sentiment") != (section.question == "sentiment"):
         raise ConfigError(
             f"config.rl.reward={section.reward!r} does not fit config.rl.question="

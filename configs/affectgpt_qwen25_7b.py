@@ -36,8 +36,8 @@ def reinforcement() -> ConfigDict:
     c.question = "ovlabel"  # or onehot, onehot_candidates, sentiment
     c.prompts = 64  # of a step
     c.group = 4  # answers to each
-    c.temperature = 1.0
-    c.top_p = 1.0
+    c.temperature = 1.0  # of the answers; method=grpo takes 1 alone
+    c.top_p = 1.0  # likewise
     c.max_new_tokens = 48
     c.merge_lora = "false"  # as generate.merge_lora: answers of merged weights get weights, see cap
     c.reward = "wheel_f"  # wheel_f | wheel_f_corpus | hit | sentiment: evaluation/rewards.py

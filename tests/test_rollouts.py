@@ -273,6 +273,8 @@ def test_a_control_takes_the_truth_of_another_clip(config, clips, processor):
         ("rl.question=sentiment", "does not fit config.rl.question='sentiment'"),
         ("rl.top_p=0.0", "config.rl.top_p is 0.0"),
         ("rl.temperature=0", "config.rl.temperature is 0.0; expected over 0"),
+        ("rl.temperature=0.7", "config.rl.temperature is 0.7; config.rl.method='grpo' takes 1"),
+        ("rl.top_p=0.9", "config.rl.top_p is 0.9; config.rl.method='grpo' takes 1 alone"),
         ("rl.stop_kl=-1", "config.rl.stop_kl is -1.0"),
         ("rl.gruop=8", "did you mean config.rl.group"),
         ("rl.group=many", "config.rl.group is 'many'; expected int, as in 4"),
@@ -286,6 +288,11 @@ def test_keys_that_make_no_sense_are_refused_by_name(config, flag, said):
         apply_overrides(config, [f"--config.{flag}"])
         validate(config)
     assert said in str(refused.value)
+
+
+def test_the_best_of_a_group_may_be_sampled_in_any_way(config):
+    config = changed(config, method="best", temperature=0.7, top_p=0.9)
+    validate(config)
 
 
 def test_overrides_have_the_type_of_their_key(config):
