@@ -57,7 +57,7 @@ def reinforcement() -> ConfigDict:
     c.epsilon = 0.2  # a ratio is clipped below 1 - epsilon
     c.epsilon_high = 0.28  # and above 1 + epsilon_high
     c.weight_cap = 2.0  # of exp(training's - rollout's log-probability)
-    c.updates = 1  # on the answers of a step
+    c.updates = 1  # on the answers of a step; more take a constant learning rate
     c.drop_flat = True  # leave out groups whose rewards are all alike
     c.mask_cut = True  # leave out answers that reached max_new_tokens
     c.share_prompt = True  # one row for the answers to a prompt; False: a row each

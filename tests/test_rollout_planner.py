@@ -174,7 +174,7 @@ def test_the_report_says_what_fits_and_how_long_a_step_takes(tmp_path, capsys):
         (["--rl", "--answer=99"], "--answer=99 is not in the 1 to 16 tokens"),
         (["--rl", "--prompt=60"], "--prompt=60 leaves less than config.rl.max_new_tokens=16"),
         (["--rl", "--config.rl.prompts=9"], "config.rl.prompts=9 .* use a multiple of 8"),
-        (["--rl", "--config.rl.epsilon=2"], "config.rl: epsilon is 2.0"),
+        (["--rl", "--config.rl.epsilon=2"], "config.rl.epsilon is 2.0; expected over 0"),
         (["--rl", "--config.rl.group=1"], "config.rl.group is 1; expected 2 or more"),
         (["--rl", "--config.rl.no_such=1"], "rl.no_such"),
         (["--rl", "--config.lora.dropout=0.1"], "must be 0: with dropout"),

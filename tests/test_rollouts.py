@@ -276,6 +276,10 @@ def test_a_control_takes_the_truth_of_another_clip(config, clips, processor):
         ("rl.temperature=0.7", "config.rl.temperature is 0.7; config.rl.method='grpo' takes 1"),
         ("rl.top_p=0.9", "config.rl.top_p is 0.9; config.rl.method='grpo' takes 1 alone"),
         ("rl.stop_kl=-1", "config.rl.stop_kl is -1.0"),
+        ("rl.beta=-1", "config.rl.beta is -1.0; expected 0 or more"),
+        ("rl.epsilon=2", "config.rl.epsilon is 2.0; expected over 0 and under 1"),
+        ("rl.epsilon_high=0", "config.rl.epsilon_high is 0.0; expected over 0"),
+        ("rl.weight_cap=0.5", "config.rl.weight_cap is 0.5; expected 1 or more"),
         ("rl.gruop=8", "did you mean config.rl.group"),
         ("rl.group=many", "config.rl.group is 'many'; expected int, as in 4"),
         ("rl.group.size=2", "config.rl.group is a single value"),
@@ -288,6 +292,47 @@ def test_keys_that_make_no_sense_are_refused_by_name(config, flag, said):
         apply_overrides(config, [f"--config.{flag}"])
         validate(config)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("beta", 0.0, "config.dpo.beta is 0.0; expected over 0"),
+        ("beta", -1.0, "config.dpo.beta is -1.0; expected over 0"),
+        ("nll_weight", -0.1, "config.dpo.nll_weight is -0.1; expected 0 or more"),
+        ("label_smoothing", -0.1, "config.dpo.label_smoothing is -0.1; expected 0 or more"),
+        ("label_smoothing", 0.5, "config.dpo.label_smoothing is 0.5; expected under 0.5"),
+        ("val_share", 1.0, "config.dpo.val_share is 1.0; expected over 0 and under 1"),
+    ],
+)
+def test_so_are_those_of_preferences(key, value, said):
+    config = demo.get_config()
+    config.dpo = affectgpt_qwen25_7b.preference()
+    config.dpo[key] = value
+    with pytest.raises(ConfigError, match=said):
+        validate(config)
+
+
+def test_several_updates_of_a_rollout_take_a_constant_rate(config):
+    """optax counts updates, so that a schedule would run by them and not by steps."""
+    config = changed(config, updates=2)
+    rates = config.optimizer
+    rates.warmup_steps, rates.final_learning_rate = 0, rates.learning_rate
+    validate(config)
+    for key, value in (("warmup_steps", 5), ("final_learning_rate", rates.learning_rate / 2)):
+        other = config.copy_and_resolve_references()
+        other.optimizer[key] = value
+        with pytest.raises(ConfigError, match="config.rl.updates=2 takes a constant learning rate"):
+            validate(other)
+        validate(changed(other, updates=1))
+
+
+def test_answers_of_a_quantized_base_are_not_written_by_merged_weights(config):
+    config = changed(config, merge_lora="true")
+    validate(config)
+    config.base_precision = "int8"
+    with pytest.raises(ConfigError, match="config.rl.merge_lora='true' cannot add LoRA to quant"):
+        validate(config)
 
 
 def test_the_best_of_a_group_may_be_sampled_in_any_way(config):
