@@ -539,6 +539,8 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     theirs = dict(_leaves(read_json(path, dict[str, Any], error=ConfigError)))
     if config.optimizer.learning_rate == config.optimizer.final_learning_rate:
         theirs["steps"] = mine["steps"]  # a constant rate does not depend on the run's length
+    if SECTIONS.keys() & config.keys():
+        theirs["batch_size"] = mine["batch_size"]  # follows from the section and the devices
     for key in sorted(mine.keys() | theirs.keys()):
         free = any(f"{key}.".startswith(f"{prefix}.") for prefix in FREE_ON_RESUME)
         if not free and mine.get(key) != theirs.get(key):

@@ -225,17 +225,20 @@ class SupervisedRows:
         return [self._examples[i] for i in rng.integers(len(self._examples), size=count)]
 
 
-def row_counts(config: ConfigDict, shares: int) -> tuple[int, int]:
-    """Rows of answers and of supervised examples in an update, over all processes.
+def row_counts(config: ConfigDict, shares: int) -> tuple[int, int, int]:
+    """Rows of an update, over all processes: of answers, of supervised examples, and padding.
+
+    What is learned from does not depend on the devices; padding lets them share it.
 
     Args:
         config: of the run.
-        shares: devices that share the rows; the supervised ones are rounded up to a multiple.
+        shares: devices that share the rows.
     """
     rl = config.rl
     answers = rl.prompts * (1 if rl.share_prompt else rl.group)
+    supervised = math.ceil(rl.sft_share * answers)
     unit = shares * config.gradient_accumulation_steps
-    return answers, -(-math.ceil(rl.sft_share * answers) // unit) * unit
+    return answers, supervised, -(answers + supervised) % unit
 
 
 def check_prompts(config: ConfigDict, shares: int) -> None:
@@ -288,7 +291,7 @@ class RolloutData:
         left_out: clips that the reward cannot score, and clips whose prompt is too long.
         prompt_length: tokens of a row of prompts.
         answer_rows, supervised_rows, rows: of an update, over all processes: of answers, of
-            supervised examples, and both.
+            supervised examples, and both with padding.
         bucket: their shape.
 
     Raises:
@@ -328,8 +331,8 @@ class RolloutData:
             )
         longest = int(lengths[self._kept].max())
         self.prompt_length = int(round_up(longest))
-        self.answer_rows, self.supervised_rows = row_counts(config, shares)
-        self.rows = self.answer_rows + self.supervised_rows
+        self.answer_rows, self.supervised_rows, padding = row_counts(config, shares)
+        self.rows = self.answer_rows + self.supervised_rows + padding
         beside = supervised.longest if self.supervised_rows else (0, 0)
         self.bucket = update_bucket(rl, longest, beside)
         self.shapes = feature_shapes(
@@ -394,6 +397,8 @@ class RolloutData:
         what = f"{self.answer_rows} of answers"
         if self.supervised_rows:
             what += f" and {self.supervised_rows} supervised"
+        if padding := self.rows - self.answer_rows - self.supervised_rows:
+            what += f", and {padding} of padding for the devices to share"
         lines.append(f"an update has {self.rows} rows of {bucket.length} tokens: {what}")
         return lines
 

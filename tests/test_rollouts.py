@@ -8,7 +8,7 @@ import pytest
 from tiny_model import make_model, random_base, random_trainable
 
 from affectgpt_jax import build
-from affectgpt_jax.config import ConfigError, apply_overrides, validate
+from affectgpt_jax.config import ConfigError, apply_overrides, check_same_run, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, MixtureComponent
@@ -253,6 +253,35 @@ def test_supervised_rows_stand_beside_the_answers_and_follow_from_the_step(
     )
     with pytest.raises(DataError, match="no example of at most 5 tokens"):
         SupervisedRows([component], 5, seed=3)
+
+
+def test_what_is_learned_from_does_not_depend_on_the_devices(config, clips, processor, tmp_path):
+    supervised = SupervisedRows([MixtureComponent(clips, processor, "description")], 80, seed=3)
+    config = changed(config, sft_share=0.3)  # of 8 rows of answers: 3 examples
+    on = {
+        shares: RolloutData(config, clips, processor, REWARD, shares=shares, supervised=supervised)
+        for shares in (1, 2, 8)
+    }
+    assert {shares: data.rows for shares, data in on.items()} == {1: 11, 2: 12, 8: 16}
+    drawn = [
+        [(row.number, len(row.written)) for row in rows]
+        for rows, _ in (
+            update_rows(config.rl, data, 5, np.array([4, 9]), ANSWERS, TOTALS)
+            for data in on.values()
+        )
+    ]
+    assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) == 1 + 3
+    assert "8 of answers and 3 supervised, and 1 of padding" in on[2].describe()[1]
+    assert on[1].describe()[1].endswith("8 of answers and 3 supervised")
+    # So a run goes on on others: no one has set its number of rows.
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
+    config.batch_size = on[1].rows
+    (workdir / "config.json").write_text(config.to_json())
+    config.batch_size = on[2].rows
+    check_same_run(config, workdir)
+    with pytest.raises(ConfigError, match="config.rl.sft_share=0.3, but now it is 0.4"):
+        check_same_run(changed(config, sft_share=0.4), workdir)
 
 
 def test_a_control_takes_the_truth_of_another_clip(config, clips, processor):
