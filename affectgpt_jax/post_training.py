@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, cli, outcomes, restore
+from affectgpt_jax import build, cli, outcomes, pairs, restore
 from affectgpt_jax import config as configs
 from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.identity import Identity, json_sha256
@@ -144,6 +144,20 @@ def check_same_model(config: ConfigDict, start: ConfigDict) -> None:
             )
 
 
+def check_questions(config: ConfigDict, section: str, start: ConfigDict, place: Path) -> None:
+    """Refuse questions that the run to start from was not trained on.
+
+    Raises:
+        ConfigError: the first one, by its key.
+    """
+    key = f"config.{section}"
+    asked = config[section].question
+    restore.check_trained_on(start, place, asked, f"{key}.question={asked}")
+    if section == "dpo" and config.dpo.source == "records":
+        wanted = f"{pairs.QUESTION}s, two of which {key}.source=records compares"
+        restore.check_trained_on(start, place, pairs.QUESTION, wanted)
+
+
 def parse_command_line(
     command: str, description: str, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -185,8 +199,8 @@ def open_start(
         section: of the config that the command adds.
 
     Raises:
-        UserError: no run and no checkpoint, or a config that cannot be, or is that of another
-            model.
+        UserError: no run and no checkpoint, or a config that cannot be, is that of another model,
+            or asks what it was not trained on.
     """
     how = {"allow_other": own.allow_other, "download": own.download}
     if own.origin is not None:
@@ -194,6 +208,7 @@ def open_start(
         start = restore.load_config(origin)
         config = config_from(start, section, overrides)
         check_same_model(config, start)
+        check_questions(config, section, start, origin)
         return config, lambda: restore.open_run(
             origin, own.step, llm=config.llm, mesh=config.mesh, **how
         ).with_weights()
@@ -205,6 +220,7 @@ def open_start(
     start = restore.config_of_checkpoint(path, named)
     config = config_from(start, section, overrides)
     check_same_model(config, start)
+    check_questions(config, section, start, path)
     return config, lambda: restore.open_checkpoint(
         own.checkpoint, named, own.step, llm=config.llm, mesh=config.mesh, **how
     ).with_weights()

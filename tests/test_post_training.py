@@ -1,10 +1,12 @@
 """The config of a run that goes on from another one."""
 
+from pathlib import Path
+
 import pytest
 
 from affectgpt_jax.config import SECTIONS, ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b as paper
-from affectgpt_jax.post_training import config_from
+from affectgpt_jax.post_training import check_questions, config_from
 
 # Flags without effect, by section, and a value of each.
 UNREAD = {
@@ -46,3 +48,20 @@ def test_flags_without_effect_are_refused_by_name_and_others_are_taken(section):
         for parent in parents:
             place = place[parent]
         assert place[last] == value, key
+
+
+def test_questions_that_the_start_was_not_trained_on_are_refused_by_their_key():
+    start = paper.get_config()
+    start.label = "ovlabel"
+    config = config_from(start, "dpo", ["--config.dpo.source=samples"])
+    check_questions(config, "dpo", start, Path("run"))
+    config.dpo.source = "records"  # of which two descriptions are compared
+    with pytest.raises(ConfigError, match="^run was trained on ovlabel, but not on descriptions"):
+        check_questions(config, "dpo", start, Path("run"))
+    start.data.mixture.faces = paper.data_set("elsewhere", label="onehot")
+    for section in SECTIONS:
+        config = config_from(start, section, [])
+        with pytest.raises(
+            ConfigError, match=f"was trained on onehot, but not on config.{section}"
+        ):
+            check_questions(config, section, start, Path("run"))
