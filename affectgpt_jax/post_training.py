@@ -342,11 +342,14 @@ def open_clips(
     Without a validation set, one is held out of the first. Preferences have no "val": what they
     choose by are pairs, some of which the command holds out itself.
 
+    Clips to learn from are compared by name with the others, and with those that the start was
+    trained on where it was trained here.
+
     Args:
         config: of the run.
         key: in the config, of the clips to learn from; "" there is the demo's own split.
         workdir, run: of the new run, and the one that it goes on from.
-        say: told what takes long, and of clips that are in two sets.
+        say: told what takes long, of clips that are in two sets, and of sets that are not here.
 
     Raises:
         ConfigError: a place that is not named, features that do not fit, or, where `strict_leaks`
@@ -380,9 +383,21 @@ def open_clips(
     for other in [name for name in found if name != "rl"]:
         if shared := sum(entry.name in names for entry in found[other].index):
             what = f"{shared} clips of config.{key}.data are in config.data.{other} too"
-            if config.strict_leaks:
-                raise ConfigError(f"{what}; take them out of one")
-            say(f"warning: {what}")
+            build.report_leak(config, what, say)
+    if run.is_trained_here and section.data:  # no training set has clips of the demo's own split
+        trained, missing = build.trained_names(run.config, run.workdir)
+        if shared := sorted(names & trained):
+            what = (
+                f"{len(shared)} clips of config.{key}.data are among those that {run.workdir} was "
+                f"trained on, e.g. {shared[0]!r}"
+            )
+            build.report_leak(config, what, say)
+        if missing:
+            places = ", ".join(place or "that its config does not name" for place in missing)
+            say(
+                f"note: clips of config.{key}.data are not compared with all of those that "
+                f"{run.workdir} was trained on, since these records are not here: {places}"
+            )
     return found
 
 
