@@ -34,6 +34,7 @@ from affectgpt_jax.data.records import (
     Feature,
     Manifest,
     RecordDataset,
+    RecordError,
     Records,
     hold_out,
     read_manifest,
@@ -542,12 +543,10 @@ def data(
     train, val = [], []
     for name, entry in sets.items():
         whole = source(name, entry["source"], "train", entry)
-        whole = dataclasses.replace(whole, dataset=subsample(whole.dataset, entry["share"]))
-        if not config.data.val:
-            mine, held_out = hold_out(whole.dataset, config.data.val_share)
+        mine, held_out = split_training(config, whole.dataset, entry["share"])
+        if held_out is not None:
             val.append(dataclasses.replace(whole, dataset=held_out))
-            whole = dataclasses.replace(whole, dataset=mine)
-        train.append(whole)
+        train.append(dataclasses.replace(whole, dataset=mine))
     plain = data_set(config.data.train).to_dict()
     if config.data.val:
         val = [source("val", config.data.val, "val", plain)]
@@ -564,6 +563,37 @@ def data(
 def training_sets(config: ConfigDict) -> dict[str, dict[str, Any]]:
     """The data sets that a config trains on by name, as `data_set` describes each."""
     return config.data.mixture.to_dict() or {"train": data_set(config.data.train).to_dict()}
+
+
+def split_training(
+    config: ConfigDict, whole: Records, share: float
+) -> tuple[Records, Records | None]:
+    """The clips of a training set that a config trains on, and those that it holds out of them."""
+    whole = subsample(whole, share)
+    return (whole, None) if config.data.val else hold_out(whole, config.data.val_share)
+
+
+def trained_names(config: ConfigDict, workdir: Path) -> tuple[set[str], list[str]]:
+    """The names of the clips that a run was trained on, and its sources that are not here.
+
+    Indexes are read and nothing is hashed or generated.
+    """
+    config = config.copy_and_resolve_references()
+    config.data.verify = False
+    names, missing = set(), []
+    for entry in training_sets(config).values():
+        place = entry["source"]
+        generated = _demo_directory(config, place, "train", workdir)
+        try:
+            if not place or generated and not (generated / MANIFEST_FILE).is_file():
+                raise RecordError(f"{place or 'a source without a name'} is not here")
+            whole = open_records(config, place, "train", workdir, say=lambda line: None)
+            mine, _ = split_training(config, whole, entry["share"])
+        except (RecordError, ImportError):  # TFDS need not be installed where a run was taken to
+            missing.append(place)
+        else:
+            names |= {clip.name for clip in mine.index}
+    return names, missing
 
 
 # The prompts of an exported run that are none of the built-in sets, beside its config.
@@ -684,9 +714,28 @@ def _check_leaks(config: ConfigDict, data: Data, say: Callable[[str], None]) -> 
             f"{len(shared)} {split} clips are training clips too, e.g. {shared[0]!r} of the set "
             f"{names[shared[0]]!r}"
         )
-        if config.strict_leaks:
-            raise ConfigError(f"{found}; take them out of one, or pass --config.strict_leaks=False")
-        say(f"warning: {found}")
+        report_leak(config, found, say)
+
+
+def report_leak(config: ConfigDict, found: str, say: Callable[[str], None]) -> None:
+    """Say that clips are in two sets, or refuse it where `strict_leaks` is set.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.strict_leaks:
+        raise ConfigError(f"{found}; take them out of one, or pass --config.strict_leaks=False")
+    say(f"warning: {found}")
+
+
+def _demo_directory(config: ConfigDict, place: str, split: str, workdir: Path) -> Path | None:
+    """Where `open_records` generates a split; None where the source is no demo world."""
+    seed = demo.world_seed(place, config.demo_seed)
+    if seed is None:
+        return None
+    features = demo.features_for(fusion_config(config).inputs)
+    extra = "".join(f"-{name}" for name in features if name not in demo.DEFAULT_FEATURES)
+    return workdir / "data" / f"demo-{seed}-{split}{extra}"
 
 
 def open_records(
@@ -707,8 +756,7 @@ def open_records(
     seed = demo.world_seed(place, config.demo_seed)
     if seed is not None:
         features = demo.features_for(fusion_config(config).inputs)
-        extra = "".join(f"-{name}" for name in features if name not in demo.DEFAULT_FEATURES)
-        directory = workdir / "data" / f"demo-{seed}-{split}{extra}"
+        directory = _demo_directory(config, place, split, workdir)
         dataset = demo.materialize(directory, seed, split, say, features)
     elif place.startswith("tfds:"):
         from affectgpt_jax.data.tfds_source import open_source  # loads TFDS

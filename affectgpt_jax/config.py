@@ -57,8 +57,14 @@ SECTION_LEAST = {
     **dict.fromkeys(("prompts", "pairs", "max_new_tokens", "updates"), 1),
     **dict.fromkeys(("val_clips", "test_clips", "test_samples"), 1),
     **dict.fromkeys(("group", "consensus"), 2),
-    **dict.fromkeys(("temperature", "format_weight", "length_penalty", "length_free"), 0),
-    **dict.fromkeys(("stop_kl", "sft_share", "gap"), 0),
+    **dict.fromkeys(("format_weight", "length_penalty", "length_free", "stop_kl", "beta"), 0),
+    **dict.fromkeys(("sft_share", "gap", "label_smoothing", "nll_weight"), 0),
+    "weight_cap": 1,
+}
+# Of one section, what a value lies between, neither of both included.
+SECTION_BETWEEN = {
+    "rl": {"temperature": (0, math.inf), "epsilon": (0, 1), "epsilon_high": (0, math.inf)},
+    "dpo": {"beta": (0, math.inf), "label_smoothing": (-math.inf, 0.5), "val_share": (0, 1)},
 }
 POSITIVE = (
     "steps",
@@ -375,11 +381,13 @@ def validate(config: ConfigDict) -> None:
             f"config.pack_length is {config.pack_length}; expected 0, or at least the "
             f"{config.max_tokens} of config.max_tokens, so that a row holds any example whole"
         )
-    if config.base_precision and config.generate.merge_lora == "true":
-        raise ConfigError(
-            "config.generate.merge_lora='true' cannot add LoRA to quantized weights, and "
-            f"config.base_precision is {config.base_precision!r}; use auto"
-        )
+    for name in ("generate", *SECTIONS):
+        merges = config.get(name, {}).get("merge_lora") == "true"
+        if config.base_precision and merges:
+            raise ConfigError(
+                f"config.{name}.merge_lora='true' cannot add LoRA to quantized weights, and "
+                f"config.base_precision is {config.base_precision!r}; use auto"
+            )
     if not 0 <= config.step_timeout < float("inf"):
         raise ConfigError(
             f"config.step_timeout is {config.step_timeout}; expected seconds, or 0 for no limit"
@@ -398,19 +406,35 @@ def _check_section(config: ConfigDict, name: str) -> None:
         if key in section and section[key] not in choices:
             found = f"config.{name}.{key} is {section[key]!r}"
             raise ConfigError(f"{found}; expected one of {choices}")
+    for key, (low, high) in SECTION_BETWEEN[name].items():
+        if not low < section[key] < high:
+            bounds = [f"over {low}"] * (low > -math.inf) + [f"under {high}"] * (high < math.inf)
+            found = f"config.{name}.{key} is {section[key]}"
+            raise ConfigError(f"{found}; expected {' and '.join(bounds)}")
     for key, least in SECTION_LEAST.items():
         if key in section and not least <= section[key] < float("inf"):
             why = ": an answer is compared with others of its group" if key == "group" else ""
             found = f"config.{name}.{key} is {section[key]}"
             raise ConfigError(f"{found}; expected {least} or more{why}")
     if name == "dpo":
-        if not 0 < section.val_share < 1:
-            raise ConfigError(f"config.dpo.val_share is {section.val_share}; expected in (0, 1)")
         return
-    if not section.temperature > 0:
-        raise ConfigError(f"config.rl.temperature is {section.temperature}; expected over 0")
     if not 0 < section.top_p <= 1:
         raise ConfigError(f"config.rl.top_p is {section.top_p}; expected a share in (0, 1]")
+    for key in ("temperature", "top_p"):
+        if section.method == "grpo" and section[key] != 1:
+            raise ConfigError(
+                f"config.rl.{key} is {section[key]}; config.rl.method='grpo' takes 1 alone, since "
+                "its update takes answers to be samples of the policy itself"
+            )
+    rates = config.optimizer
+    if section.updates > 1 and (
+        rates.warmup_steps or rates.final_learning_rate != rates.learning_rate
+    ):
+        raise ConfigError(
+            f"config.rl.updates={section.updates} takes a constant learning rate, since a schedule "
+            "counts updates and a run counts steps; set config.optimizer.warmup_steps to 0 and "
+            "config.optimizer.final_learning_rate to config.optimizer.learning_rate"
+        )
     if (section.reward == "sentiment") != (section.question == "sentiment"):
         raise ConfigError(
             f"config.rl.reward={section.reward!r} does not fit config.rl.question="
@@ -515,6 +539,8 @@ def check_same_run(config: ConfigDict, workdir: Path) -> None:
     theirs = dict(_leaves(read_json(path, dict[str, Any], error=ConfigError)))
     if config.optimizer.learning_rate == config.optimizer.final_learning_rate:
         theirs["steps"] = mine["steps"]  # a constant rate does not depend on the run's length
+    if SECTIONS.keys() & config.keys():
+        theirs["batch_size"] = mine["batch_size"]  # follows from the section and the devices
     for key in sorted(mine.keys() | theirs.keys()):
         free = any(f"{key}.".startswith(f"{prefix}.") for prefix in FREE_ON_RESUME)
         if not free and mine.get(key) != theirs.get(key):

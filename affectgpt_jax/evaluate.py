@@ -61,6 +61,7 @@ from affectgpt_jax.restore import (
     OUT_OF_MEMORY,
     Run,
     add_run_flags,
+    check_trained_on,
     open_from_flags,
     parse_run_flags,
     set_up_process,
@@ -461,14 +462,10 @@ def choose_question(asked: str | None, run: Run) -> str:
     Raises:
         ConfigError: the run was not trained on it, or on none that gives labels.
     """
-    trained = run.label_types
-    question = asked or next((name for name in QUESTIONS if name in trained), None)
-    if question not in trained and not (question == "description" and "qa" in trained):
-        wanted = f"--question={asked}" if asked else f"one of {', '.join(QUESTIONS)}"
-        raise ConfigError(
-            f"{run.workdir} was trained on {', '.join(sorted(trained))}, but not on {wanted}; "
-            "what it would answer means nothing"
-        )
+    question = asked or next((name for name in QUESTIONS if name in run.label_types), None)
+    wanted = f"--question={asked}" if asked else f"one of {', '.join(QUESTIONS)}"
+    if not (question == "description" and "qa" in run.label_types):
+        check_trained_on(run.config, run.workdir, question, wanted)
     return question
 
 

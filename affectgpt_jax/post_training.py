@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from affectgpt_jax import build, cli, outcomes, restore
+from affectgpt_jax import build, cli, outcomes, pairs, restore
 from affectgpt_jax import config as configs
 from affectgpt_jax.common.files import write_text
 from affectgpt_jax.common.identity import Identity, json_sha256
@@ -144,6 +144,20 @@ def check_same_model(config: ConfigDict, start: ConfigDict) -> None:
             )
 
 
+def check_questions(config: ConfigDict, section: str, start: ConfigDict, place: Path) -> None:
+    """Refuse questions that the run to start from was not trained on.
+
+    Raises:
+        ConfigError: the first one, by its key.
+    """
+    key = f"config.{section}"
+    asked = config[section].question
+    restore.check_trained_on(start, place, asked, f"{key}.question={asked}")
+    if section == "dpo" and config.dpo.source == "records":
+        wanted = f"{pairs.QUESTION}s, two of which {key}.source=records compares"
+        restore.check_trained_on(start, place, pairs.QUESTION, wanted)
+
+
 def parse_command_line(
     command: str, description: str, argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
@@ -185,8 +199,8 @@ def open_start(
         section: of the config that the command adds.
 
     Raises:
-        UserError: no run and no checkpoint, or a config that cannot be, or is that of another
-            model.
+        UserError: no run and no checkpoint, or a config that cannot be, is that of another model,
+            or asks what it was not trained on.
     """
     how = {"allow_other": own.allow_other, "download": own.download}
     if own.origin is not None:
@@ -194,6 +208,7 @@ def open_start(
         start = restore.load_config(origin)
         config = config_from(start, section, overrides)
         check_same_model(config, start)
+        check_questions(config, section, start, origin)
         return config, lambda: restore.open_run(
             origin, own.step, llm=config.llm, mesh=config.mesh, **how
         ).with_weights()
@@ -205,6 +220,7 @@ def open_start(
     start = restore.config_of_checkpoint(path, named)
     config = config_from(start, section, overrides)
     check_same_model(config, start)
+    check_questions(config, section, start, path)
     return config, lambda: restore.open_checkpoint(
         own.checkpoint, named, own.step, llm=config.llm, mesh=config.mesh, **how
     ).with_weights()
@@ -326,11 +342,14 @@ def open_clips(
     Without a validation set, one is held out of the first. Preferences have no "val": what they
     choose by are pairs, some of which the command holds out itself.
 
+    Clips to learn from are compared by name with the others, and with those that the start was
+    trained on where it was trained here.
+
     Args:
         config: of the run.
         key: in the config, of the clips to learn from; "" there is the demo's own split.
         workdir, run: of the new run, and the one that it goes on from.
-        say: told what takes long, and of clips that are in two sets.
+        say: told what takes long, of clips that are in two sets, and of sets that are not here.
 
     Raises:
         ConfigError: a place that is not named, features that do not fit, or, where `strict_leaks`
@@ -365,9 +384,21 @@ def open_clips(
     for other in [name for name in found if name != "rl"]:
         if shared := sum(entry.name in names for entry in found[other].index):
             what = f"{shared} clips of config.{key}.data are in config.data.{other} too"
-            if config.strict_leaks:
-                raise ConfigError(f"{what}; take them out of one")
-            say(f"warning: {what}")
+            build.report_leak(config, what, say)
+    if run.is_trained_here and section.data:  # no training set has clips of the demo's own split
+        trained, missing = build.trained_names(run.config, run.workdir)
+        if shared := sorted(names & trained):
+            what = (
+                f"{len(shared)} clips of config.{key}.data are among those that {run.workdir} was "
+                f"trained on, e.g. {shared[0]!r}"
+            )
+            build.report_leak(config, what, say)
+        if missing:
+            places = ", ".join(place or "that its config does not name" for place in missing)
+            say(
+                f"note: clips of config.{key}.data are not compared with all of those that "
+                f"{run.workdir} was trained on, since these records are not here: {places}"
+            )
     return found
 
 

@@ -97,9 +97,7 @@ class Run:
     @property
     def label_types(self) -> tuple[str, ...]:
         """The label types that the run has been trained on."""
-        entries = self.config.data.mixture.values()
-        labels = [entry.label or self.config.label for entry in entries] or [self.config.label]
-        return tuple(dict.fromkeys(kind for label in labels for kind in parse_label(label)))
+        return label_types(self.config)
 
     @property
     def name(self) -> str:
@@ -227,6 +225,33 @@ class Run:
         if self.is_trained_here:  # a config that is named for other weights says nothing of them
             known = build.training_encoders(self.config, self.workdir)
             build.check_encoders(known, records.manifest, self.processor.mode, split, say)
+
+
+def label_types(config: ConfigDict) -> tuple[str, ...]:
+    """The label types that a config trains on."""
+    labels = [entry.label or config.label for entry in config.data.mixture.values()]
+    labels = labels or [config.label]
+    return tuple(dict.fromkeys(kind for label in labels for kind in parse_label(label)))
+
+
+def check_trained_on(config: ConfigDict, place: Path, question: str | None, wanted: str) -> None:
+    """Refuse a question that the training of a config did not ask.
+
+    Args:
+        config: of a run, or of weights outside one.
+        place: of either.
+        question: a label type.
+        wanted: what names it, for the message.
+
+    Raises:
+        ConfigError: it was not trained on it.
+    """
+    trained = label_types(config)
+    if question not in trained:
+        raise ConfigError(
+            f"{place} was trained on {', '.join(sorted(trained))}, but not on {wanted}; what it "
+            "would answer means nothing"
+        )
 
 
 def load_config(workdir: Path) -> ConfigDict:

@@ -194,7 +194,9 @@ class RolloutPlanner:
 
     def update_layout(self, shape: Shape, microbatches: int) -> Layout:
         """The update; its memory has the start's parameters in its state."""
-        rows = self.config.batch_size // (microbatches * shape.data * shape.fsdp)
+        shares = shape.data * shape.fsdp
+        answers, supervised, _ = rollouts.row_counts(self.config, shares)
+        rows = -(-(answers + supervised) // (microbatches * shares))
         start = device_nbytes(self.update.abstract(shape)[0]["trainable"])
         remat = self.config.remat
         if remat == "auto":
@@ -212,9 +214,13 @@ class RolloutPlanner:
 
     def microbatches(self, shape: Shape) -> int | None:
         """The fewest microbatches of an update that fit; None if none do."""
-        rows = self.config.batch_size // (shape.data * shape.fsdp)
+        prompts = self.prompts(shape)  # which microbatches share, see `rollouts.check_prompts`
         return next(
-            (n for n in range(1, rows + 1) if not rows % n and self.update_layout(shape, n).fits),
+            (
+                n
+                for n in range(1, prompts + 1)
+                if not prompts % n and self.update_layout(shape, n).fits
+            ),
             None,
         )
 

@@ -53,6 +53,8 @@ from affectgpt_jax.training.step import State
 BY_TOKEN = ("advantages", "loss_weights", "count_weights", "sampled", "rollout_log_probs")
 # A mean difference of log-probabilities that says that answers were written by another policy.
 MISMATCH = 0.05
+# Steps in a row without any group to learn from, after which the run says so.
+NOTHING_KEPT = 5
 
 
 def truths(dataset: Records, question: str, where: str) -> list[Any]:
@@ -225,17 +227,20 @@ class SupervisedRows:
         return [self._examples[i] for i in rng.integers(len(self._examples), size=count)]
 
 
-def row_counts(config: ConfigDict, shares: int) -> tuple[int, int]:
-    """Rows of answers and of supervised examples in an update, over all processes.
+def row_counts(config: ConfigDict, shares: int) -> tuple[int, int, int]:
+    """Rows of an update, over all processes: of answers, of supervised examples, and padding.
+
+    What is learned from does not depend on the devices; padding lets them share it.
 
     Args:
         config: of the run.
-        shares: devices that share the rows; the supervised ones are rounded up to a multiple.
+        shares: devices that share the rows.
     """
     rl = config.rl
     answers = rl.prompts * (1 if rl.share_prompt else rl.group)
+    supervised = math.ceil(rl.sft_share * answers)
     unit = shares * config.gradient_accumulation_steps
-    return answers, -(-math.ceil(rl.sft_share * answers) // unit) * unit
+    return answers, supervised, -(answers + supervised) % unit
 
 
 def check_prompts(config: ConfigDict, shares: int) -> None:
@@ -288,7 +293,7 @@ class RolloutData:
         left_out: clips that the reward cannot score, and clips whose prompt is too long.
         prompt_length: tokens of a row of prompts.
         answer_rows, supervised_rows, rows: of an update, over all processes: of answers, of
-            supervised examples, and both.
+            supervised examples, and both with padding.
         bucket: their shape.
 
     Raises:
@@ -328,8 +333,8 @@ class RolloutData:
             )
         longest = int(lengths[self._kept].max())
         self.prompt_length = int(round_up(longest))
-        self.answer_rows, self.supervised_rows = row_counts(config, shares)
-        self.rows = self.answer_rows + self.supervised_rows
+        self.answer_rows, self.supervised_rows, padding = row_counts(config, shares)
+        self.rows = self.answer_rows + self.supervised_rows + padding
         beside = supervised.longest if self.supervised_rows else (0, 0)
         self.bucket = update_bucket(rl, longest, beside)
         self.shapes = feature_shapes(
@@ -394,6 +399,8 @@ class RolloutData:
         what = f"{self.answer_rows} of answers"
         if self.supervised_rows:
             what += f" and {self.supervised_rows} supervised"
+        if padding := self.rows - self.answer_rows - self.supervised_rows:
+            what += f", and {padding} of padding for the devices to share"
         lines.append(f"an update has {self.rows} rows of {bucket.length} tokens: {what}")
         return lines
 
@@ -460,7 +467,8 @@ class RolloutStep:
         generator: writes `rl.group` answers to each prompt.
         reward: of answers.
         start: `trainable` of the start, which the KL is taken to; None takes none.
-        say: told once if answers are not those of the policy that is trained.
+        say: told once if answers are not those of the policy that is trained, and once if several
+            steps in a row had none to learn from.
 
     Attributes:
         number: of the last step, from 1.
@@ -482,6 +490,7 @@ class RolloutStep:
         self._reward, self._start, self._say = reward, start, say
         self._log_probs = jax.jit(functools.partial(policy.answer_log_probs, program.model))
         self.number, self._warned = 0, False
+        self._nothing_kept, self._said_so = 0, False
 
     def __call__(self, state: State, base: Any, prompts: Any) -> tuple[State, dict[str, float]]:
         with jax.transfer_guard("allow"):  # answers and rewards are the host's
@@ -539,6 +548,7 @@ class RolloutStep:
                 "on average between writing and training; config.rl.merge_lora=false writes with "
                 "the weights that are trained"
             )
+        self._notice(kept, about)
         tokens = sum(int(answer.counts) for answer in answers)
         trained = sum(size for row in rows for size in row.size[:1])
         return state, found | about | {
@@ -548,6 +558,19 @@ class RolloutStep:
             "rollout_s": wrote - began,
             "update_s": ended - wrote,
         }
+
+    def _notice(self, kept: float, about: Mapping[str, float]) -> None:
+        """Say it when, for the first time, several steps in a row had no group to learn from."""
+        self._nothing_kept = 0 if kept else self._nothing_kept + 1
+        if self._nothing_kept == NOTHING_KEPT and not self._said_so:
+            self._said_so = True
+            self._say(
+                f"warning: no group of the last {NOTHING_KEPT} steps was kept, so nothing was "
+                f"learned from answers: in step {self.number} the rewards of "
+                f"{about['flat_groups']:.0%} of the groups were all alike and {about['cut']:.0%} "
+                "of the answers were cut; a larger config.rl.group has more to compare, and a "
+                "larger config.rl.max_new_tokens cuts fewer"
+            )
 
     def _rewards(
         self, numbers: np.ndarray, answers: Sequence[Generated]

@@ -36,8 +36,8 @@ def reinforcement() -> ConfigDict:
     c.question = "ovlabel"  # or onehot, onehot_candidates, sentiment
     c.prompts = 64  # of a step
     c.group = 4  # answers to each
-    c.temperature = 1.0
-    c.top_p = 1.0
+    c.temperature = 1.0  # of the answers; method=grpo takes 1 alone
+    c.top_p = 1.0  # likewise
     c.max_new_tokens = 48
     c.merge_lora = "false"  # as generate.merge_lora: answers of merged weights get weights, see cap
     c.reward = "wheel_f"  # wheel_f | wheel_f_corpus | hit | sentiment: evaluation/rewards.py
@@ -57,7 +57,7 @@ def reinforcement() -> ConfigDict:
     c.epsilon = 0.2  # a ratio is clipped below 1 - epsilon
     c.epsilon_high = 0.28  # and above 1 + epsilon_high
     c.weight_cap = 2.0  # of exp(training's - rollout's log-probability)
-    c.updates = 1  # on the answers of a step
+    c.updates = 1  # on the answers of a step; more take a constant learning rate
     c.drop_flat = True  # leave out groups whose rewards are all alike
     c.mask_cut = True  # leave out answers that reached max_new_tokens
     c.share_prompt = True  # one row for the answers to a prompt; False: a row each

@@ -7,7 +7,7 @@ import pytest
 
 from affectgpt_jax.config import SECTIONS, ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b as paper
-from affectgpt_jax.post_training import config_from, finish
+from affectgpt_jax.post_training import check_questions, config_from, finish
 
 # Flags without effect, by section, and a value of each.
 UNREAD = {
@@ -65,3 +65,20 @@ def test_the_score_after_stands_at_the_step_that_has_it():
     result = {"before": scores, "after": scores, "steps": 9, "best_step": 3}
     finish(session, result, {})
     assert written == [(3, {"test/sampled_reward": 0.5})]
+
+
+def test_questions_that_the_start_was_not_trained_on_are_refused_by_their_key():
+    start = paper.get_config()
+    start.label = "ovlabel"
+    config = config_from(start, "dpo", ["--config.dpo.source=samples"])
+    check_questions(config, "dpo", start, Path("run"))
+    config.dpo.source = "records"  # of which two descriptions are compared
+    with pytest.raises(ConfigError, match="^run was trained on ovlabel, but not on descriptions"):
+        check_questions(config, "dpo", start, Path("run"))
+    start.data.mixture.faces = paper.data_set("elsewhere", label="onehot")
+    for section in SECTIONS:
+        config = config_from(start, section, [])
+        with pytest.raises(
+            ConfigError, match=f"was trained on onehot, but not on config.{section}"
+        ):
+            check_questions(config, section, start, Path("run"))

@@ -12,12 +12,18 @@ import pytest
 from commands import Command, ending, finish, group, losses, trace
 
 from affectgpt_jax import build, load_run, prefer
-from affectgpt_jax.config import SECTIONS
+from affectgpt_jax.config import SECTIONS, ConfigError
 from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.configs import demo as demo_config
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.pipeline import DataError
-from affectgpt_jax.data.records import RecordDataset, RecordSubset, write_records
+from affectgpt_jax.data.records import (
+    RecordDataset,
+    RecordSubset,
+    hold_out,
+    subsample,
+    write_records,
+)
 from affectgpt_jax.evaluation.lexicon import load_lexicon
 from affectgpt_jax.evaluation.rewards import Reward, Wheels
 from affectgpt_jax.inference import Answer
@@ -230,6 +236,34 @@ def test_preferences_are_held_out_by_their_own_share_alone(
     assert len(found["rl"]) == 40 - len(found.get("val", ()))
 
 
+@pytest.mark.parametrize("key", ["dpo", "rl"])
+def test_clips_that_the_start_was_trained_on_are_said_or_refused(trained_run, tmp_path, key):
+    run = load_run(trained_run)
+    seen = run.config.data.train
+    config = run.config.copy_and_resolve_references()
+    config[key] = SECTIONS[key]()
+    config[key].data = seen
+    said = []
+    open_clips(config, key, tmp_path, run, said.append)
+    [warning] = said
+    assert warning.startswith(f"warning: 24 clips of config.{key}.data are among those that ")
+    config.strict_leaks = True
+    with pytest.raises(ConfigError, match=f"24 clips of config.{key}.data are among those that"):
+        open_clips(config, key, tmp_path, run, said.append)
+    # Of a part of a set, held out by the run itself, only the others were trained on.
+    mixed = run.config.copy_and_resolve_references()
+    mixed.data.train, mixed.data.val, mixed.data.val_share = "", "", 0.5
+    mixed.data.mixture.some = affectgpt_qwen25_7b.data_set(seen, share=0.7)
+    mixed.data.mixture.gone = affectgpt_qwen25_7b.data_set(str(tmp_path / "gone"))
+    mixed.data.mixture.world = affectgpt_qwen25_7b.data_set("demo:3")
+    config.strict_leaks, said[:] = False, []
+    open_clips(config, key, tmp_path, dataclasses.replace(run, config=mixed), said.append)
+    trained, _ = hold_out(subsample(RecordDataset(seen), 0.7), 0.5)
+    assert 0 < len(trained) < 17 and f"warning: {len(trained)} clips of" in said[0]
+    assert said[1].endswith(f"since these records are not here: {tmp_path}/gone, demo:3")
+    assert not (trained_run / "data").exists()  # nothing is generated to be compared
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
@@ -241,6 +275,7 @@ def test_preferences_are_held_out_by_their_own_share_alone(
         ({"batch_size": 8}, "the rows of an update follow from config.dpo.pairs; set those"),
         ({"dtype": "bfloat16"}, "config.dtype is 'bfloat16', but 'float32' in the run to start"),
         ({"dpo.test_lexicon": "/nowhere"}, "/nowhere"),
+        ({"dpo.question": "onehot"}, "ovlabel, but not on config.dpo.question=onehot; what it"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(trained_run, records, tmp_path, more, said):

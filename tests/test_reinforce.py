@@ -147,6 +147,18 @@ def test_a_run_ends_by_itself_where_it_has_gone_too_far(
     assert json.loads((workdir / "result.json").read_text())["steps"] == 3
 
 
+def test_a_run_whose_answers_are_all_cut_says_once_that_it_learns_nothing(
+    trained_run, clips, tmp_path, capsys
+):
+    keys = {"rl.max_new_tokens": 2, "rl.mask_cut": True, "rl.sft_share": 0.0}
+    reinforce.main(flags(trained_run, clips, tmp_path / "run", steps=7, **keys))
+    said = capsys.readouterr().out
+    assert said.count("no group of the last 5 steps was kept") == 1
+    assert "100% of the answers were cut" in said
+    old, new = trainable_of(trained_run, None), trainable_of(tmp_path / "run", 7)
+    jax.tree.map(np.testing.assert_array_equal, old, new)
+
+
 # --- as commands ----------------------------------------------------------------------------------
 
 
@@ -264,6 +276,7 @@ def test_another_run_in_its_workdir_is_refused(finished, trained_run, clips):
         ({"pack_length": 4096}, "config.pack_length cannot be set here"),
         ({"init_from": "elsewhere"}, "config.init_from cannot be set here"),
         ({"rl.test_lexicon": "/nowhere"}, "/nowhere"),
+        ({"rl.question": "onehot"}, "ovlabel, but not on config.rl.question=onehot; what it would"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(trained_run, clips, tmp_path, more, said):

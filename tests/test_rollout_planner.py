@@ -1,6 +1,7 @@
 """The plan of a step of reinforcement: closed forms of bytes, phases, and what is refused."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -130,6 +131,20 @@ def test_the_start_is_held_beside_the_update_and_decides_what_is_computed_again(
     assert planner(device=A100._replace(memory=1000)).microbatches(ONE) is None
 
 
+def test_microbatches_are_those_that_the_prompts_can_be_shared_by():
+    """96 rows of 64 prompts could be 3 microbatches, which `reinforce` refuses."""
+    flags = ("--config.rl.sft_share=0.5", "--config.rl.group=2")
+    roomy = planner(*flags)
+    tried = []
+    roomy.update_layout = lambda shape, n: tried.append(n) or types.SimpleNamespace(fits=False)
+    assert roomy.microbatches(ONE) is None and tried == [1, 2, 4, 8, 16, 32, 64]
+    # Of 71 rows, some are padding.
+    odd = planner("--config.rl.sft_share=0.1")
+    assert odd.config.batch_size == 71
+    layouts = {n: odd.update_layout(Shape(2, 1, 1), n) for n in (1, 2)}
+    assert {n: layout.rows for n, layout in layouts.items()} == {1: 36, 2: 18}
+
+
 def test_fsdp_gathers_the_base_for_every_token():
     small = planner()
     shape = Shape(1, 4, 1)
@@ -174,7 +189,7 @@ def test_the_report_says_what_fits_and_how_long_a_step_takes(tmp_path, capsys):
         (["--rl", "--answer=99"], "--answer=99 is not in the 1 to 16 tokens"),
         (["--rl", "--prompt=60"], "--prompt=60 leaves less than config.rl.max_new_tokens=16"),
         (["--rl", "--config.rl.prompts=9"], "config.rl.prompts=9 .* use a multiple of 8"),
-        (["--rl", "--config.rl.epsilon=2"], "config.rl: epsilon is 2.0"),
+        (["--rl", "--config.rl.epsilon=2"], "config.rl.epsilon is 2.0; expected over 0"),
         (["--rl", "--config.rl.group=1"], "config.rl.group is 1; expected 2 or more"),
         (["--rl", "--config.rl.no_such=1"], "rl.no_such"),
         (["--rl", "--config.lora.dropout=0.1"], "must be 0: with dropout"),

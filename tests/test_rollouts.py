@@ -8,7 +8,7 @@ import pytest
 from tiny_model import make_model, random_base, random_trainable
 
 from affectgpt_jax import build
-from affectgpt_jax.config import ConfigError, apply_overrides, validate
+from affectgpt_jax.config import ConfigError, apply_overrides, check_same_run, validate
 from affectgpt_jax.configs import affectgpt_qwen25_7b, demo
 from affectgpt_jax.data.packing import Bucket
 from affectgpt_jax.data.pipeline import DataError, MixtureComponent
@@ -255,6 +255,35 @@ def test_supervised_rows_stand_beside_the_answers_and_follow_from_the_step(
         SupervisedRows([component], 5, seed=3)
 
 
+def test_what_is_learned_from_does_not_depend_on_the_devices(config, clips, processor, tmp_path):
+    supervised = SupervisedRows([MixtureComponent(clips, processor, "description")], 80, seed=3)
+    config = changed(config, sft_share=0.3)  # of 8 rows of answers: 3 examples
+    on = {
+        shares: RolloutData(config, clips, processor, REWARD, shares=shares, supervised=supervised)
+        for shares in (1, 2, 8)
+    }
+    assert {shares: data.rows for shares, data in on.items()} == {1: 11, 2: 12, 8: 16}
+    drawn = [
+        [(row.number, len(row.written)) for row in rows]
+        for rows, _ in (
+            update_rows(config.rl, data, 5, np.array([4, 9]), ANSWERS, TOTALS)
+            for data in on.values()
+        )
+    ]
+    assert drawn[0] == drawn[1] == drawn[2] and len(drawn[0]) == 1 + 3
+    assert "8 of answers and 3 supervised, and 1 of padding" in on[2].describe()[1]
+    assert on[1].describe()[1].endswith("8 of answers and 3 supervised")
+    # So a run goes on on others: no one has set its number of rows.
+    workdir = tmp_path / "run"
+    (workdir / "checkpoints" / "1").mkdir(parents=True)
+    config.batch_size = on[1].rows
+    (workdir / "config.json").write_text(config.to_json())
+    config.batch_size = on[2].rows
+    check_same_run(config, workdir)
+    with pytest.raises(ConfigError, match="config.rl.sft_share=0.3, but now it is 0.4"):
+        check_same_run(changed(config, sft_share=0.4), workdir)
+
+
 def test_a_control_takes_the_truth_of_another_clip(config, clips, processor):
     plain = RolloutData(config, clips, processor, REWARD).truth
     shuffled = RolloutData(changed(config, shuffle_rewards=True), clips, processor, REWARD).truth
@@ -273,7 +302,13 @@ def test_a_control_takes_the_truth_of_another_clip(config, clips, processor):
         ("rl.question=sentiment", "does not fit config.rl.question='sentiment'"),
         ("rl.top_p=0.0", "config.rl.top_p is 0.0"),
         ("rl.temperature=0", "config.rl.temperature is 0.0; expected over 0"),
+        ("rl.temperature=0.7", "config.rl.temperature is 0.7; config.rl.method='grpo' takes 1"),
+        ("rl.top_p=0.9", "config.rl.top_p is 0.9; config.rl.method='grpo' takes 1 alone"),
         ("rl.stop_kl=-1", "config.rl.stop_kl is -1.0"),
+        ("rl.beta=-1", "config.rl.beta is -1.0; expected 0 or more"),
+        ("rl.epsilon=2", "config.rl.epsilon is 2.0; expected over 0 and under 1"),
+        ("rl.epsilon_high=0", "config.rl.epsilon_high is 0.0; expected over 0"),
+        ("rl.weight_cap=0.5", "config.rl.weight_cap is 0.5; expected 1 or more"),
         ("rl.gruop=8", "did you mean config.rl.group"),
         ("rl.group=many", "config.rl.group is 'many'; expected int, as in 4"),
         ("rl.group.size=2", "config.rl.group is a single value"),
@@ -286,6 +321,52 @@ def test_keys_that_make_no_sense_are_refused_by_name(config, flag, said):
         apply_overrides(config, [f"--config.{flag}"])
         validate(config)
     assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("beta", 0.0, "config.dpo.beta is 0.0; expected over 0"),
+        ("beta", -1.0, "config.dpo.beta is -1.0; expected over 0"),
+        ("nll_weight", -0.1, "config.dpo.nll_weight is -0.1; expected 0 or more"),
+        ("label_smoothing", -0.1, "config.dpo.label_smoothing is -0.1; expected 0 or more"),
+        ("label_smoothing", 0.5, "config.dpo.label_smoothing is 0.5; expected under 0.5"),
+        ("val_share", 1.0, "config.dpo.val_share is 1.0; expected over 0 and under 1"),
+    ],
+)
+def test_so_are_those_of_preferences(key, value, said):
+    config = demo.get_config()
+    config.dpo = affectgpt_qwen25_7b.preference()
+    config.dpo[key] = value
+    with pytest.raises(ConfigError, match=said):
+        validate(config)
+
+
+def test_several_updates_of_a_rollout_take_a_constant_rate(config):
+    """optax counts updates, so that a schedule would run by them and not by steps."""
+    config = changed(config, updates=2)
+    rates = config.optimizer
+    rates.warmup_steps, rates.final_learning_rate = 0, rates.learning_rate
+    validate(config)
+    for key, value in (("warmup_steps", 5), ("final_learning_rate", rates.learning_rate / 2)):
+        other = config.copy_and_resolve_references()
+        other.optimizer[key] = value
+        with pytest.raises(ConfigError, match="config.rl.updates=2 takes a constant learning rate"):
+            validate(other)
+        validate(changed(other, updates=1))
+
+
+def test_answers_of_a_quantized_base_are_not_written_by_merged_weights(config):
+    config = changed(config, merge_lora="true")
+    validate(config)
+    config.base_precision = "int8"
+    with pytest.raises(ConfigError, match="config.rl.merge_lora='true' cannot add LoRA to quant"):
+        validate(config)
+
+
+def test_the_best_of_a_group_may_be_sampled_in_any_way(config):
+    config = changed(config, method="best", temperature=0.7, top_p=0.9)
+    validate(config)
 
 
 def test_overrides_have_the_type_of_their_key(config):

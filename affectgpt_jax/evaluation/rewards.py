@@ -45,8 +45,11 @@ class Wheels:
     level: int = 1
 
     def __post_init__(self) -> None:
-        if not self.numbers or not {*self.numbers} <= {*range(1, WHEELS + 1)}:
-            raise RewardError(f"wheels {self.numbers}; expected some of the numbers 1 to {WHEELS}")
+        known = all(type(n) is int and 1 <= n <= WHEELS for n in self.numbers)
+        if not self.numbers or not known or len({*self.numbers}) < len(self.numbers):
+            raise RewardError(
+                f"wheels {self.numbers}; expected some of the numbers 1 to {WHEELS}, each once"
+            )
 
     @functools.cached_property
     def _starts(self) -> np.ndarray:

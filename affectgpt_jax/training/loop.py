@@ -452,12 +452,12 @@ class StepReporter:
         self._finished = time.perf_counter()
 
     def totals(self) -> dict[str, float]:
-        """Means over all steps of this process's life; empty without any.
+        """Means over all steps of this process's life; empty where none learned from anything.
 
         `samples_per_s` and `tokens_per_s` of all devices together; `tflop_per_s_per_device` and,
         where the device's peak is known, `mfu`.
         """
-        if not self._samples:
+        if not self._flops:
             return {}
         found = metrics_writer.compute_rates(
             self._flops, self._seconds, self._devices, self._peak_flops

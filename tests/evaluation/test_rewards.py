@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -139,7 +141,8 @@ def test_rewards_that_make_no_sense_are_refused():
         Reward("bleu", wheels)
     with pytest.raises(RewardError, match="length_penalty is -1"):
         Reward("wheel_f", wheels, length_penalty=-1)
-    with pytest.raises(RewardError, match=r"wheels \(6,\)"):
-        Wheels(LEXICON, (6,))
+    for numbers in ((6,), (0, 1), (), (1.0,), (True,), (1, 1, 2)):
+        with pytest.raises(RewardError, match=re.escape(f"wheels {numbers}; expected some of")):
+            Wheels(LEXICON, numbers)
     with pytest.raises(RewardError, match="nothing to score"):
         Reward("wheel_f", wheels)(answered([("sad",)]), [("qqq",)])
