@@ -52,8 +52,6 @@ def cases() -> list[Case]:
         "anchor": anchor,
         "anchor, fp8": (*anchor, "--config.base_precision=fp8"),
         "packed 48": packed,
-        # Why remat=auto leaves it out, see `memory.tried_by_auto`.
-        "packed 48, remat none": (*packed, "--config.remat=none"),
         **{
             f"paper, {n} GPU{'s' * (n > 1)}": (f"--devices={n}", f"--config.batch_size={3 * n}")
             for n in (1, 8, 64)
@@ -63,7 +61,7 @@ def cases() -> list[Case]:
         Case(workload, device, flags)
         for workload, flags in workloads.items()
         for device in DEVICES
-        if not (workload in ("anchor, fp8", "packed 48, remat none") and device.startswith("a100"))
+        if not (workload == "anchor, fp8" and device.startswith("a100"))
     ]
 
 
