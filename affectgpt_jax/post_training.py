@@ -145,17 +145,17 @@ def check_same_model(config: ConfigDict, start: ConfigDict) -> None:
 
 
 def check_questions(config: ConfigDict, section: str, start: ConfigDict, place: Path) -> None:
-    """Refuse questions that the run to start from was not trained on.
+    """Refuse a question to learn from that the run to start from was not trained on.
 
     Raises:
-        ConfigError: the first one, by its key.
+        ConfigError: it was not, by the key.
     """
-    key = f"config.{section}"
-    asked = config[section].question
-    restore.check_trained_on(start, place, asked, f"{key}.question={asked}")
-    if section == "dpo" and config.dpo.source == "records":
-        wanted = f"{pairs.QUESTION}s, two of which {key}.source=records compares"
-        restore.check_trained_on(start, place, pairs.QUESTION, wanted)
+    key, asked = f"config.{section}", config[section].question
+    wanted = f"{key}.question={asked}"
+    if section == "dpo" and config.dpo.source == "records":  # `question` only measures
+        asked = pairs.QUESTION
+        wanted = f"{asked}s, two of which {key}.source=records compares"
+    restore.check_trained_on(start, place, asked, wanted)
 
 
 def parse_command_line(

@@ -75,9 +75,11 @@ def test_questions_that_the_start_was_not_trained_on_are_refused_by_their_key():
     config.dpo.source = "records"  # of which two descriptions are compared
     with pytest.raises(ConfigError, match="^run was trained on ovlabel, but not on descriptions"):
         check_questions(config, "dpo", start, Path("run"))
+    start.label = "description"
+    check_questions(config, "dpo", start, Path("run"))
     start.data.mixture.faces = paper.data_set("elsewhere", label="onehot")
-    for section in SECTIONS:
-        config = config_from(start, section, [])
+    for section, keys in (("rl", []), ("dpo", ["--config.dpo.source=samples"])):
+        config = config_from(start, section, keys)
         with pytest.raises(
             ConfigError, match=f"was trained on onehot, but not on config.{section}"
         ):
