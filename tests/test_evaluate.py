@@ -16,6 +16,7 @@ from affectgpt_jax import build, evaluate, inference
 from affectgpt_jax.common.files import lock_file
 from affectgpt_jax.common.identity import Identity, code_identity
 from affectgpt_jax.config import ConfigError
+from affectgpt_jax.configs import affectgpt_qwen25_7b
 from affectgpt_jax.data import demo
 from affectgpt_jax.data.records import write_records
 from affectgpt_jax.evaluation import lexicon
@@ -481,7 +482,9 @@ def test_what_is_wrong_with_a_later_step_or_set_shows_before_the_first_answer(ru
 
 
 def test_a_run_of_any_questions_may_be_asked_for_descriptions_where_that_is_said():
-    run = SimpleNamespace(label_types=("qa",), workdir="runs/llava")
+    config = affectgpt_qwen25_7b.get_config()
+    config.label = "qa"
+    run = SimpleNamespace(config=config, label_types=("qa",), workdir="runs/llava")
     assert evaluate.choose_question("description", run) == "description"
     for asked in (None, "ovlabel"):
         with pytest.raises(ConfigError, match="runs/llava was trained on qa, but not on"):

@@ -76,7 +76,9 @@ def test_the_tables_agree_on_the_default_and_on_the_papers_best():
 def test_tables_3_and_4_share_sets_and_train_on_what_the_filter_left():
     runs = plan([3, 4, "fig4"], [0, 1], WORKDIR)
     variants = {variant for variant, _ in runs}
-    assert len(variants) == 3 + 2 + 5 + 5 + 1 and len(runs) == 2 * len(variants)
+    assert len(variants) == 3 + 2 + 5 + 1 + len(training_sets.NOISES) + 1 and len(runs) == 2 * len(
+        variants
+    )
     run = runs[Variant(data="raw-low-e"), 1]
     config, _ = parse_command_line(run.flags)
     assert config.data.train == str(WORKDIR / "worlds" / "1" / "sets" / "raw-low-e")
