@@ -275,7 +275,10 @@ def test_clips_that_the_start_was_trained_on_are_said_or_refused(trained_run, tm
         ({"batch_size": 8}, "the rows of an update follow from config.dpo.pairs; set those"),
         ({"dtype": "bfloat16"}, "config.dtype is 'bfloat16', but 'float32' in the run to start"),
         ({"dpo.test_lexicon": "/nowhere"}, "/nowhere"),
-        ({"dpo.question": "onehot"}, "ovlabel, but not on config.dpo.question=onehot; what it"),
+        (
+            {"dpo.source": "samples", "dpo.question": "onehot"},
+            "ovlabel, but not on config.dpo.question=onehot; what it",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(trained_run, records, tmp_path, more, said):
