@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     with cli.exit_on_error(leave=leave):
         values = parse_arguments(argv)
-        runtime.leave_out_gpu_compiler()
+        runtime.prepare_plugins()
         launch = distributed.find_launch(values)
 
         def say(line: str) -> None:

@@ -22,6 +22,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from affectgpt_jax import runtime
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.progress import LiveLine, duration
 from affectgpt_jax.data.packing import Bucket
@@ -248,6 +249,7 @@ def serve() -> None:
     """Answer one request, as `Compilation` starts it."""
     # What libraries print must not stand in the answer.
     answer, sys.stdout = sys.stdout, sys.stderr
+    runtime.leave_collectives_to_nccl()  # as where the program is to run
     request = json.load(sys.stdin)
     request["rows"] = Bucket(**request["rows"])
     try:

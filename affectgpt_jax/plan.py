@@ -742,7 +742,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
         arguments, config = parse_arguments(sys.argv[1:] if argv is None else argv)
-        runtime.leave_out_gpu_compiler()
+        runtime.prepare_plugins()
         # The devices are emulated, and their number is fixed once JAX has started.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.devices)

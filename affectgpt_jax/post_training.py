@@ -615,10 +615,11 @@ class Exams:
             section.consensus,
         )
 
-    def by_wheels(self, name: str, file: Path, wheels: Wheels) -> np.ndarray:
+    def by_wheels(self, name: str, file: Path, numbers: tuple[int, ...]) -> np.ndarray:
         """Mean rewards of the clips' samples by some wheels, of answers that `thorough` has had:
         `[N]`, nan where none of them scores a clip."""
         section, exam = self._section, self._exams[name]
+        wheels = Wheels(self._lexicon, numbers)
         return outcomes.sampled_rewards(
             self._asked[file], exam.truth, section.question, wheels, section.test_samples
         )
@@ -706,7 +707,7 @@ def compare(
         known = np.flatnonzero(np.isfinite(rewards[0]))
         old, new = (found[known] for found in rewards)
         result["other_wheels"] = {
-            "wheels": list(left.numbers),
+            "wheels": list(left),
             "clips": len(known),
             "before": {"sampled_reward": float(old.mean())},
             "after": {"sampled_reward": float(new.mean())},
@@ -724,11 +725,12 @@ def compare(
     return result
 
 
-def _wheels_left_out(section: ConfigDict) -> Wheels | None:
-    """Those by which no answer was rewarded, where there are some."""
+def _wheels_left_out(section: ConfigDict) -> tuple[int, ...]:
+    """Those by which no answer was rewarded, where some wheels rewarded."""
     rewarding = section.get("wheels", ())
-    left = tuple(n for n in range(1, WHEELS + 1) if rewarding and n not in rewarding)
-    return Wheels(load_lexicon(section.lexicon or None), left) if left else None
+    if not rewarding or section.question == "sentiment":
+        return ()
+    return tuple(n for n in range(1, WHEELS + 1) if n not in rewarding)
 
 
 def after_file(step: int) -> str:

@@ -291,7 +291,7 @@ OUT_OF_MEMORY = (
 
 def set_up_process() -> None:
     """Prepare a process that loads a run: compiled programs are kept, as in training."""
-    runtime.leave_out_gpu_compiler()
+    runtime.prepare_plugins()
     runtime.use_compilation_cache()
     xla_options.reserve_gpu_memory()
 

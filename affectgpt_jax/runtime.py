@@ -21,6 +21,9 @@ _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 # JAX takes their presence for that of a GPU as well.
 _NVIDIA_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
 _CUDA_PLUGINS = {"jax_plugins.xla_cuda12", "jax_plugins.xla_cuda13"}
+# A list of collectives for which XLA of jax 0.12 takes kernels of its own. It ends the process
+# where it compiles one for a small all-reduce over 64 H100s; with an empty list, NCCL does them.
+_OWN_COLLECTIVES = "xla_gpu_experimental_use_collective_kernels"
 
 
 def has_gpu_compiler_alone() -> bool:
@@ -37,18 +40,33 @@ def has_gpu_compiler_alone() -> bool:
     )
 
 
-def leave_out_gpu_compiler() -> None:
-    """Where `has_gpu_compiler_alone`, hide the plugin from JAX, unless it has loaded it already.
+def prepare_plugins() -> None:
+    """Where `has_gpu_compiler_alone`, hide the plugin from JAX, unless it has loaded it already;
+    elsewhere `leave_collectives_to_nccl`.
 
     JAX would use the CPU anyway, but would load 480 MB of compiler, look for CUDA's libraries and
     print what it misses. To be called before the first use of a device.
     """
     if not has_gpu_compiler_alone():
+        leave_collectives_to_nccl()
         return
     for name in _plugins() - sys.modules.keys():
         plugin = importlib.util.module_from_spec(importlib.util.find_spec(name))
         plugin.initialize = lambda: None  # by which JAX has a plugin register itself
         sys.modules[name] = plugin
+
+
+def leave_collectives_to_nccl() -> None:
+    """On CUDA devices, keep XLA of jax 0.12 from its own kernels of collectives, unless `XLA_FLAGS`
+    says which.
+
+    In the environment, since any program on several GPUs may have a small all-reduce. A version of
+    XLA that does not know the flag would end the process.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    known = jax.__version_info__[:2] == (0, 12)
+    if known and _plugins() & _CUDA_PLUGINS and _OWN_COLLECTIVES not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{_OWN_COLLECTIVES}=".lstrip()
 
 
 def _plugins() -> set[str]:

@@ -12,17 +12,12 @@ by the truth, which nobody has who needs a crowd.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.data import demo as worlds
 from affectgpt_jax.data import demo_captions
 from affectgpt_jax.training import gpu_compile, hlo, hlo_traffic, roofline
@@ -62,25 +57,25 @@ CLIPS = 40_000
 WIDTHS = {"face": 768, "audio": 1024, "text": 192}
 
 
-def describe_epoch(name: str) -> dict[str, Any]:
-    """An epoch of ten members on a GPU that is not here, in a process whose JAX knows the plugin.
+def describe(device: str) -> dict[str, Any]:
+    """An epoch of ten members on a GPU that is not here, see `harness.describe_for_gpu`.
 
     Args:
-        name: of `training.devices.DEVICES`.
+        device: of `training.devices.DEVICES`.
 
     Returns:
         `launches` and `moved_gb` of it, `memory_s` and `launch_s`, which the bytes and the launches
         take alone, and `limit_s`, of all epochs that the settings allow, by the larger one.
     """
     settings = members.Settings()
-    [device] = gpu_compile.devices(name, 1)
-    lowered = members.lower_epoch(CLIPS, WIDTHS, len(worlds.EMOTIONS), settings, device)
+    [place] = gpu_compile.devices(device, 1)
+    lowered = members.lower_epoch(CLIPS, WIDTHS, len(worlds.EMOTIONS), settings, place)
     compiled = gpu_compile.compile_step(lowered, {})
     launches = hlo_traffic.launches(hlo.parse(compiled.as_text()), 0)
     count = sum(launch.times for launch in launches)
-    memory_s = roofline.launch_floor(launches, DEVICES[name], "float32")
+    memory_s = roofline.launch_floor(launches, DEVICES[device], "float32")
     return {
-        "device": DEVICES[name].name,
+        "device": DEVICES[device].name,
         "clips": CLIPS,
         "members": settings.folds * settings.seeds,
         "launches": count,
@@ -91,30 +86,10 @@ def describe_epoch(name: str) -> dict[str, Any]:
     }
 
 
-def serve(name: str) -> None:
-    """Write what `describe_epoch` finds to standard output."""
-    # What libraries print must not stand in the answer.
-    answer, sys.stdout = sys.stdout, sys.stderr
-    json.dump(describe_epoch(name), answer)
-
-
-def compiled_epoch(name: str) -> dict[str, Any]:
-    """`describe_epoch` in a process of its own.
-
-    Raises:
-        UserError: the compiler is not installed.
-    """
-    if why := gpu_compile.unavailable():
-        raise UserError(why)
-    command = [sys.executable, "-c", f"from benchmarks import crowd; crowd.serve({name!r})"]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, env=env, check=True).stdout)
-
-
 def run(args: argparse.Namespace) -> Report:
     """All worlds and sizes, or an epoch that is compiled and not run."""
     if args.compile:
-        return compiled_epoch(args.compile)
+        return harness.describe_for_gpu("crowd", device=args.compile)
     rows = []
     for size in args.sizes:
         for seed in args.seeds:

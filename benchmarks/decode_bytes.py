@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,14 +25,14 @@ STATUS = "compiled, not run"
 _NEW_TOKENS = 256
 
 
-def describe(config: Any, device: str, rows: int, slots: int) -> dict[str, Any]:
-    """Compile a decode step, in a process whose JAX has XLA's CUDA compiler.
+def describe(device: str, rows: int, slots: int, config: Any = None) -> dict[str, Any]:
+    """Compile a decode step, see `harness.describe_for_gpu`.
 
     Args:
-        config: a `DecoderConfig`.
         device: of `training.devices.DEVICES`.
         rows: that write an answer each.
         slots: of the cache, all of which are read.
+        config: a `DecoderConfig`; None is Qwen2.5-7B's.
 
     Returns:
         Of a token of every row, in GB: `moved`, `movement` (of copies, transposes, fills and the
@@ -54,10 +50,11 @@ def describe(config: Any, device: str, rows: int, slots: int) -> dict[str, Any]:
     from affectgpt_jax.common.trees import nbytes
     from affectgpt_jax.models import generate
     from affectgpt_jax.models.affectgpt import AffectGPT, init_random_base
-    from affectgpt_jax.models.decoder import ComputeConfig, Decoder, KVCache
+    from affectgpt_jax.models.decoder import ComputeConfig, Decoder, DecoderConfig, KVCache
     from affectgpt_jax.training import gpu_compile, hlo, hlo_traffic, roofline, sharding
     from affectgpt_jax.training.devices import DEVICES
 
+    config = config or DecoderConfig()
     whole = sharding.replicated(sharding.make_mesh("data:1", gpu_compile.devices(device, 1)))
 
     def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
@@ -120,28 +117,10 @@ def describe(config: Any, device: str, rows: int, slots: int) -> dict[str, Any]:
     }
 
 
-def serve() -> None:
-    """Answer one request on standard input, as `run` asks it."""
-    from affectgpt_jax.models.decoder import DecoderConfig
-
-    # What libraries print must not stand in the answer.
-    answer, sys.stdout = sys.stdout, sys.stderr
-    json.dump(describe(DecoderConfig(), **json.load(sys.stdin)), answer)
-
-
-def _compiled(**request: Any) -> dict[str, Any]:
-    """`describe` of Qwen2.5-7B in a process of its own, whose JAX knows the compiler's plugin."""
-    command = [sys.executable, "-c", "from benchmarks import decode_bytes; decode_bytes.serve()"]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    asked = json.dumps(request)
-    done = subprocess.run(command, input=asked, stdout=subprocess.PIPE, text=True, env=env)
-    done.check_returncode()
-    return json.loads(done.stdout)
-
-
 def run(args: argparse.Namespace) -> Report:
     """Every number of rows; returns the report."""
-    steps = [_compiled(device=args.device, rows=rows, slots=args.slots) for rows in args.rows]
+    asked = {"device": args.device, "slots": args.slots}
+    steps = [harness.describe_for_gpu("decode_bytes", rows=rows, **asked) for rows in args.rows]
     return {"status": STATUS, "steps": steps}
 
 

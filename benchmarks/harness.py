@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.metadata
+import json
 import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from affectgpt_jax.cli import exit_on_error, make_parser
+from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.common.identity import code_identity
 from affectgpt_jax.common.json import read_json, write_json
 
@@ -141,7 +144,7 @@ class Measurement:
             return
         from affectgpt_jax import runtime  # loads JAX
 
-        runtime.leave_out_gpu_compiler()
+        runtime.prepare_plugins()
         report = self.run(args)
         about = report.get("environment") or describe(*self.packages)
         about = {"command": command(self.module, args.words), **about}
@@ -204,6 +207,38 @@ def command(module: str, words: Sequence[str]) -> str:
             kept.append(word)
         before = "" if sign else flag
     return " ".join(["python", "-m", f"benchmarks.{module}", *kept])
+
+
+def describe_for_gpu(module: str, **request: Any) -> dict[str, Any]:
+    """`describe(**request)` of a module of benchmarks, in a process whose JAX knows the compiler
+    for GPUs that are not here.
+
+    Raises:
+        UserError: the compiler is not installed.
+    """
+    from affectgpt_jax.training import gpu_compile
+
+    if why := gpu_compile.unavailable():
+        raise UserError(why)
+    code = f"from benchmarks import harness, {module}; harness.answer({module}.describe)"
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    asked = json.dumps(request)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input=asked,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+def answer(describe: Callable[..., dict[str, Any]]) -> None:
+    """Answer the request on standard input, as `describe_for_gpu` asks it."""
+    # What libraries print must not stand in the answer.
+    output, sys.stdout = sys.stdout, sys.stderr
+    json.dump(describe(**json.load(sys.stdin)), output)
 
 
 def save(report: Report, path: Path) -> None:

@@ -265,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument("--batch", type=int, default=64, help="texts a step; default: 64")
         parser.add_argument("--learning-rate", type=float, default=2e-3, help="default: 0.002")
         arguments = parser.parse_args(argv)
-        runtime.leave_out_gpu_compiler()
+        runtime.prepare_plugins()
         # What ships is replaced only by a model that passes, and as a whole.
         with tempfile.TemporaryDirectory() as temporary:
             share = train(

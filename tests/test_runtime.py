@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +69,7 @@ def test_a_plugin_that_is_left_out_is_never_run(monkeypatch, tmp_path):
     name = "jax_plugin_of_a_test"
     pretend_plugins(monkeypatch, name)
     monkeypatch.setattr(runtime, "_CUDA_PLUGINS", {name})
-    runtime.leave_out_gpu_compiler()
+    runtime.prepare_plugins()
     try:
         importlib.import_module(name).initialize()
         assert importlib.util.find_spec(name) is not None  # it is installed all the same
@@ -102,3 +103,25 @@ def test_a_compilation_says_what_the_cache_had(no_directory, tmp_path, monkeypat
     finally:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", least)
         compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ("version", "plugins", "flags", "expected"),
+    [
+        ((0, 12, 0), {"jax_plugins.xla_cuda13"}, "", "--{}="),
+        ((0, 12, 1), {"jax_plugins.xla_cuda12"}, "--xla_a=1", "--xla_a=1 --{}="),
+        ((0, 12, 0), {"jax_plugins.xla_cuda13"}, "--{}=ALL_GATHER", "--{}=ALL_GATHER"),
+        ((0, 12, 0), {"jax_plugins.xla_rocm7"}, "", ""),
+        ((0, 10, 2), {"jax_plugins.xla_cuda12"}, "", ""),  # does not know it
+    ],
+)
+def test_collectives_are_nccls_where_xla_has_kernels_that_it_cannot_compile(
+    version, plugins, flags, expected, monkeypatch
+):
+    name = runtime._OWN_COLLECTIVES
+    monkeypatch.setattr(jax, "__version_info__", version)
+    monkeypatch.setattr(runtime, "_plugins", lambda: plugins)
+    monkeypatch.setattr(runtime, "has_gpu_compiler_alone", lambda: False)
+    monkeypatch.setenv("XLA_FLAGS", flags.format(name))
+    runtime.prepare_plugins()
+    assert os.environ["XLA_FLAGS"] == expected.format(name)

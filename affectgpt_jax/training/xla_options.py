@@ -16,7 +16,6 @@ import jax
 
 from affectgpt_jax.common.errors import UserError
 from affectgpt_jax.models.lora import SEPARATE_MATMULS
-from affectgpt_jax.training.devices import GPUS_PER_NODE
 
 Value = str | bool
 
@@ -59,17 +58,6 @@ GPU_OPTIONS = (
         "than one GPU, not measured here",
     ),
 )
-
-if jax.__version_info__ >= (0, 12):
-    GPU_OPTIONS += (
-        Option(
-            "xla_gpu_experimental_use_collective_kernels",
-            "",
-            GPUS_PER_NODE + 1,
-            "leaves small all-reduces to NCCL: XLA of jax 0.12 has kernels of its own for them, "
-            "and ends the process where it compiles one for 64 H100s",
-        ),
-    )
 
 CPU_OPTIONS = (
     Option(

@@ -406,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; see `cli.exit_on_error`."""
     with cli.exit_on_error():
         arguments = parse_arguments(argv)
-        runtime.leave_out_gpu_compiler()
+        runtime.prepare_plugins()
         jax.config.update("jax_platforms", "cpu")
         print_lines(arguments.run(arguments).split("\n"))
 

@@ -34,7 +34,7 @@ def test_a_crowd_is_measured_against_its_members_and_the_posterior():
 @pytest.mark.gpu_compile
 @pytest.mark.skipif(bool(gpu_compile.unavailable()), reason=gpu_compile.unavailable() or "it can")
 def test_an_epoch_on_a_gpu_is_bound_by_its_launches_and_a_hundred_take_a_minute():
-    found = crowd.compiled_epoch("h100-80g")
+    found = crowd.run(crowd.COMMAND.parse(["--compile", "h100-80g"]))
     steps = 32_000 // 32
     assert found["launches"] > 50 * steps
     # Every step reads and writes parameters and both moments of ten members.

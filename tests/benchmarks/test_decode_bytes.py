@@ -22,7 +22,7 @@ if not gpu_compile.unavailable():
 )
 @pytest.mark.parametrize("rows", [1, 32])
 def test_a_token_reads_weights_and_cache_once_and_copies_neither(rows):
-    found = decode_bytes.describe(SMALL, "h200-141g", rows, SLOTS)
+    found = decode_bytes.describe("h200-141g", rows, SLOTS, SMALL)
     # Keys and values of both layers; kernels without the table of embeddings.
     keys = 2 * rows * 4 * SLOTS * 128
     assert 1e9 * found["cache"] == pytest.approx(2 * 2 * keys)
